@@ -1,0 +1,1 @@
+"""What is measured about one case: time, memory, the machine."""
