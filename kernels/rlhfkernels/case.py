@@ -26,6 +26,7 @@ class Options:
         lora_targets: ``all-linear`` (every linear layer of the trunk) or module names joined by commas.
         adapter_dtype: dtype of the adapters' weights; ``None`` is the dtype of the case.
         critic_head: ``trained``, or ``frozen``: the critic then reads the reward head, as the paper's code line did.
+        engine: how a trunk is run: ``plain`` is transformers and PEFT themselves.
         attention: ``sdpa`` or ``eager`` (attention matrices are made and kept, as at the paper's time).
         kv_cache: ``preallocated`` at its full length, or ``growing`` by concatenation.
         gradient_checkpointing: keep each layer's input only, and recompute the layer in the backward.
@@ -41,6 +42,7 @@ class Options:
         gamma, lam: discount and GAE's λ.
         clip_range, value_clip_range: ε of the clipped surrogate and of the clipped value loss.
         value_coef: multiplier of the value loss (Hydra-RLHF Tables 12 and 13, "Critic Loss Multiplier").
+        entropy_coef: weight of the entropy bonus; 0 computes none.
         reward_clip: the reward model's score is clamped into (−c, c); ``None`` leaves it.
         bootstrap_truncated: a completion cut by length is followed by V of its last token instead of 0.
         temperature: divides the logits wherever a log-probability is taken.
@@ -53,6 +55,7 @@ class Options:
     lora_targets: str = "all-linear"
     adapter_dtype: str | None = None
     critic_head: str = "trained"
+    engine: str = "plain"
     attention: str = "sdpa"
     kv_cache: str = "preallocated"
     gradient_checkpointing: bool = False
@@ -74,6 +77,7 @@ class Options:
     clip_range: float = 0.2
     value_clip_range: float = 0.2
     value_coef: float = 1.0
+    entropy_coef: float = 0.0
     reward_clip: float | None = 1.0
     bootstrap_truncated: bool = False
     temperature: float = 1.0
@@ -120,6 +124,7 @@ class Case:
 
     @property
     def seq_len(self) -> int:
+        """Prompt and completion together."""
         return self.prompt_len + self.completion_len
 
     @property
@@ -166,12 +171,14 @@ _NON_NEGATIVE = (
     "options.clip_range",
     "options.value_clip_range",
     "options.value_coef",
+    "options.entropy_coef",
 )
 _UNIT_INTERVAL = ("options.gamma", "options.lam")
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "dtype": DTYPES,
     "options.adapter_dtype": (None, *DTYPES),
     "options.critic_head": ("trained", "frozen"),
+    "options.engine": ("plain",),
     "options.attention": ("sdpa", "eager"),
     "options.kv_cache": ("preallocated", "growing"),
     "options.optimizer": ("adamw", "sgd"),

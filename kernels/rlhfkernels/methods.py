@@ -88,6 +88,7 @@ class Method:
 
     @property
     def trained_roles(self) -> tuple[RoleName, ...]:
+        """The roles of which something is trained."""
         return tuple(name for name, role in self.roles.items() if role.trains)
 
     @property
@@ -118,9 +119,7 @@ class Method:
         """The same method with the critic reading the reward head, frozen and shared (the paper's code line)."""
         critic = self.roles["critic"]
         shares = critic.base == self.roles["reward"].base
-        frozen = dataclasses.replace(
-            critic, head="reward" if shares else critic.head, trains=critic.trains - {"head"}
-        )
+        frozen = dataclasses.replace(critic, head="reward" if shares else critic.head, trains=critic.trains - {"head"})
         return dataclasses.replace(self, roles={**self.roles, "critic": frozen})
 
     def _passes(self, names: Iterable[RoleName]) -> tuple[Pass, ...]:
@@ -132,7 +131,7 @@ class Method:
 
 
 def update_phase(update_pass: Pass) -> str:
-    """The phase in which ``update_pass`` runs: ``update_actor``, or ``update_actor_critic`` where they share a graph."""
+    """The phase in which a pass is differentiated: ``update_actor``, or ``update_actor_critic`` for a shared graph."""
     return "_".join(("update", *update_pass.roles))
 
 

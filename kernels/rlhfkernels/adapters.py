@@ -1,0 +1,165 @@
+"""LoRA adapter sets on a trunk: PEFT's layers, switched here so that a switch never changes what is trained.
+
+PEFT's own switches flip ``requires_grad``: an activated adapter becomes trainable, the others freeze, and switching off
+and on again may re-enable the wrong ones. ``Adapters`` therefore restores, after every switch, exactly the declaration.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, LoraModel, TaskType
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from rlhfkernels.errors import CaseError
+
+
+class Adapters:
+    """The adapter sets of one trunk.
+
+    Args:
+        trunk: the model that gets LoRA layers, in place.
+        names: the adapter sets.
+        rank: r.
+        scaling: multiplier of the low-rank product; PEFT's ``lora_alpha / r``.
+        targets: ``all-linear``, or names of modules joined by commas.
+        dtype: of the adapters' weights. PEFT casts a layer's input to it.
+        seed: of the A matrices; B starts at 0, so a fresh adapter changes nothing.
+
+    Raises:
+        CaseError: a target is no linear layer of the trunk.
+    """
+
+    def __init__(
+        self,
+        trunk: nn.Module,
+        names: Iterable[str],
+        *,
+        rank: int,
+        scaling: float,
+        targets: str,
+        dtype: torch.dtype,
+        seed: int,
+    ) -> None:
+        self.names = tuple(names)
+        self._trained: set[int] = set()
+        self._active: str | None = None
+        self._config = LoraConfig(
+            r=rank,
+            lora_alpha=scaling * rank,  # PEFT divides it by r again; a fraction is fine
+            lora_dropout=0.0,
+            target_modules=_target_names(trunk, targets),
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in trunk.modules()),
+            bias="none",
+        )
+        self._named_layers: list[tuple[str, LoraLayer]] = []
+        if not self.names:
+            return
+        device = next(trunk.parameters()).device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            # The tuner is PEFT's own way to put several sets on one model; nothing of it is needed afterwards.
+            tuner = LoraModel(trunk, self._config, self.names[0])
+            for name in self.names[1:]:
+                tuner.peft_config[name] = self._config
+                tuner.inject_adapter(trunk, name)
+        self._named_layers = [(name, m) for name, m in trunk.named_modules() if isinstance(m, LoraLayer)]
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(dtype)
+        self._active = self.names[-1]
+        self.activate(None)
+
+    def parameters(self, name: str | None = None) -> list[nn.Parameter]:
+        """The weights of adapter set ``name``, or of all: A then B, layer by layer."""
+        names = self.names if name is None else (name,)
+        return [
+            weights[each].weight
+            for each in names
+            for _, layer in self._named_layers
+            for weights in (layer.lora_A, layer.lora_B)
+            if each in weights
+        ]
+
+    def train(self, names: Iterable[str]) -> None:
+        """Declares which adapter sets are trained, whatever is active."""
+        self._trained = {id(parameter) for name in names for parameter in self.parameters(name)}
+        self._restore()
+
+    @property
+    def active(self) -> str | None:
+        """The adapter set that is switched on, or ``None``."""
+        return self._active
+
+    def activate(self, name: str | None) -> None:
+        """Switches ``name`` on and every other off; ``None`` leaves the bare trunk."""
+        if name == self._active:
+            return
+        for _, layer in self._named_layers:
+            if name is None:
+                layer.enable_adapters(False)
+            else:
+                layer.set_adapter([name])
+                layer.enable_adapters(True)
+        self._active = name
+        self._restore()
+
+    def _restore(self) -> None:
+        for parameter in self.parameters():
+            parameter.requires_grad_(id(parameter) in self._trained)
+
+    def save(self, name: str, folder: Path, *, prefix: str | None, base_model: str) -> None:
+        """Writes adapter set ``name`` as plain PEFT reads it.
+
+        Args:
+            name: the adapter set.
+            folder: made if need be.
+            prefix: the trunk's name inside the causal language model the adapter is for, or ``None`` where it is for
+                the bare trunk (``AutoModel``).
+            base_model: written as ``base_model_name_or_path``.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        owner = "base_model.model." + (f"{prefix}." if prefix else "")
+        state = {
+            f"{owner}{layer_name}.{kind}.weight": weights[name].weight.detach().cpu().contiguous()
+            for layer_name, layer in self._named_layers
+            for kind, weights in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B))
+        }
+        save_file(state, folder / "adapter_model.safetensors")
+        config = self._config.to_dict()
+        config |= {
+            "base_model_name_or_path": base_model,
+            "task_type": TaskType.CAUSAL_LM.value if prefix else TaskType.FEATURE_EXTRACTION.value,
+            "inference_mode": True,
+            "target_modules": sorted(config["target_modules"]),
+        }
+        text = json.dumps({key: value for key, value in config.items() if _is_json(value)}, indent=2)
+        (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _is_json(value: object) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _target_names(trunk: nn.Module, targets: str) -> list[str]:
+    """The last parts of the names of the linear layers that get an adapter."""
+    linear = {name for name, module in trunk.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    names = sorted({name.rsplit(".", 1)[-1] for name in linear})
+    if targets == "all-linear":
+        return names
+    chosen = [target.strip() for target in targets.split(",")]
+    wrong = [target for target in chosen if target not in names]
+    if wrong:
+        raise CaseError(
+            [f"options.lora_targets has {', '.join(wrong)}: this model's linear layers are {', '.join(names)}."]
+        )
+    return chosen

@@ -1,0 +1,101 @@
+"""Rewards, advantages and returns of a rollout.
+
+Shapes: b = batch, c = completion length. Masks are 1.0 on real completion tokens and 0.0 after the end.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# Completion positions that one triangular product covers in ``gae``: a [128, 128] matrix is nothing to keep.
+_BLOCK = 128
+
+
+def shaped_rewards(
+    logprobs: torch.Tensor,
+    reference_logprobs: torch.Tensor,
+    scores: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    kl_coef: float,
+) -> torch.Tensor:
+    """Per-token reward −β·(log π − log π_ref), plus the score on the last real token.
+
+    RLHF Deciphered (arXiv:2404.08555), section 4, the KL-penalised reward.
+
+    Args:
+        logprobs: [b, c], of the old policy.
+        reference_logprobs: [b, c].
+        scores: [b], the reward model's.
+        mask: [b, c].
+        kl_coef: β.
+
+    Returns:
+        [b, c]; 0 after the end.
+    """
+    rewards = (reference_logprobs - logprobs) * kl_coef * mask
+    last = (mask.sum(1) - 1).clamp_(min=0).long()[:, None]
+    return rewards.scatter_add_(1, last, scores[:, None].to(rewards.dtype))
+
+
+def gae(
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    gamma: float,
+    lam: float,
+    terminal_values: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalised advantage estimation (arXiv:1506.02438, equation 16), and returns = advantages + values.
+
+    A_t = Σ_k (γλ)^k δ_{t+k}, δ_t = r_t + γ V_{t+1} − V_t, V = 0 after the end.
+
+    Args:
+        rewards: [b, c].
+        values: [b, c]; the value of the state before token t.
+        mask: [b, c].
+        gamma: γ.
+        lam: λ.
+        terminal_values: [b], what V is after the last real token; ``None`` is 0.
+
+    Returns:
+        Advantages [b, c] and returns [b, c]; both 0 after the end.
+    """
+    values = values * mask
+    following = torch.zeros_like(values)
+    following[:, :-1] = values[:, 1:]
+    if terminal_values is not None:
+        last = (mask.sum(1) - 1).clamp_(min=0).long()[:, None]
+        following.scatter_(1, last, terminal_values[:, None].to(following.dtype))
+    deltas = (rewards + gamma * following - values) * mask
+    advantages = _discounted_sums(deltas, gamma * lam) * mask
+    return advantages, advantages + values
+
+
+def _discounted_sums(deltas: torch.Tensor, discount: float) -> torch.Tensor:
+    """Σ_{k ≥ t} discount^{k − t} · deltas_k for every t, from the end backwards in blocks, [b, c]."""
+    c = deltas.shape[1]
+    size = min(_BLOCK, c)
+    steps = torch.arange(size, device=deltas.device)
+    distance = steps[:, None] - steps[None, :]
+    powers = torch.full_like(distance, discount, dtype=deltas.dtype) ** distance.clamp(min=0)
+    triangle = torch.where(distance >= 0, powers, torch.zeros_like(powers))
+    reach = torch.full_like(steps, discount, dtype=deltas.dtype) ** (size - steps)
+    sums = torch.empty_like(deltas)
+    carry = torch.zeros_like(deltas[:, :1])
+    for start in reversed(range(0, c, size)):
+        stop = min(start + size, c)
+        width = stop - start
+        sums[:, start:stop] = deltas[:, start:stop] @ triangle[:width, :width] + carry * reach[size - width :]
+        carry = sums[:, start : start + 1]
+    return sums
+
+
+def whiten(values: torch.Tensor, mask: torch.Tensor, *, eps: float = 1e-8) -> torch.Tensor:
+    """Subtracts the masked mean and divides by the masked standard deviation (population), [b, c]; 0 after the end."""
+    count = mask.sum()
+    mean = (values * mask).sum() / count
+    centred = (values - mean) * mask
+    variance = centred.square().sum() / count
+    return centred * torch.rsqrt(variance + eps)

@@ -1,0 +1,79 @@
+"""The key and value cache of generation, allocated once at its full length.
+
+A layer holds keys and values of shape [b, kv heads, max length, head size] and hands out views of what is written so
+far, so a decode step copies one position instead of the whole past.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+
+
+class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer's keys and values, written in place.
+
+    Args:
+        max_len: positions that will be written at most.
+        on_allocate: told of the two buffers when they come to be.
+    """
+
+    is_sliding = False
+
+    def __init__(self, max_len: int, on_allocate: Callable[[Iterable[torch.Tensor]], None]) -> None:
+        super().__init__()
+        self.max_len = max_len
+        self.length = 0
+        self._on_allocate = on_allocate
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocates both buffers in the shape of the first states."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        b, heads, _, size = key_states.shape
+        self.keys = key_states.new_empty(b, heads, self.max_len, size)
+        self.values = value_states.new_empty(b, heads, self.max_len, value_states.shape[-1])
+        self._on_allocate((self.keys, self.values))
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes [b, heads, t, size] after what is there; returns views [b, heads, written, size]."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        end = self.length + key_states.shape[-2]
+        self.keys[:, :, self.length : end] = key_states
+        self.values[:, :, self.length : end] = value_states
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(positions that the next ``query_length`` queries see, offset)."""
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Positions written so far."""
+        return self.length
+
+    def get_max_length(self) -> int:
+        """Positions that can be written."""
+        return self.max_len
+
+
+def make_cache(kind: str, config: Any, max_len: int, on_allocate: Callable[[Iterable[torch.Tensor]], None]) -> Cache:
+    """A cache for one generation: ``preallocated`` or ``growing`` (see ``Options.kv_cache``)."""
+    if kind == "growing":
+        return DynamicCache(config=config)
+    layers = [PreallocatedLayer(max_len, on_allocate) for _ in range(config.num_hidden_layers)]
+    return Cache(layers=layers)
+
+
+def cache_tensors(cache: Cache) -> list[torch.Tensor]:
+    """The keys and values that ``cache`` holds now."""
+    found = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
+    return [tensor for pair in found for tensor in pair if tensor is not None]

@@ -1,0 +1,70 @@
+"""The heads that read a trunk's hidden states: next-token logits, and one scalar a position.
+
+Shapes: b = batch, t = positions, n = positions of a whole batch, d = hidden size, v = vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class LmHead(nn.Module):
+    """The language-model head: ``softcap · tanh(scale · (h Wᵀ + bias) / softcap)``, or without the cap, unscaled.
+
+    Args:
+        weight: [v, d]; the very parameter of the model, so a tied head stays tied.
+        bias: [v] or ``None``.
+        scale: multiplies the logits (Cohere, Granite); 1 for most models.
+        softcap: bounds the logits (Gemma 2); ``None`` for most models.
+    """
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None = None,
+        *,
+        scale: float = 1.0,
+        softcap: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = bias
+        self.scale = scale
+        self.softcap = softcap
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states [..., d] to logits [..., v], in float32 or wider."""
+        return shape_logits(nn.functional.linear(hidden, self.weight, self.bias), self.scale, self.softcap)
+
+
+def shape_logits(logits: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:
+    """Raw products to logits: widened to at least float32, scaled, capped."""
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    logits = logits.to(wide)
+    if scale != 1.0:
+        logits = logits * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits
+
+
+class ScalarHead(nn.Module):
+    """One number a position, ``h · w``: the reward or the value.
+
+    Args:
+        hidden_size: d.
+        device: where the weight lives.
+        dtype: dtype of the weight; the result is float32 or wider.
+    """
+
+    def __init__(self, hidden_size: int, *, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        # 1/sqrt(d + 1), as reward models are commonly initialised: scores of order 1 on normalised hidden states.
+        weight = torch.empty(1, hidden_size, device=device, dtype=dtype)
+        self.weight = nn.Parameter(nn.init.normal_(weight, std=(hidden_size + 1) ** -0.5))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states [..., d] to scalars [...], in float32 or wider."""
+        scalar = nn.functional.linear(hidden, self.weight).squeeze(-1)
+        return scalar if scalar.dtype == torch.float64 else scalar.float()

@@ -1,0 +1,196 @@
+"""Log-probabilities (and entropies) of given tokens from hidden states, without the logits of a whole batch.
+
+Positions are handled in chunks: at no time do the logits of more than ``chunk`` positions exist. Where the head is
+frozen, the gradient of every log-probability with respect to its hidden state is found in the forward already, while
+the chunk's probabilities are there (d log p / d h = scale · (W[token] − Σ p W)), so the head's product is done twice a
+step, not three times, and nothing but that gradient is kept.
+
+Shapes: n = positions, d = hidden size, v = vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlhfkernels.heads import LmHead, shape_logits
+
+
+def token_logprobs_reference(
+    hidden: torch.Tensor, head: LmHead, targets: torch.Tensor, *, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The plain form: all logits at once, and a log-softmax of them.
+
+    Args:
+        hidden: [n, d].
+        head: the language-model head.
+        targets: [n], int64.
+        temperature: divides the logits.
+
+    Returns:
+        Log-probabilities [n] and entropies [n], in nats, in float32 or wider.
+    """
+    logprobs = torch.log_softmax(head(hidden) / temperature, dim=-1)
+    picked = logprobs.gather(-1, targets[:, None]).squeeze(-1)
+    return picked, -(logprobs.exp() * logprobs).sum(-1)
+
+
+def token_logprobs(
+    hidden: torch.Tensor,
+    head: LmHead,
+    targets: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    chunk: int = 128,
+    entropy: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The chunked form of ``token_logprobs_reference``, with the same gradients.
+
+    Args:
+        hidden: [n, d].
+        head: the language-model head; its weight gets a gradient if it is trained.
+        targets: [n], int64.
+        temperature: divides the logits.
+        chunk: positions whose logits exist at one time; 0 is all of them, through plain autograd.
+        entropy: also return the entropies.
+
+    Returns:
+        Log-probabilities [n], and entropies [n] or ``None``, in nats, in float32 or wider.
+    """
+    if chunk == 0:
+        logprobs, entropies = token_logprobs_reference(hidden, head, targets, temperature=temperature)
+        return logprobs, entropies if entropy else None
+    outputs = _ChunkedLogprobs.apply(  # type: ignore[no-untyped-call]
+        hidden, head.weight, head.bias, targets, head.scale, head.softcap, temperature, chunk, entropy
+    )
+    return outputs if entropy else (outputs[0], None)
+
+
+class _Shape:
+    """How raw products become logits, and gradients of logits gradients of raw products."""
+
+    def __init__(self, scale: float, softcap: float | None, temperature: float) -> None:
+        self.scale, self.softcap, self.temperature = scale, softcap, temperature
+
+    def logits(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        logits = shape_logits(nn.functional.linear(hidden, weight, bias), self.scale, self.softcap)
+        return logits if self.temperature == 1.0 else logits.div_(self.temperature)
+
+    def backward_(self, grad: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Turns the gradient of the logits into that of the raw products, in place."""
+        if self.softcap is not None:
+            grad.mul_(1 - (logits * (self.temperature / self.softcap)).square())
+        factor = self.scale / self.temperature
+        return grad if factor == 1.0 else grad.mul_(factor)
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        scale: float,
+        softcap: float | None,
+        temperature: float,
+        chunk: int,
+        with_entropy: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        shape = _Shape(scale, softcap, temperature)
+        n = hidden.shape[0]
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        logprobs = hidden.new_empty(n, dtype=wide)
+        entropies = hidden.new_empty(n, dtype=wide) if with_entropy else None
+        hidden_needed, weight_needed, bias_needed = ctx.needs_input_grad[:3]
+        # With a trained head the probabilities are needed once more, for its own gradient: keep what remakes them.
+        eager = hidden_needed and not (weight_needed or bias_needed)
+        slopes = [torch.empty_like(hidden) for _ in range(1 + with_entropy)] if eager else []
+        for start in range(0, n, chunk):
+            rows = slice(start, start + chunk)
+            logits = shape.logits(hidden[rows], weight, bias)
+            logits -= torch.logsumexp(logits, -1, keepdim=True)
+            logprobs[rows] = logits.gather(-1, targets[rows, None]).squeeze(-1)
+            if entropies is not None:
+                entropies[rows] = -(logits.exp() * logits).sum(-1)
+            if eager:
+                _write_slopes(slopes, rows, logits, hidden, weight, bias, targets, entropies, shape)
+            del logits
+        ctx.shape, ctx.chunk, ctx.eager, ctx.with_entropy = shape, chunk, eager, with_entropy
+        if eager:
+            ctx.save_for_backward(*slopes)
+        elif any(ctx.needs_input_grad[:3]):
+            ctx.save_for_backward(hidden, weight, bias, targets, entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        grad_logprobs = grads[0]
+        grad_entropies = grads[1] if ctx.with_entropy else None
+        empty: tuple[None, ...] = (None,) * 6
+        if ctx.eager:
+            slopes = ctx.saved_tensors
+            grad_hidden = slopes[0] * grad_logprobs[:, None].to(slopes[0].dtype)
+            if grad_entropies is not None:
+                grad_hidden += slopes[1] * grad_entropies[:, None].to(slopes[1].dtype)
+            return grad_hidden, None, None, *empty
+        hidden, weight, bias, targets, entropies = ctx.saved_tensors
+        hidden_needed, weight_needed, bias_needed = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if hidden_needed else None
+        grad_weight = torch.zeros_like(weight) if weight_needed else None
+        grad_bias = torch.zeros_like(bias) if bias_needed else None
+        for start in range(0, hidden.shape[0], ctx.chunk):
+            rows = slice(start, start + ctx.chunk)
+            raw, logprobs = _raw_and_logprobs(ctx.shape, hidden[rows], weight, bias)
+            grad = _logprob_slope(logprobs, targets[rows]).mul_(grad_logprobs[rows, None])
+            if grad_entropies is not None:
+                grad += _entropy_slope(logprobs, entropies[rows]).mul_(grad_entropies[rows, None])
+            grad = ctx.shape.backward_(grad, raw).to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = grad @ weight
+            if grad_weight is not None:
+                grad_weight.addmm_(grad.t(), hidden[rows])
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+        return grad_hidden, grad_weight, grad_bias, *empty
+
+
+def _raw_and_logprobs(
+    shape: _Shape, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    logits = shape.logits(hidden, weight, bias)
+    return logits, torch.log_softmax(logits, dim=-1)
+
+
+def _logprob_slope(logprobs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """d log p[target] / d logits = onehot − p, [n, v]."""
+    slope = logprobs.exp().neg_()
+    return slope.scatter_add_(-1, targets[:, None], torch.ones_like(slope[:, :1]))
+
+
+def _entropy_slope(logprobs: torch.Tensor, entropies: torch.Tensor) -> torch.Tensor:
+    """d H / d logits = −p · (log p + H), [n, v]."""
+    return logprobs.exp().mul_(logprobs + entropies[:, None]).neg_()
+
+
+def _write_slopes(
+    slopes: list[torch.Tensor],
+    rows: slice,
+    logprobs: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    entropies: torch.Tensor | None,
+    shape: _Shape,
+) -> None:
+    """The gradients of this chunk's outputs with respect to its hidden states, [rows, d] each."""
+    raw = shape.logits(hidden[rows], weight, bias) if shape.softcap is not None else logprobs
+    if entropies is not None:
+        slope = _entropy_slope(logprobs, entropies[rows])
+        slopes[1][rows] = shape.backward_(slope, raw).to(hidden.dtype) @ weight
+    slope = shape.backward_(_logprob_slope(logprobs, targets[rows]), raw)
+    slopes[0][rows] = slope.to(hidden.dtype) @ weight

@@ -1,0 +1,138 @@
+"""How a trunk is run: the contract that the engine knows, and the plain path through transformers and PEFT.
+
+Shapes: b = batch, t = positions of a sequence, q = new positions, d = hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from rlhfkernels.adapters import Adapters
+from rlhfkernels.cache import cache_tensors, make_cache
+from rlhfkernels.case import Case
+from rlhfkernels.models import LoadedModel
+from rlhfkernels.observer import Observer
+
+
+class Decoder(Protocol):
+    """One generation in progress: it holds the keys and values of what it has seen."""
+
+    def advance(self, tokens: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """Reads the next tokens and returns the hidden states at the last of them.
+
+        Args:
+            tokens: [b, q], the prompt the first time, one token a row after that.
+            attention_mask: [b, seen + q], 0 on padding, or ``None`` where nothing is padded.
+
+        Returns:
+            [b, d].
+        """
+        ...
+
+
+class Trunk(Protocol):
+    """A base with its adapter sets, run under one of them or bare."""
+
+    name: str
+
+    def hidden(
+        self, adapter: str | None, tokens: torch.Tensor, attention_mask: torch.Tensor | None, *, train: bool = False
+    ) -> torch.Tensor:
+        """The last hidden states [b, t, d] under ``adapter``.
+
+        Args:
+            adapter: the adapter set that is on, or ``None`` for the bare base.
+            tokens: [b, t].
+            attention_mask: [b, t], 0 on padding, or ``None`` where nothing is padded.
+            train: the result will be differentiated; its backward must run before another call of this trunk.
+        """
+        ...
+
+    def hidden_of_each(
+        self, adapters: Sequence[str | None], tokens: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> list[torch.Tensor]:
+        """``hidden`` of the same tokens under several adapter sets, without a graph, [b, t, d] each."""
+        ...
+
+    def decoder(self, adapter: str | None, max_len: int, observer: Observer) -> Decoder:
+        """Begins a generation under ``adapter`` of at most ``max_len`` positions; its cache is told to ``observer``."""
+        ...
+
+
+class PlainTrunk:
+    """Transformers' own modules with PEFT's layers in them: any causal language model.
+
+    Args:
+        case: its options say how.
+        model: the trunk.
+        adapters: its adapter sets.
+    """
+
+    name = "plain"
+
+    def __init__(self, case: Case, model: LoadedModel, adapters: Adapters) -> None:
+        self._options = case.options
+        self._module = model.trunk
+        self._adapters = adapters
+
+    def hidden(
+        self, adapter: str | None, tokens: torch.Tensor, attention_mask: torch.Tensor | None, *, train: bool = False
+    ) -> torch.Tensor:
+        """See ``Trunk.hidden``."""
+        self._adapters.activate(adapter)
+        if self._options.gradient_checkpointing:
+            # Dropout is 0 in the configuration: train mode only lets transformers checkpoint.
+            self._module.train(train)
+            if train and not self._module.is_gradient_checkpointing:
+                self._module.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        output = self._module(
+            input_ids=tokens, attention_mask=attention_mask, position_ids=positions(attention_mask), use_cache=False
+        )
+        hidden: torch.Tensor = output.last_hidden_state
+        return hidden
+
+    def hidden_of_each(
+        self, adapters: Sequence[str | None], tokens: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> list[torch.Tensor]:
+        """See ``Trunk.hidden_of_each``."""
+        with torch.no_grad():
+            return [self.hidden(adapter, tokens, attention_mask) for adapter in adapters]
+
+    def decoder(self, adapter: str | None, max_len: int, observer: Observer) -> Decoder:
+        """See ``Trunk.decoder``."""
+        self._adapters.activate(adapter)
+        self._module.eval()
+        return _PlainDecoder(self._module, self._options.kv_cache, max_len, observer)
+
+
+class _PlainDecoder:
+    def __init__(self, module: torch.nn.Module, kind: str, max_len: int, observer: Observer) -> None:
+        self._module = module
+        self._observer = observer
+        self._cache = make_cache(kind, module.config, max_len, lambda tensors: observer.tag("kv_cache", tensors))
+
+    @torch.no_grad()
+    def advance(self, tokens: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        ids = positions(attention_mask)
+        output = self._module(
+            input_ids=tokens,
+            attention_mask=attention_mask,
+            position_ids=None if ids is None else ids[:, -tokens.shape[1] :],
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        self._observer.tag("kv_cache", cache_tensors(self._cache))
+        last: torch.Tensor = output.last_hidden_state[:, -1]
+        return last
+
+
+def positions(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Position ids [b, t] that count real tokens only; ``None`` (the model's own 0, 1, 2…) where nothing is padded."""
+    return None if attention_mask is None else (attention_mask.cumsum(-1) - 1).clamp_(min=0)
+
+
+# Each way of running a trunk.
+TRUNKS: dict[str, type[PlainTrunk]] = {"plain": PlainTrunk}
