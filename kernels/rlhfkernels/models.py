@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from rlhfkernels.case import Case
@@ -121,6 +120,11 @@ def _loading(model: str, load: Any, *args: Any, **kwargs: Any) -> Any:
     except ImportError as error:
         raise ModelError(f"model {model!r} needs a package that is not installed: {_first_line(error)}") from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if "attention implementation" in str(error):
+            asked = kwargs.get("attn_implementation")
+            raise ModelError(
+                f"model {model!r} has no {asked} attention: set options.attention to another (eager always works)."
+            ) from error
         if not Path(model).exists():
             raise ModelError(
                 f"model {model!r} could not be fetched: it is no local folder or file, and the hub was not reached "

@@ -5,14 +5,18 @@ Shapes: b = batch, t = positions of a sequence, q = new positions, d = hidden si
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhfkernels.adapters import Adapters
 from rlhfkernels.cache import cache_tensors, make_cache
 from rlhfkernels.case import Case
+from rlhfkernels.errors import CaseError
 from rlhfkernels.models import LoadedModel
 from rlhfkernels.observer import Observer
 
@@ -77,6 +81,8 @@ class PlainTrunk:
         self._options = case.options
         self._module = model.trunk
         self._adapters = adapters
+        if self._options.gradient_checkpointing:
+            _checkpoint_layers(self._module)
 
     def hidden(
         self, adapter: str | None, tokens: torch.Tensor, attention_mask: torch.Tensor | None, *, train: bool = False
@@ -86,8 +92,6 @@ class PlainTrunk:
         if self._options.gradient_checkpointing:
             # Dropout is 0 in the configuration: train mode only lets transformers checkpoint.
             self._module.train(train)
-            if train and not self._module.is_gradient_checkpointing:
-                self._module.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         output = self._module(
             input_ids=tokens, attention_mask=attention_mask, position_ids=positions(attention_mask), use_cache=False
         )
@@ -106,6 +110,20 @@ class PlainTrunk:
         self._adapters.activate(adapter)
         self._module.eval()
         return _PlainDecoder(self._module, self._options.kv_cache, max_len, observer)
+
+
+def _checkpoint_layers(module: torch.nn.Module) -> None:
+    """Has every layer of ``module`` checkpointed in train mode; the model's own switch has two names by version."""
+    layers = [layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    if not layers:
+        raise CaseError(
+            [f"options.gradient_checkpointing is true: {type(module).__name__} has no layers that allow it."]
+        )
+    for layer in layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = functools.partial(
+            checkpoint, use_reentrant=False, preserve_rng_state=False
+        )
 
 
 class _PlainDecoder:

@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+import torch
+
+from rlhfkernels.cache import PreallocatedLayer
+
+
+def test_it_gives_back_what_concatenation_would_and_allocates_once() -> None:
+    told: list[torch.Tensor] = []
+    layer = PreallocatedLayer(7, told.extend)
+    torch.manual_seed(0)
+    pieces = [(torch.randn(2, 3, q, 4), torch.randn(2, 3, q, 5)) for q in (4, 1, 1, 1)]
+    seen = 0
+    for i, (keys, values) in enumerate(pieces):
+        q = keys.shape[2]
+        assert layer.get_mask_sizes(q) == (seen + q, 0)
+        all_keys, all_values = layer.update(keys, values)
+        seen += q
+        assert layer.get_seq_length() == seen
+        assert torch.equal(all_keys, torch.cat([k for k, _ in pieces[: i + 1]], 2))
+        assert torch.equal(all_values, torch.cat([v for _, v in pieces[: i + 1]], 2))
+    assert layer.get_max_length() == 7
+    assert [tuple(t.shape) for t in told] == [(2, 3, 7, 4), (2, 3, 7, 5)]

@@ -1,0 +1,41 @@
+"""It learns: with a reward that counts a token, every method raises the mean reward by a stated margin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from rlhfkernels import METHODS, Case, build_step
+from rlhfkernels.rollout import Rollout
+
+TOKEN = 7
+STEPS = 60
+# By chance a token is 1 of 48. The mean of the last five steps must stand this far above the first step's.
+MARGIN = 0.5
+
+
+def share_of_token(rollout: Rollout) -> object:
+    return (rollout.completions == TOKEN).float().mean(1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_mean_reward_rises_by_the_margin(make_case: Callable[..., Case], method: str) -> None:
+    case = make_case(
+        method,
+        dtype="float32",
+        prompt_len=4,
+        completion_len=8,
+        batch_size=32,
+        lora_rank=8,
+        actor_lr=3e-3,
+        critic_lr=3e-3,
+        num_mini_batches=2,
+        ppo_epochs=2,
+        kl_coef=0.0,
+    )
+    step = build_step(case, reward_fn=share_of_token)
+    scores = [float(step.run().score) for _ in range(STEPS)]
+    print(f"{method}: first {scores[0]:.3f}, last five {sum(scores[-5:]) / 5:.3f}")
+    assert scores[0] < 0.1
+    assert sum(scores[-5:]) / 5 > scores[0] + MARGIN
