@@ -1,1 +1,50 @@
 """The harness: what to run, running it, measuring it, keeping it, judging it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlhfbench.errors import ForkServerError, RecordsError, RlhfBenchError, RunFolderError, SweepError
+    from rlhfbench.records import read_records
+    from rlhfbench.runner import RunSettings, run_sweep
+    from rlhfbench.sweep import Sweep
+
+    __version__: str
+
+__all__ = [
+    "ForkServerError",
+    "RecordsError",
+    "RlhfBenchError",
+    "RunFolderError",
+    "RunSettings",
+    "Sweep",
+    "SweepError",
+    "__version__",
+    "read_records",
+    "run_sweep",
+]
+
+_ROOMS = {
+    "ForkServerError": "errors",
+    "RecordsError": "errors",
+    "RlhfBenchError": "errors",
+    "RunFolderError": "errors",
+    "RunSettings": "runner",
+    "Sweep": "sweep",
+    "SweepError": "errors",
+    "read_records": "records",
+    "run_sweep": "runner",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Looked up on first use: `import rlhfbench` is on the way of every `--help` and of every forked case.
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("rlhfbench")
+    if name in _ROOMS:
+        return getattr(importlib.import_module(f"rlhfbench.{_ROOMS[name]}"), name)
+    raise AttributeError(f"module 'rlhfbench' has no attribute {name!r}")

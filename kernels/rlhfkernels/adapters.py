@@ -7,6 +7,7 @@ and on again may re-enable the wrong ones. ``Adapters`` therefore restores, afte
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from peft import LoraConfig, LoraModel, TaskType
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers.pytorch_utils import Conv1D
 
 from rlhfkernels.errors import CaseError
+from rlhfkernels.seeding import seeded
 
 
 class Adapters:
@@ -62,18 +65,28 @@ class Adapters:
         if not self.names:
             return
         device = next(trunk.parameters()).device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            # The tuner is PEFT's own way to put several sets on one model; nothing of it is needed afterwards.
-            tuner = LoraModel(trunk, self._config, self.names[0])
+        # The tuner is PEFT's own way to put several sets on one model; nothing of it is needed afterwards. Its weights
+        # stay on the meta device, as PEFT would make them in float32 first, and outside a planner's fake mode, whose
+        # tensors PEFT cannot move.
+        with _disable_current_modes():
+            tuner = LoraModel(trunk, self._config, self.names[0], low_cpu_mem_usage=True)
             for name in self.names[1:]:
                 tuner.peft_config[name] = self._config
-                tuner.inject_adapter(trunk, name)
+                tuner.inject_adapter(trunk, name, low_cpu_mem_usage=True)
         self._named_layers = [(name, m) for name, m in trunk.named_modules() if isinstance(m, LoraLayer)]
-        for parameter in self.parameters():
-            parameter.data = parameter.data.to(dtype)
+        with seeded(device, seed):
+            self._make_weights(device, dtype)
         self._active = self.names[-1]
         self.activate(None)
+
+    def _make_weights(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Fresh weights as LoRA starts: A uniform as in a linear layer, B zero."""
+        for name in self.names:
+            for _, layer in self._named_layers:
+                for weights in (layer.lora_A, layer.lora_B):
+                    shape = weights[name].weight.shape
+                    weights[name].weight = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
+                nn.init.kaiming_uniform_(layer.lora_A[name].weight, a=math.sqrt(5))
 
     def parameters(self, name: str | None = None) -> list[nn.Parameter]:
         """The weights of adapter set ``name``, or of all: A then B, layer by layer."""

@@ -5,7 +5,6 @@ Shapes: b = batch, p = prompt length, c = completion length, t = p + c, d = hidd
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,11 +16,12 @@ from rlhfkernels.adapters import Adapters
 from rlhfkernels.case import Case
 from rlhfkernels.heads import LmHead, ScalarHead
 from rlhfkernels.methods import Origin, Pass, RoleName
-from rlhfkernels.models import LoadedModel, load_model
+from rlhfkernels.models import LoadedModel, clone_module, load_model
 from rlhfkernels.observer import Observer
 from rlhfkernels.ops.logprobs import token_logprobs
 from rlhfkernels.rollout import Rollout
 from rlhfkernels.sampling import sample
+from rlhfkernels.seeding import seeded
 from rlhfkernels.trunk import TRUNKS, Trunk
 
 # Bases of one origin start from equal weights, bases of different origins do not.
@@ -34,17 +34,18 @@ class Engine:
 
     Args:
         case: what to build.
+        with_weights: load real weights; without, every weight is random and only configurations are read.
 
     Raises:
         ModelError: the model cannot be loaded or is too short.
         CaseError: an option does not fit the model.
     """
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, *, with_weights: bool = True) -> None:
         self.case = case
         self.method = case.role_table
         self.device = torch.device(case.device)
-        self.models = self._load_models()
+        self.models = self._load_models(with_weights)
         self.adapters = {base: self._attach(base) for base in self.method.bases}
         make_trunk = TRUNKS[case.options.engine]
         self.trunks: dict[str, Trunk] = {
@@ -53,7 +54,7 @@ class Engine:
         self.scalar_heads = self._make_scalar_heads()
         self.parameters_of_role = self._declare_trained()
 
-    def _load_models(self) -> dict[str, LoadedModel]:
+    def _load_models(self, with_weights: bool) -> dict[str, LoadedModel]:
         models: dict[str, LoadedModel] = {}
         first_of: dict[tuple[Origin, bool], LoadedModel] = {}
         for base in self.method.bases:
@@ -61,9 +62,11 @@ class Engine:
             key = (origin, "lm" in self.method.heads_of(base))
             if key not in first_of:
                 seed = self.case.seed + _ORIGIN_SEED[origin]
-                first_of[key] = models[base] = load_model(self.case, seed=seed, with_lm_head=key[1])
+                first_of[key] = models[base] = load_model(
+                    self.case, seed=seed, with_lm_head=key[1], with_weights=with_weights
+                )
             else:
-                models[base] = copy.deepcopy(first_of[key])
+                models[base] = first_of[key].clone()
         return models
 
     def _attach(self, base: str) -> Adapters:
@@ -82,12 +85,11 @@ class Engine:
         """A frozen reward head, and the critic's: the same where it is shared, else a copy with its own storage."""
         roles = self.method.roles
         model = self.models[roles["reward"].base]
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(self.case.seed + _HEAD_SEED)
+        with seeded(self.device, self.case.seed + _HEAD_SEED):
             reward = ScalarHead(model.hidden_size, device=self.device, dtype=getattr(torch, self.case.dtype))
         reward.requires_grad_(False)
         shared = roles["critic"].head == roles["reward"].head
-        return {"reward": reward, "critic": reward if shared else copy.deepcopy(reward)}
+        return {"reward": reward, "critic": reward if shared else clone_module(reward)}
 
     def _declare_trained(self) -> dict[RoleName, list[nn.Parameter]]:
         """Which weights each role trains; a weight that two roles train belongs to the first."""

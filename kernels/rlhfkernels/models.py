@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from rlhfkernels.case import Case
 from rlhfkernels.errors import ModelError
 from rlhfkernels.heads import LmHead
 from rlhfkernels.presets import PRESETS
+from rlhfkernels.seeding import seeded
 
+M = TypeVar("M", bound=nn.Module)
 _POSITION_FIELDS = ("max_position_embeddings", "n_positions", "max_sequence_length")
 _DROPOUT_FIELDS = ("dropout", "pdrop", "layerdrop")
 
@@ -37,14 +41,21 @@ class LoadedModel:
     vocab_size: int
     prefix: str
 
+    def clone(self) -> LoadedModel:
+        """The same model in storage of its own; a tied head stays tied to its own trunk."""
+        pair = nn.ModuleList([self.trunk] if self.lm_head is None else [self.trunk, self.lm_head])
+        trunk, *heads = clone_module(pair)
+        return dataclasses.replace(self, trunk=trunk, lm_head=heads[0] if heads else None)
 
-def load_model(case: Case, *, seed: int, with_lm_head: bool) -> LoadedModel:
+
+def load_model(case: Case, *, seed: int, with_lm_head: bool, with_weights: bool = True) -> LoadedModel:
     """Builds or loads the model of ``case`` on its device, in its dtype, with dropout off.
 
     Args:
         case: names the model, the device, the dtype and the attention implementation.
         seed: of random weights; ignored where there are real ones.
         with_lm_head: keep the language-model head.
+        with_weights: load real weights where there are some; without, only the model's configuration is read.
 
     Raises:
         ModelError: the model is unknown, cannot be loaded, or is too short for the case.
@@ -57,16 +68,30 @@ def load_model(case: Case, *, seed: int, with_lm_head: bool) -> LoadedModel:
         if any(name.endswith(field) for field in _DROPOUT_FIELDS) and isinstance(getattr(config, name), float):
             setattr(config, name, 0.0)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": case.options.attention}
-    if source is None:
-        # fork_rng: building a model must not move the caller's random state.
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
-            torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(config, **options)
+    if source is None or not with_weights:
+        with seeded(device, seed), device:
+            model = _loading(case.model, AutoModelForCausalLM.from_config, config, **options)
     else:
         load = AutoModelForCausalLM.from_pretrained
         model = _loading(case.model, load, *source.args, config=config, **source.kwargs, **options).to(device)
     model.eval().requires_grad_(False)
     return _split(model, with_lm_head)
+
+
+def clone_module(module: M) -> M:
+    """A copy that owns the storage of every one of its tensors, ties kept; ``copy.deepcopy`` cannot copy fake tensors."""
+    tensors = {id(t): t for each in module.modules() for t in _tensors_of(each)}
+    memo: dict[int, Any] = {}
+    for key, tensor in tensors.items():
+        twin = tensor.detach().clone()
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[key] = nn.Parameter(twin, requires_grad=tensor.requires_grad) if is_parameter else twin
+    return copy.deepcopy(module, memo)
+
+
+def _tensors_of(module: nn.Module) -> list[torch.Tensor]:
+    held = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
+    return [tensor for tensor in held if isinstance(tensor, torch.Tensor)]
 
 
 def load_tokenizer(model: str) -> Any | None:

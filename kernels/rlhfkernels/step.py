@@ -58,19 +58,23 @@ class StepStats:
                 raise NumericalError(f"{name} is {float(value)}: the step's numbers must be finite.")
 
 
-def build_step(case: Case, *, reward_fn: RewardFunction | None = None) -> PPOStep:
+def build_step(case: Case, *, reward_fn: RewardFunction | None = None, with_weights: bool = True) -> PPOStep:
     """Loads what ``case`` names onto its device and returns its step.
 
     Args:
         case: what to build.
         reward_fn: scores a rollout, [b], in place of the reward model, whose pass is then not run.
+        with_weights: load real weights and prompts; without, random ones of the same shapes stand for them, as a
+            planner on fake tensors wants it.
 
     Raises:
         ModelError: the model cannot be loaded or is too short.
         CaseError: an option does not fit the model.
         PromptsError: the prompts file cannot be used.
     """
-    return PPOStep(case, Engine(case), reward_fn)
+    if not with_weights:
+        return PPOStep(case, Engine(case, with_weights=False), reward_fn, generator=None)
+    return PPOStep(case, Engine(case), reward_fn, generator=_generator(torch.device(case.device), case.seed))
 
 
 class PPOStep:
@@ -83,7 +87,9 @@ class PPOStep:
         optimizers: one for each trained role that owns weights.
     """
 
-    def __init__(self, case: Case, engine: Engine, reward_fn: RewardFunction | None = None) -> None:
+    def __init__(
+        self, case: Case, engine: Engine, reward_fn: RewardFunction | None, *, generator: torch.Generator | None
+    ) -> None:
         self.case = case
         self.engine = engine
         self.phases: tuple[Phase, ...] = engine.method.phases
@@ -91,7 +97,7 @@ class PPOStep:
         tokenizer = load_tokenizer(case.model) if case.options.prompts is not None else None
         actor = engine.models[engine.method.roles["actor"].base]
         self._prompts = PromptSource(case, actor.vocab_size, tokenizer)
-        self._generator = _generator(engine.device, case.seed)
+        self._generator = generator
         self._order = random.Random(case.seed)
         self.optimizers = {
             role: self._make_optimizer(role, parameters)

@@ -1,1 +1,35 @@
-"""What is measured about one case: time, memory, the machine."""
+"""What is measured about one case: time, memory, the machine.
+
+Importing this package imports no torch: the harness reads its settings and samplers, the worker runs ``measure_case``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from rlhfbench.measure.settings import MeasureSettings
+from rlhfkernels.case import Case
+
+__all__ = ["MeasureSettings", "measure_case"]
+
+
+def measure_case(case: Case, settings: MeasureSettings, notify: Callable[[str], None]) -> dict[str, Any]:
+    """Builds ``case``, runs its passes and returns what they found.
+
+    Args:
+        case: what is measured. Its device should be this process's alone.
+        settings: how.
+        notify: told what is being done, as it begins: ``build``, ``warm-up``, ``timing``, ``memory``, ``profile``,
+            ``ceilings``; and ``phase:<name>`` in a pass that no clock watches, and when a step fails.
+
+    Returns:
+        The ``memory``, ``latency``, ``work`` and ``prompts`` objects of the record, and ``ceilings``, for the settings
+        of the run's next case on the same device in the same dtype.
+
+    Raises:
+        RlhfKernelsError: the model or the prompts cannot be used, or a step's numbers are not finite.
+    """
+    from rlhfbench.measure.passes import run_passes
+
+    return run_passes(case, settings, notify)

@@ -1,0 +1,123 @@
+"""The environment of a run: everything beside the cases that its numbers depend on."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+_PACKAGES = ("rlhfbench", "torch", "transformers", "peft", "numpy")
+
+
+def now() -> str:
+    """UTC, ISO 8601, to the millisecond."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+
+
+def describe(*, argv: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]:
+    """The content of ``environment.json``; what this machine does not tell is ``None``.
+
+    Args:
+        argv: the command line.
+        settings: what the run was told beside its cases.
+    """
+    return {
+        "started_at": now(),
+        "argv": list(argv),
+        "settings": settings,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "source": source(Path(__file__).parent),
+        "cpu": {
+            "model": _cpu_model(),
+            "num_physical_cores": psutil.cpu_count(logical=False),
+            "num_logical_cores": psutil.cpu_count(logical=True),
+            "num_usable_cores": _num_usable_cores(),
+            "memory_bytes": psutil.virtual_memory().total,
+        },
+        "num_threads": settings.get("num_threads") or _num_usable_cores(),
+        "gpus": gpus(),
+    }
+
+
+def source(folder: Path) -> dict[str, Any]:
+    """``{"commit", "dirty"}`` of the checkout that ``folder`` belongs to; both ``None`` where it is installed."""
+    commit = dirty = None
+    # A package installed into an environment inside somebody's checkout is not part of that checkout.
+    if _git(folder, "ls-files", "--error-unmatch", "__init__.py") is not None:
+        commit = _git(folder, "rev-parse", "HEAD")
+        status = _git(folder, "status", "--porcelain")
+        dirty = None if status is None else bool(status)
+    return {"commit": commit, "dirty": dirty}
+
+
+def gpus() -> list[dict[str, Any]] | None:
+    """Name, driver and memory of every device, ``None`` without NVML."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # the package or the driver's library is absent, in one of many ways
+        return None
+    try:
+        driver = _text(pynvml.nvmlSystemGetDriverVersion())
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        return [
+            {
+                "name": _text(pynvml.nvmlDeviceGetName(handle)),
+                "driver": driver,
+                "memory_bytes": int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
+            }
+            for handle in handles
+        ]
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _num_usable_cores() -> int | None:
+    """Those that this process may run on, which a container or taskset can make fewer."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def _cpu_model() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, None) or platform.processor() or None
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git says, ``None`` where it fails."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,40 @@
+"""The errors of rlhfbench.
+
+RlhfBenchError
+├── SweepError        what was asked for cannot be run: every problem, one sentence each
+├── RunFolderError    an output folder that cannot be used
+├── RecordsError      a records file that cannot be read or written
+└── ForkServerError   the process that cases are forked from did not start
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class RlhfBenchError(Exception):
+    """The root of every error that this package raises on purpose."""
+
+
+class SweepError(RlhfBenchError):
+    """A sweep, or a setting of its run, that is wrong.
+
+    Attributes:
+        problems: one sentence a problem, each naming the field, the value and the rule.
+    """
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = tuple(dict.fromkeys(problems))
+        super().__init__("\n".join(self.problems))
+
+
+class RunFolderError(RlhfBenchError):
+    """An output folder that holds something else, is in use or cannot be written."""
+
+
+class RecordsError(RlhfBenchError):
+    """A records file that is malformed, comes from a newer rlhfbench or cannot be written."""
+
+
+class ForkServerError(RlhfBenchError):
+    """The process that cases are forked from did not start; the message has its last words."""

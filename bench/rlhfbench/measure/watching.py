@@ -1,0 +1,142 @@
+"""How the ledger gets to know: the hooks into torch, put in place and taken away again.
+
+Four of them: a dispatch mode sees every op's tensors, under autograd and in its threads; hooks on saved tensors see
+what autograd keeps; those hooks stand also behind other people's (activation checkpointing has its own, and only the
+innermost are called); and the one way to resize a storage without an op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Watcher(Protocol):
+    """What is told of storages; ``Ledger`` says what each means."""
+
+    def see(self, tensor: torch.Tensor, op: object) -> None:
+        """An op has made ``tensor``, or with ``None`` takes it."""
+
+    def measure_again(self, tensor: torch.Tensor) -> None:
+        """An op may have written into ``tensor``."""
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """``storage`` has another size."""
+
+    def hold(self, tensor: torch.Tensor, alias: torch.Tensor) -> None:
+        """Autograd holds ``tensor``, for as long as ``alias`` lives."""
+
+
+@contextmanager
+def watch(watcher: Watcher) -> Iterator[None]:
+    """Tells ``watcher`` of every storage that an op, autograd or a resize touches in the meantime."""
+    with ExitStack() as stack:
+        stack.enter_context(_watched_resizes(watcher))
+        stack.enter_context(saved_tensors_hooks(lambda tensor: _held(watcher, tensor), lambda alias: alias))
+        stack.enter_context(_watched_inner_hooks(watcher))
+        stack.enter_context(_Mode(watcher))
+        yield
+
+
+class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees every op: inputs (they may have been made before), outputs, and what the op wrote into."""
+
+    def __init__(self, watcher: Watcher) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._watcher = watcher
+        self._writes: dict[Any, bool] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here, and the guard against it would import the compiler at the first op."""
+        return False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        see = self._watcher.see
+        for tensor in _tensors(args):
+            see(tensor, None)
+        result = func(*args, **kwargs) if kwargs else func(*args)
+        writes = self._writes.get(func)
+        if writes is None:
+            writes = self._writes[func] = bool(func._schema.is_mutable)
+        if writes:
+            for tensor in _tensors(args):
+                self._watcher.measure_again(tensor)
+            if kwargs:
+                for tensor in _tensors(kwargs.values()):
+                    self._watcher.measure_again(tensor)
+        if isinstance(result, torch.Tensor):
+            see(result, func)
+        elif result is not None:
+            for tensor in _tensors(result if isinstance(result, (list, tuple)) else (result,)):
+                see(tensor, func)
+        return result
+
+
+def _tensors(values: Iterable[Any]) -> list[torch.Tensor]:
+    """The tensors among ``values`` and in lists and tuples among them (the deepest that an op's schema allows)."""
+    found = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += [item for item in value if isinstance(item, torch.Tensor)]
+    return found
+
+
+def _held(watcher: Watcher, tensor: torch.Tensor) -> torch.Tensor:
+    """An alias that only autograd holds: it lives exactly as long as the saved reference.
+
+    It must be detached also because a saved output that held itself would never be freed.
+    """
+    alias = tensor.detach()
+    watcher.hold(tensor, alias)
+    return alias
+
+
+@contextmanager
+def _watched_inner_hooks(watcher: Watcher) -> Iterator[None]:
+    """Hands aliases to hooks that are entered from now on, so that what they keep is seen for as long as they keep it.
+
+    Under non-reentrant checkpointing the forward's hooks keep nothing, and the recomputation's keep each tensor until
+    the backward has used it. Only the innermost hooks are ever called, so ours have to stand behind theirs.
+    """
+    enter = saved_tensors_hooks.__enter__
+
+    def enter_watched(hooks: saved_tensors_hooks) -> None:
+        pack: Callable[[torch.Tensor], Any] = hooks.pack_hook
+        hooks.pack_hook = lambda tensor: pack(_held(watcher, tensor))
+        try:
+            enter(hooks)
+        finally:
+            hooks.pack_hook = pack
+
+    saved_tensors_hooks.__enter__ = enter_watched  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        saved_tensors_hooks.__enter__ = enter  # type: ignore[method-assign]
+
+
+@contextmanager
+def _watched_resizes(watcher: Watcher) -> Iterator[None]:
+    """``tensor.untyped_storage().resize_(n)`` is no op, so the method itself is watched."""
+    resize = torch.UntypedStorage.resize_
+
+    def resize_watched(storage: torch.UntypedStorage, size: int) -> Any:
+        result = resize(storage, size)
+        watcher.resized(storage)
+        return result
+
+    torch.UntypedStorage.resize_ = resize_watched  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]

@@ -1,0 +1,100 @@
+"""Which panels a figure of a run has, and which points stand in each: no drawing here."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import pandas as pd
+
+from rlhfreports.columns import axes_that_vary, axis_text
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Panel:
+    """One panel: rows of one batch size, or of the largest batch that fits.
+
+    Attributes:
+        title: what its rows have in common and other panels' rows do not.
+        points: the measured rows, at most one per method and length.
+        failures: the rows of this panel that were not measured, by the same rule.
+        shows_batch: whether the batch size differs from point to point.
+    """
+
+    title: str
+    points: pd.DataFrame
+    failures: pd.DataFrame
+    shows_batch: bool = False
+
+
+def panels_of(frame: pd.DataFrame) -> list[Panel]:
+    """The panels of ``frame``: one a batch size, for each combination of whatever else varies.
+
+    Where the batch that fits is not everywhere the largest one, a last panel has the largest that fits for each method
+    and length, as Hydra-RLHF's Figure 2.
+    """
+    axes = axes_that_vary(frame)
+    groups = frame.groupby(axes, sort=False, dropna=False) if axes else [((), frame)]
+    panels: list[Panel] = []
+    for values, rows in groups:
+        words = [axis_text(axis, value) or f"no {axis}" for axis, value in zip(axes, values, strict=True)]
+        panels += _panels_of_group(rows, " · ".join(words))
+    return panels
+
+
+def _panels_of_group(rows: pd.DataFrame, words: str) -> list[Panel]:
+    panels = [
+        _panel(of_batch, _joined(words, f"batch {batch}")) for batch, of_batch in rows.groupby("batch_size", sort=True)
+    ]
+    largest = _largest_that_fit(rows)
+    batches = largest["batch_size"].drop_duplicates()
+    if len(batches) > 1:
+        failures = _unmeasured(rows)
+        seen = set(zip(largest["method"], largest["seq_len"], strict=True))
+        never = [key not in seen for key in zip(failures["method"], failures["seq_len"], strict=True)]
+        failures = failures[never].drop_duplicates(["method", "seq_len"])
+        title = _joined(words, "largest batch that fits")
+        panels.append(Panel(title=title, points=largest, failures=failures, shows_batch=True))
+    return panels
+
+
+def _panel(rows: pd.DataFrame, title: str) -> Panel:
+    return Panel(title=title, points=rows[is_measured(rows)], failures=_unmeasured(rows))
+
+
+def is_measured(rows: pd.DataFrame) -> pd.Series[bool]:
+    """Which rows have a time that a logarithmic axis can show."""
+    total = rows["total_s_per_sample"].astype("float64").fillna(math.nan)
+    return (rows["outcome"] == "ok").fillna(False).astype(bool) & total.gt(0) & (total < math.inf)
+
+
+def _unmeasured(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows[~is_measured(rows)]
+
+
+def _largest_that_fit(rows: pd.DataFrame) -> pd.DataFrame:
+    measured = rows[is_measured(rows)].sort_values("batch_size", kind="stable")
+    return measured.drop_duplicates(["method", "seq_len"], keep="last")
+
+
+def _joined(*words: str) -> str:
+    return " · ".join(word for word in words if word)
+
+
+Metric = Callable[[pd.DataFrame], "pd.Series[float]"]
+
+
+def seconds_per_sample(rows: pd.DataFrame) -> pd.Series[float]:
+    """Seconds of a step per sequence of its batch."""
+    return rows["total_s_per_sample"].astype("float64")
+
+
+def samples_per_second(rows: pd.DataFrame) -> pd.Series[float]:
+    """Sequences per second of a step."""
+    return 1.0 / seconds_per_sample(rows)
+
+
+def tokens_per_second(rows: pd.DataFrame) -> pd.Series[float]:
+    """Tokens per second of a step; a sequence has prompt_len + completion_len of them."""
+    return rows["seq_len"].astype("float64") / seconds_per_sample(rows)

@@ -1,0 +1,296 @@
+"""Log-log plots of a run against sequence length, one line a method: seconds per sample, and throughput.
+
+Drawn with matplotlib's object interface: no display, no global figure. The files depend on the table alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.transforms import blended_transform_factory
+
+from rlhfreports.columns import methods_in_order, shared_axes_text
+from rlhfreports.panels import (
+    Metric,
+    Panel,
+    panels_of,
+    samples_per_second,
+    seconds_per_sample,
+    tokens_per_second,
+)
+from rlhfreports.table import outcome_word
+from rlhfreports.ticks import log_ticks, plain_number, spaced
+
+# Okabe and Ito's palette: told apart with every kind of colour vision, and on paper by the markers.
+COLORS = ("#000000", "#D55E00", "#E69F00", "#009E73", "#0072B2", "#CC79A7", "#56B4E9", "#8A7500")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_INK = "#333333"
+_FAINT = "#E4E4E4"
+_BAND = "#F5F2EC"
+_MAX_COLUMNS = 3
+_WORD_ROW = 0.055  # of a panel's height
+_PANEL_WIDTH_IN, _PANEL_HEIGHT_IN = 4.4, 3.7
+# matplotlib's defaults first: a user's own settings must not change the pictures.
+_STYLE: dict[Any, Any] = {
+    **{name: value for name, value in matplotlib.rcParamsDefault.items() if not name.startswith("backend")},
+    "svg.hashsalt": "rlhfbench",
+    "svg.fonttype": "path",
+    "font.family": "DejaVu Sans",
+    "font.size": 10.0,
+    "axes.edgecolor": "#999999",
+    "axes.labelcolor": _INK,
+    "axes.axisbelow": True,
+    "text.color": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Method:
+    """How one method is drawn, in every panel of every figure."""
+
+    title: str
+    color: str
+    marker: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Quantity:
+    """What a row of panels shows on its upright axis."""
+
+    label: str
+    metric: Metric
+
+
+_SECONDS = _Quantity(label="seconds per sample (lower is better)", metric=seconds_per_sample)
+_SAMPLES = _Quantity(label="samples per second (higher is better)", metric=samples_per_second)
+_TOKENS = _Quantity(label="tokens per second, prompt + completion", metric=tokens_per_second)
+
+
+def draw_latency(frame: pd.DataFrame, path_stem: Path) -> tuple[Path, Path]:
+    """Writes seconds per sample against sequence length as ``path_stem``.png and .svg, and returns both paths."""
+    return _write(latency_figure(frame), path_stem)
+
+
+def draw_throughput(frame: pd.DataFrame, path_stem: Path) -> tuple[Path, Path]:
+    """Writes samples/s and tokens/s against sequence length as ``path_stem``.png and .svg, and returns both paths."""
+    return _write(throughput_figure(frame), path_stem)
+
+
+def latency_figure(frame: pd.DataFrame) -> Figure:
+    """Seconds per sample (lower is better): one panel a batch size, one line a method."""
+    return _figure(frame, "Seconds per sample against sequence length", [_SECONDS])
+
+
+def throughput_figure(frame: pd.DataFrame) -> Figure:
+    """Samples and tokens per second (higher is better), one row of panels each, one line a method."""
+    return _figure(frame, "Throughput against sequence length", [_SAMPLES, _TOKENS])
+
+
+def _write(figure: Figure, path_stem: Path) -> tuple[Path, Path]:
+    png, svg = path_stem.with_name(f"{path_stem.name}.png"), path_stem.with_name(f"{path_stem.name}.svg")
+    with matplotlib.rc_context(_STYLE):
+        figure.savefig(png, dpi=150, metadata={"Software": None})
+        figure.savefig(svg, metadata={"Date": None, "Creator": None})
+    return png, svg
+
+
+def _figure(frame: pd.DataFrame, title: str, quantities: Sequence[_Quantity]) -> Figure:
+    panels = panels_of(frame)
+    with matplotlib.rc_context(_STYLE):
+        if not any(len(panel.points) for panel in panels):
+            return _empty_figure(frame, title)
+        num_rows, num_columns = _shape(len(panels), len(quantities))
+        width = max(_PANEL_WIDTH_IN * num_columns + 0.6, 7.4)
+        height = _PANEL_HEIGHT_IN * num_rows + 1.15
+        # The title and the legend take one inch of the height, whatever the number of panels.
+        layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - 1 / height), w_pad=0.08, h_pad=0.08)
+        figure = Figure(figsize=(width, height), layout=layout)
+        grid = list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
+        share = len(grid) // len(quantities)
+        styles = _styles(frame)
+        for i, quantity in enumerate(quantities):
+            _draw_quantity(grid[i * share : (i + 1) * share], panels, quantity, styles, num_columns)
+        _head(figure, frame, title, list(styles.values()))
+    return figure
+
+
+def _shape(num_panels: int, num_quantities: int) -> tuple[int, int]:
+    """Rows and columns of the grid. Each quantity has its own rows, unless one panel each stand side by side."""
+    if num_panels == 1:
+        return 1, num_quantities
+    num_columns = 2 if num_panels == 4 else min(num_panels, _MAX_COLUMNS)
+    return math.ceil(num_panels / num_columns) * num_quantities, num_columns
+
+
+def _styles(frame: pd.DataFrame) -> dict[str, _Method]:
+    """Colour and marker by the method's place in the harness's table, so that they are the same in every run."""
+    methods = methods_in_order(frame)
+    places = [i if pd.isna(order) else int(order) for i, order in enumerate(methods["method_order"])]
+    free = iter(i for i in range(len(COLORS)) if i not in methods["method_order"].dropna().tolist())
+    styles = {}
+    for name, method_title, order, place in zip(
+        methods["method"], methods["method_title"], methods["method_order"], places, strict=True
+    ):
+        slot = next(free, place) if pd.isna(order) else place
+        styles[name] = _Method(
+            title=name if pd.isna(method_title) else method_title,
+            color=COLORS[slot % len(COLORS)],
+            marker=MARKERS[slot % len(MARKERS)],
+        )
+    return styles
+
+
+def _head(figure: Figure, frame: pd.DataFrame, title: str, styles: Sequence[_Method]) -> None:
+    """The title, what all points have in common under it, and the legend."""
+    height = figure.get_figheight()
+    figure.text(0.5, 1 - 0.12 / height, title, ha="center", va="top", fontsize=14, fontweight="bold")
+    figure.text(0.5, 1 - 0.42 / height, shared_axes_text(frame), ha="center", va="top", fontsize=10, color="#666666")
+    handles = [
+        Line2D([], [], color=style.color, marker=style.marker, markersize=6, linewidth=1.8, label=style.title)
+        for style in styles
+    ]
+    figure.legend(
+        handles=handles,
+        loc="upper center",
+        bbox_to_anchor=(0.5, 1 - 0.62 / height),
+        ncols=len(handles),
+        frameon=False,
+        columnspacing=1.6,
+        handlelength=2.0,
+    )
+
+
+def _draw_quantity(
+    grid: Sequence[Axes], panels: Sequence[Panel], quantity: _Quantity, styles: dict[str, _Method], num_columns: int
+) -> None:
+    """Draws one quantity into its panels, all with the same limits, so that they compare by eye."""
+    lengths = sorted({int(x) for panel in panels for rows in (panel.points, panel.failures) for x in rows["seq_len"]})
+    values = [y for panel in panels for y in quantity.metric(panel.points)]
+    close = len(spaced(lengths, lengths[-1] / lengths[0])) < len(lengths)
+    words = [_words(panel, styles, short=close) for panel in panels]
+    bottom, top, band = _limits(values, max(map(len, words)))
+    for i, (axes, panel) in enumerate(zip(grid, panels, strict=False)):
+        _scale(axes, lengths, bottom, top)
+        axes.set_title(panel.title, fontsize=10.5, color=_INK)
+        if i % num_columns == 0 or len(panels) == 1:
+            axes.set_ylabel(quantity.label)
+        else:
+            axes.tick_params(labelleft=False)
+        axes.set_xlabel("sequence length (tokens)")
+        axes.yaxis.set_major_locator(FixedLocator(log_ticks(bottom, bottom * (top / bottom) ** (1 - band))))
+        _draw_lines(axes, panel, quantity, styles)
+        _draw_words(axes, words[i], styles)
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+
+
+def _draw_lines(axes: Axes, panel: Panel, quantity: _Quantity, styles: dict[str, _Method]) -> None:
+    for method, style in styles.items():
+        rows = panel.points[panel.points["method"] == method].sort_values(["seq_len", "prompt_len"], kind="stable")
+        if rows.empty:
+            continue
+        x, y = rows["seq_len"].astype("float64").tolist(), quantity.metric(rows).tolist()
+        axes.plot(
+            x,
+            y,
+            color=style.color,
+            marker=style.marker,
+            markersize=7,
+            markeredgecolor="white",
+            markeredgewidth=0.8,
+            linewidth=1.8,
+            label=style.title,
+        )
+
+
+def _words(panel: Panel, styles: dict[str, _Method], *, short: bool) -> dict[str, list[tuple[int, str]]]:
+    """What the band above the lines says, by method: (length, word) for each case that was not measured.
+
+    In a panel whose batch size differs from point to point, the batch size of each point stands there too. ``short``
+    is for lengths so close that words would run into each other.
+    """
+    words: dict[str, list[tuple[int, str]]] = {}
+    for method in styles:
+        failures = panel.failures[panel.failures["method"] == method]
+        found = [
+            (length, "×" if short else outcome_word(outcome) if outcome != "ok" else "no time")
+            for length, outcome in zip(failures["seq_len"].tolist(), failures["outcome"].tolist(), strict=True)
+        ]
+        if panel.shows_batch:
+            points = panel.points[panel.points["method"] == method]
+            sizes = zip(points["seq_len"].tolist(), points["batch_size"].tolist(), strict=True)
+            found += [(length, f"{size}" if short else f"batch {size}") for length, size in sizes]
+        if found:
+            words[method] = found
+    return words
+
+
+def _draw_words(axes: Axes, words: dict[str, list[tuple[int, str]]], styles: dict[str, _Method]) -> None:
+    """A band at the top of the panel, one line a method, in its colour and with its marker at the left."""
+    if not words:
+        return
+    band = _WORD_ROW * len(words)
+    axes.add_patch(
+        Rectangle((0, 1 - band), 1, band, transform=axes.transAxes, facecolor=_BAND, edgecolor="none", zorder=0.5)
+    )
+    at = blended_transform_factory(axes.transData, axes.transAxes)
+    for i, (method, found) in enumerate(words.items()):
+        y, style = 1 - _WORD_ROW * (i + 0.5), styles[method]
+        axes.plot([0.02], [y], transform=axes.transAxes, marker=style.marker, markersize=5, color=style.color, lw=0)
+        for length, word in found:
+            axes.text(length, y, word, transform=at, ha="center", va="center_baseline", fontsize=7.5, color=style.color)
+
+
+def _limits(values: Sequence[float], num_word_rows: int) -> tuple[float, float, float]:
+    """Limits of the upright axis, and the share of its height at the top that is kept for words."""
+    low, high = math.log10(min(values)), math.log10(max(values))
+    # At least half a decade: noise in a flat line should not look like a slope.
+    margin = max(0.06 * (high - low), (0.5 - (high - low)) / 2)
+    low, high = low - margin, high + margin
+    band = 0.0 if num_word_rows == 0 else 0.02 + _WORD_ROW * num_word_rows
+    return 10**low, 10 ** (low + (high - low) / (1 - band)), band
+
+
+def _scale(axes: Axes, lengths: Sequence[int], bottom: float, top: float) -> None:
+    """Both axes logarithmic, with plain numbers at the lengths that were run and nowhere else."""
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    span = max(lengths[-1] / lengths[0], 2.0)
+    left = 0.15 if len(lengths) > 1 else 0.1  # words at the first length stand beside the band's markers
+    axes.set_xlim(lengths[0] / span**left, lengths[-1] * span**0.1)
+    axes.set_ylim(bottom, top)
+    axes.xaxis.set_major_locator(FixedLocator(spaced(lengths, span)))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: plain_number(value)))
+        axis.set_minor_locator(NullLocator())
+    axes.grid(visible=True, color=_FAINT, linewidth=0.8)
+    axes.tick_params(length=0)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _empty_figure(frame: pd.DataFrame, title: str) -> Figure:
+    """A figure that says that there is nothing to draw, and what became of the cases."""
+    figure = Figure(figsize=(7.4, 3.2))
+    figure.text(0.5, 0.93, title, ha="center", va="top", fontsize=14, fontweight="bold")
+    figure.text(0.5, 0.82, shared_axes_text(frame), ha="center", va="top", fontsize=10, color="#666666")
+    counts = frame["outcome"].value_counts(sort=False)
+    found = ", ".join(f"{count} {outcome_word(outcome)}" for outcome, count in counts.items())
+    figure.text(
+        0.5, 0.45, f"No case was measured{f': {found}' if found else ''}.", ha="center", va="center", fontsize=11
+    )
+    return figure

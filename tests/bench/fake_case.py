@@ -1,0 +1,130 @@
+"""A case that needs no model: does what its ``prompt_field`` says. As a program it is a harness around such cases."""
+
+import functools
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from rlhfbench import runner, worker
+from rlhfbench.progress import LineProgress
+
+SOME_MEMORY = {"model_bytes": 3, "activation_bytes": 2, "rollout_bytes": 1, "total_bytes": 6, "peak_phase": "score"}
+
+
+def run_case(request, send):
+    kind = request["case"]["options"]["prompt_field"]
+    send({"notify": "build"})
+    send({"notify": "phase:score"})
+    BEHAVIOURS[kind](request, send)
+
+
+def _ok(request, send):
+    result = {"memory": SOME_MEMORY, "ceilings": {"matmul_flops_per_s": 1.0}, "work": None}
+    send({"result": {"outcome": "ok", "error": None, **result}})
+
+
+def _echo(request, send):
+    send({"result": {"outcome": "ok", "error": None, "prompts": request}})
+
+
+def _oom_from_batch_4(request, send):
+    if request["case"]["batch_size"] < 4:
+        _ok(request, send)
+    else:
+        send({"result": worker.failure(MemoryError("no room"), "score")})
+
+
+def _needs_more_than_its_limit(request, send):
+    worker.limit_memory("cpu", request["memory_limit_bytes"])
+    try:
+        bytearray(2 * request["memory_limit_bytes"])
+    except MemoryError as error:
+        worker.lift_memory_limit()
+        send({"result": worker.failure(error, "score")})
+
+
+def _hang(request, send):
+    send({"notify": f"hanging {os.getpid()} {os.getppid()}"})
+    time.sleep(600)
+
+
+def _hang_with_a_helper(request, send):
+    helper = os.fork()
+    if helper == 0:
+        time.sleep(600)
+    send({"notify": f"helped {helper}"})
+    _hang(request, send)
+
+
+def _die_between_messages(request, send):
+    send({"notify": f"alive {os.getpid()}"})
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _segfault(request, send):
+    import ctypes
+
+    ctypes.string_at(0)
+
+
+def _exit(request, send):
+    print("before the end", file=sys.stderr)
+    os._exit(7)
+
+
+def _chatter(request, send):
+    print("said on stdout")
+    for _ in range(3):
+        send({"notify": "x" * 100_000})  # more than a pipe holds
+    _ok(request, send)
+
+
+def _wait_to_be_told(request, send):
+    Path(request["fifo"]).read_text()  # returns when the test has opened and closed the other end
+    _ok(request, send)
+
+
+def _state(request, send):
+    handlers = [
+        signal.getsignal(n) in (signal.SIG_DFL, signal.default_int_handler) for n in (signal.SIGINT, signal.SIGTERM)
+    ]
+    send({"result": {"outcome": "ok", "error": None, "prompts": {"defaults": handlers, "parent": os.getppid()}}})
+
+
+BEHAVIOURS = {
+    "ok": _ok,
+    "echo": _echo,
+    "oom-from-batch-4": _oom_from_batch_4,
+    "over-limit": _needs_more_than_its_limit,
+    "hang": _hang,
+    "hang-with-helper": _hang_with_a_helper,
+    "die": _die_between_messages,
+    "segfault": _segfault,
+    "exit": _exit,
+    "chatter": _chatter,
+    "state": _state,
+    "wait": _wait_to_be_told,
+}
+
+
+class EchoProgress(LineProgress):
+    """Says on standard output what a case is doing, for a test that waits for it."""
+
+    def __init__(self):
+        super().__init__(sys.stderr)
+
+    def doing(self, what):
+        print(what, flush=True)
+
+
+if __name__ == "__main__":
+    from rlhfbench import cli
+
+    preload = tuple(sys.argv[1].split(",")) if sys.argv[1] else ()
+    runner.run_sweep = functools.partial(
+        runner.run_sweep, target="fake_case:run_case", preload=preload, progress=EchoProgress()
+    )
+    sys.argv[1:] = sys.argv[2:]
+    cli.main()

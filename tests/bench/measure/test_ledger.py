@@ -1,0 +1,366 @@
+import gc
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from rlhfbench.measure.ledger import Ledger
+from rlhfkernels.observer import PARTS
+
+FLOAT = 4
+
+
+def parts(**some):
+    return {part: some.get(part, 0) for part in PARTS}
+
+
+def walk():
+    """Every live storage that a tensor known to the garbage collector looks into: {address: bytes}."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return {storage._cdata: storage.nbytes() for storage in storages}
+
+
+class Walked(Ledger):
+    """Compares itself with an independent walk whenever a phase ends."""
+
+    def __enter__(self):
+        self.before = walk()
+        self.num_walks = 0
+        return super().__enter__()
+
+    def exit_phase(self, name):
+        super().exit_phase(name)
+        found, live = walk(), self.live_storages()
+        assert live == {key: size for key, size in found.items() if key not in self.before or key in live}
+        assert sum(live.values()) == self.total_bytes == sum(self.parts.values())
+        self.num_walks += 1
+
+
+def mlp(inner=16):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, inner), nn.ReLU(), nn.Linear(inner, 1))
+
+
+# A network by hand. b = 4 rows, 8 -> 16 -> 1.
+WEIGHTS = (8 * 16 + 16 + 16 + 1) * FLOAT
+INPUT, HIDDEN, OUTPUT = 4 * 8 * FLOAT, 4 * 16 * FLOAT, 4 * FLOAT
+
+
+def test_hand_count_of_a_small_network():
+    net, x = mlp(), torch.ones(4, 8)
+    with Ledger() as ledger:
+        ledger.tag("base", net.parameters())
+        ledger.watch_gradients(net.parameters())
+        with ledger.phase("forward"):
+            out = net(x)
+        # Kept for the backward: the input of each linear layer (the second's is also the ReLU's output).
+        assert ledger.parts == parts(base=WEIGHTS, activations=INPUT + HIDDEN, temporary=OUTPUT)
+        # At the forward's peak the ReLU's input was there too, and the network's output not yet.
+        assert ledger.peaks["forward"].parts == parts(base=WEIGHTS, activations=INPUT + HIDDEN, temporary=HIDDEN)
+        with ledger.phase("backward"):
+            out.backward(torch.ones_like(out))
+        del out
+        assert ledger.parts == parts(base=WEIGHTS, gradients=WEIGHTS, temporary=INPUT)
+        net.zero_grad()
+        assert ledger.parts == parts(base=WEIGHTS, temporary=INPUT)
+    assert ledger.peak_phase == "backward"
+    assert ledger.peak == ledger.peaks["backward"]
+    assert ledger.peak.total_bytes == sum(ledger.peak.parts.values())
+    assert ledger.largest.num_bytes == HIDDEN
+    assert ledger.largest.shape == (4, 16)
+    assert ledger.largest.op == "aten.addmm.default"
+
+
+def test_fake_tensors_give_the_same_numbers():
+    def measure(make):
+        with Ledger() as ledger:
+            first, second = (make(8, 16, requires_grad=True) for _ in range(2))
+            ledger.tag("base", (first, second))
+            ledger.watch_gradients((first, second))
+            with ledger.phase("forward"):
+                out = checkpoint(lambda x: (x @ first).relu() @ second.T, make(4, 8), use_reentrant=False)
+            with ledger.phase("backward"):
+                out.backward(torch.ones_like(out))
+        return ledger.peaks, ledger.largest
+
+    real = measure(torch.ones)
+    assert real[0]["backward"].parts["activations"] > 0
+    with FakeTensorMode():
+        assert measure(torch.empty) == real
+
+
+def test_fake_tensors_are_on_their_fake_device():
+    with FakeTensorMode(), Ledger("cuda") as ledger:
+        torch.ones(4, 8)
+        x = torch.empty(4, 8, device="cuda")
+        ledger.tag("rollout", [x, torch.empty(4, 8)])
+        kept = x @ torch.empty(8, 16, device="cuda")
+        assert ledger.parts == parts(rollout=INPUT, temporary=HIDDEN)
+        del kept
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_under_checkpointing_the_activations_are_layer_inputs_and_one_recomputed_layer(reentrant):
+    layers = nn.ModuleList([mlp(64).append(nn.Linear(1, 8)) for _ in range(3)])
+    x = torch.ones(4, 8, requires_grad=True)
+    seen = []
+    with Ledger(on_change=lambda live: seen.append(live[PARTS.index("activations")])) as ledger:
+        ledger.tag("base", layers.parameters())
+        ledger.watch_gradients(layers.parameters())
+        h = x
+        for layer in layers:
+            h = checkpoint(layer, h, use_reentrant=reentrant)
+        loss = h.sum()
+        del h, layer
+        assert ledger.parts["activations"] == 3 * INPUT
+        seen.clear()
+        loss.backward()
+        # The last layer's input, hidden state (4 x 64) and inner output (4 x 1), beside the inputs of the others.
+        assert max(seen) == 3 * INPUT + 4 * 64 * FLOAT + OUTPUT
+        assert ledger.parts["activations"] == 0
+
+
+def test_what_other_hooks_move_away_is_no_activation():
+    weight = torch.ones(8, 8, requires_grad=True)
+    x = torch.ones(4, 8)
+    away = saved_tensors_hooks(lambda tensor: tensor.tolist(), torch.tensor)
+    with Ledger() as ledger, away:
+        ledger.tag("base", [weight])
+        out = (x @ weight).exp().sum()
+        assert ledger.parts == parts(base=8 * 8 * FLOAT, temporary=INPUT + FLOAT)
+        out.backward()
+    assert torch.allclose(weight.grad, torch.full((8, 8), 4 * torch.e**8))
+
+
+def test_saved_weights_views_of_weights_and_rollouts_are_no_activations():
+    weight, x = torch.ones(8, 8, requires_grad=True), torch.ones(4, 8, requires_grad=True)
+    mask = torch.ones(4, 8)
+    with Ledger() as ledger:
+        ledger.tag("base", [weight])
+        ledger.tag("rollout", [x, mask])
+        out = (x @ weight.T[:, :8]) * mask
+        assert out.grad_fn is not None
+        assert ledger.parts == parts(base=8 * 8 * FLOAT, rollout=2 * INPUT, temporary=INPUT)
+
+
+def test_a_storage_is_temporary_again_when_its_last_saved_reference_goes():
+    x = torch.ones(4, 8, requires_grad=True)
+    with Ledger() as ledger:
+        y = x * 2
+        first, second = y.exp(), y * y
+        assert ledger.parts["activations"] == 2 * INPUT  # y and exp(y); x * 2 saves neither
+        second.sum().backward(retain_graph=False)
+        del second
+        first_only = ledger.parts["activations"]
+        assert first_only == INPUT
+        del first
+        assert ledger.parts["activations"] == 0
+        assert ledger.live_storages()[y.untyped_storage()._cdata] == INPUT
+
+
+def test_a_saved_output_does_not_keep_itself_alive():
+    x = torch.ones(4, 8, requires_grad=True)
+    with Ledger() as ledger:
+        x.exp()
+        assert ledger.total_bytes == INPUT
+
+
+def test_views_count_once_and_the_first_declaration_wins():
+    tied = torch.ones(8, 8)
+    with Ledger() as ledger:
+        ledger.tag("base", [tied])
+        ledger.tag("heads", [tied.T, tied[2:]])
+        assert ledger.parts == parts(base=8 * 8 * FLOAT)
+        view = torch.ones(4, 8)[1:2]
+        assert ledger.parts["temporary"] == INPUT  # the whole storage lives behind the view
+        ledger.tag("kv_cache", [view])
+        assert ledger.parts == parts(base=8 * 8 * FLOAT, kv_cache=INPUT)
+
+
+def test_tensors_made_before_are_counted_when_first_used_and_those_elsewhere_never():
+    old, elsewhere = torch.ones(4, 8), torch.ones(4, 8, device="meta")
+    with Ledger() as ledger:
+        assert ledger.total_bytes == 0
+        old.add_(1)
+        elsewhere.add_(1)
+        assert ledger.parts == parts(temporary=INPUT)
+
+
+def test_resized_storages():
+    with Ledger() as ledger, ledger.phase("only"):
+        x = torch.empty(0)
+        x.resize_(10)
+        assert ledger.total_bytes == 10 * FLOAT
+        torch.add(torch.ones(100), 1, out=x.resize_(0))
+        assert ledger.total_bytes == 100 * FLOAT
+        x.untyped_storage().resize_(0)
+        assert ledger.total_bytes == 0
+        x.untyped_storage().resize_(7)
+        assert ledger.total_bytes == 7
+        other = torch.ones(3)
+        x.set_(other)
+        assert ledger.total_bytes == 3 * FLOAT
+        y = torch.ones(1000)
+        ledger.enter_phase("grow")
+        y.resize_(2000)  # the old content is copied, so both are there for a moment
+        assert ledger.total_bytes == 2003 * FLOAT
+        ledger.exit_phase("grow")
+    assert ledger.peaks["grow"].total_bytes == 3003 * FLOAT
+
+
+@pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}, {"foreach": False}])
+def test_optimizers_with_lists_and_no_results(options):
+    net, x = mlp(), torch.ones(4, 8)
+    with Walked() as ledger:
+        ledger.tag("base", net.parameters())
+        ledger.watch_gradients(net.parameters())
+        optimizer = torch.optim.AdamW(net.parameters(), **options)
+        for _ in range(2):
+            with ledger.phase("update"):
+                net(x).sum().backward()
+            with ledger.phase("optimize"):
+                optimizer.step()
+            ledger.tag("optimizer", [t for state in optimizer.state.values() for t in state.values()])
+        counters = 4 * FLOAT  # the step count of each parameter
+        assert ledger.parts == parts(base=WEIGHTS, gradients=WEIGHTS, optimizer=2 * WEIGHTS + counters, temporary=INPUT)
+        assert ledger.num_walks == 4
+
+
+def test_results_in_lists_and_tuples():
+    x = torch.ones(4, 8)
+    with Ledger() as ledger:
+        both = torch.split_with_sizes_copy(x, [2, 2])
+        assert ledger.total_bytes == 2 * INPUT
+        values, indices = x.max(1)
+        assert ledger.total_bytes == 2 * INPUT + 4 * FLOAT + 4 * 8
+        del both, values, indices
+        assert ledger.total_bytes == INPUT
+
+
+def test_accumulated_and_existing_gradients():
+    weight = torch.ones(4, 8, requires_grad=True)
+    weight.grad = torch.ones(4, 8)
+    with Ledger() as ledger:
+        ledger.tag("base", [weight])
+        ledger.watch_gradients([weight])
+        assert ledger.parts == parts(base=INPUT, gradients=INPUT)
+        for _ in range(2):
+            weight.sum().backward()
+        assert ledger.parts == parts(base=INPUT, gradients=INPUT)
+
+
+def test_a_backward_within_the_backward():
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, gradient):
+            with torch.enable_grad():
+                (x,) = ctx.saved_tensors
+                inner = x.detach().requires_grad_()
+                inner.exp().sum().backward()
+            return gradient * 2 + inner.grad * 0
+
+    x = torch.ones(4, 8, requires_grad=True)
+    with Walked() as ledger:
+        ledger.watch_gradients([x])
+        with ledger.phase("forward"):
+            out = Doubled.apply(x).sum()
+        with ledger.phase("backward"):
+            out.backward()
+        assert ledger.parts == parts(gradients=INPUT, temporary=INPUT + FLOAT)
+
+
+def test_phases_are_separate_accumulate_their_stretches_and_pause_around_inner_ones():
+    with Ledger() as ledger:
+        with ledger.phase("a"):
+            torch.ones(10)
+        with ledger.phase("b"):
+            kept = torch.ones(5)
+            with ledger.phase("c"):
+                torch.ones(100)
+            torch.ones(1)
+        with ledger.phase("a"):
+            torch.ones(20)
+        del kept
+    assert {name: peak.total_bytes // FLOAT for name, peak in ledger.peaks.items()} == {"a": 25, "b": 6, "c": 105}
+    assert ledger.peak_phase == "c"
+
+
+def test_a_phase_that_makes_nothing_has_what_it_found():
+    x = torch.ones(4, 8)
+    with Ledger() as ledger:
+        ledger.tag("rollout", [x])
+        with ledger.phase("idle"):
+            pass
+    assert ledger.peaks["idle"].parts == parts(rollout=INPUT)
+
+
+def test_the_largest_tensor_is_no_weight_and_no_gradient():
+    weight = torch.ones(100, 100, requires_grad=True)
+    with Ledger() as ledger:
+        ledger.tag("base", [weight])
+        ledger.watch_gradients([weight])
+        (weight[:2] * 3).sum().backward()
+        weight.grad = None
+    assert ledger.largest.shape == (2, 100)
+
+
+def test_every_change_is_told():
+    told = []
+    with Ledger(on_change=lambda live: told.append(list(live))) as ledger:
+        x = torch.ones(4, 8)
+        ledger.tag("rollout", [x])
+        del x
+    index = PARTS.index
+    assert [live[index("temporary")] for live in told] == [INPUT, 0, 0]
+    assert [live[index("rollout")] for live in told] == [0, INPUT, 0]
+    assert ledger.num_changes == 3
+
+
+def test_an_unknown_part_is_refused():
+    with Ledger() as ledger, pytest.raises(ValueError, match=r"part 'bases' is unknown: did you mean 'base'\?"):
+        ledger.tag("bases", [torch.ones(1)])
+
+
+def test_nothing_stays_behind():
+    resize, enter = torch.UntypedStorage.resize_, torch.autograd.graph.saved_tensors_hooks.__enter__
+    net, ledger, held = mlp(), Ledger(), [torch.ones(4, 8), torch.ones(4, 8)]
+
+    def fail():
+        with ledger:
+            ledger.watch_gradients(net.parameters())
+            ledger.tag("rollout", held)
+            net(held[0][:, :7])
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        fail()
+    num_changes = ledger.num_changes
+    net(held[0]).sum().backward()
+    held[0].untyped_storage().resize_(0)
+    held.clear()
+    assert ledger.num_changes == num_changes
+    assert torch.UntypedStorage.resize_ is resize
+    assert torch.autograd.graph.saved_tensors_hooks.__enter__ is enter
+    assert all(not parameter._post_accumulate_grad_hooks for parameter in net.parameters())
+
+
+def test_a_ledger_changes_no_number():
+    def gradients():
+        net = mlp()
+        checkpoint(net, torch.ones(4, 8), use_reentrant=False).exp().sum().backward()
+        return [parameter.grad for parameter in net.parameters()]
+
+    plain = gradients()
+    with Ledger():
+        watched = gradients()
+    assert all(torch.equal(a, b) for a, b in zip(plain, watched, strict=True))

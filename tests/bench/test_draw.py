@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from rlhfbench.draw import draw_run
+from rlhfbench.errors import RecordsError
+from rlhfbench.records import RECORDS_NAME, RecordsFile, make_record
+from rlhfkernels.case import Case
+
+DRAWN = {"memory_table.md", "memory_table.csv", "latency.png", "latency.svg", "throughput.png", "throughput.svg"}
+
+
+def write_run(run_dir, *outcomes: str) -> None:
+    with RecordsFile(run_dir) as records:
+        for place, outcome in enumerate(outcomes):
+            case = Case(method="hydra", model="tiny", prompt_len=8 * 2**place, completion_len=8, batch_size=1)
+            latency = {f"{name}_s_per_sample": 0.5 for name in ("inference", "update", "total")}
+            memory = {"model_bytes": 2**30, "activation_bytes": 0, "rollout_bytes": 0, "total_bytes": 2**30}
+            measured = {"memory": memory, "latency": latency} if outcome == "ok" else {}
+            error = None if outcome == "ok" else {"kind": "K", "message": "why.", "phase": None}
+            records.append(
+                make_record(case, outcome=outcome, error=error, measured=measured, started_at="now", wall_s=1.0)
+            )
+
+
+@pytest.mark.parametrize("outcomes", [("ok", "ok", "oom"), ("oom",), ()])
+def test_everything_is_drawn_from_the_records_alone(tmp_path, outcomes):
+    write_run(tmp_path, *outcomes)
+    table = draw_run(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {RECORDS_NAME, *DRAWN}
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(table)
+    assert console.export_text().count("OOM") >= outcomes.count("oom")
+
+
+def test_drawing_again_gives_the_same_files(tmp_path):
+    write_run(tmp_path, "ok", "oom")
+    draw_run(tmp_path)
+    first = {name: (tmp_path / name).read_bytes() for name in DRAWN}
+    draw_run(tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in DRAWN} == first
+
+
+def test_a_folder_without_records_is_named(tmp_path):
+    with pytest.raises(RecordsError, match=RECORDS_NAME):
+        draw_run(tmp_path)
+
+
+def test_importing_it_imports_nothing_heavy():
+    code = "import sys, rlhfbench.draw; sys.exit(bool({'pandas', 'matplotlib', 'torch'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,322 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from rlhfbench import forkserver, pytest_plugin
+from rlhfbench.pytest_plugin import Measurer, StepClock, case_name, group_name, step_samples_s
+from rlhfbench.records import make_record
+from rlhfbench.sweep import Sweep
+from rlhfkernels.case import Case, Options
+from rlhfkernels.methods import METHODS
+
+pytest_plugins = "pytester"
+
+CASE = Case(method="hydra", model="tiny", prompt_len=16, completion_len=16, batch_size=2)
+GENERATE_S = [0.1, 0.3, 0.2]
+OPTIMIZE_S = [1.0, 2.0, 4.0]
+STEPS_S = [1.1, 2.3, 4.2]
+MEMORY = {
+    "model_bytes": 70,
+    "activation_bytes": 20,
+    "rollout_bytes": 10,
+    "total_bytes": 100,
+    "parts": {"base": 60, "adapters": 10, "activations": 20, "rollout": 10},
+}
+
+
+def record_of(case: Case, outcome: str = "ok") -> dict:
+    measured = {
+        "memory": MEMORY,
+        "latency": {
+            "inference_s_per_sample": 0.1,
+            "update_s_per_sample": 1.0,
+            "total_s_per_sample": 1.1,
+            "phases": {
+                "generate": {"median_s": 0.2, "samples_s": GENERATE_S},
+                "optimize": {"median_s": 2.0, "samples_s": OPTIMIZE_S},
+            },
+        },
+    }
+    error = None if outcome == "ok" else {"kind": "K", "message": "the reason.", "phase": "score"}
+    return make_record(
+        case, outcome=outcome, error=error, measured=measured if outcome == "ok" else {}, started_at="now", wall_s=1.0
+    )
+
+
+@pytest.fixture
+def measured(monkeypatch) -> list:
+    """Measures nothing: every case is ok at once. The list has what was asked for, and ``"closed"`` at the end."""
+    asked: list = []
+
+    class Stub:
+        def __init__(self, sweep, time_budget_s):
+            self.time_budget_s = time_budget_s
+
+        def measure(self, case):
+            asked.append((case, self.time_budget_s))
+            return record_of(case)
+
+        def close(self):
+            asked.append("closed")
+
+    monkeypatch.setattr(pytest_plugin, "Measurer", Stub)
+    return asked
+
+
+@pytest.fixture
+def bench(pytester):
+    # xdist needs no loading here, and processor facts take pytest-benchmark a second for every saved file.
+    pytester.makeconftest("def pytest_benchmark_generate_machine_info(): return {'node': 'n'}")
+    return partial(pytester.runpytest_inprocess, "-p", "no:cacheprovider", "-p", "no:xdist")
+
+
+def loaded(path: Path) -> list[dict]:
+    return json.loads(path.read_text())["benchmarks"]
+
+
+def test_without_the_option_nothing_is_benchmarked(bench, pytester, measured):
+    pytester.makepyfile("def test_own(): pass")
+    result = bench("-v")
+    result.assert_outcomes(passed=1)
+    result.stdout.no_fnmatch_line("*rlhfbench::*")
+    assert measured == []
+
+
+def test_a_sweep_file_alone_benchmarks_nothing(bench, pytester, measured):
+    pytester.makepyfile("def test_own(): pass")
+    bench("--benchmark-sweep", "nowhere.toml").assert_outcomes(passed=1)
+    assert measured == []
+
+
+def test_loading_the_plugin_imports_nothing_heavy():
+    heavy = ("torch", "pandas", "numpy", "matplotlib", "rich", "rlhfkernels", "rlhfbench.sweep", "rlhfbench.runner")
+    code = f"import sys, rlhfbench.pytest_plugin; print([m for m in {heavy!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_method_of_the_small_sweep_is_a_test_in_an_empty_folder(bench, measured):
+    result = bench("--benchmark", "-v")
+    result.assert_outcomes(passed=len(METHODS))
+    assert result.ret == pytest.ExitCode.OK
+    result.stdout.fnmatch_lines(["*collected 5 items*", "rlhfbench::hydra[[]tiny-16+16-batch2-cpu-float32[]] PASSED*"])
+    assert [asked[0].method for asked in measured[:-1]] == list(METHODS)
+    assert measured[-1] == "closed"
+
+
+def test_without_a_path_the_repositorys_own_tests_stay_out(bench, pytester, measured):
+    pytester.makepyfile("def test_own(): pass")
+    bench("--benchmark").assert_outcomes(passed=5)
+
+
+def test_with_a_path_they_run_too(bench, pytester, measured):
+    pytester.makepyfile("def test_own(): pass")
+    bench("--benchmark", ".").assert_outcomes(passed=6)
+
+
+def test_benchmark_only_skips_the_others(bench, pytester, measured):
+    pytester.makepyfile("def test_own(): pass")
+    bench("--benchmark", "--benchmark-only", ".").assert_outcomes(passed=5, skipped=1)
+
+
+def test_tests_are_selected_by_method_as_any_other(bench, measured):
+    bench("--benchmark", "-k", "lora and not dynamic").assert_outcomes(passed=1, deselected=4)
+    assert [asked[0].method for asked in measured[:-1]] == ["lora"]
+
+
+def test_the_times_are_those_of_the_steps_to_the_last_bit(bench, pytester, measured):
+    bench("--benchmark", "-k", "full", "--benchmark-json=out.json").assert_outcomes(passed=1, deselected=4)
+    (found,) = loaded(pytester.path / "out.json")
+    assert found["stats"]["data"] == step_samples_s(record_of(CASE))
+    assert found["stats"]["rounds"] == 3
+    assert found["stats"]["iterations"] == 1
+    assert found["stats"]["mean"] == pytest.approx(statistics.fmean(STEPS_S), rel=1e-15)
+    assert found["stats"]["median"] == 2.3
+
+
+def test_extra_info_has_the_case_the_memory_and_the_latencies(bench, pytester, measured):
+    bench("--benchmark", "-k", "full", "--benchmark-json=out.json")
+    (found,) = loaded(pytester.path / "out.json")
+    info = found["extra_info"]
+    case = dataclasses.replace(CASE, method="full")
+    assert info["case_id"] == case.id
+    assert info["case"] == case.to_dict()
+    assert info["outcome"] == "ok"
+    assert info["memory"]["parts"] == MEMORY["parts"]
+    assert info["memory"]["total_bytes"] == 100
+    assert info["latency"]["update_s_per_sample"] == 1.0
+    assert info["latency"]["phases"] == {"generate": {"median_s": 0.2}, "optimize": {"median_s": 2.0}}
+    assert found["fullname"] == "rlhfbench::full[tiny-16+16-batch2-cpu-float32]"
+    assert found["group"] == "tiny cpu float32: 32 tokens, batch 2"
+
+
+def test_a_saved_run_compares_with_the_next(bench, measured):
+    bench("--benchmark", "--benchmark-save=first").assert_outcomes(passed=5)
+    result = bench("--benchmark", "--benchmark-compare=0001", "--benchmark-compare-fail=mean:1%")
+    result.assert_outcomes(passed=5)
+    assert result.ret == pytest.ExitCode.OK
+    result.stdout.fnmatch_lines(["*hydra[[]tiny-16+16-batch2-cpu-float32[]] (NOW)*"])
+
+
+def test_a_slower_step_fails_the_comparison(bench, measured, monkeypatch):
+    bench("--benchmark", "-k", "full", "--benchmark-save=first")
+    monkeypatch.setattr(pytest_plugin, "step_samples_s", lambda record: [2 * s for s in STEPS_S])
+    result = bench("--benchmark", "-k", "full", "--benchmark-compare=0001", "--benchmark-compare-fail=mean:10%")
+    assert result.ret != pytest.ExitCode.OK
+
+
+def test_a_sweep_file_says_what_is_measured(bench, pytester, measured):
+    pytester.path.joinpath("mine.toml").write_text('methods = ["lora"]\nseq_lens = [8, 12]\nbatch_sizes = 3\n')
+    bench("--benchmark", "--benchmark-sweep=mine.toml", "--benchmark-time-budget-s=0.5").assert_outcomes(passed=2)
+    assert [(c.method, c.seq_len, c.batch_size, budget) for c, budget in measured[:-1]] == [
+        ("lora", 8, 3, 0.5),
+        ("lora", 12, 3, 0.5),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (None, "*sweep file 'bad.toml' cannot be read: No such file or directory.*"),
+        ("not toml", "*sweep file 'bad.toml' is not TOML:*"),
+        ('methods = "hydr"', "*method 'hydr' is unknown: did you mean 'hydra'*"),
+        ('models = "nowhere"', "*nowhere*"),
+    ],
+)
+def test_a_bad_sweep_is_one_sentence(bench, pytester, measured, text, sentence):
+    if text is not None:
+        pytester.path.joinpath("bad.toml").write_text(text)
+    result = bench("--benchmark", "--benchmark-sweep", "bad.toml")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([sentence])
+    result.stderr.no_fnmatch_line("*Traceback*")
+    assert measured == []
+
+
+@pytest.mark.parametrize("budget", ["0", "-1", "nan", "inf", "soon"])
+def test_a_bad_time_budget_is_one_sentence(bench, measured, budget):
+    result = bench("--benchmark", f"--benchmark-time-budget-s={budget}")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"*'{budget}' must be a number of seconds above 0.*"])
+
+
+def test_without_pytest_benchmark_one_sentence_says_what_to_install(bench, measured):
+    result = bench("--benchmark", "-p", "no:benchmark")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*--benchmark needs pytest-benchmark: install rlhfbench[[]pytest[]].*"])
+
+
+def test_without_pytest_benchmark_other_tests_run_as_ever(pytester, measured):
+    pytester.makepyfile("def test_own(): pass")
+    pytester.runpytest_inprocess("-p", "no:benchmark").assert_outcomes(passed=1)
+
+
+def test_xdist_is_refused_in_one_sentence(pytester, measured):
+    result = pytester.runpytest_inprocess("--benchmark", "-n", "2")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*--benchmark measures one case at a time: pytest-xdist must be off (-n 0).*"])
+
+
+def test_xdist_that_is_off_is_no_reason(pytester, measured):
+    pytester.runpytest_inprocess("--benchmark", "-n", "0").assert_outcomes(passed=5)
+
+
+def test_switched_off_benchmarks_are_skipped_and_say_how_to_switch_them_on(bench, measured):
+    result = bench("--benchmark", "--benchmark-disable", "-rs")
+    result.assert_outcomes(skipped=5)
+    result.stdout.fnmatch_lines(["*add --benchmark-enable to measure.*"])
+    assert measured == ["closed"]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "count"),
+    [("oom", "skipped"), ("skipped", "skipped"), ("timeout", "failed"), ("crashed", "failed"), ("invalid", "failed")],
+)
+def test_a_case_without_numbers_skips_or_fails_with_its_sentence(bench, measured, monkeypatch, outcome, count):
+    monkeypatch.setattr(pytest_plugin.Measurer, "measure", lambda self, case: record_of(case, outcome))
+    result = bench("--benchmark", "-k", "full", "-rsf")
+    result.assert_outcomes(**{count: 1, "deselected": 4})
+    result.stdout.fnmatch_lines([f"*{outcome} in score: the reason.*"])
+    result.stdout.no_fnmatch_line("*Traceback*")
+
+
+def test_fixtures_that_a_repository_has_for_all_its_modules_do_not_break_it(bench, pytester, measured):
+    pytester.makeconftest(
+        """
+        import pytest
+        def pytest_benchmark_generate_machine_info(): return {}
+        @pytest.fixture(autouse=True, scope="module")
+        def everywhere(request): request.module
+        @pytest.fixture(autouse=True, scope="package")
+        def in_packages(): pass
+        """
+    )
+    bench("--benchmark").assert_outcomes(passed=5)
+
+
+def test_its_options_stand_beside_those_of_pytest_benchmark(bench, measured):
+    result = bench(
+        "--benchmark-min-time=1", "--benchmark", "--benchmark-enable", "--benchmark-columns=min,median", "-k", "full"
+    )
+    result.assert_outcomes(passed=1, deselected=4)
+    result.stdout.fnmatch_lines(["Name (time in s)*Min*Median*"])
+
+
+def test_names_are_unique_and_the_same_on_every_machine():
+    changes = [
+        {},
+        {"seed": 1},
+        {"lora_rank": 4},
+        {"options": Options(attention="eager")},
+        {"model": "/here/tiny"},
+        {"model": "/there/tiny"},
+        {"prompt_len": 8, "completion_len": 24},
+        {"dtype": "bfloat16"},
+        {"device": "cuda:0"},
+        {"batch_size": 1},
+    ]
+    names = [case_name(dataclasses.replace(CASE, **change)) for change in changes]
+    assert len(set(names)) == len(names)
+    assert names[0] == "hydra[tiny-16+16-batch2-cpu-float32]"
+    assert not any("here" in name for name in names)
+
+
+def test_groups_hold_the_methods_at_one_size():
+    groups = {group_name(dataclasses.replace(CASE, method=method)) for method in METHODS}
+    assert len(groups) == 1
+    assert group_name(dataclasses.replace(CASE, batch_size=4)) not in groups
+
+
+def test_the_clock_gives_back_what_it_was_loaded_with():
+    clock, samples_s = StepClock(), [0.1, 1e9, 1e-9, 0.3]
+    clock.load(samples_s)
+    found = []
+    for _ in samples_s:
+        clock.rewind()
+        before = clock.step_seconds()
+        clock.step()
+        found.append(clock.step_seconds() - before)
+    assert found == samples_s
+
+
+def test_the_measurer_runs_a_case_in_a_process_of_its_own(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    server = partial(forkserver.ForkServer, target="fake_case:run_case", preload=())
+    monkeypatch.setattr(forkserver, "ForkServer", server)
+    cases = [dataclasses.replace(CASE, options=Options(prompt_field=kind)) for kind in ("ok", "echo")]
+    measurer = Measurer(Sweep(cases=tuple(cases)), 0.25)
+    try:
+        records = [measurer.measure(case) for case in cases]
+    finally:
+        measurer.close()
+    assert [record["case"]["id"] for record in records] == [case.id for case in cases]
+    assert [record["outcome"] for record in records] == ["ok", "ok"]
+    assert records[1]["prompts"]["settings"]["time_budget_s"] == 0.25

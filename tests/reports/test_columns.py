@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from rlhfreports.columns import COLUMNS, PHASE_COLUMNS, axes_that_vary, methods_in_order, shared_axes_text
+
+
+def test_every_column_is_named_once_typed_and_explained():
+    names = [column.name for column in COLUMNS]
+    assert len(names) == len(set(names))
+    assert all(column.dtype in ("string", "Int64", "Float64") for column in (*COLUMNS, *PHASE_COLUMNS))
+    assert all(column.meaning for column in (*COLUMNS, *PHASE_COLUMNS))
+
+
+def test_the_unit_in_a_name_fits_the_type():
+    for column in (*COLUMNS, *PHASE_COLUMNS):
+        if column.name.endswith("_bytes"):
+            assert column.dtype == "Int64", column.name
+        if column.name.endswith(("_s", "_s_per_sample")):
+            assert column.dtype == "Float64", column.name
+
+
+def test_axes_that_vary_count_an_absent_value_as_a_value(make_frame):
+    frame = make_frame({"lora_rank": 16}, {"lora_rank": None}, {"lora_rank": 16})
+    assert axes_that_vary(frame) == ["lora_rank"]
+
+
+def test_the_caption_has_what_rows_share_and_nothing_that_varies(make_frame):
+    frame = make_frame(
+        {"dtype": "float32", "options": "attention=eager"}, {"dtype": "bfloat16", "options": "attention=eager"}
+    )
+    assert shared_axes_text(frame) == "tiny · cpu · LoRA rank 16 · attention=eager"
+
+
+def test_a_long_path_in_the_caption_keeps_its_end(make_frame):
+    frame = make_frame({"model": "/somewhere/" + "deep/" * 30 + "my-checkpoint"})
+    assert "my-checkpoint" in shared_axes_text(frame)
+    assert len(shared_axes_text(frame)) < 110
+
+
+def test_methods_come_in_the_harness_order_and_unlisted_ones_last(make_frame):
+    frame = make_frame({"method": "mine"}, {"method": "hydra"}, {"method": "full"}, {"method": "hydra"})
+    assert methods_in_order(frame)["method"].tolist() == ["full", "hydra", "mine"]

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import pytest
+
+from rlhfreports.panels import is_measured, panels_of, samples_per_second, seconds_per_sample, tokens_per_second
+
+
+def keys(rows) -> set[tuple[str, int, int]]:
+    return set(zip(rows["method"], rows["seq_len"], rows["batch_size"], strict=True))
+
+
+def test_every_batch_size_has_a_panel_and_nothing_else_where_all_fit(make_frame):
+    frame = make_frame(*({"batch_size": b, "prompt_len": n} for b in (4, 1, 16) for n in (8, 16)))
+    panels = panels_of(frame)
+    assert [panel.title for panel in panels] == ["batch 1", "batch 4", "batch 16"]
+    assert not any(panel.shows_batch for panel in panels)
+
+
+def test_the_last_panel_has_the_largest_batch_that_fits(make_frame):
+    frame = make_frame(
+        {"method": "full", "batch_size": 1},
+        {"method": "full", "batch_size": 4, "outcome": "oom"},
+        {"method": "hydra", "batch_size": 1},
+        {"method": "hydra", "batch_size": 4},
+        {"method": "lora", "batch_size": 1, "outcome": "oom"},
+        {"method": "lora", "batch_size": 4, "outcome": "skipped"},
+    )
+    last = panels_of(frame)[-1]
+    assert last.title == "largest batch that fits"
+    assert last.shows_batch
+    assert keys(last.points) == {("full", 64, 1), ("hydra", 64, 4)}
+    # What fits at no batch size is told once.
+    assert keys(last.failures) == {("lora", 64, 1)}
+
+
+def test_every_row_is_a_point_or_a_failure_of_its_batch_panel(make_frame):
+    outcomes = ("ok", "oom", "timeout", "crashed", "invalid", "skipped")
+    frame = make_frame(
+        *({"outcome": o, "batch_size": b, "method": m} for o, m in zip(outcomes, "abcdef", strict=True) for b in (1, 2))
+    )
+    panels = [panel for panel in panels_of(frame) if not panel.shows_batch]
+    found = [key for panel in panels for rows in (panel.points, panel.failures) for key in keys(rows)]
+    assert sorted(found) == sorted(keys(frame))
+
+
+def test_cases_that_differ_elsewhere_do_not_share_a_line(make_frame):
+    frame = make_frame({"model": "tiny"}, {"model": "gpt2"}, {"model": "gpt2", "options": "attention=eager"})
+    panels = panels_of(frame)
+    assert [panel.title for panel in panels] == [
+        "tiny · no options · batch 1",
+        "gpt2 · no options · batch 1",
+        "gpt2 · attention=eager · batch 1",
+    ]
+    assert [len(panel.points) for panel in panels] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("seconds", [None, float("nan"), 0.0, -1.0])
+def test_a_time_that_a_logarithm_cannot_show_is_no_point(make_frame, seconds):
+    frame = make_frame({"total_s_per_sample": seconds}, {"method": "full"})
+    assert is_measured(frame).tolist() == [False, True]
+    assert keys(panels_of(frame)[0].failures) == {("hydra", 64, 1)}
+
+
+def test_no_records_no_panels(make_frame):
+    assert panels_of(make_frame()) == []
+
+
+def test_the_three_quantities_are_of_one_time(make_frame):
+    frame = make_frame({"total_s_per_sample": 0.25, "prompt_len": 300, "completion_len": 500})
+    assert seconds_per_sample(frame).tolist() == [0.25]
+    assert samples_per_second(frame).tolist() == [4.0]
+    assert tokens_per_second(frame).tolist() == [3200.0]

@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from xml.etree import ElementTree
+
+import matplotlib
+import pytest
+from matplotlib.figure import Figure
+
+from rlhfreports.plots import (
+    COLORS,
+    MARKERS,
+    draw_latency,
+    draw_throughput,
+    latency_figure,
+    throughput_figure,
+)
+
+
+def visible(figure: Figure) -> list:
+    return [axes for axes in figure.axes if axes.get_visible()]
+
+
+def lines(axes) -> dict[str, object]:
+    """The methods' lines, without the markers of the band."""
+    return {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
+
+
+def words(axes) -> list[str]:
+    return [text.get_text() for text in axes.texts]
+
+
+def legend_labels(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+@pytest.fixture
+def frame(make_frame):
+    seconds = {"full": 4.0, "lora": 2.0, "hydra": 1.0}
+    return make_frame(
+        *(
+            {"method": m, "prompt_len": n, "batch_size": b, "total_s_per_sample": s * n / b}
+            for b in (1, 4)
+            for n in (32, 64, 128)
+            for m, s in seconds.items()
+        )
+    )
+
+
+def test_latency_has_one_line_a_method_with_its_numbers(frame):
+    one, four = visible(latency_figure(frame))
+    assert (one.get_title(), four.get_title()) == ("batch 1", "batch 4")
+    assert list(lines(one)) == ["PPO", "LoRA-PPO", "Hydra-PPO"]
+    assert lines(one)["LoRA-PPO"].get_xdata().tolist() == [64, 128, 256]
+    assert lines(one)["LoRA-PPO"].get_ydata().tolist() == [64.0, 128.0, 256.0]
+    assert lines(four)["PPO"].get_ydata().tolist() == [32.0, 64.0, 128.0]
+
+
+def test_throughput_shows_samples_and_tokens(frame):
+    samples_1, _, tokens_1, tokens_4 = visible(throughput_figure(frame))
+    assert samples_1.get_ylabel().startswith("samples per second")
+    assert tokens_1.get_ylabel().startswith("tokens per second")
+    assert lines(samples_1)["Hydra-PPO"].get_ydata().tolist() == [1 / 32, 1 / 64, 1 / 128]
+    assert lines(tokens_4)["Hydra-PPO"].get_ydata().tolist() == [8.0, 8.0, 8.0]
+
+
+@pytest.mark.parametrize("draw", [latency_figure, throughput_figure])
+def test_both_axes_are_logarithmic_with_plain_numbers_and_no_minor_ticks(frame, draw):
+    for axes in visible(draw(frame)):
+        assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+        assert axes.get_xticks().tolist() == [64, 128, 256]
+        assert [axes.xaxis.get_major_formatter()(x) for x in axes.get_xticks()] == ["64", "128", "256"]
+        assert axes.get_xticks(minor=True).size == axes.get_yticks(minor=True).size == 0
+        bottom, top = axes.get_ylim()
+        assert len([tick for tick in axes.get_yticks() if bottom <= tick <= top]) >= 3
+
+
+def test_panels_of_one_quantity_have_the_same_limits(frame):
+    one, four = visible(latency_figure(frame))
+    assert one.get_ylim() == four.get_ylim()
+    assert one.get_xlim() == four.get_xlim()
+
+
+def test_the_picture_says_what_was_run_and_who_is_who(frame):
+    figure = latency_figure(frame)
+    said = [text.get_text() for text in figure.texts]
+    assert said == ["Seconds per sample against sequence length", "tiny · cpu · float32 · LoRA rank 16"]
+    assert legend_labels(figure) == ["PPO", "LoRA-PPO", "Hydra-PPO"]
+
+
+def test_a_method_keeps_its_colour_and_marker_whoever_else_is_there(make_frame):
+    def look(*methods: str) -> tuple[str, str]:
+        (axes,) = visible(latency_figure(make_frame(*({"method": method} for method in methods))))
+        line = lines(axes)["Hydra-PPO"]
+        return line.get_color(), line.get_marker()
+
+    assert look("hydra") == look("full", "lora", "hydra") == look("mine", "hydra") == (COLORS[4], MARKERS[4])
+
+
+def test_methods_of_nobody_look_different_from_those_of_the_table(make_frame):
+    names = ["full", "mine", "hydra", "yours", "lora"]
+    (axes,) = visible(latency_figure(make_frame(*({"method": name} for name in names))))
+    looks = {(line.get_color(), line.get_marker()) for line in lines(axes).values()}
+    assert len(looks) == len(names)
+
+
+def test_colours_and_markers_are_all_different():
+    assert len(set(COLORS)) == len(COLORS)
+    assert len(set(MARKERS)) == len(MARKERS) == len(COLORS)
+
+
+def test_what_was_not_measured_is_marked_at_its_length_above_the_lines(make_frame):
+    frame = make_frame(
+        {"method": "full", "prompt_len": 32},
+        {"method": "full", "prompt_len": 64, "outcome": "oom"},
+        {"method": "full", "prompt_len": 128, "outcome": "skipped"},
+        {"method": "hydra", "prompt_len": 32},
+        {"method": "hydra", "prompt_len": 64, "total_s_per_sample": 90.0},
+        {"method": "hydra", "prompt_len": 128, "outcome": "crashed"},
+    )
+    (axes,) = visible(latency_figure(frame))
+    marks = {(text.get_text(), text.get_position()[0], text.get_color()) for text in axes.texts}
+    assert marks == {
+        ("OOM", 128, COLORS[0]),
+        ("skipped", 256, COLORS[0]),
+        ("crashed", 256, COLORS[4]),
+    }
+    # No point stands in the band that the words stand in.
+    lowest_word = min(text.get_position()[1] for text in axes.texts)
+    bottom, top = axes.get_ylim()
+    highest_point = math.log(90.0 / bottom) / math.log(top / bottom)
+    assert highest_point < lowest_word
+
+
+def test_an_ok_without_a_time_is_marked_too(make_frame):
+    frame = make_frame({"prompt_len": 32}, {"prompt_len": 64, "total_s_per_sample": None})
+    (axes,) = visible(latency_figure(frame))
+    assert words(axes) == ["no time"]
+
+
+def test_the_largest_batch_that_fits_is_written_above_its_point(make_frame):
+    frame = make_frame(
+        {"prompt_len": 32, "batch_size": 1},
+        {"prompt_len": 64, "batch_size": 1, "total_s_per_sample": 3.0},
+        {"prompt_len": 32, "batch_size": 8, "total_s_per_sample": 0.5},
+        {"prompt_len": 64, "batch_size": 8, "outcome": "oom"},
+    )
+    *_, last = visible(latency_figure(frame))
+    assert lines(last)["Hydra-PPO"].get_ydata().tolist() == [0.5, 3.0]
+    assert {(text.get_text(), text.get_position()[0]) for text in last.texts} == {("batch 8", 64), ("batch 1", 128)}
+
+
+def test_lengths_too_close_for_words_get_signs(make_frame):
+    rows = [{"prompt_len": n} for n in range(64, 200, 4)]
+    (axes,) = visible(latency_figure(make_frame(*rows[:-1], {"prompt_len": 200, "outcome": "oom"})))
+    assert words(axes) == ["×"]
+    assert len(axes.get_xticks()) < len(rows) / 2
+    assert axes.get_xticks()[-1] == 400
+
+
+@pytest.mark.parametrize("draw", [latency_figure, throughput_figure])
+def test_one_length_and_one_method_is_a_point(make_frame, draw):
+    for axes in visible(draw(make_frame({}))):
+        assert lines(axes)["Hydra-PPO"].get_xdata().tolist() == [64]
+        low, high = axes.get_xlim()
+        assert low < 64 < high
+
+
+def test_nothing_measured_is_a_picture_that_says_so(make_frame, tmp_path):
+    frame = make_frame(
+        {"outcome": "oom"}, {"method": "full", "outcome": "oom"}, {"outcome": "crashed", "batch_size": 2}
+    )
+    figure = latency_figure(frame)
+    assert "No case was measured: 2 OOM, 1 crashed." in [text.get_text() for text in figure.texts]
+    assert all(path.stat().st_size > 0 for path in draw_throughput(make_frame(), tmp_path / "none"))
+
+
+def test_both_files_are_written_and_are_what_they_are_called(frame, tmp_path):
+    png, svg = draw_latency(frame, tmp_path / "v1.2-latency")
+    assert (png.name, svg.name) == ("v1.2-latency.png", "v1.2-latency.svg")
+    assert png.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert ElementTree.parse(svg).getroot().tag.endswith("svg")
+
+
+def test_the_files_depend_on_the_table_alone(frame, tmp_path):
+    with matplotlib.rc_context(
+        {"font.size": 20.0, "figure.facecolor": "red", "path.simplify": False, "xtick.labelsize": 3}
+    ):
+        first = draw_latency(frame, tmp_path / "first")
+    second = draw_latency(frame, tmp_path / "second")
+    for one, other in zip(first, second, strict=True):
+        assert one.read_bytes() == other.read_bytes()
+    assert "<dc:date>" not in second[1].read_text()
+
+
+def test_drawing_leaves_no_trace_in_matplotlib(frame, tmp_path):
+    before = dict(matplotlib.rcParams)
+    draw_latency(frame, tmp_path / "latency")
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_pyplot_is_never_imported():
+    code = "import sys, rlhfreports.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
