@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -44,7 +44,7 @@ class LoadedModel:
     def clone(self) -> LoadedModel:
         """The same model in storage of its own; a tied head stays tied to its own trunk."""
         pair = nn.ModuleList([self.trunk] if self.lm_head is None else [self.trunk, self.lm_head])
-        trunk, *heads = clone_module(pair)
+        trunk, *heads = cast("list[Any]", list(clone_module(pair)))
         return dataclasses.replace(self, trunk=trunk, lm_head=heads[0] if heads else None)
 
 
@@ -79,7 +79,7 @@ def load_model(case: Case, *, seed: int, with_lm_head: bool, with_weights: bool 
 
 
 def clone_module(module: M) -> M:
-    """A copy that owns the storage of every one of its tensors, ties kept; ``copy.deepcopy`` cannot copy fake tensors."""
+    """A copy that owns the storage of its tensors, ties kept; ``copy.deepcopy`` alone cannot copy fake tensors."""
     tensors = {id(t): t for each in module.modules() for t in _tensors_of(each)}
     memo: dict[int, Any] = {}
     for key, tensor in tensors.items():
