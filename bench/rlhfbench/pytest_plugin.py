@@ -133,13 +133,13 @@ class Measurer:
         from rlhfbench.forkserver import ForkServer
         from rlhfbench.records import RecordsFile
         from rlhfbench.runfolder import RunFolder
-        from rlhfbench.runner import RunSettings, _Runner
+        from rlhfbench.runner import Runner, RunSettings
 
         folder = RunFolder(self._opened.enter_context(tempfile.TemporaryDirectory(prefix="rlhfbench-")))
         folder.prepare(self._sweep, resume=False)
         records = self._opened.enter_context(RecordsFile(folder.path))
         server = self._opened.enter_context(ForkServer())
-        runner = _Runner(folder, RunSettings(time_budget_s=self._time_budget_s), records, server, _Silent())
+        runner = Runner(folder, RunSettings(time_budget_s=self._time_budget_s), records, server, _Silent())
 
         def run(case: Case) -> dict[str, Any]:
             runner.run([case])

@@ -122,7 +122,7 @@ def run_sweep(
             try:
                 progress.begin(cases, len(recorded))
                 with server:
-                    _Runner(folder, settings, records, server, progress).run(cases)
+                    Runner(folder, settings, records, server, progress).run(cases)
             except KeyboardInterrupt:
                 interrupted = True
             finally:
@@ -140,7 +140,17 @@ class _Sampler(Protocol):
     def peak_bytes(self, pid: int) -> int | None: ...
 
 
-class _Runner:
+class Runner:
+    """Runs cases one after the other through a fork server and records each.
+
+    Args:
+        folder: where logs and traces go.
+        settings: how cases are run.
+        records: what every case's record is appended to by ``run``.
+        server: started, and ended by whoever made it.
+        progress: is told how it goes.
+    """
+
     def __init__(
         self,
         folder: RunFolder,
@@ -155,17 +165,19 @@ class _Runner:
         self._ceilings: dict[tuple[str, str], dict[str, float]] = {}
 
     def run(self, cases: Iterable[Case]) -> None:
+        """Runs and records ``cases``; one that dominates a case that was out of memory is skipped."""
         failed = [Case.from_dict(r["case"]) for r in self._records.records if r["outcome"] == "oom"]
         for case in cases:
             self._progress.start_case(case)
             smaller = next((other for other in failed if dominates(case, other)), None)
-            record = self._run_case(case) if smaller is None else _skipped(case, smaller)
+            record = self.run_case(case) if smaller is None else _skipped(case, smaller)
             self._records.append(record)
             if record["outcome"] == "oom":
                 failed.append(case)
             self._progress.finish_case(case, record)
 
-    def _run_case(self, case: Case) -> Record:
+    def run_case(self, case: Case) -> Record:
+        """Runs one case and says what became of it; it is not appended."""
         watch = _Watch(self._progress)
         log_path = self._folder.log_path(case.id)
         started_at, start_s, kills = environment.now(), time.monotonic(), num_oom_kills()

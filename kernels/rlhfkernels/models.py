@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -44,8 +44,8 @@ class LoadedModel:
     def clone(self) -> LoadedModel:
         """The same model in storage of its own; a tied head stays tied to its own trunk."""
         pair = nn.ModuleList([self.trunk] if self.lm_head is None else [self.trunk, self.lm_head])
-        trunk, *heads = cast("list[Any]", list(clone_module(pair)))
-        return dataclasses.replace(self, trunk=trunk, lm_head=heads[0] if heads else None)
+        twins: list[Any] = list(clone_module(pair))
+        return dataclasses.replace(self, trunk=twins[0], lm_head=twins[1] if len(twins) > 1 else None)
 
 
 def load_model(case: Case, *, seed: int, with_lm_head: bool, with_weights: bool = True) -> LoadedModel:
