@@ -31,7 +31,7 @@ def describe(*, argv: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]
     """
     return {
         "started_at": now(),
-        "argv": list(argv),
+        "argv": [Path(argv[0]).name, *argv[1:]] if argv else [],
         "settings": settings,
         "python": platform.python_version(),
         "platform": platform.platform(),
