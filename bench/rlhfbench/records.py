@@ -61,7 +61,7 @@ def make_record(
         case: what was asked for.
         outcome: one of ``OUTCOMES``.
         error: ``{"kind", "message", "phase"}``, ``None`` when ``ok``.
-        measured: ``memory``, ``latency``, ``work`` and ``prompts``, as far as they are known.
+        measured: ``memory``, ``latency``, ``work``, ``prompts`` and ``engine``, as far as they are known.
         started_at: UTC, ISO 8601.
         wall_s: seconds from asking for the case to its end.
     """
@@ -74,6 +74,7 @@ def make_record(
         "error": error,
         **sections,
         "prompts": measured.get("prompts"),
+        "engine": measured.get("engine"),
         "started_at": started_at,
         "wall_s": wall_s,
     }

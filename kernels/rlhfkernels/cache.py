@@ -52,6 +52,15 @@ class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
+    def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes one position, [b, heads, size]; returns views [b, heads, written, size]. Not the first position."""
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys[:, :, self.length] = key
+        self.values[:, :, self.length] = value
+        self.length += 1
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(positions that the next ``query_length`` queries see, offset)."""
         return self.length + query_length, 0

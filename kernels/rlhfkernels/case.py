@@ -26,7 +26,8 @@ class Options:
         lora_targets: ``all-linear`` (every linear layer of the trunk) or module names joined by commas.
         adapter_dtype: dtype of the adapters' weights; ``None`` is the dtype of the case.
         critic_head: ``trained``, or ``frozen``: the critic then reads the reward head, as the paper's code line did.
-        engine: how a trunk is run: ``plain`` is transformers and PEFT themselves.
+        engine: how a trunk is run: ``plain`` is transformers and PEFT themselves; ``fast`` decodes by a lean loop over
+            the layers where it covers the architecture, else it is ``plain``.
         attention: ``sdpa`` or ``eager`` (attention matrices are made and kept, as at the paper's time).
         kv_cache: ``preallocated`` at its full length, or ``growing`` by concatenation.
         gradient_checkpointing: keep each layer's input only, and recompute the layer in the backward.
@@ -55,7 +56,7 @@ class Options:
     lora_targets: str = "all-linear"
     adapter_dtype: str | None = None
     critic_head: str = "trained"
-    engine: str = "plain"
+    engine: str = "fast"
     attention: str = "sdpa"
     kv_cache: str = "preallocated"
     gradient_checkpointing: bool = False
@@ -178,7 +179,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "dtype": DTYPES,
     "options.adapter_dtype": (None, *DTYPES),
     "options.critic_head": ("trained", "frozen"),
-    "options.engine": ("plain",),
+    "options.engine": ("plain", "fast"),
     "options.attention": ("sdpa", "eager"),
     "options.kv_cache": ("preallocated", "growing"),
     "options.optimizer": ("adamw", "sgd"),

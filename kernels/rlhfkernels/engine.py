@@ -5,7 +5,7 @@ Shapes: b = batch, p = prompt length, c = completion length, t = p + c, d = hidd
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 
 from rlhfkernels.adapters import Adapters
 from rlhfkernels.case import Case
+from rlhfkernels.fast.trunk import make_fast_trunk
 from rlhfkernels.heads import LmHead, ScalarHead
 from rlhfkernels.methods import Origin, Pass, RoleName
 from rlhfkernels.models import LoadedModel, clone_module, load_model
@@ -22,11 +23,13 @@ from rlhfkernels.ops.logprobs import token_logprobs
 from rlhfkernels.rollout import Rollout
 from rlhfkernels.sampling import sample
 from rlhfkernels.seeding import seeded
-from rlhfkernels.trunk import TRUNKS, Trunk
+from rlhfkernels.trunk import PlainTrunk, Trunk
 
 # Bases of one origin start from equal weights, bases of different origins do not.
 _ORIGIN_SEED: dict[Origin, int] = {"policy": 0, "reward": 1}
 _ADAPTER_SEED, _HEAD_SEED = 1000, 2000
+# How a trunk is run, by ``Options.engine``.
+_TRUNKS: dict[str, Callable[[Case, LoadedModel, Adapters], Trunk]] = {"plain": PlainTrunk, "fast": make_fast_trunk}
 
 
 class Engine:
@@ -47,7 +50,7 @@ class Engine:
         self.device = torch.device(case.device)
         self.models = self._load_models(with_weights)
         self.adapters = {base: self._attach(base) for base in self.method.bases}
-        make_trunk = TRUNKS[case.options.engine]
+        make_trunk = _TRUNKS[case.options.engine]
         self.trunks: dict[str, Trunk] = {
             base: make_trunk(case, self.models[base], self.adapters[base]) for base in self.method.bases
         }
@@ -222,7 +225,7 @@ class Engine:
         start = 0
         for t in range(p, p + c):
             seen = None if rollout.attention_mask is None else rollout.attention_mask[:, :t]
-            logits = head(decoder.advance(rollout.tokens[:, start:t], seen))
+            logits = head.of_few(decoder.advance(rollout.tokens[:, start:t], seen))
             if case.options.temperature != 1.0:
                 logits.div_(case.options.temperature)
             token, logprob = sample(logits, generator)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from rlhfkernels.ops.skinny_linear import skinny_linear
+
 
 class LmHead(nn.Module):
     """The language-model head: ``softcap · tanh(scale · (h Wᵀ + bias) / softcap)``, or without the cap, unscaled.
@@ -36,6 +38,14 @@ class LmHead(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [..., d] to logits [..., v], in float32 or wider."""
         return shape_logits(nn.functional.linear(hidden, self.weight, self.bias), self.scale, self.softcap)
+
+    @torch.no_grad()
+    def of_few(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``forward`` for few rows [b, d], without a graph: bound by reading the weight once."""
+        logits = skinny_linear(hidden, self.weight).t().contiguous()
+        if self.bias is not None:
+            logits += self.bias
+        return shape_logits(logits, self.scale, self.softcap)
 
 
 def shape_logits(logits: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:

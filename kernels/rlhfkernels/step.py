@@ -122,6 +122,11 @@ class PPOStep:
         """Prompts that were longer than the prompt length and lost their beginning."""
         return self._prompts.num_truncated
 
+    @property
+    def engine_taken(self) -> str:
+        """How the actor's trunk is run: as ``Options.engine`` asks, or ``plain`` where that does not cover it."""
+        return self.engine.trunks[self.engine.method.roles["actor"].base].name
+
     def prompt_summary(self) -> dict[str, Any]:
         """The ``prompts`` object of a record."""
         return self._prompts.summary()

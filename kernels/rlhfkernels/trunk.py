@@ -150,7 +150,3 @@ class _PlainDecoder:
 def positions(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
     """Position ids [b, t] that count real tokens only; ``None`` (the model's own 0, 1, 2…) where nothing is padded."""
     return None if attention_mask is None else (attention_mask.cumsum(-1) - 1).clamp_(min=0)
-
-
-# Each way of running a trunk.
-TRUNKS: dict[str, type[PlainTrunk]] = {"plain": PlainTrunk}

@@ -11,7 +11,9 @@ from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
+    MistralConfig,
     OPTConfig,
     Qwen2Config,
 )
@@ -46,6 +48,8 @@ CONFIGS = {
     "opt": lambda: OPTConfig(**_OPT_SHAPE),
     "gpt_neox": lambda: GPTNeoXConfig(**_SHAPE),
     "gpt2": lambda: GPT2Config(**_GPT2_SHAPE, bos_token_id=1, eos_token_id=2),
+    "mistral": lambda: MistralConfig(**_SHAPE, num_key_value_heads=2, sliding_window=6),
+    "granite": lambda: GraniteConfig(**_SHAPE, num_key_value_heads=2),
     "qwen2": lambda: Qwen2Config(**_SHAPE, num_key_value_heads=2, tie_word_embeddings=True),
 }
 

@@ -93,7 +93,7 @@ def run_passes(case: Case, settings: MeasureSettings, notify: Notify) -> dict[st
             profiler = PhaseProfiler(settings.profile_dir, case.id, case.device)
             step.run(Announcer(notify, profiler)).check_finite()
     latency = latency_object(step.phases, steps_s, case.batch_size, reason)
-    work, prompts = phase_work(step), step.prompt_summary()
+    work, prompts, engine = phase_work(step), step.prompt_summary(), step.engine_taken
     notify("ceilings")
     del step
     ceilings = settings.ceilings
@@ -105,6 +105,7 @@ def run_passes(case: Case, settings: MeasureSettings, notify: Notify) -> dict[st
         "latency": latency,
         "work": work_object(work, ceilings, latency),
         "prompts": prompts,
+        "engine": engine,
         "ceilings": ceilings,
     }
 

@@ -62,6 +62,8 @@ class FakeStep:
     def trained_parameters(self):
         return [self.weight]
 
+    engine_taken = "fast"
+
     def prompt_summary(self):
         return {"source": "random", "num_prompts": None, "num_truncated": 0}
 

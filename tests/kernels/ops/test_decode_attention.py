@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rlhfkernels.ops.decode_attention import decode_attention, decode_attention_reference
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+)
+def test_it_equals_the_reference_in_float64(
+    heads: int, kv_heads: int, masked: bool, dtype: torch.dtype, tolerance: float
+) -> None:
+    generator = torch.Generator().manual_seed(heads)
+    b, n, e = 3, 7, 8
+    query = torch.randn(b, heads, e, generator=generator).to(dtype)
+    room = torch.randn(2, b, kv_heads, n + 4, e, generator=generator).to(dtype)
+    keys, values = room[0, :, :, :n], room[1, :, :, :n]  # views into a longer cache, as in decoding
+    mask = torch.arange(n) >= torch.tensor([0, 2, 6])[:, None] if masked else None
+    found = decode_attention(query, keys, values, scale=0.3, mask=mask)
+    expected = decode_attention_reference(query.double(), keys.double(), values.double(), scale=0.3, mask=mask)
+    assert found.shape == (b, heads, e)
+    assert (found.double() - expected).norm() / expected.norm() < tolerance
+
+
+def test_the_reference_is_torchs_attention() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 4, 8, generator=generator, dtype=torch.float64)
+    keys, values = torch.randn(2, 2, 2, 5, 8, generator=generator, dtype=torch.float64)
+    found = decode_attention_reference(query, keys, values, scale=8**-0.5)
+    expected = torch.nn.functional.scaled_dot_product_attention(query[:, :, None], keys, values, enable_gqa=True)
+    torch.testing.assert_close(found, expected.squeeze(2))
