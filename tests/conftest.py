@@ -1,11 +1,91 @@
-"""What every test shares: one thread, so that small work is fast on a busy machine, and quiet progress bars."""
+"""What tests share: small checkpoints, made once a session, and one thread, so that small work is fast anywhere."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Qwen2Config,
+)
+from transformers.utils import logging
+
+from rlhfkernels import Case, Options
+
+logging.disable_progress_bar()
+
+
+def _configs(width: int) -> dict[str, Callable[[], object]]:
+    """Configurations of 2 layers and 4 heads by architecture; with initial weights wide enough for logits to differ."""
+    shape = {
+        "hidden_size": width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 48,
+        "max_position_embeddings": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    gated = {**shape, "intermediate_size": 2 * width, "initializer_range": 0.2}
+    opt = {**shape, "ffn_dim": 2 * width, "word_embed_proj_dim": width, "init_std": 0.2}
+    gpt2 = {"n_embd": width, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 48, "initializer_range": 0.2}
+    return {
+        "llama": lambda: LlamaConfig(**gated, num_key_value_heads=2),
+        "opt": lambda: OPTConfig(**opt),
+        "gpt_neox": lambda: GPTNeoXConfig(**gated),
+        "gpt2": lambda: GPT2Config(**gpt2, bos_token_id=1, eos_token_id=2),
+        "mistral": lambda: MistralConfig(**gated, num_key_value_heads=2, sliding_window=6),
+        "granite": lambda: GraniteConfig(**gated, num_key_value_heads=2),
+        "qwen2": lambda: Qwen2Config(**gated, num_key_value_heads=2, tie_word_embeddings=True),
+    }
+
+
+# ``wide-`` ones have heads of 32, as large models nearly have: what stands beside a head's own size is small there.
+CONFIGS = _configs(32) | {f"wide-{name}": make for name, make in _configs(128).items()}
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """The folder of a small float64 checkpoint of the named architecture, with biases that are not 0."""
+    folders: dict[str, Path] = {}
+
+    def make(architecture: str) -> str:
+        if architecture not in folders:
+            torch.manual_seed(7)
+            model = AutoModelForCausalLM.from_config(CONFIGS[architecture](), dtype=torch.float64)
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias"):
+                    torch.nn.init.normal_(parameter, std=0.1)
+            folders[architecture] = tmp_path_factory.mktemp(architecture)
+            model.save_pretrained(folders[architecture])
+        return str(folders[architecture])
+
+    return make
+
+
+@pytest.fixture
+def make_case(checkpoint: Callable[[str], str]) -> Callable[..., Case]:
+    """A small float64 case; keyword arguments that are options go into its options."""
+
+    def make(method: str = "hydra", architecture: str = "llama", **changes: object) -> Case:
+        fields = {"prompt_len": 5, "completion_len": 6, "batch_size": 4, "dtype": "float64", "lora_rank": 3}
+        options = {key: changes.pop(key) for key in list(changes) if key in Options.__dataclass_fields__}
+        fields |= changes
+        return Case(method=method, model=checkpoint(architecture), **fields, options=Options(**options))
+
+    return make
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    torch = pytest.importorskip("torch")
     torch.set_num_threads(1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-import re
 import shlex
 import signal
 import sys
@@ -14,7 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rlhfbench import flags
 from rlhfbench.errors import ForkServerError, RecordsError, RlhfBenchError, RunFolderError, SweepError
+from rlhfbench.sizes import parse_size
 from rlhfkernels.errors import RlhfKernelsError
 
 if TYPE_CHECKING:
@@ -24,10 +25,6 @@ if TYPE_CHECKING:
     from rlhfbench.sweep import Sweep
 
 DONE, WRONG, NOTHING, INTERRUPTED = 0, 2, 3, 130
-
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]i?)?B?", re.IGNORECASE)
-_UNITS = {"": 1, **{f"{letter}i": 1024**n for n, letter in enumerate("KMGT", start=1)}}
-_UNITS |= {letter: 1000**n for n, letter in enumerate("KMGT", start=1)}
 
 # Plain help: rich's panels take a fifth of a second to import.
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -88,6 +85,9 @@ def run(
     seq_lens: Annotated[str | None, typer.Option(help="Prompt + completion, in tokens, joined by commas.")] = None,
     batch_sizes: Annotated[str | None, typer.Option(help="Sequences a step, joined by commas.")] = None,
     sweep: Annotated[str | None, typer.Option(metavar="FILE", help="A TOML sweep; flags beside it win.")] = None,
+    setting: Annotated[
+        str | None, typer.Option(metavar="NAME", help="paper or modern; other flags win.  [default: modern]")
+    ] = None,
     prompts: Annotated[str | None, typer.Option(metavar="FILE", help="JSON lines; random tokens without.")] = None,
     prompt_field: Annotated[str | None, typer.Option(help="The field that holds a prompt.  [default: prompt]")] = None,
     prompt_fraction: Annotated[
@@ -121,29 +121,29 @@ def run(
     """
     from rlhfbench.runner import run_sweep
 
-    flags = _given(
-        methods=_words(methods),
-        models=_words(model, joined=False),
-        seq_lens=_numbers("seq-lens", seq_lens),
-        batch_sizes=_numbers("batch-sizes", batch_sizes),
-        prompt_fraction=_number("prompt-fraction", prompt_fraction, float),
+    given = flags.given(
+        methods=flags.words(methods),
+        models=flags.words(model, joined=False),
+        seq_lens=flags.numbers("seq-lens", seq_lens),
+        batch_sizes=flags.numbers("batch-sizes", batch_sizes),
+        prompt_fraction=flags.number("prompt-fraction", prompt_fraction, float),
         device=device,
         dtype=dtype,
-        lora_rank=_number("lora-rank", lora_rank, int),
-        seed=_number("seed", seed, int),
-        options=_options(option or [], prompts, prompt_field),
+        lora_rank=flags.number("lora-rank", lora_rank, int),
+        seed=flags.number("seed", seed, int),
+        options=flags.options(option or [], prompts, prompt_field),
     )
     settings = _settings(
-        time_budget_s=_number("time-budget-s", time_budget_s, float),
-        case_timeout_s=_number("case-timeout-s", case_timeout_s, float),
-        num_threads=_number("threads", threads, int),
-        memory_limit_bytes=None if memory_limit is None else parse_size(memory_limit),
+        time_budget_s=flags.number("time-budget-s", time_budget_s, float),
+        case_timeout_s=flags.number("case-timeout-s", case_timeout_s, float),
+        num_threads=flags.number("threads", threads, int),
+        memory_limit_bytes=None if memory_limit is None else parse_size("--memory-limit", memory_limit),
         profile=profile or None,
     )
     if resume and out is None:
         raise SweepError(["--resume needs --out: name the folder of the run to go on with."])
     out_dir = Path(out or f"rlhfbench-run-{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%SZ}")
-    asked = _sweep(sweep, flags, out_dir if resume else None)
+    asked = _sweep(sweep, given, setting, out_dir if resume else None)
     # A run that is told to end leaves the same behind as one that is interrupted from the keyboard.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -197,69 +197,76 @@ def _resume_command(out_dir: Path) -> str:
     return shlex.join(["rlhfbench", *arguments, "--resume"])
 
 
-def _sweep(file: str | None, flags: dict[str, Any], resumed: Path | None) -> Sweep:
+def _sweep(file: str | None, given: dict[str, Any], setting: str | None, resumed: Path | None) -> Sweep:
     """The sweep that was asked for. A resumed run that is asked for nothing is asked for its own sweep."""
     from rlhfbench.runfolder import RunFolder
     from rlhfbench.sweep import Sweep, override, read_spec
 
-    if resumed is not None and file is None and not flags and RunFolder(resumed).is_run:
+    if resumed is not None and file is None and not given and setting is None and RunFolder(resumed).is_run:
         return RunFolder(resumed).load_sweep()
-    return Sweep.from_spec(override(read_spec(file) if file is not None else {}, flags))
-
-
-def _given(**flags: Any) -> dict[str, Any]:
-    """The flags that were given."""
-    return {name: value for name, value in flags.items() if value not in (None, {})}
+    spec = read_spec(file) if file is not None else {}
+    return Sweep.from_spec(override(override(spec, flags.setting(setting)), given))
 
 
 def _settings(**given: Any) -> RunSettings:
     from rlhfbench.runner import RunSettings
 
-    return RunSettings(**_given(**given))
+    return RunSettings(**flags.given(**given))
 
 
-def _options(pairs: list[str], prompts: str | None, prompt_field: str | None) -> dict[str, Any]:
-    from rlhfbench.sweep import parse_option
+@app.command()
+def plan(
+    model: Annotated[str | None, typer.Option(help="Preset, checkpoint folder, .gguf file or hub id.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Methods, joined by commas.")] = None,
+    seq_lens: Annotated[str | None, typer.Option(help="Prompt + completion, in tokens, joined by commas.")] = None,
+    batch_sizes: Annotated[str | None, typer.Option(help="Sequences a step, joined by commas.")] = None,
+    sweep: Annotated[str | None, typer.Option(metavar="FILE", help="A TOML sweep; flags beside it win.")] = None,
+    setting: Annotated[
+        str | None, typer.Option(metavar="NAME", help="paper or modern; other flags win.  [default: modern]")
+    ] = None,
+    prompt_fraction: Annotated[
+        str | None, typer.Option(metavar="N", help="The prompt's share of a sequence.  [default: 0.5]")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float64.  [default: float32]")] = None,
+    lora_rank: Annotated[str | None, typer.Option(metavar="N", help="Rank of the adapters.  [default: 16]")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Any other option of a case; may be repeated.")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(metavar="NAME", help="An accelerator (a100-80gb) or a size: 24GiB.")
+    ] = None,
+    zero_stage: Annotated[str | None, typer.Option(metavar="N", help="DeepSpeed's ZeRO, 0 to 3.  [default: 0]")] = None,
+    world_size: Annotated[str | None, typer.Option(metavar="N", help="Ranks that it divides.  [default: 1]")] = None,
+    out: Annotated[str | None, typer.Option(metavar="DIR", help="Where the picture and the JSON go.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plans as a JSON list.")] = False,
+) -> int:
+    """Predict memory, with no device and no weights."""
+    from rlhfbench import plan_verb
 
-    return {**dict(parse_option(pair) for pair in pairs), **_given(prompts=prompts, prompt_field=prompt_field)}
-
-
-def _words(text: str | None, *, joined: bool = True) -> list[str] | None:
-    if text is None:
-        return None
-    return [word.strip() for word in text.split(",")] if joined else [text]
-
-
-def _numbers(flag: str, text: str | None) -> list[int] | None:
-    words = _words(text)
-    if words is None:
-        return None
-    wrong = [word for word in words if not re.fullmatch(r"[+-]?\d+", word)]
-    if wrong:
-        raise SweepError([f"--{flag} has {word!r}: it must be whole numbers, joined by commas." for word in wrong])
-    return [int(word) for word in words]
-
-
-def _number(flag: str, text: str | None, kind: type[int] | type[float]) -> float | None:
-    """``text`` as a number of ``kind``; click would say that it is none, and not say which text."""
-    try:
-        return None if text is None else kind(text)
-    except ValueError:
-        rule = "a whole number" if kind is int else "a number"
-        raise SweepError([f"--{flag} is {text!r}: it must be {rule}."]) from None
-
-
-def parse_size(text: str) -> int:
-    """Bytes of ``4GiB``, ``500MB`` or ``123``.
-
-    Raises:
-        SweepError: it is no size.
-    """
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise SweepError([f"--memory-limit is {text!r}: it must be a size like 4GiB, 500MB or a number of bytes."])
-    unit = (match[2] or "").capitalize()
-    return int(float(match[1]) * _UNITS[unit])
+    given = flags.given(
+        methods=flags.words(methods),
+        models=flags.words(model, joined=False),
+        seq_lens=flags.numbers("seq-lens", seq_lens),
+        batch_sizes=flags.numbers("batch-sizes", batch_sizes),
+        prompt_fraction=flags.number("prompt-fraction", prompt_fraction, float),
+        device="cuda",
+        dtype=dtype,
+        lora_rank=flags.number("lora-rank", lora_rank, int),
+        options=flags.options(option or []),
+    )
+    zero = flags.given(
+        stage=flags.number("zero-stage", zero_stage, int), world_size=flags.number("world-size", world_size, int)
+    )
+    plans = plan_verb.make_plans(_sweep(sweep, given, setting, None), gpu=gpu, zero=zero)
+    if as_json:
+        print(json.dumps(plans))
+    else:
+        _print(plan_verb.table(plans, gpu))
+        for sentence in plan_verb.advice(plans, gpu):
+            print(sentence)
+    if out is not None:
+        plan_verb.write(plans, gpu, Path(out))
+    return DONE
 
 
 @app.command()

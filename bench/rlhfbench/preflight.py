@@ -45,14 +45,7 @@ def check(sweep: Sweep) -> dict[str, ModelFacts]:
     Raises:
         SweepError: every problem, one sentence each.
     """
-    problems: list[str] = []
-    facts: dict[str, ModelFacts] = {}
-    for model in dict.fromkeys(case.model for case in sweep.cases):
-        try:
-            facts[model] = inspect_model(model)
-        except ModelError as error:
-            problems.append(str(error))
-    problems += _check_positions(sweep, facts)
+    facts, problems = _inspect(sweep)
     for device in dict.fromkeys(case.device for case in sweep.cases):
         problems += _check_device(device)
     for path, field in dict.fromkeys((case.options.prompts, case.options.prompt_field) for case in sweep.cases):
@@ -64,6 +57,28 @@ def check(sweep: Sweep) -> dict[str, ModelFacts]:
     if problems:
         raise SweepError(problems)
     return facts
+
+
+def check_models(sweep: Sweep) -> None:
+    """What planning needs of a sweep: its models, and positions enough.
+
+    Raises:
+        SweepError: every problem, one sentence each.
+    """
+    _, problems = _inspect(sweep)
+    if problems:
+        raise SweepError(problems)
+
+
+def _inspect(sweep: Sweep) -> tuple[dict[str, ModelFacts], list[str]]:
+    problems: list[str] = []
+    facts: dict[str, ModelFacts] = {}
+    for model in dict.fromkeys(case.model for case in sweep.cases):
+        try:
+            facts[model] = inspect_model(model)
+        except ModelError as error:
+            problems.append(str(error))
+    return facts, [*problems, *_check_positions(sweep, facts)]
 
 
 def inspect_model(model: str) -> ModelFacts:

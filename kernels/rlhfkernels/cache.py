@@ -86,3 +86,18 @@ def cache_tensors(cache: Cache) -> list[torch.Tensor]:
     """The keys and values that ``cache`` holds now."""
     found = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
     return [tensor for pair in found for tensor in pair if tensor is not None]
+
+
+def skip_cache_to(cache: Cache, length: int) -> None:
+    """Makes ``cache`` look as if ``length`` positions had been written; what was not written is undefined."""
+    for layer in cache.layers:
+        if isinstance(layer, PreallocatedLayer):
+            layer.length = length
+        else:
+            layer.keys = _lengthened(layer.keys, length)
+            layer.values = _lengthened(layer.values, length)
+
+
+def _lengthened(states: torch.Tensor, length: int) -> torch.Tensor:
+    b, heads, _, size = states.shape
+    return states.new_empty(b, heads, length, size)

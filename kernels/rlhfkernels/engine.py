@@ -46,6 +46,8 @@ class Engine:
 
     def __init__(self, case: Case, *, with_weights: bool = True) -> None:
         self.case = case
+        # Without weights the tokens mean nothing and only shapes do: a long completion is not stepped through then.
+        self._stepping = with_weights
         self.method = case.role_table
         self.device = torch.device(case.device)
         self.models = self._load_models(with_weights)
@@ -224,6 +226,12 @@ class Engine:
         ended = torch.zeros(b, dtype=torch.bool, device=prompts.device) if case.options.stop_token is not None else None
         start = 0
         for t in range(p, p + c):
+            # The prompt, the first step after it and the last tell all: no step between has a larger tensor.
+            if not self._stepping and p + 1 < t < p + c - 1 and decoder.can_skip:
+                continue
+            if t > max(p, start + 1):
+                decoder.skip_to(t - 1)
+                start = t - 1
             seen = None if rollout.attention_mask is None else rollout.attention_mask[:, :t]
             logits = head.of_few(decoder.advance(rollout.tokens[:, start:t], seen))
             if case.options.temperature != 1.0:

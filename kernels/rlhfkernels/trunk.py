@@ -11,10 +11,11 @@ from typing import Protocol
 
 import torch
 from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhfkernels.adapters import Adapters
-from rlhfkernels.cache import cache_tensors, make_cache
+from rlhfkernels.cache import PreallocatedLayer, cache_tensors, make_cache, skip_cache_to
 from rlhfkernels.case import Case
 from rlhfkernels.errors import CaseError
 from rlhfkernels.models import LoadedModel
@@ -34,6 +35,15 @@ class Decoder(Protocol):
         Returns:
             [b, d].
         """
+        ...
+
+    @property
+    def can_skip(self) -> bool:
+        """Whether ``skip_to`` is possible, once the prompt has been read."""
+        ...
+
+    def skip_to(self, length: int) -> None:
+        """Acts as if ``length`` positions had been seen; what the cache holds of those in between is undefined."""
         ...
 
 
@@ -126,7 +136,24 @@ def _checkpoint_layers(module: torch.nn.Module) -> None:
         )
 
 
-class _PlainDecoder:
+class CacheSkips:
+    """``Decoder``'s skipping, over the layers of a cache."""
+
+    _cache: Cache
+    _observer: Observer
+
+    @property
+    def can_skip(self) -> bool:
+        """See ``Decoder.can_skip``: a window's layers hold what they have seen in a way of their own."""
+        return all(type(layer) in (PreallocatedLayer, DynamicLayer) for layer in self._cache.layers)
+
+    def skip_to(self, length: int) -> None:
+        """See ``Decoder.skip_to``."""
+        skip_cache_to(self._cache, length)
+        self._observer.tag("kv_cache", cache_tensors(self._cache))
+
+
+class _PlainDecoder(CacheSkips):
     def __init__(self, module: torch.nn.Module, kind: str, max_len: int, observer: Observer) -> None:
         self._module = module
         self._observer = observer

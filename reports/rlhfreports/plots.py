@@ -43,7 +43,7 @@ _MAX_COLUMNS = 3
 _WORD_ROW = 0.055  # of a panel's height
 _PANEL_WIDTH_IN, _PANEL_HEIGHT_IN = 4.4, 3.7
 # matplotlib's defaults first: a user's own settings must not change the pictures.
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     **{name: value for name, value in matplotlib.rcParamsDefault.items() if not name.startswith("backend")},
     "svg.hashsalt": "rlhfbench",
     "svg.fonttype": "path",
@@ -82,12 +82,12 @@ _TOKENS = _Quantity(label="tokens per second, prompt + completion", metric=token
 
 def draw_latency(frame: pd.DataFrame, path_stem: Path) -> tuple[Path, Path]:
     """Writes seconds per sample against sequence length as ``path_stem``.png and .svg, and returns both paths."""
-    return _write(latency_figure(frame), path_stem)
+    return write_figure(latency_figure(frame), path_stem)
 
 
 def draw_throughput(frame: pd.DataFrame, path_stem: Path) -> tuple[Path, Path]:
     """Writes samples/s and tokens/s against sequence length as ``path_stem``.png and .svg, and returns both paths."""
-    return _write(throughput_figure(frame), path_stem)
+    return write_figure(throughput_figure(frame), path_stem)
 
 
 def latency_figure(frame: pd.DataFrame) -> Figure:
@@ -100,9 +100,10 @@ def throughput_figure(frame: pd.DataFrame) -> Figure:
     return _figure(frame, "Throughput against sequence length", [_SAMPLES, _TOKENS])
 
 
-def _write(figure: Figure, path_stem: Path) -> tuple[Path, Path]:
+def write_figure(figure: Figure, path_stem: Path) -> tuple[Path, Path]:
+    """Writes ``figure`` as ``path_stem``.png and .svg, and returns both paths."""
     png, svg = path_stem.with_name(f"{path_stem.name}.png"), path_stem.with_name(f"{path_stem.name}.svg")
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure.savefig(png, dpi=150, metadata={"Software": None})
         figure.savefig(svg, metadata={"Date": None, "Creator": None})
     return png, svg
@@ -110,7 +111,7 @@ def _write(figure: Figure, path_stem: Path) -> tuple[Path, Path]:
 
 def _figure(frame: pd.DataFrame, title: str, quantities: Sequence[_Quantity]) -> Figure:
     panels = panels_of(frame)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         if not any(len(panel.points) for panel in panels):
             return _empty_figure(frame, title)
         num_rows, num_columns = _shape(len(panels), len(quantities))

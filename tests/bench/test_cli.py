@@ -12,6 +12,7 @@ import rlhfbench.draw
 from rlhfbench import cli, runner
 from rlhfbench.errors import ForkServerError, RecordsError, SweepError
 from rlhfbench.records import read_records
+from rlhfbench.sizes import parse_size
 from rlhfkernels.methods import METHODS
 from rlhfkernels.presets import PRESETS
 
@@ -326,13 +327,13 @@ def test_help_imports_nothing_heavy(verb):
     ],
 )
 def test_sizes(text, expected):
-    assert cli.parse_size(text) == expected
+    assert parse_size("--memory-limit", text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "-1", "4 Gib ibs", "4XB", "nan"])
 def test_no_sizes(text):
     with pytest.raises(SweepError, match="must be a size like 4GiB"):
-        cli.parse_size(text)
+        parse_size("--memory-limit", text)
 
 
 def test_the_public_face_is_what_it_says():

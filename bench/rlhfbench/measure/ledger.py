@@ -24,9 +24,17 @@ from rlhfkernels.observer import PARTS, Observer
 MODEL_PARTS = ("base", "adapters", "heads", "gradients", "optimizer")
 ACTIVATION_PARTS = ("kv_cache", "activations", "temporary")
 
+# What an allocator hands memory out in: torch's own on CUDA rounds every request up to this; on a processor, bytes.
+_BLOCK_BYTES = {"cuda": 512}
+
 _INDEX = {part: index for index, part in enumerate(PARTS)}
 _MODEL = frozenset(_INDEX[part] for part in MODEL_PARTS)
 _GRADIENTS, _ACTIVATIONS, _TEMPORARY = (_INDEX[part] for part in ("gradients", "activations", "temporary"))
+
+
+def block_bytes(device: str) -> int:
+    """The blocks in which memory is counted on ``device``."""
+    return _BLOCK_BYTES.get(torch.device(device).type, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,6 +105,7 @@ class Ledger(Observer):
 
     Args:
         device: storages on other devices are not counted. Without an index: every device of that type.
+        block_bytes: storages are counted in whole blocks of this size, as a device's allocator hands them out.
         on_change: called after every change with the live bytes by part, in the order of ``PARTS`` (the ledger's own
             list: copy it to keep it).
 
@@ -105,8 +114,13 @@ class Ledger(Observer):
     """
 
     def __init__(
-        self, device: str | torch.device = "cpu", on_change: Callable[[Sequence[int]], None] | None = None
+        self,
+        device: str | torch.device = "cpu",
+        on_change: Callable[[Sequence[int]], None] | None = None,
+        *,
+        block_bytes: int = 1,
     ) -> None:
+        self._block_bytes = block_bytes
         self._device = torch.device(device)
         self._on_change = on_change
         self._entries: dict[int, _Entry] = {}
@@ -223,15 +237,15 @@ class Ledger(Observer):
         """Looks whether an op that writes into ``tensor`` gave it another storage, or its storage another size."""
         for entry in self._entries_of(tensor, None):
             storage = entry()
-            if storage is not None and storage.nbytes() != entry.num_bytes:
+            if storage is not None and self._size(storage) != entry.num_bytes:
                 entry.shape = tensor.shape
-                self._resize(entry, storage.nbytes())
+                self._resize(entry, self._size(storage))
 
     def resized(self, storage: torch.UntypedStorage) -> None:
         """Takes the new size of a storage that was resized by no op."""
         entry = self._entries.get(storage._cdata)
-        if entry is not None and storage.nbytes() != entry.num_bytes:
-            self._resize(entry, storage.nbytes())
+        if entry is not None and self._size(storage) != entry.num_bytes:
+            self._resize(entry, self._size(storage))
 
     def hold(self, tensor: torch.Tensor, alias: torch.Tensor) -> None:
         """Counts a saved reference to the storage of ``tensor`` for as long as ``alias``, a view of it, lives."""
@@ -265,12 +279,15 @@ class Ledger(Observer):
     def _add(self, storage: torch.UntypedStorage, shape: torch.Size, op: object) -> _Entry:
         entry = _Entry(storage, self._died)
         entry.key = storage._cdata
-        entry.num_bytes = storage.nbytes()
+        entry.num_bytes = self._size(storage)
         entry.part, entry.declared, entry.num_saved = _TEMPORARY, False, 0
         entry.shape, entry.op = shape, op
         self._entries[entry.key] = entry
         self._grow(entry, entry.num_bytes)
         return entry
+
+    def _size(self, storage: torch.UntypedStorage) -> int:
+        return -(-storage.nbytes() // self._block_bytes) * self._block_bytes
 
     def _died(self, entry: _Entry) -> None:
         self._consider_largest(entry)

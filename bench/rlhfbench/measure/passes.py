@@ -14,7 +14,7 @@ import torch
 from rlhfbench.measure import host
 from rlhfbench.measure.ceilings import measure_ceilings
 from rlhfbench.measure.clock import StepClock
-from rlhfbench.measure.ledger import ACTIVATION_PARTS, MODEL_PARTS, Ledger
+from rlhfbench.measure.ledger import ACTIVATION_PARTS, MODEL_PARTS, Ledger, block_bytes
 from rlhfbench.measure.profile import PhaseProfiler
 from rlhfbench.measure.settings import MeasureSettings
 from rlhfbench.measure.stopping import Reason, StoppingRule
@@ -52,6 +52,10 @@ class Step(Protocol):
 
     def prompt_summary(self) -> dict[str, Any]:
         """The ``prompts`` object of the record."""
+
+    @property
+    def engine_taken(self) -> str:
+        """How the actor's trunk is run."""
 
 
 class Announcer(Observer):
@@ -147,13 +151,18 @@ def timing_pass(
 def memory_pass(step: Step, device: str, notify: Notify) -> Ledger:
     """One step under a ledger, which has seen it then."""
     gc.collect()
-    with Ledger(device) as ledger:
+    ledger = Ledger(device, block_bytes=block_bytes(device))
+    watched_step(step, ledger, Announcer(notify, ledger)).check_finite()
+    return ledger
+
+
+def watched_step(step: Step, ledger: Ledger, observer: Observer) -> Stats:
+    """One step under ``ledger``, which is told first what lives between steps."""
+    with ledger:
         for part, tensor in step.persistent_tensors():
             ledger.tag(part, (tensor,))
         ledger.watch_gradients(step.trained_parameters())
-        stats = step.run(Announcer(notify, ledger))
-    stats.check_finite()
-    return ledger
+        return step.run(observer)
 
 
 def memory_object(ledger: Ledger, views: dict[str, int | None]) -> dict[str, Any]:

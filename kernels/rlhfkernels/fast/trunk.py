@@ -21,7 +21,7 @@ from rlhfkernels.fast.blocks import Block, Blocks, read_blocks
 from rlhfkernels.models import LoadedModel
 from rlhfkernels.observer import Observer
 from rlhfkernels.ops.decode_attention import decode_attention
-from rlhfkernels.trunk import Decoder, PlainTrunk
+from rlhfkernels.trunk import CacheSkips, Decoder, PlainTrunk
 
 
 class FastTrunk(PlainTrunk):
@@ -56,7 +56,7 @@ def make_fast_trunk(case: Case, model: LoadedModel, adapters: Adapters) -> Plain
     return PlainTrunk(case, model, adapters)
 
 
-class _FastDecoder:
+class _FastDecoder(CacheSkips):
     """The prompt through the modules, every token after it through the blocks; both write into one cache."""
 
     def __init__(self, module: Any, blocks: Blocks, adapter: str | None, max_len: int, observer: Observer) -> None:
@@ -65,6 +65,7 @@ class _FastDecoder:
             PreallocatedLayer(max_len, lambda tensors: observer.tag("kv_cache", tensors)) for _ in blocks.layers
         ]
         self._cache = Cache(layers=self._layers)
+        self._observer = observer
         self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
         self._max_len = max_len
 

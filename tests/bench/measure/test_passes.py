@@ -95,7 +95,7 @@ def test_the_passes_in_their_order(fake, tmp_path):
     phases = [f"phase:{phase.name}" for phase in PHASES]
     assert told == ["build", "warm-up", *phases, "timing", "memory", *phases, "profile", *phases, "ceilings"]
     assert json.loads(json.dumps(result)) == result
-    assert set(result) == {"memory", "latency", "work", "prompts", "ceilings"}
+    assert set(result) == {"memory", "latency", "work", "prompts", "engine", "ceilings"}
     assert result["prompts"] == step.prompt_summary()
     assert result["ceilings"] == CEILINGS
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(

@@ -1,0 +1,125 @@
+"""What ``rlhfbench plan`` does: a plan for every case of a sweep, as a table, a picture, JSON and advice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhfbench import preflight
+from rlhfbench.devices import find_accelerator
+from rlhfbench.errors import RunFolderError
+from rlhfbench.sweep import Sweep
+from rlhfkernels.methods import METHODS
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.table import Table
+
+# What makes each part smaller, for a case that does not fit.
+_REMEDIES = {
+    "base": "fewer bases (dynamic-lora, hydra), --dtype bfloat16 or --zero-stage 3",
+    "adapters": "a smaller --lora-rank",
+    "heads": "--dtype bfloat16 or --zero-stage 3",
+    "gradients": "an adapter method, or --zero-stage 2",
+    "optimizer": "an adapter method, or --zero-stage 1",
+    "kv_cache": "a smaller batch or a shorter completion",
+    "activations": "--option gradient_checkpointing=true or --option micro_batch_size=1",
+    "rollout": "a smaller batch",
+    "temporary": "--option attention=sdpa, a smaller --option logprob_chunk or micro-batch",
+}
+
+
+def make_plans(sweep: Sweep, *, gpu: str | None, zero: dict[str, Any]) -> list[dict[str, Any]]:
+    """One object a case: ``case``, ``memory``, ``fits``, ``max_batch_size``, ``floor``.
+
+    Raises:
+        SweepError: a model, a length, the accelerator or the division among ranks is wrong; every problem is named.
+    """
+    from rlhfbench.planning import BatchSearch, Zero, plan_case, plan_object
+
+    accelerator = None if gpu is None else find_accelerator(gpu)
+    ranks = Zero(**zero)
+    preflight.check_models(sweep)
+    plans = [plan_case(case, ranks) for case in sweep.cases]
+    if accelerator is None:
+        return [plan_object(plan, None, None) for plan in plans]
+    search = BatchSearch(accelerator.usable_bytes, ranks)
+    for plan in plans:
+        search.note(plan)
+    return [plan_object(plan, accelerator, search.largest(plan.case)) for plan in plans]
+
+
+def frame(plans: list[dict[str, Any]]) -> pd.DataFrame:
+    """The table that crosses to the reports: see ``rlhfreports.plans``."""
+    import pandas as pd
+
+    return pd.DataFrame(
+        [
+            {
+                "title": METHODS[plan["case"]["method"]].title,
+                "seq_len": plan["case"]["prompt_len"] + plan["case"]["completion_len"],
+                "batch_size": plan["case"]["batch_size"],
+                **{f"{part}_bytes": size for part, size in plan["memory"]["parts"].items()},
+                **{f"{name}_bytes": plan["memory"][f"{name}_bytes"] for name in ("model", "activation", "total")},
+                "peak_phase": plan["memory"]["peak_phase"],
+                "fits": plan["fits"],
+                "max_batch_size": plan["max_batch_size"],
+                "floor_s_per_sample": plan["floor"]["total_s_per_sample"],
+            }
+            for plan in plans
+        ]
+    )
+
+
+def table(plans: list[dict[str, Any]], gpu: str | None) -> Table:
+    """The plans for the terminal."""
+    from rlhfreports.plans import plan_table
+
+    return plan_table(frame(plans), caption=_caption(plans, gpu))
+
+
+def advice(plans: list[dict[str, Any]], gpu: str | None) -> Iterator[str]:
+    """For every case that does not fit even with one sequence: its largest part, and what would help."""
+    if gpu is None:
+        return
+    for plan in plans:
+        if plan["max_batch_size"] == 0:
+            part, size = max(plan["memory"]["parts"].items(), key=lambda item: item[1])
+            yield (
+                f"{METHODS[plan['case']['method']].title} does not fit on {gpu} even at batch 1: its largest part is "
+                f"{part} with {size / 2**30:.1f} GiB. What would help: {_REMEDIES[part]}."
+            )
+
+
+def write(plans: list[dict[str, Any]], gpu: str | None, folder: Path) -> None:
+    """Writes ``plan.json``, ``plan.png`` and ``plan.svg``.
+
+    Raises:
+        RunFolderError: the folder cannot be written.
+    """
+    from rlhfreports.plans import draw_plan
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "plan.json").write_text(json.dumps(plans, indent=1) + "\n", encoding="utf-8")
+        limit = None if gpu is None else find_accelerator(gpu)
+        draw_plan(
+            frame(plans),
+            folder / "plan",
+            caption=_caption(plans, gpu),
+            limit_bytes=None if limit is None else limit.memory_bytes,
+        )
+    except OSError as error:
+        raise RunFolderError(f"out '{folder}' cannot be written: {error.strerror}.") from error
+
+
+def _caption(plans: list[dict[str, Any]], gpu: str | None) -> str:
+    case = plans[0]["case"]
+    words = [case["model"], case["dtype"], f"LoRA rank {case['lora_rank']}"]
+    if gpu is not None:
+        limit = find_accelerator(gpu)
+        gib, reserve = limit.memory_bytes / 2**30, limit.reserve_bytes / 2**30
+        words.append(f"{limit.name}: {gib:.0f} GiB, {reserve:.1f} of it reserved (an estimate)")
+    return " · ".join(words)

@@ -1,0 +1,216 @@
+"""Memory known beforehand: the engine itself, run on fake tensors under the ledger, with no device and no weights.
+
+There is no second formula for memory that could drift from the code: a plan is a step whose tensors have shapes and no
+contents. A long completion is not stepped through; the steps left out have no larger tensor than those that are run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+from unittest import mock
+
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from rlhfbench.devices import Accelerator
+from rlhfbench.errors import SweepError
+from rlhfbench.measure.ledger import MODEL_PARTS, Ledger, block_bytes
+from rlhfbench.measure.passes import memory_object, watched_step
+from rlhfkernels.case import Case
+from rlhfkernels.observer import PARTS
+from rlhfkernels.step import build_step
+from rlhfkernels.work import Work, phase_work
+
+# DeepSpeed's stages: what each divides among the ranks. Stage 3 divides the frozen weights too.
+_ZERO_DIVIDES: dict[int, tuple[str, ...]] = {
+    0: (),
+    1: ("optimizer",),
+    2: ("optimizer", "gradients"),
+    3: ("optimizer", "gradients", "base", "adapters", "heads"),
+}
+_NO_VIEWS = dict.fromkeys(("allocator_peak_bytes", "allocator_reserved_bytes", "driver_peak_bytes", "host_peak_bytes"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Zero:
+    """How DeepSpeed's ZeRO would divide a step. Its communication buckets are not counted.
+
+    Attributes:
+        stage: 0 to 3.
+        world_size: ranks.
+
+    Raises:
+        SweepError: some field breaks its rule; every problem is named.
+    """
+
+    stage: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.stage not in _ZERO_DIVIDES:
+            problems.append(f"zero-stage is {self.stage}: it must be 0, 1, 2 or 3.")
+        if self.world_size < 1:
+            problems.append(f"world-size is {self.world_size}: it must be a whole number of at least 1.")
+        if problems:
+            raise SweepError(problems)
+
+    def divide(self, parts: dict[str, int]) -> dict[str, int]:
+        """The bytes of each part on one rank; what does not divide evenly is rounded up."""
+        divided = _ZERO_DIVIDES[self.stage]
+        return {part: -(-size // self.world_size) if part in divided else size for part, size in parts.items()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What a case will need.
+
+    Attributes:
+        case: as it was asked for.
+        memory: the ``memory`` object of a record, on one rank.
+        work: the least work of each phase.
+    """
+
+    case: Case
+    memory: dict[str, Any]
+    work: dict[str, Work]
+
+    @property
+    def total_bytes(self) -> int:
+        """The step's highest total."""
+        return int(self.memory["total_bytes"])
+
+    @property
+    def largest_model_bytes(self) -> int:
+        """Weights, all gradients and optimizer states: the highest over the phases, whenever the total peaks."""
+        phases: dict[str, Any] = self.memory["phases"]
+        return max(sum(int(phase["parts"][part]) for part in MODEL_PARTS) for phase in phases.values())
+
+    def floor_s_per_sample(self, gpu: Accelerator) -> float | None:
+        """The shortest time a sample on ``gpu``, or ``None`` where its rates are not known for the dtype."""
+        rate = gpu.flops_per_s.get(self.case.dtype)
+        if rate is None or gpu.bytes_per_s is None:
+            return None
+        return sum(work.floor_s(rate, gpu.bytes_per_s) for work in self.work.values()) / self.case.batch_size
+
+
+def plan_case(case: Case, zero: Zero | None = None) -> Plan:
+    """Runs one step of ``case`` on fake tensors.
+
+    The step runs as on a processor, since fake tensors of another device need that device's build of torch for their
+    backward; storages are counted in the blocks of the device that was asked for.
+
+    Args:
+        case: what to plan. Prompts and a stop token change no shape and are left out.
+        zero: how the step is divided among ranks.
+
+    Raises:
+        ModelError: the model's configuration cannot be read, or it is too short.
+        CaseError: an option does not fit the model.
+    """
+    options = dataclasses.replace(case.options, prompts=None, stop_token=None)
+    stand_in = dataclasses.replace(case, device="cpu", options=options)
+    ledger = Ledger("cpu", block_bytes=block_bytes(case.device))
+    # Transformers looks into position ids for packed sequences, and where it cannot look, it makes a mask that it would
+    # not make of real ones. This engine packs nothing.
+    unpacked = mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None)
+    with unpacked, FakeTensorMode():
+        step = build_step(stand_in, with_weights=False)
+        watched_step(step, ledger, ledger)
+        work = phase_work(step)
+    memory = memory_object(ledger, dict(_NO_VIEWS))
+    return Plan(case=case, memory=_divided(memory, zero or Zero()), work=work)
+
+
+def _divided(memory: dict[str, Any], zero: Zero) -> dict[str, Any]:
+    """``memory`` on one rank: every phase's parts divided, and the peak found again among them."""
+    phases = {name: zero.divide(phase["parts"]) for name, phase in memory["phases"].items()}
+    totals = {name: sum(parts.values()) for name, parts in phases.items()}
+    peak_phase = max(totals, key=lambda name: totals[name])
+    parts, total = phases[peak_phase], totals[peak_phase]
+    assert set(parts) == set(PARTS)
+    model = sum(parts[part] for part in MODEL_PARTS)
+    return {
+        **memory,
+        "model_bytes": model,
+        "activation_bytes": total - model - parts["rollout"],
+        "rollout_bytes": parts["rollout"],
+        "total_bytes": total,
+        "peak_phase": peak_phase,
+        "parts": parts,
+        "phases": {name: {"total_bytes": totals[name], "parts": phases[name]} for name in phases},
+        "views": {**memory["views"], "ledger_peak_bytes": total},
+    }
+
+
+class BatchSearch:
+    """Finds the largest batch that fits, from as few plans as it can: totals are nearly linear in the batch.
+
+    Args:
+        usable_bytes: what a step may take.
+        zero: how it is divided among ranks.
+    """
+
+    def __init__(self, usable_bytes: int, zero: Zero) -> None:
+        self._usable_bytes, self._zero = usable_bytes, zero
+        self._totals: dict[Case, dict[int, int]] = {}
+
+    def note(self, plan: Plan) -> None:
+        """Takes a plan that was made anyway."""
+        self._of(plan.case)[plan.case.batch_size] = plan.total_bytes
+
+    def largest(self, case: Case) -> int:
+        """The largest batch of ``case``'s kind that fits; 0 where even one sequence does not.
+
+        Each batch is tried as one micro-batch in one mini-batch.
+        """
+        low, high = 0, None
+        guess = case.batch_size
+        while high is None or high - low > 1:
+            if self._total(case, guess) <= self._usable_bytes:
+                low = guess
+            else:
+                high = guess
+            guess = self._next_guess(case, low, high)
+        return low
+
+    def _next_guess(self, case: Case, low: int, high: int | None) -> int:
+        known = sorted(self._of(case).items())
+        if len(known) < 2:
+            return 2 * low if low else 1
+        (b0, t0), (b1, t1) = known[0], known[-1]
+        slope = max(1.0, (t1 - t0) / (b1 - b0))
+        guess = int(b1 + (self._usable_bytes - t1) / slope)
+        if high is None:
+            return max(low + 1, guess)
+        # Near the end the guess repeats a bound: then the neighbour of that bound decides, or the middle.
+        return min(max(guess, low + 1), high - 1)
+
+    def _of(self, case: Case) -> dict[int, int]:
+        return self._totals.setdefault(_with_batch(case, 1), {})
+
+    def _total(self, case: Case, batch_size: int) -> int:
+        totals = self._of(case)
+        if batch_size not in totals:
+            totals[batch_size] = plan_case(_with_batch(case, batch_size), self._zero).total_bytes
+        return totals[batch_size]
+
+
+def _with_batch(case: Case, batch_size: int) -> Case:
+    options = dataclasses.replace(case.options, micro_batch_size=None, num_mini_batches=1)
+    return dataclasses.replace(case, batch_size=batch_size, options=options)
+
+
+def plan_object(plan: Plan, gpu: Accelerator | None, max_batch_size: int | None) -> dict[str, Any]:
+    """One entry of ``rlhfbench plan --json``."""
+    return {
+        "case": plan.case.to_dict(),
+        "memory": plan.memory,
+        "fits": None if gpu is None else plan.total_bytes <= gpu.usable_bytes,
+        "max_batch_size": max_batch_size,
+        "floor": {
+            "gpu": None if gpu is None else gpu.name,
+            "total_s_per_sample": None if gpu is None else plan.floor_s_per_sample(gpu),
+            "phases": {name: {"flops": work.flops, "bytes": work.bytes} for name, work in plan.work.items()},
+        },
+    }

@@ -1,0 +1,87 @@
+"""Plans as a table and as stacked bars.
+
+The table that comes in has one row a case: ``title`` (the method's), ``seq_len``, ``batch_size``, ``PART_bytes`` for
+every part, ``model_bytes``, ``activation_bytes``, ``total_bytes``, ``peak_phase``, ``fits`` (or nothing),
+``max_batch_size``, ``floor_s_per_sample``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from rlhfreports.plots import COLORS, STYLE, write_figure
+
+_GIB = 2**30
+PARTS = ("base", "heads", "adapters", "gradients", "optimizer", "kv_cache", "activations", "temporary", "rollout")
+_PART_COLORS = ("#7A7A7A", "#B0B0B0", COLORS[4], COLORS[2], COLORS[3], COLORS[6], COLORS[1], COLORS[5], COLORS[7])
+
+
+def plan_table(frame: pd.DataFrame, *, caption: str) -> Table:
+    """Every part in GiB, where the peak is, whether it fits, the largest batch that does, the floor of the time."""
+    table = Table(title=caption, title_justify="left", box=None, header_style="bold")
+    for name in ("method", "length", "batch"):
+        table.add_column(name, no_wrap=True)
+    for name in (*(part.replace("_", " ") for part in PARTS), "total"):
+        table.add_column(f"{name}\nGiB", justify="right")
+    for name in ("peak in", "fits", "max batch", "floor\ns/sample"):
+        table.add_column(name, justify="right")
+    for row in frame.to_dict("records"):
+        sizes = [_gib(int(row[f"{part}_bytes"])) for part in (*PARTS, "total")]
+        known = [_word(row["fits"]), _word(row["max_batch_size"]), _seconds(row["floor_s_per_sample"])]
+        lead = [str(row["title"]), str(row["seq_len"]), str(row["batch_size"])]
+        table.add_row(*lead, *sizes, str(row["peak_phase"]), *known)
+    return table
+
+
+def plan_figure(frame: pd.DataFrame, *, caption: str, limit_bytes: int | None) -> Figure:
+    """One stacked bar a case, by part; the device's memory as a line."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8.5, 1.6 + 0.42 * len(frame)), layout="constrained")
+        axes = figure.add_subplot()
+        places = np.arange(len(frame))
+        done = np.zeros(len(frame))
+        for part, color in zip(PARTS, _PART_COLORS, strict=True):
+            sizes = frame[f"{part}_bytes"].to_numpy(dtype=float) / _GIB
+            axes.barh(places, sizes, left=done, color=color, label=part.replace("_", " "), height=0.72)
+            done += sizes
+        for place, total in zip(places, done, strict=True):
+            axes.text(float(total), float(place), f" {total:.3g}", va="center", fontsize=9)
+        if limit_bytes is not None:
+            axes.axvline(limit_bytes / _GIB, color=COLORS[0], linewidth=1.4, linestyle="--")
+            axes.text(limit_bytes / _GIB, -0.75, f"{limit_bytes / _GIB:.0f} GiB ", ha="right", va="center", fontsize=9)
+        labels = [f"{r.title}, {r.seq_len} tokens, batch {r.batch_size}" for r in frame.itertuples()]
+        axes.set_yticks(places, labels)
+        axes.set_ylim(len(frame) - 0.4, -1.1)
+        axes.set_xlim(0, max(float(done.max()), (limit_bytes or 0) / _GIB) * 1.1)
+        axes.set_xlabel("GiB at the step's highest total")
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.suptitle(f"Predicted memory\n{caption}", fontsize=11)
+        figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    return figure
+
+
+def draw_plan(frame: pd.DataFrame, path_stem: Path, *, caption: str, limit_bytes: int | None) -> tuple[Path, Path]:
+    """Writes the bars as ``path_stem``.png and .svg, and returns both paths."""
+    return write_figure(plan_figure(frame, caption=caption, limit_bytes=limit_bytes), path_stem)
+
+
+def _gib(size: int) -> str:
+    return f"{size / _GIB:.2f}" if size >= 0.005 * _GIB else ("0" if size == 0 else "<0.01")
+
+
+def _word(value: object) -> str:
+    if value is None or value != value:
+        return "–"
+    if isinstance(value, (bool, np.bool_)):
+        return "yes" if value else "no"
+    return f"{float(str(value)):.0f}"
+
+
+def _seconds(value: object) -> str:
+    return "–" if value is None or value != value else f"{float(str(value)):.3g}"

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+
+from rlhfbench.devices import find_accelerator
+from rlhfbench.errors import SweepError
+from rlhfbench.measure.ledger import Ledger
+from rlhfbench.measure.passes import memory_object, watched_step
+from rlhfbench.planning import BatchSearch, Zero, plan_case
+from rlhfbench.planning import _divided as divided
+from rlhfkernels import METHODS, Case, Options, build_step
+from rlhfkernels.observer import PARTS
+from rlhfkernels.settings import SETTINGS
+
+ARCHITECTURES = ["llama", "opt", "gpt_neox", "gpt2", "qwen2"]
+NAMES = ("model_bytes", "activation_bytes", "total_bytes")
+
+
+def measured(case: Case) -> dict[str, object]:
+    step = build_step(case)
+    ledger = Ledger("cpu")
+    watched_step(step, ledger, ledger)
+    return memory_object(ledger, {})
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_plan_is_what_the_ledger_measures(
+    make_case: Callable[..., Case], method: str, architecture: str, checkpointing: bool
+) -> None:
+    for length, batch_size in ((12, 2), (24, 4)):
+        case = make_case(
+            method,
+            f"wide-{architecture}",
+            dtype="float32",
+            prompt_len=length,
+            completion_len=length,
+            batch_size=batch_size,
+            gradient_checkpointing=checkpointing,
+        )
+        plan, memory = plan_case(case).memory, measured(case)
+        for name in NAMES:
+            assert plan[name] == pytest.approx(memory[name], rel=0.005), (name, length, batch_size)
+
+
+@pytest.mark.parametrize("engine", ["fast", "plain"])
+@pytest.mark.parametrize("kv_cache", ["preallocated", "growing"])
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+def test_a_long_completion_takes_what_stepping_through_takes_to_the_byte(
+    make_case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch, architecture: str, kv_cache: str, engine: str
+) -> None:
+    # A completion far longer than the prompt, and a tiny chunk, so that generation's own peak is in sight.
+    case = make_case("hydra", architecture, prompt_len=4, completion_len=40, engine=engine, kv_cache=kv_cache)
+    skipping = plan_case(case).memory["phases"]["generate"]
+    monkeypatch.setattr("rlhfkernels.trunk.CacheSkips.can_skip", property(lambda self: False))
+    assert plan_case(case).memory["phases"]["generate"] == skipping
+
+
+def test_skipping_skips(make_case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+    from rlhfkernels.trunk import CacheSkips
+
+    skip = CacheSkips.skip_to
+    monkeypatch.setattr(CacheSkips, "skip_to", lambda self, length: (lengths.append(length), skip(self, length))[1])
+    plan_case(make_case("hydra", prompt_len=4, completion_len=40))
+    assert lengths == [42]
+
+
+# Hydra-RLHF, Table 1: Llama-7B, 400 + 400 tokens, LoRA rank 128, ZeRO-1 over 8 GPUs; GiB of model memory.
+@pytest.mark.parametrize(("method", "gib"), [("joined-hydra", 14.3), ("hydra", 15.9), ("lora", 53.2)])
+def test_the_papers_model_memory_comes_out_of_the_paper_setting(method: str, gib: float) -> None:
+    fields = {key: value for key, value in SETTINGS["paper"].items() if key != "options"}
+    # The model column does not depend on the length: a short one is planned sooner.
+    case = Case(
+        method=method,
+        model="llama-7b",
+        prompt_len=4,
+        completion_len=4,
+        batch_size=1,
+        device="cuda",
+        options=Options(**SETTINGS["paper"]["options"]),
+        **fields,
+    )
+    plan = plan_case(case, Zero(stage=1, world_size=8))
+    assert plan.largest_model_bytes / 2**30 == pytest.approx(gib, rel=0.01)
+
+
+def test_storages_on_a_gpu_are_counted_in_its_allocators_blocks(make_case: Callable[..., Case]) -> None:
+    case = make_case("hydra")
+    on_gpu = plan_case(dataclasses.replace(case, device="cuda")).memory
+    assert all(size % 512 == 0 for size in on_gpu["parts"].values())
+    assert on_gpu["total_bytes"] > plan_case(case).memory["total_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "divided_parts"),
+    [
+        (0, set()),
+        (1, {"optimizer"}),
+        (2, {"optimizer", "gradients"}),
+        (3, {"optimizer", "gradients", "base", "adapters", "heads"}),
+    ],
+)
+def test_each_zero_stage_divides_what_deepspeed_divides(stage: int, divided_parts: set[str]) -> None:
+    parts = Zero(stage=stage, world_size=4).divide(dict.fromkeys(PARTS, 101))
+    assert {part for part, size in parts.items() if size == 26} == divided_parts
+    assert {size for part, size in parts.items() if part not in divided_parts} == {101}
+
+
+def test_the_peak_may_move_when_ranks_share() -> None:
+    heavy = {**dict.fromkeys(PARTS, 0), "optimizer": 100, "activations": 1}
+    light = {**dict.fromkeys(PARTS, 0), "optimizer": 10, "activations": 50}
+    memory = {"phases": {"optimize": {"parts": heavy}, "update_actor": {"parts": light}}, "views": {}}
+    whole, shared = divided(memory, Zero()), divided(memory, Zero(stage=1, world_size=10))
+    assert (whole["peak_phase"], whole["total_bytes"]) == ("optimize", 101)
+    assert (shared["peak_phase"], shared["total_bytes"]) == ("update_actor", 51)
+    assert shared["model_bytes"] + shared["activation_bytes"] + shared["rollout_bytes"] == 51
+
+
+def test_the_largest_batch_fits_and_the_next_does_not(make_case: Callable[..., Case]) -> None:
+    case = make_case("hydra", batch_size=1)
+    limit = plan_case(dataclasses.replace(case, batch_size=11)).total_bytes + 10
+    assert BatchSearch(limit, Zero()).largest(case) == 11
+    assert BatchSearch(10, Zero()).largest(case) == 0
+
+
+def test_a_zero_that_is_none_is_said() -> None:
+    with pytest.raises(SweepError) as caught:
+        Zero(stage=4, world_size=0)
+    assert caught.value.problems == (
+        "zero-stage is 4: it must be 0, 1, 2 or 3.",
+        "world-size is 0: it must be a whole number of at least 1.",
+    )
+
+
+def test_accelerators_by_name_and_by_size() -> None:
+    assert find_accelerator("A100-80GB").memory_bytes == 80 * 2**30
+    assert find_accelerator("24GiB").memory_bytes == 24 * 2**30
+    assert find_accelerator("80GB").memory_bytes == 80 * 10**9
+    assert 0 < find_accelerator("24GiB").reserve_bytes < 2 * 2**30
+    with pytest.raises(SweepError, match="gpu 'a1000-80gb' is unknown: did you mean 'a100-80gb'"):
+        find_accelerator("a1000-80gb")
+
+
+def test_the_floor_needs_rates(make_case: Callable[..., Case]) -> None:
+    plan = plan_case(make_case("hydra", dtype="bfloat16"))
+    floor = plan.floor_s_per_sample(find_accelerator("a100-80gb"))
+    assert floor is not None
+    assert floor > 0
+    assert plan.floor_s_per_sample(find_accelerator("24GiB")) is None
