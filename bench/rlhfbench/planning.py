@@ -28,6 +28,8 @@ _ZERO_DIVIDES: dict[int, tuple[str, ...]] = {
     2: ("optimizer", "gradients"),
     3: ("optimizer", "gradients", "base", "adapters", "heads"),
 }
+# No larger batch is looked for: a plan's own time grows with the chunks that its log-probabilities come in.
+MOST_SEQUENCES = 512
 _NO_VIEWS = dict.fromkeys(("allocator_peak_bytes", "allocator_reserved_bytes", "driver_peak_bytes", "host_peak_bytes"))
 
 
@@ -160,15 +162,18 @@ class BatchSearch:
         self._of(plan.case)[plan.case.batch_size] = plan.total_bytes
 
     def largest(self, case: Case) -> int:
-        """The largest batch of ``case``'s kind that fits; 0 where even one sequence does not.
+        """The largest batch of ``case``'s kind that fits, up to ``MOST_SEQUENCES``; 0 where not even one does.
 
         Each batch is tried as one micro-batch in one mini-batch.
         """
-        low, high = 0, None
-        guess = case.batch_size
+        low: int = 0
+        high: int | None = None
+        guess = min(case.batch_size, MOST_SEQUENCES)
         while high is None or high - low > 1:
             if self._total(case, guess) <= self._usable_bytes:
                 low = guess
+                if low == MOST_SEQUENCES:
+                    break
             else:
                 high = guess
             guess = self._next_guess(case, low, high)
@@ -177,12 +182,12 @@ class BatchSearch:
     def _next_guess(self, case: Case, low: int, high: int | None) -> int:
         known = sorted(self._of(case).items())
         if len(known) < 2:
-            return 2 * low if low else 1
+            return min(2 * low, MOST_SEQUENCES) if low else 1
         (b0, t0), (b1, t1) = known[0], known[-1]
         slope = max(1.0, (t1 - t0) / (b1 - b0))
         guess = int(b1 + (self._usable_bytes - t1) / slope)
         if high is None:
-            return max(low + 1, guess)
+            return min(max(low + 1, guess), MOST_SEQUENCES)
         # Near the end the guess repeats a bound: then the neighbour of that bound decides, or the middle.
         return min(max(guess, low + 1), high - 1)
 

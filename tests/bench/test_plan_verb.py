@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rlhfbench import cli, plan_verb
+from rlhfbench.planning import MOST_SEQUENCES
+from rlhfbench.sweep import Sweep
+from rlhfkernels import Case
+
+SMALL = ("--seq-lens", "12", "--batch-sizes", "1,2", "--methods", "joined-hydra", "--dtype", "bfloat16")
+
+
+def test_json_is_one_object_a_case(
+    make_case: Callable[..., Case], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    model = make_case().model
+    code = cli.invoke(["plan", "--model", model, *SMALL, "--gpu", "a100-80gb", "--json", "--out", str(tmp_path / "p")])
+    assert code == 0
+    plans = json.loads(capsys.readouterr().out)
+    assert [plan["case"]["batch_size"] for plan in plans] == [1, 2]
+    for plan in plans:
+        assert set(plan) == {"case", "memory", "fits", "max_batch_size", "floor"}
+        assert plan["fits"] is True
+        assert plan["memory"]["total_bytes"] == sum(plan["memory"]["parts"].values())
+        assert plan["floor"]["total_s_per_sample"] > 0
+    assert plans[0]["max_batch_size"] == plans[1]["max_batch_size"] == MOST_SEQUENCES
+    assert {path.name for path in (tmp_path / "p").iterdir()} == {"plan.json", "plan.png", "plan.svg"}
+
+
+def test_what_does_not_fit_is_an_answer_and_says_what_would_help(
+    make_case: Callable[..., Case], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.invoke(["plan", "--model", make_case().model, *SMALL, "--gpu", "100MB"]) == 0
+    out = capsys.readouterr().out
+    assert "J-Hydra-PPO does not fit on 100MB even at batch 1: its largest part is" in out
+    assert "What would help:" in out
+
+
+def test_without_a_gpu_nothing_is_said_to_fit(make_case: Callable[..., Case]) -> None:
+    sweep = Sweep.from_spec(
+        {"models": make_case().model, "methods": ["hydra"], "seq_lens": [8], "batch_sizes": [1], "device": "cuda"}
+    )
+    (plan,) = plan_verb.make_plans(sweep, gpu=None, zero={})
+    assert (plan["fits"], plan["max_batch_size"], plan["floor"]["gpu"]) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--gpu", "a1000"), "gpu 'a1000' is unknown: did you mean 'a10'"),
+        (("--gpu", "-3GiB"), "gpu '-3GiB' is unknown"),
+        (("--zero-stage", "4"), "zero-stage is 4: it must be 0, 1, 2 or 3."),
+        (("--world-size", "0"), "world-size is 0: it must be a whole number of at least 1."),
+        (("--world-size", "two"), "--world-size is 'two': it must be a whole number."),
+        (("--setting", "papr"), "setting 'papr' is unknown: did you mean 'paper'"),
+        (("--seq-lens", "9999"), "positions"),
+        (("--methods", "hydr"), "method 'hydr' is unknown: did you mean 'hydra'"),
+    ],
+)
+def test_each_mistake_is_one_sentence_and_exit_code_2(
+    flags: tuple[str, str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.invoke(["plan", "--model", "tiny", "--seq-lens", "8", "--batch-sizes", "1", *flags]) == 2
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert "Traceback" not in said

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from rlhfreports.plans import PARTS, draw_plan, plan_figure, plan_table
+
+GIB = 2**30
+
+
+def frame() -> pd.DataFrame:
+    row = {f"{part}_bytes": (i + 1) * GIB for i, part in enumerate(PARTS)}
+    total = sum(row.values())
+    shared = {"seq_len": 800, "total_bytes": total, "model_bytes": 1, "activation_bytes": 1, "peak_phase": "score"}
+    known = {"fits": True, "max_batch_size": 7.0, "floor_s_per_sample": 0.25}
+    unknown = {"fits": None, "max_batch_size": None, "floor_s_per_sample": None}
+    return pd.DataFrame(
+        [
+            {"title": "A-PPO", "batch_size": 1, **row, **shared, **known},
+            {"title": "B-PPO", "batch_size": 4, **row, **shared, **unknown},
+        ]
+    )
+
+
+def test_the_table_has_every_part_and_answer() -> None:
+    console = Console(width=250, record=True)
+    console.print(plan_table(frame(), caption="tiny"))
+    first, second = (line.split() for line in console.export_text().splitlines() if "-PPO" in line)
+    assert first == ["A-PPO", "800", "1", *(f"{i + 1:.2f}" for i in range(9)), "45.00", "score", "yes", "7", "0.25"]
+    assert second[-4:] == ["score", "–", "–", "–"]
+
+
+def test_bars_are_stacked_to_the_total_with_the_device_as_a_line() -> None:
+    (axes,) = plan_figure(frame(), caption="tiny", limit_bytes=40 * GIB).axes
+    assert len(axes.patches) == 2 * len(PARTS)
+    assert max(bar.get_x() + bar.get_width() for bar in axes.patches) == pytest.approx(45)
+    assert axes.lines[0].get_xdata()[0] == 40
+
+
+def test_the_files_depend_on_the_table_alone(tmp_path: Path) -> None:
+    first = draw_plan(frame(), tmp_path / "a", caption="tiny", limit_bytes=None)
+    second = draw_plan(frame(), tmp_path / "b", caption="tiny", limit_bytes=None)
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
