@@ -33,8 +33,13 @@ class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
         """Allocates both buffers in the shape of the first states."""
         self.dtype, self.device = key_states.dtype, key_states.device
         b, heads, _, size = key_states.shape
-        self.keys = key_states.new_empty(b, heads, self.max_len, size)
-        self.values = value_states.new_empty(b, heads, self.max_len, value_states.shape[-1])
+        if value_states.shape[-1] == size:
+            # One buffer, so that one copy writes a position's keys and values.
+            self._both = key_states.new_empty(2, b, heads, self.max_len, size)
+            self.keys, self.values = self._both.unbind(0)
+        else:
+            self.keys = key_states.new_empty(b, heads, self.max_len, size)
+            self.values = value_states.new_empty(b, heads, self.max_len, value_states.shape[-1])
         self._on_allocate((self.keys, self.values))
         self.is_initialized = True
 
@@ -52,14 +57,16 @@ class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
-    def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes one position, [b, heads, size]; returns views [b, heads, written, size]. Not the first position."""
-        assert self.keys is not None
-        assert self.values is not None
-        self.keys[:, :, self.length] = key
-        self.values[:, :, self.length] = value
+    def append(self, states: torch.Tensor) -> None:
+        """Writes one position's keys and values, [2, b, heads, size], of one size. Not the first position."""
+        self._both.select(3, self.length).copy_(states)
         self.length += 1
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    @property
+    def written(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of the keys and values so far, [b, heads, written, size] each."""
+        keys, values = self._both.narrow(3, 0, self.length).unbind(0)
+        return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(positions that the next ``query_length`` queries see, offset)."""

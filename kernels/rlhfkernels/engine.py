@@ -5,7 +5,7 @@ Shapes: b = batch, p = prompt length, c = completion length, t = p + c, d = hidd
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -147,20 +147,16 @@ class Engine:
         return head
 
     def hidden(
-        self, p: Pass, tokens: torch.Tensor, attention_mask: torch.Tensor | None, *, train: bool = False
+        self,
+        p: Pass,
+        tokens: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        start: int = 0,
+        train: bool = False,
     ) -> torch.Tensor:
-        """The trunk's last hidden states [b, t, d] under the pass's weight set; see ``Trunk.hidden``."""
-        return self.trunks[p.base].hidden(p.adapter, tokens, attention_mask, train=train)
-
-    def hidden_of_each(
-        self, passes: Sequence[Pass], tokens: torch.Tensor, attention_mask: torch.Tensor | None
-    ) -> Iterator[tuple[Pass, torch.Tensor]]:
-        """Every pass with its hidden states [b, t, d], without a graph; a base's passes go to its trunk together."""
-        for base in dict.fromkeys(p.base for p in passes):
-            group = [p for p in passes if p.base == base]
-            found = self.trunks[base].hidden_of_each([p.adapter for p in group], tokens, attention_mask)
-            while group:
-                yield group.pop(0), found.pop(0)
+        """The trunk's last hidden states [b, t − start, d] under the pass's weight set; see ``Trunk.hidden``."""
+        return self.trunks[p.base].hidden(p.adapter, tokens, attention_mask, start=start, train=train)
 
     def completion_logprobs(
         self, role: RoleName, hidden: torch.Tensor, rollout: Rollout, *, entropy: bool = False
@@ -188,14 +184,16 @@ class Engine:
 
     def last_scalar(self, role: RoleName, hidden: torch.Tensor, rollout: Rollout) -> torch.Tensor:
         """The scalar head's value [b] at the last real completion token."""
-        last = rollout.prompt_len + rollout.mask.sum(1).long() - 1
+        start = rollout.tokens.shape[1] - hidden.shape[1]
+        last = rollout.prompt_len - start + rollout.mask.sum(1).long() - 1
         index = last[:, None, None].expand(-1, 1, hidden.shape[-1])
         scalars: torch.Tensor = self.scalar_heads[role](hidden.gather(1, index).squeeze(1))
         return scalars
 
     @staticmethod
     def _before(hidden: torch.Tensor, rollout: Rollout, c: int) -> torch.Tensor:
-        return hidden[:, rollout.prompt_len - 1 : rollout.prompt_len - 1 + c]
+        """Of the states of all positions, or of the last of them, those that the completion's tokens are read at."""
+        return hidden[:, -c - 1 : -1]
 
     @torch.no_grad()
     def generate(

@@ -167,7 +167,8 @@ class PPOStep:
             observer.tag("rollout", rollout.tensors())
             for rows in self._micro_batches(range(self.case.batch_size)):
                 part = _select(rollout, rows)
-                for p, hidden in self.engine.hidden_of_each(self._score_passes(), part.tokens, part.attention_mask):
+                for p in self._score_passes():
+                    hidden = self._hidden(p, part)
                     for role in p.roles:
                         _READERS[role](self.engine, hidden, part)
                     del hidden
@@ -177,6 +178,11 @@ class PPOStep:
                 rollout.scores.clamp_(-options.reward_clip, options.reward_clip)  # type: ignore[union-attr]
             self._advantages(rollout)
             observer.tag("rollout", rollout.tensors())
+
+    def _hidden(self, p: Pass, part: Rollout, *, train: bool = False) -> torch.Tensor:
+        """The pass's hidden states [b, c + 1, d] from the last prompt token on: nothing reads those before."""
+        start = part.prompt_len - 1
+        return self.engine.hidden(p, part.tokens, part.attention_mask, start=start, train=train)
 
     def _score_passes(self) -> list[Pass]:
         """The method's passes; without the reward model where a function stands for it."""
@@ -226,7 +232,7 @@ class PPOStep:
         """Adds the gradient of one pass over one mini-batch; each micro-batch's graph ends before the next begins."""
         for rows in self._micro_batches(indices):
             part = _select(rollout, rows)
-            hidden = self.engine.hidden(p, part.tokens, part.attention_mask, train=True)
+            hidden = self._hidden(p, part, train=True)
             losses = {role: _OBJECTIVES[role](self, hidden, part, num_tokens, stats) for role in p.roles}
             torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
             for role, loss in losses.items():

@@ -6,7 +6,6 @@ Shapes: b = batch, t = positions of a sequence, q = new positions, d = hidden si
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -53,22 +52,23 @@ class Trunk(Protocol):
     name: str
 
     def hidden(
-        self, adapter: str | None, tokens: torch.Tensor, attention_mask: torch.Tensor | None, *, train: bool = False
+        self,
+        adapter: str | None,
+        tokens: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        start: int = 0,
+        train: bool = False,
     ) -> torch.Tensor:
-        """The last hidden states [b, t, d] under ``adapter``.
+        """The last hidden states [b, t − start, d] under ``adapter``.
 
         Args:
             adapter: the adapter set that is on, or ``None`` for the bare base.
             tokens: [b, t].
             attention_mask: [b, t], 0 on padding, or ``None`` where nothing is padded.
+            start: the first position that is asked for.
             train: the result will be differentiated; its backward must run before another call of this trunk.
         """
-        ...
-
-    def hidden_of_each(
-        self, adapters: Sequence[str | None], tokens: torch.Tensor, attention_mask: torch.Tensor | None
-    ) -> list[torch.Tensor]:
-        """``hidden`` of the same tokens under several adapter sets, without a graph, [b, t, d] each."""
         ...
 
     def decoder(self, adapter: str | None, max_len: int, observer: Observer) -> Decoder:
@@ -95,7 +95,13 @@ class PlainTrunk:
             _checkpoint_layers(self._module)
 
     def hidden(
-        self, adapter: str | None, tokens: torch.Tensor, attention_mask: torch.Tensor | None, *, train: bool = False
+        self,
+        adapter: str | None,
+        tokens: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        start: int = 0,
+        train: bool = False,
     ) -> torch.Tensor:
         """See ``Trunk.hidden``."""
         self._adapters.activate(adapter)
@@ -106,14 +112,7 @@ class PlainTrunk:
             input_ids=tokens, attention_mask=attention_mask, position_ids=positions(attention_mask), use_cache=False
         )
         hidden: torch.Tensor = output.last_hidden_state
-        return hidden
-
-    def hidden_of_each(
-        self, adapters: Sequence[str | None], tokens: torch.Tensor, attention_mask: torch.Tensor | None
-    ) -> list[torch.Tensor]:
-        """See ``Trunk.hidden_of_each``."""
-        with torch.no_grad():
-            return [self.hidden(adapter, tokens, attention_mask) for adapter in adapters]
+        return hidden[:, start:]
 
     def decoder(self, adapter: str | None, max_len: int, observer: Observer) -> Decoder:
         """See ``Trunk.decoder``."""

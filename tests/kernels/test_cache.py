@@ -21,3 +21,16 @@ def test_it_gives_back_what_concatenation_would_and_allocates_once() -> None:
         assert torch.equal(all_values, torch.cat([v for _, v in pieces[: i + 1]], 2))
     assert layer.get_max_length() == 7
     assert [tuple(t.shape) for t in told] == [(2, 3, 7, 4), (2, 3, 7, 5)]
+
+
+def test_one_position_is_written_by_one_copy() -> None:
+    torch.manual_seed(0)
+    states = torch.randn(2, 2, 3, 6, 4)
+    layer = PreallocatedLayer(6, lambda tensors: None)
+    layer.update(*states[:, :, :, :4])
+    for t in (4, 5):
+        layer.append(states[:, :, :, t])
+    assert layer.get_seq_length() == 6
+    keys, values = layer.written
+    assert torch.equal(keys, states[0])
+    assert torch.equal(values, states[1])

@@ -153,7 +153,8 @@ def test_the_actors_gradient_is_that_of_a_model_with_this_adapter_only(
     logprobs = torch.log_softmax(alone(input_ids=rollout.tokens).logits, -1)[:, rollout.prompt_len - 1 : -1]
     logprobs.gather(-1, rollout.completions[..., None]).sum().backward()
     for a, b in zip(theirs, ours, strict=True):
-        torch.testing.assert_close(b.grad, a.grad)
+        # Transformers' RMS norm rounds to float32 even in float64, ours does not.
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-6)
     assert all(p.grad is None for p in engine.adapters["hydra"].parameters("critic"))
 
 

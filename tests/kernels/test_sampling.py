@@ -30,3 +30,12 @@ def test_the_same_seed_gives_the_same_tokens() -> None:
     other, _ = sample(logits.clone(), torch.Generator().manual_seed(4))
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
+
+
+def test_a_token_of_probability_0_is_never_taken() -> None:
+    logits = torch.full((4000, 6), float("-inf"))
+    logits[:, 2] = 0.0
+    logits[:, 4] = 1.0
+    tokens, logprobs = sample(logits, torch.Generator().manual_seed(0))
+    assert set(tokens.tolist()) == {2, 4}
+    assert logprobs.isfinite().all()

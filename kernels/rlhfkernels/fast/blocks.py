@@ -7,15 +7,20 @@ module keeps its slice as its own parameter, so modules, adapters and optimizers
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers.activations import NewGELUActivation, SiLUActivation
 from transformers.pytorch_utils import Conv1D
 
-from rlhfkernels.ops.skinny_linear import skinny_linear
+from rlhfkernels.ops.lora_linear import LinearGroup, LoraPart, lora_linear
+from rlhfkernels.ops.rms_norm import rms_norm
+from rlhfkernels.ops.rotary import RotaryPart
+from rlhfkernels.ops.skinny_linear import SkinnyLoraLinear
 
 
 class Projection:
@@ -28,48 +33,57 @@ class Projection:
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._lora = [module if isinstance(module, LoraLayer) else None for module in modules]
         bases: list[Any] = [module.get_base_layer() if isinstance(module, LoraLayer) else module for module in modules]
-        self._base = bases[0]
-        self._transposed = isinstance(self._base, Conv1D)
+        self._transposed = isinstance(bases[0], Conv1D)
         sizes = [base.weight.shape[1 if self._transposed else 0] for base in bases]
-        self._ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-        self.num_outputs = self._ends[-1]
-        self._weight = bases[0].weight if len(bases) == 1 else _fuse(bases, "weight")
-        has_bias = getattr(bases[0], "bias", None) is not None
-        self._bias = None
-        if has_bias:
-            self._bias = bases[0].bias if len(bases) == 1 else _fuse(bases, "bias")
-        self._first: dict[str, torch.Tensor] = {}
-        for name in {name for layer in self._lora if layer is not None for name in layer.lora_A}:
-            firsts = [layer.lora_A[name] for layer in self._lora if layer is not None and name in layer.lora_A]
-            self._first[name] = firsts[0].weight if len(firsts) == 1 else _fuse(firsts, "weight")
+        self._starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        self._weight = _fuse(bases, "weight")
+        self._bias = _fuse(bases, "bias") if getattr(bases[0], "bias", None) is not None else None
+        names = {name for layer in self._lora if layer is not None for name in layer.lora_A}
+        self._bare = self._group(bases, None)
+        self._groups = {name: self._group(bases, name) for name in names}
 
-    def __call__(self, x: torch.Tensor, adapter: str | None) -> torch.Tensor:
-        """[b, i] to [o, b] under ``adapter``; without a graph."""
-        y = torch.mm(x, self._weight).t() if self._transposed else skinny_linear(x, self._weight)
-        if self._bias is not None:
-            y = y + self._bias[:, None]
-        if adapter is None or adapter not in self._first:
-            return y
-        first = self._first[adapter]
-        low = skinny_linear(x.to(first.dtype), first)
-        start = done = 0
-        for layer, end in zip(self._lora, self._ends, strict=True):
-            if layer is not None and adapter in layer.lora_B:
-                second, scaling = layer.lora_B[adapter].weight, layer.scaling[adapter]
-                rank = second.shape[1]
-                part = low[done : done + rank]
-                done += rank
-                if second.dtype == y.dtype:
-                    y[start:end].addmm_(second, part, alpha=scaling)
-                else:
-                    y[start:end] += torch.mm(second, part).mul_(scaling)
-            start = end
-        return y
+    def _group(self, bases: Sequence[Any], adapter: str | None) -> LinearGroup:
+        """The layers under one adapter set, for products of many rows."""
+        chosen = [(layer, start) for layer, start in zip(self._lora, self._starts, strict=True) if layer is not None]
+        chosen = [(layer, start) for layer, start in chosen if adapter in layer.lora_A]
+        down = up = None
+        if chosen:
+            down = _fuse([layer.lora_A[adapter] for layer, _ in chosen], "weight")
+            up = _fuse([layer.lora_B[adapter] for layer, _ in chosen], "weight")
+        return LinearGroup(
+            weight=self._weight.t() if self._transposed else self._weight,
+            bias=self._bias,
+            weights=tuple(base.weight for base in bases),
+            biases=tuple(base.bias for base in bases) if self._bias is not None else (),
+            transposed=self._transposed,
+            down=down,
+            up=up,
+            parts=tuple(
+                LoraPart(
+                    down=layer.lora_A[adapter].weight,
+                    up=layer.lora_B[adapter].weight,
+                    start=start,
+                    scaling=float(layer.scaling[adapter]),
+                )
+                for layer, start in chosen
+            ),
+        )
+
+    def many(self, x: torch.Tensor, adapter: str | None) -> torch.Tensor:
+        """[m, k] to [m, n] under ``adapter``, with a graph where one is asked for."""
+        return lora_linear(x, self._bare if adapter is None else self._groups.get(adapter, self._bare))
+
+    def few(self, adapter: str | None, rows: int, buffers: dict[int, torch.Tensor]) -> SkinnyLoraLinear:
+        """The layers under ``adapter`` for ``rows`` rows a call, without a graph."""
+        group = self._bare if adapter is None else self._groups.get(adapter, self._bare)
+        return SkinnyLoraLinear(group, rows, buffers)
 
 
 def _fuse(modules: Sequence[Any], name: str) -> torch.Tensor:
-    """Moves the parameter ``name`` of every module into one storage, along the first dimension."""
+    """Moves the parameter ``name`` of every module into one storage, along the first dimension; returns the whole."""
     parameters: list[nn.Parameter] = [getattr(module, name) for module in modules]
+    if len(parameters) == 1:
+        return parameters[0].detach()
     with torch.no_grad():
         whole = torch.cat([p.detach() for p in parameters])
     start = 0
@@ -80,14 +94,60 @@ def _fuse(modules: Sequence[Any], name: str) -> torch.Tensor:
     return whole
 
 
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """How the outputs of ``Block.qkv`` are heads.
+
+    Attributes:
+        num_queries: h, query heads.
+        num_keys: k, key heads, and as many value heads.
+        size: e, numbers of a head.
+        interleaved: head by head its query, key and value (GPT-NeoX); else queries, then keys, then values.
+    """
+
+    num_queries: int
+    num_keys: int
+    size: int
+    interleaved: bool = False
+
+    def split(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[m, n] to queries [m, h, e], keys and values [m, k, e]; views."""
+        if self.interleaved:
+            q, k, v = y.view(y.shape[0], self.num_queries, 3, self.size).unbind(2)
+        else:
+            sizes = [self.num_queries, self.num_keys, self.num_keys]
+            q, k, v = torch.split(y.view(y.shape[0], -1, self.size), sizes, dim=1)
+        return q, k, v
+
+    def grouped(self, y: torch.Tensor) -> torch.Tensor:
+        """[n, b] to [blocks, groups, e, b] as ``rotary_part`` counts them; a view."""
+        part = self.rotary_part
+        return y.view(part.blocks, part.groups, self.size, -1)
+
+    def queries_and_kept(self, grouped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of ``grouped`` the queries [h, e, b], and keys and values [2, k, e, b]; views."""
+        if self.interleaved:
+            return grouped[:, 0], grouped[:, 1:].transpose(0, 1)
+        queries, kept = torch.split(grouped[0], [self.num_queries, 2 * self.num_keys])
+        return queries, kept.view(2, self.num_keys, *kept.shape[1:])
+
+    @functools.cached_property
+    def rotary_part(self) -> RotaryPart:
+        """The queries and the keys."""
+        if self.interleaved:
+            return RotaryPart(self.num_queries, 3, 2)
+        rotated = self.num_queries + self.num_keys
+        return RotaryPart(1, rotated + self.num_keys, rotated)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Block:
     """One layer.
 
     Attributes:
-        norm_1: before attention; [b, d] to [b, d].
+        norm_1: before attention; [..., d] to [..., d].
         qkv: d to the queries, keys and values.
-        split: the outputs of ``qkv``, [b, o], to query [b, h, e], key [b, k, e] and value [b, k, e].
+        heads: how the outputs of ``qkv`` are heads.
         out: the attention's output projection.
         norm_2: before the feed-forward part.
         up: d to the feed-forward width; gate first, then up, where it is gated.
@@ -100,7 +160,7 @@ class Block:
 
     norm_1: Callable[[torch.Tensor], torch.Tensor]
     qkv: Projection
-    split: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    heads: Heads
     out: Projection
     norm_2: Callable[[torch.Tensor], torch.Tensor]
     up: Projection
@@ -116,7 +176,7 @@ class Blocks:
     """A whole trunk.
 
     Attributes:
-        embed: token ids [b] and position ids [b] to [b, d].
+        embed: token ids [...] and position ids that broadcast to them to [..., d].
         rotary: the module that gives cosines and sines, or ``None`` for learned positions.
         layers: the layers.
         norm: after the last layer.
@@ -130,6 +190,7 @@ class Blocks:
     scale: float
 
 
+_gelu_tanh = functools.partial(nn.functional.gelu, approximate="tanh")
 # Rotary tables that depend on how long the sequence has become.
 _MOVING_ROTARY = ("dynamic", "longrope")
 
@@ -138,33 +199,12 @@ def _head_size(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _contiguous_heads(heads: int, kv_heads: int, size: int) -> Callable[[torch.Tensor], Any]:
-    """Queries, then keys, then values."""
-    ends = (heads, heads + kv_heads, heads + 2 * kv_heads)
-
-    def split(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        y = y.view(y.shape[0], ends[2], size)
-        return y[:, : ends[0]], y[:, ends[0] : ends[1]], y[:, ends[1] :]
-
-    return split
-
-
-def _interleaved_heads(heads: int, size: int) -> Callable[[torch.Tensor], Any]:
-    """Head by head its query, key and value (GPT-NeoX)."""
-
-    def split(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        q, k, v = y.view(y.shape[0], heads, 3, size).unbind(2)
-        return q, k, v
-
-    return split
-
-
 def _llama(trunk: Any) -> Blocks | None:
     config = trunk.config
     if getattr(trunk.rotary_emb, "rope_type", "default") in _MOVING_ROTARY:
         return None
     size = _head_size(config)
-    split = _contiguous_heads(config.num_attention_heads, config.num_key_value_heads, size)
+    heads = Heads(config.num_attention_heads, config.num_key_value_heads, size)
     layers = []
     for layer in trunk.layers:
         attention, mlp = layer.self_attn, layer.mlp
@@ -172,11 +212,11 @@ def _llama(trunk: Any) -> Blocks | None:
             Block(
                 norm_1=_rms_norm(layer.input_layernorm),
                 qkv=Projection([attention.q_proj, attention.k_proj, attention.v_proj]),
-                split=split,
+                heads=heads,
                 out=Projection([attention.o_proj]),
                 norm_2=_rms_norm(layer.post_attention_layernorm),
                 up=Projection([mlp.gate_proj, mlp.up_proj]),
-                activation=mlp.act_fn,
+                activation=_activation(mlp.act_fn),
                 gated=True,
                 down=Projection([mlp.down_proj]),
                 window=_window(attention, config),
@@ -198,9 +238,15 @@ def _window(attention: Any, config: Any) -> int | None:
 
 
 def _rms_norm(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The norm as one call of the library's, in place of the module's five."""
-    shape, eps = tuple(module.weight.shape), module.variance_epsilon
-    return lambda x: nn.functional.rms_norm(x, shape, module.weight, eps)
+    """The module's norm, without the copies that it makes and keeps."""
+    return lambda x: rms_norm(x, module.weight, module.variance_epsilon)
+
+
+def _activation(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The module's activation; GPT-2's is spelt as eight small ops there, all of them kept for the backward."""
+    if isinstance(module, (nn.SiLU, SiLUActivation)):
+        return nn.functional.silu
+    return _gelu_tanh if isinstance(module, NewGELUActivation) else module
 
 
 def _gpt_neox(trunk: Any) -> Blocks | None:
@@ -210,11 +256,11 @@ def _gpt_neox(trunk: Any) -> Blocks | None:
         Block(
             norm_1=layer.input_layernorm,
             qkv=Projection([layer.attention.query_key_value]),
-            split=_interleaved_heads(config.num_attention_heads, size),
+            heads=Heads(config.num_attention_heads, config.num_attention_heads, size, interleaved=True),
             out=Projection([layer.attention.dense]),
             norm_2=layer.post_attention_layernorm,
             up=Projection([layer.mlp.dense_h_to_4h]),
-            activation=layer.mlp.act,
+            activation=_activation(layer.mlp.act),
             gated=False,
             down=Projection([layer.mlp.dense_4h_to_h]),
             parallel=config.use_parallel_residual,
@@ -235,7 +281,7 @@ def _opt(trunk: Any) -> Blocks | None:
     if not config.do_layer_norm_before or decoder.project_in is not None or decoder.final_layer_norm is None:
         return None
     size = config.hidden_size // config.num_attention_heads
-    split = _contiguous_heads(config.num_attention_heads, config.num_attention_heads, size)
+    heads = Heads(config.num_attention_heads, config.num_attention_heads, size)
     learned = decoder.embed_positions
     layers = []
     for layer in decoder.layers:
@@ -244,11 +290,11 @@ def _opt(trunk: Any) -> Blocks | None:
             Block(
                 norm_1=layer.self_attn_layer_norm,
                 qkv=Projection([attention.q_proj, attention.k_proj, attention.v_proj]),
-                split=split,
+                heads=heads,
                 out=Projection([attention.out_proj]),
                 norm_2=layer.final_layer_norm,
                 up=Projection([layer.fc1]),
-                activation=layer.activation_fn,
+                activation=_activation(layer.activation_fn),
                 gated=False,
                 down=Projection([layer.fc2]),
             )
@@ -273,11 +319,11 @@ def _gpt2(trunk: Any) -> Blocks | None:
         Block(
             norm_1=layer.ln_1,
             qkv=Projection([layer.attn.c_attn]),
-            split=_contiguous_heads(config.n_head, config.n_head, size),
+            heads=Heads(config.n_head, config.n_head, size),
             out=Projection([layer.attn.c_proj]),
             norm_2=layer.ln_2,
             up=Projection([layer.mlp.c_fc]),
-            activation=layer.mlp.act,
+            activation=_activation(layer.mlp.act),
             gated=False,
             down=Projection([layer.mlp.c_proj]),
         )

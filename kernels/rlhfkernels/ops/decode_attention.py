@@ -49,8 +49,14 @@ def decode_attention(
             enable_gqa=h != k,
         )
         return attended.squeeze(2)
-    # On a processor the library's kernel for one query costs more than these three products.
-    scores = torch.matmul(query.view(b, k, h // k, e), keys.transpose(2, 3)).mul_(scale)
+    # On a processor the library's kernel for one query costs more than these products.
+    g, n = h // k, keys.shape[2]
+    scores = torch.bmm((query * scale).view(b * k, g, e), _rows(keys).transpose(1, 2))
     if mask is not None:
-        scores.masked_fill_(~mask[:, None, None], float("-inf"))
-    return torch.matmul(torch.softmax(scores, -1), values).view(b, h, e)
+        scores.view(b, h, n).masked_fill_(~mask[:, None], float("-inf"))
+    return torch.bmm(torch.softmax(scores, -1), _rows(values)).view(b, h, e)
+
+
+def _rows(states: torch.Tensor) -> torch.Tensor:
+    """[b, k, n, e] to [b k, n, e]: a view of a cache's states."""
+    return states.flatten(0, 1)

@@ -76,22 +76,26 @@ def test_the_same_seed_samples_the_same_tokens_and_trains_the_same_weights(
 def test_bfloat16_decoding_is_as_near_to_float64_as_the_plain_path(
     make_case: Callable[..., Case], adapter_dtype: str | None
 ) -> None:
-    def decoded(engine: str, dtype: str, adapters: str | None) -> torch.Tensor:
+    def decoded(engine: str, dtype: str, adapters: str | None, seed: int) -> torch.Tensor:
         built = Engine(make_case(engine=engine, dtype=dtype, adapter_dtype=adapters))
-        torch.manual_seed(3)
+        torch.manual_seed(seed)
         with torch.no_grad():
             for parameter in built.adapters["hydra"].parameters():
                 parameter.copy_(torch.randn(parameter.shape).mul_(0.2).bfloat16())
+        tokens = torch.randint(48, (3, 9))
         decoder = built.trunks["hydra"].decoder("actor", 9, Observer())
         spans = ((0, 5), *((t, t + 1) for t in range(5, 9)))
         return torch.stack([decoder.advance(tokens[:, start:end], None).double() for start, end in spans])
 
-    torch.manual_seed(5)
-    tokens = torch.randint(48, (3, 9))
-    exact = decoded("plain", "float64", "float64")
-    errors = [float((decoded(engine, "bfloat16", adapter_dtype) - exact).norm()) for engine in ("fast", "plain")]
-    assert errors[0] < 1.2 * errors[1]
-    assert errors[1] < 0.1 * float(exact.norm())
+    errors = {"fast": 0.0, "plain": 0.0}
+    size = 0.0
+    for seed in range(6):
+        exact = decoded("plain", "float64", "float64", seed)
+        size += float(exact.norm())
+        for engine in errors:
+            errors[engine] += float((decoded(engine, "bfloat16", adapter_dtype, seed) - exact).norm())
+    assert errors["fast"] < 1.1 * errors["plain"]
+    assert errors["plain"] < 0.1 * size
 
 
 def test_one_storage_for_products_over_one_input_takes_no_more_memory(make_case: Callable[..., Case]) -> None:

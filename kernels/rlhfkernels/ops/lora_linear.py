@@ -1,0 +1,201 @@
+"""Several linear layers that read the same input, each with its low-rank adapter (arXiv:2106.09685), as one op.
+
+The base weights lie in adjacent rows and are one product; so are the adapters' A. The input is kept once for all of
+them, and the low-rank projection is recomputed in the backward. Frozen weights get no gradient. An adapter in a wider
+dtype than the input works in its own, as PEFT does, but no wide copy of the input is kept.
+
+Shapes: m = rows, k = inputs, n = outputs of all layers, r = rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class LoraPart:
+    """The adapter of one of the layers.
+
+    Attributes:
+        down: A, [r, k].
+        up: B, [n of this layer, r].
+        start: where this layer's outputs begin among the n.
+        scaling: multiplier of the low-rank product.
+    """
+
+    down: nn.Parameter
+    up: nn.Parameter
+    start: int
+    scaling: float
+
+    @property
+    def columns(self) -> slice:
+        """This layer's outputs."""
+        return slice(self.start, self.start + self.up.shape[0])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class LinearGroup:
+    """The layers of one ``lora_linear`` under one adapter set.
+
+    Attributes:
+        weight: [n, k], all layers' weights in adjacent rows; its storage is that of ``weights``.
+        bias: [n], likewise, or ``None``.
+        weights: each layer's parameter, [n of the layer, k], or [k, n of the layer] where ``transposed``.
+        biases: each layer's parameter, or none at all.
+        transposed: the parameters are stored as inputs by outputs (GPT-2's Conv1D).
+        down: [Σ r, k], all adapters' A in adjacent rows, its storage that of the parts'; ``None`` without adapters.
+        up: [Σ n, r], all adapters' B in adjacent rows, likewise.
+        parts: the adapters, in the order of the rows of both.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    weights: tuple[nn.Parameter, ...]
+    biases: tuple[nn.Parameter, ...]
+    transposed: bool
+    down: torch.Tensor | None = None
+    up: torch.Tensor | None = None
+    parts: tuple[LoraPart, ...] = ()
+
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """Everything that may be trained: weights, biases, every A, every B."""
+        return (*self.weights, *self.biases, *(p.down for p in self.parts), *(p.up for p in self.parts))
+
+
+def lora_linear_reference(x: torch.Tensor, group: LinearGroup) -> torch.Tensor:
+    """The plain form: every layer by itself, as PEFT runs it.
+
+    Args:
+        x: [..., k].
+        group: the layers.
+
+    Returns:
+        [..., n].
+    """
+    outputs: list[torch.Tensor] = []
+    start = 0
+    for i, weight in enumerate(group.weights):
+        matrix = weight.t() if group.transposed else weight
+        y = nn.functional.linear(x, matrix, group.biases[i] if group.biases else None)
+        for part in group.parts:
+            if part.start == start:
+                low = nn.functional.linear(x.to(part.down.dtype), part.down)
+                y = (y + nn.functional.linear(low, part.up) * part.scaling).to(x.dtype)
+        outputs.append(y)
+        start += matrix.shape[0]
+    return torch.cat(outputs, dim=-1)
+
+
+def lora_linear(x: torch.Tensor, group: LinearGroup) -> torch.Tensor:
+    """The fast form of ``lora_linear_reference``, with the same gradients."""
+    if torch.is_grad_enabled():
+        parameters = group.parameters()
+        if x.requires_grad or any(p.requires_grad for p in parameters):
+            y: torch.Tensor = _LoraLinear.apply(x, group, *parameters)  # type: ignore[no-untyped-call]
+            return y
+    return _forward(x, group)
+
+
+def _forward(x: torch.Tensor, group: LinearGroup) -> torch.Tensor:
+    with torch.no_grad():
+        y = nn.functional.linear(x, group.weight, group.bias)
+        if group.down is not None:
+            rows = y.view(-1, y.shape[-1])
+            low = _low_rank(x, group.down)
+            start = 0
+            for part in group.parts:
+                stop = start + part.down.shape[0]
+                _add_product_(rows[:, part.columns], low[:, start:stop], part.up.t(), part.scaling)
+                start = stop
+        return y
+
+
+def _low_rank(x: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """x Aᵀ, [m, Σ r], in the adapters' dtype."""
+    return x.reshape(-1, x.shape[-1]).to(down.dtype) @ down.t()
+
+
+def _add_product_(target: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> None:
+    """target += scale · left right, in the wider of the dtypes."""
+    if target.dtype == left.dtype:
+        target.addmm_(left, right, alpha=scale)
+    else:
+        target.copy_(torch.addmm(target.to(left.dtype), left, right, alpha=scale))
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: LinearGroup, *parameters: nn.Parameter) -> torch.Tensor:
+        # The weights are kept by the group: only the input is something that would not live anyway.
+        ctx.group = group
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[2:]) else None)
+        return _forward(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        group: LinearGroup = ctx.group
+        (x,) = ctx.saved_tensors
+        shape = grads[0].shape
+        grad = grads[0].reshape(-1, shape[-1])
+        rows = None if x is None else x.reshape(-1, x.shape[-1])
+        grad_x = grad @ group.weight if ctx.needs_input_grad[0] else None
+        bases = _base_gradients(group, grad, rows, ctx.needs_input_grad[2:])
+        adapters: tuple[torch.Tensor | None, ...] = ()
+        if group.down is not None:
+            adapters = _adapter_gradients(group, grad, rows, grad_x, ctx.needs_input_grad[2 + len(bases) :])
+        return None if grad_x is None else grad_x.view(*shape[:-1], -1), None, *bases, *adapters
+
+
+def _base_gradients(
+    group: LinearGroup, grad: torch.Tensor, x: torch.Tensor | None, needed: tuple[bool, ...]
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of the layers' weights, then of their biases; ``None`` where frozen."""
+    sizes = [weight.shape[1 if group.transposed else 0] for weight in group.weights]
+    parts = torch.split(grad, sizes, dim=-1)
+    found: list[torch.Tensor | None] = []
+    for part, wanted in zip(parts, needed, strict=False):
+        if not wanted:
+            found.append(None)
+        else:
+            assert x is not None
+            found.append(x.t() @ part if group.transposed else part.t() @ x)
+    wants_bias = needed[len(parts) : len(parts) + len(group.biases)]
+    found += [part.sum(0) if wanted else None for part, wanted in zip(parts, wants_bias, strict=False)]
+    return tuple(found)
+
+
+def _adapter_gradients(
+    group: LinearGroup,
+    grad: torch.Tensor,
+    x: torch.Tensor | None,
+    grad_x: torch.Tensor | None,
+    needed: tuple[bool, ...],
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of every A, then of every B; adds the adapters' share to ``grad_x`` in place."""
+    assert group.down is not None
+    wide = group.down.dtype
+    count = len(group.parts)
+    low = None if x is None or not any(needed[count:]) else _low_rank(x, group.down)
+    grad_low = grad.new_empty(grad.shape[0], group.down.shape[0], dtype=wide)
+    ups: list[torch.Tensor | None] = []
+    start = 0
+    for part, wanted in zip(group.parts, needed[count:], strict=True):
+        stop = start + part.down.shape[0]
+        scaled = grad[:, part.columns].to(wide)
+        torch.mm(scaled, part.up, out=grad_low[:, start:stop])
+        ups.append((scaled.t() @ low[:, start:stop]).mul_(part.scaling) if wanted and low is not None else None)
+        grad_low[:, start:stop].mul_(part.scaling)
+        start = stop
+    if grad_x is not None:
+        _add_product_(grad_x, grad_low, group.down, 1.0)
+    downs: list[torch.Tensor | None] = [None] * count
+    if x is not None and any(needed[:count]):
+        whole = grad_low.t() @ x.to(wide)
+        pieces = torch.split(whole, [part.down.shape[0] for part in group.parts])
+        downs = [piece if wanted else None for piece, wanted in zip(pieces, needed[:count], strict=True)]
+    return (*downs, *ups)

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from rlhfkernels.ops.lora_linear import LinearGroup, LoraPart, lora_linear, lora_linear_reference
+from rlhfkernels.ops.skinny_linear import SkinnyLoraLinear
+
+K, R = 12, 3
+
+
+def make_group(
+    sizes: list[int],
+    adapted: list[int],
+    *,
+    dtype: torch.dtype = torch.float64,
+    wide: torch.dtype | None = None,
+    bias: bool = False,
+    transposed: bool = False,
+    trained: tuple[str, ...] = ("adapter",),
+) -> LinearGroup:
+    """Layers of the given sizes, of which some have adapters; everything in one storage, as the blocks keep it."""
+    torch.manual_seed(len(sizes) + 7)
+    wide = wide or dtype
+    n = sum(sizes)
+    weight = torch.randn(K, n).to(dtype) if transposed else torch.randn(n, K).to(dtype)
+    biases = torch.randn(n).to(dtype) if bias else None
+    down = torch.randn(R * len(adapted), K).to(wide)
+    up = torch.randn(sum(sizes[i] for i in adapted), R).to(wide)
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+
+    def parameter(tensor: torch.Tensor, kind: str) -> nn.Parameter:
+        return nn.Parameter(tensor, requires_grad=kind in trained)
+
+    weights = weight.split(sizes, dim=1 if transposed else 0)
+    parts = zip(adapted, down.split(R), up.split([sizes[i] for i in adapted]), strict=True) if adapted else ()
+    return LinearGroup(
+        weight=weight.t() if transposed else weight,
+        bias=biases,
+        weights=tuple(parameter(w, "base") for w in weights),
+        biases=() if biases is None else tuple(parameter(b, "base") for b in biases.split(sizes)),
+        transposed=transposed,
+        down=down if adapted else None,
+        up=up if adapted else None,
+        parts=tuple(
+            LoraPart(down=parameter(a, "adapter"), up=parameter(b, "adapter"), start=starts[i], scaling=0.5 + i)
+            for i, a, b in parts
+        ),
+    )
+
+
+GROUPS = {
+    "alike": ([8, 8, 8], [0, 1, 2]),
+    "unlike": ([8, 4, 4], [0, 1, 2]),
+    "some": ([8, 4, 4], [0, 2]),
+    "one": ([10], [0]),
+    "bare": ([8, 4], []),
+}
+KINDS = {
+    "frozen base": {},
+    "trained base": {"trained": ("base", "adapter")},
+    "bias": {"bias": True, "trained": ("base",)},
+    "conv1d": {"bias": True, "transposed": True, "trained": ("base", "adapter")},
+    "nothing trained": {"trained": ()},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layers", GROUPS)
+def test_values_and_gradients_equal_the_reference(layers: str, kind: str) -> None:
+    group = make_group(*GROUPS[layers], **KINDS[kind])
+    found: list[list[torch.Tensor | None]] = []
+    for form in (lora_linear, lora_linear_reference):
+        torch.manual_seed(0)
+        x = torch.randn(9, K, dtype=torch.float64, requires_grad=True)
+        for parameter in group.parameters():
+            parameter.grad = None
+        y = form(x, group)
+        (y * torch.randn_like(y)).sum().backward()
+        found.append([y.detach(), x.grad, *(p.grad for p in group.parameters())])
+    for a, b in zip(*found, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b)
+
+
+def test_the_first_layers_input_gets_no_gradient_and_its_adapters_do() -> None:
+    group = make_group([8, 8], [0, 1])
+    x = torch.randn(5, K, dtype=torch.float64)
+    lora_linear(x, group).sum().backward()
+    ours = [p.grad for p in group.parameters()]
+    for parameter in group.parameters():
+        parameter.grad = None
+    lora_linear_reference(x, group).sum().backward()
+    assert x.grad is None
+    for mine, parameter in zip(ours, group.parameters(), strict=True):
+        torch.testing.assert_close(mine, parameter.grad)
+
+
+def test_it_keeps_its_input_alone() -> None:
+    group = make_group([8, 8], [0, 1])
+    kept: list[torch.Tensor] = []
+    x = torch.randn(5, K, dtype=torch.float64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        lora_linear(x, group)
+    assert [t.data_ptr() for t in kept] == [x.data_ptr()]
+
+
+@pytest.mark.parametrize(("dtype", "wide"), [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_narrow_dtypes_are_near_float64(dtype: torch.dtype, wide: torch.dtype) -> None:
+    narrow = make_group([8, 4], [0, 1], dtype=dtype, wide=wide)
+    exact = make_group([8, 4], [0, 1])
+    for a, b in zip(exact.parameters(), narrow.parameters(), strict=True):
+        a.data.copy_(b.data.double())
+    torch.manual_seed(0)
+    x = torch.randn(9, K).to(dtype).requires_grad_()
+    wide_x = x.detach().double().requires_grad_()
+    y, expected = lora_linear(x, narrow), lora_linear_reference(wide_x, exact)
+    assert y.dtype == dtype
+    y.sum().backward()
+    expected.sum().backward()
+    pairs = [(y, expected), (x.grad, wide_x.grad)]
+    pairs += [(a.grad, b.grad) for a, b in zip(narrow.parameters(), exact.parameters(), strict=True) if a.requires_grad]
+    for found, reference in pairs:
+        assert found is not None
+        assert reference is not None
+        assert (found.double() - reference).norm() < 2e-2 * reference.norm()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("kind", ["frozen base", "bias", "conv1d"])
+@pytest.mark.parametrize("layers", GROUPS)
+def test_the_form_for_few_rows_equals_the_reference(layers: str, kind: str, rows: int) -> None:
+    group = make_group(*GROUPS[layers], **KINDS[kind])
+    buffers: dict[int, torch.Tensor] = {}
+    few = SkinnyLoraLinear(group, rows, buffers)
+    with torch.no_grad():
+        for seed in range(2):  # the second call finds the memory of the first
+            torch.manual_seed(seed)
+            x = torch.randn(rows, K, dtype=torch.float64)
+            torch.testing.assert_close(few(x), lora_linear_reference(x, group).t())
+    assert list(buffers) == [group.weight.shape[0]]
+
+
+def test_few_rows_of_adapters_in_a_wider_dtype() -> None:
+    group = make_group([8, 4], [0, 1], dtype=torch.bfloat16, wide=torch.float32)
+    x = torch.randn(4, K).bfloat16()
+    with torch.no_grad():
+        found = SkinnyLoraLinear(group, 4, {})(x)
+        expected = lora_linear_reference(x, group).t()
+    assert (found - expected).float().norm() < 2e-2 * expected.float().norm()
