@@ -261,7 +261,8 @@ def plan(
     zero = flags.given(
         stage=flags.number("zero-stage", zero_stage, int), world_size=flags.number("world-size", world_size, int)
     )
-    plans = plan_verb.make_plans(_sweep(sweep, given, setting, None), gpu=gpu, zero=zero)
+    timelines: dict[str, dict[str, Any]] | None = None if out is None else {}
+    plans = plan_verb.make_plans(_sweep(sweep, given, setting, None), gpu=gpu, zero=zero, timelines=timelines)
     if as_json:
         print(json.dumps(plans))
     else:
@@ -269,7 +270,7 @@ def plan(
         for sentence in plan_verb.advice(plans, gpu):
             print(sentence)
     if out is not None:
-        plan_verb.write(plans, gpu, Path(out))
+        plan_verb.write(plans, gpu, Path(out), timelines)
     return DONE
 
 

@@ -219,9 +219,7 @@ class Runner:
         log_path = self._folder.log_path(f"{case.id}-plan")
         request = {"case": case.to_dict(), "plan": True}
         kills = num_oom_kills()
-        end = self._server.run(
-            request, log_path=log_path, timeout_s=self._settings.case_timeout_s, on_message=watch
-        )
+        end = self._server.run(request, log_path=log_path, timeout_s=self._settings.case_timeout_s, on_message=watch)
         result = self._result(end, watch, log_path, oom_killed=num_oom_kills() > kills)
         return make_plan(result.get("memory"), result["error"])
 

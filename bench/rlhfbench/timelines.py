@@ -1,8 +1,9 @@
-"""The timelines of a run: one JSON file a case, written whole or not at all, and read back as tables for the reports."""
+"""The timelines of a run or a plan: one JSON file a case, written whole or not at all, and read back as tables for the reports."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,3 +65,23 @@ def timeline_frames(timeline: dict[str, Any]) -> tuple[pd.DataFrame, pd.DataFram
         for row in timeline["phases"]
     ]
     return points, pd.DataFrame(phases, columns=["phase", "first_event", "last_event"])
+
+
+def divided_timeline(timeline: dict[str, Any], divide: Callable[[dict[str, int]], dict[str, int]]) -> dict[str, Any]:
+    """``timeline`` on one rank: each point's parts divided, and the highest found again among the points."""
+    columns = timeline["parts_bytes"]
+    points = [divide(dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
+    totals = [sum(parts.values()) for parts in points]
+    highest = max(range(len(totals)), key=lambda i: totals[i])
+    event = timeline["events"][highest]
+    names = [
+        name
+        for stretch in timeline["phases"]
+        if stretch["first_event"] < event <= stretch["last_event"]
+        for name in stretch["names"]
+    ]
+    return {
+        **timeline,
+        "peak": {"event": event, "phase": names[0] if names else None, "total_bytes": totals[highest]},
+        "parts_bytes": {part: [parts[part] for parts in points] for part in columns},
+    }
