@@ -119,7 +119,7 @@ def plan_case(case: Case, zero: Zero | None = None, *, with_timeline: bool = Fal
     options = dataclasses.replace(case.options, prompts=None, stop_token=None)
     stand_in = dataclasses.replace(case, device="cpu", options=options)
     timeline = Timeline() if with_timeline else None
-    ledger = Ledger("cpu", on_change=timeline and timeline.note, block_bytes=block_bytes(case.device))
+    ledger = Ledger("cpu", on_change=None if timeline is None else timeline.note, block_bytes=block_bytes(case.device))
     observer = Announcer(lambda _: None, ledger, timeline) if timeline else ledger
     # Transformers looks into position ids for packed sequences, and where it cannot look, it makes a mask that it would
     # not make of real ones. This engine packs nothing.

@@ -1,4 +1,4 @@
-"""The timelines of a run or a plan: one JSON file a case, written whole or not at all, and read back as tables for the reports."""
+"""The timelines of a run or a plan: one JSON file a case, written whole or not at all, and read for the reports."""
 
 from __future__ import annotations
 

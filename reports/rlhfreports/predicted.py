@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Hashable, Mapping
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import pandas as pd
@@ -58,8 +60,9 @@ def comparisons(frame: pd.DataFrame) -> list[Comparison]:
     """Every sum of every row of ``frame`` that has a prediction, in the order of the rows."""
     axes = axes_that_vary(frame)
     found = []
-    for row in frame[frame["predicted_total_bytes"].notna()].to_dict("records"):
-        is_measured = row["outcome"] == "ok" and not pd.isna(row["total_bytes"])
+    predicted = frame[[f"predicted_{kind}_bytes" for kind in SUMS]].notna().all(axis=1)
+    for row in frame[predicted].to_dict("records"):
+        is_measured = row["outcome"] == "ok" and not any(pd.isna(row[f"{kind}_bytes"]) for kind in SUMS)
         found += [
             Comparison(
                 case=_case_words(row, axes),
@@ -168,9 +171,9 @@ def _draw_panel(axes: Axes, found: list[Comparison], styles: dict[str, Style]) -
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _case_words(row: dict[str, object], axes: list[str]) -> str:
+def _case_words(row: Mapping[Hashable, Any], axes: list[str]) -> str:
     """``Hydra-PPO, 128 tokens, batch 4``, and whatever else tells the cases apart."""
-    title = row["method"] if pd.isna(row["method_title"]) else row["method_title"]  # type: ignore[call-overload]
+    title = row["method"] if pd.isna(row["method_title"]) else row["method_title"]
     words = [f"{title}", f"{row['seq_len']} tokens ({row['prompt_len']}+{row['completion_len']})"]
     words += [f"batch {row['batch_size']}", *(axis_text(axis, row[axis]) or f"no {axis}" for axis in axes)]
     return ", ".join(words)

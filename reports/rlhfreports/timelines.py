@@ -41,7 +41,7 @@ def timeline_figure(points: pd.DataFrame, phases: pd.DataFrame, *, title: str, c
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.5, 4.4))
         axes = figure.add_axes((0.09, 0.2, 0.87, 0.58))
-        knots, places = _scale(phases)
+        knots, places = _scale(points, phases)
         inside = points[points["event"].between(int(knots[0]), int(knots[-1]))]
         x = np.interp(inside["event"].to_numpy(dtype=float), knots, places)
         sizes = [inside[f"{part}_bytes"].to_numpy(dtype=float) / _GIB for part in PARTS]
@@ -60,11 +60,11 @@ def timeline_figure(points: pd.DataFrame, phases: pd.DataFrame, *, title: str, c
     return figure
 
 
-def _scale(phases: pd.DataFrame) -> tuple[Floats, Floats]:
+def _scale(points: pd.DataFrame, phases: pd.DataFrame) -> tuple[Floats, Floats]:
     """Where events stand: (events, places), to be joined by straight lines."""
     knots = phases[["first_event", "last_event"]].to_numpy(dtype=float).ravel()
     if not knots.size:
-        return np.array([0.0, np.inf]), np.array([0.0, 1.0])
+        return np.array([0.0, float(points["event"].max() if len(points) else 1)]), np.array([0.0, 1.0])
     shares = np.diff(knots) / max(knots[-1] - knots[0], 1.0)
     shares[::2] = np.maximum(shares[::2], min(_LEAST_SHARE, 1 / len(phases)))
     return knots, np.concatenate([[0.0], np.cumsum(shares)])

@@ -159,7 +159,7 @@ def timing_pass(
 def memory_pass(step: Step, device: str, notify: Notify, timeline: Timeline | None = None) -> Ledger:
     """One step under a ledger, which has seen it then, and so has ``timeline``."""
     gc.collect()
-    ledger = Ledger(device, on_change=timeline and timeline.note, block_bytes=block_bytes(device))
+    ledger = Ledger(device, on_change=None if timeline is None else timeline.note, block_bytes=block_bytes(device))
     watched_step(step, ledger, Announcer(notify, ledger, *((timeline,) if timeline else ()))).check_finite()
     return ledger
 

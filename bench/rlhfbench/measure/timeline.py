@@ -114,8 +114,8 @@ class Timeline(Observer):
 
         Returns:
             ``num_events``; ``phases``, a list of ``names`` (one, unless stretches were joined), ``first_event``,
-            ``last_event`` and ``events_per_point``; ``peak``, with its ``event``, ``phase`` and ``total_bytes``; and the
-            points in their order as columns: ``events`` and, by part, ``parts_bytes``.
+            ``last_event`` and ``events_per_point``; ``peak``, with its ``event``, ``phase`` and ``total_bytes``; and
+            the points in their order as columns: ``events`` and, by part, ``parts_bytes``.
         """
         points = {event: parts for stretch in self._stretches for event, _, parts in stretch.points}
         points |= {peak.event: [peak.parts[part] for part in PARTS] for peak in peaks.values()}
