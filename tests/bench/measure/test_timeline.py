@@ -107,25 +107,37 @@ def test_very_many_events_stay_small_and_keep_the_peak() -> None:
     assert all(event % 500 == 0 for event in joints)
 
 
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=300), st.integers(3, 8), st.integers(1, 50))
-def test_each_points_is_the_highest_of_its_neighbours(heights: list[int], half: int, stretch_len: int) -> None:
-    """Against a walk over all heights: the highest of each stretch is kept, by whichever moment first reached it."""
-    timeline = Timeline(max_points=2 * half + 300 // stretch_len + 2, max_stretches=300 // stretch_len + 2)
-    for i, height in enumerate(heights):
-        if i % stretch_len == 0:
-            timeline.enter_phase("a")
-        timeline.note(live(height))
-        if i % stretch_len == stretch_len - 1 or i == len(heights) - 1:
-            timeline.exit_phase("a")
+@given(st.lists(st.integers(1, 99), min_size=1, max_size=120), st.integers(1, 4), st.integers(5, 12))
+def test_the_highest_moment_of_every_stretch_is_kept(heights: list[int], num_phases: int, max_points: int) -> None:
+    """Against a walk over all heights."""
+    timeline = Timeline(max_points=max_points, max_stretches=max(num_phases + 2, 4))
+    length = -(-len(heights) // num_phases)
+    mine = [heights[i : i + length] for i in range(0, len(heights), length)]
+    for part in mine:
+        with timeline.phase("a"):
+            for height in part:
+                timeline.note(live(height))
     highest = max(heights)
     found = timeline.to_dict({"a": snapshot(highest, heights.index(highest) + 1)})
     assert found["events"] == sorted(set(found["events"]))
+    assert len(found["events"]) <= max(max_points, num_phases + 2) + 1
     assert totals(found).items() <= dict(enumerate(heights, start=1)).items()
     for i, row in enumerate(found["phases"]):
-        mine = heights[i * stretch_len : (i + 1) * stretch_len]
-        assert (row["first_event"], row["last_event"]) == (i * stretch_len, i * stretch_len + len(mine))
-        kept = [t for event, t in totals(found).items() if row["first_event"] < event <= row["last_event"]]
-        assert max(kept) == max(mine)
+        assert (row["first_event"], row["last_event"]) == (i * length, i * length + len(mine[i]))
+        kept = [total for event, total in totals(found).items() if row["first_event"] < event <= row["last_event"]]
+        assert max(kept) == max(mine[i])
+
+
+def test_the_ledgers_peak_is_there_where_another_moment_was_as_high() -> None:
+    """A tensor gets its name just after it was made: the total is the same, and the parts are not."""
+    timeline = Timeline(max_points=4, max_stretches=2)
+    with timeline.phase("a"):
+        for event in range(1, 17):
+            timeline.note(live(9 if event in (9, 10) else 2))
+    named = Snapshot(total_bytes=9, parts={**dict.fromkeys(PARTS, 0), "rollout": 9}, event=10)
+    found = timeline.to_dict({"a": named})
+    assert found["parts_bytes"]["rollout"][found["events"].index(10)] == 9
+    assert found["peak"]["event"] == 10
 
 
 def test_a_phase_inside_a_phase() -> None:
