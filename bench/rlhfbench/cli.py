@@ -105,6 +105,9 @@ def run(
     out: Annotated[str | None, typer.Option(metavar="DIR", help="The run's folder; a new one by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Trace each phase, into DIR/traces.")] = False,
+    with_plan: Annotated[
+        bool, typer.Option("--with-plan", help="Predict each case's memory too, and draw both.")
+    ] = False,
     time_budget_s: Annotated[str | None, typer.Option(metavar="N", help="Seconds of timing a case.")] = None,
     case_timeout_s: Annotated[
         str | None, typer.Option(metavar="N", help="When a case is ended.  [default: 600]")
@@ -139,6 +142,7 @@ def run(
         num_threads=flags.number("threads", threads, int),
         memory_limit_bytes=None if memory_limit is None else parse_size("--memory-limit", memory_limit),
         profile=profile or None,
+        with_plan=with_plan or None,
     )
     if resume and out is None:
         raise SweepError(["--resume needs --out: name the folder of the run to go on with."])
@@ -173,11 +177,11 @@ def _finish(result: RunResult, *, as_json: bool) -> int:
     return DONE
 
 
-def _draw(run_dir: Path) -> RenderableType:
+def _draw(run_dir: Path, *, every_timeline: bool = False) -> RenderableType:
     from rlhfbench.draw import draw_run
 
     try:
-        return draw_run(run_dir)
+        return draw_run(run_dir, every_timeline=every_timeline)
     except OSError as error:
         raise RunFolderError(f"run '{run_dir}' cannot be drawn: {error.strerror}.") from error
 
@@ -257,7 +261,8 @@ def plan(
     zero = flags.given(
         stage=flags.number("zero-stage", zero_stage, int), world_size=flags.number("world-size", world_size, int)
     )
-    plans = plan_verb.make_plans(_sweep(sweep, given, setting, None), gpu=gpu, zero=zero)
+    timelines: dict[str, dict[str, Any]] | None = None if out is None else {}
+    plans = plan_verb.make_plans(_sweep(sweep, given, setting, None), gpu=gpu, zero=zero, timelines=timelines)
     if as_json:
         print(json.dumps(plans))
     else:
@@ -265,7 +270,7 @@ def plan(
         for sentence in plan_verb.advice(plans, gpu):
             print(sentence)
     if out is not None:
-        plan_verb.write(plans, gpu, Path(out))
+        plan_verb.write(plans, gpu, Path(out), timelines)
     return DONE
 
 
@@ -276,7 +281,7 @@ def report(run_dir: Annotated[str, typer.Argument(metavar="RUN", help="The folde
 
     if not read_records(run_dir):
         raise RecordsError(f"run '{run_dir}' holds no records yet: there is nothing to draw.")
-    _print(_draw(Path(run_dir)))
+    _print(_draw(Path(run_dir), every_timeline=True))
 
 
 @app.command()

@@ -6,16 +6,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhfbench.records import read_records
+from rlhfbench.runfolder import TIMELINES_NAME
+from rlhfbench.timelines import read_timeline, timeline_frames
 
 if TYPE_CHECKING:
+    import pandas as pd
     from rich.console import RenderableType
 
 
-def draw_run(run_dir: Path) -> RenderableType:
-    """Writes ``memory_table`` (.md, .csv), ``latency`` and ``throughput`` (.png, .svg) into ``run_dir``.
+def draw_run(run_dir: Path, *, every_timeline: bool = False) -> RenderableType:
+    """Draws what the records in ``run_dir`` hold, into that folder.
+
+    ``memory_table`` (.md, .csv), ``latency`` and ``throughput`` (.png, .svg); ``predicted`` (.md, .png, .svg) where
+    memory was predicted too; and pictures of the timelines, where there are some, beside them.
 
     Args:
         run_dir: a folder with ``records.jsonl``.
+        every_timeline: draw the timeline of every case, and not of each method's largest case alone.
 
     Returns:
         The memory table, for a terminal.
@@ -28,6 +35,7 @@ def draw_run(run_dir: Path) -> RenderableType:
     # pandas and matplotlib take most of a second to import, which `--help` does not wait for.
     from rlhfbench.frame import records_frame
     from rlhfreports.plots import draw_latency, draw_throughput
+    from rlhfreports.predicted import draw_predicted, has_predictions, predicted_markdown
     from rlhfreports.table import memory_table
 
     frame = records_frame(records)
@@ -36,4 +44,42 @@ def draw_run(run_dir: Path) -> RenderableType:
     (run_dir / "memory_table.csv").write_text(table.csv(), encoding="utf-8")
     draw_latency(frame, run_dir / "latency")
     draw_throughput(frame, run_dir / "throughput")
+    if has_predictions(frame):
+        (run_dir / "predicted.md").write_text(predicted_markdown(frame), encoding="utf-8")
+        draw_predicted(frame, run_dir / "predicted")
+    draw_timelines(frame if every_timeline else largest_cases(frame), run_dir / TIMELINES_NAME)
     return table.rich()
+
+
+def largest_cases(frame: pd.DataFrame) -> pd.DataFrame:
+    """The measured row of each method with the longest sequences, and of those the one with the largest batch."""
+    measured = frame[(frame["outcome"] == "ok").fillna(False).astype(bool)]
+    ordered = measured.sort_values(["seq_len", "batch_size"], kind="stable")
+    return ordered.drop_duplicates("method", keep="last").sort_index()
+
+
+def draw_timelines(frame: pd.DataFrame, folder: Path) -> None:
+    """Draws the timelines of the cases in ``frame`` that have one in ``folder``, as .png and .svg beside it.
+
+    Args:
+        frame: rows with ``case_id``, ``method_title``, ``seq_len``, ``batch_size`` and the axes of the captions.
+        folder: where the timelines are.
+
+    Raises:
+        RecordsError: a file there holds no timeline.
+        OSError: the folder cannot be written.
+    """
+    from rlhfreports.columns import shared_axes_text
+    from rlhfreports.timelines import draw_timeline
+
+    for place, row in enumerate(frame.to_dict("records")):
+        timeline = read_timeline(folder, row["case_id"])
+        if timeline is None:
+            continue
+        title = f"{row['method_title']}, {row['seq_len']} tokens, batch {row['batch_size']}"
+        draw_timeline(
+            *timeline_frames(timeline),
+            folder / str(row["case_id"]),
+            title=title,
+            caption=shared_axes_text(frame.iloc[[place]]),
+        )

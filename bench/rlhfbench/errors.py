@@ -3,7 +3,7 @@
 RlhfBenchError
 ├── SweepError        what was asked for cannot be run: every problem, one sentence each
 ├── RunFolderError    an output folder that cannot be used
-├── RecordsError      a records file that cannot be read or written
+├── RecordsError      records, or timelines beside them, that cannot be read or written
 └── ForkServerError   the process that cases are forked from did not start
 """
 
@@ -33,7 +33,7 @@ class RunFolderError(RlhfBenchError):
 
 
 class RecordsError(RlhfBenchError):
-    """A records file that is malformed, comes from a newer rlhfbench or cannot be written."""
+    """Records, or timelines beside them, that are malformed, come from a newer rlhfbench or cannot be written."""
 
 
 class ForkServerError(RlhfBenchError):

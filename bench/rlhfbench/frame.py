@@ -58,6 +58,7 @@ def _row(record: dict[str, Any]) -> dict[str, Any]:
     error = _object(record, "error")
     memory = _object(record, "memory")
     latency = _object(record, "latency")
+    plan = _object(record, "plan")
     row: dict[str, Any] = {name: case.get(name) for name in _CASE_FIELDS}
     row |= _named(case)
     row |= {"outcome": record.get("outcome"), "started_at": record.get("started_at"), "wall_s": record.get("wall_s")}
@@ -65,6 +66,8 @@ def _row(record: dict[str, Any]) -> dict[str, Any]:
     row |= {name: memory.get(name) for name in _MEMORY_FIELDS}
     row |= {name: _object(memory, "views").get(name) for name in _VIEW_FIELDS}
     row |= {f"{part}_part_bytes": _object(memory, "parts").get(part) for part in PARTS}
+    row |= {f"predicted_{name}": plan.get(name) for name in _MEMORY_FIELDS}
+    row["plan_error"] = _object(plan, "error").get("message")
     row |= {name: latency.get(name) for name in _LATENCY_FIELDS}
     row["floor_fraction"] = _object(record, "work").get("floor_fraction")
     row["num_prompts_truncated"] = _object(record, "prompts").get("num_truncated")

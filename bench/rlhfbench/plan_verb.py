@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from rlhfbench import preflight
 from rlhfbench.devices import find_accelerator
 from rlhfbench.errors import RunFolderError
+from rlhfbench.runfolder import TIMELINES_NAME
 from rlhfbench.sweep import Sweep
+from rlhfbench.timelines import write_timeline
 from rlhfkernels.methods import METHODS
 
 if TYPE_CHECKING:
@@ -31,8 +33,16 @@ _REMEDIES = {
 }
 
 
-def make_plans(sweep: Sweep, *, gpu: str | None, zero: dict[str, Any]) -> list[dict[str, Any]]:
+def make_plans(
+    sweep: Sweep, *, gpu: str | None, zero: dict[str, Any], timelines: dict[str, dict[str, Any]] | None = None
+) -> list[dict[str, Any]]:
     """One object a case: ``case``, ``memory``, ``fits``, ``max_batch_size``, ``floor``.
+
+    Args:
+        sweep: the cases.
+        gpu: the accelerator that they should fit on.
+        zero: the fields of ``Zero``.
+        timelines: is given the timeline of each case, by its id; without it none is kept.
 
     Raises:
         SweepError: a model, a length, the accelerator or the division among ranks is wrong; every problem is named.
@@ -42,7 +52,9 @@ def make_plans(sweep: Sweep, *, gpu: str | None, zero: dict[str, Any]) -> list[d
     accelerator = None if gpu is None else find_accelerator(gpu)
     ranks = Zero(**zero)
     preflight.check_models(sweep)
-    plans = [plan_case(case, ranks) for case in sweep.cases]
+    plans = [plan_case(case, ranks, with_timeline=timelines is not None) for case in sweep.cases]
+    if timelines is not None:
+        timelines |= {plan.case.id: plan.timeline for plan in plans if plan.timeline is not None}
     if accelerator is None:
         return [plan_object(plan, None, None) for plan in plans]
     search = BatchSearch(accelerator.usable_bytes, ranks)
@@ -93,12 +105,17 @@ def advice(plans: list[dict[str, Any]], gpu: str | None) -> Iterator[str]:
             )
 
 
-def write(plans: list[dict[str, Any]], gpu: str | None, folder: Path) -> None:
-    """Writes ``plan.json``, ``plan.png`` and ``plan.svg``.
+def write(
+    plans: list[dict[str, Any]], gpu: str | None, folder: Path, timelines: dict[str, dict[str, Any]] | None = None
+) -> None:
+    """Writes ``plan.json``, ``plan.png`` and ``plan.svg``, and the ``timelines`` by case id into a folder beside them.
 
     Raises:
         RunFolderError: the folder cannot be written.
+        RecordsError: a timeline cannot be written.
     """
+    from rlhfbench.draw import draw_timelines
+    from rlhfbench.frame import records_frame
     from rlhfreports.plans import draw_plan
 
     try:
@@ -111,6 +128,9 @@ def write(plans: list[dict[str, Any]], gpu: str | None, folder: Path) -> None:
             caption=_caption(plans, gpu),
             limit_bytes=None if limit is None else limit.memory_bytes,
         )
+        for case_id, timeline in (timelines or {}).items():
+            write_timeline(folder / TIMELINES_NAME, case_id, timeline)
+        draw_timelines(records_frame(plans), folder / TIMELINES_NAME)
     except OSError as error:
         raise RunFolderError(f"out '{folder}' cannot be written: {error.strerror}.") from error
 

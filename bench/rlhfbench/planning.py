@@ -15,7 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from rlhfbench.devices import Accelerator
 from rlhfbench.errors import SweepError
 from rlhfbench.measure.ledger import MODEL_PARTS, Ledger, block_bytes
-from rlhfbench.measure.passes import memory_object, watched_step
+from rlhfbench.measure.passes import Announcer, memory_object, watched_step
+from rlhfbench.measure.timeline import Timeline
+from rlhfbench.timelines import divided_timeline
 from rlhfkernels.case import Case
 from rlhfkernels.observer import PARTS
 from rlhfkernels.step import build_step
@@ -71,11 +73,14 @@ class Plan:
         case: as it was asked for.
         memory: the ``memory`` object of a record, on one rank.
         work: the least work of each phase.
+        timeline: of the step on one rank, where it was asked for; see ``Timeline.to_dict``. Decodes that were not
+            stepped through are not in it.
     """
 
     case: Case
     memory: dict[str, Any]
     work: dict[str, Work]
+    timeline: dict[str, Any] | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -96,7 +101,7 @@ class Plan:
         return sum(work.floor_s(rate, gpu.bytes_per_s) for work in self.work.values()) / self.case.batch_size
 
 
-def plan_case(case: Case, zero: Zero | None = None) -> Plan:
+def plan_case(case: Case, zero: Zero | None = None, *, with_timeline: bool = False) -> Plan:
     """Runs one step of ``case`` on fake tensors.
 
     The step runs as on a processor, since fake tensors of another device need that device's build of torch for their
@@ -105,6 +110,7 @@ def plan_case(case: Case, zero: Zero | None = None) -> Plan:
     Args:
         case: what to plan. Prompts and a stop token change no shape and are left out.
         zero: how the step is divided among ranks.
+        with_timeline: keep the step's timeline too.
 
     Raises:
         ModelError: the model's configuration cannot be read, or it is too short.
@@ -112,16 +118,19 @@ def plan_case(case: Case, zero: Zero | None = None) -> Plan:
     """
     options = dataclasses.replace(case.options, prompts=None, stop_token=None)
     stand_in = dataclasses.replace(case, device="cpu", options=options)
-    ledger = Ledger("cpu", block_bytes=block_bytes(case.device))
+    timeline = Timeline() if with_timeline else None
+    ledger = Ledger("cpu", on_change=None if timeline is None else timeline.note, block_bytes=block_bytes(case.device))
+    observer = Announcer(lambda _: None, ledger, timeline) if timeline else ledger
     # Transformers looks into position ids for packed sequences, and where it cannot look, it makes a mask that it would
     # not make of real ones. This engine packs nothing.
     unpacked = mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None)
     with unpacked, FakeTensorMode():
         step = build_step(stand_in, with_weights=False)
-        watched_step(step, ledger, ledger)
+        watched_step(step, ledger, observer)
         work = phase_work(step)
     memory = memory_object(ledger, dict(_NO_VIEWS))
-    return Plan(case=case, memory=_divided(memory, zero or Zero()), work=work)
+    kept = None if timeline is None else divided_timeline(timeline.to_dict(ledger.peaks), (zero or Zero()).divide)
+    return Plan(case=case, memory=_divided(memory, zero or Zero()), work=work, timeline=kept)
 
 
 def _divided(memory: dict[str, Any], zero: Zero) -> dict[str, Any]:

@@ -44,6 +44,8 @@ _EMPTY: dict[str, dict[str, Any]] = {
     },
     "work": {"phases": {}, "floor_fraction": None},
 }
+# The keys of a record's ``plan``, as far as its ``memory`` has them too.
+_PLAN_KEYS = ("model_bytes", "activation_bytes", "rollout_bytes", "total_bytes", "peak_phase", "parts", "phases")
 
 
 def make_record(
@@ -54,6 +56,7 @@ def make_record(
     measured: dict[str, Any],
     started_at: str,
     wall_s: float,
+    plan: dict[str, Any] | None = None,
 ) -> Record:
     """A complete record: every key is there, and what was not measured is ``None``.
 
@@ -64,6 +67,7 @@ def make_record(
         measured: ``memory``, ``latency``, ``work``, ``prompts`` and ``engine``, as far as they are known.
         started_at: UTC, ISO 8601.
         wall_s: seconds from asking for the case to its end.
+        plan: what ``make_plan`` made; ``None``: nothing was predicted. Older records lack the key.
     """
     assert outcome in OUTCOMES
     sections = {name: _filled(empty, measured.get(name) or {}) for name, empty in _EMPTY.items()}
@@ -75,9 +79,21 @@ def make_record(
         **sections,
         "prompts": measured.get("prompts"),
         "engine": measured.get("engine"),
+        "plan": plan,
         "started_at": started_at,
         "wall_s": wall_s,
     }
+
+
+def make_plan(memory: dict[str, Any] | None, error: dict[str, Any] | None) -> dict[str, Any]:
+    """The ``plan`` object of a record: the memory that was predicted, in the keys and units of ``memory``.
+
+    Args:
+        memory: the ``memory`` object of the plan, ``None`` where there is none.
+        error: ``{"kind", "message", "phase"}``, why there is none; else ``None``.
+    """
+    filled = _filled(_EMPTY["memory"], memory or {})
+    return {**{key: filled[key] for key in _PLAN_KEYS}, "error": error}
 
 
 def _filled(empty: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from rlhfbench.sweep import Sweep, differences
 
 SWEEP_NAME = "sweep.toml"
 ENVIRONMENT_NAME = "environment.json"
+TIMELINES_NAME = "timelines"
 
 
 class RunFolder:
@@ -40,6 +41,11 @@ class RunFolder:
         """Whether it holds a run, finished or not."""
         return self.sweep_path.is_file() or (self.path / RECORDS_NAME).is_file()
 
+    @property
+    def timelines_dir(self) -> Path:
+        """Where the timelines of the cases go, one file each."""
+        return self.path / TIMELINES_NAME
+
     def log_path(self, case_id: str) -> Path:
         """What a case printed, and the traceback of its failure."""
         return self.path / "logs" / f"{case_id}.log"
@@ -56,7 +62,7 @@ class RunFolder:
             for folder in (self.path, self.log_path("").parent, self.traces_dir):
                 folder.mkdir(parents=True, exist_ok=True)
             if not self.sweep_path.exists():
-                _write_atomically(self.sweep_path, sweep.to_toml())
+                write_atomically(self.sweep_path, sweep.to_toml())
         except OSError as error:
             raise RunFolderError(f"out '{self.path}' cannot be written: {error.strerror}.") from error
 
@@ -97,14 +103,14 @@ class RunFolder:
                 environment = {**first, "resumed": [*first.get("resumed", []), environment]}
             else:
                 environment = {**environment, "resumed": []}
-            _write_atomically(path, json.dumps(environment, indent=2) + "\n")
+            write_atomically(path, json.dumps(environment, indent=2) + "\n")
         except ValueError as error:
             raise RunFolderError(f"'{path}' is not JSON: move it away to resume.") from error
         except OSError as error:
             raise RunFolderError(f"out '{self.path}' cannot be written: {error.strerror}.") from error
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Writes ``text`` so that nobody finds half of it, whenever the writer is killed."""
     draft = path.with_name(path.name + ".tmp")
     try:

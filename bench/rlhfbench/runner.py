@@ -16,9 +16,10 @@ from rlhfbench.errors import SweepError
 from rlhfbench.forkserver import PRELOAD, WORKER, Exit, ForkServer, last_line
 from rlhfbench.preflight import ModelFacts
 from rlhfbench.progress import Progress, make_progress
-from rlhfbench.records import Record, RecordsFile, make_record
+from rlhfbench.records import Record, RecordsFile, make_plan, make_record
 from rlhfbench.runfolder import RunFolder
 from rlhfbench.sweep import Sweep
+from rlhfbench.timelines import write_timeline
 from rlhfbench.worker import PHASE_PREFIX
 from rlhfkernels.case import Case
 
@@ -34,6 +35,7 @@ class RunSettings:
         precision: relative error of the median at which it stops earlier.
         num_threads: threads of each case; ``None`` leaves it to torch.
         profile: whether each case's phases are traced too, into ``traces/``.
+        with_plan: whether each case's memory is predicted too, in a process of its own before the case's.
         case_timeout_s: when a case is killed, whatever it does.
         memory_limit_bytes: what a case may allocate before it counts as out of memory; ``None``: what there is.
 
@@ -45,6 +47,7 @@ class RunSettings:
     precision: float = 0.02
     num_threads: int | None = None
     profile: bool = False
+    with_plan: bool = False
     case_timeout_s: float = 600.0
     memory_limit_bytes: int | None = None
 
@@ -170,7 +173,9 @@ class Runner:
         for case in cases:
             self._progress.start_case(case)
             smaller = next((other for other in failed if dominates(case, other)), None)
+            plan = self.plan_case(case) if self._settings.with_plan else None
             record = self.run_case(case) if smaller is None else _skipped(case, smaller)
+            record["plan"] = plan
             self._records.append(record)
             if record["outcome"] == "oom":
                 failed.append(case)
@@ -189,12 +194,9 @@ class Runner:
                 on_message=watch,
             )
             driver_peak_bytes = sampler.peak_bytes(end.pid) if sampler is not None and end.pid is not None else None
-        result = watch.result
-        if result is None or end.timed_out:
-            log = log_path.read_text(errors="replace")
-            result = self._death(end, watch.stage, oom_killed=num_oom_kills() > kills, log=log)
-        if not log_path.stat().st_size:
-            log_path.unlink()
+        result = self._result(end, watch, log_path, oom_killed=num_oom_kills() > kills)
+        if result.get("timeline"):
+            write_timeline(self._folder.timelines_dir, case.id, result["timeline"])
         if result.get("ceilings"):  # the device's, found by the first case that was measured on it
             self._ceilings[case.device, case.dtype] = result["ceilings"]
         record = make_record(
@@ -211,6 +213,26 @@ class Runner:
             views["host_peak_bytes"] = end.max_rss_bytes
         return record
 
+    def plan_case(self, case: Case) -> dict[str, Any]:
+        """Predicts the memory of ``case`` and returns the record's ``plan``; one that fails costs nothing else."""
+        watch = _Watch(self._progress)
+        log_path = self._folder.log_path(f"{case.id}-plan")
+        request = {"case": case.to_dict(), "plan": True}
+        kills = num_oom_kills()
+        end = self._server.run(request, log_path=log_path, timeout_s=self._settings.case_timeout_s, on_message=watch)
+        result = self._result(end, watch, log_path, oom_killed=num_oom_kills() > kills)
+        return make_plan(result.get("memory"), result["error"])
+
+    def _result(self, end: Exit, watch: _Watch, log_path: Path, *, oom_killed: bool) -> dict[str, Any]:
+        """What the process said became of it, or what its end says; a log that says nothing is not kept."""
+        result = watch.result
+        if result is None or end.timed_out:
+            log = log_path.read_text(errors="replace")
+            result = self._death(end, watch.stage, oom_killed=oom_killed, log=log)
+        if not log_path.stat().st_size:
+            log_path.unlink()
+        return result
+
     def _request(self, case: Case) -> dict[str, Any]:
         settings = self._settings
         trace_dir = str((self._folder.traces_dir / case.id).absolute()) if settings.profile else None
@@ -222,6 +244,7 @@ class Runner:
                 "precision": settings.precision,
                 "num_threads": settings.num_threads,
                 "profile_dir": trace_dir,
+                "timeline": True,
                 "ceilings": self._ceilings.get((case.device, case.dtype)),
             },
         }

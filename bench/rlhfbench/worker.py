@@ -45,12 +45,16 @@ def run_case(request: dict[str, Any], send: Callable[[dict[str, Any]], None]) ->
     """Runs ``request["case"]`` and sends ``{"result": {"outcome", "error", ...}}``.
 
     Args:
-        request: ``case`` (as in a record), ``settings`` (the fields of ``MeasureSettings``), ``memory_limit_bytes``.
+        request: ``case`` (as in a record) and either ``plan: True``, for its memory to be predicted, or what it takes
+            to measure it: ``settings`` (the fields of ``MeasureSettings``) and ``memory_limit_bytes``.
         send: takes one message.
     """
     stage = Stage(send)
     try:
         case = Case.from_dict(request["case"])
+        if request.get("plan"):
+            send({"result": {"outcome": "ok", "error": None, "memory": _predicted(case, stage)}})
+            return
         stage.notify("import")
         from rlhfbench.measure import MeasureSettings, measure_case
 
@@ -63,6 +67,14 @@ def run_case(request: dict[str, Any], send: Callable[[dict[str, Any]], None]) ->
         send({"result": failure(error, stage.name)})
     else:
         send({"result": {"outcome": "ok", "error": None, **result}})
+
+
+def _predicted(case: Case, stage: Stage) -> dict[str, Any]:
+    """The ``memory`` object of the plan of ``case``."""
+    stage.notify("plan")
+    from rlhfbench.planning import plan_case
+
+    return plan_case(case).memory
 
 
 def failure(error: BaseException, phase: str | None) -> dict[str, Any]:

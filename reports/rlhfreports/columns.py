@@ -86,6 +86,18 @@ COLUMNS: tuple[Column, ...] = (
         ("host_peak_bytes", "resident set of the measured process"),
     ),
     *_columns(
+        "Int64",
+        ("predicted_model_bytes", "model_bytes as the plan has it; absent where none was asked for, or it failed"),
+        ("predicted_activation_bytes", "activation_bytes as the plan has it"),
+        ("predicted_rollout_bytes", "rollout_bytes as the plan has it"),
+        ("predicted_total_bytes", "total_bytes as the plan has it"),
+    ),
+    *_columns(
+        "string",
+        ("predicted_peak_phase", "peak_phase as the plan has it"),
+        ("plan_error", "one sentence saying why there is no plan, where one was asked for"),
+    ),
+    *_columns(
         "Float64",
         ("inference_s_per_sample", "seconds of the inference phases, per sequence"),
         ("update_s_per_sample", "seconds of the update phases, per sequence"),

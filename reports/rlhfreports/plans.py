@@ -19,7 +19,7 @@ from rlhfreports.plots import COLORS, STYLE, write_figure
 
 _GIB = 2**30
 PARTS = ("base", "heads", "adapters", "gradients", "optimizer", "kv_cache", "activations", "temporary", "rollout")
-_PART_COLORS = ("#7A7A7A", "#B0B0B0", COLORS[4], COLORS[2], COLORS[3], COLORS[6], COLORS[1], COLORS[5], COLORS[7])
+PART_COLORS = ("#7A7A7A", "#B0B0B0", COLORS[4], COLORS[2], COLORS[3], COLORS[6], COLORS[1], COLORS[5], COLORS[7])
 
 
 def plan_table(frame: pd.DataFrame, *, caption: str) -> Table:
@@ -46,7 +46,7 @@ def plan_figure(frame: pd.DataFrame, *, caption: str, limit_bytes: int | None) -
         axes = figure.add_subplot()
         places = np.arange(len(frame))
         done = np.zeros(len(frame))
-        for part, color in zip(PARTS, _PART_COLORS, strict=True):
+        for part, color in zip(PARTS, PART_COLORS, strict=True):
             sizes = frame[f"{part}_bytes"].to_numpy(dtype=float) / _GIB
             axes.barh(places, sizes, left=done, color=color, label=part.replace("_", " "), height=0.72)
             done += sizes

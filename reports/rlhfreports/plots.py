@@ -59,7 +59,7 @@ STYLE: dict[Any, Any] = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _Method:
+class Style:
     """How one method is drawn, in every panel of every figure."""
 
     title: str
@@ -122,10 +122,10 @@ def _figure(frame: pd.DataFrame, title: str, quantities: Sequence[_Quantity]) ->
         figure = Figure(figsize=(width, height), layout=layout)
         grid = list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
         share = len(grid) // len(quantities)
-        styles = _styles(frame)
+        styles = method_styles(frame)
         for i, quantity in enumerate(quantities):
             _draw_quantity(grid[i * share : (i + 1) * share], panels, quantity, styles, num_columns)
-        _head(figure, frame, title, list(styles.values()))
+        draw_head(figure, frame, title, list(styles.values()))
     return figure
 
 
@@ -137,7 +137,7 @@ def _shape(num_panels: int, num_quantities: int) -> tuple[int, int]:
     return math.ceil(num_panels / num_columns) * num_quantities, num_columns
 
 
-def _styles(frame: pd.DataFrame) -> dict[str, _Method]:
+def method_styles(frame: pd.DataFrame) -> dict[str, Style]:
     """Colour and marker by the method's place in the harness's table, so that they are the same in every run."""
     methods = methods_in_order(frame)
     places = [i if pd.isna(order) else int(order) for i, order in enumerate(methods["method_order"])]
@@ -147,7 +147,7 @@ def _styles(frame: pd.DataFrame) -> dict[str, _Method]:
         methods["method"], methods["method_title"], methods["method_order"], places, strict=True
     ):
         slot = next(free, place) if pd.isna(order) else place
-        styles[name] = _Method(
+        styles[name] = Style(
             title=name if pd.isna(method_title) else method_title,
             color=COLORS[slot % len(COLORS)],
             marker=MARKERS[slot % len(MARKERS)],
@@ -155,7 +155,7 @@ def _styles(frame: pd.DataFrame) -> dict[str, _Method]:
     return styles
 
 
-def _head(figure: Figure, frame: pd.DataFrame, title: str, styles: Sequence[_Method]) -> None:
+def draw_head(figure: Figure, frame: pd.DataFrame, title: str, styles: Sequence[Style]) -> None:
     """The title, what all points have in common under it, and the legend."""
     height = figure.get_figheight()
     figure.text(0.5, 1 - 0.12 / height, title, ha="center", va="top", fontsize=14, fontweight="bold")
@@ -176,7 +176,7 @@ def _head(figure: Figure, frame: pd.DataFrame, title: str, styles: Sequence[_Met
 
 
 def _draw_quantity(
-    grid: Sequence[Axes], panels: Sequence[Panel], quantity: _Quantity, styles: dict[str, _Method], num_columns: int
+    grid: Sequence[Axes], panels: Sequence[Panel], quantity: _Quantity, styles: dict[str, Style], num_columns: int
 ) -> None:
     """Draws one quantity into its panels, all with the same limits, so that they compare by eye."""
     lengths = sorted({int(x) for panel in panels for rows in (panel.points, panel.failures) for x in rows["seq_len"]})
@@ -199,7 +199,7 @@ def _draw_quantity(
         axes.set_visible(False)
 
 
-def _draw_lines(axes: Axes, panel: Panel, quantity: _Quantity, styles: dict[str, _Method]) -> None:
+def _draw_lines(axes: Axes, panel: Panel, quantity: _Quantity, styles: dict[str, Style]) -> None:
     for method, style in styles.items():
         rows = panel.points[panel.points["method"] == method].sort_values(["seq_len", "prompt_len"], kind="stable")
         if rows.empty:
@@ -218,7 +218,7 @@ def _draw_lines(axes: Axes, panel: Panel, quantity: _Quantity, styles: dict[str,
         )
 
 
-def _words(panel: Panel, styles: dict[str, _Method], *, short: bool) -> dict[str, list[tuple[int, str]]]:
+def _words(panel: Panel, styles: dict[str, Style], *, short: bool) -> dict[str, list[tuple[int, str]]]:
     """What the band above the lines says, by method: (length, word) for each case that was not measured.
 
     In a panel whose batch size differs from point to point, the batch size of each point stands there too. ``short``
@@ -240,7 +240,7 @@ def _words(panel: Panel, styles: dict[str, _Method], *, short: bool) -> dict[str
     return words
 
 
-def _draw_words(axes: Axes, words: dict[str, list[tuple[int, str]]], styles: dict[str, _Method]) -> None:
+def _draw_words(axes: Axes, words: dict[str, list[tuple[int, str]]], styles: dict[str, Style]) -> None:
     """A band at the top of the panel, one line a method, in its colour and with its marker at the left."""
     if not words:
         return

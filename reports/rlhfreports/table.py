@@ -66,14 +66,14 @@ class MemoryTable:
 
     def markdown(self) -> str:
         """The table as GitHub's Markdown, columns padded so that the source reads well too."""
-        head = [_escape(heading) for heading in self.headings]
-        body = [[_escape(cell) for cell in row] for row in self.rows]
+        head = [escape(heading) for heading in self.headings]
+        body = [[escape(cell) for cell in row] for row in self.rows]
         widths = [max(3, *(len(row[i]) for row in [head, *body])) for i in range(len(head))]
         is_text = [i < self.num_text_columns for i in range(len(head))]
         rule = [
             ("-" * width) if text else ("-" * (width - 1) + ":") for width, text in zip(widths, is_text, strict=True)
         ]
-        lines = [f"**{_escape(self.caption)}**", ""] if self.caption else []
+        lines = [f"**{escape(self.caption)}**", ""] if self.caption else []
         for row in (head, rule, *body):
             cells = [
                 cell.ljust(width) if text else cell.rjust(width)
@@ -81,7 +81,7 @@ class MemoryTable:
             ]
             lines.append(f"| {' | '.join(cells)} |")
         lines += ["", UNIT_LINE]
-        lines += ["", *(f"- {_escape(note)}" for note in self.notes)] if self.notes else []
+        lines += ["", *(f"- {escape(note)}" for note in self.notes)] if self.notes else []
         return "\n".join(lines) + "\n"
 
     def csv(self) -> str:
@@ -237,6 +237,6 @@ def _cell(value: object) -> str:
     return "" if pd.isna(value) else str(value)  # type: ignore[call-overload]
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
     """``text`` inside one cell of a Markdown table."""
     return text.replace("|", "\\|").replace("\n", " ")

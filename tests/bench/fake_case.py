@@ -16,6 +16,9 @@ SOME_MEMORY = {"model_bytes": 3, "activation_bytes": 2, "rollout_bytes": 1, "tot
 def run_case(request, send):
     kind = request["case"]["options"]["prompt_field"]
     send({"notify": "build"})
+    if request.get("plan"):
+        PLANS.get(kind, _planned)(request, send)
+        return
     send({"notify": "phase:score"})
     BEHAVIOURS[kind](request, send)
 
@@ -23,6 +26,19 @@ def run_case(request, send):
 def _ok(request, send):
     result = {"memory": SOME_MEMORY, "ceilings": {"matmul_flops_per_s": 1.0}, "work": None}
     send({"result": {"outcome": "ok", "error": None, **result}})
+
+
+def _planned(request, send):
+    send({"result": {"outcome": "ok", "error": None, "memory": {**SOME_MEMORY, "total_bytes": 7}}})
+
+
+def _unplannable(request, send):
+    send({"result": worker.failure(ValueError("no fake of that"), "plan")})
+
+
+def _with_timeline(request, send):
+    timeline = {"phases": [], "events": [1], "parts_bytes": {"base": [6]}}
+    send({"result": {"outcome": "ok", "error": None, "memory": SOME_MEMORY, "timeline": timeline}})
 
 
 def _echo(request, send):
@@ -106,7 +122,12 @@ BEHAVIOURS = {
     "chatter": _chatter,
     "state": _state,
     "wait": _wait_to_be_told,
+    "timeline": _with_timeline,
+    "plan-fails": _ok,
+    "plan-dies": _ok,
 }
+# What becomes of a plan, where it is not the usual.
+PLANS = {"plan-fails": _unplannable, "plan-dies": _die_between_messages}
 
 
 class EchoProgress(LineProgress):

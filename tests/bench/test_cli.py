@@ -31,7 +31,7 @@ def fake(monkeypatch):
     """Has ``run`` run fake cases, and draw a table of one word."""
     whole = functools.partial(runner.run_sweep, target="fake_case:run_case", preload=())
     monkeypatch.setattr(runner, "run_sweep", whole)
-    monkeypatch.setattr(rlhfbench.draw, "draw_run", lambda run_dir: f"table of {run_dir}")
+    monkeypatch.setattr(rlhfbench.draw, "draw_run", lambda run_dir, **_: f"table of {run_dir}")
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_every_flag_reaches_the_case_and_the_settings(call, tmp_path):
         "run", "--model", "gpt2", "--methods", "lora", "--seq-lens", "10", "--batch-sizes", "4", "--prompts", "p.jsonl",
         "--prompt-field", "q", "--prompt-fraction", "0.2", "--device", "cpu", "--dtype", "bfloat16", "--lora-rank", "4",
         "--seed", "3", "--option", "gamma=0.5", "--option", "num_mini_batches=2", "--time-budget-s", "1.5",
-        "--case-timeout-s", "9", "--memory-limit", "1GiB", "--threads", "1", "--profile", "--json",
+        "--case-timeout-s", "9", "--memory-limit", "1GiB", "--threads", "1", "--profile", "--with-plan", "--json",
     )  # fmt: skip
     assert code == 3  # the fake has no behaviour called q
     (record,) = json.loads(out)
@@ -85,6 +85,8 @@ def test_every_flag_reaches_the_case_and_the_settings(call, tmp_path):
     assert settings["memory_limit_bytes"] == 2**30
     assert settings["num_threads"] == 1
     assert settings["profile"] is True
+    assert settings["with_plan"] is True
+    assert record["plan"]["total_bytes"] == 7
 
 
 @pytest.mark.usefixtures("fake")
@@ -250,20 +252,20 @@ def test_report_draws_from_the_records(call, tmp_path):
     (tmp_path / "records.jsonl").write_text(record + "\n")
     drawn = []
 
-    def draw(run_dir):
-        drawn.append(run_dir)
+    def draw(run_dir, *, every_timeline):
+        drawn.append((run_dir, every_timeline))
         return "the table"
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rlhfbench.draw, "draw_run", draw)
         assert call("report", str(tmp_path)) == (0, "the table\n", "")
-    assert drawn == [tmp_path]
+    assert drawn == [(tmp_path, True)]
 
 
 def test_a_report_that_cannot_be_written(call, tmp_path, monkeypatch):
     (tmp_path / "records.jsonl").write_text('{"schema": 1, "case": {"id": "a"}, "outcome": "ok"}\n')
 
-    def draw(run_dir):
+    def draw(run_dir, **_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(rlhfbench.draw, "draw_run", draw)

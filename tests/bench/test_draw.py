@@ -9,13 +9,16 @@ from rich.console import Console
 
 from rlhfbench.draw import draw_run
 from rlhfbench.errors import RecordsError
-from rlhfbench.records import RECORDS_NAME, RecordsFile, make_record
+from rlhfbench.records import RECORDS_NAME, RecordsFile, make_plan, make_record, read_records
+from rlhfbench.timelines import write_timeline
 from rlhfkernels.case import Case
+from rlhfreports.columns import PARTS
 
+SUMS = ("model_bytes", "activation_bytes", "total_bytes")
 DRAWN = {"memory_table.md", "memory_table.csv", "latency.png", "latency.svg", "throughput.png", "throughput.svg"}
 
 
-def write_run(run_dir, *outcomes: str) -> None:
+def write_run(run_dir, *outcomes: str, plan=None) -> None:
     with RecordsFile(run_dir) as records:
         for place, outcome in enumerate(outcomes):
             case = Case(method="hydra", model="tiny", prompt_len=8 * 2**place, completion_len=8, batch_size=1)
@@ -24,7 +27,9 @@ def write_run(run_dir, *outcomes: str) -> None:
             measured = {"memory": memory, "latency": latency} if outcome == "ok" else {}
             error = None if outcome == "ok" else {"kind": "K", "message": "why.", "phase": None}
             records.append(
-                make_record(case, outcome=outcome, error=error, measured=measured, started_at="now", wall_s=1.0)
+                make_record(
+                    case, outcome=outcome, error=error, measured=measured, started_at="now", wall_s=1.0, plan=plan
+                )
             )
 
 
@@ -36,6 +41,35 @@ def test_everything_is_drawn_from_the_records_alone(tmp_path, outcomes):
     console = Console(width=80, file=io.StringIO(), record=True)
     console.print(table)
     assert console.export_text().count("OOM") >= outcomes.count("oom")
+
+
+def timeline_of(*totals: int) -> dict[str, object]:
+    sizes = {part: [0] * len(totals) for part in PARTS} | {"base": list(totals)}
+    phase = {"names": ["score"], "first_event": 0, "last_event": len(totals)}
+    return {"phases": [phase], "events": list(range(1, len(totals) + 1)), "parts_bytes": sizes}
+
+
+def pictures(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".json")
+
+
+def test_timelines_are_drawn_of_the_largest_case_or_of_all_that_have_one(tmp_path):
+    write_run(tmp_path, "ok", "ok", "ok", "oom")
+    ids = [record["case"]["id"] for record in read_records(tmp_path)]
+    folder = tmp_path / "timelines"
+    for case_id in (ids[0], ids[2]):
+        write_timeline(folder, case_id, timeline_of(1, 2**30, 5))
+    draw_run(tmp_path)
+    assert pictures(folder) == [f"{ids[2]}.png", f"{ids[2]}.svg"]
+    draw_run(tmp_path, every_timeline=True)
+    assert pictures(folder) == sorted(f"{ids[i]}{end}" for i in (0, 2) for end in (".png", ".svg"))
+
+
+def test_predictions_are_drawn_where_there_are_some(tmp_path):
+    write_run(tmp_path, "ok", "oom", plan=make_plan(dict.fromkeys(SUMS, 2**30), None))
+    draw_run(tmp_path)
+    made = {path.name for path in tmp_path.iterdir()} - {RECORDS_NAME, *DRAWN}
+    assert made == {"predicted.md", "predicted.png", "predicted.svg"}
 
 
 def test_drawing_again_gives_the_same_files(tmp_path):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhfbench.frame import options_text, records_frame
-from rlhfbench.records import make_record
+from rlhfbench.records import make_plan, make_record
 from rlhfkernels.case import Case, Options
 from rlhfkernels.methods import METHODS
 from rlhfkernels.observer import PARTS as OBSERVED_PARTS
@@ -106,6 +106,19 @@ def test_what_was_not_measured_is_absent_and_never_zero(missing):
     numbers = [c.name for c in COLUMNS if c.name.endswith(("_bytes", "_per_sample", "fraction", "steps", "truncated"))]
     assert len(numbers) > 20
     assert frame[numbers].isna().all(axis=None)
+
+
+def test_a_plan_stands_beside_the_measurement():
+    plan = make_plan({"model_bytes": 151, "activation_bytes": 25, "rollout_bytes": 8, "total_bytes": 184}, None)
+    failed = make_plan(None, {"kind": "K", "message": "no fake of that.", "phase": "plan"})
+    frame = records_frame([RECORD, {**RECORD, "plan": None}, {**RECORD, "plan": plan}, {**RECORD, "plan": failed}])
+    assert frame["predicted_total_bytes"].fillna(-1).tolist() == [-1, -1, 184, -1]
+    assert frame.loc[2, ["predicted_model_bytes", "predicted_activation_bytes", "total_bytes"]].tolist() == [
+        151,
+        25,
+        182,
+    ]
+    assert frame["plan_error"].fillna("").tolist() == ["", "", "", "no fake of that."]
 
 
 def test_phases_of_other_methods_are_absent_in_a_row():

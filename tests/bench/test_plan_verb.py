@@ -9,6 +9,7 @@ import pytest
 from rlhfbench import cli, plan_verb
 from rlhfbench.planning import MOST_SEQUENCES
 from rlhfbench.sweep import Sweep
+from rlhfbench.timelines import read_timeline
 from rlhfkernels import Case
 
 SMALL = ("--seq-lens", "12", "--batch-sizes", "1,2", "--methods", "joined-hydra", "--dtype", "bfloat16")
@@ -28,7 +29,12 @@ def test_json_is_one_object_a_case(
         assert plan["memory"]["total_bytes"] == sum(plan["memory"]["parts"].values())
         assert plan["floor"]["total_s_per_sample"] > 0
     assert plans[0]["max_batch_size"] == plans[1]["max_batch_size"] == MOST_SEQUENCES
-    assert {path.name for path in (tmp_path / "p").iterdir()} == {"plan.json", "plan.png", "plan.svg"}
+    assert {path.name for path in (tmp_path / "p").iterdir()} == {"plan.json", "plan.png", "plan.svg", "timelines"}
+    for plan in plans:
+        timeline = read_timeline(tmp_path / "p" / "timelines", plan["case"]["id"])
+        assert timeline["peak"]["total_bytes"] == plan["memory"]["total_bytes"]
+        assert timeline["peak"]["phase"] == plan["memory"]["peak_phase"]
+        assert (tmp_path / "p" / "timelines" / f"{plan['case']['id']}.png").is_file()
 
 
 def test_what_does_not_fit_is_an_answer_and_says_what_would_help(

@@ -13,6 +13,7 @@ from rlhfbench.progress import LineProgress
 from rlhfbench.records import RecordsFile, read_records
 from rlhfbench.runner import RunSettings, dominates, run_sweep
 from rlhfbench.sweep import Sweep
+from rlhfbench.timelines import read_timeline
 from rlhfkernels.case import Case, Options
 
 CASE = Case(method="hydra", model="tiny", prompt_len=4, completion_len=4, batch_size=2)
@@ -94,7 +95,52 @@ def test_a_case_gets_its_settings_and_the_ceilings_that_an_earlier_one_found(tmp
         "num_threads": None,
         "profile_dir": str(tmp_path / "b" / "traces" / cases.cases[1].id),
         "ceilings": {"matmul_flops_per_s": 1.0},
+        "timeline": True,
     }
+
+
+def test_a_plan_stands_in_every_record_whatever_becomes_of_the_case(tmp_path):
+    sweep = sweep_of("ok", "segfault", "oom-from-batch-4", batch_size=4)
+    larger = dataclasses.replace(sweep.cases[-1], batch_size=8)
+    result = run(Sweep(cases=(*sweep.cases, larger)), tmp_path / "run", with_plan=True)
+    assert [r["outcome"] for r in result.records] == ["ok", "crashed", "oom", "skipped"]
+    for record in result.records:
+        assert record["plan"] == {
+            "model_bytes": 3,
+            "activation_bytes": 2,
+            "rollout_bytes": 1,
+            "total_bytes": 7,
+            "peak_phase": "score",
+            "parts": {},
+            "phases": {},
+            "error": None,
+        }
+    assert result.records[0]["memory"]["total_bytes"] == 6
+
+
+def test_a_plan_that_fails_is_a_note_and_costs_no_measurement(tmp_path):
+    result = run(sweep_of("plan-fails", "plan-dies"), tmp_path / "run", with_plan=True)
+    assert [r["outcome"] for r in result.records] == ["ok", "ok"]
+    assert [r["error"] for r in result.records] == [None, None]
+    assert [r["memory"]["total_bytes"] for r in result.records] == [6, 6]
+    failed, died = (r["plan"] for r in result.records)
+    assert failed["error"] == {"kind": "ValueError", "message": "no fake of that", "phase": "plan"}
+    assert died["error"]["kind"] == "SIGKILL"
+    assert failed["total_bytes"] is died["total_bytes"] is None
+
+
+def test_nothing_is_predicted_where_nobody_asked(tmp_path):
+    (record,) = run(sweep_of("plan-dies"), tmp_path / "run").records
+    assert record["plan"] is None
+
+
+def test_a_timeline_is_kept_in_a_file_of_its_own(tmp_path):
+    timed, plain = run(sweep_of("timeline", "ok"), tmp_path / "run").records
+    folder = tmp_path / "run" / "timelines"
+    assert [path.name for path in folder.iterdir()] == [f"{timed['case']['id']}.json"]
+    assert read_timeline(folder, timed["case"]["id"])["parts_bytes"] == {"base": [6]}
+    assert read_timeline(folder, plain["case"]["id"]) is None
+    assert "timeline" not in timed
 
 
 def test_every_way_to_die_is_an_outcome_and_the_run_goes_on(tmp_path):

@@ -47,6 +47,25 @@ def test_what_was_measured_is_the_result(run):
     ]
 
 
+def test_a_plan_is_the_memory_that_is_predicted():
+    sent = []
+    worker.run_case({"case": CASE.to_dict(), "plan": True}, sent.append)
+    assert sent[0] == {"notify": "plan"}
+    result = sent[-1]["result"]
+    assert (result["outcome"], result["error"]) == ("ok", None)
+    memory = result["memory"]
+    assert memory["total_bytes"] == sum(memory["parts"].values()) > 2**20
+
+
+def test_a_plan_that_fails_says_why(capsys):
+    sent = []
+    case = {**CASE.to_dict(), "model": "./absent"}
+    worker.run_case({"case": case, "plan": True}, sent.append)
+    error = sent[-1]["result"]["error"]
+    assert (error["kind"], error["phase"]) == ("ModelError", "plan")
+    assert "Traceback" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("error", "outcome"),
     [

@@ -25,7 +25,7 @@ def measure_case(case: Case, settings: MeasureSettings, notify: Callable[[str], 
 
     Returns:
         The ``memory``, ``latency``, ``work`` and ``prompts`` objects of the record, and ``ceilings``, for the settings
-        of the run's next case on the same device in the same dtype.
+        of the run's next case on the same device in the same dtype; and ``timeline``, ``None`` unless it is asked for.
 
     Raises:
         RlhfKernelsError: the model or the prompts cannot be used, or a step's numbers are not finite.

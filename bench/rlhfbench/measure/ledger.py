@@ -39,10 +39,15 @@ def block_bytes(device: str) -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Snapshot:
-    """The live bytes of one moment; the parts sum exactly to the total."""
+    """The live bytes of one moment; the parts sum exactly to the total.
+
+    Attributes:
+        event: how many changes the ledger had seen then: the moment's place in a timeline.
+    """
 
     total_bytes: int
     parts: dict[str, int]
+    event: int = dataclasses.field(default=0, compare=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,14 +91,19 @@ class _SavedRef(weakref.ref[torch.Tensor]):
 class _Peak:
     """The highest total of a stretch of time, and the parts at that moment."""
 
-    __slots__ = ("parts", "total")
+    __slots__ = ("event", "parts", "total")
 
     def __init__(self) -> None:
         self.total = 0
         self.parts = [0] * len(PARTS)
+        self.event = 0
+
+    def take(self, total: int, parts: list[int], event: int) -> None:
+        self.total, self.parts, self.event = total, parts.copy(), event
 
     def snapshot(self) -> Snapshot:
-        return Snapshot(total_bytes=self.total, parts=dict(zip(PARTS, self.parts, strict=True)))
+        parts = dict(zip(PARTS, self.parts, strict=True))
+        return Snapshot(total_bytes=self.total, parts=parts, event=self.event)
 
 
 class Ledger(Observer):
@@ -313,8 +323,7 @@ class Ledger(Observer):
         self._parts[entry.part] += num_bytes
         self._total += num_bytes
         if self._total > self._peak.total:
-            self._peak.total = self._total
-            self._peak.parts = self._parts.copy()
+            self._peak.take(self._total, self._parts, self.num_changes + 1)
         self._changed()
 
     def _move(self, entry: _Entry, part: int) -> None:
@@ -331,14 +340,13 @@ class Ledger(Observer):
     def _refresh_peak(self) -> None:
         """A tensor gets its name just after it was made: the peak that it caused should call it by that name."""
         if self._total == self._peak.total:
-            self._peak.parts = self._parts.copy()
+            self._peak.take(self._total, self._parts, self.num_changes)
 
     def _point_peak(self) -> None:
         """Lets the innermost phase's peak be the one that grows, from what lives now."""
         self._peak = self._peaks.setdefault(self._phases[-1], _Peak()) if self._phases else self._outside
         if self._total > self._peak.total:
-            self._peak.total = self._total
-            self._peak.parts = self._parts.copy()
+            self._peak.take(self._total, self._parts, self.num_changes)
 
     def _declare_gradient(self, parameter: torch.Tensor) -> None:
         if parameter.grad is not None:

@@ -18,6 +18,7 @@ from rlhfbench.measure.ledger import ACTIVATION_PARTS, MODEL_PARTS, Ledger, bloc
 from rlhfbench.measure.profile import PhaseProfiler
 from rlhfbench.measure.settings import MeasureSettings
 from rlhfbench.measure.stopping import Reason, StoppingRule
+from rlhfbench.measure.timeline import Timeline
 from rlhfkernels.case import Case
 from rlhfkernels.methods import Phase
 from rlhfkernels.observer import Observer
@@ -59,9 +60,9 @@ class Step(Protocol):
 
 
 class Announcer(Observer):
-    """Tells of each phase as it begins, before another observer hears of it."""
+    """Tells of each phase as it begins, before other observers hear of it, one after the other."""
 
-    def __init__(self, notify: Notify, inner: Observer) -> None:
+    def __init__(self, notify: Notify, *inner: Observer) -> None:
         self._notify = notify
         self._inner = inner
         self._last: str | None = None
@@ -71,15 +72,19 @@ class Announcer(Observer):
         if name != self._last:
             self._last = name
             self._notify(f"phase:{name}")
-        self._inner.enter_phase(name)
+        for observer in self._inner:
+            observer.enter_phase(name)
 
     def exit_phase(self, name: str) -> None:
         """Passes it on."""
-        self._inner.exit_phase(name)
+        for observer in self._inner:
+            observer.exit_phase(name)
 
     def tag(self, part: str, tensors: Iterable[torch.Tensor]) -> None:
         """Passes it on."""
-        self._inner.tag(part, tensors)
+        tensors = list(tensors)
+        for observer in self._inner:
+            observer.tag(part, tensors)
 
 
 def run_passes(case: Case, settings: MeasureSettings, notify: Notify) -> dict[str, Any]:
@@ -91,7 +96,9 @@ def run_passes(case: Case, settings: MeasureSettings, notify: Notify) -> dict[st
     with _quiet_collector():
         steps_s, reason, views = timing_pass(step, case.device, settings, notify)
         notify("memory")
-        memory = memory_object(memory_pass(step, case.device, notify), views)
+        timeline = Timeline() if settings.timeline else None
+        ledger = memory_pass(step, case.device, notify, timeline)
+        memory = memory_object(ledger, views)
         if settings.profile_dir is not None:
             notify("profile")
             profiler = PhaseProfiler(settings.profile_dir, case.id, case.device)
@@ -111,6 +118,7 @@ def run_passes(case: Case, settings: MeasureSettings, notify: Notify) -> dict[st
         "prompts": prompts,
         "engine": engine,
         "ceilings": ceilings,
+        "timeline": None if timeline is None else timeline.to_dict(ledger.peaks),
     }
 
 
@@ -148,11 +156,11 @@ def timing_pass(
     return steps_s, reason, views
 
 
-def memory_pass(step: Step, device: str, notify: Notify) -> Ledger:
-    """One step under a ledger, which has seen it then."""
+def memory_pass(step: Step, device: str, notify: Notify, timeline: Timeline | None = None) -> Ledger:
+    """One step under a ledger, which has seen it then, and so has ``timeline``."""
     gc.collect()
-    ledger = Ledger(device, block_bytes=block_bytes(device))
-    watched_step(step, ledger, Announcer(notify, ledger)).check_finite()
+    ledger = Ledger(device, on_change=None if timeline is None else timeline.note, block_bytes=block_bytes(device))
+    watched_step(step, ledger, Announcer(notify, ledger, *((timeline,) if timeline else ()))).check_finite()
     return ledger
 
 

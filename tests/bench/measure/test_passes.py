@@ -95,19 +95,31 @@ def test_the_passes_in_their_order(fake, tmp_path):
     phases = [f"phase:{phase.name}" for phase in PHASES]
     assert told == ["build", "warm-up", *phases, "timing", "memory", *phases, "profile", *phases, "ceilings"]
     assert json.loads(json.dumps(result)) == result
-    assert set(result) == {"memory", "latency", "work", "prompts", "engine", "ceilings"}
+    assert set(result) == {"memory", "latency", "work", "prompts", "engine", "ceilings", "timeline"}
     assert result["prompts"] == step.prompt_summary()
     assert result["ceilings"] == CEILINGS
+    assert result["timeline"] is None
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         f"{CASE.id}-{phase.name}.json.gz" for phase in PHASES
     )
     assert gc.isenabled()
 
 
+def test_the_timeline_has_the_peak_of_the_record(fake):
+    fake(FakeStep())
+    result = json.loads(json.dumps(measure_case(CASE, settings(timeline=True), lambda text: None)))
+    memory, timeline = result["memory"], result["timeline"]
+    peak = timeline["peak"]
+    assert (peak["phase"], peak["total_bytes"]) == (memory["peak_phase"], memory["total_bytes"])
+    at = timeline["events"].index(peak["event"])
+    assert {part: sizes[at] for part, sizes in timeline["parts_bytes"].items()} == memory["parts"]
+    assert [row["names"] for row in timeline["phases"]] == [["think"], ["learn"], ["learn"], ["step"]]
+
+
 def test_the_clock_sees_no_instrument(fake):
     """A timed step runs under the clock alone; before it the warm-up, after it the ledger's."""
     step = fake(FakeStep())
-    measure_case(CASE, settings(), lambda text: None)
+    measure_case(CASE, settings(timeline=True), lambda text: None)
     assert [type(observer).__name__ for observer in step.observers] == ["Announcer", "StepClock", "Announcer"]
 
 

@@ -1,0 +1,157 @@
+"""A timeline of a step: live bytes by part over its events, small however long the step is.
+
+An event is a change that the ledger counts: a storage made, resized, moved to another part or freed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rlhfbench.measure.ledger import Snapshot
+from rlhfkernels.observer import PARTS, Observer
+
+# As many as a picture of a thousand pixels shows well; their JSON stays below 100 kB for any sizes under a petabyte.
+MAX_POINTS = 512
+MAX_STRETCHES = 128
+
+_Point = tuple[int, int, list[int]]  # event, total, bytes by part
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class _Stretch:
+    """From one phase boundary to the next.
+
+    Attributes:
+        phases: what ran: one name, none outside phases, several where stretches were joined.
+        first_event: the last event before it: at this moment it began.
+        last_event: its own last event so far.
+        width: neighbouring events that share a point.
+        points: the highest moment of each ``width`` events.
+    """
+
+    phases: list[str]
+    first_event: int
+    last_event: int
+    width: int = 1
+    points: list[_Point] = dataclasses.field(default_factory=list)
+
+    def coarsen(self) -> None:
+        """Keeps the higher point of every two: the first of equals."""
+        self.width *= 2
+        pairs = (self.points[i : i + 2] for i in range(0, len(self.points), 2))
+        self.points = [max(pair, key=lambda point: point[1]) for pair in pairs]
+
+    def joined(self, after: _Stretch) -> _Stretch:
+        """This stretch and the one ``after`` it as one."""
+        return _Stretch(
+            phases=list(dict.fromkeys([*self.phases, *after.phases])),
+            first_event=self.first_event,
+            last_event=after.last_event,
+            width=max(self.width, after.width),
+            points=self.points + after.points,
+        )
+
+
+class Timeline(Observer):
+    """Keeps the highest moment of every few neighbouring events, and every boundary of a phase.
+
+    It begins with a point an event. Whenever there are ``max_points``, the stretch that has the most of them keeps the
+    higher of every two, so that a long phase takes no points from the short ones. Only a step with more than
+    ``max_stretches`` stretches loses boundaries: each stretch then takes in the one after it.
+
+    Hand ``note`` to the ledger as its ``on_change``, and this to the step as an observer that hears after the ledger.
+
+    Args:
+        max_points: the most points; more than ``max_stretches``.
+        max_stretches: the most stretches between two boundaries, at least 2.
+    """
+
+    def __init__(self, max_points: int = MAX_POINTS, max_stretches: int = MAX_STRETCHES) -> None:
+        self._max_points, self._max_stretches = max_points, max_stretches
+        self._num_events = self._num_points = 0
+        self._room = 0  # events that the last point can still stand for
+        self._highest = 0  # its total
+        self._names: list[str] = []
+        self._stretches = [_Stretch(phases=[], first_event=0, last_event=0)]
+
+    def note(self, parts: Sequence[int]) -> None:
+        """Takes the live bytes by part, in the order of ``PARTS``, after one more event."""
+        self._num_events += 1
+        total = sum(parts)
+        points = self._stretches[-1].points
+        if self._room == 0:
+            if self._num_points >= self._max_points:
+                self._coarsen()
+                points = self._stretches[-1].points
+            self._room = self._stretches[-1].width
+            self._num_points += 1
+        elif total > self._highest:
+            points.pop()
+        else:
+            self._room -= 1
+            return
+        self._room -= 1
+        self._highest = total
+        points.append((self._num_events, total, list(parts)))
+
+    def enter_phase(self, name: str) -> None:
+        """Begins a stretch of phase ``name``; inside another phase's stretch, that one ends here."""
+        self._names.append(name)
+        self._begin_stretch()
+
+    def exit_phase(self, name: str) -> None:
+        """Ends it; an outer phase goes on in a new stretch."""
+        self._names.pop()
+        self._begin_stretch()
+
+    def to_dict(self, peaks: Mapping[str, Snapshot]) -> dict[str, Any]:
+        """The timeline as JSON holds it.
+
+        Args:
+            peaks: of the ledger, by phase. Their moments are added where another of the same height was kept.
+
+        Returns:
+            ``num_events``; ``phases``, a list of ``names`` (one, unless stretches were joined), ``first_event``,
+            ``last_event`` and ``events_per_point``; ``peak``, with its ``event``, ``phase`` and ``total_bytes``; and
+            the points in their order as columns: ``events`` and, by part, ``parts_bytes``.
+        """
+        points = {event: parts for stretch in self._stretches for event, _, parts in stretch.points}
+        points |= {peak.event: [peak.parts[part] for part in PARTS] for peak in peaks.values()}
+        events = sorted(points)
+        highest = max(peaks, key=lambda name: peaks[name].total_bytes)
+        self._stretches[-1].last_event = self._num_events
+        return {
+            "num_events": self._num_events,
+            "phases": [
+                {
+                    "names": stretch.phases,
+                    "first_event": stretch.first_event,
+                    "last_event": stretch.last_event,
+                    "events_per_point": stretch.width,
+                }
+                for stretch in self._stretches
+                if stretch.phases
+            ],
+            "peak": {"event": peaks[highest].event, "phase": highest, "total_bytes": peaks[highest].total_bytes},
+            "events": events,
+            "parts_bytes": {part: [points[event][i] for event in events] for i, part in enumerate(PARTS)},
+        }
+
+    def _begin_stretch(self) -> None:
+        last, now = self._stretches[-1], self._num_events
+        last.last_event = now
+        if last.first_event == now and not last.points and not last.phases:
+            self._stretches.pop()  # nothing happened between two phases
+        if len(self._stretches) >= self._max_stretches:
+            pairs = (self._stretches[i : i + 2] for i in range(0, len(self._stretches), 2))
+            self._stretches = [pair[0].joined(pair[1]) if len(pair) == 2 else pair[0] for pair in pairs]
+        self._stretches.append(_Stretch(phases=self._names[-1:], first_event=now, last_event=now))
+        self._room = 0
+
+    def _coarsen(self) -> None:
+        largest = max(self._stretches, key=lambda stretch: len(stretch.points))
+        before = len(largest.points)
+        largest.coarsen()
+        self._num_points -= before - len(largest.points)

@@ -1,0 +1,187 @@
+"""Predicted memory against measured: a log-log plot with the diagonal, and a table that names the worst row."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from rlhfreports.columns import axes_that_vary, axis_text, shared_axes_text
+from rlhfreports.plots import STYLE, Style, draw_head, method_styles, write_figure
+from rlhfreports.table import ABSENT, GIB, escape, outcome_word
+from rlhfreports.ticks import log_ticks, plain_number
+
+SUMS = ("model", "activation", "total")
+_PANEL_IN = 3.6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """One sum of one case, predicted and measured.
+
+    Attributes:
+        case: the case in words: ``Hydra-PPO, 128 tokens, batch 4``.
+        method: the name users give its method.
+        outcome: what became of it.
+        kind: one of ``SUMS``.
+        predicted_bytes: what the plan says.
+        measured_bytes: what the ledger has seen; ``None``: the case was not measured.
+    """
+
+    case: str
+    method: str
+    outcome: str
+    kind: str
+    predicted_bytes: int
+    measured_bytes: int | None
+
+    @property
+    def percent(self) -> float | None:
+        """How far the prediction is above the measurement, in percent of it; ``None`` where that has no meaning."""
+        if not self.measured_bytes:
+            return None
+        return (self.predicted_bytes - self.measured_bytes) / self.measured_bytes * 100
+
+
+def has_predictions(frame: pd.DataFrame) -> bool:
+    """Whether a plan was asked for with any row of ``frame``."""
+    return bool((frame["predicted_total_bytes"].notna() | frame["plan_error"].notna()).any())
+
+
+def comparisons(frame: pd.DataFrame) -> list[Comparison]:
+    """Every sum of every row of ``frame`` that has a prediction, in the order of the rows."""
+    axes = axes_that_vary(frame)
+    found = []
+    predicted = frame[[f"predicted_{kind}_bytes" for kind in SUMS]].notna().all(axis=1)
+    for row in frame[predicted].to_dict("records"):
+        is_measured = row["outcome"] == "ok" and not any(pd.isna(row[f"{kind}_bytes"]) for kind in SUMS)
+        found += [
+            Comparison(
+                case=_case_words(row, axes),
+                method=row["method"],
+                outcome=row["outcome"],
+                kind=kind,
+                predicted_bytes=int(row[f"predicted_{kind}_bytes"]),
+                measured_bytes=int(row[f"{kind}_bytes"]) if is_measured else None,
+            )
+            for kind in SUMS
+        ]
+    return found
+
+
+def worst(found: list[Comparison]) -> Comparison | None:
+    """The comparison that is farthest off in percent: the first of equals; ``None`` where nothing was measured."""
+    measured = [comparison for comparison in found if comparison.percent is not None]
+    return max(measured, key=lambda comparison: abs(comparison.percent or 0.0), default=None)
+
+
+def worst_sentence(found: list[Comparison]) -> str:
+    """Which prediction is farthest off, and by how much."""
+    farthest = worst(found)
+    if farthest is None:
+        return "No case was measured: there is nothing to compare with."
+    return f"Farthest off: {farthest.case}, {farthest.kind} memory, {_percent(farthest.percent)}."
+
+
+def predicted_markdown(frame: pd.DataFrame) -> str:
+    """The table as Markdown: for each case and sum, predicted and measured GiB and the difference in percent."""
+    found = comparisons(frame)
+    head = ["case", *(f"{kind} {what}" for kind in SUMS for what in ("predicted GiB", "measured GiB", "off by"))]
+    lines = [f"**{escape(shared_axes_text(frame))}**", "", f"| {' | '.join(head)} |"]
+    lines.append(f"| --- |{' ---: |' * (len(head) - 1)}")
+    for i in range(0, len(found), len(SUMS)):
+        cells = [found[i].case]
+        for comparison in found[i : i + len(SUMS)]:
+            measured = outcome_word(comparison.outcome)
+            if comparison.measured_bytes is not None:
+                measured = _gib(comparison.measured_bytes)
+            cells += [_gib(comparison.predicted_bytes), measured, _percent(comparison.percent)]
+        lines.append(f"| {' | '.join(escape(cell) for cell in cells)} |")
+    lines += ["", worst_sentence(found)]
+    failed = frame[frame["plan_error"].notna()].to_dict("records")
+    notes = [f"- {_case_words(row, axes_that_vary(frame))}: no prediction: {row['plan_error']}" for row in failed]
+    lines += ["", *(escape(note) for note in notes)] if notes else []
+    return "\n".join(lines) + "\n"
+
+
+def draw_predicted(frame: pd.DataFrame, path_stem: Path) -> tuple[Path, Path]:
+    """Writes the plot as ``path_stem``.png and .svg, and returns both paths."""
+    return write_figure(predicted_figure(frame), path_stem)
+
+
+def predicted_figure(frame: pd.DataFrame) -> Figure:
+    """Measured against predicted GiB, one panel a sum, one marker a method, on the diagonal where both are equal."""
+    found = [item for item in comparisons(frame) if item.measured_bytes and item.predicted_bytes > 0]
+    styles = method_styles(frame)
+    with matplotlib.rc_context(STYLE):
+        width, height = _PANEL_IN * len(SUMS) + 0.4, _PANEL_IN + 1.5
+        figure = Figure(figsize=(width, height))
+        for i, kind in enumerate(SUMS):
+            left, side = (0.75 + i * _PANEL_IN) / width, (_PANEL_IN - 0.75) / width
+            axes = figure.add_axes((left, 0.85 / height, side, (_PANEL_IN - 0.75) / height))
+            _draw_panel(axes, [item for item in found if item.kind == kind], styles)
+            axes.set_title(f"{kind} memory", fontsize=10.5)
+            axes.set_xlabel("predicted GiB")
+            if i == 0:
+                axes.set_ylabel("measured GiB")
+        figure.text(0.5, 0.12 / height, worst_sentence(comparisons(frame)), ha="center", va="bottom", fontsize=9.5)
+        draw_head(figure, frame, "Measured memory against predicted", list(styles.values()))
+    return figure
+
+
+def _draw_panel(axes: Axes, found: list[Comparison], styles: dict[str, Style]) -> None:
+    sizes = [size / GIB for item in found for size in (item.predicted_bytes, item.measured_bytes or 0)]
+    low, high = (min(sizes), max(sizes)) if sizes else (1.0, 1.0)
+    margin = max(0.08 * math.log10(high / low), 0.15)
+    limits = low / 10**margin, high * 10**margin
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(*limits)
+    axes.set_ylim(*limits)
+    ticks = log_ticks(*limits)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(FixedLocator(ticks[:: 1 + len(ticks) // 5]))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: plain_number(value)))
+        axis.set_minor_locator(NullLocator())
+    axes.plot(limits, limits, color="#999999", linewidth=1.0, linestyle="--", label="_diagonal", zorder=1)
+    for method, style in styles.items():
+        points = [item for item in found if item.method == method]
+        if points:
+            axes.plot(
+                [item.predicted_bytes / GIB for item in points],
+                [(item.measured_bytes or 0) / GIB for item in points],
+                color=style.color,
+                marker=style.marker,
+                markersize=7,
+                markeredgecolor="white",
+                markeredgewidth=0.8,
+                linestyle="none",
+                label=style.title,
+            )
+    axes.grid(visible=True, color="#E4E4E4", linewidth=0.8)
+    axes.tick_params(length=0, labelsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _case_words(row: Mapping[Hashable, Any], axes: list[str]) -> str:
+    """``Hydra-PPO, 128 tokens, batch 4``, and whatever else tells the cases apart."""
+    title = row["method"] if pd.isna(row["method_title"]) else row["method_title"]
+    words = [f"{title}", f"{row['seq_len']} tokens ({row['prompt_len']}+{row['completion_len']})"]
+    words += [f"batch {row['batch_size']}", *(axis_text(axis, row[axis]) or f"no {axis}" for axis in axes)]
+    return ", ".join(words)
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.4g}"
+
+
+def _percent(percent: float | None) -> str:
+    return ABSENT if percent is None else f"{percent:+.3f} %"

@@ -1,0 +1,31 @@
+"""``--with-plan`` end to end, with real cases in real processes."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+
+from rlhfbench.draw import draw_run
+from rlhfbench.progress import LineProgress
+from rlhfbench.runner import RunSettings, run_sweep
+from rlhfbench.sweep import Sweep
+from rlhfbench.timelines import read_timeline
+
+
+def test_a_plan_and_a_measurement_of_a_real_case_agree(tmp_path: Path) -> None:
+    spec = {"methods": ["full", "joined-hydra", "hydra"], "models": "tiny", "seq_lens": 8, "batch_sizes": 2}
+    settings = RunSettings(with_plan=True, time_budget_s=0.01)
+    result = run_sweep(Sweep.from_spec(spec), tmp_path / "run", settings, progress=LineProgress(io.StringIO()))
+    assert result.num_ok == 3
+    for record in result.records:
+        assert record["plan"]["error"] is None
+        assert record["plan"]["peak_phase"] == record["memory"]["peak_phase"]
+        for name in ("model_bytes", "activation_bytes", "total_bytes"):
+            assert record["plan"][name] == pytest.approx(record["memory"][name], rel=0.005), name
+        timeline = read_timeline(tmp_path / "run" / "timelines", record["case"]["id"])
+        assert timeline["peak"]["total_bytes"] == record["memory"]["total_bytes"]
+    draw_run(tmp_path / "run")
+    assert "Farthest off: " in (tmp_path / "run" / "predicted.md").read_text(encoding="utf-8")
+    assert len(list((tmp_path / "run" / "timelines").glob("*.svg"))) == 3
