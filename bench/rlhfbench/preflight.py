@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 import logging
 import re
@@ -16,6 +17,7 @@ from typing import Any
 
 from rlhfbench.errors import SweepError
 from rlhfbench.sweep import Sweep
+from rlhfkernels.case import OPTIMIZER_PACKAGES
 from rlhfkernels.errors import ModelError, PromptsError
 from rlhfkernels.naming import unknown
 from rlhfkernels.presets import PRESETS
@@ -48,6 +50,8 @@ def check(sweep: Sweep) -> dict[str, ModelFacts]:
     facts, problems = _inspect(sweep)
     for device in dict.fromkeys(case.device for case in sweep.cases):
         problems += _check_device(device)
+    for optimizer in dict.fromkeys(case.options.optimizer for case in sweep.cases):
+        problems += _check_package(optimizer)
     for path, field in dict.fromkeys((case.options.prompts, case.options.prompt_field) for case in sweep.cases):
         if path is not None:
             try:
@@ -188,6 +192,15 @@ def _check_device(device: str) -> Iterator[str]:
         yield f"device '{device}': this machine has {number} CUDA device{'s' if number > 1 else ''}, counted from 0."
     elif importlib.metadata.version("torch").endswith("+cpu"):
         yield f"device '{device}': the installed torch is built for the CPU alone."
+
+
+def _check_package(optimizer: str) -> Iterator[str]:
+    package = OPTIMIZER_PACKAGES.get(optimizer)
+    if package is not None and importlib.util.find_spec(package) is None:
+        yield (
+            f"options.optimizer is {optimizer!r}: it needs {package}, which is not installed "
+            f"(pip install {package}; planning does without it)."
+        )
 
 
 def num_cuda_devices() -> int:

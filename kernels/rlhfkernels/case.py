@@ -14,6 +14,8 @@ from rlhfkernels.methods import METHODS, Method
 from rlhfkernels.naming import unknown
 
 DTYPES = ("float32", "bfloat16", "float64")
+# Optimizers that are another package's.
+OPTIMIZER_PACKAGES = {"adamw8bit": "bitsandbytes"}
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 
 
@@ -35,7 +37,8 @@ class Options:
         micro_batch_size: sequences per differentiated forward; ``None`` is the whole mini-batch.
         num_mini_batches: optimizer steps per epoch over one rollout.
         ppo_epochs: passes over one rollout.
-        optimizer: ``adamw`` (fused) or ``sgd``.
+        optimizer: ``adamw`` (fused), ``adamw8bit`` (bitsandbytes' 8-bit states; to run it, that package is needed; to
+            plan it, not) or ``sgd``.
         actor_lr, critic_lr: peak learning rates. Weights that both roles train take the actor's.
         warmup_steps, total_steps: linear warm-up, then cosine decay to 0 at ``total_steps``.
         weight_decay, adam_eps, max_grad_norm: as in AdamW; the norm is clipped per role, before the optimizer.
@@ -182,7 +185,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "options.engine": ("plain", "fast"),
     "options.attention": ("sdpa", "eager"),
     "options.kv_cache": ("preallocated", "growing"),
-    "options.optimizer": ("adamw", "sgd"),
+    "options.optimizer": ("adamw", "adamw8bit", "sgd"),
     "options.gradient_checkpointing": (True, False),
     "options.bootstrap_truncated": (True, False),
 }
@@ -212,7 +215,7 @@ def _problems(case: Case) -> list[str]:
         if _value(case, field) is not None:
             found += _check_integer(field, _value(case, field), least)
     found += _check_numbers(case)
-    return found or _check_batches(case)
+    return found or [*_check_batches(case), *_check_optimizer(case)]
 
 
 def _check_integer(field: str, value: object, least: int) -> list[str]:
@@ -252,6 +255,14 @@ def _check_batches(case: Case) -> list[str]:
             f"{case.mini_batch_size} (batch_size / num_mini_batches)."
         )
     return found
+
+
+def _check_optimizer(case: Case) -> list[str]:
+    optimizer = case.options.optimizer
+    if optimizer in OPTIMIZER_PACKAGES and case.dtype == "float64":
+        package = OPTIMIZER_PACKAGES[optimizer]
+        return [f"options.optimizer is {optimizer!r}: {package} has no float64, so dtype must be float32 or bfloat16."]
+    return []
 
 
 def _is_number(value: object) -> bool:

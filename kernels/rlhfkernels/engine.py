@@ -46,8 +46,9 @@ class Engine:
 
     def __init__(self, case: Case, *, with_weights: bool = True) -> None:
         self.case = case
-        # Without weights the tokens mean nothing and only shapes do: a long completion is not stepped through then.
-        self._stepping = with_weights
+        # Without weights the tokens mean nothing and only shapes do: a long completion is not stepped through then, and
+        # an optimizer need not compute.
+        self.with_weights = with_weights
         self.method = case.role_table
         self.device = torch.device(case.device)
         self.models = self._load_models(with_weights)
@@ -227,7 +228,7 @@ class Engine:
         start = 0
         for t in range(p, p + c):
             # The prompt, the first step after it and the last tell all: no step between has a larger tensor.
-            if not self._stepping and p + 1 < t < p + c - 1 and decoder.can_skip:
+            if not self.with_weights and p + 1 < t < p + c - 1 and decoder.can_skip:
                 continue
             if t > max(p, start + 1):
                 decoder.skip_to(t - 1)

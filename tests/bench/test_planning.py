@@ -60,6 +60,14 @@ def test_a_long_completion_takes_what_stepping_through_takes_to_the_byte(
     assert plan_case(case).memory["phases"]["generate"] == skipping
 
 
+def test_8_bit_states_are_planned_without_their_library(make_case: Callable[..., Case]) -> None:
+    full = {"architecture": "wide-llama", "dtype": "float32"}
+    wide, low = (plan_case(make_case("full", optimizer=name, **full)) for name in ("adamw", "adamw8bit"))
+    states = [plan.memory["phases"]["optimize"]["parts"]["optimizer"] for plan in (wide, low)]
+    # A byte for every four, and 4 for every block of 256; what is below 4096 elements stays wide.
+    assert states[1] == pytest.approx(states[0] / 4 * (1 + 4 / 256), rel=0.03)
+
+
 def test_skipping_skips(make_case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch) -> None:
     lengths: list[int] = []
     from rlhfkernels.trunk import CacheSkips

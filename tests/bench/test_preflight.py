@@ -158,6 +158,15 @@ def test_devices_are_counted_by_nvml(monkeypatch):
     assert calls == ["nvmlInit", "nvmlDeviceGetCount", "nvmlShutdown"]
 
 
+def test_an_optimizer_of_a_package_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
+    assert problems(options={"optimizer": "adamw8bit"}) == (
+        "options.optimizer is 'adamw8bit': it needs bitsandbytes, which is not installed "
+        "(pip install bitsandbytes; planning does without it).",
+    )
+    preflight.check_models(Sweep.from_spec({**GRID, "options": {"optimizer": "adamw8bit"}}))
+
+
 def test_prompts_are_read_before_anything_runs(tmp_path):
     (problem,) = problems(options={"prompts": str(tmp_path / "absent.jsonl")})
     assert "cannot be read: No such file" in problem

@@ -55,6 +55,10 @@ def test_the_id_is_stable() -> None:
         ({"options": Options(attention="sdp")}, "options.attention 'sdp' is unknown: did you mean 'sdpa'"),
         ({"options": Options(num_mini_batches=3)}, "options.num_mini_batches is 3: it must divide batch_size 4"),
         ({"options": Options(micro_batch_size=3)}, "options.micro_batch_size is 3: it must divide the mini-batch of 4"),
+        (
+            {"dtype": "float64", "options": Options(optimizer="adamw8bit")},
+            "options.optimizer is 'adamw8bit': bitsandbytes has no float64, so dtype must be float32 or bfloat16.",
+        ),
     ],
 )
 def test_each_rule_has_its_sentence(change: dict[str, object], sentence: str) -> None:
