@@ -116,10 +116,12 @@ def write(plans: list[dict[str, Any]], gpu: str | None, folder: Path) -> None:
 
 
 def _caption(plans: list[dict[str, Any]], gpu: str | None) -> str:
+    from rlhfbench.frame import options_text
+
     case = plans[0]["case"]
-    words = [case["model"], case["dtype"], f"LoRA rank {case['lora_rank']}"]
+    words = [case["model"], case["dtype"], f"LoRA rank {case['lora_rank']}", options_text(case["options"])]
     if gpu is not None:
         limit = find_accelerator(gpu)
         gib, reserve = limit.memory_bytes / 2**30, limit.reserve_bytes / 2**30
         words.append(f"{limit.name}: {gib:.0f} GiB, {reserve:.1f} of it reserved (an estimate)")
-    return " · ".join(words)
+    return " · ".join(word for word in words if word)

@@ -47,6 +47,18 @@ def test_the_plan_is_what_the_ledger_measures(
             assert plan[name] == pytest.approx(memory[name], rel=0.005), (name, length, batch_size)
 
 
+@pytest.mark.parametrize("method", ["full", "lora", "dynamic-lora"])
+def test_the_plan_of_a_reward_model_of_another_size_is_what_the_ledger_measures(
+    make_case: Callable[..., Case], checkpoint: Callable[[str], str], method: str
+) -> None:
+    size = {"architecture": "wide-llama", "dtype": "float32", "prompt_len": 20}
+    case = make_case(method, reward_model=checkpoint("small-reward"), **size)
+    plan, memory = plan_case(case).memory, measured(case)
+    for name in NAMES:
+        assert plan[name] == pytest.approx(memory[name], rel=0.005), name
+    assert plan["total_bytes"] < plan_case(make_case(method, **size)).memory["total_bytes"]
+
+
 @pytest.mark.parametrize("engine", ["fast", "plain"])
 @pytest.mark.parametrize("kv_cache", ["preallocated", "growing"])
 @pytest.mark.parametrize("architecture", ["llama", "mistral"])
