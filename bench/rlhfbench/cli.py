@@ -237,6 +237,9 @@ def plan(
     ] = None,
     zero_stage: Annotated[str | None, typer.Option(metavar="N", help="DeepSpeed's ZeRO, 0 to 3.  [default: 0]")] = None,
     world_size: Annotated[str | None, typer.Option(metavar="N", help="Ranks that it divides.  [default: 1]")] = None,
+    global_batch: Annotated[
+        bool, typer.Option("--global-batch", help="Batch sizes are over all ranks; by default they are of one rank.")
+    ] = False,
     out: Annotated[str | None, typer.Option(metavar="DIR", help="Where the picture and the JSON go.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plans as a JSON list.")] = False,
 ) -> int:
@@ -257,7 +260,7 @@ def plan(
     zero = flags.given(
         stage=flags.number("zero-stage", zero_stage, int), world_size=flags.number("world-size", world_size, int)
     )
-    plans = plan_verb.make_plans(_sweep(sweep, given, setting, None), gpu=gpu, zero=zero)
+    plans = plan_verb.make_plans(_sweep(sweep, given, setting, None), gpu=gpu, zero=zero, global_batch=global_batch)
     if as_json:
         print(json.dumps(plans))
     else:

@@ -31,18 +31,28 @@ _REMEDIES = {
 }
 
 
-def make_plans(sweep: Sweep, *, gpu: str | None, zero: dict[str, Any]) -> list[dict[str, Any]]:
-    """One object a case: ``case``, ``memory``, ``fits``, ``max_batch_size``, ``floor``.
+def make_plans(
+    sweep: Sweep, *, gpu: str | None, zero: dict[str, Any], global_batch: bool = False
+) -> list[dict[str, Any]]:
+    """One object a case: ``case``, ``memory``, ``zero``, ``fits``, ``max_batch_size``, ``floor``, all of one rank.
+
+    Args:
+        sweep: the cases.
+        gpu: an accelerator's name or a size; ``None`` leaves open what fits.
+        zero: the fields of ``Zero``.
+        global_batch: whether the batch sizes are over all ranks, not of one.
 
     Raises:
         SweepError: a model, a length, the accelerator or the division among ranks is wrong; every problem is named.
     """
-    from rlhfbench.planning import BatchSearch, Zero, plan_case, plan_object
+    from rlhfbench.planning import BatchSearch, plan_case, plan_object
+    from rlhfbench.zero import Zero, cases_of_a_rank
 
     accelerator = None if gpu is None else find_accelerator(gpu)
     ranks = Zero(**zero)
     preflight.check_models(sweep)
-    plans = [plan_case(case, ranks) for case in sweep.cases]
+    cases = cases_of_a_rank(sweep.cases, ranks.world_size) if global_batch else sweep.cases
+    plans = [plan_case(case, ranks) for case in cases]
     if accelerator is None:
         return [plan_object(plan, None, None) for plan in plans]
     search = BatchSearch(accelerator.usable_bytes, ranks)
@@ -63,6 +73,7 @@ def frame(plans: list[dict[str, Any]]) -> pd.DataFrame:
                 "batch_size": plan["case"]["batch_size"],
                 **{f"{part}_bytes": size for part, size in plan["memory"]["parts"].items()},
                 **{f"{name}_bytes": plan["memory"][f"{name}_bytes"] for name in ("model", "activation", "total")},
+                "bucket_bytes": plan["zero"]["bucket_bytes"],
                 "peak_phase": plan["memory"]["peak_phase"],
                 "fits": plan["fits"],
                 "max_batch_size": plan["max_batch_size"],
@@ -120,6 +131,9 @@ def _caption(plans: list[dict[str, Any]], gpu: str | None) -> str:
 
     case = plans[0]["case"]
     words = [case["model"], case["dtype"], f"LoRA rank {case['lora_rank']}", options_text(case["options"])]
+    stage, num_ranks = (plans[0]["zero"][key] for key in ("stage", "world_size"))
+    if stage or num_ranks > 1:
+        words.append(f"ZeRO-{stage}: one of {num_ranks} ranks, and its batch")
     if gpu is not None:
         limit = find_accelerator(gpu)
         gib, reserve = limit.memory_bytes / 2**30, limit.reserve_bytes / 2**30

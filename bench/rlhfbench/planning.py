@@ -13,54 +13,17 @@ from unittest import mock
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rlhfbench.devices import Accelerator
-from rlhfbench.errors import SweepError
 from rlhfbench.measure.ledger import MODEL_PARTS, Ledger, block_bytes
 from rlhfbench.measure.passes import memory_object, watched_step
+from rlhfbench.zero import Zero
 from rlhfkernels.case import Case
 from rlhfkernels.observer import PARTS
 from rlhfkernels.step import build_step
 from rlhfkernels.work import Work, phase_work
 
-# DeepSpeed's stages: what each divides among the ranks. Stage 3 divides the frozen weights too.
-_ZERO_DIVIDES: dict[int, tuple[str, ...]] = {
-    0: (),
-    1: ("optimizer",),
-    2: ("optimizer", "gradients"),
-    3: ("optimizer", "gradients", "base", "adapters", "heads"),
-}
 # No larger batch is looked for: a plan's own time grows with the chunks that its log-probabilities come in.
 MOST_SEQUENCES = 512
 _NO_VIEWS = dict.fromkeys(("allocator_peak_bytes", "allocator_reserved_bytes", "driver_peak_bytes", "host_peak_bytes"))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Zero:
-    """How DeepSpeed's ZeRO would divide a step. Its communication buckets are not counted.
-
-    Attributes:
-        stage: 0 to 3.
-        world_size: ranks.
-
-    Raises:
-        SweepError: some field breaks its rule; every problem is named.
-    """
-
-    stage: int = 0
-    world_size: int = 1
-
-    def __post_init__(self) -> None:
-        problems = []
-        if self.stage not in _ZERO_DIVIDES:
-            problems.append(f"zero-stage is {self.stage}: it must be 0, 1, 2 or 3.")
-        if self.world_size < 1:
-            problems.append(f"world-size is {self.world_size}: it must be a whole number of at least 1.")
-        if problems:
-            raise SweepError(problems)
-
-    def divide(self, parts: dict[str, int]) -> dict[str, int]:
-        """The bytes of each part on one rank; what does not divide evenly is rounded up."""
-        divided = _ZERO_DIVIDES[self.stage]
-        return {part: -(-size // self.world_size) if part in divided else size for part, size in parts.items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,16 +34,25 @@ class Plan:
         case: as it was asked for.
         memory: the ``memory`` object of a record, on one rank.
         work: the least work of each phase.
+        zero: how it is divided among ranks.
+        buckets: bytes by phase of what ZeRO holds beside the step's tensors; none of them is in ``memory``.
     """
 
     case: Case
     memory: dict[str, Any]
     work: dict[str, Work]
+    zero: Zero
+    buckets: dict[str, int]
 
     @property
     def total_bytes(self) -> int:
-        """The step's highest total."""
-        return int(self.memory["total_bytes"])
+        """The step's highest total, with ZeRO's buckets."""
+        return int(self.memory["total_bytes"]) + self.bucket_bytes
+
+    @property
+    def bucket_bytes(self) -> int:
+        """ZeRO's buckets at that moment."""
+        return self.buckets[self.memory["peak_phase"]]
 
     @property
     def largest_model_bytes(self) -> int:
@@ -112,6 +84,7 @@ def plan_case(case: Case, zero: Zero | None = None) -> Plan:
     """
     options = dataclasses.replace(case.options, prompts=None, stop_token=None)
     stand_in = dataclasses.replace(case, device="cpu", options=options)
+    zero = zero or Zero()
     ledger = Ledger("cpu", block_bytes=block_bytes(case.device))
     # Transformers looks into position ids for packed sequences, and where it cannot look, it makes a mask that it would
     # not make of real ones. This engine packs nothing.
@@ -119,16 +92,16 @@ def plan_case(case: Case, zero: Zero | None = None) -> Plan:
     with unpacked, FakeTensorMode():
         step = build_step(stand_in, with_weights=False)
         watched_step(step, ledger, ledger)
-        work = phase_work(step)
+        work, buckets = phase_work(step), zero.buckets(step)
     memory = memory_object(ledger, dict(_NO_VIEWS))
-    return Plan(case=case, memory=_divided(memory, zero or Zero()), work=work)
+    return Plan(case=case, memory=_divided(memory, zero, buckets), work=work, zero=zero, buckets=buckets)
 
 
-def _divided(memory: dict[str, Any], zero: Zero) -> dict[str, Any]:
-    """``memory`` on one rank: every phase's parts divided, and the peak found again among them."""
+def _divided(memory: dict[str, Any], zero: Zero, buckets: dict[str, int]) -> dict[str, Any]:
+    """``memory`` on one rank: every phase's parts divided, and the peak found again, where the buckets stand too."""
     phases = {name: zero.divide(phase["parts"]) for name, phase in memory["phases"].items()}
     totals = {name: sum(parts.values()) for name, parts in phases.items()}
-    peak_phase = max(totals, key=lambda name: totals[name])
+    peak_phase = max(totals, key=lambda name: totals[name] + buckets[name])
     parts, total = phases[peak_phase], totals[peak_phase]
     assert set(parts) == set(PARTS)
     model = sum(parts[part] for part in MODEL_PARTS)
@@ -211,6 +184,13 @@ def plan_object(plan: Plan, gpu: Accelerator | None, max_batch_size: int | None)
     return {
         "case": plan.case.to_dict(),
         "memory": plan.memory,
+        "zero": {
+            "stage": plan.zero.stage,
+            "world_size": plan.zero.world_size,
+            "global_batch_size": plan.case.batch_size * plan.zero.world_size,
+            "bucket_bytes": plan.bucket_bytes,
+            "phases": plan.buckets,
+        },
         "fits": None if gpu is None else plan.total_bytes <= gpu.usable_bytes,
         "max_batch_size": max_batch_size,
         "floor": {

@@ -23,7 +23,7 @@ def test_json_is_one_object_a_case(
     plans = json.loads(capsys.readouterr().out)
     assert [plan["case"]["batch_size"] for plan in plans] == [1, 2]
     for plan in plans:
-        assert set(plan) == {"case", "memory", "fits", "max_batch_size", "floor"}
+        assert set(plan) == {"case", "memory", "zero", "fits", "max_batch_size", "floor"}
         assert plan["fits"] is True
         assert plan["memory"]["total_bytes"] == sum(plan["memory"]["parts"].values())
         assert plan["floor"]["total_s_per_sample"] > 0
@@ -38,6 +38,15 @@ def test_what_does_not_fit_is_an_answer_and_says_what_would_help(
     out = capsys.readouterr().out
     assert "J-Hydra-PPO does not fit on 100MB even at batch 1: its largest part is" in out
     assert "What would help:" in out
+
+
+def test_batch_sizes_over_all_ranks_are_divided(
+    make_case: Callable[..., Case], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--zero-stage", "1", "--world-size", "2", "--global-batch", "--batch-sizes", "4", "--json"]
+    assert cli.invoke(["plan", "--model", make_case().model, *SMALL, *flags]) == 0
+    (plan,) = json.loads(capsys.readouterr().out)
+    assert (plan["case"]["batch_size"], plan["zero"]["global_batch_size"]) == (2, 4)
 
 
 def test_without_a_gpu_nothing_is_said_to_fit(make_case: Callable[..., Case]) -> None:
@@ -56,6 +65,7 @@ def test_without_a_gpu_nothing_is_said_to_fit(make_case: Callable[..., Case]) ->
         (("--zero-stage", "4"), "zero-stage is 4: it must be 0, 1, 2 or 3."),
         (("--world-size", "0"), "world-size is 0: it must be a whole number of at least 1."),
         (("--world-size", "two"), "--world-size is 'two': it must be a whole number."),
+        (("--world-size", "2", "--global-batch"), "batch_sizes has 1: with --global-batch it must be a multiple of"),
         (("--setting", "papr"), "setting 'papr' is unknown: did you mean 'paper'"),
         (("--seq-lens", "9999"), "positions"),
         (("--methods", "hydr"), "method 'hydr' is unknown: did you mean 'hydra'"),
