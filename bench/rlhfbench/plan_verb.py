@@ -133,7 +133,7 @@ def _caption(plans: list[dict[str, Any]], gpu: str | None) -> str:
     words = [case["model"], case["dtype"], f"LoRA rank {case['lora_rank']}", options_text(case["options"])]
     stage, num_ranks = (plans[0]["zero"][key] for key in ("stage", "world_size"))
     if stage or num_ranks > 1:
-        words.append(f"ZeRO-{stage}: one of {num_ranks} ranks, and its batch")
+        words.append(f"ZeRO-{stage}, one rank of {num_ranks}")
     if gpu is not None:
         limit = find_accelerator(gpu)
         gib, reserve = limit.memory_bytes / 2**30, limit.reserve_bytes / 2**30

@@ -21,8 +21,8 @@ _DIVIDES: dict[int, tuple[str, ...]] = {
     2: ("optimizer", "gradients"),
     3: ("optimizer", "gradients", "base", "adapters", "heads"),
 }
-# zero/config.py: ``reduce_bucket_size`` and ``stage3_max_live_parameters``, in elements. ``allgather_bucket_size`` takes
-# nothing: the weights are gathered in place (runtime/utils.py, all_gather_into_tensor_dp_groups). What is prefetched,
+# zero/config.py: ``reduce_bucket_size`` and ``stage3_max_live_parameters``, in elements. ``allgather_bucket_size``
+# takes nothing: the weights are gathered in place (runtime/utils.py, all_gather_into_tensor_dp_groups). What is prefetched,
 # ``stage3_prefetch_bucket_size``, is part of what is live (partitioned_param_coordinator.py, fetch_sub_module).
 _REDUCE_BUCKET, _MAX_LIVE = 500_000_000, 1_000_000_000
 
@@ -118,5 +118,5 @@ def _live_bytes(step: PPOStep, base: str) -> int:
     model = step.engine.models[base]
     weights = [*model.trunk.parameters(), *(model.lm_head.parameters() if model.lm_head is not None else ())]
     distinct = {id(p): p for p in weights}.values()  # a tied head is there once
-    num_weights, num_bytes = sum(p.numel() for p in distinct), sum(p.nbytes for p in distinct)
+    num_weights, num_bytes = sum(p.numel() for p in distinct), sum(int(p.nbytes) for p in distinct)
     return num_bytes if num_weights <= _MAX_LIVE else num_bytes * _MAX_LIVE // num_weights
