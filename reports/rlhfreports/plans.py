@@ -8,6 +8,7 @@ holds beside them; shown where there is some), ``peak_phase``, ``fits`` (or noth
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -19,6 +20,7 @@ from rich.table import Table
 from rlhfreports.plots import COLORS, STYLE, write_figure
 
 _GIB = 2**30
+_CAPTION_CHARS = 90  # of a line of a picture's caption
 PARTS = ("base", "heads", "adapters", "gradients", "optimizer", "kv_cache", "activations", "temporary", "rollout")
 _PART_COLORS = ("#7A7A7A", "#B0B0B0", COLORS[4], COLORS[2], COLORS[3], COLORS[6], COLORS[1], COLORS[5], COLORS[7])
 
@@ -49,7 +51,8 @@ def plan_table(frame: pd.DataFrame, *, caption: str) -> Table:
 def plan_figure(frame: pd.DataFrame, *, caption: str, limit_bytes: int | None) -> Figure:
     """One stacked bar a case, by part; the device's memory as a line."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8.5, 1.6 + 0.42 * len(frame)), layout="constrained")
+        num_lines = 1 + len(caption) // _CAPTION_CHARS
+        figure = Figure(figsize=(8.5, 1.4 + 0.2 * num_lines + 0.42 * len(frame)), layout="constrained")
         axes = figure.add_subplot()
         places = np.arange(len(frame))
         done = np.zeros(len(frame))
@@ -74,7 +77,7 @@ def plan_figure(frame: pd.DataFrame, *, caption: str, limit_bytes: int | None) -
         axes.set_xlim(0, max(float(done.max()), (limit_bytes or 0) / _GIB) * 1.1)
         axes.set_xlabel("GiB at the step's highest total")
         axes.spines[["top", "right"]].set_visible(False)
-        figure.suptitle(f"Predicted memory\n{caption}", fontsize=11)
+        figure.suptitle(f"Predicted memory\n{textwrap.fill(caption, _CAPTION_CHARS)}", fontsize=11)
         figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     return figure
 
