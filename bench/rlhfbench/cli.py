@@ -265,7 +265,7 @@ def plan(
         print(json.dumps(plans))
     else:
         _print(plan_verb.table(plans, gpu))
-        for sentence in plan_verb.advice(plans, gpu):
+        for sentence in plan_verb.advice(plans):
             print(sentence)
     if out is not None:
         plan_verb.write(plans, gpu, Path(out))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,24 +16,11 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
 
-# What makes each part smaller, for a case that does not fit.
-_REMEDIES = {
-    "base": "fewer bases (dynamic-lora, hydra), --dtype bfloat16 or --zero-stage 3",
-    "adapters": "a smaller --lora-rank",
-    "heads": "--dtype bfloat16 or --zero-stage 3",
-    "gradients": "an adapter method, or --zero-stage 2",
-    "optimizer": "an adapter method, or --zero-stage 1",
-    "kv_cache": "a smaller batch or a shorter completion",
-    "activations": "--option gradient_checkpointing=true or --option micro_batch_size=1",
-    "rollout": "a smaller batch",
-    "temporary": "--option attention=sdpa, a smaller --option logprob_chunk or micro-batch",
-}
-
 
 def make_plans(
     sweep: Sweep, *, gpu: str | None, zero: dict[str, Any], global_batch: bool = False
 ) -> list[dict[str, Any]]:
-    """One object a case: ``case``, ``memory``, ``zero``, ``fits``, ``max_batch_size``, ``floor``, all of one rank.
+    """One object a case, of one rank, with the keys of ``rlhfbench.planning.plan_object``.
 
     Args:
         sweep: the cases.
@@ -45,6 +31,7 @@ def make_plans(
     Raises:
         SweepError: a model, a length, the accelerator or the division among ranks is wrong; every problem is named.
     """
+    from rlhfbench import advice
     from rlhfbench.planning import BatchSearch, plan_case, plan_object
     from rlhfbench.zero import Zero, cases_of_a_rank
 
@@ -58,7 +45,12 @@ def make_plans(
     search = BatchSearch(accelerator.usable_bytes, ranks)
     for plan in plans:
         search.note(plan)
-    return [plan_object(plan, accelerator, search.largest(plan.case)) for plan in plans]
+    found = []
+    for plan in plans:
+        largest = search.largest(plan.case)
+        words = None if largest else advice.advice(search.of_one(plan.case), accelerator)
+        found.append(plan_object(plan, accelerator, largest, words))
+    return found
 
 
 def frame(plans: list[dict[str, Any]]) -> pd.DataFrame:
@@ -91,17 +83,9 @@ def table(plans: list[dict[str, Any]], gpu: str | None) -> Table:
     return plan_table(frame(plans), caption=_caption(plans, gpu))
 
 
-def advice(plans: list[dict[str, Any]], gpu: str | None) -> Iterator[str]:
-    """For every case that does not fit even with one sequence: its largest part, and what would help."""
-    if gpu is None:
-        return
-    for plan in plans:
-        if plan["max_batch_size"] == 0:
-            part, size = max(plan["memory"]["parts"].items(), key=lambda item: item[1])
-            yield (
-                f"{METHODS[plan['case']['method']].title} does not fit on {gpu} even at batch 1: its largest part is "
-                f"{part} with {size / 2**30:.1f} GiB. What would help: {_REMEDIES[part]}."
-            )
+def advice(plans: list[dict[str, Any]]) -> list[str]:
+    """What would help the cases that do not fit even with one sequence, each sentence once."""
+    return list(dict.fromkeys(plan["advice"] for plan in plans if plan["advice"] is not None))
 
 
 def write(plans: list[dict[str, Any]], gpu: str | None, folder: Path) -> None:

@@ -128,11 +128,16 @@ class BatchSearch:
 
     def __init__(self, usable_bytes: int, zero: Zero) -> None:
         self._usable_bytes, self._zero = usable_bytes, zero
-        self._totals: dict[Case, dict[int, int]] = {}
+        self._plans: dict[Case, dict[int, Plan]] = {}
 
     def note(self, plan: Plan) -> None:
-        """Takes a plan that was made anyway."""
-        self._of(plan.case)[plan.case.batch_size] = plan.total_bytes
+        """Takes a plan that was made anyway, where it is one that would be tried."""
+        if plan.case == with_batch(plan.case, plan.case.batch_size):
+            self._of(plan.case)[plan.case.batch_size] = plan
+
+    def of_one(self, case: Case) -> Plan:
+        """The plan of one sequence of ``case``'s kind."""
+        return self._plan(case, 1)
 
     def largest(self, case: Case) -> int:
         """The largest batch of ``case``'s kind that fits, up to ``MOST_SEQUENCES``; 0 where not even one does.
@@ -143,7 +148,7 @@ class BatchSearch:
         high: int | None = None
         guess = min(case.batch_size, MOST_SEQUENCES)
         while high is None or high - low > 1:
-            if self._total(case, guess) <= self._usable_bytes:
+            if self._plan(case, guess).total_bytes <= self._usable_bytes:
                 low = guess
                 if low == MOST_SEQUENCES:
                     break
@@ -153,7 +158,7 @@ class BatchSearch:
         return low
 
     def _next_guess(self, case: Case, low: int, high: int | None) -> int:
-        known = sorted(self._of(case).items())
+        known = sorted((batch_size, plan.total_bytes) for batch_size, plan in self._of(case).items())
         if len(known) < 2:
             return min(2 * low, MOST_SEQUENCES) if low else 1
         (b0, t0), (b1, t1) = known[0], known[-1]
@@ -164,23 +169,33 @@ class BatchSearch:
         # Near the end the guess repeats a bound: then the neighbour of that bound decides, or the middle.
         return min(max(guess, low + 1), high - 1)
 
-    def _of(self, case: Case) -> dict[int, int]:
-        return self._totals.setdefault(_with_batch(case, 1), {})
+    def _of(self, case: Case) -> dict[int, Plan]:
+        return self._plans.setdefault(with_batch(case, 1), {})
 
-    def _total(self, case: Case, batch_size: int) -> int:
-        totals = self._of(case)
-        if batch_size not in totals:
-            totals[batch_size] = plan_case(_with_batch(case, batch_size), self._zero).total_bytes
-        return totals[batch_size]
+    def _plan(self, case: Case, batch_size: int) -> Plan:
+        plans = self._of(case)
+        if batch_size not in plans:
+            plans[batch_size] = plan_case(with_batch(case, batch_size), self._zero)
+        return plans[batch_size]
 
 
-def _with_batch(case: Case, batch_size: int) -> Case:
+def with_batch(case: Case, batch_size: int) -> Case:
+    """``case`` with another batch, as one micro-batch in one mini-batch."""
     options = dataclasses.replace(case.options, micro_batch_size=None, num_mini_batches=1)
     return dataclasses.replace(case, batch_size=batch_size, options=options)
 
 
-def plan_object(plan: Plan, gpu: Accelerator | None, max_batch_size: int | None) -> dict[str, Any]:
-    """One entry of ``rlhfbench plan --json``."""
+def plan_object(
+    plan: Plan, gpu: Accelerator | None, max_batch_size: int | None, advice: str | None = None
+) -> dict[str, Any]:
+    """One entry of ``rlhfbench plan --json``.
+
+    Args:
+        plan: of the case.
+        gpu: the device that was planned for, where one was named.
+        max_batch_size: the largest batch that fits on it; 0 where not even one sequence does.
+        advice: the sentence for a case of which not even one sequence fits.
+    """
     return {
         "case": plan.case.to_dict(),
         "memory": plan.memory,
@@ -193,6 +208,7 @@ def plan_object(plan: Plan, gpu: Accelerator | None, max_batch_size: int | None)
         },
         "fits": None if gpu is None else plan.total_bytes <= gpu.usable_bytes,
         "max_batch_size": max_batch_size,
+        "advice": advice,
         "floor": {
             "gpu": None if gpu is None else gpu.name,
             "total_s_per_sample": None if gpu is None else plan.floor_s_per_sample(gpu),

@@ -23,7 +23,8 @@ _DIVIDES: dict[int, tuple[str, ...]] = {
 }
 # zero/config.py: ``reduce_bucket_size`` and ``stage3_max_live_parameters``, in elements. ``allgather_bucket_size``
 # takes nothing: the weights are gathered in place (runtime/utils.py, all_gather_into_tensor_dp_groups). What is
-# prefetched, ``stage3_prefetch_bucket_size``, is part of what is live (partitioned_param_coordinator.py, fetch_sub_module).
+# prefetched, ``stage3_prefetch_bucket_size``, is part of what is live (zero/partitioned_param_coordinator.py,
+# fetch_sub_module).
 _REDUCE_BUCKET, _MAX_LIVE = 500_000_000, 1_000_000_000
 
 
