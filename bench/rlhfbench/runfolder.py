@@ -56,7 +56,7 @@ class RunFolder:
             for folder in (self.path, self.log_path("").parent, self.traces_dir):
                 folder.mkdir(parents=True, exist_ok=True)
             if not self.sweep_path.exists():
-                _write_atomically(self.sweep_path, sweep.to_toml())
+                write_atomically(self.sweep_path, sweep.to_toml())
         except OSError as error:
             raise RunFolderError(f"out '{self.path}' cannot be written: {error.strerror}.") from error
 
@@ -97,14 +97,14 @@ class RunFolder:
                 environment = {**first, "resumed": [*first.get("resumed", []), environment]}
             else:
                 environment = {**environment, "resumed": []}
-            _write_atomically(path, json.dumps(environment, indent=2) + "\n")
+            write_atomically(path, json.dumps(environment, indent=2) + "\n")
         except ValueError as error:
             raise RunFolderError(f"'{path}' is not JSON: move it away to resume.") from error
         except OSError as error:
             raise RunFolderError(f"out '{self.path}' cannot be written: {error.strerror}.") from error
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Writes ``text`` so that nobody finds half of it, whenever the writer is killed."""
     draft = path.with_name(path.name + ".tmp")
     try:

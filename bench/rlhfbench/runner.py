@@ -6,7 +6,7 @@ import dataclasses
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from rlhfbench import environment, preflight
 from rlhfbench.errors import SweepError
 from rlhfbench.forkserver import PRELOAD, WORKER, Exit, ForkServer, last_line
 from rlhfbench.preflight import ModelFacts
-from rlhfbench.progress import Progress, make_progress
+from rlhfbench.progress import Progress, make_progress, title
 from rlhfbench.records import Record, RecordsFile, make_record
 from rlhfbench.runfolder import RunFolder
 from rlhfbench.sweep import Sweep
@@ -87,6 +87,7 @@ def run_sweep(
     progress: Progress | None = None,
     target: str = WORKER,
     preload: tuple[str, ...] = PRELOAD,
+    drive: Callable[[Runner], None] | None = None,
 ) -> RunResult:
     """Runs every case of ``sweep`` that is not recorded yet.
 
@@ -98,6 +99,7 @@ def run_sweep(
         progress: is told how it goes; by default it writes to standard error.
         target: ``module:function`` that runs one case in the forked process.
         preload: modules that the fork server imports first.
+        drive: chooses what to run, case by case, in place of the sweep's cases in their order.
 
     Raises:
         SweepError: what is asked for cannot be run on this machine.
@@ -115,14 +117,16 @@ def run_sweep(
         recorded = {record["case"]["id"] for record in records.records}
         cases = [case for case in sweep.cases if case.id not in recorded]
         interrupted = False
-        if cases:
+        if cases or drive is not None:
             # A model's own module builds on what is preloaded, and is worth half a second a case.
             optional = _model_modules(facts.values()) if preload else []
             server = ForkServer(target=target, preload=preload, optional=optional)
             try:
-                progress.begin(cases, len(recorded))
+                if drive is None:
+                    progress.begin(cases, len(recorded))
                 with server:
-                    Runner(folder, settings, records, server, progress).run(cases)
+                    cases_runner = Runner(folder, settings, records, server, progress)
+                    cases_runner.run(cases) if drive is None else drive(cases_runner)
             except KeyboardInterrupt:
                 interrupted = True
             finally:
@@ -175,6 +179,16 @@ class Runner:
             if record["outcome"] == "oom":
                 failed.append(case)
             self._progress.finish_case(case, record)
+
+    def try_case(self, case: Case) -> Record:
+        """Runs and records ``case``, or gives the record that there is of it."""
+        record = next((r for r in self._records.records if r["case"]["id"] == case.id), None)
+        if record is None:
+            self._progress.start_case(case)
+            record = self.run_case(case)
+            self._records.append(record)
+            self._progress.notice(f"{title(case)} {record['outcome']} {record['wall_s']:.1f} s")
+        return record
 
     def run_case(self, case: Case) -> Record:
         """Runs one case and says what became of it; it is not appended."""
