@@ -24,9 +24,8 @@ from rlhfkernels import Case, Options
 logging.disable_progress_bar()
 
 
-def _configs(width: int) -> dict[str, Callable[[], object]]:
-    """Configurations of 2 layers and 4 heads by architecture; with initial weights wide enough for logits to differ."""
-    shape = {
+def _shape(width: int) -> dict[str, int]:
+    return {
         "hidden_size": width,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
@@ -36,6 +35,11 @@ def _configs(width: int) -> dict[str, Callable[[], object]]:
         "eos_token_id": 2,
         "pad_token_id": 0,
     }
+
+
+def _configs(width: int) -> dict[str, Callable[[], object]]:
+    """Configurations of 2 layers and 4 heads by architecture; with initial weights wide enough for logits to differ."""
+    shape = _shape(width)
     gated = {**shape, "intermediate_size": 2 * width, "initializer_range": 0.2}
     opt = {**shape, "ffn_dim": 2 * width, "word_embed_proj_dim": width, "init_std": 0.2}
     gpt2 = {"n_embd": width, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 48, "initializer_range": 0.2}
@@ -51,7 +55,14 @@ def _configs(width: int) -> dict[str, Callable[[], object]]:
 
 
 # ``wide-`` ones have heads of 32, as large models nearly have: what stands beside a head's own size is small there.
-CONFIGS = _configs(32) | {f"wide-{name}": make for name, make in _configs(128).items()}
+# ``small-reward`` has another width and depth, and the same vocabulary; the others are no reward models for the rest.
+_SMALL = {"num_hidden_layers": 1, "intermediate_size": 24}
+_REWARDS: dict[str, Callable[[], object]] = {
+    "small-reward": lambda: LlamaConfig(**_shape(16) | _SMALL),
+    "other-words": lambda: LlamaConfig(**_shape(16) | _SMALL | {"vocab_size": 50}),
+    "short-reward": lambda: LlamaConfig(**_shape(16) | _SMALL | {"max_position_embeddings": 8}),
+}
+CONFIGS = _REWARDS | _configs(32) | {f"wide-{name}": make for name, make in _configs(128).items()}
 
 
 @pytest.fixture(scope="session")

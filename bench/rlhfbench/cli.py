@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rlhfbench.sweep import Sweep
 
 DONE, WRONG, NOTHING, INTERRUPTED = 0, 2, 3, 130
+_MOST_TRIED = 512  # sequences; --max-batch stops there
 
 # Plain help: rich's panels take a fifth of a second to import.
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -116,13 +117,19 @@ def run(
     threads: Annotated[
         str | None, typer.Option(metavar="N", help="Threads of a case; torch's choice by default.")
     ] = None,
+    max_batch: Annotated[
+        bool, typer.Option("--max-batch", help="Find the largest batch that runs, for every method and length.")
+    ] = False,
+    max_batch_limit: Annotated[
+        str | None, typer.Option(metavar="N", help="The largest batch that it tries.  [default: 512]")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as a JSON list.")] = False,
 ) -> int:
     """Run a sweep and draw its report.
 
     With no flag at all: five methods on a tiny model, in under three minutes.
     """
-    from rlhfbench.runner import run_sweep
+    from rlhfbench import runner
 
     given = flags.given(
         methods=flags.words(methods),
@@ -148,10 +155,16 @@ def run(
         raise SweepError(["--resume needs --out: name the folder of the run to go on with."])
     out_dir = Path(out or f"rlhfbench-run-{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%SZ}")
     asked = _sweep(sweep, given, setting, out_dir if resume else None)
+    limit = flags.number("max-batch-limit", max_batch_limit, int)
+    if limit is not None and not max_batch:
+        raise SweepError(["--max-batch-limit needs --max-batch."])
     # A run that is told to end leaves the same behind as one that is interrupted from the keyboard.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        result = run_sweep(asked, out_dir, settings, resume=resume)
+        if max_batch:
+            most = _MOST_TRIED if limit is None else int(limit)
+            return _max_batch(asked, out_dir, settings, most, resume=resume, as_json=as_json)
+        result = runner.run_sweep(asked, out_dir, settings, resume=resume)
     except RecordsError as error:
         raise RecordsError(f"{error}\nTo go on: {_resume_command(out_dir)}") from error
     finally:
@@ -162,19 +175,44 @@ def run(
 def _finish(result: RunResult, *, as_json: bool) -> int:
     """Draws the run, prints it, and says how it ended."""
     if result.interrupted:
-        print(f"Interrupted: {len(result.records)} cases are recorded in {result.run_dir}.", file=sys.stderr)
-        print(f"To go on: {_resume_command(result.run_dir)}", file=sys.stderr)
-        return INTERRUPTED
+        return _interrupted(result)
     table = _draw(result.run_dir)
     if as_json:
         print(json.dumps(result.records))
     else:
         _print(table)
+    return _end(result)
+
+
+def _interrupted(result: RunResult) -> int:
+    print(f"Interrupted: {len(result.records)} cases are recorded in {result.run_dir}.", file=sys.stderr)
+    print(f"To go on: {_resume_command(result.run_dir)}", file=sys.stderr)
+    return INTERRUPTED
+
+
+def _end(result: RunResult) -> int:
     print(f"The run is in {result.run_dir}.", file=sys.stderr)
     if not result.num_ok:
         print("Nothing could be measured: no case is ok.", file=sys.stderr)
         return NOTHING
     return DONE
+
+
+def _max_batch(sweep: Sweep, out_dir: Path, settings: RunSettings, limit: int, *, resume: bool, as_json: bool) -> int:
+    """Finds the largest batches, draws the run of all tries, prints what was found, and says how it ended."""
+    from rlhfbench.maxbatch import find_max_batches, max_batch_frame
+
+    result, found = find_max_batches(sweep, out_dir, settings, limit=limit, resume=resume)
+    if result.interrupted:
+        return _interrupted(result)
+    _draw(result.run_dir)
+    if as_json:
+        print(json.dumps([item.to_dict() for item in found]))
+    else:
+        from rlhfreports.max_batch import max_batch_table
+
+        _print(max_batch_table(max_batch_frame(found)))
+    return _end(result)
 
 
 def _draw(run_dir: Path, *, every_timeline: bool = False) -> RenderableType:
@@ -241,6 +279,9 @@ def plan(
     ] = None,
     zero_stage: Annotated[str | None, typer.Option(metavar="N", help="DeepSpeed's ZeRO, 0 to 3.  [default: 0]")] = None,
     world_size: Annotated[str | None, typer.Option(metavar="N", help="Ranks that it divides.  [default: 1]")] = None,
+    global_batch: Annotated[
+        bool, typer.Option("--global-batch", help="Batch sizes are over all ranks; by default they are of one rank.")
+    ] = False,
     out: Annotated[str | None, typer.Option(metavar="DIR", help="Where the picture and the JSON go.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plans as a JSON list.")] = False,
 ) -> int:
@@ -262,12 +303,14 @@ def plan(
         stage=flags.number("zero-stage", zero_stage, int), world_size=flags.number("world-size", world_size, int)
     )
     timelines: dict[str, dict[str, Any]] | None = None if out is None else {}
-    plans = plan_verb.make_plans(_sweep(sweep, given, setting, None), gpu=gpu, zero=zero, timelines=timelines)
+    plans = plan_verb.make_plans(
+        _sweep(sweep, given, setting, None), gpu=gpu, zero=zero, global_batch=global_batch, timelines=timelines
+    )
     if as_json:
         print(json.dumps(plans))
     else:
         _print(plan_verb.table(plans, gpu))
-        for sentence in plan_verb.advice(plans, gpu):
+        for sentence in plan_verb.advice(plans):
             print(sentence)
     if out is not None:
         plan_verb.write(plans, gpu, Path(out), timelines)

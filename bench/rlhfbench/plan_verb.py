@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,40 +18,36 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
 
-# What makes each part smaller, for a case that does not fit.
-_REMEDIES = {
-    "base": "fewer bases (dynamic-lora, hydra), --dtype bfloat16 or --zero-stage 3",
-    "adapters": "a smaller --lora-rank",
-    "heads": "--dtype bfloat16 or --zero-stage 3",
-    "gradients": "an adapter method, or --zero-stage 2",
-    "optimizer": "an adapter method, or --zero-stage 1",
-    "kv_cache": "a smaller batch or a shorter completion",
-    "activations": "--option gradient_checkpointing=true or --option micro_batch_size=1",
-    "rollout": "a smaller batch",
-    "temporary": "--option attention=sdpa, a smaller --option logprob_chunk or micro-batch",
-}
-
 
 def make_plans(
-    sweep: Sweep, *, gpu: str | None, zero: dict[str, Any], timelines: dict[str, dict[str, Any]] | None = None
+    sweep: Sweep,
+    *,
+    gpu: str | None,
+    zero: dict[str, Any],
+    global_batch: bool = False,
+    timelines: dict[str, dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
-    """One object a case: ``case``, ``memory``, ``fits``, ``max_batch_size``, ``floor``.
+    """One object a case, of one rank, with the keys of ``rlhfbench.planning.plan_object``.
 
     Args:
         sweep: the cases.
-        gpu: the accelerator that they should fit on.
+        gpu: an accelerator's name or a size; ``None`` leaves open what fits.
         zero: the fields of ``Zero``.
+        global_batch: whether the batch sizes are over all ranks, not of one.
         timelines: is given the timeline of each case, by its id; without it none is kept.
 
     Raises:
         SweepError: a model, a length, the accelerator or the division among ranks is wrong; every problem is named.
     """
-    from rlhfbench.planning import BatchSearch, Zero, plan_case, plan_object
+    from rlhfbench import advice
+    from rlhfbench.planning import BatchSearch, plan_case, plan_object
+    from rlhfbench.zero import Zero, cases_of_a_rank
 
     accelerator = None if gpu is None else find_accelerator(gpu)
     ranks = Zero(**zero)
     preflight.check_models(sweep)
-    plans = [plan_case(case, ranks, with_timeline=timelines is not None) for case in sweep.cases]
+    cases = cases_of_a_rank(sweep.cases, ranks.world_size) if global_batch else sweep.cases
+    plans = [plan_case(case, ranks, with_timeline=timelines is not None) for case in cases]
     if timelines is not None:
         timelines |= {plan.case.id: plan.timeline for plan in plans if plan.timeline is not None}
     if accelerator is None:
@@ -60,7 +55,12 @@ def make_plans(
     search = BatchSearch(accelerator.usable_bytes, ranks)
     for plan in plans:
         search.note(plan)
-    return [plan_object(plan, accelerator, search.largest(plan.case)) for plan in plans]
+    found = []
+    for plan in plans:
+        largest = search.largest(plan.case)
+        words = None if largest else advice.advice(search.of_one(plan.case), accelerator)
+        found.append(plan_object(plan, accelerator, largest, words))
+    return found
 
 
 def frame(plans: list[dict[str, Any]]) -> pd.DataFrame:
@@ -75,6 +75,7 @@ def frame(plans: list[dict[str, Any]]) -> pd.DataFrame:
                 "batch_size": plan["case"]["batch_size"],
                 **{f"{part}_bytes": size for part, size in plan["memory"]["parts"].items()},
                 **{f"{name}_bytes": plan["memory"][f"{name}_bytes"] for name in ("model", "activation", "total")},
+                "bucket_bytes": plan["zero"]["bucket_bytes"],
                 "peak_phase": plan["memory"]["peak_phase"],
                 "fits": plan["fits"],
                 "max_batch_size": plan["max_batch_size"],
@@ -92,17 +93,9 @@ def table(plans: list[dict[str, Any]], gpu: str | None) -> Table:
     return plan_table(frame(plans), caption=_caption(plans, gpu))
 
 
-def advice(plans: list[dict[str, Any]], gpu: str | None) -> Iterator[str]:
-    """For every case that does not fit even with one sequence: its largest part, and what would help."""
-    if gpu is None:
-        return
-    for plan in plans:
-        if plan["max_batch_size"] == 0:
-            part, size = max(plan["memory"]["parts"].items(), key=lambda item: item[1])
-            yield (
-                f"{METHODS[plan['case']['method']].title} does not fit on {gpu} even at batch 1: its largest part is "
-                f"{part} with {size / 2**30:.1f} GiB. What would help: {_REMEDIES[part]}."
-            )
+def advice(plans: list[dict[str, Any]]) -> list[str]:
+    """What would help the cases that do not fit even with one sequence, each sentence once."""
+    return list(dict.fromkeys(plan["advice"] for plan in plans if plan["advice"] is not None))
 
 
 def write(
@@ -136,10 +129,15 @@ def write(
 
 
 def _caption(plans: list[dict[str, Any]], gpu: str | None) -> str:
+    from rlhfbench.frame import options_text
+
     case = plans[0]["case"]
-    words = [case["model"], case["dtype"], f"LoRA rank {case['lora_rank']}"]
+    words = [case["model"], case["dtype"], f"LoRA rank {case['lora_rank']}", options_text(case["options"])]
+    stage, num_ranks = (plans[0]["zero"][key] for key in ("stage", "world_size"))
+    if stage or num_ranks > 1:
+        words.append(f"ZeRO-{stage}, one rank of {num_ranks}")
     if gpu is not None:
         limit = find_accelerator(gpu)
         gib, reserve = limit.memory_bytes / 2**30, limit.reserve_bytes / 2**30
         words.append(f"{limit.name}: {gib:.0f} GiB, {reserve:.1f} of it reserved (an estimate)")
-    return " · ".join(words)
+    return " · ".join(word for word in words if word)

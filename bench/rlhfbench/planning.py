@@ -13,56 +13,19 @@ from unittest import mock
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rlhfbench.devices import Accelerator
-from rlhfbench.errors import SweepError
 from rlhfbench.measure.ledger import MODEL_PARTS, Ledger, block_bytes
 from rlhfbench.measure.passes import Announcer, memory_object, watched_step
 from rlhfbench.measure.timeline import Timeline
 from rlhfbench.timelines import divided_timeline
+from rlhfbench.zero import Zero
 from rlhfkernels.case import Case
 from rlhfkernels.observer import PARTS
 from rlhfkernels.step import build_step
 from rlhfkernels.work import Work, phase_work
 
-# DeepSpeed's stages: what each divides among the ranks. Stage 3 divides the frozen weights too.
-_ZERO_DIVIDES: dict[int, tuple[str, ...]] = {
-    0: (),
-    1: ("optimizer",),
-    2: ("optimizer", "gradients"),
-    3: ("optimizer", "gradients", "base", "adapters", "heads"),
-}
 # No larger batch is looked for: a plan's own time grows with the chunks that its log-probabilities come in.
 MOST_SEQUENCES = 512
 _NO_VIEWS = dict.fromkeys(("allocator_peak_bytes", "allocator_reserved_bytes", "driver_peak_bytes", "host_peak_bytes"))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Zero:
-    """How DeepSpeed's ZeRO would divide a step. Its communication buckets are not counted.
-
-    Attributes:
-        stage: 0 to 3.
-        world_size: ranks.
-
-    Raises:
-        SweepError: some field breaks its rule; every problem is named.
-    """
-
-    stage: int = 0
-    world_size: int = 1
-
-    def __post_init__(self) -> None:
-        problems = []
-        if self.stage not in _ZERO_DIVIDES:
-            problems.append(f"zero-stage is {self.stage}: it must be 0, 1, 2 or 3.")
-        if self.world_size < 1:
-            problems.append(f"world-size is {self.world_size}: it must be a whole number of at least 1.")
-        if problems:
-            raise SweepError(problems)
-
-    def divide(self, parts: dict[str, int]) -> dict[str, int]:
-        """The bytes of each part on one rank; what does not divide evenly is rounded up."""
-        divided = _ZERO_DIVIDES[self.stage]
-        return {part: -(-size // self.world_size) if part in divided else size for part, size in parts.items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +36,8 @@ class Plan:
         case: as it was asked for.
         memory: the ``memory`` object of a record, on one rank.
         work: the least work of each phase.
+        zero: how it is divided among ranks.
+        buckets: bytes by phase of what ZeRO holds beside the step's tensors; none of them is in ``memory``.
         timeline: of the step on one rank, where it was asked for; see ``Timeline.to_dict``. Decodes that were not
             stepped through are not in it.
     """
@@ -80,12 +45,19 @@ class Plan:
     case: Case
     memory: dict[str, Any]
     work: dict[str, Work]
+    zero: Zero
+    buckets: dict[str, int]
     timeline: dict[str, Any] | None = None
 
     @property
     def total_bytes(self) -> int:
-        """The step's highest total."""
-        return int(self.memory["total_bytes"])
+        """The step's highest total, with ZeRO's buckets."""
+        return int(self.memory["total_bytes"]) + self.bucket_bytes
+
+    @property
+    def bucket_bytes(self) -> int:
+        """ZeRO's buckets at that moment."""
+        return self.buckets[self.memory["peak_phase"]]
 
     @property
     def largest_model_bytes(self) -> int:
@@ -118,6 +90,7 @@ def plan_case(case: Case, zero: Zero | None = None, *, with_timeline: bool = Fal
     """
     options = dataclasses.replace(case.options, prompts=None, stop_token=None)
     stand_in = dataclasses.replace(case, device="cpu", options=options)
+    zero = zero or Zero()
     timeline = Timeline() if with_timeline else None
     ledger = Ledger("cpu", on_change=None if timeline is None else timeline.note, block_bytes=block_bytes(case.device))
     observer = Announcer(lambda _: None, ledger, timeline) if timeline else ledger
@@ -127,17 +100,17 @@ def plan_case(case: Case, zero: Zero | None = None, *, with_timeline: bool = Fal
     with unpacked, FakeTensorMode():
         step = build_step(stand_in, with_weights=False)
         watched_step(step, ledger, observer)
-        work = phase_work(step)
-    memory = memory_object(ledger, dict(_NO_VIEWS))
-    kept = None if timeline is None else divided_timeline(timeline.to_dict(ledger.peaks), (zero or Zero()).divide)
-    return Plan(case=case, memory=_divided(memory, zero or Zero()), work=work, timeline=kept)
+        work, buckets = phase_work(step), zero.buckets(step)
+    memory = _divided(memory_object(ledger, dict(_NO_VIEWS)), zero, buckets)
+    kept = None if timeline is None else divided_timeline(timeline.to_dict(ledger.peaks), zero.divide)
+    return Plan(case=case, memory=memory, work=work, zero=zero, buckets=buckets, timeline=kept)
 
 
-def _divided(memory: dict[str, Any], zero: Zero) -> dict[str, Any]:
-    """``memory`` on one rank: every phase's parts divided, and the peak found again among them."""
+def _divided(memory: dict[str, Any], zero: Zero, buckets: dict[str, int]) -> dict[str, Any]:
+    """``memory`` on one rank: every phase's parts divided, and the peak found again, where the buckets stand too."""
     phases = {name: zero.divide(phase["parts"]) for name, phase in memory["phases"].items()}
     totals = {name: sum(parts.values()) for name, parts in phases.items()}
-    peak_phase = max(totals, key=lambda name: totals[name])
+    peak_phase = max(totals, key=lambda name: totals[name] + buckets[name])
     parts, total = phases[peak_phase], totals[peak_phase]
     assert set(parts) == set(PARTS)
     model = sum(parts[part] for part in MODEL_PARTS)
@@ -164,11 +137,16 @@ class BatchSearch:
 
     def __init__(self, usable_bytes: int, zero: Zero) -> None:
         self._usable_bytes, self._zero = usable_bytes, zero
-        self._totals: dict[Case, dict[int, int]] = {}
+        self._plans: dict[Case, dict[int, Plan]] = {}
 
     def note(self, plan: Plan) -> None:
-        """Takes a plan that was made anyway."""
-        self._of(plan.case)[plan.case.batch_size] = plan.total_bytes
+        """Takes a plan that was made anyway, where it is one that would be tried."""
+        if plan.case == with_batch(plan.case, plan.case.batch_size):
+            self._of(plan.case)[plan.case.batch_size] = plan
+
+    def of_one(self, case: Case) -> Plan:
+        """The plan of one sequence of ``case``'s kind."""
+        return self._plan(case, 1)
 
     def largest(self, case: Case) -> int:
         """The largest batch of ``case``'s kind that fits, up to ``MOST_SEQUENCES``; 0 where not even one does.
@@ -179,7 +157,7 @@ class BatchSearch:
         high: int | None = None
         guess = min(case.batch_size, MOST_SEQUENCES)
         while high is None or high - low > 1:
-            if self._total(case, guess) <= self._usable_bytes:
+            if self._plan(case, guess).total_bytes <= self._usable_bytes:
                 low = guess
                 if low == MOST_SEQUENCES:
                     break
@@ -189,7 +167,7 @@ class BatchSearch:
         return low
 
     def _next_guess(self, case: Case, low: int, high: int | None) -> int:
-        known = sorted(self._of(case).items())
+        known = sorted((batch_size, plan.total_bytes) for batch_size, plan in self._of(case).items())
         if len(known) < 2:
             return min(2 * low, MOST_SEQUENCES) if low else 1
         (b0, t0), (b1, t1) = known[0], known[-1]
@@ -200,28 +178,46 @@ class BatchSearch:
         # Near the end the guess repeats a bound: then the neighbour of that bound decides, or the middle.
         return min(max(guess, low + 1), high - 1)
 
-    def _of(self, case: Case) -> dict[int, int]:
-        return self._totals.setdefault(_with_batch(case, 1), {})
+    def _of(self, case: Case) -> dict[int, Plan]:
+        return self._plans.setdefault(with_batch(case, 1), {})
 
-    def _total(self, case: Case, batch_size: int) -> int:
-        totals = self._of(case)
-        if batch_size not in totals:
-            totals[batch_size] = plan_case(_with_batch(case, batch_size), self._zero).total_bytes
-        return totals[batch_size]
+    def _plan(self, case: Case, batch_size: int) -> Plan:
+        plans = self._of(case)
+        if batch_size not in plans:
+            plans[batch_size] = plan_case(with_batch(case, batch_size), self._zero)
+        return plans[batch_size]
 
 
-def _with_batch(case: Case, batch_size: int) -> Case:
+def with_batch(case: Case, batch_size: int) -> Case:
+    """``case`` with another batch, as one micro-batch in one mini-batch."""
     options = dataclasses.replace(case.options, micro_batch_size=None, num_mini_batches=1)
     return dataclasses.replace(case, batch_size=batch_size, options=options)
 
 
-def plan_object(plan: Plan, gpu: Accelerator | None, max_batch_size: int | None) -> dict[str, Any]:
-    """One entry of ``rlhfbench plan --json``."""
+def plan_object(
+    plan: Plan, gpu: Accelerator | None, max_batch_size: int | None, advice: str | None = None
+) -> dict[str, Any]:
+    """One entry of ``rlhfbench plan --json``.
+
+    Args:
+        plan: of the case.
+        gpu: the device that was planned for, where one was named.
+        max_batch_size: the largest batch that fits on it; 0 where not even one sequence does.
+        advice: the sentence for a case of which not even one sequence fits.
+    """
     return {
         "case": plan.case.to_dict(),
         "memory": plan.memory,
+        "zero": {
+            "stage": plan.zero.stage,
+            "world_size": plan.zero.world_size,
+            "global_batch_size": plan.case.batch_size * plan.zero.world_size,
+            "bucket_bytes": plan.bucket_bytes,
+            "phases": plan.buckets,
+        },
         "fits": None if gpu is None else plan.total_bytes <= gpu.usable_bytes,
         "max_batch_size": max_batch_size,
+        "advice": advice,
         "floor": {
             "gpu": None if gpu is None else gpu.name,
             "total_s_per_sample": None if gpu is None else plan.floor_s_per_sample(gpu),

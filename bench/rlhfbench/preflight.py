@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 import logging
 import re
@@ -16,6 +17,7 @@ from typing import Any
 
 from rlhfbench.errors import SweepError
 from rlhfbench.sweep import Sweep
+from rlhfkernels.case import OPTIMIZER_PACKAGES, vocabulary_problem
 from rlhfkernels.errors import ModelError, PromptsError
 from rlhfkernels.naming import unknown
 from rlhfkernels.presets import PRESETS
@@ -33,10 +35,12 @@ class ModelFacts:
     Attributes:
         model_type: the architecture's name in ``transformers``, ``None`` where only the loader knows.
         max_positions: the longest sequence it takes, ``None`` where only the loader knows.
+        vocab_size: its tokens, ``None`` where only the loader knows.
     """
 
     model_type: str | None
     max_positions: int | None
+    vocab_size: int | None = None
 
 
 def check(sweep: Sweep) -> dict[str, ModelFacts]:
@@ -48,6 +52,8 @@ def check(sweep: Sweep) -> dict[str, ModelFacts]:
     facts, problems = _inspect(sweep)
     for device in dict.fromkeys(case.device for case in sweep.cases):
         problems += _check_device(device)
+    for optimizer in dict.fromkeys(case.options.optimizer for case in sweep.cases):
+        problems += _check_package(optimizer)
     for path, field in dict.fromkeys((case.options.prompts, case.options.prompt_field) for case in sweep.cases):
         if path is not None:
             try:
@@ -73,12 +79,12 @@ def check_models(sweep: Sweep) -> None:
 def _inspect(sweep: Sweep) -> tuple[dict[str, ModelFacts], list[str]]:
     problems: list[str] = []
     facts: dict[str, ModelFacts] = {}
-    for model in dict.fromkeys(case.model for case in sweep.cases):
+    for model in dict.fromkeys(model for case in sweep.cases for model in case.models):
         try:
             facts[model] = inspect_model(model)
         except ModelError as error:
             problems.append(str(error))
-    return facts, [*problems, *_check_positions(sweep, facts)]
+    return facts, [*problems, *_check_positions(sweep, facts), *_check_vocabularies(sweep, facts)]
 
 
 def inspect_model(model: str) -> ModelFacts:
@@ -89,7 +95,11 @@ def inspect_model(model: str) -> ModelFacts:
     """
     if model in PRESETS:
         preset = PRESETS[model]
-        return ModelFacts(model_type=preset.model_type, max_positions=preset.max_positions)
+        return ModelFacts(
+            model_type=preset.model_type,
+            max_positions=preset.max_positions,
+            vocab_size=preset.config.get("vocab_size"),
+        )
     path = Path(model).expanduser()
     if path.is_dir():
         return _inspect_folder(model, path)
@@ -164,17 +174,31 @@ def _facts(model: str, config_path: Path) -> ModelFacts:
         raise ModelError(f"model '{model}': its config.json is no object.")
     positions = next((config[key] for key in _POSITION_KEYS if isinstance(config.get(key), int)), None)
     model_type: Any = config.get("model_type")
-    return ModelFacts(model_type=model_type if isinstance(model_type, str) else None, max_positions=positions)
+    vocabulary: Any = config.get("vocab_size")
+    return ModelFacts(
+        model_type=model_type if isinstance(model_type, str) else None,
+        max_positions=positions,
+        vocab_size=vocabulary if isinstance(vocabulary, int) else None,
+    )
 
 
 def _check_positions(sweep: Sweep, facts: dict[str, ModelFacts]) -> Iterator[str]:
     for case in sweep.cases:
-        limit = facts[case.model].max_positions if case.model in facts else None
-        if limit is not None and case.seq_len > limit:
-            yield (
-                f"a length of {case.seq_len} ({case.prompt_len} + {case.completion_len}) is too long for model "
-                f"'{case.model}': it has {limit} positions."
-            )
+        for model in case.models:
+            limit = facts[model].max_positions if model in facts else None
+            if limit is not None and case.seq_len > limit:
+                yield (
+                    f"a length of {case.seq_len} ({case.prompt_len} + {case.completion_len}) is too long for model "
+                    f"'{model}': it has {limit} positions."
+                )
+
+
+def _check_vocabularies(sweep: Sweep, facts: dict[str, ModelFacts]) -> Iterator[str]:
+    for models in dict.fromkeys(case.models for case in sweep.cases):
+        known = {model: facts[model].vocab_size for model in models if model in facts}
+        sizes = {model: size for model, size in known.items() if size is not None}
+        if len(set(sizes.values())) > 1:
+            yield vocabulary_problem(sizes)
 
 
 def _check_device(device: str) -> Iterator[str]:
@@ -188,6 +212,15 @@ def _check_device(device: str) -> Iterator[str]:
         yield f"device '{device}': this machine has {number} CUDA device{'s' if number > 1 else ''}, counted from 0."
     elif importlib.metadata.version("torch").endswith("+cpu"):
         yield f"device '{device}': the installed torch is built for the CPU alone."
+
+
+def _check_package(optimizer: str) -> Iterator[str]:
+    package = OPTIMIZER_PACKAGES.get(optimizer)
+    if package is not None and importlib.util.find_spec(package) is None:
+        yield (
+            f"options.optimizer is {optimizer!r}: it needs {package}, which is not installed "
+            f"(pip install {package}; planning does without it)."
+        )
 
 
 def num_cuda_devices() -> int:

@@ -6,7 +6,7 @@ import dataclasses
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from rlhfbench import environment, preflight
 from rlhfbench.errors import SweepError
 from rlhfbench.forkserver import PRELOAD, WORKER, Exit, ForkServer, last_line
 from rlhfbench.preflight import ModelFacts
-from rlhfbench.progress import Progress, make_progress
+from rlhfbench.progress import Progress, make_progress, title
 from rlhfbench.records import Record, RecordsFile, make_plan, make_record
 from rlhfbench.runfolder import RunFolder
 from rlhfbench.sweep import Sweep
@@ -90,6 +90,7 @@ def run_sweep(
     progress: Progress | None = None,
     target: str = WORKER,
     preload: tuple[str, ...] = PRELOAD,
+    drive: Callable[[Runner], None] | None = None,
 ) -> RunResult:
     """Runs every case of ``sweep`` that is not recorded yet.
 
@@ -101,6 +102,7 @@ def run_sweep(
         progress: is told how it goes; by default it writes to standard error.
         target: ``module:function`` that runs one case in the forked process.
         preload: modules that the fork server imports first.
+        drive: chooses what to run, case by case, in place of the sweep's cases in their order.
 
     Raises:
         SweepError: what is asked for cannot be run on this machine.
@@ -118,14 +120,16 @@ def run_sweep(
         recorded = {record["case"]["id"] for record in records.records}
         cases = [case for case in sweep.cases if case.id not in recorded]
         interrupted = False
-        if cases:
+        if cases or drive is not None:
             # A model's own module builds on what is preloaded, and is worth half a second a case.
             optional = _model_modules(facts.values()) if preload else []
             server = ForkServer(target=target, preload=preload, optional=optional)
             try:
-                progress.begin(cases, len(recorded))
+                if drive is None:
+                    progress.begin(cases, len(recorded))
                 with server:
-                    Runner(folder, settings, records, server, progress).run(cases)
+                    cases_runner = Runner(folder, settings, records, server, progress)
+                    cases_runner.run(cases) if drive is None else drive(cases_runner)
             except KeyboardInterrupt:
                 interrupted = True
             finally:
@@ -173,13 +177,27 @@ class Runner:
         for case in cases:
             self._progress.start_case(case)
             smaller = next((other for other in failed if dominates(case, other)), None)
-            plan = self.plan_case(case) if self._settings.with_plan else None
-            record = self.run_case(case) if smaller is None else _skipped(case, smaller)
-            record["plan"] = plan
-            self._records.append(record)
+            record = self._append(case, smaller)
             if record["outcome"] == "oom":
                 failed.append(case)
             self._progress.finish_case(case, record)
+
+    def try_case(self, case: Case) -> Record:
+        """Runs and records ``case``, or gives the record that there is of it."""
+        record = next((r for r in self._records.records if r["case"]["id"] == case.id), None)
+        if record is None:
+            self._progress.start_case(case)
+            record = self._append(case)
+            self._progress.notice(f"{title(case)} {record['outcome']} {record['wall_s']:.1f} s")
+        return record
+
+    def _append(self, case: Case, smaller: Case | None = None) -> Record:
+        """Runs and records ``case``, or records that it was skipped for a ``smaller`` one that was out of memory."""
+        plan = self.plan_case(case) if self._settings.with_plan else None
+        record = self.run_case(case) if smaller is None else _skipped(case, smaller)
+        record["plan"] = plan
+        self._records.append(record)
+        return record
 
     def run_case(self, case: Case) -> Record:
         """Runs one case and says what became of it; it is not appended."""

@@ -206,7 +206,7 @@ def _grid(where: str, spec: Spec, problems: list[str]) -> list[Case]:
     shared = {key: spec[key] for key in ("device", "dtype", "lora_rank", "seed") if key in spec}
     # What needs no length and no batch size is checked even where those are wrong: every problem at once.
     for method in methods or list(METHODS)[:1]:
-        found += _try_case(method, "-", (1, 1), options.get("num_mini_batches", 1), shared, options)[1]
+        found += _try_case(method, "-", (1, 1), _least_batch(options), shared, options)[1]
     cases: list[Case] = []
     if not found:
         for model in models:
@@ -218,6 +218,12 @@ def _grid(where: str, spec: Spec, problems: list[str]) -> list[Case]:
                         cases += [case] if case else []
     problems += found
     return cases
+
+
+def _least_batch(options: Spec) -> int:
+    """A batch that divides as ``options`` want it; what is wrong with them is for the case's own rules to say."""
+    parts = (options.get("num_mini_batches"), options.get("micro_batch_size"))
+    return math.prod(part for part in parts if isinstance(part, int) and part > 0)
 
 
 def _try_case(

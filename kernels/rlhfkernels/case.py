@@ -10,10 +10,12 @@ import re
 from typing import Any, Self
 
 from rlhfkernels.errors import CaseError
-from rlhfkernels.methods import METHODS, Method
+from rlhfkernels.methods import METHODS, Method, Origin
 from rlhfkernels.naming import unknown
 
 DTYPES = ("float32", "bfloat16", "float64")
+# Optimizers that are another package's.
+OPTIMIZER_PACKAGES = {"adamw8bit": "bitsandbytes"}
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 
 
@@ -25,6 +27,8 @@ class Options:
         lora_scaling: multiplier of the low-rank product. PEFT's ``lora_alpha / r``; Hydra-RLHF's code line used 1/r.
         lora_targets: ``all-linear`` (every linear layer of the trunk) or module names joined by commas.
         adapter_dtype: dtype of the adapters' weights; ``None`` is the dtype of the case.
+        reward_model: what every base that starts from the reward model is: a preset, a checkpoint folder, a .gguf file
+            or a hub id with the policy's vocabulary; ``None`` is the policy's model.
         critic_head: ``trained``, or ``frozen``: the critic then reads the reward head, as the paper's code line did.
         engine: how a trunk is run: ``plain`` is transformers and PEFT themselves; ``fast`` decodes by a lean loop over
             the layers where it covers the architecture, else it is ``plain``.
@@ -35,7 +39,8 @@ class Options:
         micro_batch_size: sequences per differentiated forward; ``None`` is the whole mini-batch.
         num_mini_batches: optimizer steps per epoch over one rollout.
         ppo_epochs: passes over one rollout.
-        optimizer: ``adamw`` (fused) or ``sgd``.
+        optimizer: ``adamw`` (fused), ``adamw8bit`` (bitsandbytes' 8-bit states; to run it, that package is needed; to
+            plan it, not) or ``sgd``.
         actor_lr, critic_lr: peak learning rates. Weights that both roles train take the actor's.
         warmup_steps, total_steps: linear warm-up, then cosine decay to 0 at ``total_steps``.
         weight_decay, adam_eps, max_grad_norm: as in AdamW; the norm is clipped per role, before the optimizer.
@@ -55,6 +60,7 @@ class Options:
     lora_scaling: float = 1.0
     lora_targets: str = "all-linear"
     adapter_dtype: str | None = None
+    reward_model: str | None = None
     critic_head: str = "trained"
     engine: str = "fast"
     attention: str = "sdpa"
@@ -123,6 +129,16 @@ class Case:
         method = METHODS[self.method]
         return method.with_frozen_critic_head() if self.options.critic_head == "frozen" else method
 
+    def model_of(self, origin: Origin) -> str:
+        """The model that bases of ``origin`` start from."""
+        return {"policy": self.model, "reward": self.options.reward_model or self.model}[origin]
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Every model that the method's bases start from, the policy's first."""
+        origins = self.role_table.origins.values()
+        return tuple(dict.fromkeys(self.model_of(origin) for origin in ("policy", "reward") if origin in origins))
+
     @property
     def seq_len(self) -> int:
         """Prompt and completion together."""
@@ -182,7 +198,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "options.engine": ("plain", "fast"),
     "options.attention": ("sdpa", "eager"),
     "options.kv_cache": ("preallocated", "growing"),
-    "options.optimizer": ("adamw", "sgd"),
+    "options.optimizer": ("adamw", "adamw8bit", "sgd"),
     "options.gradient_checkpointing": (True, False),
     "options.bootstrap_truncated": (True, False),
 }
@@ -212,7 +228,7 @@ def _problems(case: Case) -> list[str]:
         if _value(case, field) is not None:
             found += _check_integer(field, _value(case, field), least)
     found += _check_numbers(case)
-    return found or _check_batches(case)
+    return found or [*_check_batches(case), *_check_optimizer(case), *_check_reward_model(case)]
 
 
 def _check_integer(field: str, value: object, least: int) -> list[str]:
@@ -252,6 +268,37 @@ def _check_batches(case: Case) -> list[str]:
             f"{case.mini_batch_size} (batch_size / num_mini_batches)."
         )
     return found
+
+
+def _check_optimizer(case: Case) -> list[str]:
+    optimizer = case.options.optimizer
+    if optimizer in OPTIMIZER_PACKAGES and case.dtype == "float64":
+        package = OPTIMIZER_PACKAGES[optimizer]
+        return [f"options.optimizer is {optimizer!r}: {package} has no float64, so dtype must be float32 or bfloat16."]
+    return []
+
+
+def _check_reward_model(case: Case) -> list[str]:
+    model = case.options.reward_model
+    if model is None:
+        return []
+    if not isinstance(model, str) or not model:
+        return [f"options.reward_model is {model!r}: it must be a name, or absent."]
+    if "reward" not in METHODS[case.method].origins.values():
+        return [
+            f"options.reward_model is {model!r}: method {case.method!r} has no base of its own for the reward (it "
+            "shares the policy's), so it must be absent."
+        ]
+    return []
+
+
+def vocabulary_problem(sizes: dict[str, int]) -> str:
+    """The sentence for models of one case whose vocabularies differ: ``sizes`` by model, the policy's first."""
+    (policy, own), (reward, other) = list(sizes.items())[:2]
+    return (
+        f"options.reward_model is {reward!r} with a vocabulary of {other}: it must have as many tokens as model "
+        f"{policy!r}, which has {own}."
+    )
 
 
 def _is_number(value: object) -> bool:

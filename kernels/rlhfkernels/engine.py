@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rlhfkernels.adapters import Adapters
-from rlhfkernels.case import Case
+from rlhfkernels.case import Case, vocabulary_problem
+from rlhfkernels.errors import CaseError
 from rlhfkernels.fast.trunk import make_fast_trunk
 from rlhfkernels.heads import LmHead, ScalarHead
 from rlhfkernels.methods import Origin, Pass, RoleName
@@ -46,8 +47,9 @@ class Engine:
 
     def __init__(self, case: Case, *, with_weights: bool = True) -> None:
         self.case = case
-        # Without weights the tokens mean nothing and only shapes do: a long completion is not stepped through then.
-        self._stepping = with_weights
+        # Without weights the tokens mean nothing and only shapes do: a long completion is not stepped through then, and
+        # an optimizer need not compute.
+        self.with_weights = with_weights
         self.method = case.role_table
         self.device = torch.device(case.device)
         self.models = self._load_models(with_weights)
@@ -67,12 +69,20 @@ class Engine:
             key = (origin, "lm" in self.method.heads_of(base))
             if key not in first_of:
                 seed = self.case.seed + _ORIGIN_SEED[origin]
+                name = self.case.model_of(origin)
                 first_of[key] = models[base] = load_model(
-                    self.case, seed=seed, with_lm_head=key[1], with_weights=with_weights
+                    self.case, seed=seed, with_lm_head=key[1], with_weights=with_weights, name=name
                 )
             else:
                 models[base] = first_of[key].clone()
+        self._check_vocabularies(models)
         return models
+
+    def _check_vocabularies(self, models: dict[str, LoadedModel]) -> None:
+        """Every base reads the tokens that the actor samples."""
+        sizes = {self.case.model_of(self.method.origins[base]): model.vocab_size for base, model in models.items()}
+        if len(set(sizes.values())) > 1:
+            raise CaseError([vocabulary_problem(sizes)])
 
     def _attach(self, base: str) -> Adapters:
         case = self.case
@@ -225,7 +235,7 @@ class Engine:
         start = 0
         for t in range(p, p + c):
             # The prompt, the first step after it and the last tell all: no step between has a larger tensor.
-            if not self._stepping and p + 1 < t < p + c - 1 and decoder.can_skip:
+            if not self.with_weights and p + 1 < t < p + c - 1 and decoder.can_skip:
                 continue
             if t > max(p, start + 1):
                 decoder.skip_to(t - 1)
@@ -252,7 +262,9 @@ class Engine:
             model = self.models[base]
             for name in adapters.names:
                 prefix = model.prefix if model.lm_head is not None else None
-                adapters.save(name, folder / name, prefix=prefix, base_model=self.case.model)
+                adapters.save(
+                    name, folder / name, prefix=prefix, base_model=self.case.model_of(self.method.origins[base])
+                )
         for role, head in self.scalar_heads.items():
             folder.mkdir(parents=True, exist_ok=True)
             save_file({"weight": head.weight.detach().cpu().contiguous()}, folder / f"{role}_head.safetensors")

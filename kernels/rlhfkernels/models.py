@@ -48,32 +48,36 @@ class LoadedModel:
         return dataclasses.replace(self, trunk=twins[0], lm_head=twins[1] if len(twins) > 1 else None)
 
 
-def load_model(case: Case, *, seed: int, with_lm_head: bool, with_weights: bool = True) -> LoadedModel:
-    """Builds or loads the model of ``case`` on its device, in its dtype, with dropout off.
+def load_model(
+    case: Case, *, seed: int, with_lm_head: bool, with_weights: bool = True, name: str | None = None
+) -> LoadedModel:
+    """Builds or loads a model of ``case`` on its device, in its dtype, with dropout off.
 
     Args:
-        case: names the model, the device, the dtype and the attention implementation.
+        case: names the device, the dtype and the attention implementation.
         seed: of random weights; ignored where there are real ones.
         with_lm_head: keep the language-model head.
         with_weights: load real weights where there are some; without, only the model's configuration is read.
+        name: which model; ``None`` is the policy's.
 
     Raises:
         ModelError: the model is unknown, cannot be loaded, or is too short for the case.
     """
     device = torch.device(case.device)
     dtype = getattr(torch, case.dtype)
-    config, source = _read_config(case.model)
-    _check_positions(case, config)
-    for name in list(vars(config)):
-        if any(name.endswith(field) for field in _DROPOUT_FIELDS) and isinstance(getattr(config, name), float):
-            setattr(config, name, 0.0)
+    name = name or case.model
+    config, source = _read_config(name)
+    _check_positions(case, name, config)
+    for field in list(vars(config)):
+        if any(field.endswith(ending) for ending in _DROPOUT_FIELDS) and isinstance(getattr(config, field), float):
+            setattr(config, field, 0.0)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": case.options.attention}
     if source is None or not with_weights:
         with seeded(device, seed), device:
-            model = _loading(case.model, AutoModelForCausalLM.from_config, config, **options)
+            model = _loading(name, AutoModelForCausalLM.from_config, config, **options)
     else:
         load = AutoModelForCausalLM.from_pretrained
-        model = _loading(case.model, load, *source.args, config=config, **source.kwargs, **options).to(device)
+        model = _loading(name, load, *source.args, config=config, **source.kwargs, **options).to(device)
     model.eval().requires_grad_(False)
     return _split(model, with_lm_head)
 
@@ -164,11 +168,11 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n", 1)[0][:300] or type(error).__name__
 
 
-def _check_positions(case: Case, config: Any) -> None:
+def _check_positions(case: Case, model: str, config: Any) -> None:
     limit = max_positions(config)
     if limit is not None and case.seq_len > limit:
         raise ModelError(
-            f"prompt_len + completion_len is {case.seq_len}: model {case.model!r} has {limit} positions at most."
+            f"prompt_len + completion_len is {case.seq_len}: model {model!r} has {limit} positions at most."
         )
 
 

@@ -113,6 +113,13 @@ PRESETS: dict[str, Preset] = {
             **_llama(4096, 11008, 32, 32, 32000, max_position_embeddings=2048),
         ),
         _preset(
+            "llama-2-70b",
+            "llama",
+            4096,
+            "Llama 2 (arXiv:2307.09288), as meta-llama/Llama-2-70b-hf",
+            **_llama(8192, 28672, 80, 64, 32000, num_key_value_heads=8, max_position_embeddings=4096),
+        ),
+        _preset(
             "mistral-7b",
             "mistral",
             32768,

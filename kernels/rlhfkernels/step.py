@@ -23,7 +23,7 @@ from rlhfkernels.losses import policy_loss, value_loss
 from rlhfkernels.methods import Pass, Phase, RoleName, update_phase
 from rlhfkernels.models import load_tokenizer
 from rlhfkernels.observer import Observer
-from rlhfkernels.optim import OPTIMIZERS, Optimizer
+from rlhfkernels.optim import OPTIMIZERS, STAND_INS, Optimizer
 from rlhfkernels.rollout import PromptSource, Rollout
 
 RewardFunction = Callable[[Rollout], torch.Tensor]
@@ -107,7 +107,8 @@ class PPOStep:
 
     def _make_optimizer(self, role: RoleName, parameters: list[nn.Parameter]) -> Optimizer:
         options = self.case.options
-        return OPTIMIZERS[options.optimizer](
+        optimizers = OPTIMIZERS if self.engine.with_weights else STAND_INS
+        return optimizers[options.optimizer](
             parameters,
             lr=_LEARNING_RATES[role](options),
             warmup_steps=options.warmup_steps,

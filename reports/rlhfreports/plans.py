@@ -1,12 +1,14 @@
 """Plans as a table and as stacked bars.
 
 The table that comes in has one row a case: ``title`` (the method's), ``seq_len``, ``batch_size``, ``PART_bytes`` for
-every part, ``model_bytes``, ``activation_bytes``, ``total_bytes``, ``peak_phase``, ``fits`` (or nothing),
-``max_batch_size``, ``floor_s_per_sample``.
+every part, ``model_bytes``, ``activation_bytes``, ``total_bytes`` (the sum of the parts), ``bucket_bytes`` (what ZeRO
+holds beside them; shown where there is some), ``peak_phase``, ``fits`` (or nothing), ``max_batch_size``,
+``floor_s_per_sample``.
 """
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -18,8 +20,14 @@ from rich.table import Table
 from rlhfreports.plots import COLORS, STYLE, write_figure
 
 _GIB = 2**30
+_CAPTION_CHARS = 90  # of a line of a picture's caption
 PARTS = ("base", "heads", "adapters", "gradients", "optimizer", "kv_cache", "activations", "temporary", "rollout")
 PART_COLORS = ("#7A7A7A", "#B0B0B0", COLORS[4], COLORS[2], COLORS[3], COLORS[6], COLORS[1], COLORS[5], COLORS[7])
+
+
+def _buckets(frame: pd.DataFrame) -> tuple[str, ...]:
+    """The column of ZeRO's buckets, where some plan has any."""
+    return ("bucket",) if frame["bucket_bytes"].any() else ()
 
 
 def plan_table(frame: pd.DataFrame, *, caption: str) -> Table:
@@ -27,12 +35,13 @@ def plan_table(frame: pd.DataFrame, *, caption: str) -> Table:
     table = Table(title=caption, title_justify="left", box=None, header_style="bold")
     for name in ("method", "length", "batch"):
         table.add_column(name, no_wrap=True)
-    for name in (*(part.replace("_", " ") for part in PARTS), "total"):
-        table.add_column(f"{name}\nGiB", justify="right")
+    sized = (*PARTS, "total", *_buckets(frame))
+    for name in sized:
+        table.add_column(f"{_label(name)}\nGiB", justify="right")
     for name in ("peak in", "fits", "max batch", "floor\ns/sample"):
         table.add_column(name, justify="right")
     for row in frame.to_dict("records"):
-        sizes = [_gib(int(row[f"{part}_bytes"])) for part in (*PARTS, "total")]
+        sizes = [_gib(int(row[f"{part}_bytes"])) for part in sized]
         known = [_word(row["fits"]), _word(row["max_batch_size"]), _seconds(row["floor_s_per_sample"])]
         lead = [str(row["title"]), str(row["seq_len"]), str(row["batch_size"])]
         table.add_row(*lead, *sizes, str(row["peak_phase"]), *known)
@@ -42,13 +51,20 @@ def plan_table(frame: pd.DataFrame, *, caption: str) -> Table:
 def plan_figure(frame: pd.DataFrame, *, caption: str, limit_bytes: int | None) -> Figure:
     """One stacked bar a case, by part; the device's memory as a line."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8.5, 1.6 + 0.42 * len(frame)), layout="constrained")
+        num_lines = 1 + len(caption) // _CAPTION_CHARS
+        figure = Figure(figsize=(8.5, 1.4 + 0.2 * num_lines + 0.42 * len(frame)), layout="constrained")
         axes = figure.add_subplot()
         places = np.arange(len(frame))
         done = np.zeros(len(frame))
         for part, color in zip(PARTS, PART_COLORS, strict=True):
             sizes = frame[f"{part}_bytes"].to_numpy(dtype=float) / _GIB
-            axes.barh(places, sizes, left=done, color=color, label=part.replace("_", " "), height=0.72)
+            axes.barh(places, sizes, left=done, color=color, label=_label(part), height=0.72)
+            done += sizes
+        for name in _buckets(frame):
+            sizes = frame[f"{name}_bytes"].to_numpy(dtype=float) / _GIB
+            bars = axes.barh(places, sizes, left=done, label=_label(name), height=0.72, color="white", hatch="///")
+            for bar in bars:
+                bar.set_edgecolor(COLORS[0])
             done += sizes
         for place, total in zip(places, done, strict=True):
             axes.text(float(total), float(place), f" {total:.3g}", va="center", fontsize=9)
@@ -61,7 +77,7 @@ def plan_figure(frame: pd.DataFrame, *, caption: str, limit_bytes: int | None) -
         axes.set_xlim(0, max(float(done.max()), (limit_bytes or 0) / _GIB) * 1.1)
         axes.set_xlabel("GiB at the step's highest total")
         axes.spines[["top", "right"]].set_visible(False)
-        figure.suptitle(f"Predicted memory\n{caption}", fontsize=11)
+        figure.suptitle(f"Predicted memory\n{textwrap.fill(caption, _CAPTION_CHARS)}", fontsize=11)
         figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     return figure
 
@@ -69,6 +85,10 @@ def plan_figure(frame: pd.DataFrame, *, caption: str, limit_bytes: int | None) -
 def draw_plan(frame: pd.DataFrame, path_stem: Path, *, caption: str, limit_bytes: int | None) -> tuple[Path, Path]:
     """Writes the bars as ``path_stem``.png and .svg, and returns both paths."""
     return write_figure(plan_figure(frame, caption=caption, limit_bytes=limit_bytes), path_stem)
+
+
+def _label(name: str) -> str:
+    return {"bucket": "ZeRO buckets"}.get(name, name.replace("_", " "))
 
 
 def _gib(size: int) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhfbench import cli, plan_verb
+from rlhfbench import cli, devices, plan_verb
 from rlhfbench.planning import MOST_SEQUENCES
 from rlhfbench.sweep import Sweep
 from rlhfbench.timelines import read_timeline
@@ -24,8 +24,8 @@ def test_json_is_one_object_a_case(
     plans = json.loads(capsys.readouterr().out)
     assert [plan["case"]["batch_size"] for plan in plans] == [1, 2]
     for plan in plans:
-        assert set(plan) == {"case", "memory", "fits", "max_batch_size", "floor"}
-        assert plan["fits"] is True
+        assert set(plan) == {"case", "memory", "zero", "fits", "max_batch_size", "advice", "floor"}
+        assert (plan["fits"], plan["advice"]) == (True, None)
         assert plan["memory"]["total_bytes"] == sum(plan["memory"]["parts"].values())
         assert plan["floor"]["total_s_per_sample"] > 0
     assert plans[0]["max_batch_size"] == plans[1]["max_batch_size"] == MOST_SEQUENCES
@@ -38,12 +38,40 @@ def test_json_is_one_object_a_case(
 
 
 def test_what_does_not_fit_is_an_answer_and_says_what_would_help(
+    make_case: Callable[..., Case], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "_CONTEXT_BYTES", 0)
+    asked = ["plan", "--model", make_case().model, "--methods", "lora", "--seq-lens", "4", "--batch-sizes", "1,2"]
+    asked += ["--lora-rank", "2", "--gpu", "10kB"]
+    assert cli.invoke(asked) == 0
+    # Of both batch sizes it is the same answer, and given once.
+    (told,) = [line for line in capsys.readouterr().out.splitlines() if "does not fit" in line]
+    assert told.startswith(
+        "LoRA-PPO at 4 tokens does not fit on 10kB even at batch 1: its largest part is base with 0.000"
+    )
+    assert told.endswith(
+        "GiB, and what would help is a method with fewer bases (dynamic-lora, joined-hydra, hydra), --dtype bfloat16, "
+        "--zero-stage 3 over several ranks or a smaller model."
+    )
+    assert cli.invoke([*asked, "--json"]) == 0
+    plans = json.loads(capsys.readouterr().out)
+    assert [(plan["fits"], plan["max_batch_size"], plan["advice"]) for plan in plans] == [(False, 0, told)] * 2
+
+
+def test_a_device_that_is_all_reserve(make_case: Callable[..., Case], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.invoke(["plan", "--model", make_case().model, *SMALL, "--gpu", "100MB"]) == 0
+    assert "its largest part is device reserve with 0.752 GiB, and what would help is a larger device." in (
+        capsys.readouterr().out.replace("\n", " ")
+    )
+
+
+def test_batch_sizes_over_all_ranks_are_divided(
     make_case: Callable[..., Case], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.invoke(["plan", "--model", make_case().model, *SMALL, "--gpu", "100MB"]) == 0
-    out = capsys.readouterr().out
-    assert "J-Hydra-PPO does not fit on 100MB even at batch 1: its largest part is" in out
-    assert "What would help:" in out
+    flags = ["--zero-stage", "1", "--world-size", "2", "--global-batch", "--batch-sizes", "4", "--json"]
+    assert cli.invoke(["plan", "--model", make_case().model, *SMALL, *flags]) == 0
+    (plan,) = json.loads(capsys.readouterr().out)
+    assert (plan["case"]["batch_size"], plan["zero"]["global_batch_size"]) == (2, 4)
 
 
 def test_without_a_gpu_nothing_is_said_to_fit(make_case: Callable[..., Case]) -> None:
@@ -62,6 +90,7 @@ def test_without_a_gpu_nothing_is_said_to_fit(make_case: Callable[..., Case]) ->
         (("--zero-stage", "4"), "zero-stage is 4: it must be 0, 1, 2 or 3."),
         (("--world-size", "0"), "world-size is 0: it must be a whole number of at least 1."),
         (("--world-size", "two"), "--world-size is 'two': it must be a whole number."),
+        (("--world-size", "2", "--global-batch"), "batch_sizes has 1: with --global-batch it must be a multiple of"),
         (("--setting", "papr"), "setting 'papr' is unknown: did you mean 'paper'"),
         (("--seq-lens", "9999"), "positions"),
         (("--methods", "hydr"), "method 'hydr' is unknown: did you mean 'hydra'"),

@@ -135,6 +135,21 @@ def test_a_length_beyond_the_positions(checkpoint):
     assert "it has 16 positions" in problem
 
 
+def test_a_reward_model_is_looked_at_too(checkpoint):
+    def told(reward, **config):
+        (checkpoint / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_positions": 16, **config}))
+        return problems(methods=["lora"], options={"reward_model": reward}, seq_lens=[18])
+
+    assert "model 'tinny' is unknown" in told("tinny")[0]
+    assert told(str(checkpoint), vocab_size=50) == (
+        f"a length of 18 (9 + 9) is too long for model '{checkpoint}': it has 16 positions.",
+        f"options.reward_model is '{checkpoint}' with a vocabulary of 50: it must have as many tokens as model 'tiny', "
+        "which has 8192.",
+    )
+    assert len(told(str(checkpoint))) == 1  # a vocabulary that only the loader knows
+    assert set(preflight.check(Sweep.from_spec({**GRID, "methods": ["lora"]}))) == {"tiny"}
+
+
 def test_cuda_where_there_is_none(monkeypatch):
     monkeypatch.setattr(preflight, "num_cuda_devices", lambda: 0)
     assert problems(device="cuda") == ("device 'cuda': this machine has no CUDA device.",)
@@ -156,6 +171,15 @@ def test_devices_are_counted_by_nvml(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     assert preflight.num_cuda_devices() == 3
     assert calls == ["nvmlInit", "nvmlDeviceGetCount", "nvmlShutdown"]
+
+
+def test_an_optimizer_of_a_package_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
+    assert problems(options={"optimizer": "adamw8bit"}) == (
+        "options.optimizer is 'adamw8bit': it needs bitsandbytes, which is not installed "
+        "(pip install bitsandbytes; planning does without it).",
+    )
+    preflight.check_models(Sweep.from_spec({**GRID, "options": {"optimizer": "adamw8bit"}}))
 
 
 def test_prompts_are_read_before_anything_runs(tmp_path):

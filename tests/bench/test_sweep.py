@@ -255,3 +255,11 @@ def test_what_differs_between_two_sweeps():
     pair = [dataclasses.replace(asked[0], lora_rank=rank, batch_size=size) for rank, size in ((1, 1), (2, 2))]
     other = [dataclasses.replace(asked[0], lora_rank=rank, batch_size=size) for rank, size in ((1, 2), (2, 1))]
     assert differences(pair, other) == "other combinations of the same values"
+
+
+def test_micro_batches_are_given_for_all_batch_sizes_that_they_divide():
+    spec = {"methods": "hydra", "models": "tiny", "seq_lens": [8], "batch_sizes": [4, 8]}
+    options = {"micro_batch_size": 2, "num_mini_batches": 2}
+    assert [case.micro_batch_size for case in Sweep.from_spec({**spec, "options": options}).cases] == [2, 2]
+    with pytest.raises(SweepError, match=r"options.micro_batch_size is 3: it must divide the mini-batch of 4"):
+        Sweep.from_spec({**spec, "options": {"micro_batch_size": 3}})

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from rlhfkernels.case import Case, Options
 from rlhfkernels.errors import CaseError
+from rlhfkernels.methods import METHODS
 
 GOOD = {"method": "hydra", "model": "tiny", "prompt_len": 4, "completion_len": 4, "batch_size": 4}
 
@@ -55,6 +56,19 @@ def test_the_id_is_stable() -> None:
         ({"options": Options(attention="sdp")}, "options.attention 'sdp' is unknown: did you mean 'sdpa'"),
         ({"options": Options(num_mini_batches=3)}, "options.num_mini_batches is 3: it must divide batch_size 4"),
         ({"options": Options(micro_batch_size=3)}, "options.micro_batch_size is 3: it must divide the mini-batch of 4"),
+        (
+            {"dtype": "float64", "options": Options(optimizer="adamw8bit")},
+            "options.optimizer is 'adamw8bit': bitsandbytes has no float64, so dtype must be float32 or bfloat16.",
+        ),
+        (
+            {"options": Options(reward_model="tiny")},
+            "options.reward_model is 'tiny': method 'hydra' has no base of its own for the reward (it shares the "
+            "policy's), so it must be absent.",
+        ),
+        (
+            {"method": "lora", "options": Options(reward_model="")},
+            "options.reward_model is '': it must be a name, or absent.",
+        ),
     ],
 )
 def test_each_rule_has_its_sentence(change: dict[str, object], sentence: str) -> None:
@@ -68,6 +82,21 @@ def test_every_problem_is_reported_at_once() -> None:
     with pytest.raises(CaseError) as caught:
         Case(**{**GOOD, "method": "x", "prompt_len": 0, "dtype": "int3"})
     assert len(caught.value.problems) == 3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_reward_model_is_for_the_methods_that_load_one(method: str) -> None:
+    roles = METHODS[method].roles
+    loads_one = roles["actor"].base != roles["reward"].base
+    try:
+        case = Case(**{**GOOD, "method": method}, options=Options(reward_model="gpt2"))
+    except CaseError:
+        assert not loads_one
+    else:
+        assert loads_one
+        assert case.models == ("tiny", "gpt2")
+        assert (case.model_of("policy"), case.model_of("reward")) == ("tiny", "gpt2")
+    assert Case(**{**GOOD, "method": method}).models == ("tiny",)
 
 
 @given(batch=st.integers(1, 64), mini=st.integers(1, 8), micro=st.integers(1, 8))

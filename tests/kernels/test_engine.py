@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModel, AutoModelForCausalLM
 
-from rlhfkernels import METHODS, Case, Observer, build_step
+from rlhfkernels import METHODS, Case, CaseError, ModelError, Observer, build_step
 from rlhfkernels.engine import Engine
 from rlhfkernels.methods import Pass
 from rlhfkernels.rollout import Rollout
@@ -189,6 +191,33 @@ def test_bases_of_one_origin_start_equal_and_only_language_models_carry_the_head
             if table.origins[first] == table.origins[second]:
                 pairs = zip(engine.base_parameters(first), engine.base_parameters(second), strict=True)
                 assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_reward_model_with_other_tokens_is_one_sentence(
+    make_case: Callable[..., Case], checkpoint: Callable[[str], str]
+) -> None:
+    case = make_case("lora", reward_model=checkpoint("other-words"))
+    with pytest.raises(CaseError, match=r"other-words\d*' with a vocabulary of 50: .* which has 48\.$"):
+        Engine(case)
+
+
+def test_a_reward_models_positions_must_suffice(
+    make_case: Callable[..., Case], checkpoint: Callable[[str], str]
+) -> None:
+    with pytest.raises(ModelError, match=r"is 11: model '.*short-reward\d*' has 8 positions at most\."):
+        Engine(make_case("lora", reward_model=checkpoint("short-reward")))
+
+
+def test_saved_adapters_name_the_model_that_they_are_for(
+    make_case: Callable[..., Case], checkpoint: Callable[[str], str], tmp_path: Path
+) -> None:
+    case = make_case("dynamic-lora", reward_model=checkpoint("small-reward"))
+    Engine(case).save(tmp_path)
+    named = {
+        name: json.loads((tmp_path / name / "adapter_config.json").read_text())["base_model_name_or_path"]
+        for name in ("actor", "critic")
+    }
+    assert named == {"actor": case.model, "critic": case.options.reward_model}
 
 
 def test_a_completion_stops_at_the_stop_token_and_is_masked_after_it(make_case: Callable[..., Case]) -> None:

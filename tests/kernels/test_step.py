@@ -42,6 +42,26 @@ def test_at_step_0_the_ratio_is_1_and_the_kl_0(make_case: Callable[..., Case], m
     assert float(stats.ratio_error) < 1e-5
 
 
+@pytest.mark.parametrize("engine", ["fast", "plain"])
+@pytest.mark.parametrize("method", ["full", "lora", "dynamic-lora"])
+def test_a_reward_model_of_another_size_is_what_critic_and_reward_read(
+    make_case: Callable[..., Case], checkpoint: Callable[[str], str], method: str, engine: str
+) -> None:
+    step = build_step(make_case(method, reward_model=checkpoint("small-reward"), engine=engine))
+    declared = declared_weights(step)
+    before = snapshot(step)
+    for _ in range(2):
+        stats = step.run()
+        stats.check_finite()
+    assert stats.ratio_error is not None
+    assert float(stats.ratio_error) < 1e-5
+    after = {id(tensor): tensor for part, tensor in step.persistent_tensors() if part != "optimizer"}
+    assert {key for key, tensor in after.items() if not torch.equal(tensor, before[key])} == declared
+    widths = {role: step.engine.models[spec.base].hidden_size for role, spec in step.engine.method.roles.items()}
+    assert widths == {"actor": 32, "reference": 32, "critic": 16, "reward": 16}
+    assert {head.weight.shape[1] for head in step.engine.scalar_heads.values()} == {16}
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 def test_after_steps_exactly_the_declared_weights_have_changed(

@@ -64,6 +64,20 @@ def test_bytes_of_generation_by_hand(make_case: Callable[..., Case]) -> None:
     assert phase_work(step)["generate"].bytes == 2 * weights + a_position * (4 + 3)
 
 
+def test_a_smaller_reward_model_takes_its_own_work(
+    make_case: Callable[..., Case], checkpoint: Callable[[str], str]
+) -> None:
+    size = {"prompt_len": 9, "completion_len": 7}
+    same = phase_work(build_step(make_case("dynamic-lora", **size)))
+    less = phase_work(build_step(make_case("dynamic-lora", reward_model=checkpoint("small-reward"), **size)))
+    assert [less[phase] == same[phase] for phase in ("generate", "update_actor")] == [True, True]
+    # Hidden 16, 1 layer: four of 16x16 and three of 24x16; rank 3 on each, 3 (in + out); 4 rows of 16 and 7 tokens.
+    trunk, adapter = 4 * 16 * 16 + 3 * 24 * 16, 3 * (4 * 32 + 3 * 40)
+    products = 2 * (2 * trunk + 3 * adapter) * 4 * 16
+    attention, head = 3 * 2 * 16 * 16 * 16 * 4, 3 * 2 * 16 * 4 * 7
+    assert less["update_critic"].flops == products + attention + head
+
+
 def test_the_floor_is_the_larger_of_the_two_times() -> None:
     work = Work(flops=100, bytes=10)
     assert work.floor_s(flops_per_s=10, bytes_per_s=10) == 10

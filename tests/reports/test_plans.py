@@ -15,6 +15,7 @@ def frame() -> pd.DataFrame:
     row = {f"{part}_bytes": (i + 1) * GIB for i, part in enumerate(PARTS)}
     total = sum(row.values())
     shared = {"seq_len": 800, "total_bytes": total, "model_bytes": 1, "activation_bytes": 1, "peak_phase": "score"}
+    shared |= {"bucket_bytes": 0}
     known = {"fits": True, "max_batch_size": 7.0, "floor_s_per_sample": 0.25}
     unknown = {"fits": None, "max_batch_size": None, "floor_s_per_sample": None}
     return pd.DataFrame(
@@ -38,6 +39,19 @@ def test_bars_are_stacked_to_the_total_with_the_device_as_a_line() -> None:
     assert len(axes.patches) == 2 * len(PARTS)
     assert max(bar.get_x() + bar.get_width() for bar in axes.patches) == pytest.approx(45)
     assert axes.lines[0].get_xdata()[0] == 40
+
+
+def test_zero_buckets_stand_beside_the_total() -> None:
+    shared = frame().assign(bucket_bytes=[2 * GIB, 0])
+    console = Console(width=250, record=True)
+    console.print(plan_table(shared, caption="tiny"))
+    text = console.export_text()
+    assert "ZeRO buckets" in text
+    assert "ZeRO buckets" not in [column.header for column in plan_table(frame(), caption="tiny").columns]
+    first = next(line.split() for line in text.splitlines() if "A-PPO" in line)
+    assert first[-6:] == ["45.00", "2.00", "score", "yes", "7", "0.25"]
+    (axes,) = plan_figure(shared, caption="tiny", limit_bytes=None).axes
+    assert max(bar.get_x() + bar.get_width() for bar in axes.patches) == pytest.approx(47)
 
 
 def test_the_files_depend_on_the_table_alone(tmp_path: Path) -> None:

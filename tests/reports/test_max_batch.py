@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+import pandas as pd
+from rich.console import Console
+
+from rlhfreports.max_batch import max_batch_table
+
+
+def test_planned_stands_beside_found() -> None:
+    frame = pd.DataFrame(
+        {
+            "title": ["A-PPO", "B-PPO"],
+            "model": ["tiny", "tiny"],
+            "seq_len": [64, 128],
+            "planned": pd.array([9, None], dtype="Int64"),
+            "largest_ok": pd.array([8, 0], dtype="Int64"),
+            "smallest_failing": pd.array([9, None], dtype="Int64"),
+            "num_tries": [5, 1],
+            "stopped_because": ["batch 9 was out of memory.", "it ended."],
+        }
+    )
+    console = Console(width=200, record=True)
+    console.print(max_batch_table(frame))
+    first, second = (line.split() for line in console.export_text().splitlines() if "-PPO" in line)
+    assert first == ["A-PPO", "tiny", "64", "9", "8", "9", "5", "batch", "9", "was", "out", "of", "memory."]
+    assert second[:7] == ["B-PPO", "tiny", "128", "–", "0", "–", "1"]
