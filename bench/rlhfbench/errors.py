@@ -27,6 +27,10 @@ class SweepError(RlhfBenchError):
         self.problems = tuple(dict.fromkeys(problems))
         super().__init__("\n".join(self.problems))
 
+    def __reduce__(self) -> tuple[type[SweepError], tuple[tuple[str, ...]]]:
+        """An exception is pickled by its message; this one is made of its problems."""
+        return type(self), (self.problems,)
+
 
 class RunFolderError(RlhfBenchError):
     """An output folder that holds something else, is in use or cannot be written."""

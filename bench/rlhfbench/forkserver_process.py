@@ -139,7 +139,7 @@ def _become_case(server_pid: int, log: int) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with suppress(OSError):
         os.setpgid(0, 0)
-    _die_with_parent(server_pid, signal.SIGKILL)
+    die_with_parent(server_pid, signal.SIGKILL)
     os.dup2(log, 1)
     os.dup2(log, 2)
     faulthandler.enable(file=2)
@@ -148,7 +148,7 @@ def _become_case(server_pid: int, log: int) -> None:
         Path("/proc/self/oom_score_adj").write_text("1000")  # the kernel takes the case, not the harness
 
 
-def _die_with_parent(parent_pid: int, number: int) -> None:
+def die_with_parent(parent_pid: int, number: int) -> None:
     """Has the kernel send signal ``number`` to this process when its parent dies (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number))
@@ -174,7 +174,7 @@ def main(argument: str) -> None:
     """The server's process: imports, then serves. Touches no device and starts no thread."""
     config = json.loads(argument)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _die_with_parent(config["parent_pid"], signal.SIGTERM)
+    die_with_parent(config["parent_pid"], signal.SIGTERM)
     control = socket.socket(fileno=config["fd"])
     control.set_inheritable(False)
     # Without this torch.cuda.is_available(), which packages call while they are imported, starts the CUDA runtime,

@@ -208,7 +208,7 @@ def _room(case: Case, settings: RunSettings) -> tuple[int | None, int | None]:
 
 def _planned(case: Case, usable_bytes: int, limit: int) -> int | None:
     """The largest batch by the plan, at most ``limit``; ``None`` where it cannot be planned."""
-    from rlhfbench.planning import BatchSearch
+    from rlhfbench.batch_search import BatchSearch
     from rlhfbench.zero import Zero
 
     try:

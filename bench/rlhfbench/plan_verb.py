@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhfbench import preflight
+from rlhfbench.batch_search import plan_kinds
 from rlhfbench.devices import find_accelerator
 from rlhfbench.errors import RunFolderError
 from rlhfbench.runfolder import TIMELINES_NAME
@@ -39,27 +40,26 @@ def make_plans(
     Raises:
         SweepError: a model, a length, the accelerator or the division among ranks is wrong; every problem is named.
     """
-    from rlhfbench import advice
-    from rlhfbench.planning import BatchSearch, plan_case, plan_object
     from rlhfbench.zero import Zero, cases_of_a_rank
 
     accelerator = None if gpu is None else find_accelerator(gpu)
     ranks = Zero(**zero)
     preflight.check_models(sweep)
     cases = cases_of_a_rank(sweep.cases, ranks.world_size) if global_batch else sweep.cases
-    plans = [plan_case(case, ranks, with_timeline=timelines is not None) for case in cases]
-    if timelines is not None:
-        timelines |= {plan.case.id: plan.timeline for plan in plans if plan.timeline is not None}
-    if accelerator is None:
-        return [plan_object(plan, None, None) for plan in plans]
-    search = BatchSearch(accelerator.usable_bytes, ranks)
-    for plan in plans:
-        search.note(plan)
+    usable_bytes = None if accelerator is None else accelerator.usable_bytes
+    plans = plan_kinds(cases, ranks, usable_bytes=usable_bytes, with_timeline=timelines is not None)
+
+    from rlhfbench import advice
+    from rlhfbench.planning import plan_object
+
     found = []
-    for plan in plans:
-        largest = search.largest(plan.case)
-        words = None if largest else advice.advice(search.of_one(plan.case), accelerator)
-        found.append(plan_object(plan, accelerator, largest, words))
+    for planned in plans:
+        words = None
+        if accelerator is not None and planned.of_one is not None:
+            words = advice.advice(planned.of_one, accelerator)
+        found.append(plan_object(planned.plan, accelerator, planned.max_batch_size, words))
+        if timelines is not None and planned.plan.timeline is not None:
+            timelines[planned.plan.case.id] = planned.plan.timeline
     return found
 
 

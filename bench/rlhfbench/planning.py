@@ -23,8 +23,6 @@ from rlhfkernels.observer import PARTS
 from rlhfkernels.step import build_step
 from rlhfkernels.work import Work, phase_work
 
-# No larger batch is looked for: a plan's own time grows with the chunks that its log-probabilities come in.
-MOST_SEQUENCES = 512
 _NO_VIEWS = dict.fromkeys(("allocator_peak_bytes", "allocator_reserved_bytes", "driver_peak_bytes", "host_peak_bytes"))
 
 
@@ -125,73 +123,6 @@ def _divided(memory: dict[str, Any], zero: Zero, buckets: dict[str, int]) -> dic
         "phases": {name: {"total_bytes": totals[name], "parts": phases[name]} for name in phases},
         "views": {**memory["views"], "ledger_peak_bytes": total},
     }
-
-
-class BatchSearch:
-    """Finds the largest batch that fits, from as few plans as it can: totals are nearly linear in the batch.
-
-    Args:
-        usable_bytes: what a step may take.
-        zero: how it is divided among ranks.
-    """
-
-    def __init__(self, usable_bytes: int, zero: Zero) -> None:
-        self._usable_bytes, self._zero = usable_bytes, zero
-        self._plans: dict[Case, dict[int, Plan]] = {}
-
-    def note(self, plan: Plan) -> None:
-        """Takes a plan that was made anyway, where it is one that would be tried."""
-        if plan.case == with_batch(plan.case, plan.case.batch_size):
-            self._of(plan.case)[plan.case.batch_size] = plan
-
-    def of_one(self, case: Case) -> Plan:
-        """The plan of one sequence of ``case``'s kind."""
-        return self._plan(case, 1)
-
-    def largest(self, case: Case) -> int:
-        """The largest batch of ``case``'s kind that fits, up to ``MOST_SEQUENCES``; 0 where not even one does.
-
-        Each batch is tried as one micro-batch in one mini-batch.
-        """
-        low: int = 0
-        high: int | None = None
-        guess = min(case.batch_size, MOST_SEQUENCES)
-        while high is None or high - low > 1:
-            if self._plan(case, guess).total_bytes <= self._usable_bytes:
-                low = guess
-                if low == MOST_SEQUENCES:
-                    break
-            else:
-                high = guess
-            guess = self._next_guess(case, low, high)
-        return low
-
-    def _next_guess(self, case: Case, low: int, high: int | None) -> int:
-        known = sorted((batch_size, plan.total_bytes) for batch_size, plan in self._of(case).items())
-        if len(known) < 2:
-            return min(2 * low, MOST_SEQUENCES) if low else 1
-        (b0, t0), (b1, t1) = known[0], known[-1]
-        slope = max(1.0, (t1 - t0) / (b1 - b0))
-        guess = int(b1 + (self._usable_bytes - t1) / slope)
-        if high is None:
-            return min(max(low + 1, guess), MOST_SEQUENCES)
-        # Near the end the guess repeats a bound: then the neighbour of that bound decides, or the middle.
-        return min(max(guess, low + 1), high - 1)
-
-    def _of(self, case: Case) -> dict[int, Plan]:
-        return self._plans.setdefault(with_batch(case, 1), {})
-
-    def _plan(self, case: Case, batch_size: int) -> Plan:
-        plans = self._of(case)
-        if batch_size not in plans:
-            plans[batch_size] = plan_case(with_batch(case, batch_size), self._zero)
-        return plans[batch_size]
-
-
-def with_batch(case: Case, batch_size: int) -> Case:
-    """``case`` with another batch, as one micro-batch in one mini-batch."""
-    options = dataclasses.replace(case.options, micro_batch_size=None, num_mini_batches=1)
-    return dataclasses.replace(case, batch_size=batch_size, options=options)
 
 
 def plan_object(

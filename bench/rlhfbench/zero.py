@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from rlhfbench.errors import SweepError
 from rlhfkernels.case import Case
 from rlhfkernels.methods import update_phase
-from rlhfkernels.step import PPOStep
+
+if TYPE_CHECKING:
+    from rlhfkernels.step import PPOStep
 
 # What each stage divides among the ranks. Stage 3 divides the frozen weights too.
 _DIVIDES: dict[int, tuple[str, ...]] = {

@@ -27,6 +27,10 @@ class CaseError(RlhfKernelsError):
         self.problems = tuple(problems)
         super().__init__(" ".join(self.problems))
 
+    def __reduce__(self) -> tuple[type[CaseError], tuple[tuple[str, ...]]]:
+        """An exception is pickled by its message; this one is made of its problems."""
+        return type(self), (self.problems,)
+
 
 class ModelError(RlhfKernelsError):
     """A model that is unknown, absent or cannot be loaded."""

@@ -1,8 +1,9 @@
 """The least work of a step, phase by phase: the operations its method asks for, and the bytes it cannot avoid moving.
 
 Counted are products with weights, attention (causal: half of the square), the head at completion positions only, and
-each weight, cached key and value once per forward that needs it. Not counted is what a better kernel could avoid:
-activations that travel through memory, norms, padding, recomputation.
+each weight, cached key and value once per forward that needs it. Of the last layer, positions that no head reads need
+their keys and values only. Not counted is what a better kernel could avoid: activations that travel through memory,
+norms, padding, recomputation.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ class Work:
 class _Shape:
     """The sizes of one base that work depends on: numbers of weights, and of attention channels over all layers."""
 
+    num_layers: int
+    hidden: int
     trunk: int
     trunk_item: int
     head: int
@@ -57,6 +60,11 @@ class _Shape:
     @property
     def head_bytes(self) -> int:
         return self.head * self.trunk_item
+
+    @property
+    def unread(self) -> int:
+        """Weights of the last layer that a position needs only where its output is read: all but keys' and values'."""
+        return (self.trunk - 2 * self.hidden * self.kv_channels) // self.num_layers
 
 
 def phase_work(step: PPOStep) -> dict[str, Work]:
@@ -89,6 +97,17 @@ class _Counter:
         parameters = [] if adapter is None else self._engine.adapters[base].parameters(adapter)
         return sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters)
 
+    def _unread_flops(self, base: str, adapter: int, base_products: int = 1, adapter_products: int = 1) -> int:
+        """What the last layer needs not do for the prompt, but for its last position, whose output is the first read.
+
+        Of an adapter set all of its last layer's share is taken, which is a little too much where it is on keys and
+        values too: the least work is rather too low than too high.
+        """
+        shape, unread = self._shapes[base], self._case.prompt_len - 1
+        weights = base_products * shape.unread + adapter_products * adapter // shape.num_layers
+        attention = 2 * adapter_products * shape.query_channels // shape.num_layers * unread
+        return (2 * weights + attention) * unread * self._case.batch_size
+
     def _attention_flops(self, base: str, length: int) -> int:
         """Both attention products of one causal forward over the batch: q kᵀ and p v, half of the square each."""
         return 2 * self._shapes[base].query_channels * length * length * self._case.batch_size
@@ -110,6 +129,7 @@ class _Counter:
         seen = case.seq_len - 1
         flops = 2 * (shape.trunk + adapter) * case.batch_size * seen
         flops += self._attention_flops(role.base, seen) + self._head_flops(role)
+        flops -= self._unread_flops(role.base, adapter)
         weights = (shape.trunk_bytes + adapter_bytes + shape.head_bytes) * case.completion_len
         cached_reads = sum(range(case.prompt_len, seen))
         kv_item = 2 * shape.kv_channels * shape.trunk_item * case.batch_size
@@ -124,7 +144,7 @@ class _Counter:
         for p in method.score_passes:
             adapter, adapter_bytes = self._adapter(p.base, p.adapter)
             flops += 2 * (self._shapes[p.base].trunk + adapter) * self._num_tokens
-            flops += self._attention_flops(p.base, self._case.seq_len)
+            flops += self._attention_flops(p.base, self._case.seq_len) - self._unread_flops(p.base, adapter)
             moved += adapter_bytes
             for role in (method.roles[name] for name in p.roles):
                 flops += self._head_flops(role)
@@ -139,6 +159,7 @@ class _Counter:
         base_products = 3 if any("base" in role.trains for role in roles.values()) else 2
         flops = 2 * (base_products * shape.trunk + 3 * adapter) * self._num_tokens
         flops += 3 * self._attention_flops(p.base, self._case.seq_len)
+        flops -= self._unread_flops(p.base, adapter, base_products, 3)
         moved = base_products * shape.trunk_bytes + 3 * adapter_bytes
         for name, role in roles.items():
             head_products = 3 if _trains_head(self._engine, name) else 2
@@ -168,6 +189,8 @@ def _shape_of(engine: Engine, base: str) -> _Shape:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     return _Shape(
+        num_layers=config.num_hidden_layers,
+        hidden=model.hidden_size,
         trunk=sum(w.numel() for w in weights),
         trunk_item=weights[0].element_size(),
         head=model.vocab_size * model.hidden_size,

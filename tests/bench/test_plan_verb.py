@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rlhfbench import cli, devices, plan_verb
-from rlhfbench.planning import MOST_SEQUENCES
+from rlhfbench.batch_search import MOST_SEQUENCES
 from rlhfbench.sweep import Sweep
 from rlhfbench.timelines import read_timeline
 from rlhfkernels import Case

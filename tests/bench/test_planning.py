@@ -9,8 +9,8 @@ from rlhfbench.devices import find_accelerator
 from rlhfbench.errors import SweepError
 from rlhfbench.measure.ledger import Ledger
 from rlhfbench.measure.passes import memory_object, watched_step
-from rlhfbench.planning import BatchSearch, plan_case
 from rlhfbench.planning import _divided as divided
+from rlhfbench.planning import plan_case
 from rlhfbench.zero import Zero
 from rlhfkernels import METHODS, Case, Options, build_step
 from rlhfkernels.observer import PARTS
@@ -128,13 +128,6 @@ def test_the_peak_may_move_when_ranks_share() -> None:
     assert shared["model_bytes"] + shared["activation_bytes"] + shared["rollout_bytes"] == 51
     moved = divided(memory, Zero(), none | {"update_actor": 51})
     assert (moved["peak_phase"], moved["total_bytes"]) == ("update_actor", 60)
-
-
-def test_the_largest_batch_fits_and_the_next_does_not(make_case: Callable[..., Case]) -> None:
-    case = make_case("hydra", batch_size=1)
-    limit = plan_case(dataclasses.replace(case, batch_size=11)).total_bytes + 10
-    assert BatchSearch(limit, Zero()).largest(case) == 11
-    assert BatchSearch(10, Zero()).largest(case) == 0
 
 
 def test_accelerators_by_name_and_by_size() -> None:

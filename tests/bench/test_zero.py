@@ -6,8 +6,9 @@ from collections.abc import Callable
 import pytest
 
 from rlhfbench import zero
+from rlhfbench.batch_search import BatchSearch
 from rlhfbench.errors import SweepError
-from rlhfbench.planning import BatchSearch, plan_case, plan_object
+from rlhfbench.planning import plan_case, plan_object
 from rlhfbench.zero import Zero, cases_of_a_rank
 from rlhfkernels import Case, CaseError, Options, build_step
 from rlhfkernels.observer import PARTS

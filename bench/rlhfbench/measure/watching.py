@@ -43,6 +43,9 @@ def watch(watcher: Watcher) -> Iterator[None]:
         yield
 
 
+_DEVICE = torch.ops.prim.device.default
+
+
 class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every op: inputs (they may have been made before), outputs, and what the op wrote into."""
 
@@ -59,6 +62,8 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is _DEVICE:  # asked of a fake tensor for every argument of every op
+            return args[0].fake_device
         see = self._watcher.see
         for tensor in _tensors(args):
             see(tensor, None)
