@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from rlhfkernels.ops.wide_product import wide_product
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class LoraPart:
@@ -103,7 +105,9 @@ def lora_linear(x: torch.Tensor, group: LinearGroup) -> torch.Tensor:
 
 def _forward(x: torch.Tensor, group: LinearGroup) -> torch.Tensor:
     with torch.no_grad():
-        y = nn.functional.linear(x, group.weight, group.bias)
+        y = wide_product(x, group.weight.t())
+        if group.bias is not None:
+            y.add_(group.bias)
         if group.down is not None:
             rows = y.view(-1, y.shape[-1])
             low = _low_rank(x, group.down)
@@ -143,7 +147,7 @@ class _LoraLinear(torch.autograd.Function):
         shape = grads[0].shape
         grad = grads[0].reshape(-1, shape[-1])
         rows = None if x is None else x.reshape(-1, x.shape[-1])
-        grad_x = grad @ group.weight if ctx.needs_input_grad[0] else None
+        grad_x = wide_product(grad, group.weight) if ctx.needs_input_grad[0] else None
         bases = _base_gradients(group, grad, rows, ctx.needs_input_grad[2:])
         adapters: tuple[torch.Tensor | None, ...] = ()
         if group.down is not None:
