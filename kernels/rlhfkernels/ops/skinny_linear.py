@@ -83,7 +83,7 @@ def _adapter_of(group: LinearGroup, rows: int, out: torch.Tensor) -> Callable[[t
         return lambda x: _add_wide(group, x, out)
     low = group.down.new_empty(rows, down_t.shape[1])
     alike = all(part.up.shape == (n, r) and part.scaling == first.scaling for part in group.parts)
-    if alike and group.up is not None and count > 1 and count * n == out.shape[0]:
+    if alike and group.up is not None and count * n == out.shape[0]:
         ups = group.up.view(count, n, r)
         lows = low.view(rows, count, r).permute(1, 2, 0)
         target = torch.unflatten(out, 0, (count, n))
