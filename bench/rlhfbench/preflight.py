@@ -25,6 +25,8 @@ from rlhfkernels.prompts import read_prompts
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length")
+# Words of /proc/cpuinfo, of x86 and of Arm, any of which says that the dtype is the processor's own.
+_INSTRUCTIONS = {"bfloat16": {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}}
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
@@ -63,6 +65,26 @@ def check(sweep: Sweep) -> dict[str, ModelFacts]:
     if problems:
         raise SweepError(problems)
     return facts
+
+
+def notices(sweep: Sweep, cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
+    """What can be run and should be known beforehand, one sentence each.
+
+    Args:
+        sweep: the cases.
+        cpuinfo: what Linux tells of the processor; where it is absent nothing is known of dtypes.
+    """
+    dtypes = dict.fromkeys(case.dtype for case in sweep.cases if case.device == "cpu")
+    try:
+        words = set(cpuinfo.read_text().split())
+    except OSError:
+        return []
+    return [
+        f"dtype {dtype} on cpu: this processor has no instructions for it and emulates it, up to hundreds of times slower "
+        "than float32: its times say nothing of a device that has them."
+        for dtype in dtypes
+        if dtype in _INSTRUCTIONS and not words & _INSTRUCTIONS[dtype]
+    ]
 
 
 def check_models(sweep: Sweep) -> None:

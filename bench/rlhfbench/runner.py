@@ -113,6 +113,8 @@ def run_sweep(
     settings = settings or RunSettings()
     progress = progress or make_progress()
     facts = preflight.check(sweep)
+    for notice in preflight.notices(sweep):
+        progress.notice(notice)
     folder = RunFolder(out_dir)
     folder.prepare(sweep, resume=resume)
     with RecordsFile(folder.path) as records:

@@ -130,6 +130,20 @@ def test_the_peak_may_move_when_ranks_share() -> None:
     assert (moved["peak_phase"], moved["total_bytes"]) == ("update_actor", 60)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("completion_len", "batch_size"), [(8, 1), (44, 4)])
+def test_speed_is_not_paid_in_memory(method: str, completion_len: int, batch_size: int) -> None:
+    case = Case(method=method, model="tiny", prompt_len=4, completion_len=completion_len, batch_size=batch_size)
+    plain = dataclasses.replace(case, options=dataclasses.replace(case.options, engine="plain"))
+    fast, plain_plan = plan_case(case), plan_case(plain)
+    assert fast.total_bytes <= plain_plan.total_bytes
+    # Logits never stand for more positions than a chunk has, of whatever the batch and the length are.
+    chunk = min(case.options.logprob_chunk, completion_len * batch_size)
+    assert fast.memory["largest_tensor"]["bytes"] == chunk * 8192 * 4
+    whole = dataclasses.replace(case, options=dataclasses.replace(case.options, logprob_chunk=0))
+    assert plan_case(whole).memory["largest_tensor"]["bytes"] == completion_len * batch_size * 8192 * 4
+
+
 def test_accelerators_by_name_and_by_size() -> None:
     assert find_accelerator("A100-80GB").memory_bytes == 80 * 2**30
     assert find_accelerator("24GiB").memory_bytes == 24 * 2**30

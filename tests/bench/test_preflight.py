@@ -199,3 +199,17 @@ def test_looking_ahead_imports_no_torch():
         "preflight.check(Sweep.from_spec({}))\nsys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_dtype_that_the_processor_emulates_is_told_once(tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    sweep = Sweep.from_spec({**GRID, "batch_sizes": [1, 2], "dtype": "bfloat16"})
+    cpuinfo.write_text("flags\t\t: fpu avx2 avx512f\n")
+    (notice,) = preflight.notices(sweep, cpuinfo)
+    assert notice.startswith("dtype bfloat16 on cpu: this processor has no instructions for it and emulates it")
+    assert preflight.notices(Sweep.from_spec(GRID), cpuinfo) == []
+    assert preflight.notices(Sweep.from_spec({**GRID, "dtype": "bfloat16", "device": "cuda"}), cpuinfo) == []
+    assert preflight.notices(sweep, tmp_path / "absent") == []
+    for words in ("fpu avx512_bf16", "Features\t: fp asimd bf16"):
+        cpuinfo.write_text(words)
+        assert preflight.notices(sweep, cpuinfo) == []

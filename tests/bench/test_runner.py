@@ -357,3 +357,10 @@ def test_absent_nvml_is_null_and_one_notice(tmp_path, monkeypatch):
 
 def test_oom_kills_are_counted_where_the_kernel_tells():
     assert runner.num_oom_kills() >= 0
+
+
+def test_what_should_be_known_beforehand_is_said_before_the_first_case(tmp_path, monkeypatch):
+    monkeypatch.setattr("rlhfbench.preflight.notices", lambda sweep: ["This is slow."])
+    progress = Watching()
+    run(sweep_of("ok"), tmp_path / "run", progress)
+    assert progress.text.splitlines()[0] == "This is slow."

@@ -7,7 +7,9 @@ from rlhfkernels.ops.wide_product import wide_product, wide_product_reference
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize(("m", "n"), [(1, 5), (400, 768), (400, 769), (383, 1000), (384, 1000), (400, 1536), (400, 4100)])
+@pytest.mark.parametrize(
+    ("m", "n"), [(1, 5), (400, 768), (400, 769), (383, 1000), (384, 1000), (400, 1536), (400, 4100)]
+)
 @pytest.mark.parametrize("transposed", [True, False])
 def test_it_is_the_plain_product(m: int, n: int, transposed: bool, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
