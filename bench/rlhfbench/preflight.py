@@ -80,8 +80,8 @@ def notices(sweep: Sweep, cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
     except OSError:
         return []
     return [
-        f"dtype {dtype} on cpu: this processor has no instructions for it and emulates it, up to hundreds of times slower "
-        "than float32: its times say nothing of a device that has them."
+        f"dtype {dtype} on cpu: this processor has no instructions for it and emulates it, up to hundreds of times "
+        "slower than float32: its times say nothing of a device that has them."
         for dtype in dtypes
         if dtype in _INSTRUCTIONS and not words & _INSTRUCTIONS[dtype]
     ]

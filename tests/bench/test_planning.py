@@ -9,8 +9,8 @@ from rlhfbench.devices import find_accelerator
 from rlhfbench.errors import SweepError
 from rlhfbench.measure.ledger import Ledger
 from rlhfbench.measure.passes import memory_object, watched_step
+from rlhfbench.planning import Plan, plan_case
 from rlhfbench.planning import _divided as divided
-from rlhfbench.planning import plan_case
 from rlhfbench.zero import Zero
 from rlhfkernels import METHODS, Case, Options, build_step
 from rlhfkernels.observer import PARTS
@@ -130,18 +130,21 @@ def test_the_peak_may_move_when_ranks_share() -> None:
     assert (moved["peak_phase"], moved["total_bytes"]) == ("update_actor", 60)
 
 
+def of_tiny(method: str, **options: object) -> Plan:
+    case = Case(method=method, model="tiny", prompt_len=4, completion_len=44, batch_size=4, options=Options(**options))
+    return plan_case(case)
+
+
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("completion_len", "batch_size"), [(8, 1), (44, 4)])
-def test_speed_is_not_paid_in_memory(method: str, completion_len: int, batch_size: int) -> None:
-    case = Case(method=method, model="tiny", prompt_len=4, completion_len=completion_len, batch_size=batch_size)
-    plain = dataclasses.replace(case, options=dataclasses.replace(case.options, engine="plain"))
-    fast, plain_plan = plan_case(case), plan_case(plain)
-    assert fast.total_bytes <= plain_plan.total_bytes
-    # Logits never stand for more positions than a chunk has, of whatever the batch and the length are.
-    chunk = min(case.options.logprob_chunk, completion_len * batch_size)
-    assert fast.memory["largest_tensor"]["bytes"] == chunk * 8192 * 4
-    whole = dataclasses.replace(case, options=dataclasses.replace(case.options, logprob_chunk=0))
-    assert plan_case(whole).memory["largest_tensor"]["bytes"] == completion_len * batch_size * 8192 * 4
+def test_speed_is_not_paid_in_memory(method: str) -> None:
+    fast = of_tiny(method)
+    assert fast.total_bytes <= of_tiny(method, engine="plain").total_bytes
+    # Logits never stand for more positions than a chunk has, whatever the batch and the length are.
+    assert fast.memory["largest_tensor"]["bytes"] == 128 * 8192 * 4
+
+
+def test_without_chunks_all_logits_stand_at_once() -> None:
+    assert of_tiny("joined-hydra", logprob_chunk=0).memory["largest_tensor"]["bytes"] == 4 * 44 * 8192 * 4
 
 
 def test_accelerators_by_name_and_by_size() -> None:

@@ -37,6 +37,6 @@ def wide_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return torch.matmul(x, weight)
     out = x.new_empty(*x.shape[:-1], n)
     rows, size = x.reshape(m, -1), -(-n // blocks)
-    for piece, columns in zip(weight.split(size, 1), out.view(m, n).split(size, 1), strict=True):
+    for piece, columns in zip(torch.split(weight, size, 1), torch.split(out.view(m, n), size, 1), strict=True):
         torch.mm(rows, piece, out=columns)
     return out

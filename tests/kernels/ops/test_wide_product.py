@@ -18,7 +18,8 @@ def test_it_is_the_plain_product(m: int, n: int, transposed: bool, dtype: torch.
     weight = weight.t() if transposed else weight
     expected = wide_product_reference(x, weight)
     found = wide_product(x.to(dtype), weight.to(dtype))
-    assert found.dtype == dtype and found.is_contiguous()
+    assert found.dtype == dtype
+    assert found.is_contiguous()
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 0.5}[dtype]
     torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=0.0)
     in_two = wide_product(x.to(dtype).view(1, m, -1), weight.to(dtype))
