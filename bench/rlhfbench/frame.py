@@ -28,6 +28,8 @@ _VIEW_FIELDS = (
     "ledger_peak_bytes",
     "allocator_peak_bytes",
     "allocator_reserved_bytes",
+    "allocator_rest_bytes",
+    "workspace_bytes",
     "driver_peak_bytes",
     "host_peak_bytes",
 )

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rlhfbench.devices import Accelerator
 from rlhfbench.measure.ledger import MODEL_PARTS, Ledger, block_bytes
-from rlhfbench.measure.passes import Announcer, memory_object, watched_step
+from rlhfbench.measure.passes import OUTER_VIEWS, Announcer, memory_object, watched_step
 from rlhfbench.measure.timeline import Timeline
 from rlhfbench.timelines import divided_timeline
 from rlhfbench.zero import Zero
@@ -23,7 +23,7 @@ from rlhfkernels.observer import PARTS
 from rlhfkernels.step import build_step
 from rlhfkernels.work import Work, phase_work
 
-_NO_VIEWS = dict.fromkeys(("allocator_peak_bytes", "allocator_reserved_bytes", "driver_peak_bytes", "host_peak_bytes"))
+_NO_VIEWS = dict.fromkeys(OUTER_VIEWS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

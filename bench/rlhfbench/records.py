@@ -31,6 +31,8 @@ _EMPTY: dict[str, dict[str, Any]] = {
             "ledger_peak_bytes": None,
             "allocator_peak_bytes": None,
             "allocator_reserved_bytes": None,
+            "allocator_rest_bytes": None,
+            "workspace_bytes": None,
             "driver_peak_bytes": None,
             "host_peak_bytes": None,
         },

@@ -82,6 +82,8 @@ COLUMNS: tuple[Column, ...] = (
         ("ledger_peak_bytes", "sum over live tensor storages"),
         ("allocator_peak_bytes", "CUDA allocator, peak allocated"),
         ("allocator_reserved_bytes", "CUDA allocator, peak reserved"),
+        ("allocator_rest_bytes", "allocator_peak_bytes beyond ledger_peak_bytes and workspace_bytes"),
+        ("workspace_bytes", "what libraries hold of the CUDA allocator's memory beside all tensors"),
         ("driver_peak_bytes", "NVML, sampled from outside the measured process"),
         ("host_peak_bytes", "resident set of the measured process"),
     ),

@@ -221,6 +221,15 @@ def _notes(frame: pd.DataFrame, texts: dict[str, list[str]]) -> tuple[str, ...]:
     num_cut = frame["num_prompts_truncated"].max()
     if not pd.isna(num_cut) and num_cut > 0:
         notes.append(f"Prompts longer than the prompt length were cut from the left: up to {num_cut} in one case.")
+    rest = frame["allocator_rest_bytes"].dropna()
+    if len(rest):
+        low, high = (number_text(float(value) / GIB, 3) for value in (rest.min(), rest.max()))
+        most = number_text(float(frame["workspace_bytes"].max()) / GIB, 3)
+        span = low if low == high else f"{low} to {high}"
+        notes.append(
+            f"At its own peak CUDA's allocator had handed out {span} GiB beyond these totals and up to {most} GiB of "
+            "libraries' workspaces."
+        )
     skipped: list[str] = []
     for i, row in enumerate(frame[["outcome", "error_phase", "error"]].to_dict("records")):
         if row["outcome"] == "ok":

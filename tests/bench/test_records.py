@@ -33,7 +33,8 @@ def test_a_record_has_every_key_and_none_for_what_is_not_known():
         "model_bytes", "activation_bytes", "rollout_bytes", "total_bytes", "peak_phase", "parts", "phases", "views"
     }  # fmt: skip
     assert set(made["memory"]["views"]) == {
-        "ledger_peak_bytes", "allocator_peak_bytes", "allocator_reserved_bytes", "driver_peak_bytes", "host_peak_bytes"
+        "ledger_peak_bytes", "allocator_peak_bytes", "allocator_reserved_bytes", "driver_peak_bytes",
+        "host_peak_bytes", "allocator_rest_bytes", "workspace_bytes",
     }  # fmt: skip
     assert set(made["latency"]) == {
         "inference_s_per_sample", "update_s_per_sample", "total_s_per_sample", "phases", "stopped_because"

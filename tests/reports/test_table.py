@@ -214,3 +214,14 @@ def test_a_printed_number_is_right_and_is_never_a_false_zero(value, decimals):
 def test_the_frame_of_the_table_has_all_rows(make_frame):
     frame = make_frame({"batch_size": 2}, {"batch_size": 1, "outcome": "oom"})
     pd.testing.assert_frame_equal(memory_table(frame).frame, frame.iloc[[1, 0]].reset_index(drop=True))
+
+
+def test_what_the_allocator_holds_beyond_the_ledger_is_a_line_of_its_own(make_frame):
+    mib = 2**20
+    rows = [{"allocator_rest_bytes": rest * mib, "workspace_bytes": 64 * mib} for rest in (128, 512)]
+    (note,) = memory_table(make_frame(*rows)).notes
+    assert note == (
+        "At its own peak CUDA's allocator had handed out 0.125 to 0.500 GiB beyond these totals and up to 0.062 GiB of "
+        "libraries' workspaces."
+    )
+    assert memory_table(make_frame({})).notes == ()

@@ -19,6 +19,7 @@ from rlhfbench.measure.profile import PhaseProfiler
 from rlhfbench.measure.settings import MeasureSettings
 from rlhfbench.measure.stopping import Reason, StoppingRule
 from rlhfbench.measure.timeline import Timeline
+from rlhfbench.measure.workspaces import workspace_bytes
 from rlhfkernels.case import Case
 from rlhfkernels.methods import Phase
 from rlhfkernels.observer import Observer
@@ -57,6 +58,16 @@ class Step(Protocol):
     @property
     def engine_taken(self) -> str:
         """How the actor's trunk is run."""
+
+
+# Views of memory from outside the ledger; what is not there to be asked is nothing.
+OUTER_VIEWS = (
+    "allocator_peak_bytes",
+    "allocator_reserved_bytes",
+    "workspace_bytes",
+    "driver_peak_bytes",
+    "host_peak_bytes",
+)
 
 
 class Announcer(Observer):
@@ -191,8 +202,18 @@ def memory_object(ledger: Ledger, views: dict[str, int | None]) -> dict[str, Any
         "largest_tensor": None
         if largest is None
         else {"bytes": largest.num_bytes, "shape": list(largest.shape), "op": largest.op},
-        "views": {"ledger_peak_bytes": peak.total_bytes, **views},
+        "views": {
+            "ledger_peak_bytes": peak.total_bytes,
+            **views,
+            "allocator_rest_bytes": _rest(peak.total_bytes, views),
+        },
     }
+
+
+def _rest(ledger_peak_bytes: int, views: dict[str, int | None]) -> int | None:
+    """What the CUDA allocator handed out at its peak beyond the ledger's and the libraries' workspaces."""
+    allocated, workspaces = views.get("allocator_peak_bytes"), views.get("workspace_bytes")
+    return None if allocated is None or workspaces is None else allocated - ledger_peak_bytes - workspaces
 
 
 def latency_object(
@@ -265,8 +286,7 @@ def _named_failure(clock: StepClock, notify: Notify) -> Iterator[None]:
 @contextmanager
 def _peaks_outside(device: str) -> Iterator[dict[str, int | None]]:
     """The peaks that others keep, from here to the end of the block; they are in the dictionary after it."""
-    names = ("allocator_peak_bytes", "allocator_reserved_bytes", "driver_peak_bytes", "host_peak_bytes")
-    views: dict[str, int | None] = dict.fromkeys(names)  # the driver's is not seen from inside
+    views: dict[str, int | None] = dict.fromkeys(OUTER_VIEWS)  # the driver's is not seen from inside
     on_cuda = torch.device(device).type == "cuda"
     host.reset_peak()
     if on_cuda:
@@ -276,3 +296,4 @@ def _peaks_outside(device: str) -> Iterator[dict[str, int | None]]:
     if on_cuda:
         views["allocator_peak_bytes"] = torch.cuda.max_memory_allocated(device)
         views["allocator_reserved_bytes"] = torch.cuda.max_memory_reserved(device)
+        views["workspace_bytes"] = workspace_bytes(device)

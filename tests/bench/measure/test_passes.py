@@ -139,7 +139,8 @@ def test_memory_by_hand(fake):
     views = memory["views"]
     assert views["ledger_peak_bytes"] == memory["total_bytes"]
     assert views["host_peak_bytes"] > 2**20
-    assert [views[f"{name}_bytes"] for name in ("allocator_peak", "allocator_reserved", "driver_peak")] == [None] * 3
+    absent = ("allocator_peak", "allocator_reserved", "allocator_rest", "workspace", "driver_peak")
+    assert {views[f"{name}_bytes"] for name in absent} == {None}
     assert set(memory["largest_tensor"]) == {"bytes", "shape", "op"}
 
 
@@ -262,3 +263,12 @@ def test_a_real_case():
     assert json.loads(json.dumps(result)) == result
     assert result["latency"]["stopped_because"] == "budget"
     assert 0 < result["work"]["floor_fraction"] < 1
+
+
+def test_what_the_allocator_handed_out_beyond_ledger_and_workspaces_is_the_rest(fake):
+    ledger = Ledger("cpu")
+    passes.watched_step(FakeStep(), ledger, ledger)
+    views = dict.fromkeys(passes.OUTER_VIEWS)
+    total = passes.memory_object(ledger, views)["total_bytes"]
+    views |= {"allocator_peak_bytes": total + 100, "workspace_bytes": 30}
+    assert passes.memory_object(ledger, views)["views"]["allocator_rest_bytes"] == 70
