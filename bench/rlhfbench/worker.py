@@ -58,11 +58,17 @@ def run_case(request: dict[str, Any], send: Callable[[dict[str, Any]], None]) ->
         stage.notify("import")
         from rlhfbench.measure import MeasureSettings, measure_case
 
-        if request["memory_limit_bytes"] is not None:
-            limit_memory(case.device, request["memory_limit_bytes"])
-        result = measure_case(case, MeasureSettings(**request["settings"]), stage.notify)
+        limit_bytes = request["memory_limit_bytes"]
+        if limit_bytes is not None:
+            limit_memory(case.device, limit_bytes)
+        result = measure_case(
+            case,
+            MeasureSettings(**request["settings"]),
+            stage.notify,
+            step_done=lambda: None if limit_bytes is None else lift_memory_limit(case.device),
+        )
     except BaseException as error:
-        lift_memory_limit()  # telling it takes memory too
+        lift_memory_limit("cpu")  # telling it takes memory too
         traceback.print_exc()
         send({"result": failure(error, stage.name)})
     else:
@@ -128,10 +134,15 @@ def limit_memory(device: str, limit_bytes: int) -> None:
     torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total), torch.device(device))
 
 
-def lift_memory_limit() -> None:
-    """Takes back the CPU's limit."""
-    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+def lift_memory_limit(device: str) -> None:
+    """Takes back the limit of ``limit_memory``."""
+    if device == "cpu":
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+        return
+    import torch
+
+    torch.cuda.set_per_process_memory_fraction(1.0, torch.device(device))
 
 
 def _data_bytes() -> int:

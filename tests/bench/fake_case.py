@@ -57,7 +57,7 @@ def _needs_more_than_its_limit(request, send):
     try:
         bytearray(2 * request["memory_limit_bytes"])
     except MemoryError as error:
-        worker.lift_memory_limit()
+        worker.lift_memory_limit("cpu")
         send({"result": worker.failure(error, "score")})
 
 

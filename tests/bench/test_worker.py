@@ -1,4 +1,5 @@
 import errno
+import resource
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def run(monkeypatch):
 
 
 def failing(error):
-    def measure(case, settings, notify):
+    def measure(case, settings, notify, step_done):
         notify("timing")
         notify("phase:generate")
         raise error
@@ -35,7 +36,7 @@ def failing(error):
 
 
 def test_what_was_measured_is_the_result(run):
-    def measure(case, settings, notify):
+    def measure(case, settings, notify, step_done):
         notify("build")
         assert case == CASE
         assert settings.time_budget_s == 1.0
@@ -94,7 +95,7 @@ def test_every_error_is_an_outcome_that_names_its_phase(run, capsys, error, outc
 
 
 def test_torchs_own_words_for_no_memory_on_the_cpu(run, capsys):
-    def measure(case, settings, notify):
+    def measure(case, settings, notify, step_done):
         torch.empty(2**50, dtype=torch.uint8)
 
     assert run(measure)[-1]["result"]["outcome"] == "oom"
@@ -102,7 +103,7 @@ def test_torchs_own_words_for_no_memory_on_the_cpu(run, capsys):
 
 
 def test_an_error_that_came_from_no_memory_is_oom(run):
-    def measure(case, settings, notify):
+    def measure(case, settings, notify, step_done):
         try:
             bytearray(2**62)
         except MemoryError as error:
@@ -130,3 +131,21 @@ def test_a_chain_of_errors_that_ends_in_itself():
     first, second = RuntimeError("a"), RuntimeError("b")
     first.__context__, second.__context__ = second, first
     assert not worker.is_out_of_memory(first)
+
+
+def test_the_limit_holds_for_the_step_and_not_for_what_measures_the_device(monkeypatch):
+    seen = []
+
+    def measure(case, settings, notify, step_done):
+        seen.append(resource.getrlimit(resource.RLIMIT_DATA)[0])
+        step_done()
+        seen.append(resource.getrlimit(resource.RLIMIT_DATA)[0])
+        return {}
+
+    monkeypatch.setattr(rlhfbench.measure, "measure_case", measure)
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    try:
+        worker.run_case({"case": CASE.to_dict(), "settings": SETTINGS, "memory_limit_bytes": 2**40}, lambda m: None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+    assert seen[0] != seen[1] == hard

@@ -14,7 +14,13 @@ from rlhfkernels.case import Case
 __all__ = ["MeasureSettings", "measure_case"]
 
 
-def measure_case(case: Case, settings: MeasureSettings, notify: Callable[[str], None]) -> dict[str, Any]:
+def measure_case(
+    case: Case,
+    settings: MeasureSettings,
+    notify: Callable[[str], None],
+    *,
+    step_done: Callable[[], object] = lambda: None,
+) -> dict[str, Any]:
     """Builds ``case``, runs its passes and returns what they found.
 
     Args:
@@ -22,6 +28,7 @@ def measure_case(case: Case, settings: MeasureSettings, notify: Callable[[str], 
         settings: how.
         notify: told what is being done, as it begins: ``build``, ``warm-up``, ``timing``, ``memory``, ``profile``,
             ``ceilings``; and ``phase:<name>`` in a pass that no clock watches, and when a step fails.
+        step_done: called before the ceilings, which are the device's and not the case's: they need room of their own.
 
     Returns:
         The ``memory``, ``latency``, ``work`` and ``prompts`` objects of the record, and ``ceilings``, for the settings
@@ -32,4 +39,4 @@ def measure_case(case: Case, settings: MeasureSettings, notify: Callable[[str], 
     """
     from rlhfbench.measure.passes import run_passes
 
-    return run_passes(case, settings, notify)
+    return run_passes(case, settings, notify, step_done)

@@ -98,7 +98,9 @@ class Announcer(Observer):
             observer.tag(part, tensors)
 
 
-def run_passes(case: Case, settings: MeasureSettings, notify: Notify) -> dict[str, Any]:
+def run_passes(
+    case: Case, settings: MeasureSettings, notify: Notify, step_done: Callable[[], object]
+) -> dict[str, Any]:
     """What ``rlhfbench.measure.measure_case`` promises."""
     if settings.num_threads is not None:
         torch.set_num_threads(settings.num_threads)
@@ -118,6 +120,7 @@ def run_passes(case: Case, settings: MeasureSettings, notify: Notify) -> dict[st
     work, prompts, engine = phase_work(step), step.prompt_summary(), step.engine_taken
     notify("ceilings")
     del step
+    step_done()
     ceilings = settings.ceilings
     if ceilings is None:
         gc.collect()  # the ceilings' buffers may need the step's room, and models refer to themselves
