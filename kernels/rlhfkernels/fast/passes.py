@@ -94,20 +94,9 @@ def _run(block: Block, frame: _Frame, x: torch.Tensor, start: int, keep: Keep | 
     query, key, value = (heads.view(b, t, *heads.shape[1:]).transpose(1, 2) for heads in block.heads.split(qkv))
     if keep is not None:
         keep(index, key, value)
-    mask = masks[block.window]
+    attended = _attended(query, key, value, masks[block.window], frame.scale, start)
     if start:
-        query, x = query[:, :, start:], _from(x, b, start)
-        mask = _causal(t, x.device)[None, None] if mask is None else mask
-        mask = mask[:, :, start:]
-    attended = nn.functional.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=frame.scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+        x = _from(x, b, start)
     del qkv, query, key, value
     mixed = block.out.many(attended.transpose(1, 2).reshape(x.shape[0], -1), adapter)
     del attended
@@ -115,6 +104,32 @@ def _run(block: Block, frame: _Frame, x: torch.Tensor, start: int, keep: Keep | 
     inner = _activated(block, block.up.many(block.norm_2(middle), adapter))
     total = middle + block.down.many(inner, adapter)
     return total + mixed if block.parallel else total
+
+
+def _attended(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float, start: int
+) -> torch.Tensor:
+    """Causal attention, [b, h, t − start, e], of the positions from ``start`` on."""
+    # A GPU's kernels without a mask are so much better that they may as well attend from every position.
+    first = start if mask is not None or _masks_are_cheap(query.device) else 0
+    if first:
+        mask = _causal(key.shape[2], key.device)[None, None] if mask is None else mask
+        query, mask = query[:, :, first:], mask[:, :, first:]
+    attended = nn.functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return attended[:, :, start - first :]
+
+
+def _masks_are_cheap(device: torch.device) -> bool:
+    """Whether attention with a mask of its own is about as fast as causal attention."""
+    return device.type == "cpu"
 
 
 def _from(x: torch.Tensor, b: int, start: int) -> torch.Tensor:
