@@ -23,19 +23,10 @@ CRITIC = Pass(base="hydra", adapter="critic", roles=("critic",))
 NEAR = {"rtol": 1e-5, "atol": 1e-5}
 
 
-def shake(engine: Engine) -> None:
-    """Gives every adapter weight a value, so that an adapter that is on shows."""
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for adapters in engine.adapters.values():
-            for parameter in adapters.parameters():
-                parameter.normal_(std=0.2)
-
-
 @pytest.mark.parametrize("taken", ["plain", "fast"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_with_the_adapter_off_the_bases_outputs_come_back_bit_for_bit(
-    make_case: Callable[..., Case], architecture: str, taken: str
+    make_case: Callable[..., Case], architecture: str, taken: str, shake: Callable[[Engine], None]
 ) -> None:
     case = make_case(architecture=architecture, engine=taken)
     tokens = torch.randint(48, (2, 11))
@@ -53,7 +44,9 @@ def test_with_the_adapter_off_the_bases_outputs_come_back_bit_for_bit(
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_saved_set_is_read_by_plain_peft(make_case: Callable[..., Case], architecture: str, tmp_path: Path) -> None:
+def test_a_saved_set_is_read_by_plain_peft(
+    make_case: Callable[..., Case], architecture: str, tmp_path: Path, shake: Callable[[Engine], None]
+) -> None:
     case = make_case(architecture=architecture, lora_scaling=0.5)
     step = build_step(case)
     shake(step.engine)
@@ -68,7 +61,9 @@ def test_a_saved_set_is_read_by_plain_peft(make_case: Callable[..., Case], archi
             torch.testing.assert_close(loaded(input_ids=tokens).logits, expected, **NEAR)
 
 
-def test_a_set_of_a_headless_base_is_read_by_plain_peft(make_case: Callable[..., Case], tmp_path: Path) -> None:
+def test_a_set_of_a_headless_base_is_read_by_plain_peft(
+    make_case: Callable[..., Case], tmp_path: Path, shake: Callable[[Engine], None]
+) -> None:
     step = build_step(make_case("lora"))
     shake(step.engine)
     step.save(tmp_path)
@@ -93,7 +88,9 @@ def test_no_switch_changes_what_is_trained(make_case: Callable[..., Case], order
         assert not any(p.requires_grad for p in engine.base_parameters("hydra"))
 
 
-def test_scaling_multiplies_the_low_rank_product(make_case: Callable[..., Case]) -> None:
+def test_scaling_multiplies_the_low_rank_product(
+    make_case: Callable[..., Case], shake: Callable[[Engine], None]
+) -> None:
     tokens = torch.randint(48, (2, 11))
     hidden = []
     for scaling, factor in ((1 / 3, 3.0), (1.0, 1.0)):

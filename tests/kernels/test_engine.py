@@ -18,21 +18,15 @@ from rlhfkernels.step import PPOStep
 ARCHITECTURES = ["llama", "opt", "gpt_neox", "gpt2", "qwen2"]
 
 
-def shake(engine: Engine) -> None:
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for adapters in engine.adapters.values():
-            for parameter in adapters.parameters():
-                parameter.normal_(std=0.2)
-
-
 def scored(step: PPOStep) -> Rollout:
     rollout = step.generate(Observer())
     step.score(rollout, Observer())
     return rollout
 
 
-def test_hydras_one_pass_equals_two_separate_models(make_case: Callable[..., Case]) -> None:
+def test_hydras_one_pass_equals_two_separate_models(
+    make_case: Callable[..., Case], shake: Callable[[Engine], None]
+) -> None:
     step = build_step(make_case(reward_clip=None))
     shake(step.engine)
     rollout = scored(step)
@@ -50,7 +44,7 @@ def test_hydras_one_pass_equals_two_separate_models(make_case: Callable[..., Cas
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("kv_cache", ["preallocated", "growing"])
 def test_log_probabilities_kept_while_sampling_are_those_of_a_full_forward(
-    make_case: Callable[..., Case], architecture: str, kv_cache: str
+    make_case: Callable[..., Case], architecture: str, kv_cache: str, shake: Callable[[Engine], None]
 ) -> None:
     step = build_step(make_case(architecture=architecture, kv_cache=kv_cache))
     shake(step.engine)
@@ -74,7 +68,9 @@ def test_a_temperature_divides_the_logits_of_every_log_probability(make_case: Ca
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_padding_changes_no_number(make_case: Callable[..., Case], architecture: str) -> None:
+def test_padding_changes_no_number(
+    make_case: Callable[..., Case], architecture: str, shake: Callable[[Engine], None]
+) -> None:
     """A batch of mixed lengths gives what each row gives alone: hidden states, log-probabilities, values, scores."""
     engine = Engine(make_case(architecture=architecture))
     shake(engine)
@@ -114,7 +110,7 @@ def rollout_of(tokens: torch.Tensor, mask: torch.Tensor | None, prompt_len: int)
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_generation_from_padded_prompts_equals_generation_without_padding(
-    make_case: Callable[..., Case], architecture: str
+    make_case: Callable[..., Case], architecture: str, shake: Callable[[Engine], None]
 ) -> None:
     engine = Engine(make_case(architecture=architecture))
     shake(engine)
@@ -133,7 +129,7 @@ def test_generation_from_padded_prompts_equals_generation_without_padding(
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_actors_gradient_is_that_of_a_model_with_this_adapter_only(
-    make_case: Callable[..., Case], checkpointing: bool
+    make_case: Callable[..., Case], checkpointing: bool, shake: Callable[[Engine], None]
 ) -> None:
     step = build_step(make_case(gradient_checkpointing=checkpointing, lora_scaling=0.7))
     engine = step.engine

@@ -14,19 +14,15 @@ NEAR = {"rtol": 1e-5, "atol": 1e-5}
 COVERED = ["llama", "mistral", "opt", "gpt_neox", "gpt2", "qwen2"]
 
 
-def shake(engine: Engine) -> None:
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for adapters in engine.adapters.values():
-            for parameter in adapters.parameters():
-                parameter.normal_(std=0.2)
-
-
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("adapter", ["actor", None])
 @pytest.mark.parametrize("architecture", COVERED)
 def test_decoding_equals_the_plain_path(
-    make_case: Callable[..., Case], architecture: str, adapter: str | None, batch_size: int
+    make_case: Callable[..., Case],
+    architecture: str,
+    adapter: str | None,
+    batch_size: int,
+    shake: Callable[[Engine], None],
 ) -> None:
     case = {"architecture": architecture, "batch_size": batch_size}
     engines = [Engine(make_case(**case)), Engine(make_case(**case, engine="plain"))]
@@ -43,7 +39,9 @@ def test_decoding_equals_the_plain_path(
 
 
 @pytest.mark.parametrize("architecture", COVERED)
-def test_decoding_from_padded_prompts_equals_the_plain_path(make_case: Callable[..., Case], architecture: str) -> None:
+def test_decoding_from_padded_prompts_equals_the_plain_path(
+    make_case: Callable[..., Case], architecture: str, shake: Callable[[Engine], None]
+) -> None:
     engines = [Engine(make_case(architecture=architecture, engine=engine)) for engine in ("fast", "plain")]
     for engine in engines:
         shake(engine)
@@ -74,7 +72,7 @@ def test_the_same_seed_samples_the_same_tokens_and_trains_the_same_weights(
 
 
 def test_attending_from_every_position_gives_the_same(
-    make_case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch
+    make_case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch, shake: Callable[[Engine], None]
 ) -> None:
     """What a GPU does in the last layer, where its kernels without a mask are the better ones."""
     engine = Engine(make_case())
