@@ -58,6 +58,10 @@ class Step(Protocol):
     def engine_taken(self) -> str:
         """How the actor's trunk is run."""
 
+    @property
+    def kernels_taken(self) -> str:
+        """How the ops between the products are computed."""
+
 
 class Announcer(Observer):
     """Tells of each phase as it begins, before other observers hear of it, one after the other."""
@@ -104,7 +108,8 @@ def run_passes(case: Case, settings: MeasureSettings, notify: Notify) -> dict[st
             profiler = PhaseProfiler(settings.profile_dir, case.id, case.device)
             step.run(Announcer(notify, profiler)).check_finite()
     latency = latency_object(step.phases, steps_s, case.batch_size, reason)
-    work, prompts, engine = phase_work(step), step.prompt_summary(), step.engine_taken
+    work, prompts = phase_work(step), step.prompt_summary()
+    engine, kernels = step.engine_taken, step.kernels_taken
     notify("ceilings")
     del step
     ceilings = settings.ceilings
@@ -117,6 +122,7 @@ def run_passes(case: Case, settings: MeasureSettings, notify: Notify) -> dict[st
         "work": work_object(work, ceilings, latency),
         "prompts": prompts,
         "engine": engine,
+        "kernels": kernels,
         "ceilings": ceilings,
         "timeline": None if timeline is None else timeline.to_dict(ledger.peaks),
     }
