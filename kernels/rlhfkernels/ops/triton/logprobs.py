@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import nn
 
-from rlhfkernels.ops.triton.launch import block_of, num_warps, on_device_of
+from rlhfkernels.ops.triton.launch import block_of, on_device_of, options
 
 if TYPE_CHECKING:
     from rlhfkernels.ops.logprobs import LogitShape
@@ -178,5 +178,5 @@ def _run(
             with_slope=slope,
             with_weights=weights is not None,
             block=block,
-            num_warps=num_warps(block),
+            **options(block),
         )

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rlhfkernels.ops.triton.launch import WIDEST_ROW, block_of, num_warps, on_device_of
+from rlhfkernels.ops.triton.launch import WIDEST_ROW, block_of, on_device_of, options
 
 # A weight's gradient is summed over so many runs of rows at most, then over the runs: no atomics, the same bits always.
 _MOST_RUNS = 512
@@ -78,7 +78,7 @@ def forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Te
     y, inverse = torch.empty_like(rows), rows.new_empty(n, dtype=torch.float32)
     block = block_of(d, WIDEST_ROW)
     with on_device_of(x):
-        _forward_kernel[(n,)](rows, weight.contiguous(), y, inverse, d, eps, block=block, num_warps=num_warps(block))
+        _forward_kernel[(n,)](rows, weight.contiguous(), y, inverse, d, eps, block=block, **options(block))
     return y.view(x.shape), inverse.view(*x.shape[:-1], 1)
 
 
@@ -113,7 +113,7 @@ def backward(
             with_x=with_x,
             with_weight=with_weight,
             block=block,
-            num_warps=num_warps(block),
+            **options(block),
         )
     return grad_x.view(x.shape) if with_x else None, sums.sum(0).to(weight.dtype) if with_weight else None
 

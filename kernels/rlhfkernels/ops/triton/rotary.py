@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rlhfkernels.ops.triton.launch import block_of, num_warps, on_device_of
+from rlhfkernels.ops.triton.launch import block_of, on_device_of, options
 
 if TYPE_CHECKING:
     from rlhfkernels.ops.rotary import RotaryPart
@@ -75,5 +75,5 @@ def turn(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor, part: "Ro
             head_size=x.shape[-1] // (part.blocks * part.groups),
             half=half,
             block=block,
-            num_warps=num_warps(block),
+            **options(block),
         )

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rlhfkernels.ops.triton.launch import block_of, num_warps, on_device_of
+from rlhfkernels.ops.triton.launch import block_of, on_device_of, options
 
 _WIDEST = 1024
 
@@ -47,7 +47,7 @@ def forward(gate_up: torch.Tensor) -> torch.Tensor:
     y = gate_up.new_empty(*gate_up.shape[:-1], size)
     block, grid = _cut(y)
     with on_device_of(gate_up):
-        _forward_kernel[grid](gate_up, y, size, block=block, num_warps=num_warps(block))
+        _forward_kernel[grid](gate_up, y, size, block=block, **options(block))
     return y
 
 
@@ -57,9 +57,7 @@ def backward(grad: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
     found = torch.empty_like(gate_up)
     block, grid = _cut(grad)
     with on_device_of(gate_up):
-        _backward_kernel[grid](
-            grad.contiguous(), gate_up, found, grad.shape[-1], block=block, num_warps=num_warps(block)
-        )
+        _backward_kernel[grid](grad.contiguous(), gate_up, found, grad.shape[-1], block=block, **options(block))
     return found
 
 

@@ -31,7 +31,7 @@ def assert_near(found: torch.Tensor | None, expected: torch.Tensor | None, toler
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 3), (5, 16), (2, 3, 37), (3, 688), (2, 8192)])
+@pytest.mark.parametrize("shape", [(1, 3), (5, 16), (2, 3, 37), (2, 8192)])
 @pytest.mark.parametrize("trained", [(True, True), (True, False), (False, True)])
 def test_rms_norm(device: str, shape: tuple[int, ...], trained: tuple[bool, bool], dtype: torch.dtype) -> None:
     x = draw(*shape, dtype=dtype, device=device).requires_grad_(trained[0])
@@ -119,9 +119,10 @@ def rotated_by_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("part", [RotaryPart(1, 7, 4), RotaryPart(3, 3, 2), RotaryPart(1, 300, 200)], ids=str)
+@pytest.mark.parametrize(
+    ("part", "rows"), [(RotaryPart(1, 7, 4), 1), (RotaryPart(3, 3, 2), 2), (RotaryPart(1, 300, 200), 1)], ids=str
+)
 @pytest.mark.parametrize("size", [E, 4])
-@pytest.mark.parametrize("rows", [1, 2])
 def test_rotary(device: str, part: RotaryPart, size: int, rows: int, dtype: torch.dtype) -> None:
     angles = draw(rows, T, size // 2, device=device, seed=3).repeat(1, 1, 2)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
@@ -157,8 +158,10 @@ N, D = 5, 8
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("vocabulary", [1, 11, 9001])
-@pytest.mark.parametrize(("softcap", "scale", "temperature"), [(None, 1.0, 1.0), (3.0, 1.5, 0.7)])
+@pytest.mark.parametrize(
+    ("vocabulary", "softcap", "scale", "temperature"),
+    [(1, None, 1.0, 1.0), (11, 3.0, 1.5, 0.7), (9001, None, 1.0, 1.0), (9001, 3.0, 1.5, 0.7)],
+)
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("trained", [False, True])
 def test_logprobs(
