@@ -36,7 +36,7 @@ class Options:
             the layers where it covers the architecture, else it is ``plain``.
         kernels: how norms, activations, rotary positions (these three under the ``fast`` engine) and log-probabilities
             are computed: ``torch``, ``triton`` (on a CUDA device, where that package is installed), or ``auto``, which
-            is ``triton`` wherever it can be.
+            is ``triton`` wherever that can run.
         attention: ``sdpa`` or ``eager`` (attention matrices are made and kept, as at the paper's time).
         kv_cache: ``preallocated`` at its full length, or ``growing`` by concatenation.
         gradient_checkpointing: keep each layer's input only, and recompute the layer in the backward.

@@ -33,15 +33,34 @@ def kernels_of(case: Case) -> str:
     """``triton`` or ``torch``: what ``Options.kernels`` comes to on this machine.
 
     Raises:
-        CaseError: the package that is asked for is not installed.
+        CaseError: Triton is asked for and not installed, or cannot start a kernel.
     """
     kernels = case.options.kernels
-    package = KERNEL_PACKAGES.get(kernels)
-    if package is not None and not is_installed(package):
-        raise CaseError([f"options.kernels is {kernels!r}: it needs {package}, which is not installed."])
+    if kernels == "torch" or case.device == "cpu":
+        return "torch"
+    package = KERNEL_PACKAGES["triton"]
+    if not is_installed(package):
+        problem = f"it needs {package}, which is not installed."
+    else:
+        failure = why_not(case.device)
+        if failure is None:
+            return "triton"
+        problem = f"no kernel of it can be compiled and started here ({failure})."
     if kernels == "auto":
-        return "triton" if case.device != "cpu" and is_installed("triton") else "torch"
-    return kernels
+        return "torch"
+    raise CaseError([f"options.kernels is {kernels!r}: {problem}"])
+
+
+@functools.cache
+def why_not(device: str) -> str | None:
+    """Why Triton, though installed, cannot run on ``device``: for want of a C compiler, say; ``None`` where it can."""
+    try:
+        from rlhfkernels.ops.triton.launch import try_out
+
+        try_out(device)
+    except Exception as error:  # compilers, drivers and packages that are half there fail in every way
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    return None
 
 
 @functools.cache

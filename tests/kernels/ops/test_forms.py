@@ -38,19 +38,41 @@ def test_what_is_asked_for_is_taken_but_there_are_no_kernels_in_float64() -> Non
     assert not takes_triton(torch.zeros(1, dtype=torch.float64), "triton")
 
 
-@pytest.mark.parametrize("installed", [True, False])
-def test_a_case_says_which(monkeypatch: pytest.MonkeyPatch, installed: bool) -> None:
+@pytest.mark.parametrize(
+    ("installed", "failure", "sentence"),
+    [
+        (True, None, None),
+        (False, None, "options.kernels is 'triton': it needs triton, which is not installed."),
+        (
+            True,
+            "RuntimeError: No compiler.",
+            "options.kernels is 'triton': no kernel of it can be compiled and started here (RuntimeError: No "
+            "compiler.).",
+        ),
+    ],
+)
+def test_a_case_takes_triton_where_it_can_run(
+    monkeypatch: pytest.MonkeyPatch, installed: bool, failure: str | None, sentence: str | None
+) -> None:
     monkeypatch.setattr(forms, "is_installed", lambda package: installed)
+    monkeypatch.setattr(forms, "why_not", lambda device: failure)
+    asked = dataclasses.replace(ON_CUDA, options=Options(kernels="triton"))
     assert kernels_of(ON_CPU) == "torch"
-    assert kernels_of(ON_CUDA) == ("triton" if installed else "torch")
     assert kernels_of(dataclasses.replace(ON_CUDA, options=Options(kernels="torch"))) == "torch"
-
-
-def test_an_absent_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forms, "is_installed", lambda package: False)
+    if sentence is None:
+        assert kernels_of(ON_CUDA) == kernels_of(asked) == "triton"
+        return
+    assert kernels_of(ON_CUDA) == "torch"
     with pytest.raises(CaseError) as caught:
-        kernels_of(dataclasses.replace(ON_CUDA, options=Options(kernels="triton")))
-    assert caught.value.problems == ("options.kernels is 'triton': it needs triton, which is not installed.",)
+        kernels_of(asked)
+    assert caught.value.problems == (sentence,)
+
+
+def test_a_device_that_is_not_there_is_a_reason_of_one_line() -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    failure = forms.why_not("cuda:99")
+    assert failure is not None
+    assert "\n" not in failure
 
 
 def test_on_a_processor_the_ops_do_without_the_package() -> None:

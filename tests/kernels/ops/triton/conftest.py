@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-OPS = ("logprobs", "rms_norm", "rotary", "swiglu")
+WITH_KERNELS = ("launch", "logprobs", "rms_norm", "rotary", "swiglu")
 
 
 @pytest.fixture(scope="package")
@@ -24,7 +24,7 @@ def device() -> Iterator[str]:
         return
     if isinstance(triton.language.sum, triton.runtime.JITFunction):
         pytest.skip("triton was imported before it could be told to interpret")
-    names = [f"rlhfkernels.ops.triton.{op}" for op in OPS]
+    names = [f"rlhfkernels.ops.triton.{name}" for name in WITH_KERNELS]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         for name in names:

@@ -30,6 +30,15 @@ def assert_near(found: torch.Tensor | None, expected: torch.Tensor | None, toler
         assert (found.double() - expected).norm() <= tolerance * expected.norm()
 
 
+def test_a_kernel_is_tried_out(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rlhfkernels.ops.triton import launch
+
+    launch.try_out(device)
+    monkeypatch.setattr(launch, "_one_kernel", {(1,): lambda x, **options: None})
+    with pytest.raises(RuntimeError, match="wrote 0"):
+        launch.try_out(device)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 3), (5, 16), (2, 3, 37), (2, 8192)])
 @pytest.mark.parametrize("trained", [(True, True), (True, False), (False, True)])

@@ -10,7 +10,6 @@ import torch
 
 from rlhfkernels import Case, build_step, engine
 from rlhfkernels.fast import trunk
-from rlhfkernels.ops.triton import launch
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -43,7 +42,7 @@ def test_a_step_with_the_kernels_is_the_step_without(
 
 def _note_launches(patch: pytest.MonkeyPatch, launched: set[str]) -> None:
     """Has every op that starts a kernel put its name into ``launched``."""
-    from rlhfkernels.ops.triton import logprobs, rms_norm, rotary, swiglu
+    from rlhfkernels.ops.triton import launch, logprobs, rms_norm, rotary, swiglu
 
     for form in (logprobs, rms_norm, rotary, swiglu):
         name = Path(str(form.__file__)).stem
