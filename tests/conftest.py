@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from rlhfbench.preflight import num_cuda_devices
+
+# Triton decides as it is imported, which torch does, whether its own functions are compiled or interpreted. Without a
+# GPU they are interpreted; the variable itself lives no longer than this, so nothing that a test starts inherits it.
+with pytest.MonkeyPatch.context() as _patch, contextlib.suppress(ImportError):
+    if num_cuda_devices() == 0:
+        _patch.setenv("TRITON_INTERPRET", "1")
+    import triton  # noqa: F401
+
 import torch
 from transformers import (
     AutoModelForCausalLM,

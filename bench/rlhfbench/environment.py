@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-_PACKAGES = ("rlhfbench", "torch", "transformers", "peft", "numpy")
+_PACKAGES = ("rlhfbench", "torch", "transformers", "peft", "numpy", "triton")
 
 
 def now() -> str:

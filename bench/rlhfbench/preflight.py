@@ -17,7 +17,7 @@ from typing import Any
 
 from rlhfbench.errors import SweepError
 from rlhfbench.sweep import Sweep
-from rlhfkernels.case import OPTIMIZER_PACKAGES, vocabulary_problem
+from rlhfkernels.case import KERNEL_PACKAGES, OPTIMIZER_PACKAGES, vocabulary_problem
 from rlhfkernels.errors import ModelError, PromptsError
 from rlhfkernels.naming import unknown
 from rlhfkernels.presets import PRESETS
@@ -27,6 +27,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length")
 # Words of /proc/cpuinfo, of x86 and of Arm, any of which says that the dtype is the processor's own.
 _INSTRUCTIONS = {"bfloat16": {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}}
+# What an option asks for that another package does, by option and value.
+_PACKAGES = {"optimizer": OPTIMIZER_PACKAGES, "kernels": KERNEL_PACKAGES}
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
@@ -54,8 +56,9 @@ def check(sweep: Sweep) -> dict[str, ModelFacts]:
     facts, problems = _inspect(sweep)
     for device in dict.fromkeys(case.device for case in sweep.cases):
         problems += _check_device(device)
-    for optimizer in dict.fromkeys(case.options.optimizer for case in sweep.cases):
-        problems += _check_package(optimizer)
+    for option, packages in _PACKAGES.items():
+        for value in dict.fromkeys(getattr(case.options, option) for case in sweep.cases):
+            problems += _check_package(option, value, packages.get(value))
     for path, field in dict.fromkeys((case.options.prompts, case.options.prompt_field) for case in sweep.cases):
         if path is not None:
             try:
@@ -236,11 +239,10 @@ def _check_device(device: str) -> Iterator[str]:
         yield f"device '{device}': the installed torch is built for the CPU alone."
 
 
-def _check_package(optimizer: str) -> Iterator[str]:
-    package = OPTIMIZER_PACKAGES.get(optimizer)
+def _check_package(option: str, value: str, package: str | None) -> Iterator[str]:
     if package is not None and importlib.util.find_spec(package) is None:
         yield (
-            f"options.optimizer is {optimizer!r}: it needs {package}, which is not installed "
+            f"options.{option} is {value!r}: it needs {package}, which is not installed "
             f"(pip install {package}; planning does without it)."
         )
 

@@ -66,7 +66,8 @@ def make_record(
         case: what was asked for.
         outcome: one of ``OUTCOMES``.
         error: ``{"kind", "message", "phase"}``, ``None`` when ``ok``.
-        measured: ``memory``, ``latency``, ``work``, ``prompts`` and ``engine``, as far as they are known.
+        measured: ``memory``, ``latency``, ``work``, ``prompts``, ``engine`` and ``kernels`` (``triton`` or ``torch``:
+            what ``Options.kernels`` came to; older records lack the key), as far as they are known.
         started_at: UTC, ISO 8601.
         wall_s: seconds from asking for the case to its end.
         plan: what ``make_plan`` made; ``None``: nothing was predicted. Older records lack the key.
@@ -81,6 +82,7 @@ def make_record(
         **sections,
         "prompts": measured.get("prompts"),
         "engine": measured.get("engine"),
+        "kernels": measured.get("kernels"),
         "plan": plan,
         "started_at": started_at,
         "wall_s": wall_s,

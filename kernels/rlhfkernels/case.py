@@ -16,6 +16,8 @@ from rlhfkernels.naming import unknown
 DTYPES = ("float32", "bfloat16", "float64")
 # Optimizers that are another package's.
 OPTIMIZER_PACKAGES = {"adamw8bit": "bitsandbytes"}
+# Forms of the ops that are written for another package.
+KERNEL_PACKAGES = {"triton": "triton"}
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 
 
@@ -32,6 +34,9 @@ class Options:
         critic_head: ``trained``, or ``frozen``: the critic then reads the reward head, as the paper's code line did.
         engine: how a trunk is run: ``plain`` is transformers and PEFT themselves; ``fast`` decodes by a lean loop over
             the layers where it covers the architecture, else it is ``plain``.
+        kernels: how norms, activations, rotary positions (these three under the ``fast`` engine) and log-probabilities
+            are computed: ``torch``, ``triton`` (on a CUDA device, where that package is installed), or ``auto``, which
+            is ``triton`` wherever that can run.
         attention: ``sdpa`` or ``eager`` (attention matrices are made and kept, as at the paper's time).
         kv_cache: ``preallocated`` at its full length, or ``growing`` by concatenation.
         gradient_checkpointing: keep each layer's input only, and recompute the layer in the backward.
@@ -63,6 +68,7 @@ class Options:
     reward_model: str | None = None
     critic_head: str = "trained"
     engine: str = "fast"
+    kernels: str = "auto"
     attention: str = "sdpa"
     kv_cache: str = "preallocated"
     gradient_checkpointing: bool = False
@@ -196,6 +202,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "options.adapter_dtype": (None, *DTYPES),
     "options.critic_head": ("trained", "frozen"),
     "options.engine": ("plain", "fast"),
+    "options.kernels": ("auto", "torch", "triton"),
     "options.attention": ("sdpa", "eager"),
     "options.kv_cache": ("preallocated", "growing"),
     "options.optimizer": ("adamw", "adamw8bit", "sgd"),
@@ -228,7 +235,7 @@ def _problems(case: Case) -> list[str]:
         if _value(case, field) is not None:
             found += _check_integer(field, _value(case, field), least)
     found += _check_numbers(case)
-    return found or [*_check_batches(case), *_check_optimizer(case), *_check_reward_model(case)]
+    return found or [*_check_batches(case), *_check_optimizer(case), *_check_kernels(case), *_check_reward_model(case)]
 
 
 def _check_integer(field: str, value: object, least: int) -> list[str]:
@@ -276,6 +283,18 @@ def _check_optimizer(case: Case) -> list[str]:
         package = OPTIMIZER_PACKAGES[optimizer]
         return [f"options.optimizer is {optimizer!r}: {package} has no float64, so dtype must be float32 or bfloat16."]
     return []
+
+
+def _check_kernels(case: Case) -> list[str]:
+    kernels = case.options.kernels
+    if kernels != "triton":
+        return []
+    found = []
+    if case.device == "cpu":
+        found.append(f"options.kernels is {kernels!r}: it needs a CUDA device, so device must not be 'cpu'.")
+    if case.dtype == "float64":
+        found.append(f"options.kernels is {kernels!r}: it has no float64, so dtype must be float32 or bfloat16.")
+    return found
 
 
 def _check_reward_model(case: Case) -> list[str]:

@@ -20,6 +20,7 @@ from rlhfkernels.heads import LmHead, ScalarHead
 from rlhfkernels.methods import Origin, Pass, RoleName
 from rlhfkernels.models import LoadedModel, clone_module, load_model
 from rlhfkernels.observer import Observer
+from rlhfkernels.ops.forms import kernels_of
 from rlhfkernels.ops.logprobs import token_logprobs
 from rlhfkernels.rollout import Rollout
 from rlhfkernels.sampling import sample
@@ -52,6 +53,7 @@ class Engine:
         self.with_weights = with_weights
         self.method = case.role_table
         self.device = torch.device(case.device)
+        self.kernels = kernels_of(case)
         self.models = self._load_models(with_weights)
         self.adapters = {base: self._attach(base) for base in self.method.bases}
         make_trunk = _TRUNKS[case.options.engine]
@@ -184,6 +186,7 @@ class Engine:
             temperature=self.case.options.temperature,
             chunk=self.case.options.logprob_chunk,
             entropy=entropy,
+            kernels=self.kernels,
         )
         return logprobs.view(b, c), None if entropies is None else entropies.view(b, c)
 

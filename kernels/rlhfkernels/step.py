@@ -128,6 +128,11 @@ class PPOStep:
         """How the actor's trunk is run: as ``Options.engine`` asks, or ``plain`` where that does not cover it."""
         return self.engine.trunks[self.engine.method.roles["actor"].base].name
 
+    @property
+    def kernels_taken(self) -> str:
+        """How the ops between the products are computed: ``triton`` or ``torch``; see ``Options.kernels``."""
+        return self.engine.kernels
+
     def prompt_summary(self) -> dict[str, Any]:
         """The ``prompts`` object of a record."""
         return self._prompts.summary()

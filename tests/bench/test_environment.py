@@ -17,7 +17,7 @@ def test_everything_is_named_and_fits_into_json():
     assert json.loads(json.dumps(found)) == found
     assert found["argv"] == ["rlhfbench", "run"]
     assert found["python"] == platform.python_version()
-    assert set(found["versions"]) == {"rlhfbench", "torch", "transformers", "peft", "numpy"}
+    assert set(found["versions"]) == {"rlhfbench", "torch", "transformers", "peft", "numpy", "triton"}
     assert all(found["versions"].values())
     assert found["num_threads"] == 3
     assert found["cpu"]["num_usable_cores"] == len(os.sched_getaffinity(0))

@@ -182,6 +182,19 @@ def test_an_optimizer_of_a_package_that_is_not_installed(monkeypatch):
     preflight.check_models(Sweep.from_spec({**GRID, "options": {"optimizer": "adamw8bit"}}))
 
 
+def test_kernels_of_a_package_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(preflight, "num_cuda_devices", lambda: 1)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.11.0+cu128")
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
+    spec = {"device": "cuda", "options": {"kernels": "triton"}}
+    assert problems(**spec) == (
+        "options.kernels is 'triton': it needs triton, which is not installed "
+        "(pip install triton; planning does without it).",
+    )
+    preflight.check_models(Sweep.from_spec({**GRID, **spec}))
+    assert preflight.check(Sweep.from_spec({**GRID, "device": "cuda"}))  # ``auto`` asks for nothing
+
+
 def test_prompts_are_read_before_anything_runs(tmp_path):
     (problem,) = problems(options={"prompts": str(tmp_path / "absent.jsonl")})
     assert "cannot be read: No such file" in problem

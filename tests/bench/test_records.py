@@ -24,8 +24,8 @@ def append(folder, *records):
 def test_a_record_has_every_key_and_none_for_what_is_not_known():
     made = record("oom")
     assert set(made) == {
-        "schema", "case", "outcome", "error", "memory", "latency", "work", "prompts", "engine", "plan",
-            "started_at", "wall_s",
+        "schema", "case", "outcome", "error", "memory", "latency", "work", "prompts", "engine", "kernels",
+            "plan", "started_at", "wall_s",
     }  # fmt: skip
     assert made["schema"] == 1
     assert Case.from_dict(made["case"]) == CASE

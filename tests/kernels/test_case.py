@@ -21,6 +21,12 @@ def test_a_case_survives_json() -> None:
     assert again.id == case.id
 
 
+def test_a_case_of_an_old_record_takes_the_default_of_an_option_that_came_later() -> None:
+    data = Case(**GOOD).to_dict()
+    del data["options"]["kernels"]
+    assert Case.from_dict(data).options.kernels == "auto"
+
+
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Case) if f.name in ("seed", "lora_rank")])
 def test_the_id_depends_on_every_number(field: str) -> None:
     case = Case(**GOOD)
@@ -60,6 +66,15 @@ def test_the_id_is_stable() -> None:
             {"dtype": "float64", "options": Options(optimizer="adamw8bit")},
             "options.optimizer is 'adamw8bit': bitsandbytes has no float64, so dtype must be float32 or bfloat16.",
         ),
+        (
+            {"options": Options(kernels="triton")},
+            "options.kernels is 'triton': it needs a CUDA device, so device must not be 'cpu'.",
+        ),
+        (
+            {"device": "cuda", "dtype": "float64", "options": Options(kernels="triton")},
+            "options.kernels is 'triton': it has no float64, so dtype must be float32 or bfloat16.",
+        ),
+        ({"options": Options(kernels="trition")}, "options.kernels 'trition' is unknown: did you mean 'triton'"),
         (
             {"options": Options(reward_model="tiny")},
             "options.reward_model is 'tiny': method 'hydra' has no base of its own for the reward (it shares the "

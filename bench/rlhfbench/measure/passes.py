@@ -59,6 +59,10 @@ class Step(Protocol):
     def engine_taken(self) -> str:
         """How the actor's trunk is run."""
 
+    @property
+    def kernels_taken(self) -> str:
+        """How the ops between the products are computed."""
+
 
 # Views of memory from outside the ledger; what is not there to be asked is nothing.
 OUTER_VIEWS = (
@@ -117,7 +121,8 @@ def run_passes(
             profiler = PhaseProfiler(settings.profile_dir, case.id, case.device)
             step.run(Announcer(notify, profiler)).check_finite()
     latency = latency_object(step.phases, steps_s, case.batch_size, reason)
-    work, prompts, engine = phase_work(step), step.prompt_summary(), step.engine_taken
+    work, prompts = phase_work(step), step.prompt_summary()
+    engine, kernels = step.engine_taken, step.kernels_taken
     notify("ceilings")
     del step
     step_done()
@@ -131,6 +136,7 @@ def run_passes(
         "work": work_object(work, ceilings, latency),
         "prompts": prompts,
         "engine": engine,
+        "kernels": kernels,
         "ceilings": ceilings,
         "timeline": None if timeline is None else timeline.to_dict(ledger.peaks),
     }

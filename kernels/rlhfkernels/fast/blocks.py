@@ -181,6 +181,7 @@ class Blocks:
         layers: the layers.
         norm: after the last layer.
         scale: of the attention scores.
+        kernels: how the ops between the products are computed, as in ``takes_triton``.
     """
 
     embed: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -188,6 +189,7 @@ class Blocks:
     layers: list[Block]
     norm: Callable[[torch.Tensor], torch.Tensor]
     scale: float
+    kernels: str
 
 
 _gelu_tanh = functools.partial(nn.functional.gelu, approximate="tanh")
@@ -199,7 +201,7 @@ def _head_size(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _llama(trunk: Any) -> Blocks | None:
+def _llama(trunk: Any, kernels: str) -> Blocks | None:
     config = trunk.config
     if getattr(trunk.rotary_emb, "rope_type", "default") in _MOVING_ROTARY:
         return None
@@ -210,11 +212,11 @@ def _llama(trunk: Any) -> Blocks | None:
         attention, mlp = layer.self_attn, layer.mlp
         layers.append(
             Block(
-                norm_1=_rms_norm(layer.input_layernorm),
+                norm_1=_rms_norm(layer.input_layernorm, kernels),
                 qkv=Projection([attention.q_proj, attention.k_proj, attention.v_proj]),
                 heads=heads,
                 out=Projection([attention.o_proj]),
-                norm_2=_rms_norm(layer.post_attention_layernorm),
+                norm_2=_rms_norm(layer.post_attention_layernorm, kernels),
                 up=Projection([mlp.gate_proj, mlp.up_proj]),
                 activation=_activation(mlp.act_fn),
                 gated=True,
@@ -226,8 +228,9 @@ def _llama(trunk: Any) -> Blocks | None:
         embed=lambda tokens, positions: trunk.embed_tokens(tokens),
         rotary=trunk.rotary_emb,
         layers=layers,
-        norm=_rms_norm(trunk.norm),
+        norm=_rms_norm(trunk.norm, kernels),
         scale=size**-0.5,
+        kernels=kernels,
     )
 
 
@@ -237,9 +240,9 @@ def _window(attention: Any, config: Any) -> int | None:
     return getattr(found, "sliding_window", None)
 
 
-def _rms_norm(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+def _rms_norm(module: Any, kernels: str) -> Callable[[torch.Tensor], torch.Tensor]:
     """The module's norm, without the copies that it makes and keeps."""
-    return lambda x: rms_norm(x, module.weight, module.variance_epsilon)
+    return lambda x: rms_norm(x, module.weight, module.variance_epsilon, kernels=kernels)
 
 
 def _activation(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -249,7 +252,7 @@ def _activation(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     return _gelu_tanh if isinstance(module, NewGELUActivation) else module
 
 
-def _gpt_neox(trunk: Any) -> Blocks | None:
+def _gpt_neox(trunk: Any, kernels: str) -> Blocks | None:
     config = trunk.config
     size = config.hidden_size // config.num_attention_heads
     layers = [
@@ -273,10 +276,11 @@ def _gpt_neox(trunk: Any) -> Blocks | None:
         layers=layers,
         norm=trunk.final_layer_norm,
         scale=size**-0.5,
+        kernels=kernels,
     )
 
 
-def _opt(trunk: Any) -> Blocks | None:
+def _opt(trunk: Any, kernels: str) -> Blocks | None:
     decoder, config = trunk.decoder, trunk.config
     if not config.do_layer_norm_before or decoder.project_in is not None or decoder.final_layer_norm is None:
         return None
@@ -307,10 +311,11 @@ def _opt(trunk: Any) -> Blocks | None:
         layers=layers,
         norm=decoder.final_layer_norm,
         scale=size**-0.5,
+        kernels=kernels,
     )
 
 
-def _gpt2(trunk: Any) -> Blocks | None:
+def _gpt2(trunk: Any, kernels: str) -> Blocks | None:
     config = trunk.config
     if not config.scale_attn_weights or config.scale_attn_by_inverse_layer_idx or config.add_cross_attention:
         return None
@@ -335,11 +340,12 @@ def _gpt2(trunk: Any) -> Blocks | None:
         layers=layers,
         norm=trunk.ln_f,
         scale=size**-0.5,
+        kernels=kernels,
     )
 
 
 # How each architecture that the fast path covers is read. ``None`` from a reader: this configuration it does not know.
-READERS: dict[str, Callable[[Any], Blocks | None]] = {
+READERS: dict[str, Callable[[Any, str], Blocks | None]] = {
     "llama": _llama,
     "mistral": _llama,
     "qwen2": _llama,
@@ -349,7 +355,12 @@ READERS: dict[str, Callable[[Any], Blocks | None]] = {
 }
 
 
-def read_blocks(trunk: Any) -> Blocks | None:
-    """The layers of ``trunk`` for the fast path, or ``None`` where it does not cover the model."""
+def read_blocks(trunk: Any, kernels: str) -> Blocks | None:
+    """The layers of ``trunk`` for the fast path, or ``None`` where it does not cover the model.
+
+    Args:
+        trunk: the model.
+        kernels: see ``Blocks``.
+    """
     reader = READERS.get(trunk.config.model_type)
-    return None if reader is None else reader(trunk)
+    return None if reader is None else reader(trunk, kernels)

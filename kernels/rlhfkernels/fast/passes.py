@@ -32,6 +32,7 @@ class _Frame(NamedTuple):
         b, t: the batch.
         scale: of the attention scores.
         adapter: the adapter set that is on.
+        kernels: see ``Blocks``.
         turns: rotary cosines and signed sines, [1 or b, t, s] each.
         masks: by window, who may look at whom, [1 or b, 1, t, t]; ``None`` where it is everyone at those before.
     """
@@ -40,6 +41,7 @@ class _Frame(NamedTuple):
     t: int
     scale: float
     adapter: str | None
+    kernels: str
     turns: tuple[torch.Tensor, torch.Tensor] | None
     masks: dict[int | None, torch.Tensor | None]
 
@@ -74,7 +76,7 @@ def run_blocks(
     x = blocks.embed(tokens, ids).view(b * t, -1)
     windows = {block.window for block in blocks.layers}
     masks = {window: _mask(attention_mask, tokens, window) for window in windows}
-    frame = _Frame(b, t, blocks.scale, adapter, _turns(blocks, x, ids), masks)
+    frame = _Frame(b, t, blocks.scale, adapter, blocks.kernels, _turns(blocks, x, ids), masks)
     last = len(blocks.layers) - 1
     for index, block in enumerate(blocks.layers):
         arguments = (block, frame, x, start if index == last else 0)
@@ -87,10 +89,10 @@ def run_blocks(
 
 def _run(block: Block, frame: _Frame, x: torch.Tensor, start: int, keep: Keep | None, index: int) -> torch.Tensor:
     """One layer: [m, d] to [b (t − start), d]."""
-    b, t, _, adapter, turns, masks = frame
+    b, t, _, adapter, kernels, turns, masks = frame
     qkv = block.qkv.many(block.norm_1(x), adapter)
     if turns is not None:
-        qkv = rotary_(qkv, *turns, block.heads.rotary_part)
+        qkv = rotary_(qkv, *turns, block.heads.rotary_part, kernels=kernels)
     query, key, value = (heads.view(b, t, *heads.shape[1:]).transpose(1, 2) for heads in block.heads.split(qkv))
     if keep is not None:
         keep(index, key, value)
@@ -101,7 +103,7 @@ def _run(block: Block, frame: _Frame, x: torch.Tensor, start: int, keep: Keep | 
     mixed = block.out.many(attended.transpose(1, 2).reshape(x.shape[0], -1), adapter)
     del attended
     middle = x if block.parallel else x + mixed
-    inner = _activated(block, block.up.many(block.norm_2(middle), adapter))
+    inner = _activated(block, block.up.many(block.norm_2(middle), adapter), kernels)
     total = middle + block.down.many(inner, adapter)
     return total + mixed if block.parallel else total
 
@@ -137,11 +139,11 @@ def _from(x: torch.Tensor, b: int, start: int) -> torch.Tensor:
     return x.view(b, -1, x.shape[-1])[:, start:].reshape(-1, x.shape[-1])
 
 
-def _activated(block: Block, up: torch.Tensor) -> torch.Tensor:
+def _activated(block: Block, up: torch.Tensor, kernels: str) -> torch.Tensor:
     if not block.gated:
         return block.activation(up)
     if block.activation is nn.functional.silu:
-        return swiglu(up)
+        return swiglu(up, kernels=kernels)
     gate, rest = up.chunk(2, dim=-1)
     return block.activation(gate) * rest
 

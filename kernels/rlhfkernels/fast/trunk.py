@@ -11,6 +11,7 @@ from rlhfkernels.fast.decoding import FastDecoder
 from rlhfkernels.fast.passes import run_blocks
 from rlhfkernels.models import LoadedModel
 from rlhfkernels.observer import Observer
+from rlhfkernels.ops.forms import kernels_of
 from rlhfkernels.trunk import Decoder, PlainTrunk
 
 
@@ -51,7 +52,7 @@ class FastTrunk(PlainTrunk):
 def make_fast_trunk(case: Case, model: LoadedModel, adapters: Adapters) -> PlainTrunk:
     """The fast path where it covers the model and the case's options, else the plain one; ``name`` says which."""
     if case.options.attention == "sdpa" and case.options.kv_cache == "preallocated":
-        blocks = read_blocks(model.trunk)
+        blocks = read_blocks(model.trunk, kernels_of(case))
         if blocks is not None:
             return FastTrunk(case, model, adapters, blocks)
     return PlainTrunk(case, model, adapters)

@@ -10,12 +10,14 @@ Shapes: n = positions, d = hidden size, v = vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from rlhfkernels.heads import LmHead, shape_logits
+from rlhfkernels.ops.forms import takes_triton
 
 
 def token_logprobs_reference(
@@ -45,6 +47,7 @@ def token_logprobs(
     temperature: float = 1.0,
     chunk: int = 128,
     entropy: bool = False,
+    kernels: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The chunked form of ``token_logprobs_reference``, with the same gradients.
 
@@ -55,6 +58,7 @@ def token_logprobs(
         temperature: divides the logits.
         chunk: positions whose logits exist at one time; 0 is all of them, through plain autograd.
         entropy: also return the entropies.
+        kernels: as in ``takes_triton``.
 
     Returns:
         Log-probabilities [n], and entropies [n] or ``None``, in nats, in float32 or wider.
@@ -63,18 +67,32 @@ def token_logprobs(
         logprobs, entropies = token_logprobs_reference(hidden, head, targets, temperature=temperature)
         return logprobs, entropies if entropy else None
     outputs = _ChunkedLogprobs.apply(  # type: ignore[no-untyped-call]
-        hidden, head.weight, head.bias, targets, head.scale, head.softcap, temperature, chunk, entropy
+        hidden,
+        head.weight,
+        head.bias,
+        targets,
+        LogitShape(head.scale, head.softcap, temperature),
+        chunk,
+        entropy,
+        _form(hidden, kernels),
     )
     return outputs if entropy else (outputs[0], None)
 
 
-class _Shape:
-    """How raw products become logits, and gradients of logits gradients of raw products."""
+class LogitShape(NamedTuple):
+    """How raw products become logits, and gradients of logits gradients of raw products.
 
-    def __init__(self, scale: float, softcap: float | None, temperature: float) -> None:
-        self.scale, self.softcap, self.temperature = scale, softcap, temperature
+    Attributes:
+        scale, softcap: as in ``LmHead``.
+        temperature: divides the logits.
+    """
+
+    scale: float
+    softcap: float | None
+    temperature: float
 
     def logits(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Hidden states [n, d] to logits [n, v], in float32 or wider."""
         logits = shape_logits(nn.functional.linear(hidden, weight, bias), self.scale, self.softcap)
         return logits if self.temperature == 1.0 else logits.div_(self.temperature)
 
@@ -86,6 +104,21 @@ class _Shape:
         return grad if factor == 1.0 else grad.mul_(factor)
 
 
+class _Form(NamedTuple):
+    """What is done with a chunk: see ``read`` and ``slope``."""
+
+    read: Callable[..., None]
+    slope: Callable[..., torch.Tensor]
+
+
+def _form(hidden: torch.Tensor, kernels: str) -> _Form:
+    if takes_triton(hidden, kernels):
+        from rlhfkernels.ops.triton import logprobs as form
+
+        return _Form(form.read, form.slope)
+    return _Form(read, slope)
+
+
 class _ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -94,13 +127,11 @@ class _ChunkedLogprobs(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         targets: torch.Tensor,
-        scale: float,
-        softcap: float | None,
-        temperature: float,
+        shape: LogitShape,
         chunk: int,
         with_entropy: bool,
+        form: _Form,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        shape = _Shape(scale, softcap, temperature)
         n = hidden.shape[0]
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         logprobs = hidden.new_empty(n, dtype=wide)
@@ -111,15 +142,17 @@ class _ChunkedLogprobs(torch.autograd.Function):
         slopes = [torch.empty_like(hidden) for _ in range(1 + with_entropy)] if eager else []
         for start in range(0, n, chunk):
             rows = slice(start, start + chunk)
-            logits = shape.logits(hidden[rows], weight, bias)
-            logits -= torch.logsumexp(logits, -1, keepdim=True)
-            logprobs[rows] = logits.gather(-1, targets[rows, None]).squeeze(-1)
-            if entropies is not None:
-                entropies[rows] = -(logits.exp() * logits).sum(-1)
-            if eager:
-                _write_slopes(slopes, rows, logits, hidden, weight, bias, targets, entropies, shape)
-            del logits
-        ctx.shape, ctx.chunk, ctx.eager, ctx.with_entropy = shape, chunk, eager, with_entropy
+            form.read(
+                shape,
+                hidden[rows],
+                weight,
+                bias,
+                targets[rows],
+                logprobs[rows],
+                None if entropies is None else entropies[rows],
+                [slope[rows] for slope in slopes],
+            )
+        ctx.shape, ctx.chunk, ctx.eager, ctx.with_entropy, ctx.form = shape, chunk, eager, with_entropy, form
         if eager:
             ctx.save_for_backward(*slopes)
         elif any(ctx.needs_input_grad[:3]):
@@ -130,7 +163,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         grad_logprobs = grads[0]
         grad_entropies = grads[1] if ctx.with_entropy else None
-        empty: tuple[None, ...] = (None,) * 6
+        empty: tuple[None, ...] = (None,) * 5
         if ctx.eager:
             slopes = ctx.saved_tensors
             grad_hidden = slopes[0] * grad_logprobs[:, None].to(slopes[0].dtype)
@@ -144,11 +177,16 @@ class _ChunkedLogprobs(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias) if bias_needed else None
         for start in range(0, hidden.shape[0], ctx.chunk):
             rows = slice(start, start + ctx.chunk)
-            raw, logprobs = _raw_and_logprobs(ctx.shape, hidden[rows], weight, bias)
-            grad = _logprob_slope(logprobs, targets[rows]).mul_(grad_logprobs[rows, None])
-            if grad_entropies is not None:
-                grad += _entropy_slope(logprobs, entropies[rows]).mul_(grad_entropies[rows, None])
-            grad = ctx.shape.backward_(grad, raw).to(hidden.dtype)
+            grad = ctx.form.slope(
+                ctx.shape,
+                hidden[rows],
+                weight,
+                bias,
+                targets[rows],
+                None if grad_entropies is None else entropies[rows],
+                grad_logprobs[rows],
+                None if grad_entropies is None else grad_entropies[rows],
+            )
             if grad_hidden is not None:
                 grad_hidden[rows] = grad @ weight
             if grad_weight is not None:
@@ -158,11 +196,73 @@ class _ChunkedLogprobs(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, *empty
 
 
-def _raw_and_logprobs(
-    shape: _Shape, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def read(
+    shape: LogitShape,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    logprobs: torch.Tensor,
+    entropies: torch.Tensor | None,
+    slopes: list[torch.Tensor],
+) -> None:
+    """Fills in what is asked of a chunk, without a graph.
+
+    Args:
+        shape: how its products become logits.
+        hidden: [n, d].
+        weight: [v, d].
+        bias: [v] or ``None``.
+        targets: [n].
+        logprobs: [n], filled in.
+        entropies: [n], filled in, or ``None``.
+        slopes: the gradients of the log-probabilities, and of the entropies where these are asked for, with respect to
+            the hidden states, [n, d] each, filled in; or none.
+    """
     logits = shape.logits(hidden, weight, bias)
-    return logits, torch.log_softmax(logits, dim=-1)
+    logits -= torch.logsumexp(logits, -1, keepdim=True)
+    logprobs.copy_(logits.gather(-1, targets[:, None]).squeeze(-1))
+    if entropies is not None:
+        entropies.copy_(-(logits.exp() * logits).sum(-1))
+    if slopes:
+        raw = shape.logits(hidden, weight, bias) if shape.softcap is not None else logits
+        if entropies is not None:
+            grad = _entropy_slope(logits, entropies)
+            slopes[1].copy_(shape.backward_(grad, raw).to(hidden.dtype) @ weight)
+            del grad
+        grad = shape.backward_(_logprob_slope(logits, targets), raw)
+        slopes[0].copy_(grad.to(hidden.dtype) @ weight)
+
+
+def slope(
+    shape: LogitShape,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    entropies: torch.Tensor | None,
+    grad_logprobs: torch.Tensor,
+    grad_entropies: torch.Tensor | None,
+) -> torch.Tensor:
+    """The gradient of a chunk's raw products [n, v], in their dtype, without a graph.
+
+    Args:
+        shape: how its products become logits.
+        hidden: [n, d].
+        weight: [v, d].
+        bias: [v] or ``None``.
+        targets: [n].
+        entropies: [n], where they have a gradient.
+        grad_logprobs: [n].
+        grad_entropies: [n] or ``None``.
+    """
+    logits = shape.logits(hidden, weight, bias)
+    logprobs = torch.log_softmax(logits, dim=-1)
+    grad = _logprob_slope(logprobs, targets).mul_(grad_logprobs[:, None])
+    if grad_entropies is not None:
+        assert entropies is not None
+        grad += _entropy_slope(logprobs, entropies).mul_(grad_entropies[:, None])
+    return shape.backward_(grad, logits).to(hidden.dtype)
 
 
 def _logprob_slope(logprobs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -174,23 +274,3 @@ def _logprob_slope(logprobs: torch.Tensor, targets: torch.Tensor) -> torch.Tenso
 def _entropy_slope(logprobs: torch.Tensor, entropies: torch.Tensor) -> torch.Tensor:
     """d H / d logits = −p · (log p + H), [n, v]."""
     return logprobs.exp().mul_(logprobs + entropies[:, None]).neg_()
-
-
-def _write_slopes(
-    slopes: list[torch.Tensor],
-    rows: slice,
-    logprobs: torch.Tensor,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor,
-    entropies: torch.Tensor | None,
-    shape: _Shape,
-) -> None:
-    """The gradients of this chunk's outputs with respect to its hidden states, [rows, d] each."""
-    raw = shape.logits(hidden[rows], weight, bias) if shape.softcap is not None else logprobs
-    if entropies is not None:
-        slope = _entropy_slope(logprobs, entropies[rows])
-        slopes[1][rows] = shape.backward_(slope, raw).to(hidden.dtype) @ weight
-    slope = shape.backward_(_logprob_slope(logprobs, targets[rows]), raw)
-    slopes[0][rows] = slope.to(hidden.dtype) @ weight

@@ -5,9 +5,12 @@ Shapes: n = rows, d = hidden size.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
+
+from rlhfkernels.ops.forms import takes_triton
 
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -25,12 +28,35 @@ def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tor
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """The fast form of ``rms_norm_reference``, with the same gradients."""
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, kernels: str = "auto") -> torch.Tensor:
+    """The fast form of ``rms_norm_reference``, with the same gradients; ``kernels`` as in ``takes_triton``."""
+    form = _form(x, kernels)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        normalised: torch.Tensor = _RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+        normalised: torch.Tensor = _RmsNorm.apply(x, weight, eps, form)  # type: ignore[no-untyped-call]
         return normalised
-    return _scaled(x, _inverse_rms(x, eps), weight)
+    return form.forward(x, weight, eps)[0]
+
+
+class _Form(NamedTuple):
+    """How it is computed.
+
+    Attributes:
+        forward: (x, weight, eps) to the result and to 1 / √(mean x² + eps), [..., 1].
+        backward: (gradient, x, weight, what ``forward`` gave beside the result, whether the gradients of x and of
+            weight are needed) to these two.
+    """
+
+    forward: Callable[[torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]
+    backward: Callable[..., tuple[torch.Tensor | None, torch.Tensor | None]]
+
+
+def _form(x: torch.Tensor, kernels: str) -> _Form:
+    if takes_triton(x, kernels):
+        from rlhfkernels.ops.triton import rms_norm as form
+
+        if form.covers(x):
+            return _Form(form.forward, form.backward)
+    return _TORCH
 
 
 def _inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
@@ -45,23 +71,36 @@ def _scaled(x: torch.Tensor, inverse: torch.Tensor, weight: torch.Tensor) -> tor
     return (normalised if normalised.dtype == x.dtype else normalised.to(x.dtype)).mul_(weight)
 
 
+def _forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    inverse = _inverse_rms(x, eps)
+    return _scaled(x, inverse, weight), inverse
+
+
+def _backward(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor, needed: tuple[bool, bool]
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    grad_x = grad_weight = None
+    if needed[1]:
+        grad_weight = (x * inverse).to(x.dtype).mul_(grad).flatten(0, -2).sum(0)
+    if needed[0]:
+        # With u = x · inverse: dx = inverse · (g − u · mean(g · u)), g = grad · weight.
+        scaled = (grad * weight).to(inverse.dtype)
+        mean = torch.linalg.vecdot(scaled, x.to(inverse.dtype))[..., None].mul_(inverse.square()).div_(x.shape[-1])
+        grad_x = scaled.addcmul_(mean, x.to(inverse.dtype), value=-1).mul_(inverse).to(x.dtype)
+    return grad_x, grad_weight
+
+
+_TORCH = _Form(_forward, _backward)
+
+
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        inverse = _inverse_rms(x, eps)
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, form: _Form) -> torch.Tensor:
+        normalised, inverse = form.forward(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
-        return _scaled(x, inverse, weight)
+        ctx.form = form
+        return normalised
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        x, weight, inverse = ctx.saved_tensors
-        (grad,) = grads
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = (x * inverse).to(x.dtype).mul_(grad).flatten(0, -2).sum(0)
-        if ctx.needs_input_grad[0]:
-            # With u = x · inverse: dx = inverse · (g − u · mean(g · u)), g = grad · weight.
-            scaled = (grad * weight).to(inverse.dtype)
-            mean = torch.linalg.vecdot(scaled, x.to(inverse.dtype))[..., None].mul_(inverse.square()).div_(x.shape[-1])
-            grad_x = scaled.addcmul_(mean, x.to(inverse.dtype), value=-1).mul_(inverse).to(x.dtype)
-        return grad_x, grad_weight, None
+        return *ctx.form.backward(grads[0], *ctx.saved_tensors, ctx.needs_input_grad[:2]), None, None

@@ -5,9 +5,12 @@ Shapes: m = positions of all rows, t = of one row, n = numbers of a position, e 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+
+from rlhfkernels.ops.forms import takes_triton
 
 
 def rotary_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -45,7 +48,9 @@ class RotaryPart(NamedTuple):
     rotated: int
 
 
-def rotary_(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor, part: RotaryPart) -> torch.Tensor:
+def rotary_(
+    x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor, part: RotaryPart, *, kernels: str = "auto"
+) -> torch.Tensor:
     """Rotates a part of ``x`` in place, with the gradient of ``rotary_reference`` there and of nothing elsewhere.
 
     Args:
@@ -53,15 +58,30 @@ def rotary_(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor, part: 
         cos: [1 or m / t, t, s]; row i of ``x`` is position i mod t.
         signed_sin: like ``cos``, of ``signed``.
         part: what is rotated.
+        kernels: as in ``takes_triton``.
 
     Returns:
         ``x``.
     """
+    turn = _form(x, kernels)
     if torch.is_grad_enabled() and x.requires_grad:
-        rotated: torch.Tensor = _Rotary.apply(x, cos, signed_sin, part)  # type: ignore[no-untyped-call]
+        rotated: torch.Tensor = _Rotary.apply(x, cos, signed_sin, part, turn)  # type: ignore[no-untyped-call]
         return rotated
-    _turn(x, cos, signed_sin, part, 1.0)
+    turn(x, cos, signed_sin, part, 1.0)
     return x
+
+
+# Rotates in place by the tables, or back by them where its last argument is -1.
+_Turn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, RotaryPart, float], None]
+
+
+def _form(x: torch.Tensor, kernels: str) -> _Turn:
+    if takes_triton(x, kernels):
+        from rlhfkernels.ops.triton import rotary as form
+
+        if form.covers(x):
+            return form.turn
+    return _turn
 
 
 def _turn(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor, part: RotaryPart, way: float) -> None:
@@ -74,12 +94,12 @@ def _turn(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor, part: Ro
 class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor, part: RotaryPart
+        ctx: Any, x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor, part: RotaryPart, turn: _Turn
     ) -> torch.Tensor:
-        _turn(x, cos, signed_sin, part, 1.0)
+        turn(x, cos, signed_sin, part, 1.0)
         ctx.mark_dirty(x)
         ctx.save_for_backward(cos, signed_sin)
-        ctx.part = part
+        ctx.part, ctx.turn = part, turn
         return x
 
     @staticmethod
@@ -88,5 +108,5 @@ class _Rotary(torch.autograd.Function):
         # A copy: what autograd hands out may be somebody else's as well.
         grad = grads[0].clone(memory_format=torch.contiguous_format)
         # The inverse of a rotation is the rotation the other way.
-        _turn(grad, cos, signed_sin, ctx.part, -1.0)
-        return grad, None, None, None
+        ctx.turn(grad, cos, signed_sin, ctx.part, -1.0)
+        return grad, None, None, None, None

@@ -63,6 +63,7 @@ class FakeStep:
         return [self.weight]
 
     engine_taken = "fast"
+    kernels_taken = "torch"
 
     def prompt_summary(self):
         return {"source": "random", "num_prompts": None, "num_truncated": 0}
@@ -95,7 +96,7 @@ def test_the_passes_in_their_order(fake, tmp_path):
     phases = [f"phase:{phase.name}" for phase in PHASES]
     assert told == ["build", "warm-up", *phases, "timing", "memory", *phases, "profile", *phases, "ceilings"]
     assert json.loads(json.dumps(result)) == result
-    assert set(result) == {"memory", "latency", "work", "prompts", "engine", "ceilings", "timeline"}
+    assert set(result) == {"memory", "latency", "work", "prompts", "engine", "kernels", "ceilings", "timeline"}
     assert result["prompts"] == step.prompt_summary()
     assert result["ceilings"] == CEILINGS
     assert result["timeline"] is None

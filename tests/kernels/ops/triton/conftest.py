@@ -1,0 +1,35 @@
+"""Where the Triton forms are tested: compiled on a GPU, else by Triton's interpreter on the processor."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+WITH_KERNELS = ("launch", "logprobs", "rms_norm", "rotary", "swiglu")
+
+
+@pytest.fixture(scope="package")
+def device() -> Iterator[str]:
+    """The device whose tensors the Triton forms take here.
+
+    Whether a kernel is interpreted is decided where it is defined: they are defined anew for these tests.
+    """
+    triton = pytest.importorskip("triton", reason="triton is not installed")
+    if torch.cuda.is_available():
+        yield "cuda"
+        return
+    if isinstance(triton.language.sum, triton.runtime.JITFunction):
+        pytest.skip("triton was imported before it could be told to interpret")
+    names = [f"rlhfkernels.ops.triton.{name}" for name in WITH_KERNELS]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        for name in names:
+            sys.modules.pop(name, None)
+            importlib.import_module(name)
+        yield "cpu"
+    for name in names:
+        del sys.modules[name]
