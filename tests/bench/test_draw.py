@@ -43,6 +43,17 @@ def test_everything_is_drawn_from_the_records_alone(tmp_path, outcomes):
     assert console.export_text().count("OOM") >= outcomes.count("oom")
 
 
+def test_a_gain_is_written_where_the_records_hold_one(tmp_path):
+    with RecordsFile(tmp_path) as records:
+        for method, batch_size, seconds in (("lora", 1, 0.4), ("hydra", 1, 0.2), ("hydra", 2, 0.1)):
+            case = Case(method=method, model="tiny", prompt_len=8, completion_len=8, batch_size=batch_size)
+            measured = {"memory": {"total_bytes": 2**30}, "latency": {"total_s_per_sample": seconds}}
+            records.append(make_record(case, outcome="ok", error=None, measured=measured, started_at="now", wall_s=1.0))
+    draw_run(tmp_path)
+    assert "| Hydra-PPO | 16 | 1 | 1 | ≥2 | 2.00x | 2.00x | 4.00x | 50 % | 50 % |" in (tmp_path / "gain.md").read_text()
+    assert len((tmp_path / "gain.csv").read_text().splitlines()) == 2
+
+
 def timeline_of(*totals: int) -> dict[str, object]:
     sizes = {part: [0] * len(totals) for part in PARTS} | {"base": list(totals)}
     phase = {"names": ["score"], "first_event": 0, "last_event": len(totals)}
