@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pandas as pd
 
 from rlhfreports.columns import axes_that_vary, axis_text
@@ -53,7 +54,7 @@ def _panels_of_group(rows: pd.DataFrame, words: str) -> list[Panel]:
         failures = _unmeasured(rows)
         seen = set(zip(largest["method"], largest["seq_len"], strict=True))
         never = [key not in seen for key in zip(failures["method"], failures["seq_len"], strict=True)]
-        failures = failures[never].drop_duplicates(["method", "seq_len"])
+        failures = failures[np.array(never, dtype=bool)].drop_duplicates(["method", "seq_len"])
         title = _joined(words, "largest batch that fits")
         panels.append(Panel(title=title, points=largest, failures=failures, shows_batch=True))
     return panels
