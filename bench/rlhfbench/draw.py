@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 def draw_run(run_dir: Path, *, every_timeline: bool = False) -> RenderableType:
     """Draws what the records in ``run_dir`` hold, into that folder.
 
-    ``memory_table`` (.md, .csv), ``latency`` and ``throughput`` (.png, .svg); ``gain`` (.md, .csv) where the baseline
-    was measured, and another method at two batch sizes; ``predicted`` (.md, .png, .svg) where memory was predicted too;
-    and pictures of the timelines, where there are some, beside them.
+    ``memory_table`` (.md, .csv), ``latency`` and ``throughput`` (.png, .svg); ``slopes`` (.md, .csv) where some method
+    was measured at two lengths or batch sizes; ``gain`` (.md, .csv) where the baseline was measured, and another method
+    at two batch sizes; ``predicted`` (.md, .png, .svg) where memory was predicted too; and pictures of the timelines,
+    where there are some, beside them.
 
     Args:
         run_dir: a folder with ``records.jsonl``.
@@ -40,6 +41,7 @@ def draw_run(run_dir: Path, *, every_timeline: bool = False) -> RenderableType:
     from rlhfreports.gain import gain_table, has_gain
     from rlhfreports.plots import draw_latency, draw_throughput
     from rlhfreports.predicted import draw_predicted, has_predictions, predicted_markdown
+    from rlhfreports.slopes import slope_table
     from rlhfreports.table import memory_table
 
     frame = records_frame(records)
@@ -51,6 +53,10 @@ def draw_run(run_dir: Path, *, every_timeline: bool = False) -> RenderableType:
     if has_predictions(frame):
         (run_dir / "predicted.md").write_text(predicted_markdown(frame), encoding="utf-8")
         draw_predicted(frame, run_dir / "predicted")
+    slopes = slope_table(frame)
+    if len(slopes.frame):
+        _write(run_dir, "slopes", slopes)
+        printed.append(slopes.rich())
     if has_gain(frame):
         gains = gain_table(frame)
         _write(run_dir, "gain", gains)
