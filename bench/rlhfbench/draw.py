@@ -24,7 +24,7 @@ def draw_run(run_dir: Path, *, every_timeline: bool = False) -> RenderableType:
 
     Args:
         run_dir: a folder with ``records.jsonl``.
-        every_timeline: draw the timeline of every case, and not of each method's largest case alone.
+        every_timeline: draw the timeline of every case, and not of the largest case of each method and setting alone.
 
     Returns:
         The memory table, and what follows from it in short, for a terminal.
@@ -79,10 +79,10 @@ def _write(run_dir: Path, name: str, table: _Written) -> None:
 
 
 def largest_cases(frame: pd.DataFrame) -> pd.DataFrame:
-    """The measured row of each method with the longest sequences, and of those the one with the largest batch."""
+    """Of each method and setting the measured row with the longest sequences, and of those with the largest batch."""
     measured = frame[(frame["outcome"] == "ok").fillna(False).astype(bool)]
     ordered = measured.sort_values(["seq_len", "batch_size"], kind="stable")
-    return ordered.drop_duplicates("method", keep="last").sort_index()
+    return ordered.drop_duplicates(["method", "setting"], keep="last").sort_index()
 
 
 def draw_timelines(frame: pd.DataFrame, folder: Path) -> None:

@@ -67,7 +67,7 @@ class Sweep:
         if any(key in spec for key in SETTING_KEYS):
             return cls._under_settings(spec)
         spec = _plural(spec)
-        problems = _check_keys("", spec, (*GRID_KEYS, *SHARED_KEYS, "cases"))
+        problems = _check_keys("", spec, (*GRID_KEYS, *SHARED_KEYS, "settings", "cases"))
         tables = spec.get("cases", [])
         if not isinstance(tables, list) or not all(isinstance(table, Mapping) for table in tables):
             raise SweepError([*problems, "cases must be tables: write each below a line [[cases]]."])
