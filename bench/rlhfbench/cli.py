@@ -87,7 +87,7 @@ def run(
     batch_sizes: Annotated[str | None, typer.Option(help="Sequences a step, joined by commas.")] = None,
     sweep: Annotated[str | None, typer.Option(metavar="FILE", help="A TOML sweep; flags beside it win.")] = None,
     setting: Annotated[
-        str | None, typer.Option(metavar="NAME", help="paper or modern; other flags win.  [default: modern]")
+        str | None, typer.Option(metavar="NAMES", help="paper, modern or both; other flags win.  [default: modern]")
     ] = None,
     prompts: Annotated[str | None, typer.Option(metavar="FILE", help="JSON lines; random tokens without.")] = None,
     prompt_field: Annotated[str | None, typer.Option(help="The field that holds a prompt.  [default: prompt]")] = None,
@@ -242,12 +242,18 @@ def _resume_command(out_dir: Path) -> str:
 def _sweep(file: str | None, given: dict[str, Any], setting: str | None, resumed: Path | None) -> Sweep:
     """The sweep that was asked for. A resumed run that is asked for nothing is asked for its own sweep."""
     from rlhfbench.runfolder import RunFolder
-    from rlhfbench.sweep import Sweep, override, read_spec
+    from rlhfbench.sweep import SETTING_KEYS, Sweep, override, read_spec
+    from rlhfkernels.settings import SETTINGS
 
     if resumed is not None and file is None and not given and setting is None and RunFolder(resumed).is_run:
         return RunFolder(resumed).load_sweep()
     spec = read_spec(file) if file is not None else {}
-    return Sweep.from_spec(override(override(spec, flags.setting(setting)), given))
+    names = flags.settings(setting)
+    if names is None:
+        return Sweep.from_spec(override(spec, given))
+    # A flag wins over the file: over its own settings, and over what else it says of what the setting sets.
+    rest = {key: value for key, value in spec.items() if key not in SETTING_KEYS}
+    return Sweep.joined(Sweep.from_spec(override(override(rest, SETTINGS[name]), given)) for name in names)
 
 
 def _settings(**given: Any) -> RunSettings:
@@ -264,7 +270,7 @@ def plan(
     batch_sizes: Annotated[str | None, typer.Option(help="Sequences a step, joined by commas.")] = None,
     sweep: Annotated[str | None, typer.Option(metavar="FILE", help="A TOML sweep; flags beside it win.")] = None,
     setting: Annotated[
-        str | None, typer.Option(metavar="NAME", help="paper or modern; other flags win.  [default: modern]")
+        str | None, typer.Option(metavar="NAMES", help="paper, modern or both; other flags win.  [default: modern]")
     ] = None,
     prompt_fraction: Annotated[
         str | None, typer.Option(metavar="N", help="The prompt's share of a sequence.  [default: 0.5]")

@@ -52,14 +52,18 @@ def number(flag: str, text: str | None, kind: type[int] | type[float]) -> float 
         raise SweepError([f"--{flag} is {text!r}: it must be {rule}."]) from None
 
 
-def setting(name: str | None) -> dict[str, Any]:
-    """What the named setting sets; nothing without a name.
+def settings(text: str | None) -> list[str] | None:
+    """The named settings that commas join, each once.
 
     Raises:
         SweepError: there is no such setting.
     """
     from rlhfkernels.settings import SETTINGS
 
-    if name is not None and name not in SETTINGS:
-        raise SweepError([unknown("setting", name, SETTINGS)])
-    return SETTINGS[name] if name is not None else {}
+    names = words(text)
+    if names is None:
+        return None
+    wrong = [name for name in names if name not in SETTINGS]
+    if wrong:
+        raise SweepError([unknown("setting", name, SETTINGS) for name in wrong])
+    return list(dict.fromkeys(names))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
 
-from rlhfkernels.case import Options
+from rlhfbench.settings import setting_of, setting_options
 from rlhfkernels.methods import METHODS
+from rlhfkernels.settings import SETTINGS
 from rlhfreports.columns import COLUMNS, PARTS, PHASE_COLUMNS
 
 _CASE_FIELDS = (
@@ -35,6 +35,7 @@ _VIEW_FIELDS = (
 )
 _LATENCY_FIELDS = ("inference_s_per_sample", "update_s_per_sample", "total_s_per_sample", "stopped_because")
 _METHOD_ORDER = {name: place for place, name in enumerate(METHODS)}
+_SETTING_ORDER = {name: place for place, name in enumerate(SETTINGS)}
 
 
 def records_frame(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
@@ -80,19 +81,23 @@ def _named(case: dict[str, Any]) -> dict[str, Any]:
     """The cells that follow from the case and are not fields of it."""
     method = case.get("method", "")
     lengths = [case.get("prompt_len"), case.get("completion_len")]
+    options = _object(case, "options")
+    setting = setting_of(options)
     return {
         "case_id": case.get("id"),
         "method_title": METHODS[method].title if method in METHODS else method,
         "method_order": _METHOD_ORDER.get(method),
         "seq_len": None if None in lengths else sum(lengths),
-        "options": options_text(_object(case, "options")),
+        "setting": setting,
+        "setting_order": _SETTING_ORDER.get(setting),
+        "options": options_text(options),
     }
 
 
 def options_text(options: dict[str, Any]) -> str:
-    """The options that are not at their default, as ``name=value`` joined by commas."""
-    defaults = dataclasses.asdict(Options())
-    changed = {name: value for name, value in options.items() if name not in defaults or value != defaults[name]}
+    """The options that are not as their setting has them, as ``name=value`` joined by commas."""
+    usual = setting_options(setting_of(options))
+    changed = {name: value for name, value in options.items() if name not in usual or value != usual[name]}
     return ", ".join(f"{name}={value}" for name, value in sorted(changed.items()))
 
 

@@ -14,6 +14,7 @@ from rlhfbench.errors import RunFolderError, SweepError
 from rlhfbench.records import Record
 from rlhfbench.runfolder import write_atomically
 from rlhfbench.runner import Runner, RunResult, RunSettings
+from rlhfbench.settings import setting_of
 from rlhfbench.sweep import Sweep
 from rlhfkernels.case import Case
 from rlhfkernels.errors import RlhfKernelsError
@@ -52,6 +53,7 @@ class Found:
         fields = ("method", "model", "prompt_len", "completion_len", "device", "dtype", "lora_rank")
         return {
             **{field: getattr(self.case, field) for field in fields},
+            "setting": setting_of(dataclasses.asdict(self.case.options)),
             "largest_ok": self.largest_ok,
             "smallest_failing": self.smallest_failing,
             "stopped_because": self.stopped_because,
@@ -252,6 +254,7 @@ def max_batch_frame(found: list[Found]) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "title": [item.case.role_table.title for item in found],
+            "setting": [setting_of(dataclasses.asdict(item.case.options)) for item in found],
             "model": [item.case.model for item in found],
             "seq_len": [item.case.seq_len for item in found],
             "planned": pd.array([item.planned for item in found], dtype="Int64"),

@@ -11,6 +11,7 @@ from rlhfbench.batch_search import plan_kinds
 from rlhfbench.devices import find_accelerator
 from rlhfbench.errors import RunFolderError
 from rlhfbench.runfolder import TIMELINES_NAME
+from rlhfbench.settings import setting_of
 from rlhfbench.sweep import Sweep
 from rlhfbench.timelines import write_timeline
 from rlhfkernels.methods import METHODS
@@ -71,6 +72,7 @@ def frame(plans: list[dict[str, Any]]) -> pd.DataFrame:
         [
             {
                 "title": METHODS[plan["case"]["method"]].title,
+                "setting": setting_of(plan["case"]["options"]),
                 "seq_len": plan["case"]["prompt_len"] + plan["case"]["completion_len"],
                 "batch_size": plan["case"]["batch_size"],
                 **{f"{part}_bytes": size for part, size in plan["memory"]["parts"].items()},
@@ -129,10 +131,11 @@ def write(
 
 
 def _caption(plans: list[dict[str, Any]], gpu: str | None) -> str:
-    from rlhfbench.frame import options_text
+    from rlhfbench.frame import records_frame
+    from rlhfreports.columns import shared_axes_text
 
-    case = plans[0]["case"]
-    words = [case["model"], case["dtype"], f"LoRA rank {case['lora_rank']}", options_text(case["options"])]
+    # The device is no machine's here: it only says how storages are counted.
+    words = [shared_axes_text(records_frame(plans).assign(device=""))]
     stage, num_ranks = (plans[0]["zero"][key] for key in ("stage", "world_size"))
     if stage or num_ranks > 1:
         words.append(f"ZeRO-{stage}, one rank of {num_ranks}")

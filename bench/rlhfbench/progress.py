@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import sys
 import time
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
+from rlhfbench.settings import setting_of
 from rlhfkernels.case import Case
+from rlhfkernels.settings import SETTINGS
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -43,8 +46,10 @@ def make_progress(stream: TextIO | None = None) -> Progress:
 
 
 def title(case: Case) -> str:
-    """A case in a few words."""
-    return f"{case.method} {case.model} {case.prompt_len}+{case.completion_len} x{case.batch_size}"
+    """A case in a few words; the setting where it is a named one and not the default."""
+    setting = setting_of(dataclasses.asdict(case.options))
+    named = f" {setting}" if setting in list(SETTINGS)[1:] else ""
+    return f"{case.method}{named} {case.model} {case.prompt_len}+{case.completion_len} x{case.batch_size}"
 
 
 def clock(seconds: float) -> str:

@@ -7,6 +7,7 @@ the file's values before the cases are made, so one set of rules checks all of t
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import tomllib
 import typing
@@ -15,10 +16,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from rlhfbench.errors import SweepError
+from rlhfbench.settings import under
 from rlhfkernels.case import Case, Options
 from rlhfkernels.errors import CaseError
 from rlhfkernels.methods import METHODS
 from rlhfkernels.naming import unknown
+from rlhfkernels.settings import SETTINGS
 
 Spec = Mapping[str, Any]
 
@@ -32,6 +35,7 @@ DEFAULT_GRID: dict[str, Any] = {
 
 LENGTH_KEYS = ("seq_lens", "prompt_lens", "completion_lens")
 GRID_KEYS = ("methods", "models", *LENGTH_KEYS, "batch_sizes")
+SETTING_KEYS = ("settings", "setting")
 SHARED_KEYS = ("device", "dtype", "lora_rank", "seed", "prompt_fraction", "options")
 _SINGULAR = {key.removesuffix("s"): key for key in GRID_KEYS}
 _CASE_NEEDS = ("methods", "models", "batch_sizes")
@@ -53,14 +57,17 @@ class Sweep:
         Keys: ``methods``, ``models``, ``seq_lens`` (prompt and completion together) or ``prompt_lens`` and
         ``completion_lens`` (taken in pairs), ``batch_sizes``: one value or a list each; every combination is a case.
         ``device``, ``dtype``, ``lora_rank``, ``seed``, ``prompt_fraction``, ``options`` (a table of ``Options``): one
-        value for all. ``cases``: tables of the same keys, added at the end in their order. What is absent takes the
+        value for all. ``settings``: names of settings, under each of which every case stands once; what the spec says
+        itself wins. ``cases``: tables of the same keys, added at the end in their order. What is absent takes the
         default; where ``cases`` stands without a grid, the default grid is left out.
 
         Raises:
             SweepError: every problem of it, one sentence each.
         """
+        if any(key in spec for key in SETTING_KEYS):
+            return cls._under_settings(spec)
         spec = _plural(spec)
-        problems = _check_keys("", spec, (*GRID_KEYS, *SHARED_KEYS, "cases"))
+        problems = _check_keys("", spec, (*GRID_KEYS, *SHARED_KEYS, "settings", "cases"))
         tables = spec.get("cases", [])
         if not isinstance(tables, list) or not all(isinstance(table, Mapping) for table in tables):
             raise SweepError([*problems, "cases must be tables: write each below a line [[cases]]."])
@@ -82,6 +89,30 @@ class Sweep:
         if problems:
             raise SweepError(problems)
         return cls(cases=tuple({case.id: case for case in cases}.values()))
+
+    @classmethod
+    def _under_settings(cls, spec: Spec) -> Self:
+        """The sweep of a ``spec`` that names settings."""
+        rest = {key: value for key, value in spec.items() if key not in SETTING_KEYS}
+        problems: list[str] = []
+        named = {"settings": next(spec[key] for key in SETTING_KEYS if key in spec)}
+        names = list(dict.fromkeys(_names("", named, "settings", problems)))
+        problems += [unknown("setting", name, SETTINGS) for name in names if name not in SETTINGS]
+        sweeps = []
+        for name in [name for name in names if name in SETTINGS] or list(SETTINGS)[:1]:
+            try:
+                sweeps.append(cls.from_spec(under(name, rest)))
+            except SweepError as error:
+                problems += [problem for problem in error.problems if problem not in problems]
+        if problems:
+            raise SweepError(problems)
+        return cls.joined(sweeps)
+
+    @classmethod
+    def joined(cls, sweeps: Iterable[Sweep]) -> Self:
+        """The cases of ``sweeps`` in turn, the first of each and then the second: what compares is run together."""
+        turns = itertools.zip_longest(*(sweep.cases for sweep in sweeps))
+        return cls(cases=tuple({case.id: case for turn in turns for case in turn if case is not None}.values()))
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:

@@ -62,7 +62,8 @@ COLUMNS: tuple[Column, ...] = (
     *_columns("Int64", ("lora_rank", "rank of the adapters"), ("seed", "seed of the case")),
     *_columns(
         "string",
-        ("options", "the options that are not at their default, as name=value joined by commas; empty: none"),
+        ("setting", "the named setting that the options are of; custom: none"),
+        ("options", "the options that are not as the setting has them, as name=value joined by commas; empty: none"),
         ("outcome", "ok, oom, timeout, crashed, invalid or skipped"),
         ("error_kind", "the kind of the error, where there is one"),
         ("error", "one sentence saying what went wrong"),
@@ -76,6 +77,7 @@ COLUMNS: tuple[Column, ...] = (
         ("total_bytes", "model_bytes + activation_bytes + rollout_bytes"),
         *((f"{part}_part_bytes", f"the part {part}, at that moment") for part in PARTS),
     ),
+    *_columns("Int64", ("setting_order", "the setting's place in the harness's table, 0: the default; absent: custom")),
     *_columns("string", ("peak_phase", "the phase of the step's highest total")),
     *_columns(
         "Int64",
@@ -126,18 +128,43 @@ AXES: dict[str, str] = {
     "dtype": "{}",
     "lora_rank": "LoRA rank {}",
     "seed": "seed {}",
+    "setting": "setting {}",
     "options": "{}",
 }
 
 
+# What a setting gives beside options. Where these change with the setting alone, they are told with its name.
+_SETTING_AXES = ("dtype", "lora_rank")
 # Not worth a word in a caption while it is the same everywhere.
 _QUIET_AXES = ("seed",)
 _MOST_CHARS = 60  # of one word of a caption: a checkpoint's path has its name at its end
 
 
 def axes_that_vary(frame: pd.DataFrame) -> list[str]:
-    """The names in ``AXES`` that have more than one value in ``frame``."""
+    """The names in ``AXES`` that have more than one value in ``frame`` and are not told by another of them.
+
+    Default and custom cases alone are told apart by their options. What changes with the setting alone is told with it.
+    """
+    return [axis for axis in _differing(frame) if axis not in _told_elsewhere(frame)]
+
+
+def _differing(frame: pd.DataFrame) -> list[str]:
     return [axis for axis in AXES if frame[axis].nunique(dropna=False) > 1]
+
+
+def _told_elsewhere(frame: pd.DataFrame) -> list[str]:
+    if not (frame["setting_order"] > 0).any():
+        return ["setting"]
+    if frame["setting"].nunique(dropna=False) == 1:
+        return []
+    by_setting = frame.groupby("setting", dropna=False)
+    return [axis for axis in _SETTING_AXES if by_setting[axis].nunique(dropna=False).max() == 1]
+
+
+def setting_order(frame: pd.DataFrame) -> list[str]:
+    """The settings of ``frame`` in the harness's order, custom last."""
+    settings = frame[["setting", "setting_order"]].drop_duplicates("setting")
+    return settings.sort_values("setting_order", kind="stable", na_position="last")["setting"].tolist()
 
 
 def axis_text(axis: str, value: object) -> str:
@@ -146,9 +173,19 @@ def axis_text(axis: str, value: object) -> str:
 
 
 def shared_axes_text(frame: pd.DataFrame) -> str:
-    """What all rows have in common, in one line: ``tiny · cpu · float32 · LoRA rank 16``."""
-    left_out = {*axes_that_vary(frame), *_QUIET_AXES}
-    words = [axis_text(axis, frame[axis].iloc[0]) for axis in AXES if axis not in left_out and len(frame)]
+    """What all rows have in common, in one line: ``tiny · cpu · float32 · LoRA rank 16``.
+
+    What changes with the setting alone stands at the end: ``modern: float32, LoRA rank 16 · paper: bfloat16, …``.
+    """
+    if frame.empty:
+        return ""
+    differing, elsewhere = _differing(frame), _told_elsewhere(frame)
+    left_out = {*differing, *_QUIET_AXES, *(["setting"] if "setting" in elsewhere else [])}
+    words = [axis_text(axis, frame[axis].iloc[0]) for axis in AXES if axis not in left_out]
+    with_setting = [axis for axis in _SETTING_AXES if axis in differing and axis in elsewhere]
+    for setting in setting_order(frame) if with_setting else []:
+        row = frame[frame["setting"] == setting].iloc[0]
+        words.append(f"{setting}: {', '.join(axis_text(axis, row[axis]) for axis in with_setting)}")
     return " · ".join(word if len(word) <= _MOST_CHARS else f"…{word[-_MOST_CHARS:]}" for word in words if word)
 
 

@@ -1,7 +1,8 @@
 """The largest batches that ran, beside those that were planned.
 
-The table that comes in has one row a kind of case: ``title`` (the method's), ``model``, ``seq_len``, ``planned``,
-``largest_ok`` and ``smallest_failing`` (numbers, or nothing), ``num_tries``, ``stopped_because`` (a sentence).
+The table that comes in has one row a kind of case: ``title`` (the method's), ``setting`` (shown where there are
+several), ``model``, ``seq_len``, ``planned``, ``largest_ok`` and ``smallest_failing`` (numbers, or nothing),
+``num_tries``, ``stopped_because`` (a sentence).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from rich.table import Table
 
 _COLUMNS = {
     "title": "method",
+    "setting": "setting",
     "model": "model",
     "seq_len": "length",
     "planned": "planned\nbatch",
@@ -19,16 +21,17 @@ _COLUMNS = {
     "num_tries": "tries",
     "stopped_because": "stopped because",
 }
-_WORDS = ("title", "model", "stopped_because")
+_WORDS = ("title", "setting", "model", "stopped_because")
 
 
 def max_batch_table(frame: pd.DataFrame) -> Table:
     """The rows of ``frame`` for a terminal."""
     table = Table(title="The largest batch", title_justify="left", box=None, header_style="bold")
-    for column, name in _COLUMNS.items():
+    columns = {column: name for column, name in _COLUMNS.items() if column != "setting" or frame[column].nunique() > 1}
+    for column, name in columns.items():
         table.add_column(name, justify="left" if column in _WORDS else "right")
     for row in frame.to_dict("records"):
-        table.add_row(*(_cell(row[column]) for column in _COLUMNS))
+        table.add_row(*(_cell(row[column]) for column in columns))
     return table
 
 

@@ -6,9 +6,12 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pandas as pd
 
 from rlhfreports.columns import axes_that_vary, axis_text
+
+_LINE_POINT = ["method", "setting", "seq_len"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,7 +20,7 @@ class Panel:
 
     Attributes:
         title: what its rows have in common and other panels' rows do not.
-        points: the measured rows, at most one per method and length.
+        points: the measured rows, at most one per method, setting and length.
         failures: the rows of this panel that were not measured, by the same rule.
         shows_batch: whether the batch size differs from point to point.
     """
@@ -29,12 +32,12 @@ class Panel:
 
 
 def panels_of(frame: pd.DataFrame) -> list[Panel]:
-    """The panels of ``frame``: one a batch size, for each combination of whatever else varies.
+    """The panels of ``frame``: one a batch size, for each combination of whatever else varies, settings aside.
 
-    Where the batch that fits is not everywhere the largest one, a last panel has the largest that fits for each method
-    and length, as Hydra-RLHF's Figure 2.
+    The settings of a method share a panel, so that they compare. Where the batch that fits is not everywhere the
+    largest one, a last panel has the largest that fits for each line and length, as Hydra-RLHF's Figure 2.
     """
-    axes = axes_that_vary(frame)
+    axes = [axis for axis in axes_that_vary(frame) if axis != "setting"]
     groups = frame.groupby(axes, sort=False, dropna=False) if axes else [((), frame)]
     panels: list[Panel] = []
     for values, rows in groups:
@@ -51,9 +54,9 @@ def _panels_of_group(rows: pd.DataFrame, words: str) -> list[Panel]:
     batches = largest["batch_size"].drop_duplicates()
     if len(batches) > 1:
         failures = _unmeasured(rows)
-        seen = set(zip(largest["method"], largest["seq_len"], strict=True))
-        never = [key not in seen for key in zip(failures["method"], failures["seq_len"], strict=True)]
-        failures = failures[never].drop_duplicates(["method", "seq_len"])
+        seen = set(zip(*(largest[name] for name in _LINE_POINT), strict=True))
+        never = [key not in seen for key in zip(*(failures[name] for name in _LINE_POINT), strict=True)]
+        failures = failures[np.array(never, dtype=bool)].drop_duplicates(_LINE_POINT)
         title = _joined(words, "largest batch that fits")
         panels.append(Panel(title=title, points=largest, failures=failures, shows_batch=True))
     return panels
@@ -75,7 +78,7 @@ def _unmeasured(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _largest_that_fit(rows: pd.DataFrame) -> pd.DataFrame:
     measured = rows[is_measured(rows)].sort_values("batch_size", kind="stable")
-    return measured.drop_duplicates(["method", "seq_len"], keep="last")
+    return measured.drop_duplicates(_LINE_POINT, keep="last")
 
 
 def _joined(*words: str) -> str:

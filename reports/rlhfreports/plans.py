@@ -1,9 +1,9 @@
 """Plans as a table and as stacked bars.
 
-The table that comes in has one row a case: ``title`` (the method's), ``seq_len``, ``batch_size``, ``PART_bytes`` for
-every part, ``model_bytes``, ``activation_bytes``, ``total_bytes`` (the sum of the parts), ``bucket_bytes`` (what ZeRO
-holds beside them; shown where there is some), ``peak_phase``, ``fits`` (or nothing), ``max_batch_size``,
-``floor_s_per_sample``.
+The table that comes in has one row a case: ``title`` (the method's), ``setting`` (shown where there are several),
+``seq_len``, ``batch_size``, ``PART_bytes`` for every part, ``model_bytes``, ``activation_bytes``, ``total_bytes`` (the
+sum of the parts), ``bucket_bytes`` (what ZeRO holds beside them; shown where there is some), ``peak_phase``, ``fits``
+(or nothing), ``max_batch_size``, ``floor_s_per_sample``.
 """
 
 from __future__ import annotations
@@ -30,10 +30,16 @@ def _buckets(frame: pd.DataFrame) -> tuple[str, ...]:
     return ("bucket",) if frame["bucket_bytes"].any() else ()
 
 
+def _settings(frame: pd.DataFrame) -> tuple[str, ...]:
+    """The column of the settings, where there are several."""
+    return ("setting",) if frame["setting"].nunique() > 1 else ()
+
+
 def plan_table(frame: pd.DataFrame, *, caption: str) -> Table:
     """Every part in GiB, where the peak is, whether it fits, the largest batch that does, the floor of the time."""
     table = Table(title=caption, title_justify="left", box=None, header_style="bold")
-    for name in ("method", "length", "batch"):
+    settings = _settings(frame)
+    for name in ("method", *settings, "length", "batch"):
         table.add_column(name, no_wrap=True)
     sized = (*PARTS, "total", *_buckets(frame))
     for name in sized:
@@ -43,7 +49,7 @@ def plan_table(frame: pd.DataFrame, *, caption: str) -> Table:
     for row in frame.to_dict("records"):
         sizes = [_gib(int(row[f"{part}_bytes"])) for part in sized]
         known = [_word(row["fits"]), _word(row["max_batch_size"]), _seconds(row["floor_s_per_sample"])]
-        lead = [str(row["title"]), str(row["seq_len"]), str(row["batch_size"])]
+        lead = [str(row["title"]), *(str(row[name]) for name in settings), str(row["seq_len"]), str(row["batch_size"])]
         table.add_row(*lead, *sizes, str(row["peak_phase"]), *known)
     return table
 
@@ -71,7 +77,12 @@ def plan_figure(frame: pd.DataFrame, *, caption: str, limit_bytes: int | None) -
         if limit_bytes is not None:
             axes.axvline(limit_bytes / _GIB, color=COLORS[0], linewidth=1.4, linestyle="--")
             axes.text(limit_bytes / _GIB, -0.75, f"{limit_bytes / _GIB:.0f} GiB ", ha="right", va="center", fontsize=9)
-        labels = [f"{r.title}, {r.seq_len} tokens, batch {r.batch_size}" for r in frame.itertuples()]
+        labels = [
+            ", ".join(
+                (r["title"], *(r[s] for s in _settings(frame)), f"{r['seq_len']} tokens, batch {r['batch_size']}")
+            )
+            for r in frame.to_dict("records")
+        ]
         axes.set_yticks(places, labels)
         axes.set_ylim(len(frame) - 0.4, -1.1)
         axes.set_xlim(0, max(float(done.max()), (limit_bytes or 0) / _GIB) * 1.1)

@@ -1,4 +1,4 @@
-"""Log-log plots of a run against sequence length, one line a method: seconds per sample, and throughput.
+"""Log-log plots of a run against sequence length, one line a method and setting: seconds per sample, and throughput.
 
 Drawn with matplotlib's object interface: no display, no global figure. The files depend on the table alone.
 """
@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import pandas as pd
@@ -21,7 +21,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from matplotlib.transforms import blended_transform_factory
 
-from rlhfreports.columns import methods_in_order, shared_axes_text
+from rlhfreports.columns import axes_that_vary, methods_in_order, setting_order, shared_axes_text
 from rlhfreports.panels import (
     Metric,
     Panel,
@@ -36,6 +36,8 @@ from rlhfreports.ticks import log_ticks, plain_number, spaced
 # Okabe and Ito's palette: told apart with every kind of colour vision, and on paper by the markers.
 COLORS = ("#000000", "#D55E00", "#E69F00", "#009E73", "#0072B2", "#CC79A7", "#56B4E9", "#8A7500")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+LineStyle = Literal["-", "--", "-.", ":"]
+LINE_STYLES: tuple[LineStyle, ...] = ("-", "--", "-.", ":")  # of settings
 _INK = "#333333"
 _FAINT = "#E4E4E4"
 _BAND = "#F5F2EC"
@@ -60,11 +62,15 @@ STYLE: dict[Any, Any] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Style:
-    """How one method is drawn, in every panel of every figure."""
+    """How one method is drawn, in every panel of every figure; each of its settings has a line style of its own."""
 
     title: str
     color: str
     marker: str
+    line: LineStyle = "-"
+
+
+Line = tuple[str, str]  # a method and a setting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,10 +128,10 @@ def _figure(frame: pd.DataFrame, title: str, quantities: Sequence[_Quantity]) ->
         figure = Figure(figsize=(width, height), layout=layout)
         grid = list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
         share = len(grid) // len(quantities)
-        styles = method_styles(frame)
+        styles = line_styles(frame)
         for i, quantity in enumerate(quantities):
             _draw_quantity(grid[i * share : (i + 1) * share], panels, quantity, styles, num_columns)
-        draw_head(figure, frame, title, list(styles.values()))
+        draw_head(figure, frame, title, list(method_styles(frame).values()), setting_styles(frame))
     return figure
 
 
@@ -155,14 +161,46 @@ def method_styles(frame: pd.DataFrame) -> dict[str, Style]:
     return styles
 
 
-def draw_head(figure: Figure, frame: pd.DataFrame, title: str, styles: Sequence[Style]) -> None:
-    """The title, what all points have in common under it, and the legend."""
+def setting_styles(frame: pd.DataFrame) -> dict[str, LineStyle]:
+    """The line style of each setting by its place in the harness's table, custom the last; empty where none vary."""
+    if "setting" not in axes_that_vary(frame):
+        return {}
+    orders = frame.drop_duplicates("setting").set_index("setting")["setting_order"]
+    last = len(LINE_STYLES) - 1
+    places = {name: last if pd.isna(orders[name]) else min(int(orders[name]), last) for name in setting_order(frame)}
+    return {name: LINE_STYLES[place] for name, place in places.items()}
+
+
+def line_styles(frame: pd.DataFrame) -> dict[Line, Style]:
+    """How each line is drawn: a method's settings in one colour, told apart by their line styles where they vary."""
+    lines = setting_styles(frame)
+    styles = {}
+    for method, style in method_styles(frame).items():
+        for setting in setting_order(frame):
+            title = f"{style.title}, {setting}" if lines else style.title
+            line = lines.get(setting, LINE_STYLES[0])
+            styles[method, setting] = dataclasses.replace(style, title=title, line=line)
+    return styles
+
+
+def draw_head(
+    figure: Figure,
+    frame: pd.DataFrame,
+    title: str,
+    styles: Sequence[Style],
+    settings: Mapping[str, LineStyle] | None = None,
+) -> None:
+    """The title, what all points have in common under it, and the legend: methods, then the lines of ``settings``."""
     height = figure.get_figheight()
     figure.text(0.5, 1 - 0.12 / height, title, ha="center", va="top", fontsize=14, fontweight="bold")
     figure.text(0.5, 1 - 0.42 / height, shared_axes_text(frame), ha="center", va="top", fontsize=10, color="#666666")
     handles = [
         Line2D([], [], color=style.color, marker=style.marker, markersize=6, linewidth=1.8, label=style.title)
         for style in styles
+    ]
+    handles += [
+        Line2D([], [], color=_INK, linestyle=line, linewidth=1.8, label=setting)
+        for setting, line in (settings or {}).items()
     ]
     figure.legend(
         handles=handles,
@@ -176,7 +214,7 @@ def draw_head(figure: Figure, frame: pd.DataFrame, title: str, styles: Sequence[
 
 
 def _draw_quantity(
-    grid: Sequence[Axes], panels: Sequence[Panel], quantity: _Quantity, styles: dict[str, Style], num_columns: int
+    grid: Sequence[Axes], panels: Sequence[Panel], quantity: _Quantity, styles: dict[Line, Style], num_columns: int
 ) -> None:
     """Draws one quantity into its panels, all with the same limits, so that they compare by eye."""
     lengths = sorted({int(x) for panel in panels for rows in (panel.points, panel.failures) for x in rows["seq_len"]})
@@ -199,9 +237,9 @@ def _draw_quantity(
         axes.set_visible(False)
 
 
-def _draw_lines(axes: Axes, panel: Panel, quantity: _Quantity, styles: dict[str, Style]) -> None:
-    for method, style in styles.items():
-        rows = panel.points[panel.points["method"] == method].sort_values(["seq_len", "prompt_len"], kind="stable")
+def _draw_lines(axes: Axes, panel: Panel, quantity: _Quantity, styles: dict[Line, Style]) -> None:
+    for line, style in styles.items():
+        rows = _rows_of(line, panel.points).sort_values(["seq_len", "prompt_len"], kind="stable")
         if rows.empty:
             continue
         x, y = rows["seq_len"].astype("float64").tolist(), quantity.metric(rows).tolist()
@@ -214,34 +252,40 @@ def _draw_lines(axes: Axes, panel: Panel, quantity: _Quantity, styles: dict[str,
             markeredgecolor="white",
             markeredgewidth=0.8,
             linewidth=1.8,
+            linestyle=style.line,
             label=style.title,
         )
 
 
-def _words(panel: Panel, styles: dict[str, Style], *, short: bool) -> dict[str, list[tuple[int, str]]]:
-    """What the band above the lines says, by method: (length, word) for each case that was not measured.
+def _rows_of(line: Line, rows: pd.DataFrame) -> pd.DataFrame:
+    method, setting = line
+    return rows[(rows["method"] == method) & (rows["setting"] == setting)]
+
+
+def _words(panel: Panel, styles: dict[Line, Style], *, short: bool) -> dict[Line, list[tuple[int, str]]]:
+    """What the band above the lines says, by method and setting: (length, word) for each case that was not measured.
 
     In a panel whose batch size differs from point to point, the batch size of each point stands there too. ``short``
     is for lengths so close that words would run into each other.
     """
-    words: dict[str, list[tuple[int, str]]] = {}
-    for method in styles:
-        failures = panel.failures[panel.failures["method"] == method]
+    words: dict[Line, list[tuple[int, str]]] = {}
+    for line in styles:
+        failures = _rows_of(line, panel.failures)
         found = [
             (length, "×" if short else outcome_word(outcome) if outcome != "ok" else "no time")
             for length, outcome in zip(failures["seq_len"].tolist(), failures["outcome"].tolist(), strict=True)
         ]
         if panel.shows_batch:
-            points = panel.points[panel.points["method"] == method]
+            points = _rows_of(line, panel.points)
             sizes = zip(points["seq_len"].tolist(), points["batch_size"].tolist(), strict=True)
             found += [(length, f"{size}" if short else f"batch {size}") for length, size in sizes]
         if found:
-            words[method] = found
+            words[line] = found
     return words
 
 
-def _draw_words(axes: Axes, words: dict[str, list[tuple[int, str]]], styles: dict[str, Style]) -> None:
-    """A band at the top of the panel, one line a method, in its colour and with its marker at the left."""
+def _draw_words(axes: Axes, words: dict[Line, list[tuple[int, str]]], styles: dict[Line, Style]) -> None:
+    """A band at the top of the panel, one row a line, in its colour and with its marker and line style at the left."""
     if not words:
         return
     band = _WORD_ROW * len(words)
@@ -249,9 +293,12 @@ def _draw_words(axes: Axes, words: dict[str, list[tuple[int, str]]], styles: dic
         Rectangle((0, 1 - band), 1, band, transform=axes.transAxes, facecolor=_BAND, edgecolor="none", zorder=0.5)
     )
     at = blended_transform_factory(axes.transData, axes.transAxes)
-    for i, (method, found) in enumerate(words.items()):
-        y, style = 1 - _WORD_ROW * (i + 0.5), styles[method]
+    for i, (line, found) in enumerate(words.items()):
+        y, style = 1 - _WORD_ROW * (i + 0.5), styles[line]
         axes.plot([0.02], [y], transform=axes.transAxes, marker=style.marker, markersize=5, color=style.color, lw=0)
+        if style.line != LINE_STYLES[0]:
+            ends = [0.0, 0.04]
+            axes.plot(ends, [y, y], transform=axes.transAxes, color=style.color, linestyle=style.line, linewidth=1.2)
         for length, word in found:
             axes.text(length, y, word, transform=at, ha="center", va="center_baseline", fontsize=7.5, color=style.color)
 

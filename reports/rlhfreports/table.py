@@ -13,6 +13,7 @@ from rlhfreports.columns import (
     OUTCOME_WORDS,
     axes_that_vary,
     methods_in_order,
+    setting_order,
     shared_axes_text,
 )
 
@@ -112,23 +113,27 @@ class MemoryTable:
         return Group(table, *(Text(line, style="dim") for line in footer))
 
     def _section_ends(self) -> list[bool]:
-        """Whether a row is the last of its block: of one length, batch size and whatever else varies, methods aside."""
-        keys = [row[1 : self.num_text_columns] for row in self.rows]
+        """Whether a row is the last of its block: of one length, batch size and whatever else varies.
+
+        Methods and settings aside.
+        """
+        places = [i for i in range(1, self.num_text_columns) if self.headings[i] != "setting"]
+        keys = [[row[i] for i in places] for row in self.rows]
         return [i + 1 < len(keys) and keys[i + 1] != key for i, key in enumerate(keys)]
 
 
 def memory_table(frame: pd.DataFrame) -> MemoryTable:
     """The memory table of ``frame``, one row per record.
 
-    Rows are ordered by what varies (model, device, ...), length, batch size and then method, so that the methods stand
-    under each other at equal size. The length is a column where the run has several, and so is everything else that
-    tells its cases apart; what they have in common is the caption.
+    Rows are ordered by what varies (model, device, ...), length, batch size, method and then setting, so that methods
+    and settings stand under each other at equal size. The length is a column where the run has several, and so is
+    everything else that tells its cases apart; what they have in common is the caption.
 
     Args:
         frame: a table with the columns of ``rlhfreports.columns``.
     """
     ordered = _ordered(frame)
-    axes = axes_that_vary(ordered)
+    axes = sorted(axes_that_vary(ordered), key=lambda axis: axis != "setting")  # beside the method that it runs
     texts = {"method": ordered["method_title"].fillna(ordered["method"]).tolist()}
     texts |= {_AXIS_HEADINGS.get(axis, axis): [_cell(value) for value in ordered[axis]] for axis in axes}
     caption = [shared_axes_text(ordered)]
@@ -179,10 +184,14 @@ def number_text(value: float, decimals: int) -> str:
 
 def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
     places = {method: place for place, method in enumerate(methods_in_order(frame)["method"])}
-    keys = [*axes_that_vary(frame), "seq_len", "prompt_len", "batch_size", "_place"]
-    placed = frame.assign(_place=frame["method"].map(places).astype("Int64"))
+    settings = {setting: place for place, setting in enumerate(setting_order(frame))}
+    axes = [axis for axis in axes_that_vary(frame) if axis != "setting"]
+    keys = [*axes, "seq_len", "prompt_len", "batch_size", "_place", "_setting"]
+    placed = frame.assign(
+        _place=frame["method"].map(places).astype("Int64"), _setting=frame["setting"].map(settings).astype("Int64")
+    )
     # Axes keep the order in which the sweep named them; only numbers are sorted by size.
-    for axis in axes_that_vary(frame):
+    for axis in axes:
         if frame[axis].dtype == "string":
             first_seen = {value: place for place, value in enumerate(frame[axis].drop_duplicates())}
             placed[axis] = frame[axis].map(first_seen)

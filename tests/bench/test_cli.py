@@ -11,6 +11,7 @@ import rlhfbench
 import rlhfbench.draw
 from rlhfbench import cli, runner
 from rlhfbench.errors import ForkServerError, RecordsError, SweepError
+from rlhfbench.frame import records_frame
 from rlhfbench.records import read_records
 from rlhfbench.sizes import parse_size
 from rlhfkernels.methods import METHODS
@@ -97,6 +98,27 @@ def test_flags_win_over_a_sweep_file(call, tmp_path):
     assert call("run", "--sweep", "s.toml", "--methods", "full", "--dtype", "bfloat16", "--out", "a")[0] == 0
     (record,) = read_records("a")
     assert (record["case"]["method"], record["case"]["dtype"]) == ("full", "bfloat16")
+
+
+@pytest.mark.usefixtures("fake")
+def test_both_settings_run_side_by_side_and_are_resumed(call, tmp_path):
+    arguments = ("run", *SMALL, *kind("ok"), "--setting", "paper,modern", "--lora-rank", "4", "--out", "a")
+    assert call(*arguments)[0] == 0
+    records = read_records("a")
+    assert records_frame(records)[["setting", "dtype", "lora_rank"]].to_numpy().tolist() == [
+        ["paper", "bfloat16", 4],
+        ["modern", "float32", 4],
+    ]
+    assert call("run", "--resume", "--out", "a")[0] == 0
+    assert call(*arguments, "--resume")[0] == 0
+    assert read_records("a") == records
+    # A sweep file can name them too, and a flag beside it wins.
+    (tmp_path / "s.toml").write_text('settings = ["paper", "modern"]\nlora_rank = 2\n')
+    assert call("run", "--sweep", "s.toml", *SMALL, *kind("ok"), "--out", "b")[0] == 0
+    assert records_frame(read_records("b"))["setting"].tolist() == ["paper", "modern"]
+    assert call("run", "--sweep", "s.toml", "--setting", "paper", *SMALL, *kind("ok"), "--out", "c")[0] == 0
+    (record,) = read_records("c")
+    assert (records_frame([record]).loc[0, "setting"], record["case"]["lora_rank"]) == ("paper", 128)
 
 
 @pytest.mark.usefixtures("fake")

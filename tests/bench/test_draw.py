@@ -37,10 +37,22 @@ def write_run(run_dir, *outcomes: str, plan=None) -> None:
 def test_everything_is_drawn_from_the_records_alone(tmp_path, outcomes):
     write_run(tmp_path, *outcomes)
     table = draw_run(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {RECORDS_NAME, *DRAWN}
+    fitted = {"slopes.md", "slopes.csv"} if outcomes.count("ok") > 1 else set()
+    assert {path.name for path in tmp_path.iterdir()} == {RECORDS_NAME, *DRAWN, *fitted}
     console = Console(width=80, file=io.StringIO(), record=True)
     console.print(table)
     assert console.export_text().count("OOM") >= outcomes.count("oom")
+
+
+def test_a_gain_is_written_where_the_records_hold_one(tmp_path):
+    with RecordsFile(tmp_path) as records:
+        for method, batch_size, seconds in (("lora", 1, 0.4), ("hydra", 1, 0.2), ("hydra", 2, 0.1)):
+            case = Case(method=method, model="tiny", prompt_len=8, completion_len=8, batch_size=batch_size)
+            measured = {"memory": {"total_bytes": 2**30}, "latency": {"total_s_per_sample": seconds}}
+            records.append(make_record(case, outcome="ok", error=None, measured=measured, started_at="now", wall_s=1.0))
+    draw_run(tmp_path)
+    assert "| Hydra-PPO | 16 | 1 | 1 | ≥2 | 2.00x | 2.00x | 4.00x | 50 % | 50 % |" in (tmp_path / "gain.md").read_text()
+    assert len((tmp_path / "gain.csv").read_text().splitlines()) == 2
 
 
 def timeline_of(*totals: int) -> dict[str, object]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 
 import pandas as pd
@@ -13,6 +14,7 @@ from rlhfbench.records import make_plan, make_record
 from rlhfkernels.case import Case, Options
 from rlhfkernels.methods import METHODS
 from rlhfkernels.observer import PARTS as OBSERVED_PARTS
+from rlhfkernels.settings import SETTINGS
 from rlhfreports.columns import COLUMNS, PARTS
 
 CASE = Case(method="joined-hydra", model="tiny", prompt_len=24, completion_len=8, batch_size=2)
@@ -162,6 +164,33 @@ def test_only_options_that_were_changed_are_named():
         == "attention=eager, kl_coef=0.5"
     )
     assert options_text({"of_a_newer_version": 3}) == "of_a_newer_version=3"
+
+
+@pytest.mark.parametrize(
+    ("changed", "setting", "options"),
+    [
+        ({}, "modern", ""),
+        ({"kl_coef": 0.5}, "modern", "kl_coef=0.5"),
+        (SETTINGS["paper"]["options"], "paper", ""),
+        ({**SETTINGS["paper"]["options"], "kl_coef": 0.5}, "paper", "kl_coef=0.5"),
+        ({"attention": "eager"}, "custom", "attention=eager"),
+    ],
+)
+def test_the_setting_is_told_by_the_options_and_not_told_twice(changed, setting, options):
+    record = {**RECORD, "case": dataclasses.replace(CASE, options=Options(**changed)).to_dict()}
+    row = records_frame([record]).iloc[0]
+    assert (row["setting"], row["options"]) == (setting, options)
+    assert (
+        row["setting_order"] == list(SETTINGS).index(setting) if setting in SETTINGS else pd.isna(row["setting_order"])
+    )
+
+
+def test_options_that_an_older_record_lacks_count_as_the_default():
+    record = copy.deepcopy(RECORD)
+    del record["case"]["options"]["kv_cache"]
+    assert records_frame([record]).loc[0, "setting"] == "modern"
+    del record["case"]["options"]
+    assert records_frame([record]).loc[0, "setting"] == "modern"
 
 
 def test_the_parts_are_those_that_are_observed():

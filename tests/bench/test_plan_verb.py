@@ -74,6 +74,21 @@ def test_batch_sizes_over_all_ranks_are_divided(
     assert (plan["case"]["batch_size"], plan["zero"]["global_batch_size"]) == (2, 4)
 
 
+def test_both_settings_are_planned_side_by_side(
+    make_case: Callable[..., Case], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
+    asked = ["plan", "--model", make_case().model, *SMALL, "--setting", "paper,modern", "--lora-rank", "4"]
+    assert cli.invoke(asked) == 0
+    text = capsys.readouterr().out
+    rows = [line.split()[:4] for line in text.splitlines() if "J-Hydra-PPO" in line]
+    assert rows == [["J-Hydra-PPO", setting, "12", batch] for batch in "12" for setting in ("paper", "modern")]
+    assert "bfloat16 · LoRA rank 4" in text
+    assert cli.invoke([*asked, "--json"]) == 0
+    options = [plan["case"]["options"] for plan in json.loads(capsys.readouterr().out)]
+    assert [given["attention"] for given in options] == ["eager", "sdpa"] * 2
+
+
 def test_without_a_gpu_nothing_is_said_to_fit(make_case: Callable[..., Case]) -> None:
     sweep = Sweep.from_spec(
         {"models": make_case().model, "methods": ["hydra"], "seq_lens": [8], "batch_sizes": [1], "device": "cuda"}
@@ -91,7 +106,8 @@ def test_without_a_gpu_nothing_is_said_to_fit(make_case: Callable[..., Case]) ->
         (("--world-size", "0"), "world-size is 0: it must be a whole number of at least 1."),
         (("--world-size", "two"), "--world-size is 'two': it must be a whole number."),
         (("--world-size", "2", "--global-batch"), "batch_sizes has 1: with --global-batch it must be a multiple of"),
-        (("--setting", "papr"), "setting 'papr' is unknown: did you mean 'paper'"),
+        (("--setting", "papr"), "setting 'papr' is unknown: did you mean 'paper'? Valid: modern, paper."),
+        (("--setting", "modern,"), "setting '' is unknown: Valid: modern, paper."),
         (("--seq-lens", "9999"), "positions"),
         (("--methods", "hydr"), "method 'hydr' is unknown: did you mean 'hydra'"),
     ],

@@ -1,9 +1,11 @@
+import dataclasses
 import io
 
 import pytest
 
 from rlhfbench.progress import BarProgress, LineProgress, TimeLeft, clock, make_progress, title
-from rlhfkernels.case import Case
+from rlhfkernels.case import Case, Options
+from rlhfkernels.settings import SETTINGS
 
 SMALL = Case(method="hydra", model="tiny", prompt_len=4, completion_len=4, batch_size=1)
 LARGE = Case(method="lora", model="tiny", prompt_len=8, completion_len=8, batch_size=2)
@@ -93,3 +95,5 @@ def test_clock(seconds, text):
 
 def test_a_title_names_what_tells_cases_apart():
     assert title(LARGE) == "lora tiny 8+8 x2"
+    paper = dataclasses.replace(LARGE, options=Options(**SETTINGS["paper"]["options"]))
+    assert title(paper) == "lora paper tiny 8+8 x2"

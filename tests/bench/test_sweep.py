@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhfbench.errors import SweepError
+from rlhfbench.settings import setting_of
 from rlhfbench.sweep import Sweep, differences, override, parse_option, read_spec, split_length
 from rlhfkernels.case import Case, Options
 from rlhfkernels.methods import METHODS
@@ -138,6 +139,48 @@ def test_every_problem_is_told_at_once_with_the_nearest_names():
 )
 def test_a_wrong_spec_is_told_in_a_sentence(change, says):
     assert any(says in problem for problem in problems({**GRID, **change}))
+
+
+def settings_of(cases):
+    return [(setting_of(dataclasses.asdict(case.options)), case.method, case.batch_size) for case in cases]
+
+
+def test_every_case_stands_under_every_setting_and_loads_back(tmp_path):
+    spec = {**GRID, "methods": ["lora", "hydra"], "batch_sizes": [1, 2], "settings": ["paper", "modern", "paper"]}
+    sweep = Sweep.from_spec(spec)
+    assert settings_of(sweep.cases) == [
+        (setting, method, batch_size)
+        for batch_size in (1, 2)
+        for method in ("lora", "hydra")
+        for setting in ("paper", "modern")
+    ]
+    assert {(case.dtype, case.lora_rank) for case in sweep.cases} == {("float32", 16), ("bfloat16", 128)}
+    (tmp_path / "sweep.toml").write_text(sweep.to_toml())
+    assert Sweep.from_file(tmp_path / "sweep.toml") == sweep
+
+
+def test_what_a_spec_says_itself_wins_over_its_settings():
+    table = {"method": "full", "model": "tiny", "seq_len": 4, "batch_size": 1, "lora_rank": 3}
+    spec = {**GRID, "setting": "paper", "dtype": "float32", "options": {"warmup_steps": 7}, "cases": [table]}
+    one, two = Sweep.from_spec(spec).cases
+    for case in (one, two):
+        assert (case.dtype, case.options.attention, case.options.warmup_steps) == ("float32", "eager", 7)
+    assert (one.lora_rank, two.lora_rank) == (128, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"settings": ["papr", "modern"]}, "setting 'papr' is unknown: did you mean 'paper'? Valid: modern, paper."),
+        ({"settings": []}, "settings is empty: it must have at least one value."),
+        ({"settings": 3}, "settings has 3: it must be a name."),
+        ({"setings": ["paper"]}, "sweep key 'setings' is unknown: did you mean 'settings'"),
+    ],
+)
+def test_a_wrong_setting_is_told_once_with_everything_else(change, says):
+    found = problems({**GRID, **change, "dtype": "float23"})
+    assert sum(says in problem for problem in found) == 1
+    assert sum("float23" in problem for problem in found) == 1
 
 
 def test_pairs_of_different_lengths():

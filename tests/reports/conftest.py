@@ -12,6 +12,7 @@ from rlhfreports.columns import COLUMNS
 
 TITLES = {"full": "PPO", "lora": "LoRA-PPO", "hydra": "Hydra-PPO"}
 ORDER = {"full": 0, "lora": 1, "hydra": 4}
+SETTING_ORDER = {"modern": 0, "paper": 1}
 GIB = 2**30
 
 
@@ -25,6 +26,7 @@ def _row(given: Mapping[str, Any]) -> dict[str, Any]:
         "dtype": "float32",
         "lora_rank": 16,
         "seed": 0,
+        "setting": "modern",
         "options": "",
         "outcome": "ok",
         **given,
@@ -33,6 +35,7 @@ def _row(given: Mapping[str, Any]) -> dict[str, Any]:
     row["seq_len"] = row["prompt_len"] + row["completion_len"]
     row.setdefault("method_title", TITLES.get(row["method"], row["method"]))
     row.setdefault("method_order", ORDER.get(row["method"]))
+    row.setdefault("setting_order", SETTING_ORDER.get(row["setting"]))
     if row["outcome"] == "ok":
         row.setdefault("model_bytes", GIB)
         row.setdefault("activation_bytes", GIB // 2)
@@ -50,8 +53,10 @@ def make_frame() -> Callable[..., pd.DataFrame]:
 
     def make(*rows: Mapping[str, Any]) -> pd.DataFrame:
         full = [_row(row) for row in rows]
+        dtypes: dict[str, Any] = {column.name: column.dtype for column in COLUMNS}
+        dtypes |= {name: "Float64" for row in full for name in row if name.endswith("_phase_median_s")}
         return pd.DataFrame(
-            {column.name: pd.array([row.get(column.name) for row in full], dtype=column.dtype) for column in COLUMNS}
+            {name: pd.array([row.get(name) for row in full], dtype=dtype) for name, dtype in dtypes.items()}
         )
 
     return make

@@ -1,6 +1,13 @@
 from __future__ import annotations
 
-from rlhfreports.columns import COLUMNS, PHASE_COLUMNS, axes_that_vary, methods_in_order, shared_axes_text
+from rlhfreports.columns import (
+    COLUMNS,
+    PHASE_COLUMNS,
+    axes_that_vary,
+    methods_in_order,
+    setting_order,
+    shared_axes_text,
+)
 
 
 def test_every_column_is_named_once_typed_and_explained():
@@ -34,6 +41,34 @@ def test_a_long_path_in_the_caption_keeps_its_end(make_frame):
     frame = make_frame({"model": "/somewhere/" + "deep/" * 30 + "my-checkpoint"})
     assert "my-checkpoint" in shared_axes_text(frame)
     assert len(shared_axes_text(frame)) < 110
+
+
+PAPER = {"setting": "paper", "dtype": "bfloat16", "lora_rank": 128}
+
+
+def test_what_changes_with_the_setting_alone_is_told_with_it(make_frame):
+    frame = make_frame(PAPER, {})
+    assert axes_that_vary(frame) == ["setting"]
+    assert shared_axes_text(frame) == "tiny · cpu · modern: float32, LoRA rank 16 · paper: bfloat16, LoRA rank 128"
+    other = make_frame(PAPER, {}, {"dtype": "bfloat16"})
+    assert axes_that_vary(other) == ["dtype", "setting"]
+    assert shared_axes_text(other) == "tiny · cpu · modern: LoRA rank 16 · paper: LoRA rank 128"
+
+
+def test_one_setting_is_named_where_it_is_not_the_default(make_frame):
+    assert shared_axes_text(make_frame(PAPER)) == "tiny · cpu · bfloat16 · LoRA rank 128 · setting paper"
+    assert "setting" not in shared_axes_text(make_frame({}))
+    assert "setting" not in shared_axes_text(make_frame({"setting": "custom", "options": "attention=eager"}))
+
+
+def test_custom_cases_beside_default_ones_are_told_apart_by_their_options(make_frame):
+    frame = make_frame({"setting": "custom", "options": "attention=eager"}, {})
+    assert axes_that_vary(frame) == ["options"]
+    assert "setting" in axes_that_vary(make_frame({"setting": "custom"}, {}, PAPER))
+
+
+def test_settings_come_in_the_harness_order_and_custom_last(make_frame):
+    assert setting_order(make_frame({"setting": "custom"}, PAPER, {})) == ["modern", "paper", "custom"]
 
 
 def test_methods_come_in_the_harness_order_and_unlisted_ones_last(make_frame):

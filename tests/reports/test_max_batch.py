@@ -10,6 +10,7 @@ def test_planned_stands_beside_found() -> None:
     frame = pd.DataFrame(
         {
             "title": ["A-PPO", "B-PPO"],
+            "setting": ["modern", "modern"],
             "model": ["tiny", "tiny"],
             "seq_len": [64, 128],
             "planned": pd.array([9, None], dtype="Int64"),
@@ -24,3 +25,7 @@ def test_planned_stands_beside_found() -> None:
     first, second = (line.split() for line in console.export_text().splitlines() if "-PPO" in line)
     assert first == ["A-PPO", "tiny", "64", "9", "8", "9", "5", "batch", "9", "was", "out", "of", "memory."]
     assert second[:7] == ["B-PPO", "tiny", "128", "–", "0", "–", "1"]
+    frame["setting"] = ["modern", "paper"]
+    console.print(max_batch_table(frame))
+    (row,) = (line.split() for line in console.export_text().splitlines() if "B-PPO" in line)
+    assert row[:3] == ["B-PPO", "paper", "tiny"]

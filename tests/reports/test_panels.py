@@ -33,6 +33,23 @@ def test_the_last_panel_has_the_largest_batch_that_fits(make_frame):
     assert keys(last.failures) == {("lora", 64, 1)}
 
 
+def test_batches_that_differ_with_no_failure_among_them(make_frame):
+    last = panels_of(make_frame({"method": "full", "batch_size": 1}, {"method": "hydra", "batch_size": 2}))[-1]
+    assert keys(last.points) == {("full", 64, 1), ("hydra", 64, 2)}
+    assert keys(last.failures) == set()
+
+
+def test_the_settings_of_a_method_share_a_panel(make_frame):
+    paper = {"setting": "paper", "dtype": "bfloat16"}
+    one, two, largest = panels_of(
+        make_frame({}, {"batch_size": 2}, paper, {"batch_size": 2, "outcome": "oom", **paper})
+    )
+    assert [panel.title for panel in (one, two, largest)] == ["batch 1", "batch 2", "largest batch that fits"]
+    assert one.points["setting"].tolist() == ["modern", "paper"]
+    found = set(zip(largest.points["setting"], largest.points["batch_size"], strict=True))
+    assert found == {("modern", 2), ("paper", 1)}
+
+
 def test_every_row_is_a_point_or_a_failure_of_its_batch_panel(make_frame):
     outcomes = ("ok", "oom", "timeout", "crashed", "invalid", "skipped")
     frame = make_frame(

@@ -15,7 +15,7 @@ def frame() -> pd.DataFrame:
     row = {f"{part}_bytes": (i + 1) * GIB for i, part in enumerate(PARTS)}
     total = sum(row.values())
     shared = {"seq_len": 800, "total_bytes": total, "model_bytes": 1, "activation_bytes": 1, "peak_phase": "score"}
-    shared |= {"bucket_bytes": 0}
+    shared |= {"bucket_bytes": 0, "setting": "modern"}
     known = {"fits": True, "max_batch_size": 7.0, "floor_s_per_sample": 0.25}
     unknown = {"fits": None, "max_batch_size": None, "floor_s_per_sample": None}
     return pd.DataFrame(
@@ -52,6 +52,17 @@ def test_zero_buckets_stand_beside_the_total() -> None:
     assert first[-6:] == ["45.00", "2.00", "score", "yes", "7", "0.25"]
     (axes,) = plan_figure(shared, caption="tiny", limit_bytes=None).axes
     assert max(bar.get_x() + bar.get_width() for bar in axes.patches) == pytest.approx(47)
+
+
+def test_several_settings_are_told_apart() -> None:
+    both = frame().assign(setting=["paper", "modern"])
+    console = Console(width=250, record=True)
+    console.print(plan_table(both, caption="tiny"))
+    rows = [line.split()[:4] for line in console.export_text().splitlines() if "-PPO" in line]
+    assert rows == [["A-PPO", "paper", "800", "1"], ["B-PPO", "modern", "800", "4"]]
+    (axes,) = plan_figure(both, caption="tiny", limit_bytes=None).axes
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == ["A-PPO, paper, 800 tokens, batch 1", "B-PPO, modern, 800 tokens, batch 4"]
 
 
 def test_the_files_depend_on_the_table_alone(tmp_path: Path) -> None:

@@ -58,6 +58,42 @@ def test_latency_has_one_line_a_method_with_its_numbers(frame):
     assert lines(four)["PPO"].get_ydata().tolist() == [32.0, 64.0, 128.0]
 
 
+def both_settings(make_frame, *, oom=()):
+    return make_frame(
+        *(
+            {"method": m, "prompt_len": n, "setting": s, "outcome": "oom" if (m, n, s) in oom else "ok"}
+            for s in ("paper", "modern")
+            for n in (32, 64)
+            for m in ("lora", "hydra")
+        )
+    )
+
+
+def test_the_settings_of_a_method_share_its_colour_and_not_its_line_style(make_frame):
+    figure = latency_figure(both_settings(make_frame))
+    (axes,) = visible(figure)
+    drawn = lines(axes)
+    titles = [f"{m}, {s}" for m in ("LoRA-PPO", "Hydra-PPO") for s in ("modern", "paper")]
+    assert list(drawn) == titles
+    assert [drawn[title].get_linestyle() for title in titles] == ["-", "--", "-", "--"]
+    colors = [drawn[title].get_color() for title in titles]
+    assert colors[0] == colors[1] != colors[2] == colors[3]
+    assert legend_labels(figure) == ["LoRA-PPO", "Hydra-PPO", "modern", "paper"]
+
+
+def test_the_words_of_two_settings_stand_in_rows_of_their_own(make_frame):
+    oom = {("lora", 64, "paper"), ("lora", 64, "modern"), ("hydra", 64, "paper")}
+    (axes,) = visible(latency_figure(both_settings(make_frame, oom=oom)))
+    assert words(axes) == ["OOM"] * 3
+    assert len({text.get_position()[1] for text in axes.texts}) == 3
+
+
+def test_one_setting_alone_is_drawn_as_ever(make_frame):
+    frame = make_frame(*({"prompt_len": n, "setting": "paper"} for n in (32, 64)))
+    (axes,) = visible(latency_figure(frame))
+    assert {name: line.get_linestyle() for name, line in lines(axes).items()} == {"Hydra-PPO": "-"}
+
+
 def test_throughput_shows_samples_and_tokens(frame):
     samples_1, _, tokens_1, tokens_4 = visible(throughput_figure(frame))
     assert samples_1.get_ylabel().startswith("samples per second")

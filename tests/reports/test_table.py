@@ -49,6 +49,29 @@ def test_it_has_the_form_of_the_papers_table(make_frame):
     assert table.caption == "llama-7b · cpu · float32 · LoRA rank 16 · 800 tokens"
 
 
+def test_the_settings_of_a_method_stand_under_each_other(make_frame):
+    paper = {"setting": "paper", "dtype": "bfloat16", "lora_rank": 128}
+    rows = [
+        {"method": method, "batch_size": batch, **setting}
+        for setting in (paper, {})
+        for batch in (1, 2)
+        for method in ("hydra", "full")
+    ]
+    table = memory_table(make_frame(*rows))
+    assert table.headings[:3] == ("method", "setting", "batch")
+    assert [row[:3] for row in table.rows] == [
+        (title, setting, batch)
+        for batch in ("1", "2")
+        for title in ("PPO", "Hydra-PPO")
+        for setting in ("modern", "paper")
+    ]
+    # A terminal draws a line under each block of equal size, not under each setting.
+    assert table._section_ends() == [False] * 3 + [True] + [False] * 4
+    assert "modern: float32, LoRA rank 16 · paper: bfloat16, LoRA rank 128" in table.caption
+    assert "setting" in table.csv().splitlines()[0].split(",")
+    assert "setting" not in memory_table(make_frame(paper)).headings
+
+
 def test_rows_stand_by_length_then_batch_then_method_whatever_order_they_came_in(make_frame):
     rows = [
         {"method": method, "prompt_len": length, "batch_size": batch}

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from rlhfreports.slopes import slope_table
+
+PAIRS = ((16, 16), (32, 32), (64, 64), (128, 128))
+
+
+def power(prompt_len, completion_len, batch_size, **other):
+    """A case whose decode grows as prompt^0.5, update as batch^0.75 · length^1.25, total as length^2."""
+    length = prompt_len + completion_len
+    return {
+        "prompt_len": prompt_len,
+        "completion_len": completion_len,
+        "batch_size": batch_size,
+        "generate_phase_median_s": 3.0 * completion_len * prompt_len**0.5,
+        "update_s_per_sample": 2.0 * batch_size**-0.25 * length**1.25,
+        "total_s_per_sample": 5.0 * length**2.0,
+        **other,
+    }
+
+
+def slopes(table, quantity, against):
+    rows = table.frame[(table.frame["quantity"] == quantity) & (table.frame["against"] == against)]
+    return {row["held"]: pytest.approx(row["slope"], abs=1e-12) for row in rows.to_dict("records")}
+
+
+def test_known_slopes_come_out_at_fixed_completion_length(make_frame):
+    frame = make_frame(*(power(p, 32, b) for b in (1, 4) for p in (16, 48, 96, 224)))
+    table = slope_table(frame)
+    assert slopes(table, "decode s/token", "prompt length") == {f"batch {b}, completion 32": 0.5 for b in (1, 4)}
+    held = {f"batch {b}, completion 32" for b in (1, 4)}
+    assert slopes(table, "update s/step", "sequence length") == dict.fromkeys(held, 1.25)
+    assert slopes(table, "total s/sample", "sequence length") == dict.fromkeys(held, 2.0)
+    assert slopes(table, "update s/step", "batch size") == {f"length {p}+32": 0.75 for p in (16, 48, 96, 224)}
+    assert (table.frame["num_points"] == np.where(table.frame["against"] == "batch size", 2, 4)).all()
+    assert table.frame.loc[0, ["smallest", "largest"]].tolist() == [16, 224]
+
+
+def test_lengths_that_grow_in_proportion_are_one_line_against_the_sequence_length(make_frame):
+    table = slope_table(make_frame(*(power(*pair, 1) for pair in PAIRS)))
+    assert set(table.frame["against"]) == {"sequence length"}
+    assert slopes(table, "decode s/token", "sequence length") == {"batch 1": 0.5}
+    # Odd lengths split as the command line splits them are in proportion too.
+    odd = slope_table(make_frame(*(power(n // 2, n - n // 2, 1) for n in (7, 8, 33))))
+    assert slopes(odd, "total s/sample", "sequence length") == {"batch 1": 2.0}
+
+
+def test_cases_of_different_shape_are_not_fitted_together(make_frame):
+    # One mostly prompt, one mostly completion: no line goes through both.
+    assert slope_table(make_frame(power(90, 10, 1), power(20, 180, 1))).frame.empty
+    # Other batch sizes at other lengths: neither length nor batch is held.
+    assert slope_table(make_frame(power(16, 16, 1), power(32, 32, 4))).frame.empty
+    # Equal sizes of different cases.
+    for other in ({"method": "lora"}, {"dtype": "bfloat16"}, {"setting": "paper"}, {"options": "kl_coef=1"}):
+        assert slope_table(make_frame(power(16, 16, 1), power(32, 32, 1, **other))).frame.empty, other
+
+
+def test_prompts_and_completions_each_make_lines_of_their_own(make_frame):
+    grid = (8, 16, 32)
+    table = slope_table(make_frame(*(power(p, c, 1) for p in grid for c in grid)))
+    held = {f"batch 1, {name} {n}" for name in ("completion", "prompt") for n in grid}
+    assert set(slopes(table, "total s/sample", "sequence length")) == held
+    assert set(slopes(table, "decode s/token", "prompt length")) == {f"batch 1, completion {n}" for n in grid}
+
+
+def test_the_error_is_that_of_the_textbook_and_two_points_have_none(make_frame):
+    times = [1.0, 2.1, 3.7, 9.0]
+    rows = [power(*pair, 1, total_s_per_sample=time) for pair, time in zip(PAIRS, times, strict=True)]
+    frame = slope_table(make_frame(*rows)).frame
+    row = frame[frame["quantity"] == "total s/sample"].iloc[0]
+    x, y = np.log([float(sum(pair)) for pair in PAIRS]), np.log(times)
+    slope = ((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum()
+    rest = y - y.mean() - slope * (x - x.mean())
+    assert row["slope"] == pytest.approx(slope, rel=1e-12)
+    assert row["standard_error"] == pytest.approx(np.sqrt((rest**2).sum() / 2 / ((x - x.mean()) ** 2).sum()), rel=1e-9)
+    assert row["r_squared"] == pytest.approx(1 - (rest**2).sum() / ((y - y.mean()) ** 2).sum(), rel=1e-9)
+    two = slope_table(make_frame(*rows[:2])).frame
+    assert two["slope"].notna().all()
+    assert two[["standard_error", "r_squared"]].isna().all(axis=None)
+
+
+def test_a_time_on_one_level_has_slope_zero_and_explains_nothing(make_frame):
+    frame = slope_table(make_frame(*(power(*pair, 1, total_s_per_sample=2.0) for pair in PAIRS))).frame
+    row = frame[frame["quantity"] == "total s/sample"].iloc[0]
+    assert row["slope"] == 0
+    assert pd.isna(row["r_squared"])
+
+
+def test_what_was_not_measured_is_no_point(make_frame):
+    rows = [power(*pair, 1) for pair in PAIRS]
+    rows[1] = {"prompt_len": 32, "outcome": "oom"}
+    rows[2]["generate_phase_median_s"] = None
+    points = slope_table(make_frame(*rows)).frame.set_index("quantity")["num_points"].to_dict()
+    assert points == {"decode s/token": 2, "update s/step": 3, "total s/sample": 3}
+    without = [{key: value for key, value in row.items() if "phase" not in key} for row in rows]
+    assert "decode s/token" not in slope_table(make_frame(*without)).frame["quantity"].tolist()
+    assert slope_table(make_frame()).frame.empty
+
+
+def test_the_terminal_has_one_row_a_method_and_setting(make_frame):
+    rows = [
+        power(*pair, b, method=method, setting=setting)
+        for pair in PAIRS
+        for b in (1, 2)
+        for setting in ("paper", "modern")
+        for method in ("hydra", "lora")
+    ]
+    table = slope_table(make_frame(*rows))
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(table.rich())
+    text = console.export_text()
+    found = [" ".join(line.split()) for line in text.splitlines() if "-PPO" in line]
+    cells = "0.50 ±0.00 0.75 1.25 ±0.00 2.00 ±0.00"
+    assert found == [f"{m} {s} {cells}" for m in ("LoRA-PPO", "Hydra-PPO") for s in ("modern", "paper")]
+    assert "length 128+128" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_a_line_that_other_methods_lack_says_what_it_holds(make_frame):
+    rows = [power(*pair, 1, method="lora") for pair in PAIRS] + [power(*pair, 2) for pair in PAIRS]
+    console = Console(width=200, file=io.StringIO(), record=True)
+    console.print(slope_table(make_frame(*rows)).rich())
+    text = console.export_text()
+    assert "2.00 ±0.00 (batch 1)" in text
+    assert "2.00 ±0.00 (batch 2)" in text
+
+
+def test_the_files_have_every_line(make_frame):
+    table = slope_table(make_frame(*(power(*pair, b) for pair in PAIRS for b in (1, 2))))
+    line = "| Hydra-PPO | total s/sample | sequence length | batch 2 | 32–256 | 4 | 2.000 | 0.000 | 1.000 |"
+    assert line in table.markdown()
+    read = pd.read_csv(io.StringIO(table.csv()))
+    assert len(read) == len(table.frame) == 2 + 4 + 2 + 2
