@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from rlhfreports.columns import AXES, axes_that_vary, axis_text, methods_in_order, shared_axes_text
+from rlhfreports.columns import AXES, axes_that_vary, axis_text, methods_in_order, setting_order, shared_axes_text
 from rlhfreports.panels import is_measured
 from rlhfreports.table import ABSENT, GIB, escape, outcome_word
 
@@ -177,6 +177,7 @@ def gain_table(frame: pd.DataFrame, baseline: str = BASELINE) -> GainTable:
 
 def _pairs(frame: pd.DataFrame, baseline: str) -> list[tuple[pd.DataFrame, pd.DataFrame]]:
     """(rows of the baseline, rows of a method) at one length of otherwise equal cases, failures among them."""
+    places = {setting: place for place, setting in enumerate(setting_order(frame))}
     pairs = []
     for _, rows in frame.groupby(list(_GROUP), sort=False, dropna=False):
         base = rows[rows["method"] == baseline]
@@ -186,7 +187,8 @@ def _pairs(frame: pd.DataFrame, baseline: str) -> list[tuple[pd.DataFrame, pd.Da
             method = rows[rows["method"] == name]
             if name != baseline and method.loc[_usable(method), "batch_size"].nunique() > 1:
                 pairs.append((base, method))
-    return sorted(pairs, key=lambda pair: int(pair[1]["seq_len"].iloc[0]))
+    # By length, then setting; what else varies keeps its order, and so do the methods.
+    return sorted(pairs, key=lambda pair: (pair[1]["seq_len"].iloc[0], places[pair[1]["setting"].iloc[0]]))
 
 
 def _usable(rows: pd.DataFrame) -> pd.Series[bool]:
