@@ -55,9 +55,18 @@ def plan_kinds(
     for case in cases:
         kinds.setdefault(with_batch(case, 1), []).append(case)
     one = functools.partial(_plan_kind, zero=zero, usable_bytes=usable_bytes, with_timeline=with_timeline)
-    planned = map_parallel(one, list(kinds.values()), preload=(_PLANNING,))
+    # Long ones first, so that no core is left with one at the end.
+    longest_first = sorted(kinds.values(), key=_num_ops, reverse=True)
+    planned = map_parallel(one, longest_first, preload=(_PLANNING,))
     by_case = {item.plan.case: item for kind in planned for item in kind}
     return [by_case[case] for case in cases]
+
+
+def _num_ops(cases: list[Case]) -> int:
+    """How long a kind is planned, roughly and in no unit: a pass with an adapter has about three times the ops."""
+    method = cases[0].role_table
+    passes = (*method.score_passes, *method.update_passes)
+    return len(cases) * sum(1 if p.adapter is None else 3 for p in passes)
 
 
 def _plan_kind(cases: list[Case], *, zero: Zero, usable_bytes: int | None, with_timeline: bool) -> list[Planned]:
