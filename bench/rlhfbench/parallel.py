@@ -44,7 +44,7 @@ def map_parallel(
         try:
             return list(pool.map(function, inputs))
         except BrokenProcessPool as error:
-            raise ForkServerError("a process that planned was killed: is the machine's memory out?") from error
+            raise ForkServerError("a process that shared the work was killed: is the machine's memory out?") from error
 
 
 def _num_cores() -> int:

@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from rlhfbench.measure import workspaces
 from rlhfbench.measure.workspaces import blas_workspace_bytes, workspace_bytes
 
 
@@ -24,4 +23,3 @@ def test_a_step_multiplies_on_two_threads(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     assert workspace_bytes("cuda:0") == 2 * 32 * 2**20
-    assert workspaces._NUM_THREADS == 2
