@@ -78,7 +78,7 @@ def plan_case(case: Case, zero: Zero | None = None, *, with_timeline: bool = Fal
     backward; storages are counted in the blocks of the device that was asked for.
 
     Args:
-        case: what to plan. Prompts and a stop token change no shape and are left out, and fake tensors have no kernels.
+        case: what to plan. Prompts and a stop token change no shape and are left out, and Triton is not run.
         zero: how the step is divided among ranks.
         with_timeline: keep the step's timeline too.
 
@@ -86,7 +86,9 @@ def plan_case(case: Case, zero: Zero | None = None, *, with_timeline: bool = Fal
         ModelError: the model's configuration cannot be read, or it is too short.
         CaseError: an option does not fit the model.
     """
-    options = dataclasses.replace(case.options, prompts=None, stop_token=None, kernels="torch")
+    # What is in C takes its memory from torch beforehand; what is Triton's cannot be started without the device.
+    kernels = case.options.kernels if case.device == "cpu" else "torch"
+    options = dataclasses.replace(case.options, prompts=None, stop_token=None, kernels=kernels)
     stand_in = dataclasses.replace(case, device="cpu", options=options)
     zero = zero or Zero()
     timeline = Timeline() if with_timeline else None

@@ -35,8 +35,9 @@ class Options:
         engine: how a trunk is run: ``plain`` is transformers and PEFT themselves; ``fast`` decodes by a lean loop over
             the layers where it covers the architecture, else it is ``plain``.
         kernels: how norms, activations, rotary positions (these three under the ``fast`` engine) and log-probabilities
-            are computed: ``torch``, ``triton`` (on a CUDA device, where that package is installed), or ``auto``, which
-            is ``triton`` wherever that can run.
+            are computed: ``torch``, ``triton`` (on a CUDA device, where that package is installed), ``native`` (on a
+            processor in float32: the steps of decoding in C, compiled here when first needed), or ``auto``, which is
+            ``triton`` or ``native`` wherever that can run.
         attention: ``sdpa`` or ``eager`` (attention matrices are made and kept, as at the paper's time).
         kv_cache: ``preallocated`` at its full length, or ``growing`` by concatenation.
         gradient_checkpointing: keep each layer's input only, and recompute the layer in the backward.
@@ -202,7 +203,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "options.adapter_dtype": (None, *DTYPES),
     "options.critic_head": ("trained", "frozen"),
     "options.engine": ("plain", "fast"),
-    "options.kernels": ("auto", "torch", "triton"),
+    "options.kernels": ("auto", "torch", "triton", "native"),
     "options.attention": ("sdpa", "eager"),
     "options.kv_cache": ("preallocated", "growing"),
     "options.optimizer": ("adamw", "adamw8bit", "sgd"),
@@ -287,13 +288,15 @@ def _check_optimizer(case: Case) -> list[str]:
 
 def _check_kernels(case: Case) -> list[str]:
     kernels = case.options.kernels
-    if kernels != "triton":
-        return []
     found = []
-    if case.device == "cpu":
+    if kernels == "triton" and case.device == "cpu":
         found.append(f"options.kernels is {kernels!r}: it needs a CUDA device, so device must not be 'cpu'.")
-    if case.dtype == "float64":
+    if kernels == "triton" and case.dtype == "float64":
         found.append(f"options.kernels is {kernels!r}: it has no float64, so dtype must be float32 or bfloat16.")
+    if kernels == "native" and case.device != "cpu":
+        found.append(f"options.kernels is {kernels!r}: it is a processor's, so device must be 'cpu'.")
+    if kernels == "native" and case.dtype != "float32":
+        found.append(f"options.kernels is {kernels!r}: it has no {case.dtype}, so dtype must be float32.")
     return found
 
 

@@ -244,7 +244,8 @@ class Engine:
                 decoder.skip_to(t - 1)
                 start = t - 1
             seen = None if rollout.attention_mask is None else rollout.attention_mask[:, :t]
-            logits = head.of_few(decoder.advance(rollout.tokens[:, start:t], seen))
+            hidden = decoder.advance(rollout.tokens[:, start:t], seen)
+            logits = head.of_few(hidden, kernels=self.kernels)
             if case.options.temperature != 1.0:
                 logits.div_(case.options.temperature)
             token, logprob = sample(logits, generator)

@@ -40,9 +40,9 @@ class LmHead(nn.Module):
         return shape_logits(nn.functional.linear(hidden, self.weight, self.bias), self.scale, self.softcap)
 
     @torch.no_grad()
-    def of_few(self, hidden: torch.Tensor) -> torch.Tensor:
-        """``forward`` for few rows [b, d], without a graph: bound by reading the weight once."""
-        logits = skinny_linear(hidden, self.weight).t().contiguous()
+    def of_few(self, hidden: torch.Tensor, *, kernels: str = "auto") -> torch.Tensor:
+        """``forward`` for few rows [b, d], without a graph: bound by reading the weight once; see ``skinny_linear``."""
+        logits = skinny_linear(hidden, self.weight, kernels=kernels).t().contiguous()
         if self.bias is not None:
             logits += self.bias
         return shape_logits(logits, self.scale, self.softcap)

@@ -13,6 +13,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "lora_rank": 128,
         "options": {
             "engine": "plain",
+            "kernels": "torch",
             "attention": "eager",
             "kv_cache": "growing",
             "logprob_chunk": 0,

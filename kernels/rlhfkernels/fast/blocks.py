@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers.activations import NewGELUActivation, SiLUActivation
+from transformers.activations import GELUActivation, NewGELUActivation, SiLUActivation
 from transformers.pytorch_utils import Conv1D
 
 from rlhfkernels.ops.lora_linear import LinearGroup, LoraPart, lora_linear
 from rlhfkernels.ops.rms_norm import rms_norm
-from rlhfkernels.ops.rotary import RotaryPart
+from rlhfkernels.ops.rotary import RotaryPart, signed
 from rlhfkernels.ops.skinny_linear import SkinnyLoraLinear
 
 
@@ -69,14 +69,17 @@ class Projection:
             ),
         )
 
+    def under(self, adapter: str | None) -> LinearGroup:
+        """The layers under an adapter set, or bare."""
+        return self._bare if adapter is None else self._groups.get(adapter, self._bare)
+
     def many(self, x: torch.Tensor, adapter: str | None) -> torch.Tensor:
         """[m, k] to [m, n] under ``adapter``, with a graph where one is asked for."""
-        return lora_linear(x, self._bare if adapter is None else self._groups.get(adapter, self._bare))
+        return lora_linear(x, self.under(adapter))
 
     def few(self, adapter: str | None, rows: int, buffers: dict[int, torch.Tensor]) -> SkinnyLoraLinear:
         """The layers under ``adapter`` for ``rows`` rows a call, without a graph."""
-        group = self._bare if adapter is None else self._groups.get(adapter, self._bare)
-        return SkinnyLoraLinear(group, rows, buffers)
+        return SkinnyLoraLinear(self.under(adapter), rows, buffers)
 
 
 def _fuse(modules: Sequence[Any], name: str) -> torch.Tensor:
@@ -92,6 +95,43 @@ def _fuse(modules: Sequence[Any], name: str) -> torch.Tensor:
         setattr(module, name, nn.Parameter(whole[start:end], requires_grad=parameter.requires_grad))
         start = end
     return whole
+
+
+class Norm:
+    """A root-mean-square norm, without the copies that transformers' makes and keeps, or a layer norm.
+
+    Args:
+        module: holds the weights.
+        kernels: see ``Blocks``.
+
+    Attributes:
+        eps: added to the mean square, or to the variance.
+        centred: the mean is taken off: a layer norm.
+    """
+
+    def __init__(self, module: nn.Module, kernels: str) -> None:
+        self._module: Any = module
+        self._kernels = kernels
+        self.centred = isinstance(module, nn.LayerNorm)
+        self.eps: float = getattr(module, "eps" if self.centred else "variance_epsilon")
+
+    @property
+    def weight(self) -> torch.Tensor | None:
+        """[d]."""
+        weight: torch.Tensor | None = self._module.weight
+        return weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """[d], of a layer norm that has one."""
+        return getattr(self._module, "bias", None)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., d] to [..., d]."""
+        if self.centred:
+            y: torch.Tensor = self._module(x)
+            return y
+        return rms_norm(x, self._module.weight, self.eps, kernels=self._kernels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,17 +198,22 @@ class Block:
         window: how many positions a query sees, itself included; ``None`` is all.
     """
 
-    norm_1: Callable[[torch.Tensor], torch.Tensor]
+    norm_1: Norm
     qkv: Projection
     heads: Heads
     out: Projection
-    norm_2: Callable[[torch.Tensor], torch.Tensor]
+    norm_2: Norm
     up: Projection
     activation: Callable[[torch.Tensor], torch.Tensor]
     gated: bool
     down: Projection
     parallel: bool = False
     window: int | None = None
+
+    @property
+    def projections(self) -> tuple[Projection, Projection, Projection, Projection]:
+        """``qkv``, ``out``, ``up`` and ``down``."""
+        return self.qkv, self.out, self.up, self.down
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -187,12 +232,24 @@ class Blocks:
     embed: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     rotary: nn.Module | None
     layers: list[Block]
-    norm: Callable[[torch.Tensor], torch.Tensor]
+    norm: Norm
     scale: float
     kernels: str
 
+    def turns(self, x: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Cosines and signed sines, [1 or b, t, s] each, of position ids [1 or b, t] for states like ``x``."""
+        if self.rotary is None:
+            return None
+        cos, sin = self.rotary(x, ids)
+        return cos, signed(sin)
 
-_gelu_tanh = functools.partial(nn.functional.gelu, approximate="tanh")
+    def turn_table(self, x: torch.Tensor, max_len: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """``turns`` of every position below ``max_len``, [max_len, s] each."""
+        turns = self.turns(x, torch.arange(max_len, device=x.device)[None])
+        return None if turns is None else (turns[0][0], turns[1][0])
+
+
+gelu_tanh = functools.partial(nn.functional.gelu, approximate="tanh")
 # Rotary tables that depend on how long the sequence has become.
 _MOVING_ROTARY = ("dynamic", "longrope")
 
@@ -212,11 +269,11 @@ def _llama(trunk: Any, kernels: str) -> Blocks | None:
         attention, mlp = layer.self_attn, layer.mlp
         layers.append(
             Block(
-                norm_1=_rms_norm(layer.input_layernorm, kernels),
+                norm_1=Norm(layer.input_layernorm, kernels),
                 qkv=Projection([attention.q_proj, attention.k_proj, attention.v_proj]),
                 heads=heads,
                 out=Projection([attention.o_proj]),
-                norm_2=_rms_norm(layer.post_attention_layernorm, kernels),
+                norm_2=Norm(layer.post_attention_layernorm, kernels),
                 up=Projection([mlp.gate_proj, mlp.up_proj]),
                 activation=_activation(mlp.act_fn),
                 gated=True,
@@ -228,7 +285,7 @@ def _llama(trunk: Any, kernels: str) -> Blocks | None:
         embed=lambda tokens, positions: trunk.embed_tokens(tokens),
         rotary=trunk.rotary_emb,
         layers=layers,
-        norm=_rms_norm(trunk.norm, kernels),
+        norm=Norm(trunk.norm, kernels),
         scale=size**-0.5,
         kernels=kernels,
     )
@@ -240,16 +297,19 @@ def _window(attention: Any, config: Any) -> int | None:
     return getattr(found, "sliding_window", None)
 
 
-def _rms_norm(module: Any, kernels: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The module's norm, without the copies that it makes and keeps."""
-    return lambda x: rms_norm(x, module.weight, module.variance_epsilon, kernels=kernels)
+# Modules by the function that they are; GPT-2's is spelt as eight small ops there, all of them kept for the backward.
+_FUNCTIONS: dict[type[nn.Module], Callable[[torch.Tensor], torch.Tensor]] = {
+    nn.SiLU: nn.functional.silu,
+    SiLUActivation: nn.functional.silu,
+    NewGELUActivation: gelu_tanh,
+    GELUActivation: nn.functional.gelu,
+    nn.ReLU: nn.functional.relu,
+}
 
 
-def _activation(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The module's activation; GPT-2's is spelt as eight small ops there, all of them kept for the backward."""
-    if isinstance(module, (nn.SiLU, SiLUActivation)):
-        return nn.functional.silu
-    return _gelu_tanh if isinstance(module, NewGELUActivation) else module
+def _activation(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The module's activation."""
+    return _FUNCTIONS.get(type(module), module)
 
 
 def _gpt_neox(trunk: Any, kernels: str) -> Blocks | None:
@@ -257,11 +317,11 @@ def _gpt_neox(trunk: Any, kernels: str) -> Blocks | None:
     size = config.hidden_size // config.num_attention_heads
     layers = [
         Block(
-            norm_1=layer.input_layernorm,
+            norm_1=Norm(layer.input_layernorm, kernels),
             qkv=Projection([layer.attention.query_key_value]),
             heads=Heads(config.num_attention_heads, config.num_attention_heads, size, interleaved=True),
             out=Projection([layer.attention.dense]),
-            norm_2=layer.post_attention_layernorm,
+            norm_2=Norm(layer.post_attention_layernorm, kernels),
             up=Projection([layer.mlp.dense_h_to_4h]),
             activation=_activation(layer.mlp.act),
             gated=False,
@@ -274,7 +334,7 @@ def _gpt_neox(trunk: Any, kernels: str) -> Blocks | None:
         embed=lambda tokens, positions: trunk.embed_in(tokens),
         rotary=trunk.rotary_emb,
         layers=layers,
-        norm=trunk.final_layer_norm,
+        norm=Norm(trunk.final_layer_norm, kernels),
         scale=size**-0.5,
         kernels=kernels,
     )
@@ -292,11 +352,11 @@ def _opt(trunk: Any, kernels: str) -> Blocks | None:
         attention = layer.self_attn
         layers.append(
             Block(
-                norm_1=layer.self_attn_layer_norm,
+                norm_1=Norm(layer.self_attn_layer_norm, kernels),
                 qkv=Projection([attention.q_proj, attention.k_proj, attention.v_proj]),
                 heads=heads,
                 out=Projection([attention.out_proj]),
-                norm_2=layer.final_layer_norm,
+                norm_2=Norm(layer.final_layer_norm, kernels),
                 up=Projection([layer.fc1]),
                 activation=_activation(layer.activation_fn),
                 gated=False,
@@ -309,7 +369,7 @@ def _opt(trunk: Any, kernels: str) -> Blocks | None:
         ),
         rotary=None,
         layers=layers,
-        norm=decoder.final_layer_norm,
+        norm=Norm(decoder.final_layer_norm, kernels),
         scale=size**-0.5,
         kernels=kernels,
     )
@@ -322,11 +382,11 @@ def _gpt2(trunk: Any, kernels: str) -> Blocks | None:
     size = config.n_embd // config.n_head
     layers = [
         Block(
-            norm_1=layer.ln_1,
+            norm_1=Norm(layer.ln_1, kernels),
             qkv=Projection([layer.attn.c_attn]),
             heads=Heads(config.n_head, config.n_head, size),
             out=Projection([layer.attn.c_proj]),
-            norm_2=layer.ln_2,
+            norm_2=Norm(layer.ln_2, kernels),
             up=Projection([layer.mlp.c_fc]),
             activation=_activation(layer.mlp.act),
             gated=False,
@@ -338,7 +398,7 @@ def _gpt2(trunk: Any, kernels: str) -> Blocks | None:
         embed=lambda tokens, positions: trunk.wte(tokens) + trunk.wpe(positions),
         rotary=None,
         layers=layers,
-        norm=trunk.ln_f,
+        norm=Norm(trunk.ln_f, kernels),
         scale=size**-0.5,
         kernels=kernels,
     )

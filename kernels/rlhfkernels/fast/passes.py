@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from rlhfkernels.fast.blocks import Block, Blocks
-from rlhfkernels.ops.rotary import rotary_, signed
+from rlhfkernels.ops.rotary import rotary_
 from rlhfkernels.ops.swiglu import swiglu
 from rlhfkernels.trunk import positions
 
@@ -76,7 +76,7 @@ def run_blocks(
     x = blocks.embed(tokens, ids).view(b * t, -1)
     windows = {block.window for block in blocks.layers}
     masks = {window: _mask(attention_mask, tokens, window) for window in windows}
-    frame = _Frame(b, t, blocks.scale, adapter, blocks.kernels, _turns(blocks, x, ids), masks)
+    frame = _Frame(b, t, blocks.scale, adapter, blocks.kernels, blocks.turns(x, ids), masks)
     last = len(blocks.layers) - 1
     for index, block in enumerate(blocks.layers):
         arguments = (block, frame, x, start if index == last else 0)
@@ -146,14 +146,6 @@ def _activated(block: Block, up: torch.Tensor, kernels: str) -> torch.Tensor:
         return swiglu(up, kernels=kernels)
     gate, rest = up.chunk(2, dim=-1)
     return block.activation(gate) * rest
-
-
-def _turns(blocks: Blocks, x: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Cosines and signed sines [1 or b, t, s], of the model's own making."""
-    if blocks.rotary is None:
-        return None
-    cos, sin = blocks.rotary(x, ids)
-    return cos, signed(sin)
 
 
 def _causal(t: int, device: torch.device) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Which form of an op is run: torch's, or the Triton kernels beside it.
+"""Which form of an op is run: torch's, the Triton kernel beside it, or the C beside it.
 
 The choice is an argument of every op and not a state: a checkpointed layer is run again on a thread of autograd's own,
 which no context variable of the caller reaches.
@@ -13,7 +13,9 @@ import torch
 
 from rlhfkernels.case import KERNEL_PACKAGES, Case
 from rlhfkernels.errors import CaseError
+from rlhfkernels.ops.native import build
 
+_MOST_NATIVE_ROWS = 64
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -22,33 +24,58 @@ def takes_triton(x: torch.Tensor, kernels: str) -> bool:
 
     Args:
         x: what the op reads. Its dtype must be one of bfloat16, float16 and float32; else it is torch's form.
-        kernels: ``torch``; ``triton``; or ``auto``, which is Triton on CUDA tensors where the package is there.
+        kernels: ``triton``; ``auto``, which is Triton on CUDA tensors where the package is there; or another form.
     """
-    if kernels == "torch" or x.dtype not in _DTYPES:
+    if kernels not in ("triton", "auto") or x.dtype not in _DTYPES:
         return False
     return kernels == "triton" or (x.is_cuda and is_installed("triton"))
 
 
+def takes_native(kernels: str, rows: int, *tensors: torch.Tensor) -> bool:
+    """Whether the op in C is run on ``rows`` rows.
+
+    Args:
+        kernels: ``native``, or another form.
+        rows: above some number of them the weights are not what is waited for, and a library's products are better.
+        tensors: all that is read; float32 on a processor.
+    """
+    if kernels != "native" or rows > _MOST_NATIVE_ROWS:
+        return False
+    return all(tensor.is_cpu and tensor.dtype == torch.float32 for tensor in tensors)
+
+
 def kernels_of(case: Case) -> str:
-    """``triton`` or ``torch``: what ``Options.kernels`` comes to on this machine.
+    """``triton``, ``native`` or ``torch``: what ``Options.kernels`` comes to on this machine.
 
     Raises:
-        CaseError: Triton is asked for and not installed, or cannot start a kernel.
+        CaseError: Triton is asked for and not installed, or cannot start a kernel; or the C cannot be compiled.
     """
     kernels = case.options.kernels
-    if kernels == "torch" or case.device == "cpu":
-        return "torch"
-    package = KERNEL_PACKAGES["triton"]
-    if not is_installed(package):
-        problem = f"it needs {package}, which is not installed."
-    else:
-        failure = why_not(case.device)
-        if failure is None:
-            return "triton"
-        problem = f"no kernel of it can be compiled and started here ({failure})."
+    if kernels == "torch":
+        return kernels
+    form, failure = ("native", _no_native(case)) if case.device == "cpu" else ("triton", _no_triton(case))
+    if failure is None:
+        return form
     if kernels == "auto":
         return "torch"
-    raise CaseError([f"options.kernels is {kernels!r}: {problem}"])
+    raise CaseError([f"options.kernels is {kernels!r}: {failure}"])
+
+
+def _no_native(case: Case) -> str | None:
+    """Why the ops in C cannot run; ``None`` where they can."""
+    if case.dtype != "float32":
+        return f"it has no {case.dtype}."
+    failure = build.why_not()
+    return None if failure is None else f"its C cannot be compiled here ({failure})."
+
+
+def _no_triton(case: Case) -> str | None:
+    """Why Triton cannot run; ``None`` where it can."""
+    package = KERNEL_PACKAGES["triton"]
+    if not is_installed(package):
+        return f"it needs {package}, which is not installed."
+    failure = why_not(case.device)
+    return None if failure is None else f"no kernel of it can be compiled and started here ({failure})."
 
 
 @functools.cache

@@ -13,7 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from rlhfkernels.ops.forms import takes_native
 from rlhfkernels.ops.lora_linear import LinearGroup
+from rlhfkernels.ops.native.tape import tape_for
 
 
 def skinny_linear_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -29,8 +31,18 @@ def skinny_linear_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tens
     return nn.functional.linear(x, weight).t()
 
 
-def skinny_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The form for few rows; arguments and result as ``skinny_linear_reference``, no gradient."""
+def skinny_linear(x: torch.Tensor, weight: torch.Tensor, *, kernels: str = "auto") -> torch.Tensor:
+    """The form for few rows; arguments and result as ``skinny_linear_reference``, no gradient.
+
+    ``kernels`` as in ``takes_native``; the form in C is ``Tape.skinny_linear``.
+    """
+    if takes_native(kernels, x.shape[0], x, weight):
+        y = x.new_empty(x.shape[0], weight.shape[0])
+        tape = tape_for(x)
+        if tape is not None:
+            tape.skinny_linear(x.contiguous(), weight, y)
+            tape.run()
+        return y.t()
     if not x.is_cpu:
         return skinny_linear_reference(x, weight)
     if x.shape[0] == 1:
