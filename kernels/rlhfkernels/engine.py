@@ -248,7 +248,7 @@ class Engine:
             logits = head.of_few(hidden, kernels=self.kernels)
             if case.options.temperature != 1.0:
                 logits.div_(case.options.temperature)
-            token, logprob = sample(logits, generator)
+            token, logprob = sample(logits, generator, kernels=self.kernels)
             if ended is not None:
                 token, ended, done = _stop(rollout, t, token, ended, case.options.stop_token)
                 if done:

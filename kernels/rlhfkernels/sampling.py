@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from rlhfkernels.ops.forms import takes_native
+from rlhfkernels.ops.native import sample as native
 
-def sample(logits: torch.Tensor, generator: torch.Generator | None) -> tuple[torch.Tensor, torch.Tensor]:
+
+def sample(
+    logits: torch.Tensor, generator: torch.Generator | None, *, kernels: str = "auto"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """One token a row from softmax(logits): where one uniform number falls among the summed probabilities.
 
     Noise for every token of the vocabulary, as an exponential race asks for, costs more than everything else here. A
@@ -14,10 +19,14 @@ def sample(logits: torch.Tensor, generator: torch.Generator | None) -> tuple[tor
     Args:
         logits: [b, v], float32 or wider, temperature applied. Overwritten.
         generator: the randomness; the same state and logits give the same tokens on a device.
+        kernels: as in ``takes_native``.
 
     Returns:
         Tokens [b] int64, and their log-probabilities [b].
     """
+    if takes_native(kernels, logits):
+        uniform = torch.rand(logits.shape[0], generator=generator, dtype=logits.dtype)
+        return native.draw(logits.contiguous(), uniform)
     probabilities = torch.softmax(logits, -1)
     sums = torch.cumsum(probabilities, -1, out=logits)
     # The sums end near 1, not at it. Strictly below that and to the right of equals: no token of probability 0.

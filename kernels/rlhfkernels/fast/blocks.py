@@ -17,9 +17,10 @@ from torch import nn
 from transformers.activations import GELUActivation, NewGELUActivation, SiLUActivation
 from transformers.pytorch_utils import Conv1D
 
+from rlhfkernels.ops.heads import Heads
 from rlhfkernels.ops.lora_linear import LinearGroup, LoraPart, lora_linear
 from rlhfkernels.ops.rms_norm import rms_norm
-from rlhfkernels.ops.rotary import RotaryPart, signed
+from rlhfkernels.ops.rotary import signed
 from rlhfkernels.ops.skinny_linear import SkinnyLoraLinear
 
 
@@ -132,52 +133,6 @@ class Norm:
             y: torch.Tensor = self._module(x)
             return y
         return rms_norm(x, self._module.weight, self.eps, kernels=self._kernels)
-
-
-@dataclasses.dataclass(frozen=True)
-class Heads:
-    """How the outputs of ``Block.qkv`` are heads.
-
-    Attributes:
-        num_queries: h, query heads.
-        num_keys: k, key heads, and as many value heads.
-        size: e, numbers of a head.
-        interleaved: head by head its query, key and value (GPT-NeoX); else queries, then keys, then values.
-    """
-
-    num_queries: int
-    num_keys: int
-    size: int
-    interleaved: bool = False
-
-    def split(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[m, n] to queries [m, h, e], keys and values [m, k, e]; views."""
-        if self.interleaved:
-            q, k, v = y.view(y.shape[0], self.num_queries, 3, self.size).unbind(2)
-        else:
-            sizes = [self.num_queries, self.num_keys, self.num_keys]
-            q, k, v = torch.split(y.view(y.shape[0], -1, self.size), sizes, dim=1)
-        return q, k, v
-
-    def grouped(self, y: torch.Tensor) -> torch.Tensor:
-        """[n, b] to [blocks, groups, e, b] as ``rotary_part`` counts them; a view."""
-        part = self.rotary_part
-        return y.view(part.blocks, part.groups, self.size, -1)
-
-    def queries_and_kept(self, grouped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of ``grouped`` the queries [h, e, b], and keys and values [2, k, e, b]; views."""
-        if self.interleaved:
-            return grouped[:, 0], grouped[:, 1:].transpose(0, 1)
-        queries, kept = torch.split(grouped[0], [self.num_queries, 2 * self.num_keys])
-        return queries, kept.view(2, self.num_keys, *kept.shape[1:])
-
-    @functools.cached_property
-    def rotary_part(self) -> RotaryPart:
-        """The queries and the keys."""
-        if self.interleaved:
-            return RotaryPart(self.num_queries, 3, 2)
-        rotated = self.num_queries + self.num_keys
-        return RotaryPart(1, rotated + self.num_keys, rotated)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,6 +18,7 @@ from rlhfkernels.fast.blocks import Block, Blocks, Norm, gelu_tanh
 from rlhfkernels.ops.forms import takes_native
 from rlhfkernels.ops.lora_linear import LinearGroup
 from rlhfkernels.ops.native.tape import Segment, tape_for
+from rlhfkernels.ops.skinny_linear import MOST_NATIVE_ROWS
 
 # By the name that the tape knows them under.
 _ACTIVATIONS: dict[Callable[[torch.Tensor], torch.Tensor], str] = {
@@ -54,11 +55,11 @@ class NativeSteps:
     @staticmethod
     def cover(blocks: Blocks, adapter: str | None, x: torch.Tensor) -> bool:
         """Whether the ops in C know all of these layers and tensors, and are the faster ones for this many rows."""
-        if any(block.activation not in _ACTIVATIONS for block in blocks.layers):
+        if x.shape[0] > MOST_NATIVE_ROWS or any(block.activation not in _ACTIVATIONS for block in blocks.layers):
             return False
         groups = [p.under(adapter) for block in blocks.layers for p in block.projections]
         adapters = [group.down for group in groups if group.down is not None]
-        return takes_native(blocks.kernels, x.shape[0], x, *(group.weight for group in groups), *adapters)
+        return takes_native(blocks.kernels, x, *(group.weight for group in groups), *adapters)
 
     def run(self, x: torch.Tensor, positions: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """See ``Steps.run``."""

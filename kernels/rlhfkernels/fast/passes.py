@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from rlhfkernels.fast.blocks import Block, Blocks
+from rlhfkernels.ops.causal_attention import Reach, Sight, causal_attention
 from rlhfkernels.ops.rotary import rotary_
 from rlhfkernels.ops.swiglu import swiglu
 from rlhfkernels.trunk import positions
@@ -29,21 +30,18 @@ class _Frame(NamedTuple):
     """What every layer of a pass shares.
 
     Attributes:
-        b, t: the batch.
+        sight: the batch, and who sees whom in it.
         scale: of the attention scores.
         adapter: the adapter set that is on.
         kernels: see ``Blocks``.
         turns: rotary cosines and signed sines, [1 or b, t, s] each.
-        masks: by window, who may look at whom, [1 or b, 1, t, t]; ``None`` where it is everyone at those before.
     """
 
-    b: int
-    t: int
+    sight: Sight
     scale: float
     adapter: str | None
     kernels: str
     turns: tuple[torch.Tensor, torch.Tensor] | None
-    masks: dict[int | None, torch.Tensor | None]
 
 
 def run_blocks(
@@ -74,9 +72,8 @@ def run_blocks(
     if ids is None:
         ids = torch.arange(t, device=tokens.device)[None]
     x = blocks.embed(tokens, ids).view(b * t, -1)
-    windows = {block.window for block in blocks.layers}
-    masks = {window: _mask(attention_mask, tokens, window) for window in windows}
-    frame = _Frame(b, t, blocks.scale, adapter, blocks.kernels, blocks.turns(x, ids), masks)
+    sight = Sight(tokens, attention_mask)
+    frame = _Frame(sight, blocks.scale, adapter, blocks.kernels, blocks.turns(x, ids))
     last = len(blocks.layers) - 1
     for index, block in enumerate(blocks.layers):
         arguments = (block, frame, x, start if index == last else 0)
@@ -89,49 +86,24 @@ def run_blocks(
 
 def _run(block: Block, frame: _Frame, x: torch.Tensor, start: int, keep: Keep | None, index: int) -> torch.Tensor:
     """One layer: [m, d] to [b (t − start), d]."""
-    b, t, _, adapter, kernels, turns, masks = frame
+    sight, scale, adapter, kernels, turns = frame
     qkv = block.qkv.many(block.norm_1(x), adapter)
     if turns is not None:
         qkv = rotary_(qkv, *turns, block.heads.rotary_part, kernels=kernels)
-    query, key, value = (heads.view(b, t, *heads.shape[1:]).transpose(1, 2) for heads in block.heads.split(qkv))
     if keep is not None:
-        keep(index, key, value)
-    attended = _attended(query, key, value, masks[block.window], frame.scale, start)
+        _, key, value = (part.view(sight.b, sight.t, *part.shape[1:]) for part in block.heads.split(qkv))
+        keep(index, key.transpose(1, 2), value.transpose(1, 2))
+    reach = Reach(start=start, window=block.window, scale=scale)
+    attended = causal_attention(qkv, block.heads, sight, reach, kernels=kernels)
     if start:
-        x = _from(x, b, start)
-    del qkv, query, key, value
-    mixed = block.out.many(attended.transpose(1, 2).reshape(x.shape[0], -1), adapter)
+        x = _from(x, sight.b, start)
+    del qkv
+    mixed = block.out.many(attended, adapter)
     del attended
     middle = x if block.parallel else x + mixed
     inner = _activated(block, block.up.many(block.norm_2(middle), adapter), kernels)
     total = middle + block.down.many(inner, adapter)
     return total + mixed if block.parallel else total
-
-
-def _attended(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float, start: int
-) -> torch.Tensor:
-    """Causal attention, [b, h, t − start, e], of the positions from ``start`` on."""
-    # A GPU's kernels without a mask are so much better that they may as well attend from every position.
-    first = start if mask is not None or _masks_are_cheap(query.device) else 0
-    if first:
-        mask = _causal(key.shape[2], key.device)[None, None] if mask is None else mask
-        query, mask = query[:, :, first:], mask[:, :, first:]
-    attended = nn.functional.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return attended[:, :, start - first :]
-
-
-def _masks_are_cheap(device: torch.device) -> bool:
-    """Whether attention with a mask of its own is about as fast as causal attention."""
-    return device.type == "cpu"
 
 
 def _from(x: torch.Tensor, b: int, start: int) -> torch.Tensor:
@@ -146,22 +118,3 @@ def _activated(block: Block, up: torch.Tensor, kernels: str) -> torch.Tensor:
         return swiglu(up, kernels=kernels)
     gate, rest = up.chunk(2, dim=-1)
     return block.activation(gate) * rest
-
-
-def _causal(t: int, device: torch.device) -> torch.Tensor:
-    return torch.ones(t, t, dtype=torch.bool, device=device).tril_()
-
-
-def _mask(attention_mask: torch.Tensor | None, tokens: torch.Tensor, window: int | None) -> torch.Tensor | None:
-    """Who may look at whom, [b or 1, 1, t, t]; ``None`` where it is everyone at those before."""
-    t = tokens.shape[1]
-    if attention_mask is None and (window is None or t <= window):
-        return None
-    mask = _causal(t, tokens.device)[None]
-    if window is not None:
-        mask = mask.triu(1 - window)
-    if attention_mask is not None:
-        # Padding sees itself, so that no row is empty: a softmax over nothing is not a number, and that would spread.
-        itself = torch.eye(t, dtype=torch.bool, device=tokens.device)
-        mask = (mask & attention_mask.bool()[:, None]) | itself
-    return mask[:, None]

@@ -15,7 +15,6 @@ from rlhfkernels.case import KERNEL_PACKAGES, Case
 from rlhfkernels.errors import CaseError
 from rlhfkernels.ops.native import build
 
-_MOST_NATIVE_ROWS = 64
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -31,17 +30,14 @@ def takes_triton(x: torch.Tensor, kernels: str) -> bool:
     return kernels == "triton" or (x.is_cuda and is_installed("triton"))
 
 
-def takes_native(kernels: str, rows: int, *tensors: torch.Tensor) -> bool:
-    """Whether the op in C is run on ``rows`` rows.
+def takes_native(kernels: str, *tensors: torch.Tensor) -> bool:
+    """Whether an op runs its form in C.
 
     Args:
         kernels: ``native``, or another form.
-        rows: above some number of them the weights are not what is waited for, and a library's products are better.
         tensors: all that is read; float32 on a processor.
     """
-    if kernels != "native" or rows > _MOST_NATIVE_ROWS:
-        return False
-    return all(tensor.is_cpu and tensor.dtype == torch.float32 for tensor in tensors)
+    return kernels == "native" and all(tensor.is_cpu and tensor.dtype == torch.float32 for tensor in tensors)
 
 
 def kernels_of(case: Case) -> str:

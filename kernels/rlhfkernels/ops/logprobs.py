@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from rlhfkernels.heads import LmHead, shape_logits
-from rlhfkernels.ops.forms import takes_triton
+from rlhfkernels.ops.forms import takes_native, takes_triton
+from rlhfkernels.ops.native import logprobs as native
 
 
 def token_logprobs_reference(
@@ -66,15 +67,16 @@ def token_logprobs(
     if chunk == 0:
         logprobs, entropies = token_logprobs_reference(hidden, head, targets, temperature=temperature)
         return logprobs, entropies if entropy else None
+    shape = LogitShape(head.scale, head.softcap, temperature)
     outputs = _ChunkedLogprobs.apply(  # type: ignore[no-untyped-call]
         hidden,
         head.weight,
         head.bias,
         targets,
-        LogitShape(head.scale, head.softcap, temperature),
+        shape,
         chunk,
         entropy,
-        _form(hidden, kernels),
+        _form(hidden, shape, kernels, entropy=entropy),
     )
     return outputs if entropy else (outputs[0], None)
 
@@ -111,11 +113,13 @@ class _Form(NamedTuple):
     slope: Callable[..., torch.Tensor]
 
 
-def _form(hidden: torch.Tensor, kernels: str) -> _Form:
+def _form(hidden: torch.Tensor, shape: LogitShape, kernels: str, *, entropy: bool) -> _Form:
     if takes_triton(hidden, kernels):
         from rlhfkernels.ops.triton import logprobs as form
 
         return _Form(form.read, form.slope)
+    if takes_native(kernels, hidden) and native.covers(shape, entropy=entropy):
+        return _Form(native.read, native.slope)
     return _Form(read, slope)
 
 

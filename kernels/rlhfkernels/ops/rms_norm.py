@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rlhfkernels.ops.forms import takes_triton
+from rlhfkernels.ops.forms import takes_native, takes_triton
+from rlhfkernels.ops.native import rms_norm as native
 
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -56,7 +57,7 @@ def _form(x: torch.Tensor, kernels: str) -> _Form:
 
         if form.covers(x):
             return _Form(form.forward, form.backward)
-    return _TORCH
+    return _NATIVE if takes_native(kernels, x) else _TORCH
 
 
 def _inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
@@ -91,6 +92,7 @@ def _backward(
 
 
 _TORCH = _Form(_forward, _backward)
+_NATIVE = _Form(native.forward, native.backward)
 
 
 class _RmsNorm(torch.autograd.Function):

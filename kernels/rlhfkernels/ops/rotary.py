@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rlhfkernels.ops.forms import takes_triton
+from rlhfkernels.ops.forms import takes_native, takes_triton
+from rlhfkernels.ops.native import rotary as native
 
 
 def rotary_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -81,7 +82,7 @@ def _form(x: torch.Tensor, kernels: str) -> _Turn:
 
         if form.covers(x):
             return form.turn
-    return _turn
+    return native.turn if takes_native(kernels, x) and x.is_contiguous() else _turn
 
 
 def _turn(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor, part: RotaryPart, way: float) -> None:

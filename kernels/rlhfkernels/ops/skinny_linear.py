@@ -17,6 +17,9 @@ from rlhfkernels.ops.forms import takes_native
 from rlhfkernels.ops.lora_linear import LinearGroup
 from rlhfkernels.ops.native.tape import tape_for
 
+# Above it the weights are not what is waited for, and a library's products are better than those in C.
+MOST_NATIVE_ROWS = 64
+
 
 def skinny_linear_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The plain form: ``(x Wᵀ)ᵀ``.
@@ -36,7 +39,7 @@ def skinny_linear(x: torch.Tensor, weight: torch.Tensor, *, kernels: str = "auto
 
     ``kernels`` as in ``takes_native``; the form in C is ``Tape.skinny_linear``.
     """
-    if takes_native(kernels, x.shape[0], x, weight):
+    if x.shape[0] <= MOST_NATIVE_ROWS and takes_native(kernels, x, weight):
         y = x.new_empty(x.shape[0], weight.shape[0])
         tape = tape_for(x)
         if tape is not None:

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import silu
 
-from rlhfkernels.ops.forms import takes_triton
+from rlhfkernels.ops.forms import takes_native, takes_triton
+from rlhfkernels.ops.native import swiglu as native
 
 
 def swiglu_reference(gate_up: torch.Tensor) -> torch.Tensor:
@@ -58,7 +59,7 @@ def _form(gate_up: torch.Tensor, kernels: str) -> _Form:
         from rlhfkernels.ops.triton import swiglu as form
 
         return _Form(form.forward, form.backward)
-    return _TORCH
+    return _NATIVE if takes_native(kernels, gate_up) else _TORCH
 
 
 def _forward(gate_up: torch.Tensor) -> torch.Tensor:
@@ -77,6 +78,7 @@ def _backward(grad: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
 
 
 _TORCH = _Form(_forward, _backward)
+_NATIVE = _Form(native.forward, native.backward)
 
 
 class _Swiglu(torch.autograd.Function):

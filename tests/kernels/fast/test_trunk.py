@@ -7,7 +7,6 @@ import torch
 
 from rlhfkernels import METHODS, Case, Observer, build_step
 from rlhfkernels.engine import Engine
-from rlhfkernels.fast import passes
 
 # Transformers' RMS norm rounds to float32 even in float64, the fast path's does not.
 NEAR = {"rtol": 1e-5, "atol": 1e-5}
@@ -69,23 +68,6 @@ def test_the_same_seed_samples_the_same_tokens_and_trains_the_same_weights(
     gradients = [[p.grad for p in step.trained_parameters()] for step in steps]
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
-
-
-def test_attending_from_every_position_gives_the_same(
-    make_case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch, shake: Callable[[Engine], None]
-) -> None:
-    """What a GPU does in the last layer, where its kernels without a mask are the better ones."""
-    engine = Engine(make_case())
-    shake(engine)
-    tokens = torch.randint(48, (3, 14), generator=torch.Generator().manual_seed(5))
-    found = []
-    for masks_are_cheap in (True, False):
-        monkeypatch.setattr(passes, "_masks_are_cheap", lambda device, cheap=masks_are_cheap: cheap)
-        hidden = engine.trunks["hydra"].hidden("actor", tokens, None, start=6, train=True)
-        parameters = engine.adapters["hydra"].parameters("actor")
-        found.append([hidden, *torch.autograd.grad(hidden.square().sum(), parameters)])
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("adapter_dtype", [None, "float32"])

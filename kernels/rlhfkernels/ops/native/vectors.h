@@ -40,6 +40,10 @@ INLINE void store_some(float *p, vec v, int64_t count) {
     else memcpy(p, &v, (size_t)count * sizeof *p);
 }
 
+/* Over `size` numbers, vector by vector: i is where one begins, `some` how many numbers it has. */
+#define EACH(i, size, some)                                                                                            \
+    for (int64_t i = 0, some; i < (size) && (some = (size)-i < LANES ? (size)-i : LANES); i += LANES)
+
 /* The lanes of `a` where the mask's bits are set, of `b` where they are not. */
 INLINE vec pick(ivec mask, vec a, vec b) { return (vec)(((ivec)a & mask) | ((ivec)b & ~mask)); }
 

@@ -1,0 +1,69 @@
+/* Products of blocks that stay in the caches: C = A B or C += A B, the elements of A spread over vectors of B's rows. */
+#ifndef PRODUCTS_H
+#define PRODUCTS_H
+
+#include "vectors.h"
+
+/* Rows and vectors of a tile: as many sums as stay in registers beside what they are made of. */
+#if defined(__AVX512F__)
+#define TILE_ROWS 6
+#define TILE_VECS 4
+#else
+#define TILE_ROWS 4
+#define TILE_VECS 2
+#endif
+
+/* A[m][k] at a + m * row + k * column. */
+struct left {
+    const float *a;
+    int64_t row, column;
+};
+
+INLINE void product_tile(int rows, int vecs, struct left left, const float *b, int64_t b_stride, float *c,
+                         int64_t c_stride, int64_t inner, int adds) {
+    vec sums[TILE_ROWS][TILE_VECS];
+    for (int m = 0; m < rows; m++)
+        for (int n = 0; n < vecs; n++) sums[m][n] = adds ? load(c + m * c_stride + n * LANES) : (vec){0};
+    for (int64_t k = 0; k < inner; k++) {
+        vec right[TILE_VECS];
+        for (int n = 0; n < vecs; n++) right[n] = load(b + k * b_stride + n * LANES);
+        for (int m = 0; m < rows; m++) {
+            const float factor = left.a[m * left.row + k * left.column];
+            for (int n = 0; n < vecs; n++) sums[m][n] += factor * right[n];
+        }
+    }
+    for (int m = 0; m < rows; m++)
+        for (int n = 0; n < vecs; n++) store(c + m * c_stride + n * LANES, sums[m][n]);
+}
+
+INLINE void product_strip(int vecs, int64_t rows, struct left left, const float *b, int64_t b_stride, float *c,
+                          int64_t c_stride, int64_t inner, int adds) {
+    int64_t m = 0;
+    for (; m + TILE_ROWS <= rows; m += TILE_ROWS) {
+        product_tile(TILE_ROWS, vecs, left, b, b_stride, c, c_stride, inner, adds);
+        left.a += TILE_ROWS * left.row;
+        c += TILE_ROWS * c_stride;
+    }
+    switch (rows - m) {
+    case 5: product_tile(5 < TILE_ROWS ? 5 : 1, vecs, left, b, b_stride, c, c_stride, inner, adds); break;
+    case 4: product_tile(4 < TILE_ROWS ? 4 : 1, vecs, left, b, b_stride, c, c_stride, inner, adds); break;
+    case 3: product_tile(3, vecs, left, b, b_stride, c, c_stride, inner, adds); break;
+    case 2: product_tile(2, vecs, left, b, b_stride, c, c_stride, inner, adds); break;
+    case 1: product_tile(1, vecs, left, b, b_stride, c, c_stride, inner, adds); break;
+    }
+}
+
+/* [rows, inner] by [inner, columns] to [rows, columns]; `columns` is a multiple of LANES. */
+static void product(int64_t rows, int64_t columns, int64_t inner, struct left left, const float *b, int64_t b_stride,
+                    float *c, int64_t c_stride, int adds) {
+    int64_t n = 0;
+    for (; n + TILE_VECS * LANES <= columns; n += TILE_VECS * LANES)
+        product_strip(TILE_VECS, rows, left, b + n, b_stride, c + n, c_stride, inner, adds);
+#if TILE_VECS > 2
+    for (; n + 2 * LANES <= columns; n += 2 * LANES)
+        product_strip(2, rows, left, b + n, b_stride, c + n, c_stride, inner, adds);
+#endif
+    for (; n < columns; n += LANES) product_strip(1, rows, left, b + n, b_stride, c + n, c_stride, inner, adds);
+}
+
+#endif

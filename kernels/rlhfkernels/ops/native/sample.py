@@ -1,0 +1,18 @@
+"""The form in C of ``rlhfkernels.sampling.sample``."""
+
+from __future__ import annotations
+
+import torch
+
+from rlhfkernels.ops.native.launch import launch, operands
+
+Sample = operands("sample", "logits uniform tokens logprobs", "rows size")
+
+
+def draw(logits: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens [b] int64 of logits [b, v], which are overwritten, by uniform numbers [b]; and log-probabilities [b]."""
+    b, v = logits.shape
+    tokens, logprobs = logits.new_empty(b, dtype=torch.int64), logits.new_empty(b)
+    given = {"logits": logits, "uniform": uniform, "tokens": tokens, "logprobs": logprobs}
+    launch("sample", Sample, b, **given, rows=b, size=v)
+    return tokens, logprobs
