@@ -20,6 +20,7 @@ from rlhfbench.sweep import Sweep
 from rlhfkernels.case import KERNEL_PACKAGES, OPTIMIZER_PACKAGES, vocabulary_problem
 from rlhfkernels.errors import ModelError, PromptsError
 from rlhfkernels.naming import unknown
+from rlhfkernels.ops.native.build import BuildError, compiled
 from rlhfkernels.presets import PRESETS
 from rlhfkernels.prompts import read_prompts
 
@@ -59,6 +60,8 @@ def check(sweep: Sweep) -> dict[str, ModelFacts]:
     for option, packages in _PACKAGES.items():
         for value in dict.fromkeys(getattr(case.options, option) for case in sweep.cases):
             problems += _check_package(option, value, packages.get(value))
+    if any(case.options.kernels == "native" for case in sweep.cases):
+        problems += _check_compiler()
     for path, field in dict.fromkeys((case.options.prompts, case.options.prompt_field) for case in sweep.cases):
         if path is not None:
             try:
@@ -245,6 +248,13 @@ def _check_package(option: str, value: str, package: str | None) -> Iterator[str
             f"options.{option} is {value!r}: it needs {package}, which is not installed "
             f"(pip install {package}; planning does without it)."
         )
+
+
+def _check_compiler() -> Iterator[str]:
+    try:
+        compiled()
+    except BuildError as error:
+        yield f"options.kernels is 'native': its C cannot be compiled here ({error})."
 
 
 def num_cuda_devices() -> int:

@@ -74,6 +74,14 @@ def test_the_id_is_stable() -> None:
             {"device": "cuda", "dtype": "float64", "options": Options(kernels="triton")},
             "options.kernels is 'triton': it has no float64, so dtype must be float32 or bfloat16.",
         ),
+        (
+            {"device": "cuda", "options": Options(kernels="native")},
+            "options.kernels is 'native': it is a processor's, so device must be 'cpu'.",
+        ),
+        (
+            {"dtype": "bfloat16", "options": Options(kernels="native")},
+            "options.kernels is 'native': it has no bfloat16, so dtype must be float32.",
+        ),
         ({"options": Options(kernels="trition")}, "options.kernels 'trition' is unknown: did you mean 'triton'"),
         (
             {"options": Options(reward_model="tiny")},

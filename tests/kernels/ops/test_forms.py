@@ -9,7 +9,7 @@ import torch
 
 from rlhfkernels import Case, CaseError, Options
 from rlhfkernels.ops import forms
-from rlhfkernels.ops.forms import kernels_of, takes_triton
+from rlhfkernels.ops.forms import kernels_of, takes_native, takes_triton
 
 ON_CPU = Case(method="hydra", model="tiny", prompt_len=4, completion_len=4, batch_size=4)
 ON_CUDA = dataclasses.replace(ON_CPU, device="cuda")
@@ -57,7 +57,6 @@ def test_a_case_takes_triton_where_it_can_run(
     monkeypatch.setattr(forms, "is_installed", lambda package: installed)
     monkeypatch.setattr(forms, "why_not", lambda device: failure)
     asked = dataclasses.replace(ON_CUDA, options=Options(kernels="triton"))
-    assert kernels_of(ON_CPU) == "torch"
     assert kernels_of(dataclasses.replace(ON_CUDA, options=Options(kernels="torch"))) == "torch"
     if sentence is None:
         assert kernels_of(ON_CUDA) == kernels_of(asked) == "triton"
@@ -66,6 +65,46 @@ def test_a_case_takes_triton_where_it_can_run(
     with pytest.raises(CaseError) as caught:
         kernels_of(asked)
     assert caught.value.problems == (sentence,)
+
+
+@pytest.mark.parametrize(
+    ("failure", "sentence"),
+    [
+        (None, None),
+        (
+            "no cc is installed",
+            "options.kernels is 'native': its C cannot be compiled here (no cc is installed).",
+        ),
+    ],
+)
+def test_a_case_on_a_processor_takes_the_c_where_it_can_be_compiled(
+    monkeypatch: pytest.MonkeyPatch, failure: str | None, sentence: str | None
+) -> None:
+    monkeypatch.setattr(forms.build, "why_not", lambda: failure)
+    asked = dataclasses.replace(ON_CPU, options=Options(kernels="native"))
+    assert kernels_of(dataclasses.replace(ON_CPU, options=Options(kernels="torch"))) == "torch"
+    if sentence is None:
+        assert kernels_of(ON_CPU) == kernels_of(asked) == "native"
+        return
+    assert kernels_of(ON_CPU) == "torch"
+    with pytest.raises(CaseError) as caught:
+        kernels_of(asked)
+    assert caught.value.problems == (sentence,)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_there_is_no_c_in_another_dtype(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    monkeypatch.setattr(forms.build, "why_not", lambda: pytest.fail("compiled what nobody needs"))
+    assert kernels_of(dataclasses.replace(ON_CPU, dtype=dtype)) == "torch"
+
+
+def test_the_c_is_taken_for_few_rows_of_float32_on_a_processor() -> None:
+    x, weight = torch.zeros(2, 3), torch.zeros(4, 3)
+    assert takes_native("native", 64, x, weight)
+    assert not takes_native("native", 65, x, weight)
+    assert not takes_native("native", 2, x, weight.double())
+    assert not takes_native("native", 2, x, weight.to("meta"))
+    assert not any(takes_native(kernels, 2, x, weight) for kernels in ("auto", "torch", "triton"))
 
 
 def test_a_device_that_is_not_there_is_a_reason_of_one_line() -> None:

@@ -21,7 +21,7 @@ INLINE vec activated(int64_t kind, vec x) {
         for (int i = 0; i < LANES; i++) y[i] = 0.5f * x[i] * (1.0f + erff(x[i] * 0.70710678f));
         return y;
     }
-    default: return pick(x > all(0), x, all(0));
+    default: return pick(x < all(0), all(0), x); /* what is not a number stays that */
     }
 }
 

@@ -7,7 +7,9 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -30,15 +32,29 @@ def library() -> ctypes.CDLL:
         BuildError: no compiler, no OpenMP library that torch uses too, or something the compiler says.
     """
     openmp = _openmp_of_torch()
-    path = _cache() / f"{_key()}.so"
-    if not path.exists():
-        _compile(path)
+    path = compiled()
     try:
         # Its own pool of threads would wait on torch's, and torch's on it.
         ctypes.CDLL(openmp, mode=ctypes.RTLD_GLOBAL)
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise BuildError(f"what was compiled cannot be loaded: {error}") from None
+
+
+def compiled() -> Path:
+    """The library's file, made if it is not there; without torch.
+
+    Raises:
+        BuildError: no compiler, something the compiler says, or no place for the file.
+    """
+    compiler = _compiler()
+    try:
+        path = _cache() / f"{_key(compiler)}.so"
+        if not path.exists():
+            _compile(compiler, path)
+    except OSError as error:
+        raise BuildError(f"what is compiled cannot be kept: {error}") from None
+    return path
 
 
 @functools.cache
@@ -63,19 +79,21 @@ def _openmp_of_torch() -> str:
     raise BuildError("torch has no OpenMP library loaded that could be shared")
 
 
-def _compiler() -> str:
-    asked = os.environ.get("CC")
-    found = shutil.which(asked) if asked else next(filter(None, map(shutil.which, _COMPILERS)), None)
+def _compiler() -> list[str]:
+    """The command, with the arguments that ``CC`` may give it."""
+    asked = shlex.split(os.environ.get("CC", ""))
+    names = asked[:1] or _COMPILERS
+    found = next(filter(None, map(shutil.which, names)), None)
     if found is None:
-        raise BuildError(f"there is no C compiler ({asked or ', '.join(_COMPILERS)})")
-    return found
+        raise BuildError(f"CC is {asked[0]!r}, which is no command" if asked else f"no {', '.join(names)} is installed")
+    return [found, *asked[1:]]
 
 
-def _key() -> str:
+def _key(compiler: list[str]) -> str:
     """Changes with the sources, the compiler, its flags and the processor."""
     parts = [path.read_bytes() for path in sorted(_SOURCES.glob("*.[ch]"))]
-    compiler = Path(_compiler()).resolve()
-    parts += [repr((str(compiler), compiler.stat().st_mtime_ns, _FLAGS)).encode(), _processor().encode()]
+    file = Path(compiler[0]).resolve()
+    parts += [repr((str(file), file.stat().st_mtime_ns, compiler[1:], _FLAGS)).encode(), _processor().encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
@@ -88,31 +106,37 @@ def _processor() -> str:
 
 
 def _cache() -> Path:
-    """Where libraries are kept, by user; a folder for this process's user alone where that cannot be written."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "rlhfbench"
+    """Where libraries are kept, by user; a folder of the user's among temporary files where that cannot be written."""
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhfbench"
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             return folder
-    except OSError:
+    except (OSError, RuntimeError):  # a user without a home is a RuntimeError
         pass
-    return Path(_private_folder())
+    return _temporary_folder()
 
 
-@functools.cache
-def _private_folder() -> str:
-    return tempfile.mkdtemp(prefix="rlhfbench-")
+def _temporary_folder() -> Path:
+    folder = Path(tempfile.gettempdir()) / f"rlhfbench-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    # What lies here is loaded: nobody else may have put it here.
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise BuildError(f"{folder} is not this user's alone")
+    return folder
 
 
-def _compile(path: Path) -> None:
+def _compile(compiler: list[str], path: Path) -> None:
     """Processes that compile at the same time each write a file of their own; the last one moved into place stays."""
     sources = [str(source) for source in sorted(_SOURCES.glob("*.c"))]
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
-        command = [_compiler(), *_FLAGS, "-o", str(made), *sources, "-lm"]
+        command = [*compiler, *_FLAGS, "-o", str(made), *sources, "-lm"]
         try:
-            ended = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+            ended = subprocess.run(
+                command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT_S, check=False
+            )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise BuildError(f"the C compiler could not be run: {error}") from None
         if ended.returncode:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,105 +18,20 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from rlhfkernels.ops.native.build import library
+from rlhfkernels.ops.native.structures import (
+    ActivationStruct,
+    CallStruct,
+    DecodeAttentionStruct,
+    Integer,
+    NormStruct,
+    Pointer,
+    SegmentStruct,
+    SkinnyLinearStruct,
+)
 
-_Pointer, _Integer, _Float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _LEAST_BYTES = 2**15
 # Activations by their number in activation.c.
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
-
-
-class _Call(ctypes.Structure):
-    _fields_ = [("written", _Integer), ("positions", _Pointer), ("mask", _Pointer), ("mask_stride", _Integer)]
-
-
-class _Segment(ctypes.Structure):
-    _fields_ = [
-        ("start", _Integer),
-        ("stop", _Integer),
-        ("up", _Pointer),
-        ("low_offset", _Integer),
-        ("rank", _Integer),
-        ("scale", _Float),
-    ]
-
-
-class _SkinnyLinear(ctypes.Structure):
-    _fields_ = [
-        ("run", _Pointer),
-        ("x", _Pointer),
-        ("weight", _Pointer),
-        ("bias", _Pointer),
-        ("out", _Pointer),
-        ("low", _Pointer),
-        ("segments", _Pointer),
-        ("num_segments", _Integer),
-        ("rows", _Integer),
-        ("inputs", _Integer),
-        ("outputs", _Integer),
-        ("low_stride", _Integer),
-        ("adds", _Integer),
-    ]
-
-
-class _Norm(ctypes.Structure):
-    _fields_ = [
-        ("run", _Pointer),
-        ("x", _Pointer),
-        ("weight", _Pointer),
-        ("bias", _Pointer),
-        ("out", _Pointer),
-        ("rows", _Integer),
-        ("size", _Integer),
-        ("centred", _Integer),
-        ("eps", _Float),
-    ]
-
-
-class _Activation(ctypes.Structure):
-    _fields_ = [
-        ("run", _Pointer),
-        ("x", _Pointer),
-        ("out", _Pointer),
-        ("rows", _Integer),
-        ("size", _Integer),
-        ("gated", _Integer),
-        ("kind", _Integer),
-    ]
-
-
-class _DecodeAttention(ctypes.Structure):
-    _fields_ = [
-        ("run", _Pointer),
-        ("qkv", _Pointer),
-        ("out", _Pointer),
-        ("keys", _Pointer),
-        ("values", _Pointer),
-        ("cos", _Pointer),
-        ("sin", _Pointer),
-        ("scores", _Pointer),
-        ("rows", _Integer),
-        ("heads", _Integer),
-        ("kv_heads", _Integer),
-        ("size", _Integer),
-        ("capacity", _Integer),
-        ("rotated", _Integer),
-        ("stride", _Integer),
-        ("head_stride", _Integer),
-        ("key_start", _Integer),
-        ("value_start", _Integer),
-        ("window", _Integer),
-        ("scale", _Float),
-    ]
-
-
-# The C files export the sizes of their own.
-STRUCTURES: dict[str, type[ctypes.Structure]] = {
-    "segment": _Segment,
-    "skinny_linear": _SkinnyLinear,
-    "norm": _Norm,
-    "activation": _Activation,
-    "decode_attention": _DecodeAttention,
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,8 +69,9 @@ class Tape:
         self._ops: list[ctypes.Structure] = []
         self._kept: list[object] = []
         self._table: ctypes.Array[ctypes.c_void_p] | None = None
-        self._call = _Call()
+        self._call = CallStruct()
         self._num_weight_bytes = 0
+        self._capacity = sys.maxsize
 
     def skinny_linear(
         self,
@@ -181,19 +98,16 @@ class Tape:
             adds: to what ``out`` holds.
         """
         assert not (transposed and segments), "a transposed weight has no segments"
-        b, o = out.shape
+        (b, o), i = out.shape, x.shape[1]
+        assert x.shape[0] == b, x.shape
+        assert weight is None or weight.shape == ((i, o) if transposed else (o, i)), weight.shape
         table = segments or (Segment(start=0, stop=o),)
-        array = (_Segment * len(table))(
-            *(
-                _Segment(s.start, s.stop, self._of(s.up), s.low_offset, 0 if s.up is None else s.up.shape[1], s.scale)
-                for s in table
-            )
-        )
+        array = (SegmentStruct * len(table))(*map(self._segment, table))
         self._kept.append(array)
         self._num_weight_bytes += 0 if weight is None else weight.nbytes
         self._add(
             "skinny_linear_transposed" if transposed else "skinny_linear",
-            _SkinnyLinear(
+            SkinnyLinearStruct(
                 x=self._of(x),
                 weight=self._of(weight),
                 bias=self._of(bias),
@@ -202,7 +116,7 @@ class Tape:
                 segments=ctypes.addressof(array),
                 num_segments=len(table),
                 rows=b,
-                inputs=x.shape[1],
+                inputs=i,
                 outputs=o,
                 low_stride=0 if low is None else low.shape[1],
                 adds=adds,
@@ -223,13 +137,15 @@ class Tape:
         b, d = x.shape
         fields = {"x": x, "weight": weight, "bias": bias, "out": out}
         pointers = {name: self._of(tensor) for name, tensor in fields.items()}
-        self._add("norm", _Norm(**pointers, rows=b, size=d, centred=centred, eps=eps))
+        self._add("norm", NormStruct(**pointers, rows=b, size=d, centred=centred, eps=eps))
 
     def activation(self, x: torch.Tensor, out: torch.Tensor, *, kind: str, gated: bool) -> None:
         """``out = act(x)`` over [b, d]; or, where ``gated``, of [b, 2 d] the first half activated times the second."""
         b, d = out.shape
         number = ACTIVATIONS.index(kind)
-        self._add("activation", _Activation(x=self._of(x), out=self._of(out), rows=b, size=d, gated=gated, kind=number))
+        self._add(
+            "activation", ActivationStruct(x=self._of(x), out=self._of(out), rows=b, size=d, gated=gated, kind=number)
+        )
 
     def decode_attention(
         self,
@@ -261,9 +177,13 @@ class Tape:
         b, k, n, e = keys.shape
         h = scores.shape[1]
         cos, sin = turns or (None, None)
+        assert qkv.shape == (b, (h + 2 * k) * e), qkv.shape
+        assert values.shape == keys.shape, values.shape
+        assert cos is None or cos.shape[0] >= n, cos.shape
+        self._capacity = min(self._capacity, n)
         self._add(
             "decode_attention",
-            _DecodeAttention(
+            DecodeAttentionStruct(
                 qkv=self._of(qkv),
                 out=self._of(out),
                 keys=self._of(keys),
@@ -300,17 +220,32 @@ class Tape:
             positions: [b] int64, of the tokens of this call.
             mask: [b, written + 1] int64, 0 on padding, adjacent within a row; ``None`` where nothing is padded.
         """
+        assert written < self._capacity, f"{written} positions fill the cache"
         if self._table is None:
-            self._table = (_Pointer * len(self._ops))(*map(ctypes.addressof, self._ops))
+            self._table = (Pointer * len(self._ops))(*map(ctypes.addressof, self._ops))
         call = self._call
         call.written = written
-        call.positions = None if positions is None else positions.data_ptr()
-        call.mask, call.mask_stride = (None, 0) if mask is None else (mask.data_ptr(), mask.stride(0))
-        count = len(self._ops)
-        # A thread that has less than this to read, from op to op, is waited for as long.
-        useful = max(1, self._num_weight_bytes // count // _LEAST_BYTES)
-        threads = min(torch.get_num_threads(), useful)
-        self._library.run_tape(self._table, _Integer(count), ctypes.byref(call), _Integer(threads))
+        call.positions = _integers(positions)
+        call.mask, call.mask_stride = _integers(mask), 0 if mask is None else mask.stride(0)
+        count, threads = Integer(len(self._ops)), Integer(self._num_threads())
+        self._library.run_tape(self._table, count, ctypes.byref(call), threads)
+
+    def _num_threads(self) -> int:
+        """A thread that has less than ``_LEAST_BYTES`` to read from op to op is waited for as long."""
+        useful = self._num_weight_bytes // max(1, len(self._ops)) // _LEAST_BYTES
+        return max(1, min(torch.get_num_threads(), useful))
+
+    def _segment(self, segment: Segment) -> SegmentStruct:
+        up = segment.up
+        assert up is None or up.shape[0] == segment.stop - segment.start, up.shape
+        return SegmentStruct(
+            start=segment.start,
+            stop=segment.stop,
+            up=self._of(up),
+            low_offset=segment.low_offset,
+            rank=0 if up is None else up.shape[1],
+            scale=segment.scale,
+        )
 
     def _of(self, tensor: torch.Tensor | None) -> int | None:
         """The tensor's address."""
@@ -323,5 +258,16 @@ class Tape:
         return tensor.data_ptr()
 
     def _add(self, name: str, op: Any) -> None:
-        op.run = ctypes.cast(getattr(self._library, f"run_{name}"), _Pointer).value
+        op.run = ctypes.cast(getattr(self._library, f"run_{name}"), Pointer).value
         self._ops.append(op)
+        self._table = None
+
+
+def _integers(tensor: torch.Tensor | None) -> int | None:
+    """The address of int64 numbers that lie side by side, row by row."""
+    if tensor is None:
+        return None
+    assert tensor.is_cpu, tensor.device
+    assert tensor.dtype == torch.int64, tensor.dtype
+    assert tensor.stride(-1) == 1 or tensor.shape[-1] == 1, tensor.stride()
+    return tensor.data_ptr()

@@ -69,12 +69,12 @@ INLINE float total(vec v) {
     return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 
-/* e^x to about two units in the last place: e^(n ln 2 + r) = 2^n e^r, |r| <= ln 2 / 2. 0 below the normal numbers;
-   above 88 it stays where it was at 88. */
+/* e^x to about two units in the last place: e^(n ln 2 + r) = 2^n e^r, |r| <= ln 2 / 2. 0 below the normal numbers,
+   infinite above 88. */
 INLINE vec exponential(vec x) {
     const vec most = all(88.0f), least = all(-87.0f), rounder = all(12582912.0f); /* 1.5 * 2^23 */
-    const ivec vanishes = x < least;
-    x = pick(x > most, most, x);
+    const ivec vanishes = x < least, overflows = x > most;
+    x = pick(overflows, most, x);
     x = pick(vanishes, least, x);
     const vec n = (x * 1.44269504f + rounder) - rounder;
     const vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -86,7 +86,7 @@ INLINE vec exponential(vec x) {
     p = p * r + 5.00000012e-1f;
     p = p * r * r + r + 1.0f;
     const ivec power = (__builtin_convertvector(n, ivec) + 127) << 23;
-    return (vec)((ivec)(p * (vec)power) & ~vanishes);
+    return pick(overflows, all(INFINITY), (vec)((ivec)(p * (vec)power) & ~vanishes));
 }
 
 #endif
