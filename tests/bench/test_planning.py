@@ -60,14 +60,33 @@ def test_the_plan_of_a_reward_model_of_another_size_is_what_the_ledger_measures(
     assert plan["total_bytes"] < plan_case(make_case(method, **size)).memory["total_bytes"]
 
 
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "mistral"])
+def test_what_generation_is_planned_to_take_is_what_the_ledger_measures(
+    make_case: Callable[..., Case], architecture: str, batch_size: int, kernels: str
+) -> None:
+    """In the steps' own form: ``auto`` is the one in C where it can be compiled."""
+    size = {"prompt_len": 4, "completion_len": 30, "batch_size": batch_size}
+    case = make_case("hydra", f"wide-{architecture}", dtype="float32", kernels=kernels, **size)
+    assert plan_case(case).memory["phases"]["generate"] == measured(case)["phases"]["generate"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("engine", ["fast", "plain"])
 @pytest.mark.parametrize("kv_cache", ["preallocated", "growing"])
 @pytest.mark.parametrize("architecture", ["llama", "mistral"])
 def test_a_long_completion_takes_what_stepping_through_takes_to_the_byte(
-    make_case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch, architecture: str, kv_cache: str, engine: str
+    make_case: Callable[..., Case],
+    monkeypatch: pytest.MonkeyPatch,
+    architecture: str,
+    kv_cache: str,
+    engine: str,
+    dtype: str,
 ) -> None:
     # A completion far longer than the prompt, and a tiny chunk, so that generation's own peak is in sight.
-    case = make_case("hydra", architecture, prompt_len=4, completion_len=40, engine=engine, kv_cache=kv_cache)
+    size = {"prompt_len": 4, "completion_len": 40}
+    case = make_case("hydra", architecture, **size, engine=engine, kv_cache=kv_cache, dtype=dtype)
     skipping = plan_case(case).memory["phases"]["generate"]
     monkeypatch.setattr("rlhfkernels.trunk.CacheSkips.can_skip", property(lambda self: False))
     assert plan_case(case).memory["phases"]["generate"] == skipping

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 
 import pytest
 import torch
 
 from rlhfkernels.engine import Engine
+from rlhfkernels.ops.native import build
 
 
 @pytest.fixture
@@ -22,3 +24,12 @@ def shake() -> Callable[[Engine], None]:
                     parameter.normal_(std=0.2)
 
     return shake
+
+
+@pytest.fixture(scope="session")
+def library() -> ctypes.CDLL:
+    """The compiled ops."""
+    failure = build.why_not()
+    if failure is not None:
+        pytest.skip(f"the C cannot be compiled here: {failure}")
+    return build.library()

@@ -1,27 +1,15 @@
-"""Where the ops in C are tested: wherever they can be compiled."""
+"""Memory for the ops in C to be tested on."""
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Callable
 
 import pytest
 import torch
 
-from rlhfkernels.ops.native import build
-
 # On each side of what an op reads or writes.
 ROOM = 64
-
-
-@pytest.fixture(scope="session")
-def library() -> ctypes.CDLL:
-    """The compiled ops."""
-    failure = build.why_not()
-    if failure is not None:
-        pytest.skip(f"the C cannot be compiled here: {failure}")
-    return build.library()
 
 
 @pytest.fixture
