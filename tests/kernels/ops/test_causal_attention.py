@@ -27,8 +27,14 @@ def inputs(b: int, t: int, heads: Heads, padded: bool) -> tuple[torch.Tensor, Si
     return qkv, Sight(torch.zeros(b, t), padding)
 
 
+@pytest.fixture(params=["torch", "native"])
+def kernels(request: pytest.FixtureRequest) -> str:
+    if request.param == "native":
+        request.getfixturevalue("library")
+    return str(request.param)
+
+
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("kernels", ["torch", pytest.param("native", marks=pytest.mark.usefixtures("library"))])
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients_equal_the_reference(case: str, kernels: str, padded: bool) -> None:
     b, t, heads, start, window = CASES[case]
