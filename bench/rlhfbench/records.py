@@ -66,8 +66,9 @@ def make_record(
         case: what was asked for.
         outcome: one of ``OUTCOMES``.
         error: ``{"kind", "message", "phase"}``, ``None`` when ``ok``.
-        measured: ``memory``, ``latency``, ``work``, ``prompts``, ``engine`` and ``kernels`` (``triton`` or ``torch``:
-            what ``Options.kernels`` came to; older records lack the key), as far as they are known.
+        measured: ``memory``, ``latency``, ``work``, ``prompts``, ``engine`` and ``kernels`` (``triton``,
+            ``native`` or ``torch``: what ``Options.kernels`` came to; older records lack the key), as far as they are
+            known.
         started_at: UTC, ISO 8601.
         wall_s: seconds from asking for the case to its end.
         plan: what ``make_plan`` made; ``None``: nothing was predicted. Older records lack the key.

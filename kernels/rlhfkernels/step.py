@@ -130,7 +130,7 @@ class PPOStep:
 
     @property
     def kernels_taken(self) -> str:
-        """How the ops between the products are computed: ``triton`` or ``torch``; see ``Options.kernels``."""
+        """How ops are computed: ``triton``, ``native`` or ``torch``; see ``Options.kernels``."""
         return self.engine.kernels
 
     def prompt_summary(self) -> dict[str, Any]:

@@ -91,6 +91,23 @@ def test_every_flag_reaches_the_case_and_the_settings(call, tmp_path):
 
 
 @pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--device", "cuda"), "it is a processor's, so device must be 'cpu'."),
+        (("--dtype", "bfloat16"), "it has no bfloat16, so dtype must be float32."),
+        ((), "its C cannot be compiled here (CC is '/nonexistent', which is no command)."),
+    ],
+    ids=["on a GPU", "in bfloat16", "without a compiler"],
+)
+def test_kernels_that_cannot_be_had_are_told_before_anything_is_measured(call, monkeypatch, tmp_path, flags, sentence):
+    monkeypatch.setenv("CC", "/nonexistent")
+    code, out, err = call("run", *SMALL, *kind("ok"), *flags, "--option", "kernels=native", "--out", "here")
+    assert (code, out, err) == (2, "", f"options.kernels is 'native': {sentence}\n")
+    assert not (tmp_path / "here").exists()
+
+
+@pytest.mark.usefixtures("fake")
 def test_flags_win_over_a_sweep_file(call, tmp_path):
     (tmp_path / "s.toml").write_text(
         'methods = ["hydra", "lora"]\nseq_lens = [8]\nbatch_sizes = [1]\noptions.prompt_field = "ok"\n'

@@ -195,6 +195,16 @@ def test_kernels_of_a_package_that_is_not_installed(monkeypatch):
     assert preflight.check(Sweep.from_spec({**GRID, "device": "cuda"}))  # ``auto`` asks for nothing
 
 
+def test_kernels_in_c_without_a_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", "/nonexistent")
+    assert problems(options={"kernels": "native"}) == (
+        "options.kernels is 'native': its C cannot be compiled here (CC is '/nonexistent', which is no command).",
+    )
+    preflight.check_models(Sweep.from_spec({**GRID, "options": {"kernels": "native"}}))
+    assert preflight.check(Sweep.from_spec(GRID))  # ``auto`` asks for nothing
+
+
 def test_prompts_are_read_before_anything_runs(tmp_path):
     (problem,) = problems(options={"prompts": str(tmp_path / "absent.jsonl")})
     assert "cannot be read: No such file" in problem

@@ -1,8 +1,9 @@
 """What the benchmarks of the ops share: two models' sizes, the forms that are compared, and the timing.
 
 ``pytest benchmarks --benchmark`` times them (and the plugin's small sweep; ``-k test_`` leaves that out). Each file has
-``FORMS``: the op and its reference, with the same arguments; and maybe ``LIGER``, which is compared too where
-liger-kernel is installed and the device is a CUDA device.
+``FORMS``: the op and its reference, with the same arguments. It may have ``LIGER``, which is compared too where
+liger-kernel is installed and the device is a CUDA device, and ``native``, which writes the form in C on a tape: it is
+compared where no gradient is asked for, on a processor with a C compiler.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from typing import Any
 
 import pytest
 import torch
+
+from rlhfkernels.ops.native import build
+from rlhfkernels.ops.native.tape import Tape
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
@@ -61,7 +65,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     forms = dict(metafunc.module.FORMS)
     if WITH_LIGER:
         forms |= getattr(metafunc.module, "LIGER", {})
-    metafunc.parametrize("form", forms.values(), ids=forms)
+    native = getattr(metafunc.module, "native", None)
+    if native and "direction" not in metafunc.fixturenames and metafunc.config.getoption("rlhfbench", False):
+        forms |= {"native": native} if DEVICE == "cpu" and build.why_not() is None else {}
+    metafunc.parametrize("form", forms.values(), ids=forms, indirect=True)
     metafunc.parametrize("size", SIZES.values(), ids=SIZES)
     if "direction" in metafunc.fixturenames:
         metafunc.parametrize("direction", ["forward", "forward+backward"])
@@ -70,6 +77,27 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _one_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def form(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """The form, called with the arguments of the reference."""
+    written: Callable[..., Any] = request.param
+    if written is not getattr(request.module, "native", None):
+        return written
+    tapes: dict[tuple[int, ...], tuple[Tape, Any, dict[str, Any], Any]] = {}
+
+    def replay(*arguments: Any, **options: Any) -> Any:
+        """What is written down the first time is replayed for the same tensors, as in decoding."""
+        key = tuple(map(id, arguments))
+        if key not in tapes:
+            tape = Tape()
+            tapes[key] = tape, *written(tape, *arguments, **options), arguments
+        tape, out, state, _ = tapes[key]
+        tape.run(**state)
+        return out
+
+    return replay
 
 
 @pytest.fixture

@@ -181,7 +181,7 @@ class Blocks:
         layers: the layers.
         norm: after the last layer.
         scale: of the attention scores.
-        kernels: how the ops between the products are computed, as in ``takes_triton``.
+        kernels: how ops are computed, as in ``takes_triton`` and ``takes_native``.
     """
 
     embed: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

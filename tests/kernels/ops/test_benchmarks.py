@@ -4,6 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 ROOT = Path(__file__).parents[3]
 BENCHMARKS = ROOT / "benchmarks" / "kernels" / "ops"
 # Sizes by directions, and by the op and its reference.
@@ -21,12 +24,27 @@ def test_every_op_has_its_benchmark() -> None:
     assert {path.stem.removeprefix("test_") for path in BENCHMARKS.glob("test_*.py")} == ops
 
 
-def test_every_benchmark_stands_beside_its_reference_in_the_table() -> None:
+def timed_tables(forms: str) -> tuple[str, list[str]]:
+    """What pytest says of the benchmarks of one size in these forms, and the heads of its tables."""
     arguments = ["--benchmark-min-rounds=1", "--benchmark-max-time=0.001", "--benchmark-warmup=off"]
-    out = run_pytest("benchmarks", "--benchmark", "-k", "test_ and tiny and not liger", *arguments)
-    num_tables = (NUM_WITH_GRADIENT * 6 + NUM_WITHOUT * 4) // 4
+    out = run_pytest("benchmarks", "--benchmark", "-k", f"test_ and tiny and {forms}", *arguments)
+    return out, [line for line in out.splitlines() if "- benchmark '" in line]
+
+
+def test_every_benchmark_stands_beside_its_reference_in_the_table() -> None:
+    out, tables = timed_tables("not liger and not native")
+    num_tables = (NUM_WITH_GRADIENT * 6 + NUM_WITHOUT * 5) // 4
     assert f"\n{2 * num_tables} passed" in out, out
-    assert len([line for line in out.splitlines() if line.startswith("---") and ": 2 tests" in line]) == num_tables
+    assert len([line for line in tables if ": 2 tests" in line]) == num_tables
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the benchmarks take the GPU, and C is a processor's")
+def test_what_has_a_form_in_c_has_it_in_the_table() -> None:
+    out, tables = timed_tables("native")
+    ops = {"decode_attention", "rms_norm_of_few_rows", "skinny_linear", "swiglu_of_few_rows"}
+    assert f"\n{len(ops)} passed" in out, out
+    assert {line.split("'")[1].split()[0] for line in tables} == ops
 
 
 def test_only_where_they_are_asked_for_is_anything_timed() -> None:

@@ -1,15 +1,14 @@
-/* Products of blocks that stay in the caches: C = A B or C += A B, the elements of A spread over vectors of B's rows. */
+/* Products of blocks that stay in the caches: C = s A B or C += s A B, the elements of A spread over vectors of B's rows. */
 #ifndef PRODUCTS_H
 #define PRODUCTS_H
 
 #include "vectors.h"
 
 /* Rows and vectors of a tile: as many sums as stay in registers beside what they are made of. */
-#if defined(__AVX512F__)
 #define TILE_ROWS 6
+#if defined(__AVX512F__) || defined(__aarch64__)
 #define TILE_VECS 4
 #else
-#define TILE_ROWS 4
 #define TILE_VECS 2
 #endif
 
@@ -20,10 +19,10 @@ struct left {
 };
 
 INLINE void product_tile(int rows, int vecs, struct left left, const float *b, int64_t b_stride, float *c,
-                         int64_t c_stride, int64_t inner, int adds) {
+                         int64_t c_stride, int64_t inner, float scale, int adds) {
     vec sums[TILE_ROWS][TILE_VECS];
     for (int m = 0; m < rows; m++)
-        for (int n = 0; n < vecs; n++) sums[m][n] = adds ? load(c + m * c_stride + n * LANES) : (vec){0};
+        for (int n = 0; n < vecs; n++) sums[m][n] = (vec){0};
     for (int64_t k = 0; k < inner; k++) {
         vec right[TILE_VECS];
         for (int n = 0; n < vecs; n++) right[n] = load(b + k * b_stride + n * LANES);
@@ -33,37 +32,42 @@ INLINE void product_tile(int rows, int vecs, struct left left, const float *b, i
         }
     }
     for (int m = 0; m < rows; m++)
-        for (int n = 0; n < vecs; n++) store(c + m * c_stride + n * LANES, sums[m][n]);
+        for (int n = 0; n < vecs; n++) {
+            float *to = c + m * c_stride + n * LANES;
+            vec y = sums[m][n] * scale;
+            if (adds) y += load(to);
+            store(to, y);
+        }
 }
 
 INLINE void product_strip(int vecs, int64_t rows, struct left left, const float *b, int64_t b_stride, float *c,
-                          int64_t c_stride, int64_t inner, int adds) {
+                          int64_t c_stride, int64_t inner, float scale, int adds) {
     int64_t m = 0;
     for (; m + TILE_ROWS <= rows; m += TILE_ROWS) {
-        product_tile(TILE_ROWS, vecs, left, b, b_stride, c, c_stride, inner, adds);
+        product_tile(TILE_ROWS, vecs, left, b, b_stride, c, c_stride, inner, scale, adds);
         left.a += TILE_ROWS * left.row;
         c += TILE_ROWS * c_stride;
     }
     switch (rows - m) {
-    case 5: product_tile(5 < TILE_ROWS ? 5 : 1, vecs, left, b, b_stride, c, c_stride, inner, adds); break;
-    case 4: product_tile(4 < TILE_ROWS ? 4 : 1, vecs, left, b, b_stride, c, c_stride, inner, adds); break;
-    case 3: product_tile(3, vecs, left, b, b_stride, c, c_stride, inner, adds); break;
-    case 2: product_tile(2, vecs, left, b, b_stride, c, c_stride, inner, adds); break;
-    case 1: product_tile(1, vecs, left, b, b_stride, c, c_stride, inner, adds); break;
+    case 5: product_tile(5, vecs, left, b, b_stride, c, c_stride, inner, scale, adds); break;
+    case 4: product_tile(4, vecs, left, b, b_stride, c, c_stride, inner, scale, adds); break;
+    case 3: product_tile(3, vecs, left, b, b_stride, c, c_stride, inner, scale, adds); break;
+    case 2: product_tile(2, vecs, left, b, b_stride, c, c_stride, inner, scale, adds); break;
+    case 1: product_tile(1, vecs, left, b, b_stride, c, c_stride, inner, scale, adds); break;
     }
 }
 
 /* [rows, inner] by [inner, columns] to [rows, columns]; `columns` is a multiple of LANES. */
 static void product(int64_t rows, int64_t columns, int64_t inner, struct left left, const float *b, int64_t b_stride,
-                    float *c, int64_t c_stride, int adds) {
+                    float *c, int64_t c_stride, float scale, int adds) {
     int64_t n = 0;
     for (; n + TILE_VECS * LANES <= columns; n += TILE_VECS * LANES)
-        product_strip(TILE_VECS, rows, left, b + n, b_stride, c + n, c_stride, inner, adds);
+        product_strip(TILE_VECS, rows, left, b + n, b_stride, c + n, c_stride, inner, scale, adds);
 #if TILE_VECS > 2
     for (; n + 2 * LANES <= columns; n += 2 * LANES)
-        product_strip(2, rows, left, b + n, b_stride, c + n, c_stride, inner, adds);
+        product_strip(2, rows, left, b + n, b_stride, c + n, c_stride, inner, scale, adds);
 #endif
-    for (; n < columns; n += LANES) product_strip(1, rows, left, b + n, b_stride, c + n, c_stride, inner, adds);
+    for (; n < columns; n += LANES) product_strip(1, rows, left, b + n, b_stride, c + n, c_stride, inner, scale, adds);
 }
 
 #endif
