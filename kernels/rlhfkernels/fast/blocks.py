@@ -74,9 +74,9 @@ class Projection:
         """The layers under an adapter set, or bare."""
         return self._bare if adapter is None else self._groups.get(adapter, self._bare)
 
-    def many(self, x: torch.Tensor, adapter: str | None) -> torch.Tensor:
-        """[m, k] to [m, n] under ``adapter``, with a graph where one is asked for."""
-        return lora_linear(x, self.under(adapter))
+    def many(self, x: torch.Tensor, adapter: str | None, kernels: str) -> torch.Tensor:
+        """[m, k] to [m, n] under ``adapter``, with a graph where one is asked for; ``kernels`` as in ``product``."""
+        return lora_linear(x, self.under(adapter), kernels=kernels)
 
     def few(self, adapter: str | None, rows: int, buffers: dict[int, torch.Tensor]) -> SkinnyLoraLinear:
         """The layers under ``adapter`` for ``rows`` rows a call, without a graph."""

@@ -87,7 +87,7 @@ def run_blocks(
 def _run(block: Block, frame: _Frame, x: torch.Tensor, start: int, keep: Keep | None, index: int) -> torch.Tensor:
     """One layer: [m, d] to [b (t − start), d]."""
     sight, scale, adapter, kernels, turns = frame
-    qkv = block.qkv.many(block.norm_1(x), adapter)
+    qkv = block.qkv.many(block.norm_1(x), adapter, kernels)
     if turns is not None:
         qkv = rotary_(qkv, *turns, block.heads.rotary_part, kernels=kernels)
     if keep is not None:
@@ -98,11 +98,11 @@ def _run(block: Block, frame: _Frame, x: torch.Tensor, start: int, keep: Keep | 
     if start:
         x = _from(x, sight.b, start)
     del qkv
-    mixed = block.out.many(attended, adapter)
+    mixed = block.out.many(attended, adapter, kernels)
     del attended
     middle = x if block.parallel else x + mixed
-    inner = _activated(block, block.up.many(block.norm_2(middle), adapter), kernels)
-    total = middle + block.down.many(inner, adapter)
+    inner = _activated(block, block.up.many(block.norm_2(middle), adapter, kernels), kernels)
+    total = middle + block.down.many(inner, adapter, kernels)
     return total + mixed if block.parallel else total
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhfkernels.ops.wide_product import wide_product
+from rlhfkernels.ops.product import product
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,52 +93,52 @@ def lora_linear_reference(x: torch.Tensor, group: LinearGroup) -> torch.Tensor:
     return torch.cat(outputs, dim=-1)
 
 
-def lora_linear(x: torch.Tensor, group: LinearGroup) -> torch.Tensor:
-    """The fast form of ``lora_linear_reference``, with the same gradients."""
+def lora_linear(x: torch.Tensor, group: LinearGroup, *, kernels: str = "auto") -> torch.Tensor:
+    """The fast form of ``lora_linear_reference``, with the same gradients; ``kernels`` as ``product`` takes it."""
     if torch.is_grad_enabled():
         parameters = group.parameters()
         if x.requires_grad or any(p.requires_grad for p in parameters):
-            y: torch.Tensor = _LoraLinear.apply(x, group, *parameters)  # type: ignore[no-untyped-call]
+            y: torch.Tensor = _LoraLinear.apply(x, group, kernels, *parameters)  # type: ignore[no-untyped-call]
             return y
-    return _forward(x, group)
+    return _forward(x, group, kernels)
 
 
-def _forward(x: torch.Tensor, group: LinearGroup) -> torch.Tensor:
+def _forward(x: torch.Tensor, group: LinearGroup, kernels: str) -> torch.Tensor:
     with torch.no_grad():
-        y = wide_product(x, group.weight.t())
+        y = product(x, group.weight.t(), kernels=kernels)
         if group.bias is not None:
             y.add_(group.bias)
         if group.down is not None:
             rows = y.view(-1, y.shape[-1])
-            low = _low_rank(x, group.down)
+            low = _low_rank(x, group.down, kernels)
             start = 0
             for part in group.parts:
                 stop = start + part.down.shape[0]
-                _add_product_(rows[:, part.columns], low[:, start:stop], part.up.t(), part.scaling)
+                _add_product_(rows[:, part.columns], low[:, start:stop], part.up.t(), part.scaling, kernels)
                 start = stop
         return y
 
 
-def _low_rank(x: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+def _low_rank(x: torch.Tensor, down: torch.Tensor, kernels: str) -> torch.Tensor:
     """x Aᵀ, [m, Σ r], in the adapters' dtype."""
-    return x.reshape(-1, x.shape[-1]).to(down.dtype) @ down.t()
+    return product(x.reshape(-1, x.shape[-1]).to(down.dtype), down.t(), kernels=kernels)
 
 
-def _add_product_(target: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> None:
+def _add_product_(target: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float, kernels: str) -> None:
     """target += scale · left right, in the wider of the dtypes."""
     if target.dtype == left.dtype:
-        target.addmm_(left, right, alpha=scale)
+        product(left, right, out=target, scale=scale, adds=True, kernels=kernels)
     else:
         target.copy_(torch.addmm(target.to(left.dtype), left, right, alpha=scale))
 
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: LinearGroup, *parameters: nn.Parameter) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, group: LinearGroup, kernels: str, *parameters: nn.Parameter) -> torch.Tensor:
         # The weights are kept by the group: only the input is something that would not live anyway.
-        ctx.group = group
-        ctx.save_for_backward(x if any(ctx.needs_input_grad[2:]) else None)
-        return _forward(x, group)
+        ctx.group, ctx.kernels = group, kernels
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[3:]) else None)
+        return _forward(x, group, kernels)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
@@ -147,12 +147,14 @@ class _LoraLinear(torch.autograd.Function):
         shape = grads[0].shape
         grad = grads[0].reshape(-1, shape[-1])
         rows = None if x is None else x.reshape(-1, x.shape[-1])
-        grad_x = wide_product(grad, group.weight) if ctx.needs_input_grad[0] else None
-        bases = _base_gradients(group, grad, rows, ctx.needs_input_grad[2:])
+        grad_x = product(grad, group.weight, kernels=ctx.kernels) if ctx.needs_input_grad[0] else None
+        bases = _base_gradients(group, grad, rows, ctx.needs_input_grad[3:])
         adapters: tuple[torch.Tensor | None, ...] = ()
         if group.down is not None:
-            adapters = _adapter_gradients(group, grad, rows, grad_x, ctx.needs_input_grad[2 + len(bases) :])
-        return None if grad_x is None else grad_x.view(*shape[:-1], -1), None, *bases, *adapters
+            adapters = _adapter_gradients(
+                group, grad, rows, grad_x, ctx.needs_input_grad[3 + len(bases) :], ctx.kernels
+            )
+        return None if grad_x is None else grad_x.view(*shape[:-1], -1), None, None, *bases, *adapters
 
 
 def _base_gradients(
@@ -179,27 +181,30 @@ def _adapter_gradients(
     x: torch.Tensor | None,
     grad_x: torch.Tensor | None,
     needed: tuple[bool, ...],
+    kernels: str,
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of every A, then of every B; adds the adapters' share to ``grad_x`` in place."""
     assert group.down is not None
     wide = group.down.dtype
     count = len(group.parts)
-    low = None if x is None or not any(needed[count:]) else _low_rank(x, group.down)
+    low = None if x is None or not any(needed[count:]) else _low_rank(x, group.down, kernels)
     grad_low = grad.new_empty(grad.shape[0], group.down.shape[0], dtype=wide)
     ups: list[torch.Tensor | None] = []
     start = 0
     for part, wanted in zip(group.parts, needed[count:], strict=True):
         stop = start + part.down.shape[0]
-        scaled = grad[:, part.columns].to(wide)
-        torch.mm(scaled, part.up, out=grad_low[:, start:stop])
-        ups.append((scaled.t() @ low[:, start:stop]).mul_(part.scaling) if wanted and low is not None else None)
-        grad_low[:, start:stop].mul_(part.scaling)
+        wider = grad[:, part.columns].to(wide)
+        product(wider, part.up, out=grad_low[:, start:stop], scale=part.scaling, kernels=kernels)
+        up = None
+        if wanted and low is not None:
+            up = product(wider.t(), low[:, start:stop], scale=part.scaling, kernels=kernels)
+        ups.append(up)
         start = stop
     if grad_x is not None:
-        _add_product_(grad_x, grad_low, group.down, 1.0)
+        _add_product_(grad_x, grad_low, group.down, 1.0, kernels)
     downs: list[torch.Tensor | None] = [None] * count
     if x is not None and any(needed[:count]):
-        whole = grad_low.t() @ x.to(wide)
+        whole = product(grad_low.t(), x.to(wide), kernels=kernels)
         pieces = torch.split(whole, [part.down.shape[0] for part in group.parts])
         downs = [piece if wanted else None for piece, wanted in zip(pieces, needed[:count], strict=True)]
     return (*downs, *ups)

@@ -48,6 +48,6 @@ def test_what_has_a_form_in_c_has_it_in_the_table() -> None:
 
 
 def test_only_where_they_are_asked_for_is_anything_timed() -> None:
-    out = run_pytest("benchmarks/kernels/ops/test_wide_product.py", "-rs")
+    out = run_pytest("benchmarks/kernels/ops/test_product.py", "-rs")
     assert f"{NUM_WITHOUT} skipped" in out, out
     assert "add --benchmark" in out

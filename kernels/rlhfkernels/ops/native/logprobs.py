@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from rlhfkernels.ops.native.launch import launch, operands
+from rlhfkernels.ops.product import product
 
 if TYPE_CHECKING:
     from rlhfkernels.ops.logprobs import LogitShape
@@ -32,10 +32,10 @@ def read(
 ) -> None:
     """Fills in what is asked of a chunk; see ``rlhfkernels.ops.logprobs.read``."""
     assert entropies is None, "entropies are torch's"
-    raw = nn.functional.linear(hidden, weight, bias)
+    raw = _raw(hidden, weight, bias)
     _run(shape, raw, targets, logprobs, slope=bool(slopes))
     for slope in slopes:
-        torch.mm(raw, weight, out=slope)
+        product(raw, weight, out=slope, kernels="native")
 
 
 def slope(
@@ -50,9 +50,15 @@ def slope(
 ) -> torch.Tensor:
     """The gradient of a chunk's raw products; see ``rlhfkernels.ops.logprobs.slope``."""
     assert grad_entropies is None, "entropies are torch's"
-    raw = nn.functional.linear(hidden, weight, bias)
+    raw = _raw(hidden, weight, bias)
     _run(shape, raw, targets, torch.empty_like(grad_logprobs), slope=True, weights=grad_logprobs.contiguous())
     return raw
+
+
+def _raw(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The head's products, [n, v]."""
+    raw = product(hidden, weight.t(), kernels="native")
+    return raw if bias is None else raw.add_(bias)
 
 
 def _run(
