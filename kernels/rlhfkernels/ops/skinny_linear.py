@@ -36,7 +36,7 @@ def skinny_linear(x: torch.Tensor, weight: torch.Tensor, *, kernels: str = "auto
 
     ``kernels`` as in ``takes_native``; the form in C is ``Tape.skinny_linear``.
     """
-    if takes_native(kernels, x.shape[0], x, weight):
+    if takes_native(kernels, x.shape[0], x, weight) and weight.is_contiguous():
         y = x.new_empty(x.shape[0], weight.shape[0])
         tape = tape_for(x)
         if tape is not None:
