@@ -10,12 +10,13 @@ Shapes: m = rows, k = inputs, n = outputs of all layers, r = rank.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from rlhfkernels.ops.product import product
+from rlhfkernels.ops.product import Pair, product, sums_two
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +65,22 @@ class LinearGroup:
     up: torch.Tensor | None = None
     parts: tuple[LoraPart, ...] = ()
 
+    def pieces(self, low: torch.Tensor) -> Iterator[tuple[slice, Pair | None]]:
+        """All outputs in order: those of a layer with an adapter, with its low-rank part; and those in between.
+
+        Args:
+            low: [m, Σ r], all adapters' x Aᵀ.
+        """
+        at = rank = 0
+        for part in self.parts:
+            if part.start > at:
+                yield slice(at, part.start), None
+            stop = rank + part.down.shape[0]
+            yield part.columns, Pair(low[:, rank:stop], part.up.t(), part.scaling)
+            at, rank = part.columns.stop, stop
+        if at < self.weight.shape[0]:
+            yield slice(at, self.weight.shape[0]), None
+
     def parameters(self) -> tuple[nn.Parameter, ...]:
         """Everything that may be trained: weights, biases, every A, every B."""
         return (*self.weights, *self.biases, *(p.down for p in self.parts), *(p.up for p in self.parts))
@@ -105,31 +122,35 @@ def lora_linear(x: torch.Tensor, group: LinearGroup, *, kernels: str = "auto") -
 
 def _forward(x: torch.Tensor, group: LinearGroup, kernels: str) -> torch.Tensor:
     with torch.no_grad():
-        y = product(x, group.weight.t(), kernels=kernels)
+        rows = x.reshape(-1, x.shape[-1])
+        # Made in its last shape: a view of something else could not be changed in place by the op that comes next.
+        whole = x.new_empty(*x.shape[:-1], group.weight.shape[0])
+        y = whole.view(rows.shape[0], -1)
+        low = None if group.down is None else _low_rank(rows, group.down, kernels)
+        if low is not None and sums_two(rows, group.weight.t(), y, low, kernels=kernels):
+            for columns, pair in group.pieces(low):
+                product(rows, group.weight[columns].t(), out=y[:, columns], also=pair, kernels=kernels)
+        else:
+            product(rows, group.weight.t(), out=y, kernels=kernels)
+            for columns, pair in group.pieces(low) if low is not None else ():
+                if pair is not None:
+                    _add_product_(y[:, columns], pair)
         if group.bias is not None:
             y.add_(group.bias)
-        if group.down is not None:
-            rows = y.view(-1, y.shape[-1])
-            low = _low_rank(x, group.down, kernels)
-            start = 0
-            for part in group.parts:
-                stop = start + part.down.shape[0]
-                _add_product_(rows[:, part.columns], low[:, start:stop], part.up.t(), part.scaling, kernels)
-                start = stop
-        return y
+        return whole
 
 
 def _low_rank(x: torch.Tensor, down: torch.Tensor, kernels: str) -> torch.Tensor:
     """x Aᵀ, [m, Σ r], in the adapters' dtype."""
-    return product(x.reshape(-1, x.shape[-1]).to(down.dtype), down.t(), kernels=kernels)
+    return product(x.to(down.dtype), down.t(), kernels=kernels)
 
 
-def _add_product_(target: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float, kernels: str) -> None:
+def _add_product_(target: torch.Tensor, pair: Pair) -> None:
     """target += scale · left right, in the wider of the dtypes."""
-    if target.dtype == left.dtype:
-        product(left, right, out=target, scale=scale, adds=True, kernels=kernels)
+    if target.dtype == pair.left.dtype:
+        target.addmm_(pair.left, pair.right, alpha=pair.scale)
     else:
-        target.copy_(torch.addmm(target.to(left.dtype), left, right, alpha=scale))
+        target.copy_(torch.addmm(target.to(pair.left.dtype), pair.left, pair.right, alpha=pair.scale))
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -147,7 +168,9 @@ class _LoraLinear(torch.autograd.Function):
         shape = grads[0].shape
         grad = grads[0].reshape(-1, shape[-1])
         rows = None if x is None else x.reshape(-1, x.shape[-1])
-        grad_x = product(grad, group.weight, kernels=ctx.kernels) if ctx.needs_input_grad[0] else None
+        grad_x = grad.new_empty(grad.shape[0], group.weight.shape[1]) if ctx.needs_input_grad[0] else None
+        if grad_x is not None and group.down is None:
+            product(grad, group.weight, out=grad_x, kernels=ctx.kernels)
         bases = _base_gradients(group, grad, rows, ctx.needs_input_grad[3:])
         adapters: tuple[torch.Tensor | None, ...] = ()
         if group.down is not None:
@@ -183,7 +206,7 @@ def _adapter_gradients(
     needed: tuple[bool, ...],
     kernels: str,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of every A, then of every B; adds the adapters' share to ``grad_x`` in place."""
+    """Gradients of every A, then of every B; fills in ``grad_x``, the base's share and the adapters'."""
     assert group.down is not None
     wide = group.down.dtype
     count = len(group.parts)
@@ -201,7 +224,12 @@ def _adapter_gradients(
         ups.append(up)
         start = stop
     if grad_x is not None:
-        _add_product_(grad_x, grad_low, group.down, 1.0, kernels)
+        pair = Pair(grad_low, group.down, 1.0)
+        if sums_two(grad, group.weight, grad_x, grad_low, kernels=kernels):
+            product(grad, group.weight, out=grad_x, also=pair, kernels=kernels)
+        else:
+            product(grad, group.weight, out=grad_x, kernels=kernels)
+            _add_product_(grad_x, pair)
     downs: list[torch.Tensor | None] = [None] * count
     if x is not None and any(needed[:count]):
         whole = product(grad_low.t(), x.to(wide), kernels=kernels)

@@ -10,6 +10,8 @@ Shapes: m = rows, k = summed over, n = columns.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from rlhfkernels.ops.forms import takes_native
@@ -20,6 +22,20 @@ _MOST = 4096  # columns from which on the product is left whole
 _FEWEST_ROWS = 384
 
 
+class Pair(NamedTuple):
+    """A product that is part of another's sums.
+
+    Attributes:
+        left: [m, r].
+        right: [r, n].
+        scale: multiplies it.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+    scale: float
+
+
 def product_reference(
     left: torch.Tensor,
     right: torch.Tensor,
@@ -27,8 +43,9 @@ def product_reference(
     out: torch.Tensor | None = None,
     scale: float = 1.0,
     adds: bool = False,
+    also: Pair | None = None,
 ) -> torch.Tensor:
-    """The plain form: ``scale · left @ right``.
+    """The plain form: ``scale · (left @ right + also.scale · also.left @ also.right)``.
 
     Args:
         left: [..., k], m rows in all; two-dimensional where ``out`` is given.
@@ -36,11 +53,15 @@ def product_reference(
         out: [m, n], filled in; ``None`` makes one.
         scale: multiplies the product.
         adds: to what ``out`` holds.
+        also: another product over the same rows and columns.
 
     Returns:
         [..., n], or ``out``.
     """
-    found = left @ right * scale
+    found = left @ right
+    if also is not None:
+        found = found + also.left @ also.right * also.scale
+    found = found * scale
     if out is None:
         return found
     return out.copy_(out + found if adds else found)
@@ -53,23 +74,33 @@ def product(
     out: torch.Tensor | None = None,
     scale: float = 1.0,
     adds: bool = False,
+    also: Pair | None = None,
     kernels: str = "auto",
 ) -> torch.Tensor:
     """The fast form; arguments and result as ``product_reference``, no gradient; ``kernels`` as in ``takes_native``."""
-    n = right.shape[1]
     if out is None:
-        made = left.new_empty(*left.shape[:-1], n)
-        product(left.reshape(-1, left.shape[-1]), right, out=made.view(-1, n), scale=scale, kernels=kernels)
+        made = left.new_empty(*left.shape[:-1], right.shape[1])
+        rows = left.reshape(-1, left.shape[-1])
+        product(rows, right, out=made.view(-1, right.shape[1]), scale=scale, also=also, kernels=kernels)
         return made
-    if takes_native(kernels, left, right, out) and native.covers(left, right, out):
-        native.multiply(left, right, out, scale=scale, adds=adds)
-    elif adds:
+    others = () if also is None else (also.left, also.right)
+    if sums_two(left, right, out, *others, kernels=kernels):
+        native.multiply(left, right, out, scale=scale, adds=adds, also=also)
+        return out
+    if adds:
         out.addmm_(left, right, alpha=scale)
     else:
         _multiply(left, right, out)
         if scale != 1.0:
             out.mul_(scale)
+    if also is not None:
+        out.addmm_(also.left, also.right, alpha=scale * also.scale)
     return out
+
+
+def sums_two(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, *others: torch.Tensor, kernels: str) -> bool:
+    """Whether a product and a second one are one here, as in C; else the first may be of more columns at a time."""
+    return takes_native(kernels, left, right, out, *others) and native.covers(left, right, out)
 
 
 def _multiply(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:

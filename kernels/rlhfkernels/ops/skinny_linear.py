@@ -39,7 +39,8 @@ def skinny_linear(x: torch.Tensor, weight: torch.Tensor, *, kernels: str = "auto
 
     ``kernels`` as in ``takes_native``; the form in C is ``Tape.skinny_linear``.
     """
-    if x.shape[0] <= MOST_NATIVE_ROWS and takes_native(kernels, x, weight):
+    few = x.shape[0] <= MOST_NATIVE_ROWS
+    if few and takes_native(kernels, x, weight) and weight.is_contiguous():
         y = x.new_empty(x.shape[0], weight.shape[0])
         tape = tape_for(x)
         if tape is not None:

@@ -144,8 +144,8 @@ static void attend(const void *data, int64_t thread, int64_t threads) {
             for (int64_t q = op->start; q < op->length; q += BLOCK) {
                 const int64_t rows = op->length - q < BLOCK ? op->length - q : BLOCK;
                 const struct sight sight = sight_of(op, q, rows);
-                const struct left queries = {group.queries + h * op->head_stride + q * op->stride, op->stride, 1};
-                product(rows, padded(sight.count), size, queries, keys_t + sight.first, t, scores, t, 1.0f, 0);
+                const struct left queries = {group.queries + h * op->head_stride + q * op->stride, op->stride, 1, size};
+                product(rows, padded(sight.count), queries, 0, keys_t + sight.first, t, scores, t, 1.0f, 0);
                 float factors[BLOCK];
                 for (int64_t r = 0; r < rows; r++) {
                     float shift;
@@ -154,8 +154,8 @@ static void attend(const void *data, int64_t thread, int64_t threads) {
                     if (op->sums)
                         op->sums[(group.sequence * op->heads + head) * op->length + q + r] = shift + logf(sum);
                 }
-                const struct left weights = {scores, t, 1};
-                product(rows, e, sight.count, weights, values + sight.first * e, e, attended, e, 1.0f, 0);
+                const struct left weights = {scores, t, 1, sight.count};
+                product(rows, e, weights, 0, values + sight.first * e, e, attended, e, 1.0f, 0);
                 for (int64_t r = 0; r < rows; r++)
                     for (int64_t k = 0; k < e; k++) attended[r * e + k] *= factors[r];
                 unpack(out + (q - op->start) * out_stride, attended, rows, out_stride, size);
@@ -205,19 +205,19 @@ static void backward_block(const struct causal_attention *op, const struct group
     const float *grads = op->grad_out + (group->sequence * attending + q - op->start) * out_stride + head * size;
     pack(at->queries, group->queries + h * op->head_stride + q * op->stride, rows, op->stride, size);
     pack(at->grad_out, grads, rows, out_stride, size);
-    const struct left queries = {at->queries, e, 1}, grad_out = {at->grad_out, e, 1};
-    product(rows, columns, size, queries, at->keys_t + sight.first, t, at->weights, t, 1.0f, 0);
-    product(rows, columns, size, grad_out, at->values_t + sight.first, t, at->grad_scores, t, 1.0f, 0);
+    const struct left queries = {at->queries, e, 1, size}, grad_out = {at->grad_out, e, 1, size};
+    product(rows, columns, queries, 0, at->keys_t + sight.first, t, at->weights, t, 1.0f, 0);
+    product(rows, columns, grad_out, 0, at->values_t + sight.first, t, at->grad_scores, t, 1.0f, 0);
     for (int64_t r = 0; r < rows; r++) {
         float shift = op->sums[(group->sequence * op->heads + head) * op->length + q + r];
         exponentiate(op, group, sight, q + r, at->weights + r * t, &shift, 1);
         softmax_backward(at->weights + r * t, at->grad_scores + r * t, sight.count, op->scale);
     }
-    const struct left grad_scores = {at->grad_scores, t, 1}, grad_scores_t = {at->grad_scores, 1, t};
-    const struct left weights_t = {at->weights, 1, t};
-    product(rows, e, sight.count, grad_scores, at->keys + sight.first * e, e, at->grad_queries, e, 1.0f, 0);
-    product(sight.count, e, rows, grad_scores_t, at->queries, e, at->grad_keys + sight.first * e, e, 1.0f, 1);
-    product(sight.count, e, rows, weights_t, at->grad_out, e, at->grad_values + sight.first * e, e, 1.0f, 1);
+    const struct left grad_scores = {at->grad_scores, t, 1, sight.count};
+    const struct left grad_scores_t = {at->grad_scores, 1, t, rows}, weights_t = {at->weights, 1, t, rows};
+    product(rows, e, grad_scores, 0, at->keys + sight.first * e, e, at->grad_queries, e, 1.0f, 0);
+    product(sight.count, e, grad_scores_t, 0, at->queries, e, at->grad_keys + sight.first * e, e, 1.0f, 1);
+    product(sight.count, e, weights_t, 0, at->grad_out, e, at->grad_values + sight.first * e, e, 1.0f, 1);
     float *to = op->grad_qkv + (group->queries - op->qkv) + h * op->head_stride + q * op->stride;
     unpack(to, at->grad_queries, rows, op->stride, size);
 }

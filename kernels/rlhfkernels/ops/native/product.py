@@ -12,7 +12,11 @@ from rlhfkernels.ops.native.build import library
 from rlhfkernels.ops.native.launch import launch, operands
 
 Product = operands(
-    "product", "a b out scratch", "rows columns inner a_row a_column b_row b_column out_row adds", "scale"
+    "product",
+    "a b also_a also_b out scratch",
+    "rows columns inner a_row a_column b_row b_column "
+    "also_inner also_a_row also_a_column also_b_row also_b_column out_row adds",
+    "scale also_scale",
 )
 # Below, a call takes as long as the product; and with fewer rows, packing does.
 _LEAST_WORK, _FEWEST_ROWS = 2**20, 24
@@ -44,11 +48,25 @@ def lanes() -> int:
 
 
 def multiply(
-    left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, *, scale: float = 1.0, adds: bool = False
+    left: torch.Tensor,
+    right: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    scale: float = 1.0,
+    adds: bool = False,
+    also: tuple[torch.Tensor, torch.Tensor, float] | None = None,
 ) -> None:
-    """``out = scale · left right``, or adds it: [m, k] by [k, n], of which one stride is 1, to [m, n], rows dense."""
+    """``out = scale · left right``, or adds it: [m, k] by [k, n], of which one stride is 1, to [m, n], rows dense.
+
+    ``also`` is another pair and what multiplies its product, which is part of the same sums.
+    """
     (m, n), k = out.shape, left.shape[1]
     threads = torch.get_num_threads()
+    numbers: dict[str, float] = {"also_inner": 0}
+    if also is not None:
+        numbers = {"also_inner": also[0].shape[1], "also_scale": also[2]}
+        numbers |= {"also_a_row": also[0].stride(0), "also_a_column": also[0].stride(1)}
+        numbers |= {"also_b_row": also[1].stride(0), "also_b_column": also[1].stride(1)}
     launch(
         "product_of_matrices",
         Product,
@@ -56,8 +74,10 @@ def multiply(
         True,
         a=left,
         b=right,
+        also_a=None if also is None else also[0],
+        also_b=None if also is None else also[1],
         out=out,
-        scratch=out.new_empty(threads * _scratch_size(m)),
+        scratch=out.new_empty(threads * _scratch_size(m, int(numbers["also_inner"]))),
         rows=m,
         columns=n,
         inner=k,
@@ -68,12 +88,13 @@ def multiply(
         out_row=out.stride(0),
         adds=adds,
         scale=scale,
+        **numbers,
     )
 
 
 @functools.cache
-def _scratch_size(rows: int) -> int:
+def _scratch_size(rows: int, also_inner: int) -> int:
     """Numbers that one thread needs."""
     function = library().product_scratch
     function.restype = ctypes.c_int64
-    return int(function(ctypes.c_int64(rows)))
+    return int(function(ctypes.c_int64(rows), ctypes.c_int64(also_inner)))

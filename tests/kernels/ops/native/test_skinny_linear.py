@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from rlhfkernels.ops import skinny_linear as op
 from rlhfkernels.ops.native.tape import Segment, Tape
 
 pytestmark = pytest.mark.usefixtures("library")
@@ -101,3 +102,20 @@ def test_between_segments_nothing_is_written(draw: Callable[..., torch.Tensor]) 
     tape.skinny_linear(x, None, out, low=low, segments=segments, adds=True)
     tape.run()
     torch.testing.assert_close(out.double(), expected, **NEAR)
+
+
+@pytest.mark.parametrize("as_columns", ["nothing", "x", "weight"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_op_takes_it_for_a_weight_whose_rows_lie_side_by_side(
+    draw: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch, rows: int, as_columns: str
+) -> None:
+    tapes: list[Tape] = []
+    monkeypatch.setattr(op, "tape_for", lambda x: tapes.append(Tape()) or tapes[-1])
+    x, weight = draw(rows, 24), draw(37, 24)
+    if as_columns == "x":
+        x = draw(24, rows).t()
+    elif as_columns == "weight":
+        weight = draw(24, 37).t()
+    found = op.skinny_linear(x, weight, kernels="native")
+    torch.testing.assert_close(found.double(), op.skinny_linear_reference(x.double(), weight.double()), **NEAR)
+    assert len(tapes) == (as_columns != "weight")
