@@ -17,8 +17,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from rlhfkernels.fast.blocks import Block, Blocks
-from rlhfkernels.ops.causal_attention import Reach, Sight, causal_attention
+from rlhfkernels.ops.causal_attention import causal_attention
 from rlhfkernels.ops.rotary import rotary_
+from rlhfkernels.ops.sight import Reach, Sight
 from rlhfkernels.ops.swiglu import swiglu
 from rlhfkernels.trunk import positions
 

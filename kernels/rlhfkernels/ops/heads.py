@@ -7,10 +7,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import torch
 
-from rlhfkernels.ops.rotary import RotaryPart
+
+class RotaryPart(NamedTuple):
+    """Which part of a product's n outputs is rotated: they are blocks of groups of e numbers, n = blocks · groups · e.
+
+    Attributes:
+        blocks: 1 where queries, keys and values lie one after the other; the heads where each head has all three.
+        groups: of one block.
+        rotated: so many first groups of a block are rotated, of each the first s numbers.
+    """
+
+    blocks: int
+    groups: int
+    rotated: int
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,10 +14,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
-from rlhfkernels.heads import LmHead, shape_logits
+from rlhfkernels.heads import LmHead
 from rlhfkernels.ops.forms import takes_native, takes_triton
+from rlhfkernels.ops.logit_shape import LogitShape
 from rlhfkernels.ops.native import logprobs as native
 
 
@@ -79,31 +79,6 @@ def token_logprobs(
         _form(hidden, shape, kernels, entropy=entropy),
     )
     return outputs if entropy else (outputs[0], None)
-
-
-class LogitShape(NamedTuple):
-    """How raw products become logits, and gradients of logits gradients of raw products.
-
-    Attributes:
-        scale, softcap: as in ``LmHead``.
-        temperature: divides the logits.
-    """
-
-    scale: float
-    softcap: float | None
-    temperature: float
-
-    def logits(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Hidden states [n, d] to logits [n, v], in float32 or wider."""
-        logits = shape_logits(nn.functional.linear(hidden, weight, bias), self.scale, self.softcap)
-        return logits if self.temperature == 1.0 else logits.div_(self.temperature)
-
-    def backward_(self, grad: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Turns the gradient of the logits into that of the raw products, in place."""
-        if self.softcap is not None:
-            grad.mul_(1 - (logits * (self.temperature / self.softcap)).square())
-        factor = self.scale / self.temperature
-        return grad if factor == 1.0 else grad.mul_(factor)
 
 
 class _Form(NamedTuple):

@@ -6,11 +6,12 @@ Shapes: m = positions of all rows, t = of one row, n = numbers of a position, e 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from rlhfkernels.ops.forms import takes_native, takes_triton
+from rlhfkernels.ops.heads import RotaryPart
 from rlhfkernels.ops.native import rotary as native
 
 
@@ -33,20 +34,6 @@ def signed(sin: torch.Tensor) -> torch.Tensor:
     """The table of ``rotary_``: (−sin, sin), so that the rotation is x cos + (x₂, x₁) (−sin, sin)."""
     first, second = sin.chunk(2, dim=-1)
     return torch.cat((-first, second), dim=-1)
-
-
-class RotaryPart(NamedTuple):
-    """Which part of a product's n outputs is rotated: they are blocks of groups of e numbers, n = blocks · groups · e.
-
-    Attributes:
-        blocks: 1 where queries, keys and values lie one after the other; the heads where each head has all three.
-        groups: of one block.
-        rotated: so many first groups of a block are rotated, of each the first s numbers.
-    """
-
-    blocks: int
-    groups: int
-    rotated: int
 
 
 def rotary_(

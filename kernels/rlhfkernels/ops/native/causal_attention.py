@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import TYPE_CHECKING
 
 import torch
 
+from rlhfkernels.ops.heads import Heads
 from rlhfkernels.ops.native.build import library
 from rlhfkernels.ops.native.launch import launch, operands
-
-if TYPE_CHECKING:
-    from rlhfkernels.ops.causal_attention import Reach, Sight
-    from rlhfkernels.ops.heads import Heads
+from rlhfkernels.ops.sight import Reach, Sight
 
 CausalAttention = operands(
     "causal_attention",

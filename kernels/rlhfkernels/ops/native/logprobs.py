@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
+from rlhfkernels.ops.logit_shape import LogitShape
 from rlhfkernels.ops.native.launch import launch, operands
 from rlhfkernels.ops.product import product
-
-if TYPE_CHECKING:
-    from rlhfkernels.ops.logprobs import LogitShape
 
 Logprobs = operands("logprobs", "raw targets out weights", "rows size slope", "factor")
 

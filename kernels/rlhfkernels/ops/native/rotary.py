@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
+from rlhfkernels.ops.heads import RotaryPart
 from rlhfkernels.ops.native.launch import launch, operands
-
-if TYPE_CHECKING:
-    from rlhfkernels.ops.rotary import RotaryPart
 
 Rotary = operands("rotary", "x cos sin", "rows table_rows blocks groups rotated size turned", "way")
 

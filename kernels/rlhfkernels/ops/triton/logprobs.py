@@ -5,17 +5,13 @@ The raw products are what is read: widening, scale, cap and temperature happen i
 Shapes: m = rows of the chunk, d = hidden size, v = vocabulary.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import nn
 
+from rlhfkernels.ops.logit_shape import LogitShape
 from rlhfkernels.ops.triton.launch import block_of, on_device_of, options
-
-if TYPE_CHECKING:
-    from rlhfkernels.ops.logprobs import LogitShape
 
 _WIDEST = 4096
 
@@ -100,7 +96,7 @@ def _kernel(
 
 
 def read(
-    shape: "LogitShape",
+    shape: LogitShape,
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -126,7 +122,7 @@ def read(
 
 
 def slope(
-    shape: "LogitShape",
+    shape: LogitShape,
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -148,7 +144,7 @@ def slope(
 
 
 def _run(
-    shape: "LogitShape",
+    shape: LogitShape,
     raw: torch.Tensor,
     targets: torch.Tensor,
     logprobs: torch.Tensor,

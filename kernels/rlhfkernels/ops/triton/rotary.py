@@ -3,16 +3,12 @@
 Shapes: m = positions of all rows, t = of one row, n = numbers of a position, e = head size, s = its rotated part.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 
+from rlhfkernels.ops.heads import RotaryPart
 from rlhfkernels.ops.triton.launch import block_of, on_device_of, options
-
-if TYPE_CHECKING:
-    from rlhfkernels.ops.rotary import RotaryPart
 
 _WIDEST = 1024
 
@@ -56,7 +52,7 @@ def covers(x: torch.Tensor) -> bool:
     return x.stride(-1) == 1
 
 
-def turn(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor, part: "RotaryPart", way: float) -> None:
+def turn(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor, part: RotaryPart, way: float) -> None:
     """Rotates the part of ``x`` [m, n] in place; ``way`` is 1, or -1 for the inverse. See ``rotary_``."""
     half = cos.shape[-1] // 2
     pairs = part.blocks * part.rotated * half
