@@ -34,10 +34,9 @@ class Options:
         critic_head: ``trained``, or ``frozen``: the critic then reads the reward head, as the paper's code line did.
         engine: how a trunk is run: ``plain`` is transformers and PEFT themselves; ``fast`` decodes by a lean loop over
             the layers where it covers the architecture, else it is ``plain``.
-        kernels: how norms, activations, rotary positions (these three under the ``fast`` engine) and log-probabilities
-            are computed: ``torch``, ``triton`` (on a CUDA device, where that package is installed), ``native`` (on a
-            processor in float32: the steps of decoding in C, compiled here when first needed), or ``auto``, which is
-            ``triton`` or ``native`` wherever that can run.
+        kernels: how ops are computed that have several forms, most of them under the ``fast`` engine: ``torch``;
+            ``triton`` (on a CUDA device, where that package is installed); ``native`` (on a processor in float32: C,
+            compiled here when first needed); or ``auto``, which is ``triton`` or ``native`` wherever that can run.
         attention: ``sdpa`` or ``eager`` (attention matrices are made and kept, as at the paper's time).
         kv_cache: ``preallocated`` at its full length, or ``growing`` by concatenation.
         gradient_checkpointing: keep each layer's input only, and recompute the layer in the backward.
