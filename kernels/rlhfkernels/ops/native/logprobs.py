@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rlhfkernels.ops.native.launch import launch, operands
+from rlhfkernels.ops.native.launch import launch
+from rlhfkernels.ops.native.structures import Logprobs
 from rlhfkernels.ops.product import product
 
 if TYPE_CHECKING:
     from rlhfkernels.ops.logprobs import LogitShape
-
-Logprobs = operands("logprobs", "raw targets out weights", "rows size slope", "factor")
 
 
 def covers(shape: LogitShape, *, entropy: bool) -> bool:

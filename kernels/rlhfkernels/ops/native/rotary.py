@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rlhfkernels.ops.native.launch import launch, operands
+from rlhfkernels.ops.native.launch import launch
+from rlhfkernels.ops.native.structures import Rotary
 
 if TYPE_CHECKING:
     from rlhfkernels.ops.rotary import RotaryPart
-
-Rotary = operands("rotary", "x cos sin", "rows table_rows blocks groups rotated size turned", "way")
 
 
 def turn(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor, part: RotaryPart, way: float) -> None:
