@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from rlhfkernels.ops.causal_attention import Reach, Sight, causal_attention, cau
 from rlhfkernels.ops.heads import Heads
 
 FORMS = {"op": causal_attention, "reference": causal_attention_reference}
+IN_C = functools.partial(causal_attention, kernels="native")
 
 
 def test_causal_attention(timed: Any, draw: Any, size: Any, form: Any, direction: str) -> None:

@@ -68,6 +68,17 @@ def test_rows_that_do_not_lie_side_by_side() -> None:
     assert_near(leaf.grad, exact.grad)
 
 
+def test_operands_of_another_dtype_are_torchs() -> None:
+    x, weight = random(4, 24), random(24, seed=1).double()
+    found = rms_norm(x, weight.requires_grad_(), 1e-5, kernels="native")
+    assert "native" not in found.grad_fn.form.forward.__module__
+    angles = random(1, 4, 4, seed=2).repeat(1, 1, 2).double()
+    turned = rotary_(
+        (x * 1.0).requires_grad_() * 1.0, angles.cos(), angles.sin(), RotaryPart(1, 3, 1), kernels="native"
+    )
+    assert "native" not in turned.grad_fn.turn.__module__
+
+
 T, E = 5, 44
 
 

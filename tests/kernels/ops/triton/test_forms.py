@@ -82,8 +82,8 @@ def test_rms_norm_leaves_rows_wider_than_a_block_to_torch(device: str, monkeypat
 
     monkeypatch.setattr(form, "WIDEST_ROW", 16)
     x, weight = draw(4, 17, device=device), draw(17, device=device, seed=1)
-    assert rms_norm_module._form(x, "triton") is rms_norm_module._TORCH
-    assert rms_norm_module._form(x[:, :16], "triton") is not rms_norm_module._TORCH
+    assert rms_norm_module._form(x, x[0], "triton") is rms_norm_module._TORCH
+    assert rms_norm_module._form(x[:, :16], x[0, :16], "triton") is not rms_norm_module._TORCH
     found = rms_norm(x, weight, 1e-5, kernels="triton")
     assert_near(found, rms_norm_reference(x.double(), weight.double(), 1e-5), TOLERANCES[torch.float32])
 
