@@ -14,6 +14,9 @@ CASES = {
     "grouped, in a window, from the middle": (2, 70, Heads(6, 2, 32), 30, 7),
     "last position": (1, 24, Heads(2, 1, 80), 23, 5),
     "window as wide as the sequence": (2, 50, Heads(2, 2, 33, interleaved=True), 49, 100),
+    "one position, of one number": (2, 1, Heads(2, 2, 1), 0, None),
+    "a window of itself, of heads of 3": (2, 26, Heads(2, 1, 3), 25, 1),
+    "wide heads": (1, 25, Heads(2, 1, 256), 0, 24),
     "blocks": (1, 130, Heads(3, 1, 64), 64, None),
 }
 
