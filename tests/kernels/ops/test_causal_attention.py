@@ -26,7 +26,7 @@ def inputs(b: int, t: int, heads: Heads, padded: bool) -> tuple[torch.Tensor, Si
     qkv = torch.randn(b * t, (heads.num_queries + 2 * heads.num_keys) * heads.size, generator=generator)
     padding = None
     if padded:
-        padding = (torch.arange(t) >= torch.randint(t // 2, (b, 1), generator=generator)).long()
+        padding = (torch.arange(t) >= torch.randint((t + 1) // 2, (b, 1), generator=generator)).long()
     return qkv, Sight(torch.zeros(b, t), padding)
 
 
