@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlhfkernels.engine import Engine
-from rlhfkernels.ops.native import build
+from rlhfkernels.ops.native import build, causal_attention, product
 
 
 @pytest.fixture
@@ -33,3 +33,23 @@ def library() -> ctypes.CDLL:
     if failure is not None:
         pytest.skip(f"the C cannot be compiled here: {failure}")
     return build.library()
+
+
+@pytest.fixture
+def run_in_c(monkeypatch: pytest.MonkeyPatch, library: ctypes.CDLL) -> list[str]:
+    """Has every product in C, of however few numbers; notes each, and each attention over whole sequences."""
+    run: list[str] = []
+
+    def noted(name: str, form: Callable[..., object]) -> Callable[..., object]:
+        def note(*arguments: object, **options: object) -> object:
+            run.append(name)
+            return form(*arguments, **options)
+
+        return note
+
+    for module, name in ((product, "multiply"), (causal_attention, "forward"), (causal_attention, "backward")):
+        monkeypatch.setattr(module, name, noted(name, getattr(module, name)))
+    monkeypatch.setattr(product, "beats_library", lambda: True)
+    monkeypatch.setattr(product, "_LEAST_WORK", 0)
+    monkeypatch.setattr(product, "_FEWEST_ROWS", 0)
+    return run

@@ -2,8 +2,9 @@
 
 ``pytest benchmarks --benchmark`` times them (and the plugin's small sweep; ``-k test_`` leaves that out). Each file has
 ``FORMS``: the op and its reference, with the same arguments. It may have ``LIGER``, which is compared too where
-liger-kernel is installed and the device is a CUDA device, and ``native``, which writes the form in C on a tape: it is
-compared where no gradient is asked for, on a processor with a C compiler.
+liger-kernel is installed and the device is a CUDA device. On a processor with a C compiler the form in C is compared
+too, as ``native``: ``IN_C``, with the same arguments; and where a step of decoding is timed, which has no gradient, the
+function ``native``, which writes it on a tape.
 """
 
 from __future__ import annotations
@@ -65,9 +66,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     forms = dict(metafunc.module.FORMS)
     if WITH_LIGER:
         forms |= getattr(metafunc.module, "LIGER", {})
-    native = getattr(metafunc.module, "native", None)
-    if native and "direction" not in metafunc.fixturenames and metafunc.config.getoption("rlhfbench", False):
-        forms |= {"native": native} if DEVICE == "cpu" and build.why_not() is None else {}
+    if DEVICE == "cpu" and metafunc.config.getoption("rlhfbench", False) and build.why_not() is None:
+        on_tape = None if "direction" in metafunc.fixturenames else getattr(metafunc.module, "native", None)
+        forms["native"] = on_tape or metafunc.module.IN_C
     metafunc.parametrize("form", forms.values(), ids=forms, indirect=True)
     metafunc.parametrize("size", SIZES.values(), ids=SIZES)
     if "direction" in metafunc.fixturenames:

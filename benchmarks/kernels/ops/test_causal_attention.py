@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 
-from rlhfkernels.ops.causal_attention import Reach, Sight, causal_attention, causal_attention_reference
+from rlhfkernels.ops.causal_attention import causal_attention, causal_attention_reference
 from rlhfkernels.ops.heads import Heads
+from rlhfkernels.ops.sight import Reach, Sight
 
 FORMS = {"op": causal_attention, "reference": causal_attention_reference}
+IN_C = functools.partial(causal_attention, kernels="native")
 
 
 def test_causal_attention(timed: Any, draw: Any, size: Any, form: Any, direction: str) -> None:

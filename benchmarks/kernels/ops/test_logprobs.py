@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from rlhfkernels.heads import LmHead
 from rlhfkernels.ops.logprobs import token_logprobs, token_logprobs_reference
 
 
-def op(hidden: Any, head: Any, targets: Any) -> Any:
-    return token_logprobs(hidden, head, targets)[0]
+def op(hidden: Any, head: Any, targets: Any, kernels: str = "auto") -> Any:
+    return token_logprobs(hidden, head, targets, kernels=kernels)[0]
 
 
 def reference(hidden: Any, head: Any, targets: Any) -> Any:
@@ -26,6 +27,7 @@ def liger(hidden: Any, head: Any, targets: Any) -> Any:
 
 
 FORMS = {"op": op, "reference": reference}
+IN_C = functools.partial(op, kernels="native")
 LIGER = {"liger": liger}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 from rlhfkernels.ops.lora_linear import LinearGroup, LoraPart, lora_linear, lora_linear_reference
 
 FORMS = {"op": lora_linear, "reference": lora_linear_reference}
+IN_C = functools.partial(lora_linear, kernels="native")
 
 
 def group_of(draw: Any, size: Any) -> LinearGroup:

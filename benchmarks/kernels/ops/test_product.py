@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from rlhfkernels.ops.product import product, product_reference
 
 FORMS = {"op": product, "reference": product_reference}
+IN_C = functools.partial(product, kernels="native")
 
 
 def test_product(timed: Any, draw: Any, size: Any, form: Any) -> None:

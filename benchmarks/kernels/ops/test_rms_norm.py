@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from rlhfkernels.ops.rms_norm import rms_norm, rms_norm_reference
 
 FORMS = {"op": rms_norm, "reference": rms_norm_reference}
+IN_C = functools.partial(rms_norm, kernels="native")
 
 
 def liger(x: Any, weight: Any, eps: float) -> Any:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 
-from rlhfkernels.ops.rotary import RotaryPart, rotary_, rotary_reference, signed
+from rlhfkernels.ops.heads import RotaryPart
+from rlhfkernels.ops.rotary import rotary_, rotary_reference, signed
 
 
-def op(x: Any, cos: Any, sin: Any, size: Any) -> Any:
+def op(x: Any, cos: Any, sin: Any, size: Any, kernels: str = "auto") -> Any:
     rotated = size.heads + size.kv_heads
-    return rotary_(x.clone(), cos, sin, RotaryPart(1, rotated + size.kv_heads, rotated))
+    return rotary_(x.clone(), cos, sin, RotaryPart(1, rotated + size.kv_heads, rotated), kernels=kernels)
 
 
 def reference(x: Any, cos: Any, sin: Any, size: Any) -> Any:
@@ -31,11 +33,12 @@ def liger(x: Any, cos: Any, sin: Any, size: Any) -> Any:
 
 
 FORMS = {"op": op, "reference": reference}
+IN_C = functools.partial(op, kernels="native")
 LIGER = {"liger": liger}
 
 
 def test_rotary(timed: Any, draw: Any, size: Any, form: Any, direction: str) -> None:
     x = draw(size.rows, sum(size.qkv))
     angles = torch.rand_like(draw(1, size.rows, size.head_size // 2)).repeat(1, 1, 2)
-    sin = signed(angles.sin()) if form is op else angles.sin()
+    sin = signed(angles.sin()) if form in (op, IN_C) else angles.sin()
     timed(lambda: form(x, angles.cos(), sin, size), [x])

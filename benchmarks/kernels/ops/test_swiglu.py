@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from rlhfkernels.ops.swiglu import swiglu, swiglu_reference
 
 FORMS = {"op": swiglu, "reference": swiglu_reference}
+IN_C = functools.partial(swiglu, kernels="native")
 
 
 def liger(gate_up: Any) -> Any:

@@ -31,7 +31,7 @@ def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tor
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, kernels: str = "auto") -> torch.Tensor:
     """The fast form of ``rms_norm_reference``, with the same gradients; ``kernels`` as in ``takes_triton``."""
-    form = _form(x, kernels)
+    form = _form(x, weight, kernels)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         normalised: torch.Tensor = _RmsNorm.apply(x, weight, eps, form)  # type: ignore[no-untyped-call]
         return normalised
@@ -51,13 +51,13 @@ class _Form(NamedTuple):
     backward: Callable[..., tuple[torch.Tensor | None, torch.Tensor | None]]
 
 
-def _form(x: torch.Tensor, kernels: str) -> _Form:
+def _form(x: torch.Tensor, weight: torch.Tensor, kernels: str) -> _Form:
     if takes_triton(x, kernels):
         from rlhfkernels.ops.triton import rms_norm as form
 
         if form.covers(x):
             return _Form(form.forward, form.backward)
-    return _NATIVE if takes_native(kernels, x) else _TORCH
+    return _NATIVE if takes_native(kernels, x, weight) else _TORCH
 
 
 def _inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:

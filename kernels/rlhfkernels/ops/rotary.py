@@ -51,7 +51,7 @@ def rotary_(
     Returns:
         ``x``.
     """
-    turn = _form(x, kernels)
+    turn = _form(x, cos, kernels)
     if torch.is_grad_enabled() and x.requires_grad:
         rotated: torch.Tensor = _Rotary.apply(x, cos, signed_sin, part, turn)  # type: ignore[no-untyped-call]
         return rotated
@@ -63,13 +63,13 @@ def rotary_(
 _Turn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, RotaryPart, float], None]
 
 
-def _form(x: torch.Tensor, kernels: str) -> _Turn:
+def _form(x: torch.Tensor, cos: torch.Tensor, kernels: str) -> _Turn:
     if takes_triton(x, kernels):
         from rlhfkernels.ops.triton import rotary as form
 
         if form.covers(x):
             return form.turn
-    return native.turn if takes_native(kernels, x) and x.is_contiguous() else _turn
+    return native.turn if takes_native(kernels, x, cos) and x.is_contiguous() else _turn
 
 
 def _turn(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor, part: RotaryPart, way: float) -> None:

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from rlhfkernels.ops import causal_attention as module
-from rlhfkernels.ops.causal_attention import Reach, Sight, causal_attention, causal_attention_reference
+from rlhfkernels.ops.causal_attention import causal_attention, causal_attention_reference
 from rlhfkernels.ops.heads import Heads
+from rlhfkernels.ops.sight import Reach, Sight
 
 # (b, t, heads, start, window): one block of queries or several, heads that fill no vector, parts of a sequence.
 CASES = {
@@ -14,6 +15,9 @@ CASES = {
     "grouped, in a window, from the middle": (2, 70, Heads(6, 2, 32), 30, 7),
     "last position": (1, 24, Heads(2, 1, 80), 23, 5),
     "window as wide as the sequence": (2, 50, Heads(2, 2, 33, interleaved=True), 49, 100),
+    "one position, of one number": (2, 1, Heads(2, 2, 1), 0, None),
+    "a window of itself, of heads of 3": (2, 26, Heads(2, 1, 3), 25, 1),
+    "wide heads": (1, 25, Heads(2, 1, 256), 0, 24),
     "blocks": (1, 130, Heads(3, 1, 64), 64, None),
 }
 
@@ -23,7 +27,7 @@ def inputs(b: int, t: int, heads: Heads, padded: bool) -> tuple[torch.Tensor, Si
     qkv = torch.randn(b * t, (heads.num_queries + 2 * heads.num_keys) * heads.size, generator=generator)
     padding = None
     if padded:
-        padding = (torch.arange(t) >= torch.randint(t // 2, (b, 1), generator=generator)).long()
+        padding = (torch.arange(t) >= torch.randint((t + 1) // 2, (b, 1), generator=generator)).long()
     return qkv, Sight(torch.zeros(b, t), padding)
 
 

@@ -85,6 +85,35 @@ def test_values_and_gradients_equal_the_reference(layers: str, kind: str) -> Non
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layers", GROUPS)
+def test_in_c_values_and_gradients_equal_the_reference_in_float64(layers: str, kind: str, run_in_c: list[str]) -> None:
+    narrow, exact = (make_group(*GROUPS[layers], **KINDS[kind], dtype=d) for d in (torch.float32, torch.float64))
+    for a, b in zip(exact.parameters(), narrow.parameters(), strict=True):
+        a.data.copy_(b.data.double())
+    torch.manual_seed(0)
+    x = torch.randn(30, K, requires_grad=True)
+    wide_x = x.detach().double().requires_grad_()
+    y, expected = lora_linear(x, narrow, kernels="native"), lora_linear_reference(wide_x, exact)
+    grad = torch.randn(y.shape)
+    num_forward = len(run_in_c)
+    y.backward(grad)
+    assert 0 < num_forward < len(run_in_c)
+    expected.backward(grad.double())
+    pairs = [(y, expected), (x.grad, wide_x.grad)]
+    pairs += [(a.grad, b.grad) for a, b in zip(narrow.parameters(), exact.parameters(), strict=True)]
+    for found, reference in pairs:
+        assert (found is None) == (reference is None)
+        if found is not None:
+            assert (found.double() - reference).norm() < 1e-6 * reference.norm()
+
+
+def test_in_c_the_base_and_its_adapter_are_one_product(run_in_c: list[str]) -> None:
+    with torch.no_grad():
+        lora_linear(torch.randn(30, K), make_group([8, 4, 4], [0, 2], dtype=torch.float32), kernels="native")
+    assert len(run_in_c) == 1 + 3  # every A; two layers with an adapter and what is between them
+
+
 def test_the_first_layers_input_gets_no_gradient_and_its_adapters_do() -> None:
     group = make_group([8, 8], [0, 1])
     x = torch.randn(5, K, dtype=torch.float64)

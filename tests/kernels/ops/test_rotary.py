@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlhfkernels.ops.rotary import RotaryPart, rotary_, rotary_reference, signed
+from rlhfkernels.ops.heads import RotaryPart
+from rlhfkernels.ops.rotary import rotary_, rotary_reference, signed
 
 T, E = 5, 8
 

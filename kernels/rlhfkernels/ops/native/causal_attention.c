@@ -3,7 +3,7 @@
    A thread takes whole groups, the query heads that read one key-value head of one sequence, and goes over blocks of
    queries; a block's scores against the keys that it sees stay in the cache. The backward makes them again. */
 #include "parallel.h"
-#include "products.h"
+#include "tiles.h"
 
 #define BLOCK (4 * TILE_ROWS)
 
@@ -76,7 +76,7 @@ static void pack_transposed(float *to, const float *from, int64_t count, int64_t
         for (int64_t q = p; q < t; q++) to[i * t + q] = q < count ? from[q * stride + i] : 0;
 }
 
-/* Of the keys [first, first + count) those that the query at position q sees: [low, high), less what is masked. */
+/* The keys [first, first + count): those that any of a block's queries sees. */
 struct sight {
     int64_t first, count;
 };
@@ -95,8 +95,8 @@ INLINE ivec lanes_between(int64_t low, int64_t high) {
     return (lane >= from) & (lane < to);
 }
 
-/* x[p] = e^(scale x[p] - shift) where position q sees p, 0 elsewhere, over whole vectors; shift is the largest where it is not given.
-   Returns the sum; `shift` is what was taken. */
+/* x[p] = e^(scale x[p] - shift) where position q sees p, [low, high) less what is masked, and 0 elsewhere, over whole
+   vectors; shift is the largest where it is not given. Returns the sum; `shift` is what was taken. */
 static float exponentiate(const struct causal_attention *op, const struct group *group, struct sight sight, int64_t q,
                           float *x, float *shift, int shift_is_given) {
     const int64_t low = op->window && q - op->window + 1 > sight.first ? q - op->window + 1 - sight.first : 0;

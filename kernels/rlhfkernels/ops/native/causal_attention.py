@@ -9,15 +9,9 @@ import torch
 
 from rlhfkernels.ops.heads import Heads
 from rlhfkernels.ops.native.build import library
-from rlhfkernels.ops.native.launch import launch, operands
+from rlhfkernels.ops.native.launch import launch
+from rlhfkernels.ops.native.structures import CausalAttention
 from rlhfkernels.ops.sight import Reach, Sight
-
-CausalAttention = operands(
-    "causal_attention",
-    "qkv out sums grad_out grad_qkv mask scratch",
-    "batch length stride heads kv_heads size start window head_stride key_start value_start scratch_size",
-    "scale",
-)
 
 
 def forward(

@@ -8,20 +8,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from rlhfkernels.ops.native.build import library
+from rlhfkernels.ops.native.structures import Operands
 
 # A thread with fewer numbers than this to go over is waited for as long.
 _LEAST_NUMBERS = 2**13
-
-
-class Operands(ctypes.Structure):
-    """A structure of the C files: addresses, then 64-bit integers, then floats, as ``operands`` declares it."""
-
-
-def operands(name: str, addresses: str, integers: str, floats: str = "") -> type[Operands]:
-    """The structure called ``name`` in C, from its fields' names in their order."""
-    kinds = ((addresses, ctypes.c_void_p), (integers, ctypes.c_int64), (floats, ctypes.c_float))
-    fields = [(field, kind) for names, kind in kinds for field in names.split()]
-    return type(name, (Operands,), {"_fields_": fields})
 
 
 def launch(

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 
 from rlhfkernels.ops.logit_shape import LogitShape
-from rlhfkernels.ops.native.launch import launch, operands
+from rlhfkernels.ops.native.launch import launch
+from rlhfkernels.ops.native.structures import Logprobs
 from rlhfkernels.ops.product import product
-
-Logprobs = operands("logprobs", "raw targets out weights", "rows size slope", "factor")
 
 
 def covers(shape: LogitShape, *, entropy: bool) -> bool:

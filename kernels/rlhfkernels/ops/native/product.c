@@ -3,7 +3,7 @@
    B is packed into panels, as wide as a tile, whose rows lie one after the other; threads divide panels and rows evenly,
    so that a thread packs what it reads. */
 #include "parallel.h"
-#include "products.h"
+#include "tiles.h"
 
 #define PANEL (TILE_VECS * LANES)
 #define DEPTH 384          /* of a packed panel: it stays in the second cache */

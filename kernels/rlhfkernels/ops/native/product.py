@@ -9,15 +9,9 @@ from pathlib import Path
 import torch
 
 from rlhfkernels.ops.native.build import library
-from rlhfkernels.ops.native.launch import launch, operands
+from rlhfkernels.ops.native.launch import launch
+from rlhfkernels.ops.native.structures import Product
 
-Product = operands(
-    "product",
-    "a b also_a also_b out scratch",
-    "rows columns inner a_row a_column b_row b_column "
-    "also_inner also_a_row also_a_column also_b_row also_b_column out_row adds",
-    "scale also_scale",
-)
 # Below, a call takes as long as the product; and with fewer rows, packing does.
 _LEAST_WORK, _FEWEST_ROWS = 2**20, 24
 

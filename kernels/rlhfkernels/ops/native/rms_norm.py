@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from rlhfkernels.ops.native.launch import launch, operands
-
-RmsNorm = operands("rms_norm", "x weight inverse out grad grad_x", "rows size", "eps")
+from rlhfkernels.ops.native.launch import launch
+from rlhfkernels.ops.native.structures import RmsNorm
 
 
 def forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:

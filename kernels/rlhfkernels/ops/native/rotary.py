@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 
 from rlhfkernels.ops.heads import RotaryPart
-from rlhfkernels.ops.native.launch import launch, operands
-
-Rotary = operands("rotary", "x cos sin", "rows table_rows blocks groups rotated size turned", "way")
+from rlhfkernels.ops.native.launch import launch
+from rlhfkernels.ops.native.structures import Rotary
 
 
 def turn(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor, part: RotaryPart, way: float) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from rlhfkernels.ops.native.launch import launch, operands
-
-Sample = operands("sample", "logits uniform tokens logprobs", "rows size")
+from rlhfkernels.ops.native.launch import launch
+from rlhfkernels.ops.native.structures import Sample
 
 
 def draw(logits: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

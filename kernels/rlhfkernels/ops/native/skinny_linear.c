@@ -17,8 +17,8 @@
 
 /* Outputs [start, stop) and what is theirs alone. */
 struct segment {
+    const float *up; /* [stop - start, rank], or null */
     int64_t start, stop;
-    const float *up;    /* [stop - start, rank], or null */
     int64_t low_offset; /* where its columns of `low` begin */
     int64_t rank;
     float scale;

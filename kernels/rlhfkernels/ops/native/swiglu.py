@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from rlhfkernels.ops.native.launch import launch, operands
-
-Swiglu = operands("swiglu", "gate_up out grad grad_gate_up", "rows size")
+from rlhfkernels.ops.native.launch import launch
+from rlhfkernels.ops.native.structures import Swiglu
 
 
 def forward(gate_up: torch.Tensor) -> torch.Tensor:

@@ -9,9 +9,9 @@
 
 /* What differs from step to step. */
 struct call {
-    int64_t written;          /* positions in the cache before this step */
     const int64_t *positions; /* [rows], of the tokens of this step */
     const int64_t *mask;      /* [rows, written + 1], 0 on padding; null where nothing is padded */
+    int64_t written;          /* positions in the cache before this step */
     int64_t mask_stride;      /* from row to row */
 };
 

@@ -17,17 +17,9 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from rlhfkernels.ops.native import structures
 from rlhfkernels.ops.native.build import library
-from rlhfkernels.ops.native.structures import (
-    ActivationStruct,
-    CallStruct,
-    DecodeAttentionStruct,
-    Integer,
-    NormStruct,
-    Pointer,
-    SegmentStruct,
-    SkinnyLinearStruct,
-)
+from rlhfkernels.ops.native.structures import Integer, Operands, Pointer
 
 _LEAST_BYTES = 2**15
 # Activations by their number in activation.c.
@@ -69,7 +61,7 @@ class Tape:
         self._ops: list[ctypes.Structure] = []
         self._kept: list[object] = []
         self._table: ctypes.Array[ctypes.c_void_p] | None = None
-        self._call = CallStruct()
+        self._call = structures.Call()
         self._num_weight_bytes = 0
         self._capacity = sys.maxsize
 
@@ -102,12 +94,12 @@ class Tape:
         assert x.shape[0] == b, x.shape
         assert weight is None or weight.shape == ((i, o) if transposed else (o, i)), weight.shape
         table = segments or (Segment(start=0, stop=o),)
-        array = (SegmentStruct * len(table))(*map(self._segment, table))
+        array = (structures.Segment * len(table))(*map(self._segment, table))
         self._kept.append(array)
         self._num_weight_bytes += 0 if weight is None else weight.nbytes
         self._add(
             "skinny_linear_transposed" if transposed else "skinny_linear",
-            SkinnyLinearStruct(
+            structures.SkinnyLinear(
                 x=self._of(x),
                 weight=self._of(weight),
                 bias=self._of(bias),
@@ -137,14 +129,15 @@ class Tape:
         b, d = x.shape
         fields = {"x": x, "weight": weight, "bias": bias, "out": out}
         pointers = {name: self._of(tensor) for name, tensor in fields.items()}
-        self._add("norm", NormStruct(**pointers, rows=b, size=d, centred=centred, eps=eps))
+        self._add("norm", structures.Norm(**pointers, rows=b, size=d, centred=centred, eps=eps))
 
     def activation(self, x: torch.Tensor, out: torch.Tensor, *, kind: str, gated: bool) -> None:
         """``out = act(x)`` over [b, d]; or, where ``gated``, of [b, 2 d] the first half activated times the second."""
         b, d = out.shape
         number = ACTIVATIONS.index(kind)
         self._add(
-            "activation", ActivationStruct(x=self._of(x), out=self._of(out), rows=b, size=d, gated=gated, kind=number)
+            "activation",
+            structures.Activation(x=self._of(x), out=self._of(out), rows=b, size=d, gated=gated, kind=number),
         )
 
     def decode_attention(
@@ -183,7 +176,7 @@ class Tape:
         self._capacity = min(self._capacity, n)
         self._add(
             "decode_attention",
-            DecodeAttentionStruct(
+            structures.DecodeAttention(
                 qkv=self._of(qkv),
                 out=self._of(out),
                 keys=self._of(keys),
@@ -235,10 +228,10 @@ class Tape:
         useful = self._num_weight_bytes // max(1, len(self._ops)) // _LEAST_BYTES
         return max(1, min(torch.get_num_threads(), useful))
 
-    def _segment(self, segment: Segment) -> SegmentStruct:
+    def _segment(self, segment: Segment) -> Operands:
         up = segment.up
         assert up is None or up.shape[0] == segment.stop - segment.start, up.shape
-        return SegmentStruct(
+        return structures.Segment(
             start=segment.start,
             stop=segment.stop,
             up=self._of(up),

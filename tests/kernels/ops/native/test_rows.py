@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from rlhfkernels.heads import LmHead
+from rlhfkernels.ops.heads import RotaryPart
 from rlhfkernels.ops.logprobs import token_logprobs, token_logprobs_reference
 from rlhfkernels.ops.rms_norm import rms_norm, rms_norm_reference
-from rlhfkernels.ops.rotary import RotaryPart, rotary_, rotary_reference, signed
+from rlhfkernels.ops.rotary import rotary_, rotary_reference, signed
 from rlhfkernels.ops.swiglu import swiglu, swiglu_reference
 from rlhfkernels.sampling import sample
 
@@ -66,6 +67,17 @@ def test_rows_that_do_not_lie_side_by_side() -> None:
     swiglu(leaf.t(), kernels="native").sum().backward()
     swiglu_reference(exact.t()).sum().backward()
     assert_near(leaf.grad, exact.grad)
+
+
+def test_operands_of_another_dtype_are_torchs() -> None:
+    x, weight = random(4, 24), random(24, seed=1).double()
+    found = rms_norm(x, weight.requires_grad_(), 1e-5, kernels="native")
+    assert "native" not in found.grad_fn.form.forward.__module__
+    angles = random(1, 4, 4, seed=2).repeat(1, 1, 2).double()
+    turned = rotary_(
+        (x * 1.0).requires_grad_() * 1.0, angles.cos(), angles.sin(), RotaryPart(1, 3, 1), kernels="native"
+    )
+    assert "native" not in turned.grad_fn.turn.__module__
 
 
 T, E = 5, 44

@@ -8,9 +8,10 @@ from torch import nn
 
 from rlhfkernels.heads import LmHead
 from rlhfkernels.ops import rms_norm as rms_norm_module
+from rlhfkernels.ops.heads import RotaryPart
 from rlhfkernels.ops.logprobs import token_logprobs, token_logprobs_reference
 from rlhfkernels.ops.rms_norm import rms_norm, rms_norm_reference
-from rlhfkernels.ops.rotary import RotaryPart, rotary_, rotary_reference, signed
+from rlhfkernels.ops.rotary import rotary_, rotary_reference, signed
 from rlhfkernels.ops.swiglu import swiglu, swiglu_reference
 
 # Relative error of the whole, by dtype: some of its own roundings.
@@ -82,8 +83,8 @@ def test_rms_norm_leaves_rows_wider_than_a_block_to_torch(device: str, monkeypat
 
     monkeypatch.setattr(form, "WIDEST_ROW", 16)
     x, weight = draw(4, 17, device=device), draw(17, device=device, seed=1)
-    assert rms_norm_module._form(x, "triton") is rms_norm_module._TORCH
-    assert rms_norm_module._form(x[:, :16], "triton") is not rms_norm_module._TORCH
+    assert rms_norm_module._form(x, x[0], "triton") is rms_norm_module._TORCH
+    assert rms_norm_module._form(x[:, :16], x[0, :16], "triton") is not rms_norm_module._TORCH
     found = rms_norm(x, weight, 1e-5, kernels="triton")
     assert_near(found, rms_norm_reference(x.double(), weight.double(), 1e-5), TOLERANCES[torch.float32])
 

@@ -1,6 +1,6 @@
 /* Products of blocks that stay in the caches: C = s A B or C += s A B, the elements of A spread over vectors of B's rows. */
-#ifndef PRODUCTS_H
-#define PRODUCTS_H
+#ifndef TILES_H
+#define TILES_H
 
 #include "vectors.h"
 
