@@ -35,13 +35,17 @@ def launch(
     Raises:
         BuildError: there is no library on this machine.
     """
-    if any(isinstance(value, FakeTensor) for value in values.values()):
-        return
-    tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
-    for name, tensor in tensors.items():
-        assert tensor.is_cpu, (function, name, tensor.device)
-        assert strided or tensor.is_contiguous(), (function, name, tensor.stride())
-    packed = kind(**{**values, **{name: tensor.data_ptr() for name, tensor in tensors.items()}})
-    useful = max(tensor.numel() for tensor in tensors.values()) // _LEAST_NUMBERS
-    threads = max(1, min(torch.get_num_threads(), num_shares, useful))
+    packed = kind()
+    most_numbers = 0
+    for name, value in values.items():
+        if isinstance(value, torch.Tensor):
+            if isinstance(value, FakeTensor):
+                return
+            assert value.is_cpu, (function, name, value.device)
+            assert strided or value.is_contiguous(), (function, name, value.stride())
+            most_numbers = max(most_numbers, value.numel())
+            setattr(packed, name, value.data_ptr())
+        else:
+            setattr(packed, name, value)
+    threads = max(1, min(torch.get_num_threads(), num_shares, most_numbers // _LEAST_NUMBERS))
     getattr(library(), function)(ctypes.byref(packed), ctypes.c_int64(threads))
