@@ -47,8 +47,7 @@ INLINE void add_products(int tall, int wide, vec sums[TALL][WIDE], const float *
             __builtin_prefetch(w + AHEAD * tall * inputs + i * tall + o * LANES, 0, 2);
         }
         for (int r = 0; r < wide; r++) {
-            vec row = load(x + r * x_stride + i);
-            HOLD(row);
+            const vec row = load(x + r * x_stride + i);
             for (int o = 0; o < tall; o++) sums[o][r] += weights[o] * row;
         }
     }

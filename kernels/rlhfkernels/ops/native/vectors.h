@@ -23,17 +23,6 @@ typedef float vec4 __attribute__((vector_size(16)));
 
 INLINE vec load(const float *p) { return *(const vec *)p; }
 
-/* Holds a vector in a register: GCC would rather load it again for every multiplication. */
-#if defined(__AVX512F__)
-#define HOLD(v) __asm__("" : "+v"(v))
-#elif defined(__SSE__)
-#define HOLD(v) __asm__("" : "+x"(v))
-#elif defined(__aarch64__)
-#define HOLD(v) __asm__("" : "+w"(v))
-#else
-#define HOLD(v) (void)(v)
-#endif
-
 INLINE void store(float *p, vec v) { *(vec *)p = v; }
 
 INLINE vec all(float x) { return (vec){0} + x; }
