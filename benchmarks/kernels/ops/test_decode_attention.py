@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from rlhfkernels.ops.decode_attention import decode_attention, decode_attention_reference
+from rlhfkernels.ops.heads import Heads
 
 FORMS = {"op": decode_attention, "reference": decode_attention_reference}
 
@@ -16,7 +17,8 @@ def native(tape: Any, query: Any, keys: Any, values: Any, *, scale: float) -> tu
     qkv = torch.cat([query.flatten(1), keys[:, :, -1].flatten(1), values[:, :, -1].flatten(1)], 1)
     scores = query.new_empty(*query.shape[:2], keys.shape[2])
     out = query.new_empty(query.shape[0], query.shape[1] * query.shape[2])
-    tape.decode_attention(qkv, out, keys, values, scores, turns=None, interleaved=False, window=None, scale=scale)
+    heads = Heads(query.shape[1], keys.shape[1], query.shape[2])
+    tape.decode_attention(qkv, out, keys, values, scores, heads=heads, turns=None, window=None, scale=scale)
     return out.view(query.shape), {"written": keys.shape[2] - 1}
 
 

@@ -100,8 +100,8 @@ class NativeSteps:
             cache.keys,
             cache.values,
             scores,
+            heads=heads,
             turns=self._turns,
-            interleaved=heads.interleaved,
             window=block.window,
             scale=scale,
         )

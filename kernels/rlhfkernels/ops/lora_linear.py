@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhfkernels.ops.product import Pair, product, sums_two
+from rlhfkernels.ops.product import Pair, product, runs_in_c
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,7 +127,7 @@ def _forward(x: torch.Tensor, group: LinearGroup, kernels: str) -> torch.Tensor:
         whole = x.new_empty(*x.shape[:-1], group.weight.shape[0])
         y = whole.view(rows.shape[0], -1)
         low = None if group.down is None else _low_rank(rows, group.down, kernels)
-        if low is not None and sums_two(rows, group.weight.t(), y, low, kernels=kernels):
+        if low is not None and runs_in_c(rows, group.weight.t(), y, low, kernels=kernels):
             for columns, pair in group.pieces(low):
                 product(rows, group.weight[columns].t(), out=y[:, columns], also=pair, kernels=kernels)
         else:
@@ -225,7 +225,7 @@ def _adapter_gradients(
         start = stop
     if grad_x is not None:
         pair = Pair(grad_low, group.down, 1.0)
-        if sums_two(grad, group.weight, grad_x, grad_low, kernels=kernels):
+        if runs_in_c(grad, group.weight, grad_x, grad_low, kernels=kernels):
             product(grad, group.weight, out=grad_x, also=pair, kernels=kernels)
         else:
             product(grad, group.weight, out=grad_x, kernels=kernels)

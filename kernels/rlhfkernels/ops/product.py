@@ -84,7 +84,7 @@ def product(
         product(rows, right, out=made.view(-1, right.shape[1]), scale=scale, also=also, kernels=kernels)
         return made
     others = () if also is None else (also.left, also.right)
-    if sums_two(left, right, out, *others, kernels=kernels):
+    if runs_in_c(left, right, out, *others, kernels=kernels):
         native.multiply(left, right, out, scale=scale, adds=adds, also=also)
         return out
     if adds:
@@ -98,8 +98,8 @@ def product(
     return out
 
 
-def sums_two(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, *others: torch.Tensor, kernels: str) -> bool:
-    """Whether a product and a second one are one here, as in C; else the first may be of more columns at a time."""
+def runs_in_c(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, *others: torch.Tensor, kernels: str) -> bool:
+    """Whether it is the form in C, which sums a product and another of fewer columns at once."""
     return takes_native(kernels, left, right, out, *others) and native.covers(left, right, out)
 
 

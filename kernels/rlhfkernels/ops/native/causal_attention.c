@@ -113,9 +113,7 @@ static float exponentiate(const struct causal_attention *op, const struct group 
             const vec y = pick(lanes_between(low - p, high - p), load(x + p), all(-INFINITY));
             most = pick(y > most, y, most);
         }
-        float largest = most[0];
-        for (int i = 1; i < LANES; i++) largest = most[i] > largest ? most[i] : largest;
-        *shift = largest * op->scale;
+        *shift = largest(most) * op->scale;
     }
     vec sum = {0};
     for (int64_t p = 0; p < sight.count; p += LANES) {

@@ -116,9 +116,7 @@ static float largest_of(const float *x, int64_t size) {
         const vec y = load_some(x + i, some, -INFINITY);
         most = pick(y > most, y, most);
     }
-    float largest = most[0];
-    for (int i = 1; i < LANES; i++) largest = most[i] > largest ? most[i] : largest;
-    return largest;
+    return largest(most);
 }
 
 struct logprobs {
@@ -134,15 +132,15 @@ static void read_logprobs(const void *data, int64_t thread, int64_t threads) {
     const struct logprobs *op = data;
     for ROWS_OF_THREAD(op) {
         float *raw = op->raw + r * op->size;
-        const float largest = largest_of(raw, op->size);
+        const float most = largest_of(raw, op->size);
         const float chosen = raw[op->targets[r]];
         vec sum = {0};
         EACH(i, op->size, some) {
-            const vec y = exponential((load_some(raw + i, some, -INFINITY) - largest) * op->factor);
+            const vec y = exponential((load_some(raw + i, some, -INFINITY) - most) * op->factor);
             sum += y;
             if (op->slope) store_some(raw + i, y, some);
         }
-        op->out[r] = (chosen - largest) * op->factor - logf(total(sum));
+        op->out[r] = (chosen - most) * op->factor - logf(total(sum));
         if (!op->slope) continue;
         const float weight = (op->weights ? op->weights[r] : 1.0f) * op->factor, scale = -weight / total(sum);
         EACH(i, op->size, some) store_some(raw + i, load_some(raw + i, some, 0) * scale, some);
@@ -165,13 +163,13 @@ static void draw(const void *data, int64_t thread, int64_t threads) {
     enum { STRETCH = 16 * LANES };
     for ROWS_OF_THREAD(op) {
         float *x = op->logits + r * op->size;
-        const float largest = largest_of(x, op->size);
+        const float most = largest_of(x, op->size);
         double whole = 0;
         for (int64_t start = 0; start < op->size; start += STRETCH) {
             const int64_t count = op->size - start < STRETCH ? op->size - start : STRETCH;
             vec sum = {0};
             EACH(i, count, some) {
-                const vec y = exponential(load_some(x + start + i, some, -INFINITY) - largest);
+                const vec y = exponential(load_some(x + start + i, some, -INFINITY) - most);
                 sum += y;
                 store_some(x + start + i, y, some);
             }

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from rlhfkernels.ops.heads import Heads
 from rlhfkernels.ops.native import structures
 from rlhfkernels.ops.native.build import library
 from rlhfkernels.ops.native.structures import Integer, Operands, Pointer
@@ -148,29 +149,30 @@ class Tape:
         values: torch.Tensor,
         scores: torch.Tensor,
         *,
+        heads: Heads,
         turns: tuple[torch.Tensor, torch.Tensor] | None,
-        interleaved: bool,
         window: int | None,
         scale: float,
     ) -> None:
         """Turns queries and keys, writes keys and values into the cache at the position of the call, and attends.
 
         Args:
-            qkv: [b, (h + 2 k) e]; queries, then keys, then values, or head by head (``interleaved``, h = k). Its
-                queries and keys are turned in place.
+            qkv: [b, (h + 2 k) e]; its queries and keys are turned in place.
             out: [b, h e].
             keys: [b, k, n, e].
             values: [b, k, n, e].
             scores: [b, h, n], overwritten.
+            heads: where queries, keys and values lie in ``qkv``.
             turns: rotary cosines and signed sines, [n, s] each.
-            interleaved: see ``qkv``.
             window: positions that are seen, this one included; ``None`` is all.
             scale: multiplies the scores.
         """
         b, k, n, e = keys.shape
-        h = scores.shape[1]
+        h = heads.num_queries
         cos, sin = turns or (None, None)
+        assert (heads.num_keys, heads.size) == (k, e), keys.shape
         assert qkv.shape == (b, (h + 2 * k) * e), qkv.shape
+        assert scores.shape == (b, h, n), scores.shape
         assert values.shape == keys.shape, values.shape
         assert cos is None or cos.shape[0] >= n, cos.shape
         self._capacity = min(self._capacity, n)
@@ -191,9 +193,9 @@ class Tape:
                 capacity=n,
                 rotated=0 if cos is None else cos.shape[1],
                 stride=qkv.shape[1],
-                head_stride=3 * e if interleaved else e,
-                key_start=e if interleaved else h * e,
-                value_start=2 * e if interleaved else (h + k) * e,
+                head_stride=heads.head_stride,
+                key_start=heads.key_start,
+                value_start=heads.value_start,
                 window=window or 0,
                 scale=scale,
             ),

@@ -69,6 +69,13 @@ INLINE float total(vec v) {
     return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 
+/* The largest of all lanes. */
+INLINE float largest(vec v) {
+    float most = v[0];
+    for (int i = 1; i < LANES; i++) most = v[i] > most ? v[i] : most;
+    return most;
+}
+
 /* e^x to about two units in the last place: e^(n ln 2 + r) = 2^n e^r, |r| <= ln 2 / 2. 0 below the normal numbers,
    infinite above 88. */
 INLINE vec exponential(vec x) {

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from rlhfkernels.ops.heads import Heads
 from rlhfkernels.ops.native.tape import Tape
 
 pytestmark = pytest.mark.usefixtures("library")
@@ -99,10 +100,9 @@ def test_decode_attention(
         past = expected_keys[row, :, :n], expected_values[row, :, :n]
         expected.append(attended_in_float64(turned_in_float64(query[row], angle), *past, seen, scale))
 
+    layout = Heads(heads, kv_heads, size, interleaved)
     tape = Tape()
-    tape.decode_attention(
-        qkv, out, keys, values, scores, turns=turns, interleaved=interleaved, window=window, scale=scale
-    )
+    tape.decode_attention(qkv, out, keys, values, scores, heads=layout, turns=turns, window=window, scale=scale)
     tape.run(written=written, positions=positions, mask=mask)
     torch.testing.assert_close(out.view(rows, heads, size).double(), torch.stack(expected), **NEAR)
     for found, wanted in ((keys, expected_keys), (values, expected_values)):
@@ -119,7 +119,7 @@ def test_a_mask_that_is_part_of_a_longer_one(
     whole = torch.ones(2, 8, dtype=torch.int64)
     whole[1, :3] = 0
     tape = Tape()
-    tape.decode_attention(qkv, out, keys, values, scores, turns=None, interleaved=False, window=None, scale=1.0)
+    tape.decode_attention(qkv, out, keys, values, scores, heads=Heads(1, 1, 4), turns=None, window=None, scale=1.0)
     tape.run(written=5, positions=torch.tensor([5, 2]), mask=whole[:, :6])
     for row, start in ((0, 0), (1, 3)):
         seen = torch.arange(6) >= start
@@ -133,7 +133,7 @@ def test_a_full_cache_is_not_written_beyond(
     keys, values = draw(1, 1, 3, 4), draw(1, 1, 3, 4)
     tape = Tape()
     operands = draw(1, 12), draw(1, 4), keys, values, draw(1, 1, 3)
-    tape.decode_attention(*operands, turns=None, interleaved=False, window=None, scale=1.0)
+    tape.decode_attention(*operands, heads=Heads(1, 1, 4), turns=None, window=None, scale=1.0)
     tape.run(written=2)
     with pytest.raises(AssertionError, match="3 positions fill the cache"):
         tape.run(written=3)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from rlhfkernels.ops.heads import Heads
 from rlhfkernels.ops.native.structures import STRUCTURES
 from rlhfkernels.ops.native.tape import Segment, Tape, tape_for
 
@@ -37,7 +38,7 @@ def everything(rows: int, placed: Callable[..., torch.Tensor]) -> tuple[Tape, li
     tape.skinny_linear(normed, draw(3 * width, width), qkv, low=low, segments=ups)
     scores = scores.view(rows, heads, capacity)
     tape.decode_attention(
-        qkv, attended, keys, values, scores, turns=None, interleaved=False, window=None, scale=size**-0.5
+        qkv, attended, keys, values, scores, heads=Heads(heads, heads, size), turns=None, window=None, scale=size**-0.5
     )
     tape.skinny_linear(attended, draw(width, 74), wide, transposed=True)
     tape.activation(wide, inner, kind="silu", gated=True)
