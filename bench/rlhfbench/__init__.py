@@ -6,10 +6,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rlhfbench.cases.sweep import Sweep
     from rlhfbench.errors import ForkServerError, RecordsError, RlhfBenchError, RunFolderError, SweepError
-    from rlhfbench.records import read_records
-    from rlhfbench.runner import RunSettings, run_sweep
-    from rlhfbench.sweep import Sweep
+    from rlhfbench.records.file import read_records
+    from rlhfbench.runs.runner import RunSettings, run_sweep
 
     __version__: str
 
@@ -31,11 +31,11 @@ _ROOMS = {
     "RecordsError": "errors",
     "RlhfBenchError": "errors",
     "RunFolderError": "errors",
-    "RunSettings": "runner",
-    "Sweep": "sweep",
+    "RunSettings": "runs.runner",
+    "Sweep": "cases.sweep",
     "SweepError": "errors",
-    "read_records": "records",
-    "run_sweep": "runner",
+    "read_records": "records.file",
+    "run_sweep": "runs.runner",
 }
 
 

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from rlhfbench.sweep import Sweep
-    from rlhfkernels.case import Case
+    from rlhfbench.cases.sweep import Sweep
+    from rlhfkernels.config.case import Case
 
 # What is measured where no sweep is given: every method once, in seconds.
 SMALL_GRID = {"models": ["tiny"], "seq_lens": [32], "batch_sizes": [2]}
@@ -99,9 +99,9 @@ class _Benchmarks:
 
 
 def _load_sweep(path: str | None) -> Sweep:
+    from rlhfbench.cases.preflight import check
+    from rlhfbench.cases.sweep import Sweep
     from rlhfbench.errors import SweepError
-    from rlhfbench.preflight import check
-    from rlhfbench.sweep import Sweep
 
     try:
         sweep = Sweep.from_spec(SMALL_GRID) if path is None else Sweep.from_file(path)
@@ -130,10 +130,10 @@ class Measurer:
         return self._run(case)
 
     def _open(self) -> Callable[[Case], dict[str, Any]]:
-        from rlhfbench.forkserver import ForkServer
-        from rlhfbench.records import RecordsFile
-        from rlhfbench.runfolder import RunFolder
-        from rlhfbench.runner import Runner, RunSettings
+        from rlhfbench.records.file import RecordsFile
+        from rlhfbench.runs.folder import RunFolder
+        from rlhfbench.runs.forkserver import ForkServer
+        from rlhfbench.runs.runner import Runner, RunSettings
 
         folder = RunFolder(self._opened.enter_context(tempfile.TemporaryDirectory(prefix="rlhfbench-")))
         folder.prepare(self._sweep, resume=False)
@@ -267,7 +267,7 @@ def extra_info(record: dict[str, Any]) -> dict[str, Any]:
 
 def case_name(case: Case) -> str:
     """The test's name: ``hydra[tiny-16+16-batch2-cpu-float32]``, and the case's id where that does not say it all."""
-    from rlhfkernels.case import Case
+    from rlhfkernels.config.case import Case
 
     model = Path(case.model).name
     size = f"{case.prompt_len}+{case.completion_len}-batch{case.batch_size}"

@@ -8,25 +8,25 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from rlhfkernels.case import Case, Options
+from rlhfkernels.config.case import Case, Options
 from rlhfkernels.errors import CaseError, ModelError, NumericalError, PromptsError, RlhfKernelsError
-from rlhfkernels.methods import METHODS, Method, Pass, Phase, Role
-from rlhfkernels.presets import PRESETS, Preset
+from rlhfkernels.methods.table import METHODS, Method, Pass, Phase, Role
+from rlhfkernels.models.presets import PRESETS, Preset
 
 if TYPE_CHECKING:
+    from rlhfkernels.data.rollout import Rollout
     from rlhfkernels.observer import Observer
-    from rlhfkernels.rollout import Rollout
-    from rlhfkernels.step import PPOStep, StepStats, build_step
-    from rlhfkernels.work import Work, phase_work
+    from rlhfkernels.training.step import PPOStep, StepStats, build_step
+    from rlhfkernels.training.work import Work, phase_work
 
 _LAZY = {
     "Observer": "rlhfkernels.observer",
-    "PPOStep": "rlhfkernels.step",
-    "Rollout": "rlhfkernels.rollout",
-    "StepStats": "rlhfkernels.step",
-    "Work": "rlhfkernels.work",
-    "build_step": "rlhfkernels.step",
-    "phase_work": "rlhfkernels.work",
+    "PPOStep": "rlhfkernels.training.step",
+    "Rollout": "rlhfkernels.data.rollout",
+    "StepStats": "rlhfkernels.training.step",
+    "Work": "rlhfkernels.training.work",
+    "build_step": "rlhfkernels.training.step",
+    "phase_work": "rlhfkernels.training.work",
 }
 
 __all__ = [

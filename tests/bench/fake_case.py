@@ -7,8 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-from rlhfbench import runner, worker
-from rlhfbench.progress import LineProgress
+from rlhfbench.runs import runner, worker
+from rlhfbench.runs.progress import LineProgress
 
 SOME_MEMORY = {"model_bytes": 3, "activation_bytes": 2, "rollout_bytes": 1, "total_bytes": 6, "peak_phase": "score"}
 
@@ -141,7 +141,7 @@ class EchoProgress(LineProgress):
 
 
 if __name__ == "__main__":
-    from rlhfbench import cli
+    from rlhfbench.cli.main import main as cli
 
     preload = tuple(sys.argv[1].split(",")) if sys.argv[1] else ()
     runner.run_sweep = functools.partial(

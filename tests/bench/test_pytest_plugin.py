@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from rlhfbench import forkserver, pytest_plugin
+from rlhfbench import pytest_plugin
+from rlhfbench.cases.sweep import Sweep
 from rlhfbench.pytest_plugin import Measurer, StepClock, case_name, group_name, step_samples_s
-from rlhfbench.records import make_record
-from rlhfbench.sweep import Sweep
-from rlhfkernels.case import Case, Options
-from rlhfkernels.methods import METHODS
+from rlhfbench.records.file import make_record
+from rlhfbench.runs import forkserver
+from rlhfkernels.config.case import Case, Options
+from rlhfkernels.methods.table import METHODS
 
 pytest_plugins = "pytester"
 
@@ -97,7 +98,16 @@ def test_a_sweep_file_alone_benchmarks_nothing(bench, pytester, measured):
 
 
 def test_loading_the_plugin_imports_nothing_heavy():
-    heavy = ("torch", "pandas", "numpy", "matplotlib", "rich", "rlhfkernels", "rlhfbench.sweep", "rlhfbench.runner")
+    heavy = ("torch", "pandas", "numpy", "matplotlib", "rich", "rlhfkernels", "rlhfbench.cases.sweep", "rlhfbench.runs")
+        "torch",
+        "pandas",
+        "numpy",
+        "matplotlib",
+        "rich",
+        "rlhfkernels",
+        "rlhfbench.cases.sweep",
+        "rlhfbench.runs.runner",
+    )
     code = f"import sys, rlhfbench.pytest_plugin; print([m for m in {heavy!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from rlhfbench.draw import draw_run
-from rlhfbench.progress import LineProgress
-from rlhfbench.runner import RunSettings, run_sweep
-from rlhfbench.sweep import Sweep
-from rlhfbench.timelines import read_timeline
+from rlhfbench.cases.sweep import Sweep
+from rlhfbench.records.timelines import read_timeline
+from rlhfbench.runs.drawing import draw_run
+from rlhfbench.runs.progress import LineProgress
+from rlhfbench.runs.runner import RunSettings, run_sweep
 
 
 def test_a_plan_and_a_measurement_of_a_real_case_agree(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from rlhfkernels.engine import Engine
+from rlhfkernels.engine.engine import Engine
 from rlhfkernels.ops.native import build, causal_attention, product
 
 

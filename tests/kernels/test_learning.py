@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from rlhfkernels import METHODS, Case, build_step
-from rlhfkernels.rollout import Rollout
+from rlhfkernels.data.rollout import Rollout
 
 TOKEN = 7
 STEPS = 60

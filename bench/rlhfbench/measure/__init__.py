@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rlhfbench.measure.settings import MeasureSettings
-from rlhfkernels.case import Case
+from rlhfkernels.config.case import Case
 
 __all__ = ["MeasureSettings", "measure_case"]
 
@@ -37,6 +37,6 @@ def measure_case(
     Raises:
         RlhfKernelsError: the model or the prompts cannot be used, or a step's numbers are not finite.
     """
-    from rlhfbench.measure.passes import run_passes
+    from rlhfbench.measure.measurements import run_passes
 
     return run_passes(case, settings, notify, step_done)

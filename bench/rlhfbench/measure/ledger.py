@@ -17,7 +17,7 @@ from typing import Any, Self
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from rlhfbench.measure.watching import watch
+from rlhfbench.measure.tensor_hooks import watch
 from rlhfkernels.naming import unknown
 from rlhfkernels.observer import PARTS, Observer
 

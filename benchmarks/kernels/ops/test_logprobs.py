@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhfkernels.heads import LmHead
+from rlhfkernels.models.heads import LmHead
 from rlhfkernels.ops.logprobs import token_logprobs, token_logprobs_reference
 
 

@@ -11,7 +11,7 @@ import importlib.util
 
 import torch
 
-from rlhfkernels.case import KERNEL_PACKAGES, Case
+from rlhfkernels.config.case import KERNEL_PACKAGES, Case
 from rlhfkernels.errors import CaseError
 from rlhfkernels.ops.native import build
 

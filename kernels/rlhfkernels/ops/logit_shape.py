@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from rlhfkernels.heads import shape_logits
+from rlhfkernels.models.heads import shape_logits
 
 
 class LogitShape(NamedTuple):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rlhfkernels.heads import LmHead
+from rlhfkernels.models.heads import LmHead
 from rlhfkernels.ops.forms import takes_native, takes_triton
 from rlhfkernels.ops.logit_shape import LogitShape
 from rlhfkernels.ops.native import logprobs as native

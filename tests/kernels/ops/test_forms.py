@@ -117,7 +117,7 @@ def test_on_a_processor_the_ops_do_without_the_package() -> None:
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch\n"
-        "from rlhfkernels.heads import LmHead\n"
+        "from rlhfkernels.models.heads import LmHead\n"
         "from rlhfkernels.ops.logprobs import token_logprobs\n"
         "from rlhfkernels.ops.rms_norm import rms_norm\n"
         "from rlhfkernels.ops.heads import RotaryPart\n"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from rlhfkernels.heads import LmHead
+from rlhfkernels.models.heads import LmHead
 from rlhfkernels.ops.logprobs import token_logprobs, token_logprobs_reference
 
 N, D, V = 7, 5, 11

@@ -1,4 +1,4 @@
-"""The form in C of ``rlhfkernels.sampling.sample``."""
+"""The form in C of ``rlhfkernels.ops.sample.sample``."""
 
 from __future__ import annotations
 

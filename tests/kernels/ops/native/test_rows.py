@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from rlhfkernels.heads import LmHead
+from rlhfkernels.models.heads import LmHead
 from rlhfkernels.ops.heads import RotaryPart
 from rlhfkernels.ops.logprobs import token_logprobs, token_logprobs_reference
 from rlhfkernels.ops.rms_norm import rms_norm, rms_norm_reference
 from rlhfkernels.ops.rotary import rotary_, rotary_reference, signed
+from rlhfkernels.ops.sample import sample
 from rlhfkernels.ops.swiglu import swiglu, swiglu_reference
-from rlhfkernels.sampling import sample
 
 pytestmark = pytest.mark.usefixtures("library")
 TOLERANCE = 2e-6

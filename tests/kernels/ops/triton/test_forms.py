@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from rlhfkernels.heads import LmHead
+from rlhfkernels.models.heads import LmHead
 from rlhfkernels.ops import rms_norm as rms_norm_module
 from rlhfkernels.ops.heads import RotaryPart
 from rlhfkernels.ops.logprobs import token_logprobs, token_logprobs_reference

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlhfkernels import Case, build_step, engine
-from rlhfkernels.fast import trunk
+from rlhfkernels.engine.fast import trunk
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

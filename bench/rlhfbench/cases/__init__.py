@@ -1,0 +1,1 @@
+"""Sweeps, named settings, and the checks before anything starts."""

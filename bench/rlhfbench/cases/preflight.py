@@ -1,0 +1,272 @@
+"""What can be known to fail before anything is started: models, lengths, devices and prompts. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import re
+import socket
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rlhfbench.cases.sweep import Sweep
+from rlhfbench.errors import SweepError
+from rlhfkernels.config.case import KERNEL_PACKAGES, OPTIMIZER_PACKAGES, vocabulary_problem
+from rlhfkernels.data.files import read_prompts
+from rlhfkernels.errors import ModelError, PromptsError
+from rlhfkernels.models.presets import PRESETS
+from rlhfkernels.naming import unknown
+from rlhfkernels.ops.native.build import BuildError, compiled
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length")
+# Words of /proc/cpuinfo, of x86 and of Arm, any of which says that the dtype is the processor's own.
+_INSTRUCTIONS = {"bfloat16": {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}}
+# What an option asks for that another package does, by option and value.
+_PACKAGES = {"optimizer": OPTIMIZER_PACKAGES, "kernels": KERNEL_PACKAGES}
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFacts:
+    """What is known of a model without loading it.
+
+    Attributes:
+        model_type: the architecture's name in ``transformers``, ``None`` where only the loader knows.
+        max_positions: the longest sequence it takes, ``None`` where only the loader knows.
+        vocab_size: its tokens, ``None`` where only the loader knows.
+    """
+
+    model_type: str | None
+    max_positions: int | None
+    vocab_size: int | None = None
+
+
+def check(sweep: Sweep) -> dict[str, ModelFacts]:
+    """The facts of every model of ``sweep``, once everything that it asks for has been looked at.
+
+    Raises:
+        SweepError: every problem, one sentence each.
+    """
+    facts, problems = _inspect(sweep)
+    for device in dict.fromkeys(case.device for case in sweep.cases):
+        problems += _check_device(device)
+    for option, packages in _PACKAGES.items():
+        for value in dict.fromkeys(getattr(case.options, option) for case in sweep.cases):
+            problems += _check_package(option, value, packages.get(value))
+    if any(case.options.kernels == "native" for case in sweep.cases):
+        problems += _check_compiler()
+    for path, field in dict.fromkeys((case.options.prompts, case.options.prompt_field) for case in sweep.cases):
+        if path is not None:
+            try:
+                read_prompts(path, field)
+            except PromptsError as error:
+                problems.append(str(error))
+    if problems:
+        raise SweepError(problems)
+    return facts
+
+
+def notices(sweep: Sweep, cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
+    """What can be run and should be known beforehand, one sentence each.
+
+    Args:
+        sweep: the cases.
+        cpuinfo: what Linux tells of the processor; where it is absent nothing is known of dtypes.
+    """
+    dtypes = dict.fromkeys(case.dtype for case in sweep.cases if case.device == "cpu")
+    try:
+        words = set(cpuinfo.read_text().split())
+    except OSError:
+        return []
+    return [
+        f"dtype {dtype} on cpu: this processor has no instructions for it and emulates it, up to hundreds of times "
+        "slower than float32: its times say nothing of a device that has them."
+        for dtype in dtypes
+        if dtype in _INSTRUCTIONS and not words & _INSTRUCTIONS[dtype]
+    ]
+
+
+def check_models(sweep: Sweep) -> None:
+    """What planning needs of a sweep: its models, and positions enough.
+
+    Raises:
+        SweepError: every problem, one sentence each.
+    """
+    _, problems = _inspect(sweep)
+    if problems:
+        raise SweepError(problems)
+
+
+def _inspect(sweep: Sweep) -> tuple[dict[str, ModelFacts], list[str]]:
+    problems: list[str] = []
+    facts: dict[str, ModelFacts] = {}
+    for model in dict.fromkeys(model for case in sweep.cases for model in case.models):
+        try:
+            facts[model] = inspect_model(model)
+        except ModelError as error:
+            problems.append(str(error))
+    return facts, [*problems, *_check_positions(sweep, facts), *_check_vocabularies(sweep, facts)]
+
+
+def inspect_model(model: str) -> ModelFacts:
+    """The facts of a preset, a checkpoint folder, a GGUF file or a hub id.
+
+    Raises:
+        ModelError: there is no such model; one sentence.
+    """
+    if model in PRESETS:
+        preset = PRESETS[model]
+        return ModelFacts(
+            model_type=preset.model_type,
+            max_positions=preset.max_positions,
+            vocab_size=preset.config.get("vocab_size"),
+        )
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return _inspect_folder(model, path)
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise ModelError(f"model '{model}' is a file: it must be a .gguf file, or the folder of a checkpoint.")
+        return ModelFacts(model_type=None, max_positions=None)
+    if _HUB_ID.fullmatch(model) and not model.startswith("."):
+        return _inspect_hub(model)
+    if "/" in model or model.startswith(("~", ".")):
+        raise ModelError(f"model '{model}' does not exist: there is no such folder or file.")
+    raise ModelError(unknown("model", model, PRESETS) + " Or the path of a checkpoint folder, or a hub id ORG/NAME.")
+
+
+def _inspect_folder(model: str, path: Path) -> ModelFacts:
+    config = path / "config.json"
+    if not config.is_file():
+        what = "adapters without their model" if (path / "adapter_config.json").is_file() else "no config.json"
+        raise ModelError(f"model '{model}' is a folder that holds no model: it has {what}.")
+    if not any(True for pattern in _WEIGHTS for _ in path.glob(pattern)):
+        raise ModelError(f"model '{model}' is a folder that holds no model: it has no weights ({', '.join(_WEIGHTS)}).")
+    return _facts(model, config)
+
+
+def _inspect_hub(model: str) -> ModelFacts:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every retry, and this says the same once
+    try:
+        path = hf_hub_download(model, "config.json", local_files_only=not _is_hub_in_reach())
+        return _facts(model, Path(path))
+    except LocalEntryNotFoundError:
+        reason = "it is not on this machine, and the hub cannot be reached: is there a network?"
+    except GatedRepoError:
+        reason = "its owner must grant you access first."
+    except RepositoryNotFoundError:
+        reason = "there is no such folder here, and no such model on the hub."
+    except EntryNotFoundError:
+        reason = "it holds no model (no config.json)."
+    except (HfHubHTTPError, OSError) as error:
+        reason = f"the hub does not answer ({type(error).__name__}): is there a network?"
+    raise ModelError(f"model '{model}': {reason}")
+
+
+def _is_hub_in_reach() -> bool:
+    """Whether it is worth asking: the hub's own client tries for half a minute before it says that it is not."""
+    from huggingface_hub.constants import ENDPOINT
+
+    if urllib.request.getproxies():
+        return True  # the way there is not ours to know
+    address = urllib.parse.urlsplit(ENDPOINT)
+    try:
+        socket.create_connection((address.hostname or "", address.port or 443), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def _facts(model: str, config_path: Path) -> ModelFacts:
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model '{model}': its config.json is not JSON.") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"model '{model}': its config.json is no object.")
+    positions = next((config[key] for key in _POSITION_KEYS if isinstance(config.get(key), int)), None)
+    model_type: Any = config.get("model_type")
+    vocabulary: Any = config.get("vocab_size")
+    return ModelFacts(
+        model_type=model_type if isinstance(model_type, str) else None,
+        max_positions=positions,
+        vocab_size=vocabulary if isinstance(vocabulary, int) else None,
+    )
+
+
+def _check_positions(sweep: Sweep, facts: dict[str, ModelFacts]) -> Iterator[str]:
+    for case in sweep.cases:
+        for model in case.models:
+            limit = facts[model].max_positions if model in facts else None
+            if limit is not None and case.seq_len > limit:
+                yield (
+                    f"a length of {case.seq_len} ({case.prompt_len} + {case.completion_len}) is too long for model "
+                    f"'{model}': it has {limit} positions."
+                )
+
+
+def _check_vocabularies(sweep: Sweep, facts: dict[str, ModelFacts]) -> Iterator[str]:
+    for models in dict.fromkeys(case.models for case in sweep.cases):
+        known = {model: facts[model].vocab_size for model in models if model in facts}
+        sizes = {model: size for model, size in known.items() if size is not None}
+        if len(set(sizes.values())) > 1:
+            yield vocabulary_problem(sizes)
+
+
+def _check_device(device: str) -> Iterator[str]:
+    kind, _, index = device.partition(":")
+    if kind != "cuda":
+        return
+    number = num_cuda_devices()
+    if number == 0:
+        yield f"device '{device}': this machine has no CUDA device."
+    elif int(index or 0) >= number:
+        yield f"device '{device}': this machine has {number} CUDA device{'s' if number > 1 else ''}, counted from 0."
+    elif importlib.metadata.version("torch").endswith("+cpu"):
+        yield f"device '{device}': the installed torch is built for the CPU alone."
+
+
+def _check_package(option: str, value: str, package: str | None) -> Iterator[str]:
+    if package is not None and importlib.util.find_spec(package) is None:
+        yield (
+            f"options.{option} is {value!r}: it needs {package}, which is not installed "
+            f"(pip install {package}; planning does without it)."
+        )
+
+
+def _check_compiler() -> Iterator[str]:
+    try:
+        compiled()
+    except BuildError as error:
+        yield f"options.kernels is 'native': its C cannot be compiled here ({error})."
+
+
+def num_cuda_devices() -> int:
+    """How many there are, asked of the driver: torch is not imported for it."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # any failure of the library means the same: look where the driver lists its devices
+        listing = Path("/proc/driver/nvidia/gpus")
+        return sum(1 for _ in listing.iterdir()) if listing.is_dir() else 0
+    try:
+        return int(pynvml.nvmlDeviceGetCount())
+    finally:
+        pynvml.nvmlShutdown()

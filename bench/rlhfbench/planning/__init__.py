@@ -1,0 +1,1 @@
+"""Memory predicted without a device: plans, accelerators, ZeRO, the largest batch."""

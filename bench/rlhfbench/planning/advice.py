@@ -1,0 +1,133 @@
+"""What would help a case that does not fit even with one sequence: by the part that is largest, what is not set yet."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from rlhfbench.planning.devices import Accelerator
+from rlhfbench.planning.predict import Plan
+from rlhfbench.planning.zero import Zero
+from rlhfkernels.config.case import Case
+from rlhfkernels.methods.table import METHODS
+
+_NARROW = ("bfloat16",)  # dtypes that have no narrower one here
+_SMALL_CHUNK = 16  # positions whose logits are worth no thought
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Remedy:
+    """Something that makes a part smaller.
+
+    Attributes:
+        text: how to ask for it, or what gives the text of a case.
+        helps: whether it is not what the case has already.
+    """
+
+    text: str | Callable[[Case], str]
+    helps: Callable[[Case, Zero], bool] = lambda case, zero: True
+
+    def of(self, case: Case) -> str:
+        """The text for ``case``."""
+        return self.text if isinstance(self.text, str) else self.text(case)
+
+
+def _fewer_bases(case: Case) -> list[str]:
+    own = METHODS[case.method].num_static_models
+    return [name for name, method in METHODS.items() if method.num_static_models < own]
+
+
+def _adapter_methods(case: Case) -> list[str]:
+    """The methods that train no base, where this one trains some."""
+    trains = {name: any("base" in role.trains for role in method.roles.values()) for name, method in METHODS.items()}
+    return [name for name in METHODS if not trains[name]] if trains[case.method] else []
+
+
+def _divided_from(stage: int) -> tuple[Remedy, Remedy]:
+    """ZeRO's share in it: the stage from which on a part is divided, then more ranks."""
+    return (
+        Remedy(f"--zero-stage {stage} over several ranks", lambda case, zero: zero.stage < stage),
+        Remedy("a larger --world-size", lambda case, zero: zero.stage >= stage),
+    )
+
+
+_NARROWER = Remedy("--dtype bfloat16", lambda case, zero: case.dtype not in _NARROW)
+_FEWER_BASES = Remedy(
+    lambda case: f"a method with fewer bases ({', '.join(_fewer_bases(case))})",
+    lambda case, zero: bool(_fewer_bases(case)),
+)
+_ADAPTERS = Remedy(
+    lambda case: f"a method that trains adapters ({', '.join(_adapter_methods(case))})",
+    lambda case, zero: bool(_adapter_methods(case)),
+)
+_RANK = Remedy("a smaller --lora-rank", lambda case, zero: case.lora_rank > 1 and bool(case.role_table.adapter_sets))
+_SMALLER_MODEL = Remedy("a smaller model")
+_SHORTER = Remedy("a shorter length")
+_SDPA = Remedy("--option attention=sdpa", lambda case, zero: case.options.attention == "eager")
+
+# By part, the most helpful first.
+REMEDIES: dict[str, tuple[Remedy, ...]] = {
+    "base": (_FEWER_BASES, _NARROWER, *_divided_from(3), _SMALLER_MODEL),
+    "adapters": (
+        _RANK,
+        Remedy("fewer --option lora_targets", lambda case, zero: case.options.lora_targets == "all-linear"),
+        Remedy(
+            "--option adapter_dtype=bfloat16",
+            lambda case, zero: (case.options.adapter_dtype or case.dtype) not in _NARROW,
+        ),
+        *_divided_from(3),
+    ),
+    "heads": (_FEWER_BASES, _NARROWER, *_divided_from(3), _SMALLER_MODEL),
+    "gradients": (_ADAPTERS, _RANK, _NARROWER, *_divided_from(2)),
+    "optimizer": (
+        _ADAPTERS,
+        Remedy(
+            "--option optimizer=adamw8bit",
+            lambda case, zero: case.options.optimizer == "adamw" and case.dtype != "float64",
+        ),
+        _RANK,
+        *_divided_from(1),
+    ),
+    "kv_cache": (_NARROWER, _SHORTER),
+    "activations": (
+        Remedy(
+            "--option gradient_checkpointing=true",
+            lambda case, zero: not case.options.gradient_checkpointing,
+        ),
+        _SDPA,
+        _NARROWER,
+        _SHORTER,
+    ),
+    "rollout": (_SHORTER,),
+    "temporary": (
+        _SDPA,
+        Remedy(
+            f"--option logprob_chunk={_SMALL_CHUNK}",
+            lambda case, zero: case.options.logprob_chunk == 0 or case.options.logprob_chunk > _SMALL_CHUNK,
+        ),
+        _SHORTER,
+    ),
+    "device_reserve": (Remedy("a larger device"),),
+    "zero_buckets": (Remedy("a smaller reduce_bucket_size than DeepSpeed's default, which is what is planned"),),
+}
+
+
+def advice(plan: Plan, gpu: Accelerator) -> str:
+    """One sentence for a case that does not fit on ``gpu``: its largest part, and what would make that smaller.
+
+    Args:
+        plan: of one sequence.
+        gpu: the device.
+    """
+    sizes = {**plan.memory["parts"], "zero_buckets": plan.bucket_bytes, "device_reserve": gpu.reserve_bytes}
+    part = max(sizes, key=lambda name: sizes[name])
+    role_table = plan.case.role_table
+    texts = [remedy.of(plan.case) for remedy in REMEDIES[part] if remedy.helps(plan.case, plan.zero)]
+    return (
+        f"{role_table.title} at {plan.case.seq_len} tokens does not fit on {gpu.name} even at batch 1: its largest "
+        f"part is {part.replace('_', ' ')} with {sizes[part] / 2**30:.3g} GiB, and what would help is {_either(texts)}."
+    )
+
+
+def _either(texts: list[str]) -> str:
+    return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} or {texts[-1]}"

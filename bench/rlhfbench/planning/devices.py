@@ -1,0 +1,94 @@
+"""Accelerators by name: their memory, its bandwidth, and the dense matrix rates that their makers state.
+
+Rates are peaks without sparsity, from the makers' data sheets; real products reach 60 to 90 % of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from rlhfbench.cases.sizes import parse_size
+from rlhfbench.errors import SweepError
+from rlhfkernels.naming import unknown
+
+_GIB = 2**30
+# Taken by the driver's context, libraries' workspaces and fragmentation: an estimate, measured on no device so far.
+_CONTEXT_BYTES = 3 * _GIB // 4
+_FRAGMENTATION = 0.02
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Accelerator:
+    """A device to plan for.
+
+    Attributes:
+        name: the name users give it.
+        memory_bytes: its whole memory.
+        bytes_per_s: the memory's bandwidth; ``None`` where only a size was given.
+        flops_per_s: dtype to the dense matrix rate; empty where only a size was given.
+        source: where the numbers stand.
+    """
+
+    name: str
+    memory_bytes: int
+    bytes_per_s: float | None = None
+    flops_per_s: dict[str, float] = dataclasses.field(default_factory=dict)
+    source: str = "given as a size"
+
+    @property
+    def reserve_bytes(self) -> int:
+        """What a step cannot have: the driver's context, libraries' workspaces, fragmentation. An estimate."""
+        return int(_CONTEXT_BYTES + _FRAGMENTATION * self.memory_bytes)
+
+    @property
+    def usable_bytes(self) -> int:
+        """What is left for tensors."""
+        return self.memory_bytes - self.reserve_bytes
+
+
+def _accelerator(name: str, gib: float, tb_per_s: float, bf16: float, f32: float, source: str) -> Accelerator:
+    """One row: memory in GiB, bandwidth in TB/s, matrix rates in TFLOP/s."""
+    return Accelerator(
+        name=name,
+        memory_bytes=int(gib * _GIB),
+        bytes_per_s=tb_per_s * 1e12,
+        flops_per_s={"bfloat16": bf16 * 1e12, "float32": f32 * 1e12},
+        source=source,
+    )
+
+
+ACCELERATORS: dict[str, Accelerator] = {
+    row.name: row
+    for row in (
+        _accelerator("a100-40gb", 40, 1.555, 312, 19.5, "NVIDIA A100 data sheet, SXM 40 GB"),
+        _accelerator("a100-80gb", 80, 2.039, 312, 19.5, "NVIDIA A100 data sheet, SXM 80 GB"),
+        _accelerator("h100-80gb", 80, 3.35, 989, 67, "NVIDIA H100 data sheet, SXM"),
+        _accelerator("h200", 141e9 / _GIB, 4.8, 989, 67, "NVIDIA H200 data sheet, SXM"),
+        _accelerator("b200", 180e9 / _GIB, 7.7, 2250, 75, "NVIDIA HGX B200 data sheet, per GPU"),
+        _accelerator("l4", 24, 0.3, 121, 30.3, "NVIDIA L4 data sheet"),
+        _accelerator("l40s", 48, 0.864, 362, 91.6, "NVIDIA L40S data sheet"),
+        _accelerator("a10", 24, 0.6, 125, 31.2, "NVIDIA A10 data sheet"),
+        _accelerator("rtx-3090", 24, 0.936, 71, 35.6, "NVIDIA GA102 white paper"),
+        _accelerator("rtx-4090", 24, 1.008, 165, 82.6, "NVIDIA Ada white paper"),
+        _accelerator("rtx-5090", 32, 1.792, 209, 104.8, "NVIDIA RTX Blackwell white paper"),
+        _accelerator("mi300x", 192, 5.3, 1307, 163.4, "AMD Instinct MI300X data sheet"),
+    )
+}
+
+
+def find_accelerator(text: str) -> Accelerator:
+    """The accelerator called ``text``, or one of the size that it states (``24GiB``, ``80GB``).
+
+    Raises:
+        SweepError: it is neither a known name nor a size.
+    """
+    name = text.strip().lower()
+    if name in ACCELERATORS:
+        return ACCELERATORS[name]
+    try:
+        size = parse_size("gpu", text)
+    except SweepError:
+        raise SweepError([f"{unknown('gpu', text, ACCELERATORS)} A size like 24GiB is taken too."]) from None
+    if size <= 0:
+        raise SweepError([f"gpu is {text!r}: a size must be above 0."])
+    return Accelerator(name=text.strip(), memory_bytes=size)

@@ -1,0 +1,165 @@
+"""The largest batch that fits: plans of several kinds of case at once, and the search among a kind's batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rlhfbench.processes import map_parallel
+from rlhfkernels.config.case import Case
+
+if TYPE_CHECKING:
+    from rlhfbench.planning.predict import Plan
+    from rlhfbench.planning.zero import Zero
+
+# No larger batch is looked for: a plan's own time grows with the chunks that its log-probabilities come in.
+MOST_SEQUENCES = 512
+_MARGIN = 1.01  # how far over the device a batch must be predicted to lie for it not to be planned
+_PLANNING = "rlhfbench.planning.predict"  # imports torch: here only once something is planned
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Planned:
+    """What is known of a case once the device it should fit on is known too.
+
+    Attributes:
+        plan: of the case.
+        max_batch_size: the largest batch of its kind that fits, 0 where not even one sequence does; ``None`` where no
+            device was named.
+        of_one: the plan of one sequence, where not even that fits.
+    """
+
+    plan: Plan
+    max_batch_size: int | None = None
+    of_one: Plan | None = None
+
+
+def plan_kinds(
+    cases: Sequence[Case], zero: Zero, *, usable_bytes: int | None = None, with_timeline: bool = False
+) -> list[Planned]:
+    """Plans ``cases`` and finds the largest batch of each kind of case among them, the kinds on several cores.
+
+    Args:
+        cases: what to plan; those that differ in their batch alone are of one kind.
+        zero: how each is divided among ranks.
+        usable_bytes: what a step may take; ``None`` looks for no largest batch.
+        with_timeline: keep each step's timeline too.
+
+    Raises:
+        ModelError, CaseError: as for ``plan_case``.
+        ForkServerError: a process that planned died.
+    """
+    kinds: dict[Case, list[Case]] = {}
+    for case in cases:
+        kinds.setdefault(with_batch(case, 1), []).append(case)
+    one = functools.partial(_plan_kind, zero=zero, usable_bytes=usable_bytes, with_timeline=with_timeline)
+    # Long ones first, so that no core is left with one at the end.
+    longest_first = sorted(kinds.values(), key=_num_ops, reverse=True)
+    planned = map_parallel(one, longest_first, preload=(_PLANNING,))
+    by_case = {item.plan.case: item for kind in planned for item in kind}
+    return [by_case[case] for case in cases]
+
+
+def _num_ops(cases: list[Case]) -> int:
+    """How long a kind is planned, roughly and in no unit: a pass with an adapter has about three times the ops."""
+    method = cases[0].role_table
+    passes = (*method.score_passes, *method.update_passes)
+    return len(cases) * sum(1 if p.adapter is None else 3 for p in passes)
+
+
+def _plan_kind(cases: list[Case], *, zero: Zero, usable_bytes: int | None, with_timeline: bool) -> list[Planned]:
+    from rlhfbench.planning.predict import plan_case
+
+    plans = [plan_case(case, zero, with_timeline=with_timeline) for case in cases]
+    if usable_bytes is None:
+        return [Planned(plan=plan) for plan in plans]
+    search = BatchSearch(usable_bytes, zero)
+    for plan in plans:
+        search.note(plan)
+    largest = search.largest(cases[0])
+    of_one = None if largest else search.of_one(cases[0])
+    return [Planned(plan=plan, max_batch_size=largest, of_one=of_one) for plan in plans]
+
+
+class BatchSearch:
+    """Finds the largest batch that fits, from as few plans as it can: totals are nearly linear in the batch.
+
+    Args:
+        usable_bytes: what a step may take.
+        zero: how it is divided among ranks.
+    """
+
+    def __init__(self, usable_bytes: int, zero: Zero) -> None:
+        self._usable_bytes, self._zero = usable_bytes, zero
+        self._plans: dict[Case, dict[int, Plan]] = {}
+
+    def note(self, plan: Plan) -> None:
+        """Takes a plan that was made anyway, where it is one that would be tried."""
+        if plan.case == with_batch(plan.case, plan.case.batch_size):
+            self._of(plan.case)[plan.case.batch_size] = plan
+
+    def of_one(self, case: Case) -> Plan:
+        """The plan of one sequence of ``case``'s kind."""
+        return self._plan(case, 1)
+
+    def largest(self, case: Case) -> int:
+        """The largest batch of ``case``'s kind that fits, up to ``MOST_SEQUENCES``; 0 where not even one does.
+
+        Each batch is tried as one micro-batch in one mini-batch.
+        """
+        low: int = 0
+        high: int | None = None
+        guess = min(case.batch_size, MOST_SEQUENCES)
+        while (high is None or high - low > 1) and not self._is_over(case, low + 1):
+            if self._plan(case, guess).total_bytes <= self._usable_bytes:
+                low = guess
+                if low == MOST_SEQUENCES:
+                    break
+            else:
+                high = guess
+            guess = self._next_guess(case, low, high)
+        return low
+
+    def _is_over(self, case: Case, batch_size: int) -> bool:
+        """Whether the two largest plans that fit leave no doubt that ``batch_size``, which is larger, does not.
+
+        A phase takes a straight line over the batch, and a step the highest of its phases: that bends upwards only, so
+        the line through two plans is under what comes after them. What does not grow along (a chunk's logits, from the
+        chunk's size on) and a block's rounding are less than the margin.
+        """
+        fits = [(size, plan.total_bytes) for size, plan in sorted(self._of(case).items()) if size < batch_size]
+        if len(fits) < 2 or fits[-1][1] > self._usable_bytes:
+            return False
+        (b0, t0), (b1, t1) = fits[-2:]
+        return t1 + (t1 - t0) / (b1 - b0) * (batch_size - b1) > _MARGIN * self._usable_bytes
+
+    def _next_guess(self, case: Case, low: int, high: int | None) -> int:
+        known = sorted((batch_size, plan.total_bytes) for batch_size, plan in self._of(case).items())
+        if len(known) < 2:
+            return min(2 * low, MOST_SEQUENCES) if low else 1
+        (b0, t0), (b1, t1) = known[0], known[-1]
+        slope = max(1.0, (t1 - t0) / (b1 - b0))
+        guess = int(b1 + (self._usable_bytes - t1) / slope)
+        if high is None:
+            return min(max(low + 1, guess), MOST_SEQUENCES)
+        # Near the end the guess repeats a bound: then the neighbour of that bound decides, or the middle.
+        return min(max(guess, low + 1), high - 1)
+
+    def _of(self, case: Case) -> dict[int, Plan]:
+        return self._plans.setdefault(with_batch(case, 1), {})
+
+    def _plan(self, case: Case, batch_size: int) -> Plan:
+        plans = self._of(case)
+        if batch_size not in plans:
+            from rlhfbench.planning.predict import plan_case
+
+            plans[batch_size] = plan_case(with_batch(case, batch_size), self._zero)
+        return plans[batch_size]
+
+
+def with_batch(case: Case, batch_size: int) -> Case:
+    """``case`` with another batch, as one micro-batch in one mini-batch."""
+    options = dataclasses.replace(case.options, micro_batch_size=None, num_mini_batches=1)
+    return dataclasses.replace(case, batch_size=batch_size, options=options)

@@ -1,0 +1,126 @@
+"""ZeRO by DeepSpeed's rules: what each stage divides among ranks, and the buffers it holds beside a step's tensors.
+
+The rules are those of DeepSpeed 0.19 with its default configuration (deepspeed/runtime/zero/config.py): contiguous
+gradients, no offloading, and ``overlap_comm`` in stage 3 alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from rlhfbench.errors import SweepError
+from rlhfkernels.config.case import Case
+from rlhfkernels.methods.table import update_phase
+
+if TYPE_CHECKING:
+    from rlhfkernels.training.step import PPOStep
+
+# What each stage divides among the ranks. Stage 3 divides the frozen weights too.
+_DIVIDES: dict[int, tuple[str, ...]] = {
+    0: (),
+    1: ("optimizer",),
+    2: ("optimizer", "gradients"),
+    3: ("optimizer", "gradients", "base", "adapters", "heads"),
+}
+# zero/config.py: ``reduce_bucket_size`` and ``stage3_max_live_parameters``, in elements. ``allgather_bucket_size``
+# takes nothing: the weights are gathered in place (runtime/utils.py, all_gather_into_tensor_dp_groups). What is
+# prefetched, ``stage3_prefetch_bucket_size``, is part of what is live (zero/partitioned_param_coordinator.py,
+# fetch_sub_module).
+_REDUCE_BUCKET, _MAX_LIVE = 500_000_000, 1_000_000_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Zero:
+    """How DeepSpeed's ZeRO divides a step.
+
+    Two simplifications, both small: in stage 3 DeepSpeed keeps tensors below 100,000 elements whole on every rank, and
+    here they are divided like the rest; alignment of the partitions is not counted.
+
+    Attributes:
+        stage: 0 to 3.
+        world_size: ranks.
+
+    Raises:
+        SweepError: some field breaks its rule; every problem is named.
+    """
+
+    stage: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.stage not in _DIVIDES:
+            problems.append(f"zero-stage is {self.stage}: it must be 0, 1, 2 or 3.")
+        if self.world_size < 1:
+            problems.append(f"world-size is {self.world_size}: it must be a whole number of at least 1.")
+        if problems:
+            raise SweepError(problems)
+
+    def divide(self, parts: dict[str, int]) -> dict[str, int]:
+        """The bytes of each part on one rank; what does not divide evenly is rounded up."""
+        divided = _DIVIDES[self.stage]
+        return {part: -(-size // self.world_size) if part in divided else size for part, size in parts.items()}
+
+    def buckets(self, step: PPOStep) -> dict[str, int]:
+        """The bytes of DeepSpeed's own buffers on one rank, by phase; every phase of ``step`` is there.
+
+        Stages 1 and 2 fill one reduce bucket per backward: it is made whole when the backward begins, however little is
+        trained, and dropped at its end (zero/stage_1_and_2.py, setup_buckets and _release_ipg_buffers). Stage 3 makes
+        one for each trained model and keeps it (zero/stage3.py, at the end of its constructor), and gathers at most
+        ``stage3_max_live_parameters`` weights of the model that runs.
+        """
+        none = dict.fromkeys((phase.name for phase in step.phases), 0)
+        if self.stage == 0:
+            return none
+        bases = _bases_of_phases(step)
+        if self.stage < 3:
+            return none | {
+                update_phase(p): _REDUCE_BUCKET * _bytes_per_weight(step) for p in step.engine.method.update_passes
+            }
+        kept = len(step.optimizers) * _REDUCE_BUCKET * _bytes_per_weight(step)
+        return {
+            phase: kept + max((_live_bytes(step, base) for base in bases.get(phase, ())), default=0) for phase in none
+        }
+
+
+def cases_of_a_rank(cases: Iterable[Case], world_size: int) -> tuple[Case, ...]:
+    """``cases`` whose batch sizes are over all ranks, as one rank runs them.
+
+    Raises:
+        SweepError: ranks do not divide a batch; every such batch size is named.
+        CaseError: a rank's batch does not divide into its micro-batches.
+    """
+    cases = tuple(cases)
+    wrong = dict.fromkeys(case.batch_size for case in cases if case.batch_size % world_size)
+    if wrong:
+        raise SweepError(
+            f"batch_sizes has {size}: with --global-batch it must be a multiple of world-size {world_size}."
+            for size in wrong
+        )
+    return tuple(dataclasses.replace(case, batch_size=case.batch_size // world_size) for case in cases)
+
+
+def _bases_of_phases(step: PPOStep) -> dict[str, list[str]]:
+    """The bases that run in each phase."""
+    method = step.engine.method
+    return {
+        "generate": [method.roles["actor"].base],
+        "score": [p.base for p in method.score_passes],
+        **{update_phase(p): [p.base] for p in method.update_passes},
+    }
+
+
+def _bytes_per_weight(step: PPOStep) -> int:
+    """DeepSpeed's buffers are of the dtype that the model is trained in."""
+    return max(p.element_size() for p in step.trained_parameters())
+
+
+def _live_bytes(step: PPOStep, base: str) -> int:
+    """The weights of ``base`` that are gathered at one time."""
+    model = step.engine.models[base]
+    weights = [*model.trunk.parameters(), *(model.lm_head.parameters() if model.lm_head is not None else ())]
+    distinct = {id(p): p for p in weights}.values()  # a tied head is there once
+    num_weights, num_bytes = sum(p.numel() for p in distinct), sum(int(p.nbytes) for p in distinct)
+    return num_bytes if num_weights <= _MAX_LIVE else num_bytes * _MAX_LIVE // num_weights

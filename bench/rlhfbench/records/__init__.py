@@ -1,0 +1,1 @@
+"""Records: their schema, their file, their data frame."""

@@ -1,0 +1,1 @@
+"""Running a sweep: fork server, worker, runner, progress, environment, run folder."""

@@ -1,0 +1,196 @@
+"""The fork server's own process: imports once, then forks on request. See ``rlhfbench.runs.forkserver`` for its client.
+
+It touches no device, runs no parallel op and starts no thread (BLAS libraries start theirs, and know how to be forked),
+so what it forks is as good as freshly started.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import gc
+import importlib
+import json
+import os
+import resource
+import selectors
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+Message = dict[str, Any]
+Target = Callable[[Message, Callable[[Message], None]], None]
+
+_PR_SET_PDEATHSIG = 1
+
+
+class Lines:
+    """Bytes in, complete JSON lines out."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> list[Message]:
+        """The lines that ``data`` completes."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+
+class _Server:
+    """The server's side: one thread, one select over the client's socket and the signals."""
+
+    def __init__(self, control: socket.socket, target: Target) -> None:
+        self._control, self._target = control, target
+        self._lines = Lines()
+        self._fds: list[int] = []
+        self._child: int | None = None
+
+    def serve(self) -> None:
+        """Forks on request until the client is gone or SIGTERM comes; then kills what runs."""
+        wake_read, wake_write = os.pipe()
+        os.set_blocking(wake_read, False)
+        os.set_blocking(wake_write, False)
+        for number in (signal.SIGCHLD, signal.SIGTERM):
+            signal.signal(number, lambda *_: None)  # the wakeup descriptor only speaks of signals with a handler
+        signal.set_wakeup_fd(wake_write)
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._control, selectors.EVENT_READ)
+            selector.register(wake_read, selectors.EVENT_READ)
+            self._tell({"ready": True})
+            try:
+                while True:
+                    ready = {key.fileobj for key, _ in selector.select()}
+                    if wake_read in ready:
+                        if signal.SIGTERM in os.read(wake_read, 512):
+                            return
+                        self._reap()
+                    if self._control in ready and not self._on_request():
+                        return
+            finally:
+                self._kill()
+
+    def _on_request(self) -> bool:
+        try:
+            data, fds, _, _ = socket.recv_fds(self._control, 65536, 2)
+        except ConnectionError:
+            return False
+        self._fds += fds
+        for message in self._lines.feed(data):
+            if "kill" in message:
+                self._kill()
+            else:
+                self._fork(message["run"])
+        return bool(data)
+
+    def _fork(self, request: Message) -> None:
+        (pipe, log), self._fds = self._fds, []
+        server_pid = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                self._control.close()
+                _become_case(server_pid, log)
+                self._target(request, lambda message: _write_line(pipe, message))
+                code = 0
+            except BaseException:
+                sys.excepthook(*sys.exc_info())
+            finally:
+                _flush_and_exit(code)
+        with suppress(OSError):  # set on both sides: whichever comes first
+            os.setpgid(pid, pid)
+        self._child = pid
+        os.close(pipe)
+        os.close(log)
+        self._tell({"pid": pid})
+
+    def _reap(self) -> None:
+        if self._child is None:
+            return
+        # Looked at without reaping first: while it is a zombie its group's number cannot be given to anybody else,
+        # so whatever it started can be killed with it.
+        if os.waitid(os.P_PID, self._child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            return
+        self._kill()
+        _, status, usage = os.wait4(self._child, 0)
+        self._child = None
+        unit = 1 if sys.platform == "darwin" else 1024
+        self._tell({"exit": os.waitstatus_to_exitcode(status), "max_rss_bytes": usage.ru_maxrss * unit})
+
+    def _kill(self) -> None:
+        if self._child is not None:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._child, signal.SIGKILL)
+
+    def _tell(self, message: Message) -> None:
+        with suppress(OSError):  # a client that is gone is seen at the next read
+            self._control.sendall(json.dumps(message).encode() + b"\n")
+
+
+def _become_case(server_pid: int, log: int) -> None:
+    """Makes the forked process one that dies alone, dies first and dies with its server."""
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGCHLD, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with suppress(OSError):
+        os.setpgid(0, 0)
+    die_with_parent(server_pid, signal.SIGKILL)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    faulthandler.enable(file=2)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # writing gigabytes of core would outlast the case
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")  # the kernel takes the case, not the harness
+
+
+def die_with_parent(parent_pid: int, number: int) -> None:
+    """Has the kernel send signal ``number`` to this process when its parent dies (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number))
+    if os.getppid() != parent_pid:  # it died before we asked
+        os._exit(1)
+
+
+def _write_line(fd: int, message: Message) -> None:
+    data = json.dumps(message).encode() + b"\n"
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+def _flush_and_exit(code: int) -> None:
+    """Ends a forked process without the server's clean-up, which is not its to do."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):
+            stream.flush()
+    os._exit(code)
+
+
+def main(argument: str) -> None:
+    """The server's process: imports, then serves. Touches no device and starts no thread."""
+    config = json.loads(argument)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent(config["parent_pid"], signal.SIGTERM)
+    control = socket.socket(fileno=config["fd"])
+    control.set_inheritable(False)
+    # Without this torch.cuda.is_available(), which packages call while they are imported, starts the CUDA runtime,
+    # and a process forked after that cannot use the device.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    for name in config["preload"]:
+        importlib.import_module(name)
+    for name in config["optional"]:
+        with suppress(ImportError):
+            importlib.import_module(name)
+    module, _, function = config["target"].partition(":")
+    target = getattr(importlib.import_module(module), function)
+    gc.collect()
+    gc.freeze()  # a collection in a case leaves the shared pages of what was imported alone
+    _Server(control, target).serve()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,218 @@
+"""What a user sees of a run while it runs: on standard error, a bar in a terminal and a line a case elsewhere."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import sys
+import time
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+from rlhfbench.cases.settings import setting_of
+from rlhfkernels.config.case import Case
+from rlhfkernels.config.settings import SETTINGS
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+
+
+class Progress(Protocol):
+    """Is told how a run goes."""
+
+    def begin(self, cases: list[Case], num_recorded: int) -> None:
+        """``cases`` are to run; ``num_recorded`` more were recorded earlier."""
+
+    def start_case(self, case: Case) -> None:
+        """``case`` is next."""
+
+    def doing(self, what: str) -> None:
+        """What the case is doing now."""
+
+    def finish_case(self, case: Case, record: dict[str, Any]) -> None:
+        """What became of it."""
+
+    def notice(self, text: str) -> None:
+        """Something that a user should know once."""
+
+    def end(self) -> None:
+        """Nothing more comes."""
+
+
+def make_progress(stream: TextIO | None = None) -> Progress:
+    """The progress that fits ``stream`` (standard error by default)."""
+    stream = stream or sys.stderr
+    return BarProgress(stream) if stream.isatty() else LineProgress(stream)
+
+
+def title(case: Case) -> str:
+    """A case in a few words; the setting where it is a named one and not the default."""
+    setting = setting_of(dataclasses.asdict(case.options))
+    named = f" {setting}" if setting in list(SETTINGS)[1:] else ""
+    return f"{case.method}{named} {case.model} {case.prompt_len}+{case.completion_len} x{case.batch_size}"
+
+
+def clock(seconds: float) -> str:
+    """1:05 or 2:03:04."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+class TimeLeft:
+    """Estimates the time left from the cases that have run, each weighted by its tokens."""
+
+    def __init__(self) -> None:
+        self._left: dict[str, int] = {}
+        self._done = 0
+        self._spent_s = 0.0
+
+    def begin(self, cases: list[Case]) -> None:
+        """``cases`` are all that is to run."""
+        self._left = {case.id: case.seq_len * case.batch_size for case in cases}
+
+    def finish(self, case: Case, spent_s: float, *, ran: bool) -> None:
+        """``case`` took ``spent_s``; one that did not run teaches nothing."""
+        tokens = self._left.pop(case.id, 0)
+        if ran:
+            self._done += tokens
+            self._spent_s += spent_s
+
+    @property
+    def seconds(self) -> float | None:
+        """``None`` before the first case is done."""
+        if not self._done:
+            return None
+        return self._spent_s / self._done * sum(self._left.values())
+
+
+class _Counting:
+    """What both kinds of progress keep: counts, and the clock of the case that runs."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._outcomes: collections.Counter[str] = collections.Counter()
+        self._time_left = TimeLeft()
+        self._num_cases = 0
+        self._started_s = 0.0
+
+    def begin(self, cases: list[Case], num_recorded: int) -> None:
+        """Keeps the cases that are to run."""
+        self._num_cases = len(cases)
+        self._time_left.begin(cases)
+
+    def start_case(self, case: Case) -> None:
+        """Starts the clock of ``case``."""
+        self._started_s = time.monotonic()
+
+    def finish_case(self, case: Case, record: dict[str, Any]) -> None:
+        """Counts what became of ``case``."""
+        self._outcomes[record["outcome"]] += 1
+        self._time_left.finish(case, time.monotonic() - self._started_s, ran=record["outcome"] != "skipped")
+
+    def _left(self) -> str:
+        seconds = self._time_left.seconds
+        return "" if seconds is None else f"{clock(seconds)} left"
+
+    def _counts(self) -> str:
+        return ", ".join(f"{number} {outcome}" for outcome, number in self._outcomes.items())
+
+
+class LineProgress(_Counting):
+    """One plain line a case, for logs and pipes."""
+
+    def begin(self, cases: list[Case], num_recorded: int) -> None:
+        """Keeps the cases that are to run."""
+        super().begin(cases, num_recorded)
+        recorded = f", {num_recorded} already recorded" if num_recorded else ""
+        self._print(f"{len(cases)} {'case' if len(cases) == 1 else 'cases'} to run{recorded}")
+
+    def doing(self, what: str) -> None:
+        """A log does not need it."""
+
+    def finish_case(self, case: Case, record: dict[str, Any]) -> None:
+        """Counts what became of ``case``."""
+        super().finish_case(case, record)
+        number = self._outcomes.total()
+        words = [f"[{number}/{self._num_cases}]", title(case), record["outcome"], f"{record['wall_s']:.1f} s"]
+        if number < self._num_cases:
+            words.append(self._left())
+        if record["error"] is not None:
+            words.append("· " + record["error"]["message"])
+        self._print(" ".join(word for word in words if word))
+
+    def notice(self, text: str) -> None:
+        """Prints ``text``."""
+        self._print(text)
+
+    def end(self) -> None:
+        """Nothing to tidy up."""
+
+    def _print(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)
+
+
+class BarProgress(_Counting):
+    """A bar with what runs, what is done and the time left."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._bar: RichProgress | None = None
+        self._task: TaskID | None = None
+
+    def begin(self, cases: list[Case], num_recorded: int) -> None:
+        """Keeps the cases that are to run."""
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as RichProgress
+
+        super().begin(cases, num_recorded)
+        # Drawn once a second: on a small machine the drawing would otherwise take its share from what is timed.
+        self._bar = RichProgress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}", markup=False),
+            TextColumn("{task.fields[counts]}", markup=False),
+            console=Console(file=self._stream),
+            refresh_per_second=1,
+            transient=True,
+        )
+        self._task = self._bar.add_task(
+            "starting", total=len(cases) + num_recorded, completed=num_recorded, left="", counts=""
+        )
+        self._bar.start()
+
+    def start_case(self, case: Case) -> None:
+        """Starts the clock of ``case``."""
+        super().start_case(case)
+        self._case_title = title(case)
+        self._update(description=self._case_title)
+
+    def doing(self, what: str) -> None:
+        """Shows what the case is doing."""
+        self._update(description=f"{self._case_title} · {what}")
+
+    def finish_case(self, case: Case, record: dict[str, Any]) -> None:
+        """Counts what became of ``case``."""
+        super().finish_case(case, record)
+        self._update(advance=1, left=self._left(), counts=self._counts())
+        if record["error"] is not None and record["outcome"] != "skipped":
+            self.notice(f"{title(case)}: {record['outcome']}: {record['error']['message']}")
+
+    def notice(self, text: str) -> None:
+        """Prints ``text``."""
+        if self._bar is None:
+            print(text, file=self._stream, flush=True)
+        else:
+            self._bar.console.print(text, markup=False, highlight=False)
+
+    def end(self) -> None:
+        """Takes the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _update(self, **fields: Any) -> None:
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, **fields)

@@ -1,0 +1,157 @@
+"""The forked process's side of a case: runs it, and says in one message what became of it."""
+
+from __future__ import annotations
+
+import errno
+import resource
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rlhfkernels.config.case import Case
+from rlhfkernels.errors import RlhfKernelsError
+
+PHASE_PREFIX = "phase:"
+_MESSAGE_CHARS = 500
+
+# How libraries say that memory is out where they raise no type of its own: torch's CPU allocator in its words on Linux
+# and elsewhere, C++'s new, cuBLAS.
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "out of memory",
+    "std::bad_alloc",
+    "cublas_status_alloc_failed",
+)
+
+
+class Stage:
+    """Where a case is: passes each notice on, and remembers it for the message of a failure."""
+
+    def __init__(self, send: Callable[[dict[str, Any]], None]) -> None:
+        self._send = send
+        self.name: str | None = None
+
+    def notify(self, name: str) -> None:
+        """``name`` is a stage (``build``, ``timing``), or ``phase:`` and a phase's name."""
+        self.name = name.removeprefix(PHASE_PREFIX)
+        self._send({"notify": name})
+
+
+def run_case(request: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None:
+    """Runs ``request["case"]`` and sends ``{"result": {"outcome", "error", ...}}``.
+
+    Args:
+        request: ``case`` (as in a record) and either ``plan: True``, for its memory to be predicted, or what it takes
+            to measure it: ``settings`` (the fields of ``MeasureSettings``) and ``memory_limit_bytes``.
+        send: takes one message.
+    """
+    stage = Stage(send)
+    try:
+        case = Case.from_dict(request["case"])
+        if request.get("plan"):
+            send({"result": {"outcome": "ok", "error": None, "memory": _predicted(case, stage)}})
+            return
+        stage.notify("import")
+        from rlhfbench.measure import MeasureSettings, measure_case
+
+        limit_bytes = request["memory_limit_bytes"]
+        if limit_bytes is not None:
+            limit_memory(case.device, limit_bytes)
+        result = measure_case(
+            case,
+            MeasureSettings(**request["settings"]),
+            stage.notify,
+            step_done=lambda: None if limit_bytes is None else lift_memory_limit(case.device),
+        )
+    except BaseException as error:
+        lift_memory_limit("cpu")  # telling it takes memory too
+        traceback.print_exc()
+        send({"result": failure(error, stage.name)})
+    else:
+        send({"result": {"outcome": "ok", "error": None, **result}})
+
+
+def _predicted(case: Case, stage: Stage) -> dict[str, Any]:
+    """The ``memory`` object of the plan of ``case``."""
+    stage.notify("plan")
+    from rlhfbench.planning.predict import plan_case
+
+    return plan_case(case).memory
+
+
+def failure(error: BaseException, phase: str | None) -> dict[str, Any]:
+    """The ``outcome`` and ``error`` of a case that raised ``error`` while in ``phase``."""
+    if is_out_of_memory(error):
+        outcome = "oom"
+    elif isinstance(error, RlhfKernelsError):
+        outcome = "invalid"
+    else:
+        outcome = "crashed"
+    message = " ".join(str(error).split())[:_MESSAGE_CHARS] or "it said nothing."
+    return {"outcome": outcome, "error": {"kind": type(error).__name__, "message": message, "phase": phase}}
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error``, or one that led to it, says that memory is out, on any device."""
+    torch = sys.modules.get("torch")
+    types: tuple[type[BaseException], ...] = (MemoryError,)
+    if torch is not None:
+        types += (torch.OutOfMemoryError,)
+    for link in _chain(error):
+        if isinstance(link, types) or (isinstance(link, OSError) and link.errno == errno.ENOMEM):
+            return True
+        if isinstance(link, RuntimeError) and any(words in str(link).lower() for words in _OUT_OF_MEMORY):
+            return True
+    return False
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        yield link
+        link = link.__cause__ or link.__context__
+
+
+def limit_memory(device: str, limit_bytes: int) -> None:
+    """Has allocations of this process fail once it uses ``limit_bytes`` more than now (CPU), or in all (CUDA).
+
+    On the CPU it is the soft limit on private writable memory, which Linux enforces and macOS ignores.
+    """
+    if device == "cpu":
+        limit = _data_bytes() + limit_bytes
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+        return
+    import torch
+
+    total = torch.cuda.get_device_properties(torch.device(device)).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total), torch.device(device))
+
+
+def lift_memory_limit(device: str) -> None:
+    """Takes back the limit of ``limit_memory``."""
+    if device == "cpu":
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+        return
+    import torch
+
+    torch.cuda.set_per_process_memory_fraction(1.0, torch.device(device))
+
+
+def _data_bytes() -> int:
+    """What the limit counts and this process already has."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    for line in status.splitlines():
+        if line.startswith("VmData:"):
+            return int(line.split()[1]) * 1024
+    return 0

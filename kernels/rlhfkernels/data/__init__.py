@@ -1,0 +1,1 @@
+"""Training data: JSONL files, random tokens, and the batches that a step reads."""

@@ -1,0 +1,178 @@
+"""How a trunk is run: the contract that the engine knows, and the plain path through transformers and PEFT.
+
+Shapes: b = batch, t = positions of a sequence, q = new positions, d = hidden size.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Protocol
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from rlhfkernels.config.case import Case
+from rlhfkernels.errors import CaseError
+from rlhfkernels.models.adapters import Adapters
+from rlhfkernels.models.cache import PreallocatedLayer, cache_tensors, make_cache, skip_cache_to
+from rlhfkernels.models.loading import LoadedModel
+from rlhfkernels.observer import Observer
+
+
+class Decoder(Protocol):
+    """One generation in progress: it holds the keys and values of what it has seen."""
+
+    def advance(self, tokens: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """Reads the next tokens and returns the hidden states at the last of them.
+
+        Args:
+            tokens: [b, q], the prompt the first time, one token a row after that.
+            attention_mask: [b, seen + q], 0 on padding, or ``None`` where nothing is padded.
+
+        Returns:
+            [b, d].
+        """
+        ...
+
+    @property
+    def can_skip(self) -> bool:
+        """Whether ``skip_to`` is possible, once the prompt has been read."""
+        ...
+
+    def skip_to(self, length: int) -> None:
+        """Acts as if ``length`` positions had been seen; what the cache holds of those in between is undefined."""
+        ...
+
+
+class Trunk(Protocol):
+    """A base with its adapter sets, run under one of them or bare."""
+
+    name: str
+
+    def hidden(
+        self,
+        adapter: str | None,
+        tokens: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        start: int = 0,
+        train: bool = False,
+    ) -> torch.Tensor:
+        """The last hidden states [b, t − start, d] under ``adapter``.
+
+        Args:
+            adapter: the adapter set that is on, or ``None`` for the bare base.
+            tokens: [b, t].
+            attention_mask: [b, t], 0 on padding, or ``None`` where nothing is padded.
+            start: the first position that is asked for.
+            train: the result will be differentiated; its backward must run before another call of this trunk.
+        """
+        ...
+
+    def decoder(self, adapter: str | None, max_len: int, observer: Observer) -> Decoder:
+        """Begins a generation under ``adapter`` of at most ``max_len`` positions; its cache is told to ``observer``."""
+        ...
+
+
+class PlainTrunk:
+    """Transformers' own modules with PEFT's layers in them: any causal language model.
+
+    Args:
+        case: its options say how.
+        model: the trunk.
+        adapters: its adapter sets.
+    """
+
+    name = "plain"
+
+    def __init__(self, case: Case, model: LoadedModel, adapters: Adapters) -> None:
+        self._options = case.options
+        self._module = model.trunk
+        self._adapters = adapters
+        if self._options.gradient_checkpointing:
+            _checkpoint_layers(self._module)
+
+    def hidden(
+        self,
+        adapter: str | None,
+        tokens: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        start: int = 0,
+        train: bool = False,
+    ) -> torch.Tensor:
+        """See ``Trunk.hidden``."""
+        self._adapters.activate(adapter)
+        if self._options.gradient_checkpointing:
+            # Dropout is 0 in the configuration: train mode only lets transformers checkpoint.
+            self._module.train(train)
+        output = self._module(
+            input_ids=tokens, attention_mask=attention_mask, position_ids=positions(attention_mask), use_cache=False
+        )
+        hidden: torch.Tensor = output.last_hidden_state
+        return hidden[:, start:]
+
+    def decoder(self, adapter: str | None, max_len: int, observer: Observer) -> Decoder:
+        """See ``Trunk.decoder``."""
+        self._adapters.activate(adapter)
+        self._module.eval()
+        return _PlainDecoder(self._module, self._options.kv_cache, max_len, observer)
+
+
+def _checkpoint_layers(module: torch.nn.Module) -> None:
+    """Has every layer of ``module`` checkpointed in train mode; the model's own switch has two names by version."""
+    layers = [layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    if not layers:
+        raise CaseError(
+            [f"options.gradient_checkpointing is true: {type(module).__name__} has no layers that allow it."]
+        )
+    for layer in layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = functools.partial(
+            checkpoint, use_reentrant=False, preserve_rng_state=False
+        )
+
+
+class CacheSkips:
+    """``Decoder``'s skipping, over the layers of a cache."""
+
+    _cache: Cache
+    _observer: Observer
+
+    @property
+    def can_skip(self) -> bool:
+        """See ``Decoder.can_skip``: a window's layers hold what they have seen in a way of their own."""
+        return all(type(layer) in (PreallocatedLayer, DynamicLayer) for layer in self._cache.layers)
+
+    def skip_to(self, length: int) -> None:
+        """See ``Decoder.skip_to``."""
+        skip_cache_to(self._cache, length)
+        self._observer.tag("kv_cache", cache_tensors(self._cache))
+
+
+class _PlainDecoder(CacheSkips):
+    def __init__(self, module: torch.nn.Module, kind: str, max_len: int, observer: Observer) -> None:
+        self._module = module
+        self._observer = observer
+        self._cache = make_cache(kind, module.config, max_len, lambda tensors: observer.tag("kv_cache", tensors))
+
+    @torch.no_grad()
+    def advance(self, tokens: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        ids = positions(attention_mask)
+        output = self._module(
+            input_ids=tokens,
+            attention_mask=attention_mask,
+            position_ids=None if ids is None else ids[:, -tokens.shape[1] :],
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        self._observer.tag("kv_cache", cache_tensors(self._cache))
+        last: torch.Tensor = output.last_hidden_state[:, -1]
+        return last
+
+
+def positions(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Position ids [b, t] that count real tokens only; ``None`` (the model's own 0, 1, 2…) where nothing is padded."""
+    return None if attention_mask is None else (attention_mask.cumsum(-1) - 1).clamp_(min=0)

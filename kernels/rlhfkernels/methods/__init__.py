@@ -1,0 +1,1 @@
+"""The methods as data, and what is derived from them. Imports no torch."""

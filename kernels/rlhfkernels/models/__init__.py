@@ -1,0 +1,1 @@
+"""Models: loading, presets, heads, adapters and the KV cache."""

@@ -1,0 +1,274 @@
+"""The optimizers of a step: float32 master weights under lower precision, states made at once, a warm-up cosine.
+
+States exist from the start, so that what a step needs is there before the first one and is counted. The arithmetic is
+torch's own fused kernel, or bitsandbytes'.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
+
+from rlhfkernels.config.case import OPTIMIZER_PACKAGES
+from rlhfkernels.errors import CaseError
+
+# Gradients are widened for the master weights this many bytes at a time, not all at once.
+_WIDEN_BYTES = 256 * 2**20
+
+# bitsandbytes' 8-bit states (since 0.45, bitsandbytes/optim/optimizer.py, Optimizer2State.init_state): elements that
+# share one scale, the elements from which on a tensor has 8-bit states, the values that 8 bits stand for.
+_BLOCK, _LEAST_8BIT, _CODES = 256, 4096, 256
+
+
+class Optimizer:
+    """One parameter group: clipping, the schedule, master weights.
+
+    Args:
+        parameters: what it trains.
+        lr: the peak learning rate.
+        warmup_steps: steps of linear warm-up.
+        total_steps: the step at which the cosine has reached 0.
+        max_grad_norm: the group's gradient norm is clipped to this first.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        *,
+        lr: float,
+        warmup_steps: int,
+        total_steps: int,
+        max_grad_norm: float,
+    ) -> None:
+        self.parameters = list(parameters)
+        self.peak_lr, self.warmup_steps, self.total_steps = lr, warmup_steps, total_steps
+        self.max_grad_norm = max_grad_norm
+        self.num_steps = 0
+        self.masters: list[torch.Tensor] = [
+            p.detach().float() if p.dtype.itemsize < 4 else p.detach() for p in self.parameters
+        ]
+        # A master that is the weight itself costs nothing; only a real copy is a tensor of the optimizer's.
+        self._has_copies = any(m.dtype != p.dtype for m, p in zip(self.masters, self.parameters, strict=True))
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the coming step."""
+        return self.peak_lr * cosine_factor(self.num_steps, self.warmup_steps, self.total_steps)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Master copies and moments: everything that the optimizer holds beside the weights."""
+        return self.masters if self._has_copies else []
+
+    def step(self) -> torch.Tensor:
+        """Clips, updates, drops the gradients; returns the gradient norm before clipping, a scalar."""
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(grads)
+        nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
+        for rows in self._chunks():
+            masters = [self.masters[i] for i in rows]
+            weights = [self.parameters[i] for i in rows]
+            with torch.no_grad():
+                self._update(rows, masters, [_widened(w.grad, m) for w, m in zip(weights, masters, strict=True)])
+                if self._has_copies:
+                    torch._foreach_copy_([w.detach() for w in weights], masters)
+            for weight in weights:
+                weight.grad = None
+        self.num_steps += 1
+        return norm
+
+    def _update(self, rows: Sequence[int], masters: list[torch.Tensor], grads: list[torch.Tensor]) -> None:
+        raise NotImplementedError
+
+    def _chunks(self) -> list[list[int]]:
+        """Indices of the parameters that have a gradient, in runs whose widened gradients stay small."""
+        chunks: list[list[int]] = [[]]
+        size = 0
+        for i, parameter in enumerate(self.parameters):
+            if parameter.grad is None:
+                continue
+            size += parameter.numel() * 4
+            if chunks[-1] and size > _WIDEN_BYTES:
+                chunks.append([])
+                size = parameter.numel() * 4
+            chunks[-1].append(i)
+        return [chunk for chunk in chunks if chunk]
+
+
+class AdamW(Optimizer):
+    """AdamW (arXiv:1711.05101), betas 0.9 and 0.999; further arguments as ``Optimizer``.
+
+    Args:
+        parameters: what it trains.
+        weight_decay: decoupled.
+        eps: added to the root of the second moment; matters under bfloat16.
+        **schedule: the arguments of ``Optimizer``.
+    """
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], *, weight_decay: float, eps: float, **schedule: float
+    ) -> None:
+        super().__init__(parameters, **schedule)  # type: ignore[arg-type]
+        self.weight_decay, self.eps = weight_decay, eps
+        self.first = [torch.zeros_like(m) for m in self.masters]
+        self.second = [torch.zeros_like(m) for m in self.masters]
+        self.counts = [torch.zeros((), device=m.device) for m in self.masters]
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Master copies, both moments and the step counts."""
+        return [*super().tensors(), *self.first, *self.second, *self.counts]
+
+    def _update(self, rows: Sequence[int], masters: list[torch.Tensor], grads: list[torch.Tensor]) -> None:
+        adamw(
+            masters,
+            grads,
+            [self.first[i] for i in rows],
+            [self.second[i] for i in rows],
+            [],
+            [self.counts[i] for i in rows],
+            fused=True,
+            amsgrad=False,
+            beta1=0.9,
+            beta2=0.999,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            eps=self.eps,
+            maximize=False,
+        )
+
+
+class SGD(Optimizer):
+    """Plain gradient descent with decoupled-free weight decay; no moments. Arguments as ``AdamW``, ``eps`` unused."""
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], *, weight_decay: float, eps: float, **schedule: float
+    ) -> None:
+        del eps
+        super().__init__(parameters, **schedule)  # type: ignore[arg-type]
+        self.weight_decay = weight_decay
+
+    def _update(self, rows: Sequence[int], masters: list[torch.Tensor], grads: list[torch.Tensor]) -> None:
+        sgd(
+            masters,
+            grads,
+            [None] * len(masters),
+            foreach=True,
+            weight_decay=self.weight_decay,
+            momentum=0.0,
+            lr=self.lr,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+        )
+
+
+class AdamW8bitStates(Optimizer):
+    """What 8-bit AdamW holds, by bitsandbytes' rules, without its arithmetic: updates change nothing.
+
+    A tensor of at least 4096 elements has both moments in a byte an element each, and for each moment a float32 scale a
+    block of 256 elements; a smaller one has float32 moments. The two maps from bytes to numbers are shared by all.
+    A planner, which needs no numbers, plans with this where bitsandbytes is not installed, too. Arguments as ``AdamW``.
+    """
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], *, weight_decay: float, eps: float, **schedule: float
+    ) -> None:
+        super().__init__(parameters, **schedule)  # type: ignore[arg-type]
+        self.weight_decay, self.eps = weight_decay, eps
+        self.maps = self._make_maps()
+        self.states = [self._make_state(master) for master in self.masters]
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Master copies, both moments, their scales and the maps."""
+        held = [tensor for state in self.states for tensor in state.values()]
+        return [*super().tensors(), *dict.fromkeys(held)]
+
+    def _make_maps(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The maps of the first and of the second moment, [256] each."""
+        device = self.masters[0].device if self.masters else None
+        return torch.zeros(_CODES, device=device), torch.zeros(_CODES, device=device)
+
+    def _make_state(self, master: torch.Tensor) -> dict[str, torch.Tensor]:
+        """One tensor's state under the names that bitsandbytes gives to its parts."""
+        if master.numel() < _LEAST_8BIT:
+            return {name: torch.zeros_like(master) for name in ("state1", "state2")}
+        num_blocks = -(-master.numel() // _BLOCK)
+        state = {name: torch.zeros_like(master, dtype=torch.uint8) for name in ("state1", "state2")}
+        state |= {name: torch.zeros(num_blocks, device=master.device) for name in ("absmax1", "absmax2")}
+        return {**state, "qmap1": self.maps[0], "qmap2": self.maps[1]}
+
+    def _update(self, rows: Sequence[int], masters: list[torch.Tensor], grads: list[torch.Tensor]) -> None:
+        pass
+
+
+class AdamW8bit(AdamW8bitStates):
+    """AdamW with 8-bit states (arXiv:2110.02861): the arithmetic and the maps are bitsandbytes' own.
+
+    The states are made here, at once, and handed to the library, which would make them at its first step. Arguments as
+    ``AdamW``.
+
+    Raises:
+        CaseError: bitsandbytes is not installed.
+    """
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], *, weight_decay: float, eps: float, **schedule: float
+    ) -> None:
+        self._package = _package_of("adamw8bit")
+        super().__init__(parameters, weight_decay=weight_decay, eps=eps, **schedule)
+        for master, state in zip(self.masters, self.states, strict=True):
+            self._library.state[master] = {"step": 0, **state}
+
+    def _make_maps(self) -> tuple[torch.Tensor, torch.Tensor]:
+        self._library = self._package.optim.AdamW8bit(
+            self.masters, lr=self.peak_lr, betas=(0.9, 0.999), eps=self.eps, weight_decay=self.weight_decay
+        )
+        self._library.fill_qmap()
+        first, second = (self._library.name2qmap[name] for name in ("dynamic", "udynamic"))
+        return first.to(self.masters[0].device), second.to(self.masters[0].device)
+
+    def _update(self, rows: Sequence[int], masters: list[torch.Tensor], grads: list[torch.Tensor]) -> None:
+        self._library.param_groups[0]["lr"] = self.lr
+        for master, grad in zip(masters, grads, strict=True):
+            master.grad = grad
+        self._library.step()  # it passes over what has no gradient
+        for master in masters:
+            master.grad = None
+
+
+def _package_of(optimizer: str) -> Any:
+    """The package whose arithmetic ``optimizer`` is.
+
+    Raises:
+        CaseError: it is not installed.
+    """
+    package = OPTIMIZER_PACKAGES[optimizer]
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise CaseError([f"options.optimizer is {optimizer!r}: it needs {package}, which is not installed."]) from error
+
+
+OptimizerClass = type[AdamW] | type[SGD] | type[AdamW8bitStates]
+OPTIMIZERS: dict[str, OptimizerClass] = {"adamw": AdamW, "sgd": SGD, "adamw8bit": AdamW8bit}
+# Where only shapes matter: the same memory, and no package of somebody else's.
+STAND_INS: dict[str, OptimizerClass] = {**OPTIMIZERS, "adamw8bit": AdamW8bitStates}
+
+
+def cosine_factor(step: int, warmup_steps: int, total_steps: int) -> float:
+    """Linear warm-up to 1 over ``warmup_steps``, then half a cosine to 0 at ``total_steps``."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def _widened(grad: torch.Tensor | None, master: torch.Tensor) -> torch.Tensor:
+    assert grad is not None
+    return grad.to(master.dtype)

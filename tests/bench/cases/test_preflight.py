@@ -1,0 +1,238 @@
+import importlib.metadata
+import json
+import subprocess
+import sys
+
+import pytest
+
+from rlhfbench.cases import preflight
+from rlhfbench.cases.sweep import Sweep
+from rlhfbench.errors import SweepError
+from rlhfkernels.errors import ModelError
+from rlhfkernels.models.presets import PRESETS
+
+GRID = {"methods": ["hydra"], "models": ["tiny"], "seq_lens": [8], "batch_sizes": [1]}
+
+
+def sentence(model):
+    with pytest.raises(ModelError) as caught:
+        preflight.inspect_model(str(model))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def problems(**spec):
+    with pytest.raises(SweepError) as caught:
+        preflight.check(Sweep.from_spec({**GRID, **spec}))
+    return caught.value.problems
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_positions": 16}))
+    (folder / "model.safetensors").touch()
+    return folder
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset(name):
+    facts = preflight.inspect_model(name)
+    assert (facts.model_type, facts.max_positions) == (PRESETS[name].model_type, PRESETS[name].max_positions)
+
+
+@pytest.mark.parametrize("key", ["max_position_embeddings", "n_positions", "max_sequence_length"])
+def test_a_checkpoint_folder(checkpoint, key):
+    (checkpoint / "config.json").write_text(json.dumps({"model_type": "gpt2", key: 16}))
+    facts = preflight.inspect_model(str(checkpoint))
+    assert (facts.model_type, facts.max_positions) == ("gpt2", 16)
+
+
+def test_folders_without_a_model(tmp_path, checkpoint):
+    assert "holds no model: it has no config.json" in sentence(tmp_path)
+    (tmp_path / "adapter_config.json").touch()
+    assert "adapters without their model" in sentence(tmp_path)
+    (checkpoint / "model.safetensors").unlink()
+    assert "it has no weights" in sentence(checkpoint)
+    (checkpoint / "pytorch_model-00001-of-00002.bin").touch()
+    assert preflight.inspect_model(str(checkpoint)).max_positions == 16
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_broken_config(checkpoint, text):
+    (checkpoint / "config.json").write_text(text)
+    assert "its config.json is no" in sentence(checkpoint)
+
+
+def test_files_and_paths(tmp_path):
+    (tmp_path / "model.gguf").touch()
+    assert preflight.inspect_model(str(tmp_path / "model.gguf")).max_positions is None
+    (tmp_path / "model.bin").touch()
+    assert "it must be a .gguf file" in sentence(tmp_path / "model.bin")
+    assert "does not exist" in sentence(tmp_path / "absent")
+    assert "does not exist" in sentence("./absent")
+
+
+def test_an_unknown_name_has_its_nearest():
+    assert "model 'tinny' is unknown: did you mean 'tiny'?" in sentence("tinny")
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        ("LocalEntryNotFoundError", "the hub cannot be reached"),
+        ("EntryNotFoundError", "it holds no model"),
+        ("OSError", "the hub does not answer (OSError)"),
+    ],
+)
+def test_a_hub_id_that_cannot_be_had(monkeypatch, error, says):
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    def download(*_, **__):
+        raise getattr(errors, error, OSError)("long\ntext")
+
+    monkeypatch.setattr(preflight, "_is_hub_in_reach", lambda: True)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    text = sentence("some-org/some-model")
+    assert says in text
+    assert "model 'some-org/some-model'" in text
+
+
+def test_a_hub_id_without_a_network(monkeypatch):
+    def connect(address, timeout):
+        assert timeout <= 5
+        raise OSError("no route")
+
+    monkeypatch.setattr(preflight.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(preflight.socket, "create_connection", connect)
+    text = sentence("some-org/not-on-this-machine")
+    assert text == (
+        "model 'some-org/not-on-this-machine': it is not on this machine, and the hub cannot be reached: "
+        "is there a network?"
+    )
+
+
+def test_a_proxy_is_trusted_to_know_the_way(monkeypatch):
+    monkeypatch.setattr(preflight.urllib.request, "getproxies", lambda: {"https": "http://proxy"})
+    monkeypatch.setattr(preflight.socket, "create_connection", lambda *_, **__: pytest.fail("asked the hub"))
+    assert preflight._is_hub_in_reach()
+
+
+def test_a_hub_id(monkeypatch, checkpoint):
+    import huggingface_hub
+
+    monkeypatch.setattr(preflight, "_is_hub_in_reach", lambda: True)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(checkpoint / "config.json"))
+    assert preflight.inspect_model("some-org/some-model").max_positions == 16
+
+
+def test_a_length_beyond_the_positions(checkpoint):
+    assert preflight.check(Sweep.from_spec({**GRID, "models": [str(checkpoint)], "seq_lens": [16]}))
+    (problem,) = problems(models=[str(checkpoint)], seq_lens=[8, 17])
+    assert problem.startswith("a length of 17 (8 + 9) is too long for model")
+    assert "it has 16 positions" in problem
+
+
+def test_a_reward_model_is_looked_at_too(checkpoint):
+    def told(reward, **config):
+        (checkpoint / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_positions": 16, **config}))
+        return problems(methods=["lora"], options={"reward_model": reward}, seq_lens=[18])
+
+    assert "model 'tinny' is unknown" in told("tinny")[0]
+    assert told(str(checkpoint), vocab_size=50) == (
+        f"a length of 18 (9 + 9) is too long for model '{checkpoint}': it has 16 positions.",
+        f"options.reward_model is '{checkpoint}' with a vocabulary of 50: it must have as many tokens as model 'tiny', "
+        "which has 8192.",
+    )
+    assert len(told(str(checkpoint))) == 1  # a vocabulary that only the loader knows
+    assert set(preflight.check(Sweep.from_spec({**GRID, "methods": ["lora"]}))) == {"tiny"}
+
+
+def test_cuda_where_there_is_none(monkeypatch):
+    monkeypatch.setattr(preflight, "num_cuda_devices", lambda: 0)
+    assert problems(device="cuda") == ("device 'cuda': this machine has no CUDA device.",)
+
+
+def test_a_cuda_device_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(preflight, "num_cuda_devices", lambda: 2)
+    assert problems(device="cuda:2") == ("device 'cuda:2': this machine has 2 CUDA devices, counted from 0.",)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.11.0+cpu")
+    assert problems(device="cuda:1") == ("device 'cuda:1': the installed torch is built for the CPU alone.",)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.11.0+cu128")
+    assert preflight.check(Sweep.from_spec({**GRID, "device": "cuda:1"}))
+
+
+def test_devices_are_counted_by_nvml(monkeypatch):
+    calls = []
+    names = {"nvmlInit": None, "nvmlShutdown": None, "nvmlDeviceGetCount": 3}
+    nvml = type("Nvml", (), {n: staticmethod(lambda n=n, v=v: calls.append(n) or v) for n, v in names.items()})
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    assert preflight.num_cuda_devices() == 3
+    assert calls == ["nvmlInit", "nvmlDeviceGetCount", "nvmlShutdown"]
+
+
+def test_an_optimizer_of_a_package_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
+    assert problems(options={"optimizer": "adamw8bit"}) == (
+        "options.optimizer is 'adamw8bit': it needs bitsandbytes, which is not installed "
+        "(pip install bitsandbytes; planning does without it).",
+    )
+    preflight.check_models(Sweep.from_spec({**GRID, "options": {"optimizer": "adamw8bit"}}))
+
+
+def test_kernels_of_a_package_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(preflight, "num_cuda_devices", lambda: 1)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.11.0+cu128")
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
+    spec = {"device": "cuda", "options": {"kernels": "triton"}}
+    assert problems(**spec) == (
+        "options.kernels is 'triton': it needs triton, which is not installed "
+        "(pip install triton; planning does without it).",
+    )
+    preflight.check_models(Sweep.from_spec({**GRID, **spec}))
+    assert preflight.check(Sweep.from_spec({**GRID, "device": "cuda"}))  # ``auto`` asks for nothing
+
+
+def test_kernels_in_c_without_a_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", "/nonexistent")
+    assert problems(options={"kernels": "native"}) == (
+        "options.kernels is 'native': its C cannot be compiled here (CC is '/nonexistent', which is no command).",
+    )
+    preflight.check_models(Sweep.from_spec({**GRID, "options": {"kernels": "native"}}))
+    assert preflight.check(Sweep.from_spec(GRID))  # ``auto`` asks for nothing
+
+
+def test_prompts_are_read_before_anything_runs(tmp_path):
+    (problem,) = problems(options={"prompts": str(tmp_path / "absent.jsonl")})
+    assert "cannot be read: No such file" in problem
+
+
+def test_every_problem_is_told_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "num_cuda_devices", lambda: 0)
+    found = problems(models=["tinny", "gpt2"], seq_lens=[1025], device="cuda", options={"prompts": str(tmp_path)})
+    assert len(found) == 4
+
+
+def test_looking_ahead_imports_no_torch():
+    code = (
+        "import sys\nfrom rlhfbench.cases import preflight, runner, cli\nfrom rlhfbench.cases.sweep import Sweep\n"
+        "preflight.check(Sweep.from_spec({}))\nsys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_dtype_that_the_processor_emulates_is_told_once(tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    sweep = Sweep.from_spec({**GRID, "batch_sizes": [1, 2], "dtype": "bfloat16"})
+    cpuinfo.write_text("flags\t\t: fpu avx2 avx512f\n")
+    (notice,) = preflight.notices(sweep, cpuinfo)
+    assert notice.startswith("dtype bfloat16 on cpu: this processor has no instructions for it and emulates it")
+    assert preflight.notices(Sweep.from_spec(GRID), cpuinfo) == []
+    assert preflight.notices(Sweep.from_spec({**GRID, "dtype": "bfloat16", "device": "cuda"}), cpuinfo) == []
+    assert preflight.notices(sweep, tmp_path / "absent") == []
+    for words in ("fpu avx512_bf16", "Features\t: fp asimd bf16"):
+        cpuinfo.write_text(words)
+        assert preflight.notices(sweep, cpuinfo) == []

@@ -1,0 +1,308 @@
+import dataclasses
+import tomllib
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlhfbench.cases.settings import setting_of
+from rlhfbench.cases.sweep import Sweep, differences, override, parse_option, read_spec, split_length
+from rlhfbench.errors import SweepError
+from rlhfkernels.config.case import Case, Options
+from rlhfkernels.methods.table import METHODS
+
+GRID = {"methods": ["hydra"], "models": ["tiny"], "seq_lens": [8], "batch_sizes": [1]}
+
+
+def problems(spec):
+    with pytest.raises(SweepError) as caught:
+        Sweep.from_spec(spec)
+    return caught.value.problems
+
+
+def test_the_default_sweep_is_all_methods_at_three_lengths_and_two_batch_sizes():
+    cases = Sweep.from_spec({}).cases
+    assert {case.method for case in cases} == set(METHODS)
+    assert {case.model for case in cases} == {"tiny"}
+    assert len({case.seq_len for case in cases}) >= 3
+    assert len({case.batch_size for case in cases}) >= 2
+    assert len(cases) == len(METHODS) * len({c.seq_len for c in cases}) * len({c.batch_size for c in cases})
+
+
+def test_smaller_cases_come_first_and_the_methods_of_one_size_stand_together():
+    spec = {"methods": ["lora", "full"], "models": "tiny", "seq_lens": [16, 8], "batch_sizes": [4, 1]}
+    rows = [(case.batch_size, case.seq_len, case.method) for case in Sweep.from_spec(spec).cases]
+    assert rows == [(b, s, m) for b in (1, 4) for s in (8, 16) for m in ("lora", "full")]
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "fraction", "expected"),
+    [
+        (800, 0.5, (400, 400)),
+        (7, 0.5, (3, 4)),
+        (2, 0.5, (1, 1)),
+        (10, 0.7, (7, 3)),
+        (10, 0.01, (1, 9)),
+        (10, 0.99, (9, 1)),
+    ],
+)
+def test_a_length_is_split(seq_len, fraction, expected):
+    assert split_length(seq_len, fraction) == expected
+
+
+@given(st.integers(2, 10_000), st.floats(0.001, 0.999))
+def test_a_split_loses_nothing_and_leaves_no_half_empty(seq_len, fraction):
+    prompt_len, completion_len = split_length(seq_len, fraction)
+    assert prompt_len + completion_len == seq_len
+    assert min(prompt_len, completion_len) >= 1
+    assert abs(prompt_len - seq_len * fraction) <= 1
+
+
+def test_prompt_and_completion_lengths_are_taken_in_pairs():
+    spec = {**GRID, "prompt_lens": [8, 4], "completion_lens": 6}
+    del spec["seq_lens"]
+    assert [(c.prompt_len, c.completion_len) for c in Sweep.from_spec(spec).cases] == [(4, 6), (8, 6)]
+    spec["completion_lens"] = [6, 7]
+    assert [(c.prompt_len, c.completion_len) for c in Sweep.from_spec(spec).cases] == [(4, 7), (8, 6)]
+
+
+def test_singular_keys_and_single_values():
+    spec = {"method": "hydra", "model": "tiny", "seq_len": 8, "batch_size": 1}
+    assert Sweep.from_spec(spec) == Sweep.from_spec(GRID)
+
+
+def test_a_repeated_case_stands_once():
+    assert len(Sweep.from_spec({**GRID, "seq_lens": [8, 8], "batch_sizes": [1, 1]}).cases) == 1
+
+
+def test_explicit_cases_come_after_the_grid_and_inherit_what_is_shared():
+    table = {"method": "lora", "model": "gpt2", "seq_len": 4, "batch_size": 2, "options": {"kl_coef": 1}}
+    spec = {"dtype": "bfloat16", "options": {"gamma": 0.5, "kl_coef": 0.5}, "cases": [table]}
+    (case,) = Sweep.from_spec(spec).cases
+    assert (case.method, case.model, case.dtype, case.seq_len) == ("lora", "gpt2", "bfloat16", 4)
+    assert (case.options.gamma, case.options.kl_coef) == (0.5, 1.0)
+    assert [c.method for c in Sweep.from_spec({**spec, **GRID}).cases] == ["hydra", "lora"]
+
+
+def test_every_problem_is_told_at_once_with_the_nearest_names():
+    found = "\n".join(
+        problems(
+            {
+                "methods": ["hydr", "full"],
+                "models": ["tiny"],
+                "seq_lens": [0, 8, "x"],
+                "batch_sizes": [-1],
+                "devcie": "cpu",
+                "device": "gpu",
+                "dtype": "float23",
+                "lora_rank": 0,
+                "options": {"gama": 1.0},
+            }
+        )
+    )
+    for text in (
+        "method 'hydr' is unknown: did you mean 'hydra'",
+        "seq_lens has 0: it must be a whole number of at least 2.",
+        "seq_lens has 'x': it must be a whole number of at least 2.",
+        "batch_sizes has -1: it must be a whole number of at least 1.",
+        "sweep key 'devcie' is unknown: did you mean 'device'",
+        "device 'gpu' is unknown",
+        "dtype 'float23' is unknown: did you mean 'float32'",
+        "lora_rank is 0: it must be a whole number of at least 1.",
+        "option 'gama' is unknown: did you mean 'gamma'",
+    ):
+        assert text in found
+    assert len(found.splitlines()) == len(set(found.splitlines()))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"methods": []}, "methods is empty: it must have at least one value."),
+        ({"methods": [3]}, "methods has 3: it must be a name."),
+        ({"models": [""]}, "models has '': it must be a name."),
+        ({"batch_sizes": [True]}, "batch_sizes has True: it must be a whole number of at least 1."),
+        ({"batch_sizes": [1.5]}, "batch_sizes has 1.5: it must be a whole number of at least 1."),
+        ({"seq_lens": [1]}, "seq_lens has 1: it must be a whole number of at least 2."),
+        ({"prompt_lens": [4]}, "seq_lens stands beside prompt_lens or completion_lens: give one or the other."),
+        ({"prompt_fraction": 1}, "prompt_fraction is 1: it must be a number between 0 and 1."),
+        ({"prompt_fraction": "half"}, "prompt_fraction is 'half': it must be a number between 0 and 1."),
+        ({"options": 3}, "options is 3: it must be a table."),
+        ({"options": {"lora_targets": 3}}, "options.lora_targets is 3: it must be a text."),
+        ({"options": {"gradient_checkpointing": 1}}, "options.gradient_checkpointing is 1: it must be true or false."),
+        ({"options": {"gamma": "x"}}, "options.gamma is 'x': it must be a number from 0 to 1."),
+        ({"options": {"num_mini_batches": 3}, "batch_sizes": [2]}, "it must divide batch_size 2."),
+        ({"cases": 3}, "cases must be tables: write each below a line [[cases]]."),
+        ({"cases": [{"method": "hydra"}]}, "cases[1] lacks model, batch_size, prompt_len and completion_len."),
+        ({"cases": [{"metod": "hydra"}]}, "cases[1]: sweep key 'metod' is unknown: did you mean 'methods'"),
+    ],
+)
+def test_a_wrong_spec_is_told_in_a_sentence(change, says):
+    assert any(says in problem for problem in problems({**GRID, **change}))
+
+
+def settings_of(cases):
+    return [(setting_of(dataclasses.asdict(case.options)), case.method, case.batch_size) for case in cases]
+
+
+def test_every_case_stands_under_every_setting_and_loads_back(tmp_path):
+    spec = {**GRID, "methods": ["lora", "hydra"], "batch_sizes": [1, 2], "settings": ["paper", "modern", "paper"]}
+    sweep = Sweep.from_spec(spec)
+    assert settings_of(sweep.cases) == [
+        (setting, method, batch_size)
+        for batch_size in (1, 2)
+        for method in ("lora", "hydra")
+        for setting in ("paper", "modern")
+    ]
+    assert {(case.dtype, case.lora_rank) for case in sweep.cases} == {("float32", 16), ("bfloat16", 128)}
+    (tmp_path / "sweep.toml").write_text(sweep.to_toml())
+    assert Sweep.from_file(tmp_path / "sweep.toml") == sweep
+
+
+def test_what_a_spec_says_itself_wins_over_its_settings():
+    table = {"method": "full", "model": "tiny", "seq_len": 4, "batch_size": 1, "lora_rank": 3}
+    spec = {**GRID, "setting": "paper", "dtype": "float32", "options": {"warmup_steps": 7}, "cases": [table]}
+    one, two = Sweep.from_spec(spec).cases
+    for case in (one, two):
+        assert (case.dtype, case.options.attention, case.options.warmup_steps) == ("float32", "eager", 7)
+    assert (one.lora_rank, two.lora_rank) == (128, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"settings": ["papr", "modern"]}, "setting 'papr' is unknown: did you mean 'paper'? Valid: modern, paper."),
+        ({"settings": []}, "settings is empty: it must have at least one value."),
+        ({"settings": 3}, "settings has 3: it must be a name."),
+        ({"setings": ["paper"]}, "sweep key 'setings' is unknown: did you mean 'settings'"),
+    ],
+)
+def test_a_wrong_setting_is_told_once_with_everything_else(change, says):
+    found = problems({**GRID, **change, "dtype": "float23"})
+    assert sum(says in problem for problem in found) == 1
+    assert sum("float23" in problem for problem in found) == 1
+
+
+def test_pairs_of_different_lengths():
+    spec = {"methods": "hydra", "prompt_lens": [1, 2, 3], "completion_lens": [1, 2]}
+    assert "3 values and completion_lens 2" in problems(spec)[0]
+
+
+def option_strategies():
+    return {
+        "lora_scaling": st.floats(-10, 10),
+        "adapter_dtype": st.sampled_from([None, "float32", "bfloat16"]),
+        "critic_head": st.sampled_from(["trained", "frozen"]),
+        "gradient_checkpointing": st.booleans(),
+        "logprob_chunk": st.integers(0, 512),
+        "actor_lr": st.floats(0, 1),
+        "reward_clip": st.none() | st.floats(0.1, 5),
+        "stop_token": st.none() | st.integers(0, 100),
+        "prompts": st.none() | st.text("abc'\"\\\n /é", min_size=1),
+    }
+
+
+CASES = st.builds(
+    Case,
+    method=st.sampled_from(sorted(METHODS)),
+    model=st.sampled_from(["tiny", "./a folder", 'odd"name']),
+    prompt_len=st.integers(1, 99),
+    completion_len=st.integers(1, 99),
+    batch_size=st.integers(1, 9),
+    device=st.sampled_from(["cpu", "cuda:1"]),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+    lora_rank=st.integers(1, 64),
+    seed=st.integers(0, 9),
+    options=st.builds(Options, **option_strategies()),
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(CASES, min_size=1, max_size=5, unique_by=lambda case: case.id))
+def test_a_resolved_sweep_loads_back_to_the_identical_cases(cases):
+    sweep = Sweep(cases=tuple(cases))
+    again = Sweep.from_spec(tomllib.loads(sweep.to_toml()))
+    assert again == sweep
+    assert [case.id for case in again.cases] == [case.id for case in cases]
+
+
+def test_a_sweep_file(tmp_path):
+    path = tmp_path / "sweep.toml"
+    path.write_text(
+        'methods = ["hydra", "lora"]\nmodel = "tiny"\nseq_lens = [8]\nbatch_sizes = [1]\n'
+        '[options]\nreward_clip = "none"\nkl_coef = 1\n'
+        '[[cases]]\nmethod = "full"\nmodel = "tiny"\nseq_len = 4\nbatch_size = 1\n'
+    )
+    cases = Sweep.from_file(path).cases
+    assert [case.method for case in cases] == ["hydra", "lora", "full"]
+    assert all(case.options.reward_clip is None and repr(case.options.kl_coef) == "1.0" for case in cases)
+
+
+def test_a_sweep_file_that_is_absent_or_no_toml(tmp_path):
+    with pytest.raises(SweepError, match="cannot be read: No such file"):
+        read_spec(tmp_path / "absent.toml")
+    (tmp_path / "sweep.toml").write_text("methods = [")
+    with pytest.raises(SweepError, match="is not TOML"):
+        read_spec(tmp_path / "sweep.toml")
+
+
+def test_flags_replace_what_a_file_says():
+    spec = {**GRID, "prompt_lens": [4], "completion_lens": [4], "options": {"gamma": 0.5, "lam": 0.5}}
+    merged = override(spec, {"seq_lens": [16], "device": "cuda", "options": {"lam": 0.9}})
+    assert merged["seq_lens"] == [16]
+    assert "prompt_lens" not in merged
+    assert merged["options"] == {"gamma": 0.5, "lam": 0.9}
+    assert merged["device"] == "cuda"
+
+
+def test_flags_replace_what_listed_cases_say_but_give_them_no_grid():
+    spec = Sweep.from_spec({**GRID, "methods": ["hydra", "lora"]}).to_spec()
+    merged = Sweep.from_spec(override(spec, {"device": "cuda", "options": {"gamma": 0.5}}))
+    assert {(case.device, case.options.gamma) for case in merged.cases} == {("cuda", 0.5)}
+    assert len(merged.cases) == 2
+    with pytest.raises(SweepError, match="methods cannot be given for a sweep file that lists its"):
+        override(spec, {"methods": ["full"]})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("gamma=1", ("gamma", 1.0)),
+        ("logprob_chunk=64", ("logprob_chunk", 64)),
+        ("logprob_chunk=6.5", ("logprob_chunk", "6.5")),
+        ("gradient_checkpointing=True", ("gradient_checkpointing", True)),
+        ("reward_clip=none", ("reward_clip", None)),
+        ("stop_token=5", ("stop_token", 5)),
+        ("lora_targets=q_proj,v_proj", ("lora_targets", "q_proj,v_proj")),
+        ("lora_targets=none", ("lora_targets", "none")),
+        ("prompts=a=b", ("prompts", "a=b")),
+    ],
+)
+def test_an_option_of_the_command_line_has_the_type_of_its_field(text, expected):
+    name, value = parse_option(text)
+    assert (name, value) == expected
+    assert type(value) is type(expected[1])
+
+
+def test_options_that_are_none():
+    with pytest.raises(SweepError, match="write it as KEY=VALUE"):
+        parse_option("gamma")
+    with pytest.raises(SweepError, match="did you mean 'gamma'"):
+        parse_option("gama=1")
+
+
+def test_what_differs_between_two_sweeps():
+    asked = Sweep.from_spec({**GRID, "batch_sizes": [1, 8]}).cases
+    there = Sweep.from_spec({**GRID, "options": {"gamma": 0.5}}).cases
+    assert differences(asked, there) == "batch_size 1, 8 instead of 1; options.gamma 1.0 instead of 0.5"
+    pair = [dataclasses.replace(asked[0], lora_rank=rank, batch_size=size) for rank, size in ((1, 1), (2, 2))]
+    other = [dataclasses.replace(asked[0], lora_rank=rank, batch_size=size) for rank, size in ((1, 2), (2, 1))]
+    assert differences(pair, other) == "other combinations of the same values"
+
+
+def test_micro_batches_are_given_for_all_batch_sizes_that_they_divide():
+    spec = {"methods": "hydra", "models": "tiny", "seq_lens": [8], "batch_sizes": [4, 8]}
+    options = {"micro_batch_size": 2, "num_mini_batches": 2}
+    assert [case.micro_batch_size for case in Sweep.from_spec({**spec, "options": options}).cases] == [2, 2]
+    with pytest.raises(SweepError, match=r"options.micro_batch_size is 3: it must divide the mini-batch of 4"):
+        Sweep.from_spec({**spec, "options": {"micro_batch_size": 3}})

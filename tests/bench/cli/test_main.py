@@ -1,0 +1,396 @@
+import functools
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rlhfbench
+import rlhfbench.runs.drawing
+from rlhfbench.cases.sizes import parse_size
+from rlhfbench.cli.main import main as cli
+from rlhfbench.errors import ForkServerError, RecordsError, SweepError
+from rlhfbench.records.file import read_records
+from rlhfbench.records.frame import records_frame
+from rlhfbench.runs import runner
+from rlhfkernels.methods.table import METHODS
+from rlhfkernels.models.presets import PRESETS
+
+HERE = Path(__file__).parents[1]
+SMALL = ("--methods", "hydra", "--seq-lens", "8", "--batch-sizes", "1")
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Has ``run`` run fake cases, and draw a table of one word."""
+    whole = functools.partial(runner.run_sweep, target="fake_case:run_case", preload=())
+    monkeypatch.setattr(runner, "run_sweep", whole)
+    monkeypatch.setattr(rlhfbench.runs.drawing, "draw_run", lambda run_dir, **_: f"table of {run_dir}")
+
+
+@pytest.fixture
+def call(capsys, monkeypatch):
+    """Calls the command; gives (exit code, standard output, standard error)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["rlhfbench", *arguments])
+        code = cli.invoke(list(arguments))
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def kind(name):
+    return ("--option", f"prompt_field={name}")
+
+
+@pytest.mark.usefixtures("fake")
+def test_run_prints_the_table_and_where_the_run_is(call, tmp_path):
+    code, out, err = call("run", *SMALL, *kind("ok"), "--out", "here")
+    assert (code, out) == (0, "table of here\n")
+    assert err.splitlines()[-1] == "The run is in here."
+    (record,) = read_records("here")
+    assert record["outcome"] == "ok"
+    environment = json.loads((tmp_path / "here" / "environment.json").read_text())
+    assert environment["argv"] == ["rlhfbench", "run", *SMALL, *kind("ok"), "--out", "here"]
+
+
+@pytest.mark.usefixtures("fake")
+def test_every_flag_reaches_the_case_and_the_settings(call, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"q": "hello"}\n')
+    code, out, _ = call(
+        "run", "--model", "gpt2", "--methods", "lora", "--seq-lens", "10", "--batch-sizes", "4", "--prompts", "p.jsonl",
+        "--prompt-field", "q", "--prompt-fraction", "0.2", "--device", "cpu", "--dtype", "bfloat16", "--lora-rank", "4",
+        "--seed", "3", "--option", "gamma=0.5", "--option", "num_mini_batches=2", "--time-budget-s", "1.5",
+        "--case-timeout-s", "9", "--memory-limit", "1GiB", "--threads", "1", "--profile", "--with-plan", "--json",
+    )  # fmt: skip
+    assert code == 3  # the fake has no behaviour called q
+    (record,) = json.loads(out)
+    case, options = record["case"], record["case"]["options"]
+    assert (case["model"], case["method"], case["prompt_len"], case["completion_len"]) == ("gpt2", "lora", 2, 8)
+    assert (case["batch_size"], case["dtype"], case["lora_rank"], case["seed"]) == (4, "bfloat16", 4, 3)
+    assert (options["prompts"], options["prompt_field"]) == ("p.jsonl", "q")
+    assert (options["gamma"], options["num_mini_batches"]) == (0.5, 2)
+    (folder,) = tmp_path.glob("rlhfbench-run-*Z")
+    settings = json.loads((folder / "environment.json").read_text())["settings"]
+    assert settings["time_budget_s"] == 1.5
+    assert settings["case_timeout_s"] == 9
+    assert settings["memory_limit_bytes"] == 2**30
+    assert settings["num_threads"] == 1
+    assert settings["profile"] is True
+    assert settings["with_plan"] is True
+    assert record["plan"]["total_bytes"] == 7
+
+
+@pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--device", "cuda"), "it is a processor's, so device must be 'cpu'."),
+        (("--dtype", "bfloat16"), "it has no bfloat16, so dtype must be float32."),
+        ((), "its C cannot be compiled here (CC is '/nonexistent', which is no command)."),
+    ],
+    ids=["on a GPU", "in bfloat16", "without a compiler"],
+)
+def test_kernels_that_cannot_be_had_are_told_before_anything_is_measured(call, monkeypatch, tmp_path, flags, sentence):
+    monkeypatch.setenv("CC", "/nonexistent")
+    code, out, err = call("run", *SMALL, *kind("ok"), *flags, "--option", "kernels=native", "--out", "here")
+    assert (code, out, err) == (2, "", f"options.kernels is 'native': {sentence}\n")
+    assert not (tmp_path / "here").exists()
+
+
+@pytest.mark.usefixtures("fake")
+def test_flags_win_over_a_sweep_file(call, tmp_path):
+    (tmp_path / "s.toml").write_text(
+        'methods = ["hydra", "lora"]\nseq_lens = [8]\nbatch_sizes = [1]\noptions.prompt_field = "ok"\n'
+    )
+    assert call("run", "--sweep", "s.toml", "--methods", "full", "--dtype", "bfloat16", "--out", "a")[0] == 0
+    (record,) = read_records("a")
+    assert (record["case"]["method"], record["case"]["dtype"]) == ("full", "bfloat16")
+
+
+@pytest.mark.usefixtures("fake")
+def test_both_settings_run_side_by_side_and_are_resumed(call, tmp_path):
+    arguments = ("run", *SMALL, *kind("ok"), "--setting", "paper,modern", "--lora-rank", "4", "--out", "a")
+    assert call(*arguments)[0] == 0
+    records = read_records("a")
+    assert records_frame(records)[["setting", "dtype", "lora_rank"]].to_numpy().tolist() == [
+        ["paper", "bfloat16", 4],
+        ["modern", "float32", 4],
+    ]
+    assert call("run", "--resume", "--out", "a")[0] == 0
+    assert call(*arguments, "--resume")[0] == 0
+    assert read_records("a") == records
+    # A sweep file can name them too, and a flag beside it wins.
+    (tmp_path / "s.toml").write_text('settings = ["paper", "modern"]\nlora_rank = 2\n')
+    assert call("run", "--sweep", "s.toml", *SMALL, *kind("ok"), "--out", "b")[0] == 0
+    assert records_frame(read_records("b"))["setting"].tolist() == ["paper", "modern"]
+    assert call("run", "--sweep", "s.toml", "--setting", "paper", *SMALL, *kind("ok"), "--out", "c")[0] == 0
+    (record,) = read_records("c")
+    assert (records_frame([record]).loc[0, "setting"], record["case"]["lora_rank"]) == ("paper", 128)
+
+
+@pytest.mark.usefixtures("fake")
+def test_nothing_measured_is_exit_code_3(call):
+    code, out, err = call("run", *SMALL, *kind("segfault"), "--out", "here")
+    assert code == 3
+    assert out == "table of here\n"
+    assert "Nothing could be measured: no case is ok." in err
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_run_is_resumed_by_the_same_command_or_by_its_folder_alone(call):
+    arguments = ("run", *SMALL, *kind("ok"), "--out", "here")
+    assert call(*arguments)[0] == 0
+    assert call(*arguments, "--resume")[0] == 0
+    assert call("run", "--resume", "--out", "here")[0] == 0
+    assert len(read_records("here")) == 1
+    code, _, err = call(*arguments, "--lora-rank", "2", "--resume")
+    assert (code, err) == (2, "out 'here' holds a run of a different sweep: lora_rank 2 instead of 16.\n")
+
+
+@pytest.mark.usefixtures("fake")
+def test_an_interrupt_says_how_to_go_on(call, monkeypatch):
+    def interrupted(*arguments, **keywords):
+        keywords["progress"] = None
+        return runner.RunResult(run_dir=Path("a folder"), records=[{}, {}], interrupted=True)
+
+    monkeypatch.setattr(runner, "run_sweep", interrupted)
+    code, out, err = call("run", *SMALL)
+    assert (code, out) == (130, "")
+    assert err.splitlines() == [
+        "Interrupted: 2 cases are recorded in a folder.",
+        "To go on: rlhfbench run --methods hydra --seq-lens 8 --batch-sizes 1 --out 'a folder' --resume",
+    ]
+
+
+def test_a_full_disk_says_how_to_go_on(call, monkeypatch):
+    def full(*arguments, **keywords):
+        raise RecordsError("records file 'x' cannot be written: No space left on device.")
+
+    monkeypatch.setattr(runner, "run_sweep", full)
+    code, _, err = call("run", *SMALL, "--out=x")
+    assert code == 2
+    assert err.splitlines()[0] == "records file 'x' cannot be written: No space left on device."
+    assert err.splitlines()[1].endswith("--out=x --resume")
+
+
+def test_a_server_that_does_not_start_is_exit_code_3(call, monkeypatch):
+    def broken(*arguments, **keywords):
+        raise ForkServerError("the fork server did not start: ImportError")
+
+    monkeypatch.setattr(runner, "run_sweep", broken)
+    assert call("run", *SMALL) == (3, "", "the fork server did not start: ImportError\n")
+
+
+WRONG = [
+    (("run", "--methods", "hydr"), "method 'hydr' is unknown: did you mean 'hydra'"),
+    (("run", "--methods", "hydra,,lora"), "methods has '': it must be a name."),
+    (("run", "--model", "tinny"), "model 'tinny' is unknown: did you mean 'tiny'?"),
+    (("run", "--model", "./absent"), "model './absent' does not exist: there is no such folder or file."),
+    (("run", "--model", "."), "model '.' is a folder that holds no model: it has no config.json."),
+    (("run", "--device", "gpu"), "device 'gpu' is unknown"),
+    (("run", "--dtype", "float23"), "dtype 'float23' is unknown: did you mean 'float32' or"),
+    (("run", "--seq-lens", "0"), "seq_lens has 0: it must be a whole number of at least 2."),
+    (("run", "--seq-lens", "-8"), "seq_lens has -8: it must be a whole number of at least 2."),
+    (("run", "--seq-lens", "8,x"), "--seq-lens has 'x': it must be whole numbers, joined by commas."),
+    (("run", "--batch-sizes", ""), "--batch-sizes has '': it must be whole numbers, joined by commas."),
+    (("run", "--batch-sizes", "0"), "batch_sizes has 0: it must be a whole number of at least 1."),
+    (
+        ("run", "--seq-lens", "9999"),
+        "a length of 9999 (4999 + 5000) is too long for model 'tiny': it has 4096 positions.",
+    ),
+    (("run", "--lora-rank", "0"), "lora_rank is 0: it must be a whole number of at least 1."),
+    (("run", "--lora-rank", "x"), "--lora-rank is 'x': it must be a whole number."),
+    (("run", "--time-budget-s", "x"), "--time-budget-s is 'x': it must be a number."),
+    (("run", "--time-budget-s", "nan"), "time_budget_s is nan: it must be above 0."),
+    (("run", "--seed", "-1"), "seed is -1: it must be a whole number of at least 0."),
+    (("run", "--prompt-fraction", "2"), "prompt_fraction is 2.0: it must be a number between 0 and 1."),
+    (("run", "--prompts", "absent.jsonl"), "prompts 'absent.jsonl' cannot be read: No such file or directory."),
+    (("run", "--prompts", "bad.jsonl"), "prompts 'bad.jsonl', line 2: it is not JSON."),
+    (("run", "--prompts", "empty.jsonl"), "prompts 'empty.jsonl' is empty"),
+    (
+        ("run", "--prompts", "good.jsonl", "--prompt-field", "q"),
+        "line 1: there is no field 'q'; its fields are 'prompt'.",
+    ),
+    (("run", "--option", "gama=1"), "option 'gama' is unknown: did you mean 'gamma'"),
+    (("run", "--option", "gamma"), "option 'gamma' has no value: write it as KEY=VALUE."),
+    (("run", "--option", "gamma=2"), "options.gamma is 2.0: it must be a number from 0 to 1."),
+    (("run", "--sweep", "absent.toml"), "sweep file 'absent.toml' cannot be read: No such file or directory."),
+    (("run", "--sweep", "typo.toml"), "sweep key 'metods' is unknown: did you mean 'methods'"),
+    (("run", "--time-budget-s", "0"), "time_budget_s is 0.0: it must be above 0."),
+    (("run", "--memory-limit", "much"), "--memory-limit is 'much': it must be a size like 4GiB"),
+    (("run", "--resume"), "--resume needs --out"),
+    (("run", "--out", "full"), "out 'full' holds files that are no run: name an empty or a new folder."),
+    (("run", "--out", "good.jsonl/x"), "out 'good.jsonl/x' cannot be written: Not a directory."),
+    (("run", "--out", "old"), "out 'old' holds another run: add --resume to go on with it, or name a new folder."),
+    (("run", "--sed", "1"), "No such option: --sed"),
+    (("rum",), "No such command 'rum'"),
+    (("report", "absent"), "records file 'absent' cannot be read: No such file or directory."),
+    (("report", "future"), "its schema is 99 and this rlhfbench reads up to 1: a newer one wrote it."),
+    (("report", "old"), "run 'old' holds no records yet: there is nothing to draw."),
+    (("report",), "Missing argument 'RUN'."),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"), WRONG, ids=lambda value: " ".join(value) if isinstance(value, tuple) else ""
+)
+def test_a_mistake_is_one_clear_sentence_and_exit_code_2(call, tmp_path, arguments, says):
+    (tmp_path / "good.jsonl").write_text('{"prompt": "hello"}\n')
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "hello"}\n{\n')
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "typo.toml").write_text('metods = ["hydra"]\n')
+    for folder, name, text in (
+        ("full", "thesis.tex", ""),
+        ("future", "records.jsonl", '{"schema": 99}\n'),
+        ("old", "records.jsonl", ""),
+    ):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text(text)
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = call(*arguments)
+    assert (code, out) == (2, "")
+    assert says in err
+    assert len(err.splitlines()) == 1
+    assert err.endswith((".\n", "?\n"))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_cuda_where_there_is_none(call, monkeypatch):
+    from rlhfbench.cases import preflight
+
+    monkeypatch.setattr(preflight, "num_cuda_devices", lambda: 0)
+    assert call("run", "--device", "cuda") == (2, "", "device 'cuda': this machine has no CUDA device.\n")
+
+
+def test_ctrl_c_and_sigterm_leave_a_run_that_can_be_resumed(tmp_path):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        out = tmp_path / number.name
+        command = [sys.executable, HERE / "fake_case.py", "", "run", *SMALL, *kind("hang"), "--out", out]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as harness:
+            assert any(line.startswith("hanging") for line in harness.stdout)
+            harness.send_signal(number)
+            _, err = harness.communicate(timeout=60)
+        assert harness.returncode == 130
+        assert "Traceback" not in err
+        assert err.splitlines()[-1].startswith("To go on: rlhfbench run ")
+        assert read_records(out) == []
+
+
+def test_report_draws_from_the_records(call, tmp_path):
+    record = json.dumps({"schema": 1, "case": {"id": "a"}, "outcome": "ok"})
+    (tmp_path / "records.jsonl").write_text(record + "\n")
+    drawn = []
+
+    def draw(run_dir, *, every_timeline):
+        drawn.append((run_dir, every_timeline))
+        return "the table"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rlhfbench.runs.drawing, "draw_run", draw)
+        assert call("report", str(tmp_path)) == (0, "the table\n", "")
+    assert drawn == [(tmp_path, True)]
+
+
+def test_a_report_that_cannot_be_written(call, tmp_path, monkeypatch):
+    (tmp_path / "records.jsonl").write_text('{"schema": 1, "case": {"id": "a"}, "outcome": "ok"}\n')
+
+    def draw(run_dir, **_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(rlhfbench.runs.drawing, "draw_run", draw)
+    code, _, err = call("report", ".")
+    assert (code, err) == (2, "run '.' cannot be drawn: No space left on device.\n")
+
+
+def test_methods(call):
+    code, out, _ = call("methods")
+    assert code == 0
+    assert "hydra (Hydra-PPO): bases loaded: 1, LoRA sets: 2" in out
+    rows = {row["name"]: row for row in json.loads(call("methods", "--json")[1])}
+    assert set(rows) == set(METHODS)
+    assert (rows["lora"]["num_bases"], rows["lora"]["num_adapter_sets"]) == (4, 2)
+    assert rows["hydra"]["roles"]["critic"] == {
+        "base": "hydra",
+        "adapter": "critic",
+        "head": "value",
+        "trains": ["adapter", "head"],
+    }
+    assert [phase["kind"] for phase in rows["hydra"]["phases"]][:2] == ["inference", "inference"]
+
+
+def test_models(call):
+    code, out, _ = call("models")
+    assert code == 0
+    assert all(name in out for name in PRESETS)
+    rows = json.loads(call("models", "--json")[1])
+    assert [row["name"] for row in rows] == list(PRESETS)
+
+
+def test_version_and_help(call):
+    assert call("--version")[:2] == (0, f"rlhfbench {rlhfbench.__version__}\n")
+    code, out, _ = call("run", "--help")
+    assert code == 0
+    assert "--seq-lens" in out
+
+
+@pytest.mark.parametrize("verb", [(), ("run",), ("report",), ("methods",), ("models",)])
+def test_help_imports_nothing_heavy(verb):
+    code = (
+        "import sys\nfrom rlhfbench.cli.main import main as cli\n"
+        f"cli.invoke([*{verb!r}, '--help'])\n"
+        "heavy = {'torch', 'transformers', 'pandas', 'numpy', 'matplotlib', 'psutil', 'rich.progress'}\n"
+        "sys.exit(bool(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("4GiB", 4 * 2**30),
+        ("1.5 KiB", 1536),
+        ("500MB", 500_000_000),
+        ("2k", 2000),
+        ("123", 123),
+        ("7B", 7),
+        ("1tib", 2**40),
+    ],
+)
+def test_sizes(text, expected):
+    assert parse_size("--memory-limit", text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "4 Gib ibs", "4XB", "nan"])
+def test_no_sizes(text):
+    with pytest.raises(SweepError, match="must be a size like 4GiB"):
+        parse_size("--memory-limit", text)
+
+
+def test_the_public_face_is_what_it_says():
+    assert sorted(rlhfbench.__all__) == [
+        "ForkServerError",
+        "RecordsError",
+        "RlhfBenchError",
+        "RunFolderError",
+        "RunSettings",
+        "Sweep",
+        "SweepError",
+        "__version__",
+        "read_records",
+        "run_sweep",
+    ]
+    assert all(getattr(rlhfbench, name) is not None for name in rlhfbench.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'absent'"):
+        rlhfbench.absent  # noqa: B018

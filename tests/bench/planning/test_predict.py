@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+
+from rlhfbench.errors import SweepError
+from rlhfbench.measure.ledger import Ledger
+from rlhfbench.measure.measurements import memory_object, watched_step
+from rlhfbench.planning.devices import find_accelerator
+from rlhfbench.planning.predict import Plan, plan_case
+from rlhfbench.planning.predict import _divided as divided
+from rlhfbench.planning.zero import Zero
+from rlhfkernels import METHODS, Case, Options, build_step
+from rlhfkernels.config.settings import SETTINGS
+from rlhfkernels.observer import PARTS
+
+ARCHITECTURES = ["llama", "opt", "gpt_neox", "gpt2", "qwen2"]
+NAMES = ("model_bytes", "activation_bytes", "total_bytes")
+
+
+def measured(case: Case) -> dict[str, object]:
+    step = build_step(case)
+    ledger = Ledger("cpu")
+    watched_step(step, ledger, ledger)
+    return memory_object(ledger, {})
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_plan_is_what_the_ledger_measures(
+    make_case: Callable[..., Case], method: str, architecture: str, checkpointing: bool
+) -> None:
+    for length, batch_size in ((12, 2), (24, 4)):
+        case = make_case(
+            method,
+            f"wide-{architecture}",
+            dtype="float32",
+            prompt_len=length,
+            completion_len=length,
+            batch_size=batch_size,
+            gradient_checkpointing=checkpointing,
+        )
+        plan, memory = plan_case(case).memory, measured(case)
+        for name in NAMES:
+            assert plan[name] == memory[name], (name, length, batch_size)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "dynamic-lora"])
+def test_the_plan_of_a_reward_model_of_another_size_is_what_the_ledger_measures(
+    make_case: Callable[..., Case], checkpoint: Callable[[str], str], method: str
+) -> None:
+    size = {"architecture": "wide-llama", "dtype": "float32", "prompt_len": 20}
+    case = make_case(method, reward_model=checkpoint("small-reward"), **size)
+    plan, memory = plan_case(case).memory, measured(case)
+    for name in NAMES:
+        assert plan[name] == memory[name], name
+    assert plan["total_bytes"] < plan_case(make_case(method, **size)).memory["total_bytes"]
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "mistral"])
+def test_what_generation_is_planned_to_take_is_what_the_ledger_measures(
+    make_case: Callable[..., Case], architecture: str, batch_size: int, kernels: str
+) -> None:
+    """In the steps' own form: ``auto`` is the one in C where it can be compiled."""
+    size = {"prompt_len": 4, "completion_len": 12, "batch_size": batch_size}
+    case = make_case("hydra", architecture, dtype="float32", kernels=kernels, **size)
+    assert plan_case(case).memory["phases"]["generate"] == measured(case)["phases"]["generate"]
+
+
+@pytest.mark.parametrize(("engine", "dtype"), [("fast", "float64"), ("fast", "float32"), ("plain", "float64")])
+@pytest.mark.parametrize("kv_cache", ["preallocated", "growing"])
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+def test_a_long_completion_takes_what_stepping_through_takes_to_the_byte(
+    make_case: Callable[..., Case],
+    monkeypatch: pytest.MonkeyPatch,
+    architecture: str,
+    kv_cache: str,
+    engine: str,
+    dtype: str,
+) -> None:
+    # A completion far longer than the prompt, and a tiny chunk, so that generation's own peak is in sight.
+    size = {"prompt_len": 4, "completion_len": 40}
+    case = make_case("hydra", architecture, **size, engine=engine, kv_cache=kv_cache, dtype=dtype)
+    skipping = plan_case(case).memory["phases"]["generate"]
+    monkeypatch.setattr("rlhfkernels.engine.trunk.CacheSkips.can_skip", property(lambda self: False))
+    assert plan_case(case).memory["phases"]["generate"] == skipping
+
+
+def test_8_bit_states_are_planned_without_their_library(make_case: Callable[..., Case]) -> None:
+    full = {"architecture": "wide-llama", "dtype": "float32"}
+    wide, low = (plan_case(make_case("full", optimizer=name, **full)) for name in ("adamw", "adamw8bit"))
+    states = [plan.memory["phases"]["optimize"]["parts"]["optimizer"] for plan in (wide, low)]
+    # A byte for every four, and 4 for every block of 256; what is below 4096 elements stays wide.
+    assert states[1] == pytest.approx(states[0] / 4 * (1 + 4 / 256), rel=0.03)
+
+
+def test_kernels_of_a_device_that_is_not_here_change_no_plan(make_case: Callable[..., Case]) -> None:
+    plans = [plan_case(make_case(device="cuda", dtype="float32", kernels=name)) for name in ("torch", "triton")]
+    assert plans[0].memory == plans[1].memory
+    assert plans[1].case.options.kernels == "triton"
+
+
+def test_skipping_skips(make_case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+    from rlhfkernels.engine.trunk import CacheSkips
+
+    skip = CacheSkips.skip_to
+    monkeypatch.setattr(CacheSkips, "skip_to", lambda self, length: (lengths.append(length), skip(self, length))[1])
+    plan_case(make_case("hydra", prompt_len=4, completion_len=40))
+    assert lengths == [42]
+
+
+# Hydra-RLHF, Table 1: Llama-7B, 400 + 400 tokens, LoRA rank 128, ZeRO-1 over 8 GPUs; GiB of model memory.
+@pytest.mark.parametrize(("method", "gib"), [("joined-hydra", 14.3), ("hydra", 15.9), ("lora", 53.2)])
+def test_the_papers_model_memory_comes_out_of_the_paper_setting(method: str, gib: float) -> None:
+    fields = {key: value for key, value in SETTINGS["paper"].items() if key != "options"}
+    # The model column does not depend on the length: a short one is planned sooner.
+    case = Case(
+        method=method,
+        model="llama-7b",
+        prompt_len=4,
+        completion_len=4,
+        batch_size=1,
+        device="cuda",
+        options=Options(**SETTINGS["paper"]["options"]),
+        **fields,
+    )
+    plan = plan_case(case, Zero(stage=1, world_size=8))
+    assert plan.largest_model_bytes / 2**30 == pytest.approx(gib, rel=0.01)
+
+
+def test_storages_on_a_gpu_are_counted_in_its_allocators_blocks(make_case: Callable[..., Case]) -> None:
+    case = make_case("hydra")
+    on_gpu = plan_case(dataclasses.replace(case, device="cuda")).memory
+    assert all(size % 512 == 0 for size in on_gpu["parts"].values())
+    assert on_gpu["total_bytes"] > plan_case(case).memory["total_bytes"]
+
+
+def test_the_peak_may_move_when_ranks_share() -> None:
+    heavy = {**dict.fromkeys(PARTS, 0), "optimizer": 100, "activations": 1}
+    light = {**dict.fromkeys(PARTS, 0), "optimizer": 10, "activations": 50}
+    memory = {"phases": {"optimize": {"parts": heavy}, "update_actor": {"parts": light}}, "views": {}}
+    none = dict.fromkeys(memory["phases"], 0)
+    whole, shared = divided(memory, Zero(), none), divided(memory, Zero(stage=1, world_size=10), none)
+    assert (whole["peak_phase"], whole["total_bytes"]) == ("optimize", 101)
+    assert (shared["peak_phase"], shared["total_bytes"]) == ("update_actor", 51)
+    assert shared["model_bytes"] + shared["activation_bytes"] + shared["rollout_bytes"] == 51
+    moved = divided(memory, Zero(), none | {"update_actor": 51})
+    assert (moved["peak_phase"], moved["total_bytes"]) == ("update_actor", 60)
+
+
+def of_tiny(method: str, **options: object) -> Plan:
+    case = Case(method=method, model="tiny", prompt_len=4, completion_len=44, batch_size=4, options=Options(**options))
+    return plan_case(case)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_speed_is_not_paid_in_memory(method: str) -> None:
+    fast = of_tiny(method)
+    assert fast.total_bytes <= of_tiny(method, engine="plain").total_bytes
+    # Logits never stand for more positions than a chunk has, whatever the batch and the length are.
+    assert fast.memory["largest_tensor"]["bytes"] == 128 * 8192 * 4
+
+
+def test_without_chunks_all_logits_stand_at_once() -> None:
+    assert of_tiny("joined-hydra", logprob_chunk=0).memory["largest_tensor"]["bytes"] == 4 * 44 * 8192 * 4
+
+
+def test_accelerators_by_name_and_by_size() -> None:
+    assert find_accelerator("A100-80GB").memory_bytes == 80 * 2**30
+    assert find_accelerator("24GiB").memory_bytes == 24 * 2**30
+    assert find_accelerator("80GB").memory_bytes == 80 * 10**9
+    assert 0 < find_accelerator("24GiB").reserve_bytes < 2 * 2**30
+    with pytest.raises(SweepError, match="gpu 'a1000-80gb' is unknown: did you mean 'a100-80gb'"):
+        find_accelerator("a1000-80gb")
+
+
+def test_the_floor_needs_rates(make_case: Callable[..., Case]) -> None:
+    plan = plan_case(make_case("hydra", dtype="bfloat16"))
+    floor = plan.floor_s_per_sample(find_accelerator("a100-80gb"))
+    assert floor is not None
+    assert floor > 0
+    assert plan.floor_s_per_sample(find_accelerator("24GiB")) is None

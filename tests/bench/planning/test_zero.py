@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+
+from rlhfbench.errors import SweepError
+from rlhfbench.planning.max_batch import BatchSearch
+from rlhfbench.planning.predict import plan_case, plan_object, zero
+from rlhfbench.planning.zero import Zero, cases_of_a_rank
+from rlhfkernels import Case, CaseError, Options, build_step
+from rlhfkernels.observer import PARTS
+
+
+@pytest.mark.parametrize(
+    ("stage", "divided_parts"),
+    [
+        (0, set()),
+        (1, {"optimizer"}),
+        (2, {"optimizer", "gradients"}),
+        (3, {"optimizer", "gradients", "base", "adapters", "heads"}),
+    ],
+)
+def test_each_zero_stage_divides_what_deepspeed_divides(stage: int, divided_parts: set[str]) -> None:
+    parts = Zero(stage=stage, world_size=4).divide(dict.fromkeys(PARTS, 101))
+    assert {part for part, size in parts.items() if size == 26} == divided_parts
+    assert {size for part, size in parts.items() if part not in divided_parts} == {101}
+
+
+def test_a_zero_that_is_none_is_said() -> None:
+    with pytest.raises(SweepError) as caught:
+        Zero(stage=4, world_size=0)
+    assert caught.value.problems == (
+        "zero-stage is 4: it must be 0, 1, 2 or 3.",
+        "world-size is 0: it must be a whole number of at least 1.",
+    )
+
+
+def test_stages_1_and_2_hold_a_whole_bucket_in_every_backward(make_case: Callable[..., Case]) -> None:
+    step = build_step(make_case("hydra", dtype="bfloat16"))
+    nothing = {"generate": 0, "score": 0, "update_actor": 0, "update_critic": 0, "optimize": 0}
+    assert Zero(world_size=8).buckets(step) == nothing
+    for stage in (1, 2):
+        assert Zero(stage=stage, world_size=8).buckets(step) == nothing | dict.fromkeys(
+            ("update_actor", "update_critic"), 1_000_000_000
+        )
+
+
+def test_stage_3_keeps_a_bucket_a_trained_model_and_gathers_what_runs(
+    make_case: Callable[..., Case], checkpoint: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = build_step(make_case("dynamic-lora", dtype="float32", reward_model=checkpoint("small-reward")))
+    policy, reward = (
+        sum(p.numel() for p in {id(p): p for p in params}.values())
+        for params in (
+            [*step.engine.models["policy"].trunk.parameters(), step.engine.models["policy"].lm_head.weight],
+            step.engine.models["reward"].trunk.parameters(),
+        )
+    )
+    kept = 2 * 500_000_000 * 4
+    buckets = Zero(stage=3, world_size=4).buckets(step)
+    assert {phase: size - kept for phase, size in buckets.items()} == {
+        "generate": 4 * policy,
+        "score": 4 * max(policy, reward),
+        "update_actor": 4 * policy,
+        "update_critic": 4 * reward,
+        "optimize": 0,
+    }
+    monkeypatch.setattr(zero, "_MAX_LIVE", reward + 1)
+    buckets = Zero(stage=3, world_size=4).buckets(step)
+    assert buckets["update_critic"] - kept == 4 * reward
+    assert buckets["update_actor"] - kept == pytest.approx(4 * (reward + 1), abs=8)
+
+
+def test_buckets_count_in_what_fits_and_in_no_part(make_case: Callable[..., Case]) -> None:
+    case = make_case("hydra", dtype="float32")
+    bare, shared = plan_case(case), plan_case(case, Zero(stage=1, world_size=2))
+    assert shared.bucket_bytes == 2_000_000_000
+    assert shared.memory["total_bytes"] == sum(shared.memory["parts"].values())
+    assert shared.total_bytes == shared.memory["total_bytes"] + shared.bucket_bytes
+    assert (bare.bucket_bytes, bare.total_bytes) == (0, bare.memory["total_bytes"])
+    told = plan_object(shared, None, None)["zero"]
+    assert {**told, "phases": set(told["phases"])} == {
+        "stage": 1,
+        "world_size": 2,
+        "global_batch_size": 8,
+        "bucket_bytes": 2_000_000_000,
+        "phases": {phase.name for phase in case.role_table.phases},
+    }
+    assert BatchSearch(1_900_000_000, Zero(stage=1, world_size=2)).largest(case) == 0
+    assert BatchSearch(2_100_000_000, Zero(stage=1, world_size=2)).largest(case) > 0
+
+
+def test_a_global_batch_is_divided_among_ranks() -> None:
+    cases = [
+        Case(method="hydra", model="tiny", prompt_len=4, completion_len=4, batch_size=size) for size in (4, 6, 8, 9)
+    ]
+    assert [case.batch_size for case in cases_of_a_rank([cases[0], cases[2]], 4)] == [1, 2]
+    with pytest.raises(SweepError) as caught:
+        cases_of_a_rank(cases, 4)
+    assert caught.value.problems == (
+        "batch_sizes has 6: with --global-batch it must be a multiple of world-size 4.",
+        "batch_sizes has 9: with --global-batch it must be a multiple of world-size 4.",
+    )
+    with pytest.raises(CaseError, match="num_mini_batches is 4: it must divide batch_size 2"):
+        cases_of_a_rank([dataclasses.replace(cases[2], options=Options(num_mini_batches=4))], 4)

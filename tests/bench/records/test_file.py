@@ -1,0 +1,135 @@
+import json
+import math
+import resource
+
+import pytest
+
+from rlhfbench.errors import RecordsError, RunFolderError
+from rlhfbench.records.file import RecordsFile, make_record, read_records
+from rlhfkernels.config.case import Case
+
+CASE = Case(method="hydra", model="tiny", prompt_len=4, completion_len=4, batch_size=1)
+
+
+def record(outcome="ok", **measured):
+    return make_record(CASE, outcome=outcome, error=None, measured=measured, started_at="2026-01-01", wall_s=1.5)
+
+
+def append(folder, *records):
+    with RecordsFile(folder) as file:
+        for item in records:
+            file.append(item)
+
+
+def test_a_record_has_every_key_and_none_for_what_is_not_known():
+    made = record("oom")
+    assert set(made) == {
+        "schema", "case", "outcome", "error", "memory", "latency", "work", "prompts", "engine", "kernels",
+            "plan", "started_at", "wall_s",
+    }  # fmt: skip
+    assert made["schema"] == 1
+    assert Case.from_dict(made["case"]) == CASE
+    assert set(made["memory"]) == {
+        "model_bytes", "activation_bytes", "rollout_bytes", "total_bytes", "peak_phase", "parts", "phases", "views"
+    }  # fmt: skip
+    assert set(made["memory"]["views"]) == {
+        "ledger_peak_bytes", "allocator_peak_bytes", "allocator_reserved_bytes", "driver_peak_bytes",
+        "host_peak_bytes", "allocator_rest_bytes", "workspace_bytes",
+    }  # fmt: skip
+    assert set(made["latency"]) == {
+        "inference_s_per_sample", "update_s_per_sample", "total_s_per_sample", "phases", "stopped_because"
+    }  # fmt: skip
+    assert set(made["work"]) == {"phases", "floor_fraction"}
+    leaves = [v for part in ("memory", "latency", "work") for v in made[part].values()]
+    assert all(v is None or v == {} for v in leaves if v is not made["memory"]["views"])
+    assert set(made["memory"]["views"].values()) == {None}
+
+
+def test_what_was_measured_is_kept_and_what_it_lacks_is_filled():
+    made = record(memory={"total_bytes": 7, "views": {"ledger_peak_bytes": 9}, "more": 1}, prompts={"num_prompts": 2})
+    assert made["memory"]["total_bytes"] == 7
+    assert made["memory"]["more"] == 1
+    assert made["memory"]["model_bytes"] is None
+    assert made["memory"]["views"]["ledger_peak_bytes"] == 9
+    assert made["memory"]["views"]["driver_peak_bytes"] is None
+    assert made["prompts"] == {"num_prompts": 2}
+
+
+def test_two_records_do_not_share_their_empty_parts():
+    first, second = record(), record()
+    first["memory"]["views"]["host_peak_bytes"] = 1
+    first["memory"]["parts"]["base"] = 1
+    assert second["memory"]["views"]["host_peak_bytes"] is None
+    assert second["memory"]["parts"] == {}
+
+
+def test_what_is_appended_is_read_back(tmp_path):
+    append(tmp_path, record(), record("oom"))
+    append(tmp_path, record("timeout"))
+    assert [r["outcome"] for r in read_records(tmp_path)] == ["ok", "oom", "timeout"]
+    assert read_records(tmp_path / "records.jsonl") == read_records(tmp_path)
+
+
+def test_numbers_that_json_cannot_hold_become_null(tmp_path):
+    append(tmp_path, record(latency={"phases": {"score": {"samples_s": [1.0, math.nan, math.inf]}}}))
+    assert read_records(tmp_path)[0]["latency"]["phases"]["score"]["samples_s"] == [1.0, None, None]
+
+
+@pytest.mark.parametrize("num_bytes_kept", [1, 40])
+def test_a_torn_last_line_is_dropped_and_the_next_record_starts_clean(tmp_path, num_bytes_kept):
+    append(tmp_path, record(), record("oom"))
+    path = tmp_path / "records.jsonl"
+    first, second = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + second[:num_bytes_kept])
+    assert [r["outcome"] for r in read_records(tmp_path)] == ["ok"]
+    append(tmp_path, record("crashed"))
+    assert [r["outcome"] for r in read_records(tmp_path)] == ["ok", "crashed"]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{", "line 2: it is not JSON."),
+        ("[]", "line 2: it is not a record"),
+        ('{"schema": "1"}', "line 2: it is not a record"),
+        ('{"schema": 1, "case": {}, "outcome": "ok"}', "line 2: it is not a record"),
+        ('{"schema": 1, "case": {"id": "a"}, "outcome": "fine"}', "line 2: it is not a record"),
+        ('{"schema": 2}', "line 2: its schema is 2 and this rlhfbench reads up to 1: a newer one wrote it."),
+    ],
+)
+def test_a_bad_line_is_one_sentence_that_names_it(tmp_path, line, says):
+    good = json.dumps(record())
+    (tmp_path / "records.jsonl").write_text(f"{good}\n{line}\n{good}\n")
+    with pytest.raises(RecordsError) as caught:
+        read_records(tmp_path)
+    assert says in str(caught.value)
+    with pytest.raises(RecordsError):
+        RecordsFile(tmp_path)
+
+
+def test_no_records_file(tmp_path):
+    with pytest.raises(RecordsError, match="cannot be read: No such file"):
+        read_records(tmp_path)
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_whole_lines(tmp_path):
+    append(tmp_path, record())
+    size = (tmp_path / "records.jsonl").stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with RecordsFile(tmp_path) as file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, hard))  # ten bytes of the line fit, like on a full disk
+        try:
+            with pytest.raises(RecordsError, match="cannot be written: File too large"):
+                file.append(record("oom"))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert (tmp_path / "records.jsonl").stat().st_size == size
+        assert len(file.records) == 1
+        file.append(record("timeout"))
+    assert [r["outcome"] for r in read_records(tmp_path)] == ["ok", "timeout"]
+
+
+def test_a_run_has_one_writer(tmp_path):
+    with RecordsFile(tmp_path), pytest.raises(RunFolderError, match="another rlhfbench is running in it"):
+        RecordsFile(tmp_path)
+    RecordsFile(tmp_path).__exit__()

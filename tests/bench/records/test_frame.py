@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlhfbench.records.file import make_plan, make_record
+from rlhfbench.records.frame import options_text, records_frame
+from rlhfkernels.config.case import Case, Options
+from rlhfkernels.config.settings import SETTINGS
+from rlhfkernels.methods.table import METHODS
+from rlhfkernels.observer import PARTS as OBSERVED_PARTS
+from rlhfreports.columns import COLUMNS, PARTS
+
+CASE = Case(method="joined-hydra", model="tiny", prompt_len=24, completion_len=8, batch_size=2)
+RECORD = {
+    "schema": 1,
+    "case": CASE.to_dict(),
+    "outcome": "ok",
+    "error": None,
+    "memory": {
+        "model_bytes": 150,
+        "activation_bytes": 24,
+        "rollout_bytes": 8,
+        "total_bytes": 182,
+        "peak_phase": "update_actor_critic",
+        "parts": {part: 10 * place for place, part in enumerate(PARTS)},
+        "phases": {"generate": {"total_bytes": 111, "parts": {}}, "update_actor_critic": {"total_bytes": 182}},
+        "views": {
+            "ledger_peak_bytes": 182,
+            "allocator_peak_bytes": None,
+            "allocator_reserved_bytes": None,
+            "driver_peak_bytes": None,
+            "host_peak_bytes": 5_000_000_000,
+        },
+    },
+    "latency": {
+        "inference_s_per_sample": 0.5,
+        "update_s_per_sample": 0.25,
+        "total_s_per_sample": 0.75,
+        "phases": {"generate": {"median_s": 1.0, "samples_s": [1.0, 1.1, 0.9]}, "optimize": {"median_s": 0.5}},
+        "stopped_because": "steady",
+    },
+    "work": {"phases": {}, "floor_fraction": 0.125},
+    "prompts": {"source": "random", "num_prompts": 2, "num_truncated": 0},
+    "started_at": "2026-01-02T03:04:05Z",
+    "wall_s": 9.5,
+}
+
+
+def test_every_documented_column_is_there_with_its_type():
+    frame = records_frame([RECORD])
+    for column in COLUMNS:
+        assert str(frame[column.name].dtype) == column.dtype, column.name
+
+
+def test_a_record_becomes_a_row_with_its_own_numbers():
+    row = records_frame([RECORD]).iloc[0].to_dict()
+    expected = {
+        "case_id": CASE.id,
+        "method": "joined-hydra",
+        "method_title": "J-Hydra-PPO",
+        "method_order": 3,
+        "seq_len": 32,
+        "prompt_len": 24,
+        "lora_rank": 16,
+        "options": "",
+        "outcome": "ok",
+        "model_bytes": 150,
+        "total_bytes": 182,
+        "gradients_part_bytes": 30,
+        "temporary_part_bytes": 80,
+        "peak_phase": "update_actor_critic",
+        "host_peak_bytes": 5_000_000_000,
+        "update_s_per_sample": 0.25,
+        "num_timed_steps": 3,
+        "stopped_because": "steady",
+        "floor_fraction": 0.125,
+        "num_prompts_truncated": 0,
+        "generate_phase_peak_bytes": 111,
+        "update_actor_critic_phase_peak_bytes": 182,
+        "generate_phase_median_s": 1.0,
+        "optimize_phase_median_s": 0.5,
+        "wall_s": 9.5,
+    }
+    assert {name: row[name] for name in expected} == expected
+    assert pd.isna(row["driver_peak_bytes"])
+    assert pd.isna(row["error"])
+
+
+@pytest.mark.parametrize("missing", [{}, {"memory": None, "latency": None, "work": None, "prompts": None}])
+def test_what_was_not_measured_is_absent_and_never_zero(missing):
+    record = make_record(
+        CASE,
+        outcome="oom",
+        error={"kind": "OutOfMemoryError", "message": "full.", "phase": "score"},
+        measured={},
+        started_at="now",
+        wall_s=1.0,
+    )
+    frame = records_frame([{**record, **missing}])
+    assert frame.loc[0, ["error_kind", "error", "error_phase"]].tolist() == ["OutOfMemoryError", "full.", "score"]
+    numbers = [c.name for c in COLUMNS if c.name.endswith(("_bytes", "_per_sample", "fraction", "steps", "truncated"))]
+    assert len(numbers) > 20
+    assert frame[numbers].isna().all(axis=None)
+
+
+def test_a_plan_stands_beside_the_measurement():
+    plan = make_plan({"model_bytes": 151, "activation_bytes": 25, "rollout_bytes": 8, "total_bytes": 184}, None)
+    failed = make_plan(None, {"kind": "K", "message": "no fake of that.", "phase": "plan"})
+    frame = records_frame([RECORD, {**RECORD, "plan": None}, {**RECORD, "plan": plan}, {**RECORD, "plan": failed}])
+    assert frame["predicted_total_bytes"].fillna(-1).tolist() == [-1, -1, 184, -1]
+    assert frame.loc[2, ["predicted_model_bytes", "predicted_activation_bytes", "total_bytes"]].tolist() == [
+        151,
+        25,
+        182,
+    ]
+    assert frame["plan_error"].fillna("").tolist() == ["", "", "", "no fake of that."]
+
+
+def test_phases_of_other_methods_are_absent_in_a_row():
+    other = copy.deepcopy(RECORD)
+    other["latency"]["phases"] = {"train": {"median_s": 2.0, "samples_s": [2.0]}}
+    frame = records_frame([RECORD, other])
+    assert frame["train_phase_median_s"].isna().tolist() == [True, False]
+    assert frame["optimize_phase_median_s"].isna().tolist() == [False, True]
+
+
+def test_no_records_give_the_columns_and_no_row():
+    frame = records_frame([])
+    assert len(frame) == 0
+    assert [column.name for column in COLUMNS] == list(frame.columns)
+
+
+def test_a_method_that_is_gone_from_the_table_keeps_its_name():
+    record = copy.deepcopy(RECORD)
+    record["case"]["method"] = "retired"
+    frame = records_frame([record])
+    assert frame.loc[0, "method_title"] == "retired"
+    assert pd.isna(frame.loc[0, "method_order"])
+
+
+def test_every_method_has_the_title_of_its_role_table():
+    cases = [Case(method=name, model="tiny", prompt_len=4, completion_len=4, batch_size=1) for name in METHODS]
+    frame = records_frame([{**RECORD, "case": case.to_dict()} for case in cases])
+    assert frame["method_title"].tolist() == [method.title for method in METHODS.values()]
+    assert frame["method_order"].tolist() == list(range(len(METHODS)))
+
+
+def test_only_options_that_were_changed_are_named():
+    changed = Options(attention="eager", kl_coef=0.5)
+    assert (
+        options_text(
+            Case(
+                **{f: getattr(CASE, f) for f in ("method", "model", "prompt_len", "completion_len", "batch_size")},
+                options=changed,
+            ).to_dict()["options"]
+        )
+        == "attention=eager, kl_coef=0.5"
+    )
+    assert options_text({"of_a_newer_version": 3}) == "of_a_newer_version=3"
+
+
+@pytest.mark.parametrize(
+    ("changed", "setting", "options"),
+    [
+        ({}, "modern", ""),
+        ({"kl_coef": 0.5}, "modern", "kl_coef=0.5"),
+        (SETTINGS["paper"]["options"], "paper", ""),
+        ({**SETTINGS["paper"]["options"], "kl_coef": 0.5}, "paper", "kl_coef=0.5"),
+        ({"attention": "eager"}, "custom", "attention=eager"),
+    ],
+)
+def test_the_setting_is_told_by_the_options_and_not_told_twice(changed, setting, options):
+    record = {**RECORD, "case": dataclasses.replace(CASE, options=Options(**changed)).to_dict()}
+    row = records_frame([record]).iloc[0]
+    assert (row["setting"], row["options"]) == (setting, options)
+    assert (
+        row["setting_order"] == list(SETTINGS).index(setting) if setting in SETTINGS else pd.isna(row["setting_order"])
+    )
+
+
+def test_options_that_an_older_record_lacks_count_as_the_default():
+    record = copy.deepcopy(RECORD)
+    del record["case"]["options"]["kv_cache"]
+    assert records_frame([record]).loc[0, "setting"] == "modern"
+    del record["case"]["options"]
+    assert records_frame([record]).loc[0, "setting"] == "modern"
+
+
+def test_the_parts_are_those_that_are_observed():
+    assert PARTS == OBSERVED_PARTS
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.lists(
+        st.tuples(st.one_of(st.none(), st.integers(0, 2**62)), st.one_of(st.none(), st.floats(1e-9, 1e9))),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_numbers_come_through_to_the_last_bit(rows):
+    records = []
+    for num_bytes, seconds in rows:
+        record = copy.deepcopy(RECORD)
+        record["memory"]["model_bytes"], record["latency"]["total_s_per_sample"] = num_bytes, seconds
+        records.append(json.loads(json.dumps(record)))
+    frame = records_frame(records)
+    assert [None if pd.isna(x) else x for x in frame["model_bytes"]] == [row[0] for row in rows]
+    assert [None if pd.isna(x) else x for x in frame["total_s_per_sample"]] == [row[1] for row in rows]

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from rlhfbench.errors import RecordsError
+from rlhfbench.records.timelines import divided_timeline, read_timeline, timeline_frames, write_timeline
+
+TIMELINE = {
+    "num_events": 9,
+    "phases": [
+        {"names": ["score"], "first_event": 1, "last_event": 4},
+        {"names": ["optimize", "score"], "first_event": 4, "last_event": 9},
+    ],
+    "peak": {"event": 2, "phase": "score", "total_bytes": 13},
+    "events": [2, 7],
+    "parts_bytes": {"base": [10, 4], "rollout": [3, 6]},
+}
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    folder = tmp_path / "timelines"
+    assert read_timeline(folder, "a") is None
+    write_timeline(folder, "a", TIMELINE)
+    assert read_timeline(folder, "a") == TIMELINE
+    assert [path.name for path in folder.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"events": []}'])
+def test_a_file_that_holds_no_timeline_is_one_sentence(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(RecordsError, match=r"^timeline '.*a\.json' .*\.$"):
+        read_timeline(tmp_path, "a")
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(fd: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(RecordsError, match="cannot be written: No space left on device"):
+        write_timeline(tmp_path, "a", TIMELINE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_tables_that_cross_to_the_reports() -> None:
+    points, phases = timeline_frames(TIMELINE)
+    assert points.to_dict("list") == {"event": [2, 7], "base_bytes": [10, 4], "rollout_bytes": [3, 6]}
+    assert phases.to_dict("list") == {
+        "phase": ["score", "optimize + score"],
+        "first_event": [1, 4],
+        "last_event": [4, 9],
+    }
+
+
+def test_the_peak_may_move_when_ranks_share() -> None:
+    divided = divided_timeline(TIMELINE, lambda parts: {**parts, "base": parts["base"] // 2})
+    assert divided["parts_bytes"] == {"base": [5, 2], "rollout": [3, 6]}
+    assert divided["peak"] == {"event": 2, "phase": "score", "total_bytes": 8}
+    divided = divided_timeline(TIMELINE, lambda parts: {**parts, "base": 0})
+    assert divided["peak"] == {"event": 7, "phase": "optimize", "total_bytes": 6}

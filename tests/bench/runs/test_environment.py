@@ -1,0 +1,91 @@
+import datetime
+import json
+import os
+import platform
+import subprocess
+
+from rlhfbench.runs import environment
+
+
+def git(folder, *arguments):
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
+    subprocess.run(["git", "-C", folder, *identity, *arguments], check=True, capture_output=True)
+
+
+def test_everything_is_named_and_fits_into_json():
+    found = environment.describe(argv=["rlhfbench", "run"], settings={"num_threads": 3})
+    assert json.loads(json.dumps(found)) == found
+    assert found["argv"] == ["rlhfbench", "run"]
+    assert found["python"] == platform.python_version()
+    assert set(found["versions"]) == {"rlhfbench", "torch", "transformers", "peft", "numpy", "triton"}
+    assert all(found["versions"].values())
+    assert found["num_threads"] == 3
+    assert found["cpu"]["num_usable_cores"] == len(os.sched_getaffinity(0))
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert found["cpu"]["memory_bytes"] == pages
+    assert datetime.datetime.fromisoformat(found["started_at"]).tzinfo is not None
+
+
+def test_the_threads_are_the_usable_cores_unless_they_are_set():
+    found = environment.describe(argv=[], settings={"num_threads": None})
+    assert found["num_threads"] == len(os.sched_getaffinity(0))
+
+
+def test_the_commit_of_a_checkout_and_whether_it_is_dirty(tmp_path):
+    assert environment.source(tmp_path) == {"commit": None, "dirty": None}
+    git(tmp_path, "init")
+    (tmp_path / "__init__.py").touch()
+    assert environment.source(tmp_path) == {"commit": None, "dirty": None}  # in a checkout, and no part of it
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-m", "one")
+    clean = environment.source(tmp_path)
+    assert len(clean["commit"]) == 40
+    assert clean["dirty"] is False
+    (tmp_path / "new").touch()
+    assert environment.source(tmp_path) == {**clean, "dirty": True}
+
+
+def test_without_git_there_is_no_commit(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert environment.source(tmp_path) == {"commit": None, "dirty": None}
+
+
+class FakeNvml:
+    class NVMLError(Exception):
+        pass
+
+    def nvmlInit(self):  # noqa: N802
+        self.open = True
+
+    def nvmlShutdown(self):  # noqa: N802
+        self.open = False
+
+    def nvmlSystemGetDriverVersion(self):  # noqa: N802
+        return b"570.1"
+
+    def nvmlDeviceGetCount(self):  # noqa: N802
+        return 2
+
+    def nvmlDeviceGetHandleByIndex(self, index):  # noqa: N802
+        return index
+
+    def nvmlDeviceGetName(self, handle):  # noqa: N802
+        return f"GPU {handle}"
+
+    def nvmlDeviceGetMemoryInfo(self, handle):  # noqa: N802
+        return type("Info", (), {"total": 2**33})
+
+
+def test_gpus_are_told_by_nvml(monkeypatch):
+    nvml = FakeNvml()
+    monkeypatch.setitem(__import__("sys").modules, "pynvml", nvml)
+    assert environment.gpus() == [
+        {"name": "GPU 0", "driver": "570.1", "memory_bytes": 2**33},
+        {"name": "GPU 1", "driver": "570.1", "memory_bytes": 2**33},
+    ]
+    assert nvml.open is False
+
+
+def test_without_nvml_there_is_nothing_to_tell(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pynvml", None)
+    assert environment.gpus() is None

@@ -1,0 +1,84 @@
+import json
+import os
+
+import pytest
+
+from rlhfbench.cases.sweep import Sweep
+from rlhfbench.errors import RunFolderError
+from rlhfbench.runs.folder import RunFolder
+
+GRID = {"methods": ["hydra"], "models": ["tiny"], "seq_lens": [8], "batch_sizes": [1]}
+SWEEP = Sweep.from_spec(GRID)
+
+
+def test_a_new_folder_gets_its_sweep_and_can_be_resumed(tmp_path):
+    folder = RunFolder(tmp_path / "a" / "b")
+    assert not folder.is_run
+    folder.prepare(SWEEP, resume=False)
+    assert folder.is_run
+    assert folder.load_sweep() == SWEEP
+    assert folder.traces_dir.is_dir()
+    folder.prepare(SWEEP, resume=True)
+
+
+def test_an_empty_folder_is_as_good_as_none_even_to_resume(tmp_path):
+    RunFolder(tmp_path).prepare(SWEEP, resume=True)
+    assert RunFolder(tmp_path).load_sweep() == SWEEP
+
+
+def test_a_folder_with_another_run(tmp_path):
+    RunFolder(tmp_path).prepare(SWEEP, resume=False)
+    with pytest.raises(RunFolderError, match="holds another run: add --resume"):
+        RunFolder(tmp_path).prepare(SWEEP, resume=False)
+
+
+def test_a_folder_with_something_else(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(RunFolderError, match="holds files that are no run"):
+        RunFolder(tmp_path).prepare(SWEEP, resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_run_of_a_different_sweep_says_what_differs(tmp_path):
+    RunFolder(tmp_path).prepare(SWEEP, resume=False)
+    other = Sweep.from_spec({**GRID, "batch_sizes": [1, 2]})
+    with pytest.raises(RunFolderError, match=r"a different sweep: batch_size 1, 2 instead of 1\."):
+        RunFolder(tmp_path).prepare(other, resume=True)
+
+
+def test_records_without_a_sweep_cannot_be_resumed(tmp_path):
+    (tmp_path / "records.jsonl").touch()
+    with pytest.raises(RunFolderError, match=r"holds no run that can be resumed: sweep file .* cannot be read"):
+        RunFolder(tmp_path).prepare(SWEEP, resume=True)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunFolderError, match="cannot be written: Not a directory"):
+        RunFolder(tmp_path / "file" / "run").prepare(SWEEP, resume=False)
+    with pytest.raises(RunFolderError, match="cannot be written: File exists"):
+        RunFolder(tmp_path / "file").prepare(SWEEP, resume=False)
+
+
+def test_the_environments_of_all_starts_are_kept(tmp_path):
+    folder = RunFolder(tmp_path)
+    for number in range(3):
+        folder.write_environment({"started_at": number})
+    kept = json.loads((tmp_path / "environment.json").read_text())
+    assert kept == {"started_at": 0, "resumed": [{"started_at": 1}, {"started_at": 2}]}
+
+
+def test_a_broken_environment_is_one_sentence(tmp_path):
+    (tmp_path / "environment.json").write_text("{")
+    with pytest.raises(RunFolderError, match="is not JSON"):
+        RunFolder(tmp_path).write_environment({})
+
+
+def test_a_failed_write_leaves_no_draft(tmp_path, monkeypatch):
+    def fail(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(RunFolderError, match="cannot be written: No space left on device"):
+        RunFolder(tmp_path).prepare(SWEEP, resume=False)
+    assert not list(tmp_path.glob("sweep*"))

@@ -1,0 +1,253 @@
+import os
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhfbench.errors import ForkServerError
+from rlhfbench.runs.forkserver import ForkServer, last_line
+from rlhfbench.runs.forkserver_process import Lines
+
+HERE = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def fake_case_can_be_imported(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+
+
+@pytest.fixture
+def server():
+    with ForkServer(target="fake_case:run_case", preload=()) as server:
+        yield server
+
+
+@pytest.fixture
+def run(server, tmp_path):
+    """Runs one fake case; gives (its exit, its messages, its log)."""
+
+    def run(kind, *, timeout_s=60.0, on_message=lambda message: None, **request):
+        messages = []
+
+        def take(message):
+            messages.append(message)
+            on_message(message)
+
+        log = tmp_path / "log"
+        log.unlink(missing_ok=True)
+        request = {"case": {"options": {"prompt_field": kind}}, **request}
+        end = server.run(request, log_path=log, timeout_s=timeout_s, on_message=take)
+        return end, messages, log.read_text()
+
+    return run
+
+
+def is_gone(pid, within_s=3.0):
+    """Waits, without polling, until the process has ended."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([fd], [], [], within_s)[0])
+    finally:
+        os.close(fd)
+
+
+def test_a_case_gets_its_request_and_its_messages_come_in_order(run):
+    end, messages, log = run("echo", more=[1, "é"])
+    assert (end.code, end.timed_out, log) == (0, False, "")
+    assert messages[:2] == [{"notify": "build"}, {"notify": "phase:score"}]
+    assert messages[2]["result"]["prompts"]["more"] == [1, "é"]
+    assert end.pid not in (None, os.getpid())
+    assert end.max_rss_bytes > 2**20
+
+
+def test_each_case_is_a_fresh_process_of_the_same_server(run, server):
+    ends = [run("state") for _ in range(3)]
+    assert len({end.pid for end, _, _ in ends}) == 3
+    assert {messages[-1]["result"]["prompts"]["parent"] for _, messages, _ in ends} == {server.pid}
+    assert all(messages[-1]["result"]["prompts"]["defaults"] == [True, True] for _, messages, _ in ends)
+
+
+def test_messages_larger_than_a_pipe_and_a_log(run):
+    end, messages, log = run("chatter")
+    assert end.code == 0
+    assert sum(len(m.get("notify", "")) > 65536 for m in messages) == 3
+    assert messages[-1]["result"]["outcome"] == "ok"
+    assert log == "said on stdout\n"
+
+
+def test_what_a_case_says_last_is_heard_even_where_its_end_is_heard_first(run, server, monkeypatch, tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    receive = server._receive
+
+    def receive_to_the_end():
+        heard = receive()
+        (tmp_path / "fifo").write_text("")
+        while not any("exit" in message for message in heard):
+            heard += receive()
+        return heard
+
+    monkeypatch.setattr(server, "_receive", receive_to_the_end)
+    end, messages, _ = run("wait", fifo=str(tmp_path / "fifo"))
+    assert end.code == 0
+    assert messages[-1]["result"]["outcome"] == "ok"
+
+
+def test_a_crash_is_an_exit_with_its_signal_and_the_next_case_runs(run):
+    end, messages, log = run("segfault")
+    assert end.code == -signal.SIGSEGV
+    assert messages[-1] == {"notify": "phase:score"}
+    assert "Segmentation fault" in log
+    assert run("exit")[0].code == 7
+    assert run("die")[0].code == -signal.SIGKILL
+    assert run("ok")[0].code == 0
+
+
+def test_a_case_that_raises_past_its_target_exits_with_1_and_a_traceback(run):
+    end, _, log = run("no such behaviour")
+    assert end.code == 1
+    assert "KeyError" in log
+
+
+def test_a_case_killed_in_the_middle_of_a_line_garbles_only_that(run):
+    lines = Lines()
+    assert lines.feed(b'{"a": 1}\n{"b"') == [{"a": 1}]
+    assert lines.feed(b": 2}\n") == [{"b": 2}]
+    assert lines.feed(b'{"torn') == []
+
+
+def test_a_case_that_takes_too_long_is_killed_with_all_it_started(run):
+    pids = []
+    end, messages, _ = run("hang-with-helper", timeout_s=0.5)
+    assert end.timed_out
+    assert end.code == -signal.SIGKILL
+    pids = [int(m["notify"].split()[1]) for m in messages if m["notify"].startswith(("helped", "hanging"))]
+    assert len(pids) == 2
+    assert all(is_gone(pid) for pid in pids)
+    assert run("ok")[0].code == 0
+
+
+def test_a_case_killed_from_outside(run):
+    def kill(message):
+        if message["notify"].startswith("hanging"):
+            os.kill(int(message["notify"].split()[1]), signal.SIGKILL)
+
+    end, _, _ = run("hang", on_message=kill)
+    assert (end.code, end.timed_out) == (-signal.SIGKILL, False)
+
+
+def test_a_server_that_dies_takes_its_case_along_and_is_started_again(run, server):
+    seen = []
+
+    def kill_server(message):
+        if message["notify"].startswith("hanging"):
+            seen[:] = [int(word) for word in message["notify"].split()[1:]]
+            os.kill(seen[1], signal.SIGKILL)
+
+    end, _, _ = run("hang", on_message=kill_server)
+    assert (end.code, end.max_rss_bytes, end.timed_out) == (None, None, False)
+    assert seen[1] != server.pid
+    assert is_gone(seen[0])
+    assert run("ok")[0].code == 0
+
+
+def test_an_interrupt_ends_the_case_and_the_server(run, server):
+    pids = []
+
+    def interrupt(message):
+        if message["notify"].startswith("hanging"):
+            pids[:] = [int(word) for word in message["notify"].split()[1:]]
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run("hang", on_message=interrupt)
+    assert len(pids) == 2
+    assert all(is_gone(pid) for pid in pids)
+    assert server.pid is None
+
+
+def test_closing_ends_the_server():
+    server = ForkServer(target="fake_case:run_case", preload=())
+    server.start()
+    pid = server.pid
+    assert pid is not None
+    server.close()
+    assert is_gone(pid)
+    server.close()
+
+
+def test_a_server_that_cannot_start_says_why():
+    with pytest.raises(ForkServerError, match="did not start: ModuleNotFoundError: No module named 'no_such_module'"):
+        ForkServer(target="fake_case:run_case", preload=("no_such_module",)).start()
+
+
+def test_optional_modules_may_be_missing():
+    with ForkServer(target="fake_case:run_case", preload=(), optional=("no_such_module",)) as server:
+        assert server.pid is not None
+
+
+def start_harness(out, *arguments, preload=""):
+    return subprocess.Popen(
+        [sys.executable, HERE / "fake_case.py", preload, "run", "--out", out, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_until_hanging(harness):
+    """The pids of the case and of the server, once the case hangs."""
+    for line in harness.stdout:
+        if line.startswith("hanging"):
+            return [int(word) for word in line.split()[1:]]
+    raise AssertionError(harness.stderr.read())
+
+
+HANG = ("--methods", "hydra", "--seq-lens", "8", "--batch-sizes", "1", "--option", "prompt_field=hang")
+
+
+def test_a_harness_killed_with_kill_9_leaves_nothing_behind(tmp_path):
+    with start_harness(tmp_path / "run", *HANG) as harness:
+        pids = wait_until_hanging(harness)
+        harness.kill()
+        assert all(is_gone(pid, within_s=3.0) for pid in pids)
+
+
+def test_a_harness_killed_while_its_server_imports_leaves_nothing_behind(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pid")
+    (tmp_path / "slow_to_import.py").write_text(
+        "import os, time\n"
+        f"with open({str(tmp_path / 'pid')!r}, 'w') as f:\n"
+        "    f.write(str(os.getpid()))\n"
+        "time.sleep(600)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{HERE}:{tmp_path}")
+    with start_harness(tmp_path / "run", *HANG, preload="slow_to_import") as harness:
+        server = int((tmp_path / "pid").read_text())
+        harness.kill()
+        assert is_gone(server, within_s=3.0)
+
+
+def test_a_script_without_a_main_guard_is_not_started_over(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "from rlhfbench.runs.forkserver import ForkServer\n"
+        "print('once')\n"
+        "with ForkServer(target='fake_case:run_case', preload=()) as server:\n"
+        "    request = {'case': {'options': {'prompt_field': 'ok'}}}\n"
+        f"    print(server.run(request, log_path=Path({str(tmp_path / 'log')!r})).code)\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split() == ["once", "0"]
+
+
+def test_the_last_line_that_says_something():
+    assert last_line("a\n  b \n\n \n") == "b"
+    assert last_line("") == ""
+    assert len(last_line("x" * 1000)) == 300

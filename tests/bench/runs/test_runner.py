@@ -1,0 +1,366 @@
+import dataclasses
+import io
+import itertools
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from rlhfbench.cases.sweep import Sweep
+from rlhfbench.errors import RecordsError, RunFolderError, SweepError
+from rlhfbench.records.file import RecordsFile, read_records
+from rlhfbench.records.timelines import read_timeline
+from rlhfbench.runs import runner
+from rlhfbench.runs.progress import LineProgress
+from rlhfbench.runs.runner import RunSettings, dominates, run_sweep
+from rlhfkernels.config.case import Case, Options
+
+CASE = Case(method="hydra", model="tiny", prompt_len=4, completion_len=4, batch_size=2)
+
+
+@pytest.fixture(autouse=True)
+def fake_case_can_be_imported(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+
+
+class Watching(LineProgress):
+    """Keeps what it is told, and raises where a test says so."""
+
+    def __init__(self, interrupt_at=None):
+        super().__init__(io.StringIO())
+        self.told = []
+        self.interrupt_at = interrupt_at
+
+    def doing(self, what):
+        self.told.append(what)
+        if self.interrupt_at is not None and what.startswith(self.interrupt_at):
+            raise KeyboardInterrupt
+
+    @property
+    def text(self):
+        return self._stream.getvalue()
+
+
+def sweep_of(*kinds, **changes):
+    """One case a kind of fake, told apart by it."""
+    base = dataclasses.replace(CASE, **changes)
+    return Sweep(cases=tuple(dataclasses.replace(base, options=Options(prompt_field=kind)) for kind in kinds))
+
+
+def run(sweep, out, progress=None, **settings):
+    resume = settings.pop("resume", False)
+    return run_sweep(
+        sweep,
+        out,
+        RunSettings(**settings),
+        resume=resume,
+        progress=progress or Watching(),
+        target="fake_case:run_case",
+        preload=(),
+    )
+
+
+def test_a_run_leaves_a_record_a_case_and_its_folder(tmp_path):
+    sweep = sweep_of("ok", "chatter")
+    result = run(sweep, tmp_path / "run", num_threads=3)
+    assert [r["case"]["id"] for r in result.records] == [case.id for case in sweep.cases]
+    assert (result.num_ok, result.interrupted) == (2, False)
+    assert read_records(tmp_path / "run") == result.records
+    record = result.records[0]
+    assert record["memory"]["total_bytes"] == 6
+    assert record["memory"]["views"]["host_peak_bytes"] > 2**20
+    assert record["memory"]["views"]["driver_peak_bytes"] is None
+    assert record["wall_s"] > 0
+    assert "ceilings" not in record
+    assert Sweep.from_file(tmp_path / "run" / "sweep.toml") == sweep
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["settings"]["num_threads"] == 3
+    # A log that says nothing is not kept.
+    assert [path.name for path in (tmp_path / "run" / "logs").iterdir()] == [f"{sweep.cases[1].id}.log"]
+
+
+def test_a_case_gets_its_settings_and_the_ceilings_that_an_earlier_one_found(tmp_path):
+    result = run(sweep_of("echo", "ok", "echo2"), tmp_path / "a")  # echo2 is no behaviour: it crashes
+    assert [r["outcome"] for r in result.records] == ["ok", "ok", "crashed"]
+    assert result.records[0]["prompts"]["settings"]["ceilings"] is None
+    cases = sweep_of("ok", "echo")
+    result = run(cases, tmp_path / "b", profile=True, time_budget_s=3.0, memory_limit_bytes=5)
+    asked = result.records[1]["prompts"]
+    assert asked["memory_limit_bytes"] == 5
+    assert asked["case"] == cases.cases[1].to_dict()
+    assert asked["settings"] == {
+        "time_budget_s": 3.0,
+        "precision": RunSettings().precision,
+        "num_threads": None,
+        "profile_dir": str(tmp_path / "b" / "traces" / cases.cases[1].id),
+        "ceilings": {"matmul_flops_per_s": 1.0},
+        "timeline": True,
+    }
+
+
+def test_a_plan_stands_in_every_record_whatever_becomes_of_the_case(tmp_path):
+    sweep = sweep_of("ok", "segfault", "oom-from-batch-4", batch_size=4)
+    larger = dataclasses.replace(sweep.cases[-1], batch_size=8)
+    result = run(Sweep(cases=(*sweep.cases, larger)), tmp_path / "run", with_plan=True)
+    assert [r["outcome"] for r in result.records] == ["ok", "crashed", "oom", "skipped"]
+    for record in result.records:
+        assert record["plan"] == {
+            "model_bytes": 3,
+            "activation_bytes": 2,
+            "rollout_bytes": 1,
+            "total_bytes": 7,
+            "peak_phase": "score",
+            "parts": {},
+            "phases": {},
+            "error": None,
+        }
+    assert result.records[0]["memory"]["total_bytes"] == 6
+
+
+def test_a_plan_that_fails_is_a_note_and_costs_no_measurement(tmp_path):
+    result = run(sweep_of("plan-fails", "plan-dies"), tmp_path / "run", with_plan=True)
+    assert [r["outcome"] for r in result.records] == ["ok", "ok"]
+    assert [r["error"] for r in result.records] == [None, None]
+    assert [r["memory"]["total_bytes"] for r in result.records] == [6, 6]
+    failed, died = (r["plan"] for r in result.records)
+    assert failed["error"] == {"kind": "ValueError", "message": "no fake of that", "phase": "plan"}
+    assert died["error"]["kind"] == "SIGKILL"
+    assert failed["total_bytes"] is died["total_bytes"] is None
+
+
+def test_nothing_is_predicted_where_nobody_asked(tmp_path):
+    (record,) = run(sweep_of("plan-dies"), tmp_path / "run").records
+    assert record["plan"] is None
+
+
+def test_a_timeline_is_kept_in_a_file_of_its_own(tmp_path):
+    timed, plain = run(sweep_of("timeline", "ok"), tmp_path / "run").records
+    folder = tmp_path / "run" / "timelines"
+    assert [path.name for path in folder.iterdir()] == [f"{timed['case']['id']}.json"]
+    assert read_timeline(folder, timed["case"]["id"])["parts_bytes"] == {"base": [6]}
+    assert read_timeline(folder, plain["case"]["id"]) is None
+    assert "timeline" not in timed
+
+
+def test_every_way_to_die_is_an_outcome_and_the_run_goes_on(tmp_path):
+    result = run(sweep_of("segfault", "exit", "die", "hang", "unknown", "ok"), tmp_path / "run", case_timeout_s=1.0)
+    by_kind = {r["case"]["options"]["prompt_field"]: r for r in result.records}
+    assert {kind: r["outcome"] for kind, r in by_kind.items()} == {
+        "segfault": "crashed",
+        "exit": "crashed",
+        "die": "crashed",
+        "hang": "timeout",
+        "unknown": "crashed",
+        "ok": "ok",
+    }
+    assert by_kind["segfault"]["error"]["kind"] == "SIGSEGV"
+    assert by_kind["segfault"]["error"]["phase"] == "score"
+    assert by_kind["exit"]["error"]["message"] == (
+        "it exited with status 7 and left no result. Its last words: before the end"
+    )
+    assert by_kind["die"]["error"]["kind"] == "SIGKILL"
+    assert by_kind["hang"]["error"]["message"] == "it was not done after 1 s and was ended."
+    assert "KeyError: 'unknown'" in by_kind["unknown"]["error"]["message"]
+    log = tmp_path / "run" / "logs" / f"{by_kind['unknown']['case']['id']}.log"
+    assert "Traceback" in log.read_text()
+
+
+def test_a_kill_by_the_kernel_for_memory_is_oom(tmp_path, monkeypatch):
+    counter = itertools.count()
+    monkeypatch.setattr(runner, "num_oom_kills", lambda: next(counter))
+    result = run(sweep_of("die", "segfault"), tmp_path / "run")
+    assert [r["outcome"] for r in result.records] == ["oom", "crashed"]
+    assert "memory was out" in result.records[0]["error"]["message"]
+
+
+def test_a_case_over_its_memory_limit_is_oom(tmp_path):
+    result = run(sweep_of("over-limit", "ok"), tmp_path / "run", memory_limit_bytes=2**28)
+    assert [r["outcome"] for r in result.records] == ["oom", "ok"]
+    assert result.records[0]["error"]["kind"] == "MemoryError"
+
+
+def test_a_server_that_dies_costs_one_case(tmp_path):
+    class Killing(Watching):
+        def doing(self, what):
+            if what.startswith("hanging"):
+                os.kill(int(what.split()[2]), 9)
+
+    result = run(sweep_of("hang", "ok"), tmp_path / "run", Killing())
+    assert [r["outcome"] for r in result.records] == ["crashed", "ok"]
+    assert result.records[0]["error"]["kind"] == "ServerDied"
+
+
+def test_cases_that_dominate_one_without_memory_are_skipped_and_name_it(tmp_path):
+    spec = {
+        "methods": ["hydra", "lora"],
+        "models": "tiny",
+        "seq_lens": [4, 8],
+        "batch_sizes": [2, 4],
+        "options": {"prompt_field": "oom-from-batch-4"},
+    }
+    result = run(Sweep.from_spec(spec), tmp_path / "run")
+    outcomes = {(r["case"]["method"], r["case"]["batch_size"], r["case"]["prompt_len"]): r for r in result.records}
+    assert {key: r["outcome"] for key, r in outcomes.items()} == {
+        **{(method, 2, length): "ok" for method in ("hydra", "lora") for length in (2, 4)},
+        **{(method, 4, 2): "oom" for method in ("hydra", "lora")},
+        **{(method, 4, 4): "skipped" for method in ("hydra", "lora")},
+    }
+    failed, skipped = outcomes["hydra", 4, 2], outcomes["hydra", 4, 4]
+    assert failed["case"]["id"] in skipped["error"]["message"]
+    assert skipped["error"]["kind"] == "Dominates"
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, True),
+        ({"prompt_len": 5}, True),
+        ({"completion_len": 5, "batch_size": 3, "lora_rank": 17}, True),
+        ({"seed": 1}, True),
+        ({"prompt_len": 3}, False),
+        ({"completion_len": 9, "batch_size": 1}, False),
+        ({"lora_rank": 8}, False),
+        ({"method": "lora"}, False),
+        ({"model": "gpt2"}, False),
+        ({"device": "cuda"}, False),
+        ({"dtype": "bfloat16"}, False),
+        ({"options": Options(gamma=0.5)}, False),
+    ],
+)
+def test_dominates(change, expected):
+    assert dominates(dataclasses.replace(CASE, **change), CASE) is expected
+
+
+def test_ctrl_c_leaves_a_valid_run_that_is_resumed(tmp_path):
+    sweep = sweep_of("ok", "hang", "chatter")
+    progress = Watching(interrupt_at="hanging")
+    result = run(sweep, tmp_path / "run", progress)
+    assert result.interrupted
+    assert [r["outcome"] for r in read_records(tmp_path / "run")] == ["ok"]
+    progress = Watching()
+    result = run(sweep, tmp_path / "run", progress, resume=True, case_timeout_s=0.5)
+    assert [r["outcome"] for r in result.records] == ["ok", "timeout", "ok"]
+    assert not result.interrupted
+    assert "2 cases to run, 1 already recorded" in progress.text
+
+
+def test_what_is_recorded_is_not_run_again(tmp_path):
+    sweep = sweep_of("ok", "segfault")
+    before = run(sweep, tmp_path / "run").records
+    progress = Watching()
+    after = run(sweep, tmp_path / "run", progress, resume=True)
+    assert after.records == before
+    assert (progress.told, progress.text) == ([], "")
+
+
+def test_a_torn_last_line_is_run_again(tmp_path):
+    sweep = sweep_of("ok", "chatter")
+    run(sweep, tmp_path / "run")
+    path = tmp_path / "run" / "records.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+    progress = Watching()
+    result = run(sweep, tmp_path / "run", progress, resume=True)
+    assert [r["outcome"] for r in result.records] == ["ok", "ok"]
+    assert "1 case to run, 1 already recorded" in progress.text
+
+
+def test_a_resumed_run_still_knows_what_had_no_memory(tmp_path):
+    small, large = (sweep_of("oom-from-batch-4", batch_size=size).cases[0] for size in (4, 8))
+    sweep = Sweep(cases=(small, large))
+    run(sweep, tmp_path / "run")
+    path = tmp_path / "run" / "records.jsonl"
+    path.write_bytes(path.read_bytes().splitlines(keepends=True)[0])
+    assert [r["outcome"] for r in run(sweep, tmp_path / "run", resume=True).records] == ["oom", "skipped"]
+
+
+def test_a_full_disk_ends_the_run_in_a_sentence_and_it_is_resumed(tmp_path, monkeypatch):
+    sweep = sweep_of("ok", "chatter")
+    whole = RecordsFile.append
+
+    def full(self, record):
+        if self.records:
+            raise RecordsError("records file cannot be written: No space left on device.")
+        whole(self, record)
+
+    monkeypatch.setattr(RecordsFile, "append", full)
+    with pytest.raises(RecordsError):
+        run(sweep, tmp_path / "run")
+    monkeypatch.undo()
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    assert run(sweep, tmp_path / "run", resume=True).num_ok == 2
+
+
+def test_nothing_is_written_where_the_sweep_cannot_be_run(tmp_path):
+    with pytest.raises(SweepError, match="too long"):
+        run(sweep_of("ok", prompt_len=5000), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_in_use(tmp_path):
+    sweep = sweep_of("ok")
+    run(sweep, tmp_path / "run")
+    with RecordsFile(tmp_path / "run"), pytest.raises(RunFolderError, match="in use"):
+        run(sweep, tmp_path / "run", resume=True)
+
+
+def test_every_wrong_setting_is_told():
+    with pytest.raises(SweepError) as caught:
+        RunSettings(time_budget_s=0, case_timeout_s=-1.0, num_threads=0, memory_limit_bytes=0)
+    assert caught.value.problems == (
+        "time_budget_s is 0: it must be above 0.",
+        "num_threads is 0: it must be above 0.",
+        "case_timeout_s is -1.0: it must be above 0.",
+        "memory_limit_bytes is 0: it must be above 0.",
+    )
+
+
+class FakeSampler:
+    available = True
+
+    def __init__(self, index):
+        self.index = index
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.left = True
+
+    def peak_bytes(self, pid):
+        return 1000 + self.index if pid else None
+
+
+def on_cuda(monkeypatch):
+    import rlhfbench.measure.nvml
+    from rlhfbench.cases import preflight
+
+    monkeypatch.setattr(preflight, "_check_device", lambda device: iter(()))
+    monkeypatch.setattr(rlhfbench.measure.nvml, "NvmlSampler", FakeSampler)
+
+
+def test_the_drivers_peak_is_sampled_from_outside(tmp_path, monkeypatch):
+    on_cuda(monkeypatch)
+    result = run(sweep_of("ok", device="cuda:1"), tmp_path / "run")
+    assert result.records[0]["memory"]["views"]["driver_peak_bytes"] == 1001
+
+
+def test_absent_nvml_is_null_and_one_notice(tmp_path, monkeypatch):
+    on_cuda(monkeypatch)
+    monkeypatch.setattr(FakeSampler, "available", False)
+    monkeypatch.setattr(FakeSampler, "peak_bytes", lambda self, pid: None)
+    progress = Watching()
+    result = run(sweep_of("ok", "chatter", device="cuda"), tmp_path / "run", progress)
+    assert [r["memory"]["views"]["driver_peak_bytes"] for r in result.records] == [None, None]
+    assert progress.text.count("NVML cannot be asked") == 1
+
+
+def test_oom_kills_are_counted_where_the_kernel_tells():
+    assert runner.num_oom_kills() >= 0
+
+
+def test_what_should_be_known_beforehand_is_said_before_the_first_case(tmp_path, monkeypatch):
+    monkeypatch.setattr("rlhfbench.cases.preflight.notices", lambda sweep: ["This is slow."])
+    progress = Watching()
+    run(sweep_of("ok"), tmp_path / "run", progress)
+    assert progress.text.splitlines()[0] == "This is slow."

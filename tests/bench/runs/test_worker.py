@@ -1,0 +1,151 @@
+import errno
+import resource
+
+import pytest
+import torch
+
+import rlhfbench.measure
+from rlhfbench.runs import worker
+from rlhfkernels.config.case import Case
+from rlhfkernels.errors import CaseError, ModelError, NumericalError, PromptsError
+
+CASE = Case(method="hydra", model="tiny", prompt_len=4, completion_len=4, batch_size=1)
+SETTINGS = {"time_budget_s": 1.0, "precision": 0.1, "num_threads": 1, "profile_dir": None, "ceilings": None}
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Runs a case whose measurement is ``measure``; gives the messages."""
+
+    def run(measure, case=CASE):
+        monkeypatch.setattr(rlhfbench.measure, "measure_case", measure)
+        sent = []
+        worker.run_case({"case": case.to_dict(), "settings": SETTINGS, "memory_limit_bytes": None}, sent.append)
+        return sent
+
+    return run
+
+
+def failing(error):
+    def measure(case, settings, notify, step_done):
+        notify("timing")
+        notify("phase:generate")
+        raise error
+
+    return measure
+
+
+def test_what_was_measured_is_the_result(run):
+    def measure(case, settings, notify, step_done):
+        notify("build")
+        assert case == CASE
+        assert settings.time_budget_s == 1.0
+        return {"memory": {"total_bytes": 1}}
+
+    assert run(measure)[-2:] == [
+        {"notify": "build"},
+        {"result": {"outcome": "ok", "error": None, "memory": {"total_bytes": 1}}},
+    ]
+
+
+def test_a_plan_is_the_memory_that_is_predicted():
+    sent = []
+    worker.run_case({"case": CASE.to_dict(), "plan": True}, sent.append)
+    assert sent[0] == {"notify": "plan"}
+    result = sent[-1]["result"]
+    assert (result["outcome"], result["error"]) == ("ok", None)
+    memory = result["memory"]
+    assert memory["total_bytes"] == sum(memory["parts"].values()) > 2**20
+
+
+def test_a_plan_that_fails_says_why(capsys):
+    sent = []
+    case = {**CASE.to_dict(), "model": "./absent"}
+    worker.run_case({"case": case, "plan": True}, sent.append)
+    error = sent[-1]["result"]["error"]
+    assert (error["kind"], error["phase"]) == ("ModelError", "plan")
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "oom"),
+        (MemoryError(), "oom"),
+        (RuntimeError("std::bad_alloc"), "oom"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "oom"),
+        (CaseError(["prompt_len is 9: too long."]), "invalid"),
+        (ModelError("no such model"), "invalid"),
+        (PromptsError("empty"), "invalid"),
+        (NumericalError("the loss is nan"), "invalid"),
+        (RuntimeError("shapes do not match"), "crashed"),
+        (ValueError("out of memory"), "crashed"),
+        (OSError(errno.ENOENT, "absent"), "crashed"),
+        (SystemExit(3), "crashed"),
+        (KeyboardInterrupt(), "crashed"),
+    ],
+)
+def test_every_error_is_an_outcome_that_names_its_phase(run, capsys, error, outcome):
+    result = run(failing(error))[-1]["result"]
+    assert result["outcome"] == outcome
+    assert result["error"]["kind"] == type(error).__name__
+    assert result["error"]["phase"] == "generate"
+    assert result["error"]["message"]
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_torchs_own_words_for_no_memory_on_the_cpu(run, capsys):
+    def measure(case, settings, notify, step_done):
+        torch.empty(2**50, dtype=torch.uint8)
+
+    assert run(measure)[-1]["result"]["outcome"] == "oom"
+    assert "RuntimeError" in capsys.readouterr().err
+
+
+def test_an_error_that_came_from_no_memory_is_oom(run):
+    def measure(case, settings, notify, step_done):
+        try:
+            bytearray(2**62)
+        except MemoryError as error:
+            raise ModelError("cannot be loaded") from error
+
+    assert run(measure)[-1]["result"]["outcome"] == "oom"
+
+
+def test_a_case_that_breaks_a_rule_is_invalid(capsys):
+    sent = []
+    data = {**CASE.to_dict(), "batch_size": 0}
+    worker.run_case({"case": data, "settings": SETTINGS, "memory_limit_bytes": None}, sent.append)
+    assert sent[-1]["result"]["outcome"] == "invalid"
+    assert "batch_size is 0" in sent[-1]["result"]["error"]["message"]
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_message_is_one_line_of_bounded_length():
+    error = worker.failure(RuntimeError("a\n  b " + "x" * 1000), None)["error"]
+    assert error["message"].startswith("a b xxx")
+    assert len(error["message"]) == 500
+
+
+def test_a_chain_of_errors_that_ends_in_itself():
+    first, second = RuntimeError("a"), RuntimeError("b")
+    first.__context__, second.__context__ = second, first
+    assert not worker.is_out_of_memory(first)
+
+
+def test_the_limit_holds_for_the_step_and_not_for_what_measures_the_device(monkeypatch):
+    seen = []
+
+    def measure(case, settings, notify, step_done):
+        seen.append(resource.getrlimit(resource.RLIMIT_DATA)[0])
+        step_done()
+        seen.append(resource.getrlimit(resource.RLIMIT_DATA)[0])
+        return {}
+
+    monkeypatch.setattr(rlhfbench.measure, "measure_case", measure)
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    try:
+        worker.run_case({"case": CASE.to_dict(), "settings": SETTINGS, "memory_limit_bytes": 2**40}, lambda m: None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+    assert seen[0] != seen[1] == hard

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from rlhfbench import processes as parallel
+from rlhfbench.errors import ForkServerError, SweepError
+from rlhfbench.processes import map_parallel
+from rlhfkernels.errors import CaseError
+
+
+def pid_and_square(number: int) -> tuple[int, int]:
+    return os.getpid(), number * number
+
+
+def refuse(number: int) -> None:
+    raise (CaseError if number % 2 else SweepError)([f"number is {number}.", "it must be none."])
+
+
+def die(number: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture(autouse=True)
+def _two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "_num_cores", lambda: 2)
+
+
+def test_the_results_are_in_the_order_of_the_inputs_and_made_elsewhere() -> None:
+    results = map_parallel(pid_and_square, [3, 1, 2], preload=[])
+    assert [square for _, square in results] == [9, 1, 4]
+    assert os.getpid() not in {pid for pid, _ in results}
+
+
+def test_one_input_or_one_core_needs_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert map_parallel(pid_and_square, [3], preload=[]) == [(os.getpid(), 9)]
+    assert map_parallel(pid_and_square, [], preload=[]) == []
+    monkeypatch.setattr(parallel, "_num_cores", lambda: 1)
+    assert {pid for pid, _ in map_parallel(pid_and_square, [3, 4], preload=[])} == {os.getpid()}
+
+
+@pytest.mark.parametrize(("number", "kind"), [(1, CaseError), (2, SweepError)])
+def test_a_users_mistake_comes_back_with_its_problems(number: int, kind: type[CaseError | SweepError]) -> None:
+    with pytest.raises(kind) as caught:
+        map_parallel(refuse, [number, number], preload=[])
+    assert caught.value.problems == (f"number is {number}.", "it must be none.")
+
+
+def test_a_process_that_dies_is_an_error_and_no_wait() -> None:
+    with pytest.raises(ForkServerError, match="was killed"):
+        map_parallel(die, [1, 2], preload=[])

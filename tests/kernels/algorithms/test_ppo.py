@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import math
+
+import torch
+
+from rlhfkernels.algorithms.ppo import policy_loss, value_loss
+
+
+def test_the_policy_loss_by_hand() -> None:
+    # Ratios 1.5 (clipped up, A > 0), 1.5 (not clipped, A < 0), 0.5 (not clipped, A > 0), 0.5 (clipped, A < 0), 1.1.
+    ratios = [1.5, 1.5, 0.5, 0.5, 1.1]
+    advantages = [2.0, -2.0, 2.0, -2.0, 1.0]
+    terms = [1.2 * 2, 1.5 * -2, 0.5 * 2, 0.8 * -2, 1.1]
+    logprobs = torch.tensor([[math.log(ratio) for ratio in ratios] + [5.0]], dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([[1.0] * 5 + [0.0]], dtype=torch.float64)
+    loss = policy_loss(
+        logprobs,
+        torch.zeros_like(logprobs),
+        torch.tensor([[*advantages, 9.0]], dtype=torch.float64),
+        mask,
+        clip_range=0.2,
+        num_tokens=5,
+    )
+    torch.testing.assert_close(loss.item(), -sum(terms) / 5)
+    (gradient,) = torch.autograd.grad(loss, logprobs)
+    # d(ρ A)/d log π = ρ A where the clip does not bind, else 0.
+    expected = [0.0, -1.5 * -2 / 5, -0.5 * 2 / 5, 0.0, -1.1 / 5, 0.0]
+    torch.testing.assert_close(gradient[0], torch.tensor(expected, dtype=torch.float64))
+
+
+def test_the_value_loss_by_hand() -> None:
+    # old 0, ε 0.2. V 0.5, R 1: clip to 0.2, worse -> 0.64. V 0.5, R 0: 0.25 against 0.04 -> 0.25. V 0.1, R 1: 0.81.
+    values = torch.tensor([[0.5, 0.5, 0.1, 7.0]], dtype=torch.float64, requires_grad=True)
+    returns = torch.tensor([[1.0, 0.0, 1.0, 0.0]], dtype=torch.float64)
+    mask = torch.tensor([[1.0, 1.0, 1.0, 0.0]], dtype=torch.float64)
+    loss = value_loss(values, torch.zeros_like(values), returns, mask, clip_range=0.2, num_tokens=3)
+    torch.testing.assert_close(loss.item(), 0.5 * (0.64 + 0.25 + 0.81) / 3)
+    (gradient,) = torch.autograd.grad(loss, values)
+    expected = [0.0, 0.5 / 3, -0.9 / 3, 0.0]
+    torch.testing.assert_close(gradient[0], torch.tensor(expected, dtype=torch.float64))

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhfkernels.config.case import Case, Options
+from rlhfkernels.errors import CaseError
+from rlhfkernels.methods.table import METHODS
+
+GOOD = {"method": "hydra", "model": "tiny", "prompt_len": 4, "completion_len": 4, "batch_size": 4}
+
+
+def test_a_case_survives_json() -> None:
+    case = Case(**GOOD, options=Options(kl_coef=0.05, lora_scaling=1 / 128))
+    again = Case.from_dict(json.loads(json.dumps(case.to_dict())))
+    assert again == case
+    assert again.id == case.id
+
+
+def test_a_case_of_an_old_record_takes_the_default_of_an_option_that_came_later() -> None:
+    data = Case(**GOOD).to_dict()
+    del data["options"]["kernels"]
+    assert Case.from_dict(data).options.kernels == "auto"
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Case) if f.name in ("seed", "lora_rank")])
+def test_the_id_depends_on_every_number(field: str) -> None:
+    case = Case(**GOOD)
+    assert dataclasses.replace(case, **{field: 5}).id != case.id
+
+
+def test_the_id_depends_on_the_options() -> None:
+    assert Case(**GOOD, options=Options(kl_coef=0.5)).id != Case(**GOOD).id
+
+
+def test_the_id_is_stable() -> None:
+    assert Case(**GOOD).id == Case(**GOOD).id
+    assert len(Case(**GOOD).id) == 12
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"method": "hydr"}, "method 'hydr' is unknown: did you mean 'hydra'"),
+        ({"device": "gpu"}, "device 'gpu' is unknown"),
+        ({"dtype": "float23"}, "dtype 'float23' is unknown: did you mean 'float32'"),
+        ({"prompt_len": 0}, "prompt_len is 0: it must be a whole number of at least 1"),
+        ({"completion_len": -3}, "completion_len is -3: it must be a whole number of at least 1"),
+        ({"batch_size": True}, "batch_size is True: it must be a whole number"),
+        ({"batch_size": "4"}, "batch_size is '4': it must be a whole number"),
+        ({"lora_rank": 0}, "lora_rank is 0: it must be a whole number of at least 1"),
+        ({"seed": -1}, "seed is -1: it must be a whole number of at least 0"),
+        ({"options": Options(temperature=0.0)}, "options.temperature is 0.0: it must be a number above 0"),
+        ({"options": Options(gamma=1.5)}, "options.gamma is 1.5: it must be a number from 0 to 1"),
+        ({"options": Options(kl_coef=float("nan"))}, "options.kl_coef is nan: it must be a number of at least 0"),
+        ({"options": Options(lora_scaling=float("inf"))}, "options.lora_scaling is inf: it must be a finite number"),
+        ({"options": Options(reward_clip=-1.0)}, "options.reward_clip is -1.0"),
+        ({"options": Options(attention="sdp")}, "options.attention 'sdp' is unknown: did you mean 'sdpa'"),
+        ({"options": Options(num_mini_batches=3)}, "options.num_mini_batches is 3: it must divide batch_size 4"),
+        ({"options": Options(micro_batch_size=3)}, "options.micro_batch_size is 3: it must divide the mini-batch of 4"),
+        (
+            {"dtype": "float64", "options": Options(optimizer="adamw8bit")},
+            "options.optimizer is 'adamw8bit': bitsandbytes has no float64, so dtype must be float32 or bfloat16.",
+        ),
+        (
+            {"options": Options(kernels="triton")},
+            "options.kernels is 'triton': it needs a CUDA device, so device must not be 'cpu'.",
+        ),
+        (
+            {"device": "cuda", "dtype": "float64", "options": Options(kernels="triton")},
+            "options.kernels is 'triton': it has no float64, so dtype must be float32 or bfloat16.",
+        ),
+        (
+            {"device": "cuda", "options": Options(kernels="native")},
+            "options.kernels is 'native': it is a processor's, so device must be 'cpu'.",
+        ),
+        (
+            {"dtype": "bfloat16", "options": Options(kernels="native")},
+            "options.kernels is 'native': it has no bfloat16, so dtype must be float32.",
+        ),
+        ({"options": Options(kernels="trition")}, "options.kernels 'trition' is unknown: did you mean 'triton'"),
+        (
+            {"options": Options(reward_model="tiny")},
+            "options.reward_model is 'tiny': method 'hydra' has no base of its own for the reward (it shares the "
+            "policy's), so it must be absent.",
+        ),
+        (
+            {"method": "lora", "options": Options(reward_model="")},
+            "options.reward_model is '': it must be a name, or absent.",
+        ),
+    ],
+)
+def test_each_rule_has_its_sentence(change: dict[str, object], sentence: str) -> None:
+    with pytest.raises(CaseError) as caught:
+        Case(**{**GOOD, **change})
+    assert len(caught.value.problems) == 1
+    assert sentence in caught.value.problems[0]
+
+
+def test_every_problem_is_reported_at_once() -> None:
+    with pytest.raises(CaseError) as caught:
+        Case(**{**GOOD, "method": "x", "prompt_len": 0, "dtype": "int3"})
+    assert len(caught.value.problems) == 3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_reward_model_is_for_the_methods_that_load_one(method: str) -> None:
+    roles = METHODS[method].roles
+    loads_one = roles["actor"].base != roles["reward"].base
+    try:
+        case = Case(**{**GOOD, "method": method}, options=Options(reward_model="gpt2"))
+    except CaseError:
+        assert not loads_one
+    else:
+        assert loads_one
+        assert case.models == ("tiny", "gpt2")
+        assert (case.model_of("policy"), case.model_of("reward")) == ("tiny", "gpt2")
+    assert Case(**{**GOOD, "method": method}).models == ("tiny",)
+
+
+@given(batch=st.integers(1, 64), mini=st.integers(1, 8), micro=st.integers(1, 8))
+def test_accepted_batches_divide_evenly(batch: int, mini: int, micro: int) -> None:
+    try:
+        case = Case(**{**GOOD, "batch_size": batch}, options=Options(num_mini_batches=mini, micro_batch_size=micro))
+    except CaseError:
+        assert batch % mini or (batch // mini) % micro
+        return
+    assert case.micro_batch_size * (case.mini_batch_size // case.micro_batch_size) * mini == batch

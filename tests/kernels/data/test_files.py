@@ -1,0 +1,70 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from rlhfkernels.data.files import read_prompts
+from rlhfkernels.errors import PromptsError
+
+
+def write(path, *rows):
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_texts_and_messages_in_the_order_of_the_file(tmp_path):
+    messages = [{"role": "user", "content": "Hello"}]
+    # U+2028 ends a line for str.splitlines, not for JSON lines.
+    path = write(
+        tmp_path / "p.jsonl",
+        {"q": "one\u2028two"},
+        "\n",
+        json.dumps({"q": "a\u2028b"}, ensure_ascii=False) + "\n",
+        {"q": messages},
+    )
+    assert read_prompts(path, "q") == ["one\u2028two", "a\u2028b", messages]
+
+
+def test_a_last_line_without_its_end_is_read(tmp_path):
+    assert read_prompts(write(tmp_path / "p.jsonl", '{"q": "a"}\n{"q": "b"}'), "q") == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "is empty"),
+        ("\n \n", "is empty"),
+        ('{"q": "a"}\n{"q": \n', "line 2: it is not JSON."),
+        ('\n["a"]\n', "line 2: it is no object with a field 'q'."),
+        ('{"prompt": "a", "id": 1}\n', "line 1: there is no field 'q'; its fields are 'prompt', 'id'."),
+        ("{}\n", "its fields are none."),
+        ('{"q": ""}\n', "line 1: field 'q' must be a text"),
+        ('{"q": "  "}\n', "line 1: field 'q' must be a text"),
+        ('{"q": 3}\n', "line 1: field 'q' must be a text"),
+        ('{"q": []}\n', "line 1: field 'q' must be a text"),
+        ('{"q": [{"role": "user"}]}\n', "line 1: field 'q' must be a text"),
+    ],
+)
+def test_a_bad_file_is_one_sentence(tmp_path, text, says):
+    path = write(tmp_path / "p.jsonl", text)
+    with pytest.raises(PromptsError) as caught:
+        read_prompts(path, "q")
+    assert says in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_a_folder_and_bytes(tmp_path):
+    with pytest.raises(PromptsError, match="No such file"):
+        read_prompts(tmp_path / "absent.jsonl", "q")
+    with pytest.raises(PromptsError, match="is a folder"):
+        read_prompts(tmp_path, "q")
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(PromptsError, match="not UTF-8"):
+        read_prompts(tmp_path / "bytes", "q")
+
+
+def test_reading_prompts_imports_no_torch():
+    code = "import sys, rlhfkernels.data.files; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

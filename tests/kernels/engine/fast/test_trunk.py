@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from rlhfkernels import METHODS, Case, Observer, build_step
+from rlhfkernels.engine.engine import Engine
+
+# Transformers' RMS norm rounds to float32 even in float64, the fast path's does not.
+NEAR = {"rtol": 1e-5, "atol": 1e-5}
+COVERED = ["llama", "mistral", "opt", "gpt_neox", "gpt2", "qwen2"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("adapter", ["actor", None])
+@pytest.mark.parametrize("architecture", COVERED)
+def test_decoding_equals_the_plain_path(
+    make_case: Callable[..., Case],
+    architecture: str,
+    adapter: str | None,
+    batch_size: int,
+    shake: Callable[[Engine], None],
+) -> None:
+    case = {"architecture": architecture, "batch_size": batch_size}
+    engines = [Engine(make_case(**case)), Engine(make_case(**case, engine="plain"))]
+    for engine in engines:
+        shake(engine)
+    fast, plain = (engine.trunks["hydra"] for engine in engines)
+    assert (fast.name, plain.name) == ("fast", "plain")
+    torch.manual_seed(5)
+    tokens = torch.randint(48, (batch_size, 14))
+    decoders = [trunk.decoder(adapter, 14, Observer()) for trunk in (fast, plain)]
+    for start, end in ((0, 5), *((t, t + 1) for t in range(5, 14))):
+        found, expected = (decoder.advance(tokens[:, start:end], None) for decoder in decoders)
+        torch.testing.assert_close(found, expected, **NEAR)
+
+
+@pytest.mark.parametrize("architecture", COVERED)
+def test_decoding_from_padded_prompts_equals_the_plain_path(
+    make_case: Callable[..., Case], architecture: str, shake: Callable[[Engine], None]
+) -> None:
+    engines = [Engine(make_case(architecture=architecture, engine=engine)) for engine in ("fast", "plain")]
+    for engine in engines:
+        shake(engine)
+    torch.manual_seed(5)
+    tokens = torch.randint(48, (3, 14))
+    mask = (torch.arange(14) >= torch.tensor([0, 3, 4])[:, None]).long()
+    decoders = [engine.trunks["hydra"].decoder("actor", 14, Observer()) for engine in engines]
+    for start, end in ((0, 5), *((t, t + 1) for t in range(5, 14))):
+        found, expected = (decoder.advance(tokens[:, start:end], mask[:, :end]) for decoder in decoders)
+        torch.testing.assert_close(found, expected, **NEAR)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_same_seed_samples_the_same_tokens_and_trains_the_same_weights(
+    make_case: Callable[..., Case], method: str, dtype: str
+) -> None:
+    steps = [build_step(make_case(method, dtype=dtype, engine=engine)) for engine in ("fast", "plain")]
+    rollouts = [step.generate(Observer()) for step in steps]
+    assert torch.equal(rollouts[0].tokens, rollouts[1].tokens)
+    torch.testing.assert_close(rollouts[0].logprobs, rollouts[1].logprobs, rtol=1e-5, atol=1e-5)
+    for step in steps:
+        step.optimizers = {}
+        step.run()
+    gradients = [[p.grad for p in step.trained_parameters()] for step in steps]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("adapter_dtype", [None, "float32"])
+def test_bfloat16_decoding_is_as_near_to_float64_as_the_plain_path(
+    make_case: Callable[..., Case], adapter_dtype: str | None
+) -> None:
+    def decoded(engine: str, dtype: str, adapters: str | None, seed: int) -> torch.Tensor:
+        built = Engine(make_case(engine=engine, dtype=dtype, adapter_dtype=adapters))
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in built.adapters["hydra"].parameters():
+                parameter.copy_(torch.randn(parameter.shape).mul_(0.2).bfloat16())
+        tokens = torch.randint(48, (3, 9))
+        decoder = built.trunks["hydra"].decoder("actor", 9, Observer())
+        spans = ((0, 5), *((t, t + 1) for t in range(5, 9)))
+        return torch.stack([decoder.advance(tokens[:, start:end], None).double() for start, end in spans])
+
+    errors = {"fast": 0.0, "plain": 0.0}
+    size = 0.0
+    for seed in range(6):
+        exact = decoded("plain", "float64", "float64", seed)
+        size += float(exact.norm())
+        for engine in errors:
+            errors[engine] += float((decoded(engine, "bfloat16", adapter_dtype, seed) - exact).norm())
+    assert errors["fast"] < 1.1 * errors["plain"]
+    assert errors["plain"] < 0.1 * size
+
+
+def test_one_storage_for_products_over_one_input_takes_no_more_memory(make_case: Callable[..., Case]) -> None:
+    def weights(engine: str) -> int:
+        storages = {
+            tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
+            for _, tensor in build_step(make_case(engine=engine)).persistent_tensors()
+        }
+        return sum(storages.values())
+
+    assert weights("fast") == weights("plain")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"architecture": "granite"}, {"attention": "eager"}, {"kv_cache": "growing"}], ids=str
+)
+def test_what_the_fast_path_does_not_cover_takes_the_plain_one(
+    make_case: Callable[..., Case], changes: dict[str, str]
+) -> None:
+    assert Engine(make_case(**changes)).trunks["hydra"].name == "plain"

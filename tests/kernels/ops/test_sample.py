@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import torch
+
+from rlhfkernels.ops.sample import sample
+
+
+def test_frequencies_are_the_softmax() -> None:
+    logits = torch.tensor([1.0, 0.0, -1.0, 2.0])
+    draws = 40_000
+    tokens, _ = sample(logits.repeat(draws, 1), torch.Generator().manual_seed(0))
+    found = torch.bincount(tokens, minlength=4) / draws
+    expected = torch.softmax(logits, 0)
+    # Five standard deviations of a frequency over these draws.
+    bound = 5 * (expected * (1 - expected) / draws).sqrt()
+    assert ((found - expected).abs() < bound).all()
+
+
+def test_the_log_probability_is_that_of_the_sampled_token() -> None:
+    logits = torch.randn(50, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    expected = torch.log_softmax(logits, -1)
+    tokens, logprobs = sample(logits.clone(), torch.Generator().manual_seed(2))
+    torch.testing.assert_close(logprobs, expected.gather(1, tokens[:, None]).squeeze(1))
+
+
+def test_the_same_seed_gives_the_same_tokens() -> None:
+    logits = torch.randn(20, 9, generator=torch.Generator().manual_seed(1))
+    first, _ = sample(logits.clone(), torch.Generator().manual_seed(3))
+    second, _ = sample(logits.clone(), torch.Generator().manual_seed(3))
+    other, _ = sample(logits.clone(), torch.Generator().manual_seed(4))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+
+
+def test_a_token_of_probability_0_is_never_taken() -> None:
+    logits = torch.full((4000, 6), float("-inf"))
+    logits[:, 2] = 0.0
+    logits[:, 4] = 1.0
+    tokens, logprobs = sample(logits, torch.Generator().manual_seed(0))
+    assert set(tokens.tolist()) == {2, 4}
+    assert logprobs.isfinite().all()

@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from rlhfkernels import METHODS, Case, NumericalError, Observer, build_step
+from rlhfkernels.observer import PARTS
+from rlhfkernels.training.step import PPOStep
+
+ARCHITECTURES = ["llama", "opt", "gpt_neox", "gpt2", "qwen2"]
+
+
+class Recorder(Observer):
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.parts: set[str] = set()
+
+    def enter_phase(self, name: str) -> None:
+        self.events.append(f"+{name}")
+
+    def exit_phase(self, name: str) -> None:
+        self.events.append(f"-{name}")
+
+    def tag(self, part: str, tensors: object) -> None:
+        self.parts.add(part)
+
+
+def snapshot(step: PPOStep) -> dict[int, torch.Tensor]:
+    return {id(tensor): tensor.detach().clone() for part, tensor in step.persistent_tensors() if part != "optimizer"}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("method", METHODS)
+def test_at_step_0_the_ratio_is_1_and_the_kl_0(make_case: Callable[..., Case], method: str, architecture: str) -> None:
+    stats = build_step(make_case(method, architecture)).run()
+    stats.check_finite()
+    assert abs(float(stats.kl)) < 1e-6
+    assert stats.ratio_error is not None
+    assert float(stats.ratio_error) < 1e-5
+
+
+@pytest.mark.parametrize("engine", ["fast", "plain"])
+@pytest.mark.parametrize("method", ["full", "lora", "dynamic-lora"])
+def test_a_reward_model_of_another_size_is_what_critic_and_reward_read(
+    make_case: Callable[..., Case], checkpoint: Callable[[str], str], method: str, engine: str
+) -> None:
+    step = build_step(make_case(method, reward_model=checkpoint("small-reward"), engine=engine))
+    declared = declared_weights(step)
+    before = snapshot(step)
+    for _ in range(2):
+        stats = step.run()
+        stats.check_finite()
+    assert stats.ratio_error is not None
+    assert float(stats.ratio_error) < 1e-5
+    after = {id(tensor): tensor for part, tensor in step.persistent_tensors() if part != "optimizer"}
+    assert {key for key, tensor in after.items() if not torch.equal(tensor, before[key])} == declared
+    widths = {role: step.engine.models[spec.base].hidden_size for role, spec in step.engine.method.roles.items()}
+    assert widths == {"actor": 32, "reference": 32, "critic": 16, "reward": 16}
+    assert {head.weight.shape[1] for head in step.engine.scalar_heads.values()} == {16}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_after_steps_exactly_the_declared_weights_have_changed(
+    make_case: Callable[..., Case], method: str, checkpointing: bool
+) -> None:
+    step = build_step(make_case(method, gradient_checkpointing=checkpointing))
+    declared = declared_weights(step)
+    before = snapshot(step)
+    for _ in range(2):  # B starts at 0: A moves from the second step on
+        step.run()
+    after = {id(tensor): tensor for part, tensor in step.persistent_tensors() if part != "optimizer"}
+    changed = {key for key, tensor in after.items() if not torch.equal(tensor, before[key])}
+    assert changed == declared
+
+
+def declared_weights(step: PPOStep) -> set[int]:
+    """What the role table says is trained, found without the engine's own list."""
+    found: set[int] = set()
+    for name, role in step.engine.method.roles.items():
+        model = step.engine.models[role.base]
+        if "base" in role.trains:
+            found |= {id(p) for key, p in model.trunk.named_parameters() if "lora_" not in key}
+        if "adapter" in role.trains:
+            needle = f".{role.adapter}."
+            found |= {id(p) for key, p in model.trunk.named_parameters() if "lora_" in key and needle in key}
+        if "head" in role.trains:
+            head = model.lm_head if role.head == "lm" else step.engine.scalar_heads[name]
+            assert head is not None
+            found |= {id(p) for p in head.parameters()}
+    return found
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_objective_and_its_gradient_do_not_depend_on_the_micro_batch(
+    make_case: Callable[..., Case], method: str
+) -> None:
+    def gradients(micro: int) -> tuple[list[torch.Tensor], dict[str, float]]:
+        # A stop token makes lengths differ, so that a mean of means would show.
+        step = build_step(make_case(method, batch_size=4, micro_batch_size=micro, stop_token=7, entropy_coef=0.01))
+        step.optimizers = {}
+        stats = step.run()
+        return [p.grad for p in step.trained_parameters()], {k: float(v) for k, v in stats.losses.items()}
+
+    whole, whole_losses = gradients(4)
+    for micro in (1, 2):
+        parts, losses = gradients(micro)
+        assert losses == pytest.approx(whole_losses, rel=1e-5, abs=1e-7)
+        for a, b in zip(parts, whole, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_phase_runs_in_order_and_everything_is_in_one(make_case: Callable[..., Case], method: str) -> None:
+    recorder = Recorder()
+    step = build_step(make_case(method))
+    step.run(recorder)
+    assert recorder.events == [sign + phase.name for phase in METHODS[method].phases for sign in "+-"]
+    assert recorder.parts == {"rollout", "kv_cache"}
+    assert {part for part, _ in step.persistent_tensors()} | recorder.parts < set(PARTS)
+
+
+def test_mini_batches_take_every_row_once_an_epoch(make_case: Callable[..., Case]) -> None:
+    step = build_step(make_case(batch_size=6, num_mini_batches=3, ppo_epochs=2))
+    batches = list(step._mini_batches())
+    assert [len(batch) for batch in batches] == [2, 2, 2]
+    assert sorted(row for batch in batches for row in batch) == list(range(6))
+    recorder = Recorder()
+    step.run(recorder)
+    assert recorder.events.count("+optimize") == 6
+    assert step.optimizers["actor"].num_steps == 6
+
+
+def test_the_same_seed_gives_the_same_step(make_case: Callable[..., Case]) -> None:
+    first, second = build_step(make_case()), build_step(make_case())
+    other = build_step(make_case(seed=1))
+    for step in (first, second, other):
+        step.run()
+    weights = [[p.detach() for p in step.trained_parameters()] for step in (first, second, other)]
+    assert all(torch.equal(a, b) for a, b in zip(weights[0], weights[1], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(weights[0], weights[2], strict=True))
+
+
+def test_building_does_not_move_the_callers_random_state(make_case: Callable[..., Case]) -> None:
+    torch.manual_seed(11)
+    expected = torch.rand(3)
+    torch.manual_seed(11)
+    build_step(make_case())
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_truncated_completion_may_be_bootstrapped(make_case: Callable[..., Case]) -> None:
+    plain = build_step(make_case(stop_token=7, batch_size=16, completion_len=8))
+    boot = build_step(make_case(stop_token=7, batch_size=16, completion_len=8, bootstrap_truncated=True))
+    rollouts = []
+    for step in (plain, boot):
+        rollout = step.generate(Observer())
+        step.score(rollout, Observer())
+        rollouts.append(rollout)
+    a, b = rollouts
+    assert torch.equal(a.tokens, b.tokens)
+    stopped = ((a.completions == 7) & a.mask.bool()).any(1)
+    assert stopped.any()
+    assert not stopped.all()
+    torch.testing.assert_close(a.returns[stopped], b.returns[stopped])
+    assert b.terminal_values is not None
+    # With γ = 1 the last token's return gains exactly the terminal value.
+    gain = (b.returns - a.returns)[~stopped][:, -1]
+    torch.testing.assert_close(gain, b.terminal_values[~stopped])
+    assert (b.terminal_values[~stopped] != 0).all()
+
+
+def test_scores_are_clamped(make_case: Callable[..., Case]) -> None:
+    step = build_step(make_case(reward_clip=0.25))
+    rollout = step.generate(Observer())
+    step.score(rollout, Observer())
+    assert rollout.scores.abs().max() <= 0.25
+
+
+def test_a_reward_function_replaces_the_reward_model(make_case: Callable[..., Case]) -> None:
+    scores = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    step = build_step(make_case("lora"), reward_fn=lambda rollout: scores)
+    assert [p.roles for p in step._score_passes()] == [("reference",), ("critic",)]
+    assert float(step.run().score) == pytest.approx(0.25)
+
+
+def test_numbers_that_are_not_finite_are_said(make_case: Callable[..., Case]) -> None:
+    step = build_step(make_case(), reward_fn=lambda rollout: torch.full((4,), float("nan")))
+    with pytest.raises(NumericalError, match="score is nan: the step's numbers must be finite"):
+        step.run().check_finite()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bfloat16_steps(make_case: Callable[..., Case], method: str) -> None:
+    step = build_step(make_case(method, dtype="bfloat16"))
+    for _ in range(2):
+        step.run().check_finite()
+    masters = [t for part, t in step.persistent_tensors() if part == "optimizer" and t.dim() > 0]
+    assert {t.dtype for t in masters} == {torch.float32}
+
+
+def test_eager_attention_and_full_logits_give_the_same_step(make_case: Callable[..., Case]) -> None:
+    modern = build_step(make_case())
+    paper = build_step(make_case(attention="eager", logprob_chunk=0, kv_cache="growing"))
+    stats = [dataclasses.asdict(step.run()) for step in (modern, paper)]
+    for name in ("score", "kl"):
+        torch.testing.assert_close(stats[0][name], stats[1][name], rtol=1e-5, atol=1e-6)
+    for role, loss in stats[0]["losses"].items():
+        torch.testing.assert_close(loss, stats[1]["losses"][role], rtol=1e-5, atol=1e-6)

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from rlhfkernels import METHODS, Case, Observer, build_step, phase_work
+from rlhfkernels.methods.table import update_phase
+from rlhfkernels.training.step import PPOStep
+from rlhfkernels.training.work import Work
+
+
+class FlopObserver(Observer):
+    """Counts what torch dispatches in each phase: an account that knows nothing of role tables."""
+
+    def __init__(self) -> None:
+        self.flops: dict[str, int] = {}
+
+    def enter_phase(self, name: str) -> None:
+        self.mode = FlopCounterMode(display=False)
+        self.mode.__enter__()
+
+    def exit_phase(self, name: str) -> None:
+        self.mode.__exit__(None, None, None)
+        self.flops[name] = self.flops.get(name, 0) + self.mode.get_total_flops()
+
+
+def attention_surplus(step: PPOStep, phase: str) -> int:
+    """What eager attention computes beyond the causal half that ``phase_work`` counts."""
+    case, config = step.case, step.engine.models[step.engine.method.bases[0]].trunk.config
+    channels = (
+        config.num_hidden_layers * config.num_attention_heads * (config.hidden_size // config.num_attention_heads)
+    )
+    full = 4 * channels * case.batch_size * case.seq_len**2
+    if phase == "generate":
+        p, seen = case.prompt_len, case.seq_len - 1
+        done = 4 * channels * case.batch_size * (p * p + sum(range(p + 1, seen + 1)))
+        return done - 2 * channels * case.batch_size * seen**2
+    if phase == "score":
+        return len(step.engine.method.score_passes) * full // 2
+    return 3 * full // 2
+
+
+def unread_surplus(step: PPOStep, phase: str) -> int:
+    """What the plain engine's last layer computes for positions that no head reads: 8 of them in each of 4 rows.
+
+    Llama of hidden 32 with 4 query and 2 key-value heads of 8 and 64 between: query and output 32x32, three of 64x32.
+    Its adapters of rank 3 are on all seven: on 32 to 32 (twice), 32 to 16 (twice), and 32 to 64 (three times).
+    """
+    rows, weights, adapter = 8 * 4, 2 * 32 * 32 + 3 * 64 * 32, 3 * (2 * 64 + 2 * 48 + 3 * 96)
+    attention = 2 * 32 * 8
+    method = step.engine.method
+
+    def once(adapted: bool, base_products: int, adapter_products: int) -> int:
+        low_rank = adapter_products * adapter if adapted else 0
+        return rows * (2 * (base_products * weights + low_rank) + adapter_products * attention)
+
+    if phase == "generate":
+        return once(method.roles["actor"].adapter is not None, 1, 1)
+    if phase == "score":
+        return sum(once(p.adapter is not None, 1, 1) for p in method.score_passes)
+    (p,) = [p for p in method.update_passes if update_phase(p) == phase]
+    trains_base = any("base" in method.roles[name].trains for name in p.roles)
+    return once(p.adapter is not None, 3 if trains_base else 2, 3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_operations_are_those_that_torch_dispatches(make_case: Callable[..., Case], method: str) -> None:
+    step = build_step(make_case(method, attention="eager", prompt_len=9, completion_len=7))
+    observer = FlopObserver()
+    step.run(observer)
+    for phase, work in phase_work(step).items():
+        if phase == "optimize":
+            continue
+        dispatched = observer.flops[phase] - attention_surplus(step, phase) - unread_surplus(step, phase)
+        # Less than counted: the first layer's inputs need no gradient. More: rotary tables.
+        assert work.flops == pytest.approx(dispatched, rel=0.08)
+
+
+def test_bytes_of_generation_by_hand(make_case: Callable[..., Case]) -> None:
+    step = build_step(make_case("full", "gpt_neox", batch_size=2, prompt_len=3, completion_len=2))
+    # Hidden 32, intermediate 64, 2 layers: qkv 96x32, dense 32x32, two of 64x32, head 48x32, 8 bytes each.
+    weights = (2 * (96 * 32 + 32 * 32 + 2 * 64 * 32) + 48 * 32) * 8
+    a_position = 2 * 2 * 32 * 8 * 2
+    # Two forwards read the weights; four positions are written; the second forward reads three.
+    assert phase_work(step)["generate"].bytes == 2 * weights + a_position * (4 + 3)
+
+
+def test_a_smaller_reward_model_takes_its_own_work(
+    make_case: Callable[..., Case], checkpoint: Callable[[str], str]
+) -> None:
+    size = {"prompt_len": 9, "completion_len": 7}
+    same = phase_work(build_step(make_case("dynamic-lora", **size)))
+    less = phase_work(build_step(make_case("dynamic-lora", reward_model=checkpoint("small-reward"), **size)))
+    assert [less[phase] == same[phase] for phase in ("generate", "update_actor")] == [True, True]
+    # Hidden 16, 1 layer: four of 16x16 and three of 24x16; rank 3 on each, 3 (in + out); 4 rows of 16 and 7 tokens.
+    trunk, adapter = 4 * 16 * 16 + 3 * 24 * 16, 3 * (4 * 32 + 3 * 40)
+    # Of its only layer the first 8 positions need keys and values alone, and no adapter by the account.
+    products = 2 * (2 * trunk + 3 * adapter) * 4 * 8 + 2 * 2 * (2 * 16 * 16) * 4 * 8
+    attention, head = 3 * 2 * 16 * (16 * 16 - 8 * 8) * 4, 3 * 2 * 16 * 4 * 7
+    assert less["update_critic"].flops == products + attention + head
+
+
+def test_the_floor_is_the_larger_of_the_two_times() -> None:
+    work = Work(flops=100, bytes=10)
+    assert work.floor_s(flops_per_s=10, bytes_per_s=10) == 10
+    assert work.floor_s(flops_per_s=1000, bytes_per_s=1) == 10
+
+
+def test_work_scales_with_epochs_and_micro_batches(make_case: Callable[..., Case]) -> None:
+    once = phase_work(build_step(make_case(batch_size=4)))["update_actor"]
+    twice = phase_work(build_step(make_case(batch_size=4, ppo_epochs=2)))["update_actor"]
+    split = phase_work(build_step(make_case(batch_size=4, micro_batch_size=2)))["update_actor"]
+    assert (twice.flops, twice.bytes) == (2 * once.flops, 2 * once.bytes)
+    assert (split.flops, split.bytes) == (once.flops, 2 * once.bytes)
+    assert torch.is_grad_enabled()
