@@ -99,15 +99,6 @@ def test_a_sweep_file_alone_benchmarks_nothing(bench, pytester, measured):
 
 def test_loading_the_plugin_imports_nothing_heavy():
     heavy = ("torch", "pandas", "numpy", "matplotlib", "rich", "rlhfkernels", "rlhfbench.cases.sweep", "rlhfbench.runs")
-        "torch",
-        "pandas",
-        "numpy",
-        "matplotlib",
-        "rich",
-        "rlhfkernels",
-        "rlhfbench.cases.sweep",
-        "rlhfbench.runs.runner",
-    )
     code = f"import sys, rlhfbench.pytest_plugin; print([m for m in {heavy!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
