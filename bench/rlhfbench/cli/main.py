@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rlhfbench.cases.sizes import parse_size
-from rlhfbench.cli.main import flags
+from rlhfbench.cli import flags
 from rlhfbench.errors import ForkServerError, RecordsError, RlhfBenchError, RunFolderError, SweepError
 from rlhfkernels.errors import RlhfKernelsError
 
@@ -292,7 +292,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print the plans as a JSON list.")] = False,
 ) -> int:
     """Predict memory, with no device and no weights."""
-    from rlhfbench.cli.main import plans as plan_verb
+    from rlhfbench.cli import plans as plan_verb
 
     given = flags.given(
         methods=flags.words(methods),

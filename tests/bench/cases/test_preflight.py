@@ -218,7 +218,7 @@ def test_every_problem_is_told_at_once(tmp_path, monkeypatch):
 
 def test_looking_ahead_imports_no_torch():
     code = (
-        "import sys\nfrom rlhfbench.cases import preflight, runner, cli\nfrom rlhfbench.cases.sweep import Sweep\n"
+        "import sys\nfrom rlhfbench.cases import preflight\nfrom rlhfbench.cli import main\nfrom rlhfbench.runs import runner\nfrom rlhfbench.cases.sweep import Sweep\n"
         "preflight.check(Sweep.from_spec({}))\nsys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -10,7 +10,7 @@ import pytest
 import rlhfbench
 import rlhfbench.runs.drawing
 from rlhfbench.cases.sizes import parse_size
-from rlhfbench.cli.main import main as cli
+from rlhfbench.cli import main as cli
 from rlhfbench.errors import ForkServerError, RecordsError, SweepError
 from rlhfbench.records.file import read_records
 from rlhfbench.records.frame import records_frame
@@ -347,7 +347,7 @@ def test_version_and_help(call):
 @pytest.mark.parametrize("verb", [(), ("run",), ("report",), ("methods",), ("models",)])
 def test_help_imports_nothing_heavy(verb):
     code = (
-        "import sys\nfrom rlhfbench.cli.main import main as cli\n"
+        "import sys\nfrom rlhfbench.cli import main as cli\n"
         f"cli.invoke([*{verb!r}, '--help'])\n"
         "heavy = {'torch', 'transformers', 'pandas', 'numpy', 'matplotlib', 'psutil', 'rich.progress'}\n"
         "sys.exit(bool(heavy & set(sys.modules)))"
