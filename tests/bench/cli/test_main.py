@@ -104,7 +104,7 @@ def test_every_flag_reaches_the_case_and_the_settings(call, tmp_path):
 def test_kernels_that_cannot_be_had_are_told_before_anything_is_measured(call, monkeypatch, tmp_path, flags, sentence):
     monkeypatch.setenv("CC", "/nonexistent")
     code, out, err = call("run", *SMALL, *kind("ok"), *flags, "--option", "kernels=native", "--out", "here")
-    assert (code, out, err) == (2, "", f"options.kernels is 'native': {sentence}\n")
+    assert (code, out, err) == (2, "", f"engine.backend is 'native': {sentence}\n")
     assert not (tmp_path / "here").exists()
 
 
@@ -224,7 +224,7 @@ WRONG = [
     ),
     (("run", "--option", "gama=1"), "option 'gama' is unknown: did you mean 'gamma'"),
     (("run", "--option", "gamma"), "option 'gamma' has no value: write it as KEY=VALUE."),
-    (("run", "--option", "gamma=2"), "options.gamma is 2.0: it must be a number from 0 to 1."),
+    (("run", "--option", "gamma=2"), "ppo.gamma is 2.0: it must be a number from 0 to 1."),
     (("run", "--sweep", "absent.toml"), "sweep file 'absent.toml' cannot be read: No such file or directory."),
     (("run", "--sweep", "typo.toml"), "sweep key 'metods' is unknown: did you mean 'methods'"),
     (("run", "--time-budget-s", "0"), "time_budget_s is 0.0: it must be above 0."),
