@@ -167,6 +167,17 @@ class PPOOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SFTOptions:
+    """Supervised fine-tuning. Names are those of TRL's ``SFTConfig``.
+
+    Attributes:
+        completion_only_loss: the loss covers the completions only, not the prompts.
+    """
+
+    completion_only_loss: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
     """Every option of a case, by group.
 
@@ -177,6 +188,7 @@ class Options:
         rollout: see ``RolloutOptions``.
         data: see ``DataOptions``.
         ppo: see ``PPOOptions``.
+        sft: see ``SFTOptions``.
     """
 
     lora: LoraOptions = LoraOptions()
@@ -185,6 +197,7 @@ class Options:
     rollout: RolloutOptions = RolloutOptions()
     data: DataOptions = DataOptions()
     ppo: PPOOptions = PPOOptions()
+    sft: SFTOptions = SFTOptions()
 
     @classmethod
     def of(cls, values: Mapping[str, Any] = {}, /) -> Self:

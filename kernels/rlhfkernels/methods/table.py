@@ -12,6 +12,9 @@ _WHOLE: frozenset[Part] = frozenset({"base", "head"})
 _LORA: frozenset[Part] = frozenset({"adapter"})
 _LORA_AND_HEAD: frozenset[Part] = frozenset({"adapter", "head"})
 
+_WHOLE_POLICY = Role(base="policy", head="lm", trains=_WHOLE)
+_LORA_POLICY = Role(base="policy", adapter="policy", head="lm", trains=_LORA)
+
 _PPO: tuple[Stage, ...] = (
     Generate(role="actor"),
     Read(role="reference", quantity="logprobs", into="reference_logprobs"),
@@ -88,6 +91,18 @@ METHODS: dict[str, Method] = {
             reference=Role(base="hydra", head="lm"),
             critic=Role(base="hydra", adapter="critic", head="value", trains=_LORA_AND_HEAD),
             reward=Role(base="hydra", head="reward"),
+        ),
+        *(
+            Method(
+                name=name,
+                title=title,
+                family="SFT",
+                origins={"policy": "policy"},
+                roles={"policy": policy},
+                source="demonstrations",
+                program=(Update(role="policy", objective="demonstrations"), Optimize(role="policy")),
+            )
+            for name, title, policy in (("sft", "SFT", _WHOLE_POLICY), ("sft-lora", "LoRA-SFT", _LORA_POLICY))
         ),
     )
 }
