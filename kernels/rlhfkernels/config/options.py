@@ -178,6 +178,17 @@ class SFTOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DPOOptions:
+    """Direct preference optimisation. Names are those of TRL's ``DPOConfig``.
+
+    Attributes:
+        beta: β, the weight of the implicit KL penalty.
+    """
+
+    beta: Positive = 0.1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
     """Every option of a case, by group.
 
@@ -189,6 +200,7 @@ class Options:
         data: see ``DataOptions``.
         ppo: see ``PPOOptions``.
         sft: see ``SFTOptions``.
+        dpo: see ``DPOOptions``.
     """
 
     lora: LoraOptions = LoraOptions()
@@ -198,6 +210,7 @@ class Options:
     data: DataOptions = DataOptions()
     ppo: PPOOptions = PPOOptions()
     sft: SFTOptions = SFTOptions()
+    dpo: DPOOptions = DPOOptions()
 
     @classmethod
     def of(cls, values: Mapping[str, Any] = {}, /) -> Self:

@@ -44,6 +44,23 @@ def _ppo(name: str, title: str, origins: dict[str, Origin], **roles: Role) -> Me
     )
 
 
+def _dpo(name: str, title: str, **roles: Role) -> Method:
+    """A layout of DPO: the reference is a second model, or the policy's base with the adapter off."""
+    return Method(
+        name=name,
+        title=title,
+        family="DPO",
+        origins=dict.fromkeys((role.base for role in roles.values()), "policy"),
+        roles=roles,
+        source="pairs",
+        program=(
+            Read(role="reference", quantity="sequence_logprob", into="reference_logprobs"),
+            Update(role="policy", objective="pairs"),
+            Optimize(role="policy"),
+        ),
+    )
+
+
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
@@ -104,6 +121,8 @@ METHODS: dict[str, Method] = {
             )
             for name, title, policy in (("sft", "SFT", _WHOLE_POLICY), ("sft-lora", "LoRA-SFT", _LORA_POLICY))
         ),
+        _dpo("dpo", "DPO", policy=_WHOLE_POLICY, reference=Role(base="reference", head="lm")),
+        _dpo("dpo-lora", "LoRA-DPO", policy=_LORA_POLICY, reference=Role(base="policy", head="lm")),
     )
 }
 
