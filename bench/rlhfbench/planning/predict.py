@@ -7,7 +7,7 @@ contents. A long completion is not stepped through; the steps left out have no l
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,11 +19,13 @@ from rlhfbench.planning.devices import Accelerator
 from rlhfbench.planning.zero import Zero
 from rlhfbench.records.timelines import divided_timeline
 from rlhfkernels.config.case import Case
+from rlhfkernels.methods.program import SourceName
 from rlhfkernels.observer import PARTS
 from rlhfkernels.training.step import build_step
 from rlhfkernels.training.work import Work, phase_work
 
 _NO_VIEWS = dict.fromkeys(OUTER_VIEWS)
+_NO_DATA: dict[str, None] = dict.fromkeys(f"data.{kind}" for kind in get_args(SourceName))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,9 +88,9 @@ def plan_case(case: Case, zero: Zero | None = None, *, with_timeline: bool = Fal
         ModelError: the model's configuration cannot be read, or it is too short.
         CaseError: an option does not fit the model.
     """
-    # What is in C takes its memory from torch beforehand; what is Triton's cannot be started without the device.
-    kernels = case.options.engine.backend if case.device == "cpu" else "torch"
-    options = case.options.replace({"data.prompts": None, "rollout.stop_token_id": None, "engine.backend": kernels})
+    # The C backend takes its memory from torch, so a plan counts it; Triton cannot start without the device.
+    backend = case.options.engine.backend if case.device == "cpu" else "torch"
+    options = case.options.replace({**_NO_DATA, "rollout.stop_token_id": None, "engine.backend": backend})
     stand_in = dataclasses.replace(case, device="cpu", options=options)
     zero = zero or Zero()
     timeline = Timeline() if with_timeline else None
