@@ -19,7 +19,7 @@ from rlhfbench.runs.forkserver_process import die_with_parent
 Input = TypeVar("Input")
 Output = TypeVar("Output")
 
-_MOST_PROCESSES = 8  # half a gigabyte each
+_MAX_PROCESSES = 8  # half a gigabyte each
 
 
 def map_parallel(
@@ -35,7 +35,7 @@ def map_parallel(
     Raises:
         ForkServerError: a process died.
     """
-    num_processes = min(len(inputs), _num_cores(), _MOST_PROCESSES)
+    num_processes = min(len(inputs), _num_cores(), _MAX_PROCESSES)
     if num_processes <= 1:
         return [function(item) for item in inputs]
     context = multiprocessing.get_context("forkserver")

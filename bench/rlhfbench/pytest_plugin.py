@@ -169,7 +169,7 @@ class _SweepModule(pytest.Module):
     def collect(self) -> Iterator[pytest.Item]:
         """One test per case, in the sweep's order."""
         for case in self.cases:
-            clock = StepClock()
+            clock = ReplayTimer()
             item = _CaseTest.from_parent(self, name=case_name(case), callobj=_make_test(case, clock, self.measurer))
             item.add_marker(pytest.mark.benchmark(timer=clock.step_seconds, group=group_name(case)))
             # A case that failed has nothing to play back; its failure says so.
@@ -185,7 +185,7 @@ class _CaseTest(pytest.Function):
         return self.path, 0, self.name
 
 
-class StepClock:
+class ReplayTimer:
     """A clock that stands still until it is told how long a step took.
 
     pytest-benchmark reads it before and after a call of ``step``; it starts each round at 0, so that the difference is
@@ -213,7 +213,7 @@ class StepClock:
         self._now_s += next(self._samples_s, 0.0)
 
 
-def _make_test(case: Case, clock: StepClock, measurer: Measurer) -> Callable[[Any], None]:
+def _make_test(case: Case, clock: ReplayTimer, measurer: Measurer) -> Callable[[Any], None]:
     from rlhfbench.errors import RlhfBenchError
 
     def test_step(benchmark: Any) -> None:

@@ -11,12 +11,12 @@ from rlhfkernels.ops.native import build
 from rlhfkernels.ops.native import product as native
 
 _Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]
-_MATRIX_SECONDS = 0.1
-_COPY_SECONDS = 0.1
-_FIRST_SIDE = 256
+_MATMUL_BUDGET_S = 0.1
+_COPY_BUDGET_S = 0.1
+_MIN_SIDE = 256
 # A product this long is long enough: larger ones would be no faster and cost time.
-_LONG_PRODUCT_S = 0.005
-_LARGEST_SIDE = {"cpu": 2048, "cuda": 8192}
+_MIN_MATMUL_S = 0.005
+_MAX_SIDE = {"cpu": 2048, "cuda": 8192}
 _BUFFER_BYTES = {"cpu": 2**27, "cuda": 2**29}
 
 
@@ -49,15 +49,15 @@ def _products(device: torch.device, dtype: torch.dtype) -> list[_Product]:
 
 
 def _flops_per_s(multiply: _Product, device: torch.device, dtype: torch.dtype) -> float:
-    side = _FIRST_SIDE
+    side = _MIN_SIDE
     while True:
         a = torch.ones(side, side, device=device, dtype=dtype)
         out = torch.empty_like(a)
         product_s = _best_s(lambda a=a, out=out: multiply(a, a, out), device, 0.0)  # type: ignore[misc]
-        if product_s >= _LONG_PRODUCT_S or 2 * side > _LARGEST_SIDE[device.type]:
+        if product_s >= _MIN_MATMUL_S or 2 * side > _MAX_SIDE[device.type]:
             break
         side *= 2
-    best_s = min(product_s, _best_s(lambda: multiply(a, a, out), device, _MATRIX_SECONDS - product_s))
+    best_s = min(product_s, _best_s(lambda: multiply(a, a, out), device, _MATMUL_BUDGET_S - product_s))
     return 2 * side**3 / best_s
 
 
@@ -65,7 +65,7 @@ def _copy_bytes_per_s(device: torch.device) -> float:
     num_bytes = _BUFFER_BYTES[device.type]
     source = torch.ones(num_bytes, device=device, dtype=torch.uint8)
     target = torch.empty_like(source)
-    return 2 * num_bytes / _best_s(lambda: target.copy_(source), device, _COPY_SECONDS)
+    return 2 * num_bytes / _best_s(lambda: target.copy_(source), device, _COPY_BUDGET_S)
 
 
 def _best_s(work: Callable[[], object], device: torch.device, for_s: float) -> float:

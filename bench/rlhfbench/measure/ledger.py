@@ -17,7 +17,7 @@ from typing import Any, Self
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from rlhfbench.measure.tensor_hooks import watch
+from rlhfbench.measure.tensor_hooks import observe_storages
 from rlhfkernels.naming import unknown
 from rlhfkernels.observer import PARTS, Observer
 
@@ -111,7 +111,7 @@ class Ledger(Observer):
 
     A storage that was declared with ``tag`` keeps its part while it lives (the first declaration wins). Of the others,
     those are ``activations`` to which autograd holds a saved reference at that moment, and the rest is ``temporary``.
-    Gradients are declared by the ledger itself, as they come, for the parameters given to ``watch_gradients``.
+    Gradients are declared by the ledger itself, as they come, for the parameters given to ``track_gradients``.
 
     Args:
         device: storages on other devices are not counted. Without an index: every device of that type.
@@ -142,17 +142,17 @@ class Ledger(Observer):
         self._phases: list[str] = []
         self._largest: LargestTensor | None = None
         self._parameters: list[torch.nn.Parameter] = []
-        self._watching = ExitStack()
+        self._hooks = ExitStack()
         self.num_changes = 0
 
     def __enter__(self) -> Self:
-        self._watching.enter_context(watch(self))
+        self._hooks.enter_context(observe_storages(self))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._watching.close()
+        self._hooks.close()
         for entry in self._entries.values():
             self._consider_largest(entry)
         self._entries.clear()  # destroys the weak references: nothing is called back any more
@@ -188,12 +188,12 @@ class Ledger(Observer):
                     self._move(entry, index)
                     self._refresh_peak()
 
-    def watch_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+    def track_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Declares the gradients of ``parameters``, those that exist and those to come. Only inside the ``with``."""
         for parameter in parameters:
             self._parameters.append(parameter)
             handle = parameter.register_post_accumulate_grad_hook(self._declare_gradient)  # type: ignore[no-untyped-call]
-            self._watching.callback(handle.remove)
+            self._hooks.callback(handle.remove)
         self._declare_gradients()
 
     # What it answers.
@@ -234,7 +234,7 @@ class Ledger(Observer):
 
     # What the watch reports (see watching.py). Every op of a step comes through here.
 
-    def see(self, tensor: torch.Tensor, op: object) -> None:
+    def on_tensor(self, tensor: torch.Tensor, op: object) -> None:
         """Counts the storage of ``tensor`` if it is new: an output of ``op``, or an input that was made before."""
         try:
             known = tensor.untyped_storage()._cdata in self._entries
@@ -243,7 +243,7 @@ class Ledger(Observer):
         if not known:
             self._entries_of(tensor, op)
 
-    def measure_again(self, tensor: torch.Tensor) -> None:
+    def on_write(self, tensor: torch.Tensor) -> None:
         """Looks whether an op that writes into ``tensor`` gave it another storage, or its storage another size."""
         for entry in self._entries_of(tensor, None):
             storage = entry()
@@ -251,13 +251,13 @@ class Ledger(Observer):
                 entry.shape = tensor.shape
                 self._resize(entry, self._size(storage))
 
-    def resized(self, storage: torch.UntypedStorage) -> None:
+    def on_resize(self, storage: torch.UntypedStorage) -> None:
         """Takes the new size of a storage that was resized by no op."""
         entry = self._entries.get(storage._cdata)
         if entry is not None and self._size(storage) != entry.num_bytes:
             self._resize(entry, self._size(storage))
 
-    def hold(self, tensor: torch.Tensor, alias: torch.Tensor) -> None:
+    def on_save(self, tensor: torch.Tensor, alias: torch.Tensor) -> None:
         """Counts a saved reference to the storage of ``tensor`` for as long as ``alias``, a view of it, lives."""
         for entry in self._entries_of(tensor, None):
             ref = _SavedRef(alias, self._released)

@@ -16,7 +16,7 @@ from rlhfbench.measure.ceilings import measure_ceilings
 from rlhfbench.measure.clock import StepClock
 from rlhfbench.measure.ledger import ACTIVATION_PARTS, MODEL_PARTS, Ledger, block_bytes
 from rlhfbench.measure.profile import PhaseProfiler
-from rlhfbench.measure.settings import MeasureSettings
+from rlhfbench.measure.options import MeasurementOptions
 from rlhfbench.measure.stopping import Reason, StoppingRule
 from rlhfbench.measure.timeline import Timeline
 from rlhfbench.measure.workspaces import workspace_bytes
@@ -102,23 +102,23 @@ class Announcer(Observer):
             observer.tag(part, tensors)
 
 
-def run_passes(
-    case: Case, settings: MeasureSettings, notify: Notify, step_done: Callable[[], object]
+def run_measurements(
+    case: Case, options: MeasurementOptions, notify: Notify, step_done: Callable[[], object]
 ) -> dict[str, Any]:
     """What ``rlhfbench.measure.measure_case`` promises."""
-    if settings.num_threads is not None:
-        torch.set_num_threads(settings.num_threads)
+    if options.num_threads is not None:
+        torch.set_num_threads(options.num_threads)
     notify("build")
     step = build_step(case)
     with _quiet_collector():
-        steps_s, reason, views = timing_pass(step, case.device, settings, notify)
+        steps_s, reason, views = time_steps(step, case.device, options, notify)
         notify("memory")
-        timeline = Timeline() if settings.timeline else None
-        ledger = memory_pass(step, case.device, notify, timeline)
+        timeline = Timeline() if options.timeline else None
+        ledger = measure_memory(step, case.device, notify, timeline)
         memory = memory_object(ledger, views)
-        if settings.profile_dir is not None:
+        if options.profile_dir is not None:
             notify("profile")
-            profiler = PhaseProfiler(settings.profile_dir, case.id, case.device)
+            profiler = PhaseProfiler(options.profile_dir, case.id, case.device)
             step.run(Announcer(notify, profiler)).check_finite()
     latency = latency_object(step.phases, steps_s, case.batch_size, reason)
     work, prompts = phase_work(step), step.prompt_summary()
@@ -126,7 +126,7 @@ def run_passes(
     notify("ceilings")
     del step
     step_done()
-    ceilings = settings.ceilings
+    ceilings = options.ceilings
     if ceilings is None:
         gc.collect()  # the ceilings' buffers may need the step's room, and models refer to themselves
         ceilings = measure_ceilings(case.device, getattr(torch, case.dtype))
@@ -142,8 +142,8 @@ def run_passes(
     }
 
 
-def timing_pass(
-    step: Step, device: str, settings: MeasureSettings, notify: Notify
+def time_steps(
+    step: Step, device: str, options: MeasurementOptions, notify: Notify
 ) -> tuple[list[dict[str, float]], Reason, dict[str, int | None]]:
     """Warms up, then times steps until the stopping rule says why to stop.
 
@@ -153,7 +153,7 @@ def timing_pass(
     Returns:
         Seconds by phase of each timed step, the reason, and the views of memory from outside the ledger.
     """
-    rule = StoppingRule(precision=settings.precision, budget_s=settings.time_budget_s)
+    rule = StoppingRule(precision=options.precision, budget_s=options.time_budget_s)
     clock = StepClock(device)
     started_s = time.perf_counter()
     notify("warm-up")
@@ -176,20 +176,20 @@ def timing_pass(
     return steps_s, reason, views
 
 
-def memory_pass(step: Step, device: str, notify: Notify, timeline: Timeline | None = None) -> Ledger:
+def measure_memory(step: Step, device: str, notify: Notify, timeline: Timeline | None = None) -> Ledger:
     """One step under a ledger, which has seen it then, and so has ``timeline``."""
     gc.collect()
     ledger = Ledger(device, on_change=None if timeline is None else timeline.note, block_bytes=block_bytes(device))
-    watched_step(step, ledger, Announcer(notify, ledger, *((timeline,) if timeline else ()))).check_finite()
+    run_under_ledger(step, ledger, Announcer(notify, ledger, *((timeline,) if timeline else ()))).check_finite()
     return ledger
 
 
-def watched_step(step: Step, ledger: Ledger, observer: Observer) -> Stats:
+def run_under_ledger(step: Step, ledger: Ledger, observer: Observer) -> Stats:
     """One step under ``ledger``, which is told first what lives between steps."""
     with ledger:
         for part, tensor in step.persistent_tensors():
             ledger.tag(part, (tensor,))
-        ledger.watch_gradients(step.trained_parameters())
+        ledger.track_gradients(step.trained_parameters())
         return step.run(observer)
 
 

@@ -12,14 +12,14 @@ from typing import Literal
 Reason = Literal["precise", "steady", "budget"]
 
 _CONFIDENCE = 0.95
-_WARM_UP_STEPS = 5
+_MAX_WARM_UP_STEPS = 5
 _WARM_UP_SHARE = 0.2
 _WARM_UP_CHANGE = 0.1
-_FEWEST_SAMPLES = 3
+_MIN_SAMPLES = 3
 _NOISE_ESTIMATES = 8
 _NOISE_CHANGE = 0.1
 # Of fewer samples than this no estimate of the noise is worth comparing.
-_NOISE_SAMPLES = 5
+_MIN_NOISE_SAMPLES = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +42,7 @@ class StoppingRule:
         """
         if not steps_s:
             return False
-        if len(steps_s) >= _WARM_UP_STEPS or sum(steps_s) >= _WARM_UP_SHARE * self.budget_s:
+        if len(steps_s) >= _MAX_WARM_UP_STEPS or sum(steps_s) >= _WARM_UP_SHARE * self.budget_s:
             return True
         return len(steps_s) >= 2 and abs(steps_s[-1] - steps_s[-2]) < _WARM_UP_CHANGE * steps_s[-2]
 
@@ -57,7 +57,7 @@ class StoppingRule:
             return "precise"
         if is_noise_steady(steps_s):
             return "steady"
-        enough = len(steps_s) >= _FEWEST_SAMPLES or max(steps_s) >= self.budget_s
+        enough = len(steps_s) >= _MIN_SAMPLES or max(steps_s) >= self.budget_s
         return "budget" if enough and spent_s >= self.budget_s else None
 
 
@@ -82,7 +82,7 @@ def relative_noise(samples: Sequence[float]) -> float:
 
 def is_noise_steady(samples: Sequence[float]) -> bool:
     """Whether more samples would teach nothing new about the noise: its last eight estimates are within 10 %."""
-    if len(samples) < _NOISE_SAMPLES + _NOISE_ESTIMATES - 1:
+    if len(samples) < _MIN_NOISE_SAMPLES + _NOISE_ESTIMATES - 1:
         return False
     ends = range(len(samples) - _NOISE_ESTIMATES + 1, len(samples) + 1)
     estimates = [relative_noise(samples[:end]) for end in ends]

@@ -16,42 +16,42 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class Watcher(Protocol):
+class StorageObserver(Protocol):
     """What is told of storages; ``Ledger`` says what each means."""
 
-    def see(self, tensor: torch.Tensor, op: object) -> None:
+    def on_tensor(self, tensor: torch.Tensor, op: object) -> None:
         """An op has made ``tensor``, or with ``None`` takes it."""
 
-    def measure_again(self, tensor: torch.Tensor) -> None:
+    def on_write(self, tensor: torch.Tensor) -> None:
         """An op may have written into ``tensor``."""
 
-    def resized(self, storage: torch.UntypedStorage) -> None:
+    def on_resize(self, storage: torch.UntypedStorage) -> None:
         """``storage`` has another size."""
 
-    def hold(self, tensor: torch.Tensor, alias: torch.Tensor) -> None:
+    def on_save(self, tensor: torch.Tensor, alias: torch.Tensor) -> None:
         """Autograd holds ``tensor``, for as long as ``alias`` lives."""
 
 
 @contextmanager
-def watch(watcher: Watcher) -> Iterator[None]:
-    """Tells ``watcher`` of every storage that an op, autograd or a resize touches in the meantime."""
+def observe_storages(observer: StorageObserver) -> Iterator[None]:
+    """Tells ``observer`` of every storage that an op, autograd or a resize touches in the meantime."""
     with ExitStack() as stack:
-        stack.enter_context(_watched_resizes(watcher))
-        stack.enter_context(saved_tensors_hooks(lambda tensor: _held(watcher, tensor), lambda alias: alias))
-        stack.enter_context(_watched_inner_hooks(watcher))
-        stack.enter_context(_Mode(watcher))
+        stack.enter_context(_observe_resizes(observer))
+        stack.enter_context(saved_tensors_hooks(lambda tensor: _saved_alias(observer, tensor), lambda alias: alias))
+        stack.enter_context(_observe_inner_hooks(observer))
+        stack.enter_context(_OpObserver(observer))
         yield
 
 
 _DEVICE = torch.ops.prim.device.default
 
 
-class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _OpObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every op: inputs (they may have been made before), outputs, and what the op wrote into."""
 
-    def __init__(self, watcher: Watcher) -> None:
+    def __init__(self, observer: StorageObserver) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._watcher = watcher
+        self._observer = observer
         self._writes: dict[Any, bool] = {}
 
     @classmethod
@@ -64,24 +64,24 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         if func is _DEVICE:  # asked of a fake tensor for every argument of every op
             return args[0].fake_device
-        see = self._watcher.see
+        on_tensor = self._observer.on_tensor
         for tensor in _tensors(args):
-            see(tensor, None)
+            on_tensor(tensor, None)
         result = func(*args, **kwargs) if kwargs else func(*args)
         writes = self._writes.get(func)
         if writes is None:
             writes = self._writes[func] = bool(func._schema.is_mutable)
         if writes:
             for tensor in _tensors(args):
-                self._watcher.measure_again(tensor)
+                self._observer.on_write(tensor)
             if kwargs:
                 for tensor in _tensors(kwargs.values()):
-                    self._watcher.measure_again(tensor)
+                    self._observer.on_write(tensor)
         if isinstance(result, torch.Tensor):
-            see(result, func)
+            on_tensor(result, func)
         elif result is not None:
             for tensor in _tensors(result if isinstance(result, (list, tuple)) else (result,)):
-                see(tensor, func)
+                on_tensor(tensor, func)
         return result
 
 
@@ -96,18 +96,18 @@ def _tensors(values: Iterable[Any]) -> list[torch.Tensor]:
     return found
 
 
-def _held(watcher: Watcher, tensor: torch.Tensor) -> torch.Tensor:
+def _saved_alias(observer: StorageObserver, tensor: torch.Tensor) -> torch.Tensor:
     """An alias that only autograd holds: it lives exactly as long as the saved reference.
 
     It must be detached also because a saved output that held itself would never be freed.
     """
     alias = tensor.detach()
-    watcher.hold(tensor, alias)
+    observer.on_save(tensor, alias)
     return alias
 
 
 @contextmanager
-def _watched_inner_hooks(watcher: Watcher) -> Iterator[None]:
+def _observe_inner_hooks(observer: StorageObserver) -> Iterator[None]:
     """Hands aliases to hooks that are entered from now on, so that what they keep is seen for as long as they keep it.
 
     Under non-reentrant checkpointing the forward's hooks keep nothing, and the recomputation's keep each tensor until
@@ -115,15 +115,15 @@ def _watched_inner_hooks(watcher: Watcher) -> Iterator[None]:
     """
     enter = saved_tensors_hooks.__enter__
 
-    def enter_watched(hooks: saved_tensors_hooks) -> None:
+    def enter_observed(hooks: saved_tensors_hooks) -> None:
         pack: Callable[[torch.Tensor], Any] = hooks.pack_hook
-        hooks.pack_hook = lambda tensor: pack(_held(watcher, tensor))
+        hooks.pack_hook = lambda tensor: pack(_saved_alias(observer, tensor))
         try:
             enter(hooks)
         finally:
             hooks.pack_hook = pack
 
-    saved_tensors_hooks.__enter__ = enter_watched  # type: ignore[method-assign]
+    saved_tensors_hooks.__enter__ = enter_observed  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -131,16 +131,16 @@ def _watched_inner_hooks(watcher: Watcher) -> Iterator[None]:
 
 
 @contextmanager
-def _watched_resizes(watcher: Watcher) -> Iterator[None]:
+def _observe_resizes(observer: StorageObserver) -> Iterator[None]:
     """``tensor.untyped_storage().resize_(n)`` is no op, so the method itself is watched."""
     resize = torch.UntypedStorage.resize_
 
-    def resize_watched(storage: torch.UntypedStorage, size: int) -> Any:
+    def resize_observed(storage: torch.UntypedStorage, size: int) -> Any:
         result = resize(storage, size)
-        watcher.resized(storage)
+        observer.on_resize(storage)
         return result
 
-    torch.UntypedStorage.resize_ = resize_watched  # type: ignore[method-assign, assignment]
+    torch.UntypedStorage.resize_ = resize_observed  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ from unittest import mock
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rlhfbench.measure.ledger import MODEL_PARTS, Ledger, block_bytes
-from rlhfbench.measure.measurements import OUTER_VIEWS, Announcer, memory_object, watched_step
+from rlhfbench.measure.measurements import OUTER_VIEWS, Announcer, memory_object, run_under_ledger
 from rlhfbench.measure.timeline import Timeline
 from rlhfbench.planning.devices import Accelerator
 from rlhfbench.planning.zero import Zero
@@ -99,7 +99,7 @@ def plan_case(case: Case, zero: Zero | None = None, *, with_timeline: bool = Fal
     unpacked = mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None)
     with unpacked, FakeTensorMode():
         step = build_step(stand_in, with_weights=False)
-        watched_step(step, ledger, observer)
+        run_under_ledger(step, ledger, observer)
         work, buckets = phase_work(step), zero.buckets(step)
     memory = _divided(memory_object(ledger, dict(_NO_VIEWS)), zero, buckets)
     kept = None if timeline is None else divided_timeline(timeline.to_dict(ledger.peaks), zero.divide)

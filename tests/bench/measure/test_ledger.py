@@ -56,7 +56,7 @@ def test_hand_count_of_a_small_network():
     net, x = mlp(), torch.ones(4, 8)
     with Ledger() as ledger:
         ledger.tag("base", net.parameters())
-        ledger.watch_gradients(net.parameters())
+        ledger.track_gradients(net.parameters())
         with ledger.phase("forward"):
             out = net(x)
         # Kept for the backward: the input of each linear layer (the second's is also the ReLU's output).
@@ -82,7 +82,7 @@ def test_fake_tensors_give_the_same_numbers():
         with Ledger() as ledger:
             first, second = (make(8, 16, requires_grad=True) for _ in range(2))
             ledger.tag("base", (first, second))
-            ledger.watch_gradients((first, second))
+            ledger.track_gradients((first, second))
             with ledger.phase("forward"):
                 out = checkpoint(lambda x: (x @ first).relu() @ second.T, make(4, 8), use_reentrant=False)
             with ledger.phase("backward"):
@@ -112,7 +112,7 @@ def test_under_checkpointing_the_activations_are_layer_inputs_and_one_recomputed
     seen = []
     with Ledger(on_change=lambda live: seen.append(live[PARTS.index("activations")])) as ledger:
         ledger.tag("base", layers.parameters())
-        ledger.watch_gradients(layers.parameters())
+        ledger.track_gradients(layers.parameters())
         h = x
         for layer in layers:
             h = checkpoint(layer, h, use_reentrant=reentrant)
@@ -219,7 +219,7 @@ def test_optimizers_with_lists_and_no_results(options):
     net, x = mlp(), torch.ones(4, 8)
     with Walked() as ledger:
         ledger.tag("base", net.parameters())
-        ledger.watch_gradients(net.parameters())
+        ledger.track_gradients(net.parameters())
         optimizer = torch.optim.AdamW(net.parameters(), **options)
         for _ in range(2):
             with ledger.phase("update"):
@@ -248,7 +248,7 @@ def test_accumulated_and_existing_gradients():
     weight.grad = torch.ones(4, 8)
     with Ledger() as ledger:
         ledger.tag("base", [weight])
-        ledger.watch_gradients([weight])
+        ledger.track_gradients([weight])
         assert ledger.parts == parts(base=INPUT, gradients=INPUT)
         for _ in range(2):
             weight.sum().backward()
@@ -272,7 +272,7 @@ def test_a_backward_within_the_backward():
 
     x = torch.ones(4, 8, requires_grad=True)
     with Walked() as ledger:
-        ledger.watch_gradients([x])
+        ledger.track_gradients([x])
         with ledger.phase("forward"):
             out = Doubled.apply(x).sum()
         with ledger.phase("backward"):
@@ -309,7 +309,7 @@ def test_the_largest_tensor_is_no_weight_and_no_gradient():
     weight = torch.ones(100, 100, requires_grad=True)
     with Ledger() as ledger:
         ledger.tag("base", [weight])
-        ledger.watch_gradients([weight])
+        ledger.track_gradients([weight])
         (weight[:2] * 3).sum().backward()
         weight.grad = None
     assert ledger.largest.shape == (2, 100)
@@ -338,7 +338,7 @@ def test_nothing_stays_behind():
 
     def fail():
         with ledger:
-            ledger.watch_gradients(net.parameters())
+            ledger.track_gradients(net.parameters())
             ledger.tag("rollout", held)
             net(held[0][:, :7])
 

@@ -4,8 +4,8 @@ import json
 import pytest
 import torch
 
-from rlhfbench.measure import MeasureSettings, measure_case
-from rlhfbench.measure import measurements as passes
+from rlhfbench.measure import MeasurementOptions, measure_case
+from rlhfbench.measure import measurements
 from rlhfbench.measure.ledger import Ledger
 from rlhfkernels.config.case import Case, Options
 from rlhfkernels.errors import NumericalError
@@ -15,7 +15,6 @@ from rlhfkernels.training.step import build_step
 from rlhfkernels.training.work import Work
 
 PHASES = (Phase(name="think", kind="inference"), Phase(name="learn", kind="update"), Phase(name="step", kind="update"))
-SETTINGS = MeasureSettings(time_budget_s=0.0)
 
 
 class FakeStats:
@@ -75,11 +74,11 @@ def fake(monkeypatch):
     """Lets ``measure_case`` find a fake step; returns what puts one there."""
 
     def put(step):
-        monkeypatch.setattr(passes, "build_step", lambda case: step)
-        monkeypatch.setattr(passes, "phase_work", lambda step: {phase.name: Work(2000, 50) for phase in PHASES})
+        monkeypatch.setattr(measurements, "build_step", lambda case: step)
+        monkeypatch.setattr(measurements, "phase_work", lambda step: {phase.name: Work(2000, 50) for phase in PHASES})
         return step
 
-    monkeypatch.setattr(passes, "measure_ceilings", lambda device, dtype: pytest.fail("the ceilings were given"))
+    monkeypatch.setattr(measurements, "measure_ceilings", lambda device, dtype: pytest.fail("the ceilings were given"))
     return put
 
 
@@ -87,13 +86,13 @@ CEILINGS = {"matmul_flops_per_s": 1000.0, "copy_bytes_per_s": 10.0}
 CASE = Case(method="full", model="tiny", prompt_len=4, completion_len=4, batch_size=4)
 
 
-def settings(**fields):
-    return MeasureSettings(**{"time_budget_s": 0.0, "ceilings": CEILINGS, **fields})
+def options(**fields):
+    return MeasurementOptions(**{"time_budget_s": 0.0, "ceilings": CEILINGS, **fields})
 
 
 def test_the_passes_in_their_order(fake, tmp_path):
     step, told = fake(FakeStep()), []
-    result = measure_case(CASE, settings(profile_dir=str(tmp_path)), told.append)
+    result = measure_case(CASE, options(profile_dir=str(tmp_path)), told.append)
     phases = [f"phase:{phase.name}" for phase in PHASES]
     assert told == ["build", "warm-up", *phases, "timing", "memory", *phases, "profile", *phases, "ceilings"]
     assert json.loads(json.dumps(result)) == result
@@ -109,7 +108,7 @@ def test_the_passes_in_their_order(fake, tmp_path):
 
 def test_the_timeline_has_the_peak_of_the_record(fake):
     fake(FakeStep())
-    result = json.loads(json.dumps(measure_case(CASE, settings(timeline=True), lambda text: None)))
+    result = json.loads(json.dumps(measure_case(CASE, options(timeline=True), lambda text: None)))
     memory, timeline = result["memory"], result["timeline"]
     peak = timeline["peak"]
     assert (peak["phase"], peak["total_bytes"]) == (memory["peak_phase"], memory["total_bytes"])
@@ -121,13 +120,13 @@ def test_the_timeline_has_the_peak_of_the_record(fake):
 def test_the_clock_sees_no_instrument(fake):
     """A timed step runs under the clock alone; before it the warm-up, after it the ledger's."""
     step = fake(FakeStep())
-    measure_case(CASE, settings(timeline=True), lambda text: None)
+    measure_case(CASE, options(timeline=True), lambda text: None)
     assert [type(observer).__name__ for observer in step.observers] == ["Announcer", "StepClock", "Announcer"]
 
 
 def test_memory_by_hand(fake):
     fake(FakeStep())
-    memory = measure_case(CASE, settings(), lambda text: None)["memory"]
+    memory = measure_case(CASE, options(), lambda text: None)["memory"]
     weight, rows = 8 * 8 * 4, 4 * 8 * 4
     assert memory["phases"]["think"] == {
         "total_bytes": 2 * weight + rows + 64,
@@ -148,7 +147,7 @@ def test_memory_by_hand(fake):
 
 def test_latency_adds_up():
     steps_s = [{"think": 1.0, "learn": 4.0}, {"think": 3.0, "learn": 2.0}, {"think": 2.0, "learn": 9.0}]
-    latency = passes.latency_object(PHASES, steps_s, 4, "budget")
+    latency = measurements.latency_object(PHASES, steps_s, 4, "budget")
     assert latency == {
         "inference_s_per_sample": 0.5,
         "update_s_per_sample": 1.0,
@@ -164,7 +163,7 @@ def test_latency_adds_up():
 
 def test_the_floor_is_the_slower_of_the_two_ceilings():
     latency = {"phases": {"think": {"median_s": 10.0}, "learn": {"median_s": 30.0}}}
-    work = passes.work_object({"think": Work(2000, 50), "learn": Work(1000, 10)}, CEILINGS, latency)
+    work = measurements.work_object({"think": Work(2000, 50), "learn": Work(1000, 10)}, CEILINGS, latency)
     assert work == {
         "phases": {
             "think": {"flops": 2000, "bytes": 50, "floor_s": 5.0},
@@ -179,7 +178,7 @@ def test_a_step_that_fails_names_its_phase_last(fake, run):
     fake(FakeStep(fails_in_run=run))
     told = []
     with pytest.raises(torch.OutOfMemoryError):
-        measure_case(CASE, settings(), told.append)
+        measure_case(CASE, options(), told.append)
     assert told[-1] == "phase:learn"
     assert gc.isenabled()
 
@@ -187,14 +186,14 @@ def test_a_step_that_fails_names_its_phase_last(fake, run):
 def test_numbers_that_are_not_finite_are_an_error(fake):
     fake(FakeStep(finite=False))
     with pytest.raises(NumericalError):
-        measure_case(CASE, settings(), lambda text: None)
+        measure_case(CASE, options(), lambda text: None)
 
 
 def test_threads_are_set(fake):
     fake(FakeStep())
     threads = torch.get_num_threads()
     try:
-        measure_case(CASE, settings(num_threads=threads + 1), lambda text: None)
+        measure_case(CASE, options(num_threads=threads + 1), lambda text: None)
         assert torch.get_num_threads() == threads + 1
     finally:
         torch.set_num_threads(threads)
@@ -245,7 +244,7 @@ def test_a_real_step_under_the_ledger(method, options):
     with Ledger() as ledger:
         for part, tensor in step.persistent_tensors():
             ledger.tag(part, (tensor,))
-        ledger.watch_gradients(step.trained_parameters())
+        ledger.track_gradients(step.trained_parameters())
         watched = Walked(ledger, before)
         step.run(watched)
     assert watched.num_walks == len(step.phases)
@@ -261,7 +260,7 @@ def test_a_real_step_under_the_ledger(method, options):
 
 
 def test_a_real_case():
-    result = measure_case(Case(method="hydra", **TINY), MeasureSettings(time_budget_s=0.0), lambda text: None)
+    result = measure_case(Case(method="hydra", **TINY), MeasurementOptions(time_budget_s=0.0), lambda text: None)
     assert json.loads(json.dumps(result)) == result
     assert result["latency"]["stopped_because"] == "budget"
     assert 0 < result["work"]["floor_fraction"] < 1
@@ -269,8 +268,8 @@ def test_a_real_case():
 
 def test_what_the_allocator_handed_out_beyond_ledger_and_workspaces_is_the_rest(fake):
     ledger = Ledger("cpu")
-    passes.watched_step(FakeStep(), ledger, ledger)
-    views = dict.fromkeys(passes.OUTER_VIEWS)
-    total = passes.memory_object(ledger, views)["total_bytes"]
+    measurements.run_under_ledger(FakeStep(), ledger, ledger)
+    views = dict.fromkeys(measurements.OUTER_VIEWS)
+    total = measurements.memory_object(ledger, views)["total_bytes"]
     views |= {"allocator_peak_bytes": total + 100, "workspace_bytes": 30}
-    assert passes.memory_object(ledger, views)["views"]["allocator_rest_bytes"] == 70
+    assert measurements.memory_object(ledger, views)["views"]["allocator_rest_bytes"] == 70

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhfbench.measure.ledger import Ledger, Snapshot
-from rlhfbench.measure.measurements import Announcer, memory_pass
+from rlhfbench.measure.measurements import Announcer, measure_memory
 from rlhfbench.measure.timeline import MAX_POINTS, MAX_STRETCHES, Timeline
 from rlhfkernels.config.case import Case, Options
 from rlhfkernels.observer import PARTS
@@ -60,7 +60,7 @@ def test_a_real_step(max_points: int) -> None:
     with ledger:
         for part, tensor in step.persistent_tensors():
             ledger.tag(part, (tensor,))
-        ledger.watch_gradients(step.trained_parameters())
+        ledger.track_gradients(step.trained_parameters())
         step.run(Announcer(lambda text: None, ledger, timeline))
     found = timeline.to_dict(ledger.peaks)
     assert found["num_events"] == len(ledger.history) == ledger.num_changes
@@ -171,8 +171,8 @@ def test_a_long_phase_takes_no_points_from_a_short_one() -> None:
 def test_the_memory_pass_writes_it_only_where_it_is_asked_for() -> None:
     step = build_step(CASE)
     timeline = Timeline()
-    with_it = memory_pass(step, "cpu", lambda text: None, timeline)
+    with_it = measure_memory(step, "cpu", lambda text: None, timeline)
     assert with_it.num_changes == timeline.to_dict(with_it.peaks)["num_events"]
-    without = memory_pass(step, "cpu", lambda text: None)
+    without = measure_memory(step, "cpu", lambda text: None)
     assert without._on_change is None
     assert without.peaks == with_it.peaks

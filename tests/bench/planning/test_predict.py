@@ -7,7 +7,7 @@ import pytest
 
 from rlhfbench.errors import SweepError
 from rlhfbench.measure.ledger import Ledger
-from rlhfbench.measure.measurements import memory_object, watched_step
+from rlhfbench.measure.measurements import memory_object, run_under_ledger
 from rlhfbench.planning.devices import find_accelerator
 from rlhfbench.planning.predict import Plan, plan_case
 from rlhfbench.planning.predict import _divided as divided
@@ -23,7 +23,7 @@ NAMES = ("model_bytes", "activation_bytes", "total_bytes")
 def measured(case: Case) -> dict[str, object]:
     step = build_step(case)
     ledger = Ledger("cpu")
-    watched_step(step, ledger, ledger)
+    run_under_ledger(step, ledger, ledger)
     return memory_object(ledger, {})
 
 

@@ -6,7 +6,7 @@ import dataclasses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class MeasureSettings:
+class MeasurementOptions:
     """How a case is measured.
 
     Attributes:
