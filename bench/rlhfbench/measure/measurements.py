@@ -15,8 +15,8 @@ from rlhfbench.measure import host
 from rlhfbench.measure.ceilings import measure_ceilings
 from rlhfbench.measure.clock import StepClock
 from rlhfbench.measure.ledger import ACTIVATION_PARTS, MODEL_PARTS, Ledger, block_bytes
-from rlhfbench.measure.profile import PhaseProfiler
 from rlhfbench.measure.options import MeasurementOptions
+from rlhfbench.measure.profile import PhaseProfiler
 from rlhfbench.measure.stopping import Reason, StoppingRule
 from rlhfbench.measure.timeline import Timeline
 from rlhfbench.measure.workspaces import workspace_bytes

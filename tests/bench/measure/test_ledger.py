@@ -54,7 +54,7 @@ INPUT, HIDDEN, OUTPUT = 4 * 8 * FLOAT, 4 * 16 * FLOAT, 4 * FLOAT
 
 def test_hand_count_of_a_small_network():
     net, x = mlp(), torch.ones(4, 8)
-    with Ledger() as ledger:
+    with Ledger("cpu") as ledger:
         ledger.tag("base", net.parameters())
         ledger.track_gradients(net.parameters())
         with ledger.phase("forward"):
@@ -79,7 +79,7 @@ def test_hand_count_of_a_small_network():
 
 def test_fake_tensors_give_the_same_numbers():
     def measure(make):
-        with Ledger() as ledger:
+        with Ledger("cpu") as ledger:
             first, second = (make(8, 16, requires_grad=True) for _ in range(2))
             ledger.tag("base", (first, second))
             ledger.track_gradients((first, second))
@@ -110,7 +110,7 @@ def test_under_checkpointing_the_activations_are_layer_inputs_and_one_recomputed
     layers = nn.ModuleList([mlp(64).append(nn.Linear(1, 8)) for _ in range(3)])
     x = torch.ones(4, 8, requires_grad=True)
     seen = []
-    with Ledger(on_change=lambda live: seen.append(live[PARTS.index("activations")])) as ledger:
+    with Ledger("cpu", on_change=lambda live: seen.append(live[PARTS.index("activations")])) as ledger:
         ledger.tag("base", layers.parameters())
         ledger.track_gradients(layers.parameters())
         h = x
@@ -130,7 +130,7 @@ def test_what_other_hooks_move_away_is_no_activation():
     weight = torch.ones(8, 8, requires_grad=True)
     x = torch.ones(4, 8)
     away = saved_tensors_hooks(lambda tensor: tensor.tolist(), torch.tensor)
-    with Ledger() as ledger, away:
+    with Ledger("cpu") as ledger, away:
         ledger.tag("base", [weight])
         out = (x @ weight).exp().sum()
         assert ledger.parts == parts(base=8 * 8 * FLOAT, temporary=INPUT + FLOAT)
@@ -141,7 +141,7 @@ def test_what_other_hooks_move_away_is_no_activation():
 def test_saved_weights_views_of_weights_and_rollouts_are_no_activations():
     weight, x = torch.ones(8, 8, requires_grad=True), torch.ones(4, 8, requires_grad=True)
     mask = torch.ones(4, 8)
-    with Ledger() as ledger:
+    with Ledger("cpu") as ledger:
         ledger.tag("base", [weight])
         ledger.tag("rollout", [x, mask])
         out = (x @ weight.T[:, :8]) * mask
@@ -151,7 +151,7 @@ def test_saved_weights_views_of_weights_and_rollouts_are_no_activations():
 
 def test_a_storage_is_temporary_again_when_its_last_saved_reference_goes():
     x = torch.ones(4, 8, requires_grad=True)
-    with Ledger() as ledger:
+    with Ledger("cpu") as ledger:
         y = x * 2
         first, second = y.exp(), y * y
         assert ledger.parts["activations"] == 2 * INPUT  # y and exp(y); x * 2 saves neither
@@ -166,14 +166,14 @@ def test_a_storage_is_temporary_again_when_its_last_saved_reference_goes():
 
 def test_a_saved_output_does_not_keep_itself_alive():
     x = torch.ones(4, 8, requires_grad=True)
-    with Ledger() as ledger:
+    with Ledger("cpu") as ledger:
         x.exp()
         assert ledger.total_bytes == INPUT
 
 
 def test_views_count_once_and_the_first_declaration_wins():
     tied = torch.ones(8, 8)
-    with Ledger() as ledger:
+    with Ledger("cpu") as ledger:
         ledger.tag("base", [tied])
         ledger.tag("heads", [tied.T, tied[2:]])
         assert ledger.parts == parts(base=8 * 8 * FLOAT)
@@ -185,7 +185,7 @@ def test_views_count_once_and_the_first_declaration_wins():
 
 def test_tensors_made_before_are_counted_when_first_used_and_those_elsewhere_never():
     old, elsewhere = torch.ones(4, 8), torch.ones(4, 8, device="meta")
-    with Ledger() as ledger:
+    with Ledger("cpu") as ledger:
         assert ledger.total_bytes == 0
         old.add_(1)
         elsewhere.add_(1)
@@ -193,7 +193,7 @@ def test_tensors_made_before_are_counted_when_first_used_and_those_elsewhere_nev
 
 
 def test_resized_storages():
-    with Ledger() as ledger, ledger.phase("only"):
+    with Ledger("cpu") as ledger, ledger.phase("only"):
         x = torch.empty(0)
         x.resize_(10)
         assert ledger.total_bytes == 10 * FLOAT
@@ -217,7 +217,7 @@ def test_resized_storages():
 @pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}, {"foreach": False}])
 def test_optimizers_with_lists_and_no_results(options):
     net, x = mlp(), torch.ones(4, 8)
-    with Walked() as ledger:
+    with Walked("cpu") as ledger:
         ledger.tag("base", net.parameters())
         ledger.track_gradients(net.parameters())
         optimizer = torch.optim.AdamW(net.parameters(), **options)
@@ -234,7 +234,7 @@ def test_optimizers_with_lists_and_no_results(options):
 
 def test_results_in_lists_and_tuples():
     x = torch.ones(4, 8)
-    with Ledger() as ledger:
+    with Ledger("cpu") as ledger:
         both = torch.split_with_sizes_copy(x, [2, 2])
         assert ledger.total_bytes == 2 * INPUT
         values, indices = x.max(1)
@@ -246,7 +246,7 @@ def test_results_in_lists_and_tuples():
 def test_accumulated_and_existing_gradients():
     weight = torch.ones(4, 8, requires_grad=True)
     weight.grad = torch.ones(4, 8)
-    with Ledger() as ledger:
+    with Ledger("cpu") as ledger:
         ledger.tag("base", [weight])
         ledger.track_gradients([weight])
         assert ledger.parts == parts(base=INPUT, gradients=INPUT)
@@ -271,7 +271,7 @@ def test_a_backward_within_the_backward():
             return gradient * 2 + inner.grad * 0
 
     x = torch.ones(4, 8, requires_grad=True)
-    with Walked() as ledger:
+    with Walked("cpu") as ledger:
         ledger.track_gradients([x])
         with ledger.phase("forward"):
             out = Doubled.apply(x).sum()
@@ -281,7 +281,7 @@ def test_a_backward_within_the_backward():
 
 
 def test_phases_are_separate_accumulate_their_stretches_and_pause_around_inner_ones():
-    with Ledger() as ledger:
+    with Ledger("cpu") as ledger:
         with ledger.phase("a"):
             torch.ones(10)
         with ledger.phase("b"):
@@ -298,7 +298,7 @@ def test_phases_are_separate_accumulate_their_stretches_and_pause_around_inner_o
 
 def test_a_phase_that_makes_nothing_has_what_it_found():
     x = torch.ones(4, 8)
-    with Ledger() as ledger:
+    with Ledger("cpu") as ledger:
         ledger.tag("rollout", [x])
         with ledger.phase("idle"):
             pass
@@ -307,7 +307,7 @@ def test_a_phase_that_makes_nothing_has_what_it_found():
 
 def test_the_largest_tensor_is_no_weight_and_no_gradient():
     weight = torch.ones(100, 100, requires_grad=True)
-    with Ledger() as ledger:
+    with Ledger("cpu") as ledger:
         ledger.tag("base", [weight])
         ledger.track_gradients([weight])
         (weight[:2] * 3).sum().backward()
@@ -317,7 +317,7 @@ def test_the_largest_tensor_is_no_weight_and_no_gradient():
 
 def test_every_change_is_told():
     told = []
-    with Ledger(on_change=lambda live: told.append(list(live))) as ledger:
+    with Ledger("cpu", on_change=lambda live: told.append(list(live))) as ledger:
         x = torch.ones(4, 8)
         ledger.tag("rollout", [x])
         del x
@@ -328,13 +328,13 @@ def test_every_change_is_told():
 
 
 def test_an_unknown_part_is_refused():
-    with Ledger() as ledger, pytest.raises(ValueError, match=r"part 'bases' is unknown: did you mean 'base'\?"):
+    with Ledger("cpu") as ledger, pytest.raises(ValueError, match=r"part 'bases' is unknown: did you mean 'base'\?"):
         ledger.tag("bases", [torch.ones(1)])
 
 
 def test_nothing_stays_behind():
     resize, enter = torch.UntypedStorage.resize_, torch.autograd.graph.saved_tensors_hooks.__enter__
-    net, ledger, held = mlp(), Ledger(), [torch.ones(4, 8), torch.ones(4, 8)]
+    net, ledger, held = mlp(), Ledger("cpu"), [torch.ones(4, 8), torch.ones(4, 8)]
 
     def fail():
         with ledger:
@@ -361,6 +361,6 @@ def test_a_ledger_changes_no_number():
         return [parameter.grad for parameter in net.parameters()]
 
     plain = gradients()
-    with Ledger():
+    with Ledger("cpu"):
         watched = gradients()
     assert all(torch.equal(a, b) for a, b in zip(plain, watched, strict=True))

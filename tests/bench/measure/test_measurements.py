@@ -4,8 +4,7 @@ import json
 import pytest
 import torch
 
-from rlhfbench.measure import MeasurementOptions, measure_case
-from rlhfbench.measure import measurements
+from rlhfbench.measure import MeasurementOptions, measure_case, measurements
 from rlhfbench.measure.ledger import Ledger
 from rlhfkernels.config.case import Case, Options
 from rlhfkernels.errors import NumericalError
@@ -241,7 +240,7 @@ def test_a_real_step_under_the_ledger(method, options):
     storages = [tensor.untyped_storage() for _, tensor in step.persistent_tensors()]
     persistent = {storage._cdata: storage.nbytes() for storage in storages}  # each once
     before = walk()
-    with Ledger() as ledger:
+    with Ledger("cpu") as ledger:
         for part, tensor in step.persistent_tensors():
             ledger.tag(part, (tensor,))
         ledger.track_gradients(step.trained_parameters())
