@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from rlhfbench.cases.settings import setting_of, setting_options
+from rlhfbench.cases.settings import changed_options, setting_of
 from rlhfkernels.config.settings import SETTINGS
 from rlhfkernels.methods.table import METHODS
 from rlhfreports.columns import COLUMNS, PARTS, PHASE_COLUMNS
@@ -20,7 +20,6 @@ _CASE_FIELDS = (
     "batch_size",
     "device",
     "dtype",
-    "lora_rank",
     "seed",
 )
 _MEMORY_FIELDS = ("model_bytes", "activation_bytes", "rollout_bytes", "total_bytes", "peak_phase")
@@ -90,15 +89,14 @@ def _named(case: dict[str, Any]) -> dict[str, Any]:
         "seq_len": None if None in lengths else sum(lengths),
         "setting": setting,
         "setting_order": _SETTING_ORDER.get(setting),
+        "lora_rank": _object(options, "lora").get("r"),
         "options": options_text(options),
     }
 
 
 def options_text(options: dict[str, Any]) -> str:
     """The options that are not as their setting has them, as ``name=value`` joined by commas."""
-    usual = setting_options(setting_of(options))
-    changed = {name: value for name, value in options.items() if name not in usual or value != usual[name]}
-    return ", ".join(f"{name}={value}" for name, value in sorted(changed.items()))
+    return ", ".join(f"{name}={value}" for name, value in changed_options(options).items())
 
 
 def _phase_cells(memory: dict[str, Any], latency: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from rlhfbench.records.file import make_plan, make_record
 from rlhfbench.records.frame import options_text, records_frame
-from rlhfkernels.config.case import Case, Options
+from rlhfkernels.config.case import Case
+from rlhfkernels.config.options import Options
 from rlhfkernels.config.settings import SETTINGS
 from rlhfkernels.methods.table import METHODS
 from rlhfkernels.observer import PARTS as OBSERVED_PARTS
@@ -153,7 +154,7 @@ def test_every_method_has_the_title_of_its_role_table():
 
 
 def test_only_options_that_were_changed_are_named():
-    changed = Options(attention="eager", kl_coef=0.5)
+    changed = Options.of({"engine.attn_implementation": "eager", "ppo.kl_coef": 0.5})
     assert (
         options_text(
             Case(
@@ -177,7 +178,7 @@ def test_only_options_that_were_changed_are_named():
     ],
 )
 def test_the_setting_is_told_by_the_options_and_not_told_twice(changed, setting, options):
-    record = {**RECORD, "case": dataclasses.replace(CASE, options=Options(**changed)).to_dict()}
+    record = {**RECORD, "case": dataclasses.replace(CASE, options=Options.of(changed)).to_dict()}
     row = records_frame([record]).iloc[0]
     assert (row["setting"], row["options"]) == (setting, options)
     assert (
