@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -276,7 +277,7 @@ def test_names_are_unique_and_the_same_on_every_machine():
     changes = [
         {},
         {"seed": 1},
-        {"lora_rank": 4},
+        {"options": Options.of({"lora.r": 4})},
         {"options": Options.of({"engine.attn_implementation": "eager"})},
         {"model": "/here/tiny"},
         {"model": "/there/tiny"},
@@ -310,7 +311,7 @@ def test_the_clock_gives_back_what_it_was_loaded_with():
 
 
 def test_the_measurer_runs_a_case_in_a_process_of_its_own(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
     server = partial(forkserver.ForkServer, target="fake_case:run_case", preload=())
     monkeypatch.setattr(forkserver, "ForkServer", server)
     cases = [dataclasses.replace(CASE, options=Options.of({"data.prompt_field": kind})) for kind in ("ok", "echo")]

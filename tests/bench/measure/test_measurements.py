@@ -201,8 +201,12 @@ def test_threads_are_set(fake):
 
 # The real step.
 
-FRUGAL = {"gradient_checkpointing": True, "kv_cache": "growing", "micro_batch_size": 1}
-TINY = {"model": "tiny", "prompt_len": 4, "completion_len": 4, "batch_size": 2, "lora_rank": 2}
+FRUGAL = {
+    "engine.gradient_checkpointing": True,
+    "engine.cache_implementation": "dynamic",
+    "engine.micro_batch_size": 1,
+}
+TINY = {"model": "tiny", "prompt_len": 4, "completion_len": 4, "batch_size": 2}
 
 
 def walk():
@@ -237,7 +241,7 @@ class Walked(Observer):
 @pytest.mark.parametrize("options", [{}, FRUGAL])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_real_step_under_the_ledger(method, options):
-    step = build_step(Case(method=method, **TINY, options=Options.of(options)))
+    step = build_step(Case(method=method, **TINY, options=Options.of({"lora.r": 2, **options})))
     storages = [tensor.untyped_storage() for _, tensor in step.persistent_tensors()]
     persistent = {storage._cdata: storage.nbytes() for storage in storages}  # each once
     before = walk()
