@@ -57,6 +57,14 @@ class StepStats:
             if not math.isfinite(float(value)):
                 raise NumericalError(f"{name} is {float(value)}: the step's numbers must be finite.")
 
+    def to_dict(self) -> dict[str, float | None]:
+        """Returns every statistic as a float; ``None`` where it is absent or not finite."""
+        named = {"score": self.score, "kl": self.kl, "ratio_error": self.ratio_error}
+        named |= {f"{role}_loss": value for role, value in self.losses.items()}
+        named |= {f"{role}_grad_norm": value for role, value in self.grad_norms.items()}
+        floats = {name: math.nan if value is None else float(value) for name, value in named.items()}
+        return {name: value if math.isfinite(value) else None for name, value in floats.items()}
+
 
 def build_step(case: Case, *, reward_fn: RewardFunction | None = None, with_weights: bool = True) -> PPOStep:
     """Loads what ``case`` names onto its device and returns its step.

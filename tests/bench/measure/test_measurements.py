@@ -18,12 +18,15 @@ PHASES = (Phase(name="think", kind="inference"), Phase(name="learn", kind="updat
 
 
 class FakeStats:
-    def __init__(self, finite):
-        self.finite = finite
+    def __init__(self, finite, num_runs):
+        self.finite, self.num_runs = finite, num_runs
 
     def check_finite(self):
         if not self.finite:
             raise NumericalError("kl is nan: the step's numbers must be finite.")
+
+    def to_dict(self):
+        return {"num_runs": self.num_runs, "kl": None}
 
 
 class FakeStep:
@@ -54,7 +57,7 @@ class FakeStep:
             self.moment.add_(self.weight.grad)
             self.weight.sub_(self.moment, alpha=1e-3)
             self.weight.grad = None
-        return FakeStats(self.finite)
+        return FakeStats(self.finite, len(self.observers))
 
     def persistent_tensors(self):
         return [("base", self.weight), ("optimizer", self.moment)]
@@ -96,7 +99,7 @@ def test_the_passes_in_their_order(fake, tmp_path):
     phases = [f"phase:{phase.name}" for phase in PHASES]
     assert told == ["build", "warm-up", *phases, "timing", "memory", *phases, "profile", *phases, "ceilings"]
     assert json.loads(json.dumps(result)) == result
-    assert set(result) == {"memory", "latency", "work", "prompts", "engine", "kernels", "ceilings", "timeline"}
+    assert set(result) == {"memory", "latency", "work", "stats", "prompts", "engine", "kernels", "ceilings", "timeline"}
     assert result["prompts"] == step.prompt_summary()
     assert result["ceilings"] == CEILINGS
     assert result["timeline"] is None
@@ -132,6 +135,7 @@ def test_memory_by_hand(fake):
         "total_bytes": 2 * weight + rows + 64,
         "parts": {**dict.fromkeys(PARTS, 0), "base": weight, "optimizer": weight, "rollout": rows, "kv_cache": 64},
     }
+    assert memory["persistent_model_bytes"] == 3 * weight  # the weight, its gradient, its moment
     assert memory["peak_phase"] == "learn"
     assert memory["parts"] == memory["phases"]["learn"]["parts"]
     assert memory["rollout_bytes"] == rows
@@ -187,6 +191,21 @@ def test_numbers_that_are_not_finite_are_an_error(fake):
     fake(FakeStep(finite=False))
     with pytest.raises(NumericalError):
         measure_case(CASE, options(), lambda text: None)
+
+
+def test_stats_are_those_of_the_first_warm_up_step(fake, monkeypatch):
+    step = fake(FakeStep())
+    monkeypatch.setattr(measurements.StoppingRule, "is_warm", lambda self, steps_s: len(steps_s) == 3)
+    result = measure_case(CASE, options(), lambda text: None)
+    assert len(step.observers) > 3
+    assert result["stats"] == {"num_runs": 1, "kl": None}
+
+
+def test_the_persistent_model_is_the_highest_sum_of_model_parts_over_the_phases():
+    none = dict.fromkeys(PARTS, 0)
+    update = {**none, "base": 8, "gradients": 1, "activations": 100}
+    optimize = {**none, "base": 8, "adapters": 1, "heads": 2, "gradients": 4, "optimizer": 16, "temporary": 1}
+    assert measurements.persistent_model_bytes([update, optimize]) == 31
 
 
 def test_threads_are_set(fake):
@@ -267,6 +286,7 @@ def test_a_real_case():
     result = measure_case(Case(method="hydra", **TINY), MeasurementOptions(time_budget_s=0.0), lambda text: None)
     assert json.loads(json.dumps(result)) == result
     assert result["latency"]["stopped_because"] == "budget"
+    assert abs(result["stats"]["kl"]) < 1e-5  # the policy is still the reference
     assert 0 < result["work"]["floor_fraction"] < 1
 
 
