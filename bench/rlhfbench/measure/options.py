@@ -1,4 +1,4 @@
-"""How a case is measured, apart from what it is."""
+"""Options of the measurements of a case."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class MeasurementOptions:
-    """How a case is measured.
+    """Options of the measurements of a case.
 
     Attributes:
-        time_budget_s: for the warm-up and the timing pass together; the last step may run over it.
-        precision: the relative half-width of the median's 95 % confidence interval that is precise enough.
-        profile_dir: where the profiler pass puts its traces; ``None``: there is no profiler pass.
-        timeline: whether the memory pass keeps its timeline too.
-        num_threads: torch's threads within an op; ``None`` leaves torch's own choice.
-        ceilings: what ``measure_ceilings`` found for the same device and dtype; ``None``: it is measured now.
+        time_budget_s: Seconds for warm-up and timing together. The last step may exceed it.
+        precision: Timing stops when the 95 % confidence interval of the median has this relative half-width.
+        profile_dir: Folder for the profiler's traces. ``None``: no profile.
+        timeline: Whether to keep a timeline of the memory measurement.
+        num_threads: Threads within an op (``torch.set_num_threads``). ``None``: torch's default.
+        ceilings: Result of ``measure_ceilings`` for the same device and dtype. ``None``: measure it.
     """
 
     time_budget_s: float = 10.0

@@ -1,8 +1,10 @@
-"""How the ledger gets to know: the hooks into torch, put in place and taken away again.
+"""Hooks into torch that report every storage that an op, autograd or a resize touches.
 
-Four of them: a dispatch mode sees every op's tensors, under autograd and in its threads; hooks on saved tensors see
-what autograd keeps; those hooks stand also behind other people's (activation checkpointing has its own, and only the
-innermost are called); and the one way to resize a storage without an op.
+- A dispatch mode sees the tensors of every op, below autograd and in autograd's threads.
+- Saved-tensor hooks see what autograd keeps.
+- A patch of ``saved_tensors_hooks`` covers hooks that are entered later, such as those of activation checkpointing:
+  torch calls only the innermost ones.
+- A patch of ``UntypedStorage.resize_`` sees resizes, which are no op.
 """
 
 from __future__ import annotations
@@ -17,24 +19,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class StorageObserver(Protocol):
-    """What is told of storages; ``Ledger`` says what each means."""
+    """Receiver of the reports; implemented by ``Ledger``."""
 
     def on_tensor(self, tensor: torch.Tensor, op: object) -> None:
-        """An op has made ``tensor``, or with ``None`` takes it."""
+        """Called for every output of ``op``, and with ``None`` for every input of an op."""
 
     def on_write(self, tensor: torch.Tensor) -> None:
-        """An op may have written into ``tensor``."""
+        """Called after an op that may have written into ``tensor``."""
 
     def on_resize(self, storage: torch.UntypedStorage) -> None:
-        """``storage`` has another size."""
+        """Called after ``storage`` was resized."""
 
     def on_save(self, tensor: torch.Tensor, alias: torch.Tensor) -> None:
-        """Autograd holds ``tensor``, for as long as ``alias`` lives."""
+        """Called when autograd saves ``tensor``; it holds it for as long as ``alias`` lives."""
 
 
 @contextmanager
 def observe_storages(observer: StorageObserver) -> Iterator[None]:
-    """Tells ``observer`` of every storage that an op, autograd or a resize touches in the meantime."""
+    """Reports to ``observer`` inside the block."""
     with ExitStack() as stack:
         stack.enter_context(_observe_resizes(observer))
         stack.enter_context(saved_tensors_hooks(lambda tensor: _saved_alias(observer, tensor), lambda alias: alias))
@@ -47,7 +49,7 @@ _DEVICE = torch.ops.prim.device.default
 
 
 class _OpObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees every op: inputs (they may have been made before), outputs, and what the op wrote into."""
+    """Reports every op's inputs (they may be older than the block), outputs, and tensors written in place."""
 
     def __init__(self, observer: StorageObserver) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -56,13 +58,13 @@ class _OpObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled here, and the guard against it would import the compiler at the first op."""
+        """Skips dynamo's check: it would import the compiler at the first op, and nothing is compiled here."""
         return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is _DEVICE:  # asked of a fake tensor for every argument of every op
+        if func is _DEVICE:  # fake tensors ask this for every argument of every op: shortcut
             return args[0].fake_device
         on_tensor = self._observer.on_tensor
         for tensor in _tensors(args):
@@ -86,7 +88,7 @@ class _OpObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _tensors(values: Iterable[Any]) -> list[torch.Tensor]:
-    """The tensors among ``values`` and in lists and tuples among them (the deepest that an op's schema allows)."""
+    """Returns the tensors in ``values``, one level of lists deep: the deepest nesting that op schemas allow."""
     found = []
     for value in values:
         if isinstance(value, torch.Tensor):
@@ -97,9 +99,9 @@ def _tensors(values: Iterable[Any]) -> list[torch.Tensor]:
 
 
 def _saved_alias(observer: StorageObserver, tensor: torch.Tensor) -> torch.Tensor:
-    """An alias that only autograd holds: it lives exactly as long as the saved reference.
+    """Returns an alias of ``tensor`` that only autograd holds, so that its lifetime is that of the saved reference.
 
-    It must be detached also because a saved output that held itself would never be freed.
+    It is detached: an op's output saved with its own graph would keep itself alive forever.
     """
     alias = tensor.detach()
     observer.on_save(tensor, alias)
@@ -108,10 +110,10 @@ def _saved_alias(observer: StorageObserver, tensor: torch.Tensor) -> torch.Tenso
 
 @contextmanager
 def _observe_inner_hooks(observer: StorageObserver) -> Iterator[None]:
-    """Hands aliases to hooks that are entered from now on, so that what they keep is seen for as long as they keep it.
+    """Makes saved-tensor hooks that are entered later report to ``observer`` too: torch calls only the innermost.
 
-    Under non-reentrant checkpointing the forward's hooks keep nothing, and the recomputation's keep each tensor until
-    the backward has used it. Only the innermost hooks are ever called, so ours have to stand behind theirs.
+    Non-reentrant checkpointing enters such hooks. In the forward pass they keep nothing; in the recomputation they keep
+    each tensor until the backward pass has used it. They get aliases, whose lifetime is observed.
     """
     enter = saved_tensors_hooks.__enter__
 
@@ -132,7 +134,7 @@ def _observe_inner_hooks(observer: StorageObserver) -> Iterator[None]:
 
 @contextmanager
 def _observe_resizes(observer: StorageObserver) -> Iterator[None]:
-    """``tensor.untyped_storage().resize_(n)`` is no op, so the method itself is watched."""
+    """Patches ``UntypedStorage.resize_``, which no dispatch mode sees."""
     resize = torch.UntypedStorage.resize_
 
     def resize_observed(storage: torch.UntypedStorage, size: int) -> Any:

@@ -34,7 +34,7 @@ def test_short_products_are_made_larger_and_the_best_counts(monkeypatch):
 
 def test_the_ceiling_is_the_better_products(monkeypatch):
     rates = {"library": 3.0, "own": 5.0}
-    monkeypatch.setattr(ceilings, "_products", lambda device, dtype: list(rates))
+    monkeypatch.setattr(ceilings, "_matmuls", lambda device, dtype: list(rates))
     monkeypatch.setattr(ceilings, "_flops_per_s", lambda multiply, device, dtype: rates[multiply])
     assert ceilings._matmul_flops_per_s(torch.device("cpu"), torch.float32) == 5.0
 
@@ -51,7 +51,7 @@ def test_the_ceiling_is_the_better_products(monkeypatch):
 def test_own_products_count_where_they_are_the_faster_ones(monkeypatch, dtype, failure, beats, num_products):
     monkeypatch.setattr(ceilings.build, "why_not", lambda: failure)
     monkeypatch.setattr(ceilings.native, "beats_library", lambda: beats)
-    assert len(ceilings._products(torch.device("cpu"), dtype)) == num_products
+    assert len(ceilings._matmuls(torch.device("cpu"), dtype)) == num_products
 
 
 def test_a_real_one_is_a_positive_number():
