@@ -9,7 +9,8 @@ from rlhfbench.measure.ledger import Ledger
 from rlhfkernels.config.case import Case
 from rlhfkernels.config.options import Options
 from rlhfkernels.errors import NumericalError
-from rlhfkernels.methods.table import METHODS, Phase
+from rlhfkernels.methods.program import Phase
+from rlhfkernels.methods.table import METHODS
 from rlhfkernels.observer import PARTS, Observer
 from rlhfkernels.training.step import build_step
 from rlhfkernels.training.work import Work
@@ -65,10 +66,10 @@ class FakeStep:
     def trained_parameters(self):
         return [self.weight]
 
-    engine_taken = "fast"
-    kernels_taken = "torch"
+    trunk_taken = "fast"
+    backend_taken = "torch"
 
-    def prompt_summary(self):
+    def data_summary(self):
         return {"source": "random", "num_prompts": None, "num_truncated": 0}
 
 
@@ -100,7 +101,7 @@ def test_the_passes_in_their_order(fake, tmp_path):
     assert told == ["build", "warm-up", *phases, "timing", "memory", *phases, "profile", *phases, "ceilings"]
     assert json.loads(json.dumps(result)) == result
     assert set(result) == {"memory", "latency", "work", "stats", "prompts", "engine", "kernels", "ceilings", "timeline"}
-    assert result["prompts"] == step.prompt_summary()
+    assert result["prompts"] == step.data_summary()
     assert result["ceilings"] == CEILINGS
     assert result["timeline"] is None
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(

@@ -7,8 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from rlhfkernels import METHODS, Case, Observer, build_step, phase_work
-from rlhfkernels.methods.table import update_phase
-from rlhfkernels.training.step import PPOStep
+from rlhfkernels.training.step import TrainingStep
 from rlhfkernels.training.work import Work
 
 
@@ -27,7 +26,7 @@ class FlopObserver(Observer):
         self.flops[name] = self.flops.get(name, 0) + self.mode.get_total_flops()
 
 
-def attention_surplus(step: PPOStep, phase: str) -> int:
+def attention_surplus(step: TrainingStep, phase: str) -> int:
     """What eager attention computes beyond the causal half that ``phase_work`` counts."""
     case, config = step.case, step.engine.models[step.engine.method.bases[0]].trunk.config
     channels = (
@@ -43,7 +42,7 @@ def attention_surplus(step: PPOStep, phase: str) -> int:
     return 3 * full // 2
 
 
-def unread_surplus(step: PPOStep, phase: str) -> int:
+def unread_surplus(step: TrainingStep, phase: str) -> int:
     """What the plain engine's last layer computes for positions that no head reads: 8 of them in each of 4 rows.
 
     Llama of hidden 32 with 4 query and 2 key-value heads of 8 and 64 between: query and output 32x32, three of 64x32.
@@ -60,10 +59,10 @@ def unread_surplus(step: PPOStep, phase: str) -> int:
     if phase == "generate":
         return once(method.roles["actor"].adapter is not None, 1, 1)
     if phase == "score":
-        return sum(once(p.adapter is not None, 1, 1) for p in method.score_passes)
-    (p,) = [p for p in method.update_passes if update_phase(p) == phase]
+        return sum(once(p.weights.adapter is not None, 1, 1) for p in method.score_passes)
+    (p,) = next(found.passes for found in method.phases if found.name == phase)
     trains_base = any("base" in method.roles[name].trains for name in p.roles)
-    return once(p.adapter is not None, 3 if trains_base else 2, 3)
+    return once(p.weights.adapter is not None, 3 if trains_base else 2, 3)
 
 
 @pytest.mark.parametrize("method", METHODS)
