@@ -18,7 +18,7 @@ def parts(**some):
 
 
 def walk():
-    """Every live storage that a tensor known to the garbage collector looks into: {address: bytes}."""
+    """Returns bytes by address of every live storage, found through the garbage collector's tensors."""
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
     tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
@@ -27,7 +27,7 @@ def walk():
 
 
 class Walked(Ledger):
-    """Compares itself with an independent walk whenever a phase ends."""
+    """A ledger that compares itself with an independent walk at the end of every phase."""
 
     def __enter__(self):
         self.before = walk()
@@ -47,21 +47,21 @@ def mlp(inner=16):
     return nn.Sequential(nn.Linear(8, inner), nn.ReLU(), nn.Linear(inner, 1))
 
 
-# A network by hand. b = 4 rows, 8 -> 16 -> 1.
+# A two-layer network, 8 -> 16 -> 1, on 4 rows.
 WEIGHTS = (8 * 16 + 16 + 16 + 1) * FLOAT
 INPUT, HIDDEN, OUTPUT = 4 * 8 * FLOAT, 4 * 16 * FLOAT, 4 * FLOAT
 
 
-def test_hand_count_of_a_small_network():
+def test_a_small_network_by_hand():
     net, x = mlp(), torch.ones(4, 8)
     with Ledger("cpu") as ledger:
         ledger.tag("base", net.parameters())
         ledger.track_gradients(net.parameters())
         with ledger.phase("forward"):
             out = net(x)
-        # Kept for the backward: the input of each linear layer (the second's is also the ReLU's output).
+        # Saved for the backward pass: each linear layer's input (the second's is also the ReLU's output).
         assert ledger.parts == parts(base=WEIGHTS, activations=INPUT + HIDDEN, temporary=OUTPUT)
-        # At the forward's peak the ReLU's input was there too, and the network's output not yet.
+        # At the peak of the forward pass the ReLU's input was live, and the network's output not yet.
         assert ledger.peaks["forward"].parts == parts(base=WEIGHTS, activations=INPUT + HIDDEN, temporary=HIDDEN)
         with ledger.phase("backward"):
             out.backward(torch.ones_like(out))
@@ -77,7 +77,7 @@ def test_hand_count_of_a_small_network():
     assert ledger.largest.op == "aten.addmm.default"
 
 
-def test_fake_tensors_give_the_same_numbers():
+def test_fake_tensors_give_the_same_bytes():
     def measure(make):
         with Ledger("cpu") as ledger:
             first, second = (make(8, 16, requires_grad=True) for _ in range(2))
@@ -95,7 +95,7 @@ def test_fake_tensors_give_the_same_numbers():
         assert measure(torch.empty) == real
 
 
-def test_fake_tensors_are_on_their_fake_device():
+def test_fake_tensors_count_on_their_fake_device():
     with FakeTensorMode(), Ledger("cuda") as ledger:
         torch.ones(4, 8)
         x = torch.empty(4, 8, device="cuda")
@@ -121,12 +121,12 @@ def test_under_checkpointing_the_activations_are_layer_inputs_and_one_recomputed
         assert ledger.parts["activations"] == 3 * INPUT
         seen.clear()
         loss.backward()
-        # The last layer's input, hidden state (4 x 64) and inner output (4 x 1), beside the inputs of the others.
+        # The inputs of all layers, and the recomputed hidden state (4 x 64) and inner output (4 x 1) of the last.
         assert max(seen) == 3 * INPUT + 4 * 64 * FLOAT + OUTPUT
         assert ledger.parts["activations"] == 0
 
 
-def test_what_other_hooks_move_away_is_no_activation():
+def test_a_tensor_that_other_hooks_offload_is_no_activation():
     weight = torch.ones(8, 8, requires_grad=True)
     x = torch.ones(4, 8)
     away = saved_tensors_hooks(lambda tensor: tensor.tolist(), torch.tensor)
@@ -149,7 +149,7 @@ def test_saved_weights_views_of_weights_and_rollouts_are_no_activations():
         assert ledger.parts == parts(base=8 * 8 * FLOAT, rollout=2 * INPUT, temporary=INPUT)
 
 
-def test_a_storage_is_temporary_again_when_its_last_saved_reference_goes():
+def test_a_storage_is_temporary_again_after_its_last_saved_reference():
     x = torch.ones(4, 8, requires_grad=True)
     with Ledger("cpu") as ledger:
         y = x * 2
@@ -178,12 +178,12 @@ def test_views_count_once_and_the_first_declaration_wins():
         ledger.tag("heads", [tied.T, tied[2:]])
         assert ledger.parts == parts(base=8 * 8 * FLOAT)
         view = torch.ones(4, 8)[1:2]
-        assert ledger.parts["temporary"] == INPUT  # the whole storage lives behind the view
+        assert ledger.parts["temporary"] == INPUT  # the view keeps the whole storage alive
         ledger.tag("kv_cache", [view])
         assert ledger.parts == parts(base=8 * 8 * FLOAT, kv_cache=INPUT)
 
 
-def test_tensors_made_before_are_counted_when_first_used_and_those_elsewhere_never():
+def test_older_tensors_count_from_their_first_use_and_those_on_other_devices_never():
     old, elsewhere = torch.ones(4, 8), torch.ones(4, 8, device="meta")
     with Ledger("cpu") as ledger:
         assert ledger.total_bytes == 0
@@ -208,14 +208,14 @@ def test_resized_storages():
         assert ledger.total_bytes == 3 * FLOAT
         y = torch.ones(1000)
         ledger.enter_phase("grow")
-        y.resize_(2000)  # the old content is copied, so both are there for a moment
+        y.resize_(2000)  # old and new memory are both live while the content is copied
         assert ledger.total_bytes == 2003 * FLOAT
         ledger.exit_phase("grow")
     assert ledger.peaks["grow"].total_bytes == 3003 * FLOAT
 
 
 @pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}, {"foreach": False}])
-def test_optimizers_with_lists_and_no_results(options):
+def test_ops_of_optimizers_that_take_lists_and_return_nothing(options):
     net, x = mlp(), torch.ones(4, 8)
     with Walked("cpu") as ledger:
         ledger.tag("base", net.parameters())
@@ -232,7 +232,7 @@ def test_optimizers_with_lists_and_no_results(options):
         assert ledger.num_walks == 4
 
 
-def test_results_in_lists_and_tuples():
+def test_ops_that_return_lists_and_tuples():
     x = torch.ones(4, 8)
     with Ledger("cpu") as ledger:
         both = torch.split_with_sizes_copy(x, [2, 2])
@@ -255,7 +255,7 @@ def test_accumulated_and_existing_gradients():
         assert ledger.parts == parts(base=INPUT, gradients=INPUT)
 
 
-def test_a_backward_within_the_backward():
+def test_a_backward_pass_inside_a_backward_pass():
     class Doubled(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
@@ -280,7 +280,7 @@ def test_a_backward_within_the_backward():
         assert ledger.parts == parts(gradients=INPUT, temporary=INPUT + FLOAT)
 
 
-def test_phases_are_separate_accumulate_their_stretches_and_pause_around_inner_ones():
+def test_a_phase_has_the_peak_of_all_its_stretches_without_inner_phases():
     with Ledger("cpu") as ledger:
         with ledger.phase("a"):
             torch.ones(10)
@@ -296,7 +296,7 @@ def test_phases_are_separate_accumulate_their_stretches_and_pause_around_inner_o
     assert ledger.peak_phase == "c"
 
 
-def test_a_phase_that_makes_nothing_has_what_it_found():
+def test_a_phase_without_an_op_has_what_lives_already():
     x = torch.ones(4, 8)
     with Ledger("cpu") as ledger:
         ledger.tag("rollout", [x])
@@ -315,24 +315,24 @@ def test_the_largest_tensor_is_no_weight_and_no_gradient():
     assert ledger.largest.shape == (2, 100)
 
 
-def test_every_change_is_told():
-    told = []
-    with Ledger("cpu", on_change=lambda live: told.append(list(live))) as ledger:
+def test_on_change_is_called_after_every_change():
+    seen = []
+    with Ledger("cpu", on_change=lambda live: seen.append(list(live))) as ledger:
         x = torch.ones(4, 8)
         ledger.tag("rollout", [x])
         del x
     index = PARTS.index
-    assert [live[index("temporary")] for live in told] == [INPUT, 0, 0]
-    assert [live[index("rollout")] for live in told] == [0, INPUT, 0]
+    assert [live[index("temporary")] for live in seen] == [INPUT, 0, 0]
+    assert [live[index("rollout")] for live in seen] == [0, INPUT, 0]
     assert ledger.num_changes == 3
 
 
-def test_an_unknown_part_is_refused():
+def test_an_unknown_part_is_an_error():
     with Ledger("cpu") as ledger, pytest.raises(ValueError, match=r"part 'bases' is unknown: did you mean 'base'\?"):
         ledger.tag("bases", [torch.ones(1)])
 
 
-def test_nothing_stays_behind():
+def test_no_hook_stays_behind():
     resize, enter = torch.UntypedStorage.resize_, torch.autograd.graph.saved_tensors_hooks.__enter__
     net, ledger, held = mlp(), Ledger("cpu"), [torch.ones(4, 8), torch.ones(4, 8)]
 
@@ -354,7 +354,7 @@ def test_nothing_stays_behind():
     assert all(not parameter._post_accumulate_grad_hooks for parameter in net.parameters())
 
 
-def test_a_ledger_changes_no_number():
+def test_a_ledger_changes_no_gradient():
     def gradients():
         net = mlp()
         checkpoint(net, torch.ones(4, 8), use_reentrant=False).exp().sum().backward()

@@ -31,7 +31,7 @@ class FakeStats:
 
 
 class FakeStep:
-    """A small step that keeps the contract: a weight, a rollout, a cache, two stretches of one phase."""
+    """A small step with a weight, a rollout, a cache and two stretches of one phase."""
 
     phases = PHASES
 
@@ -75,7 +75,7 @@ class FakeStep:
 
 @pytest.fixture
 def fake(monkeypatch):
-    """Lets ``measure_case`` find a fake step; returns what puts one there."""
+    """Returns a function that makes ``measure_case`` build a given fake step."""
 
     def put(step):
         monkeypatch.setattr(measurements, "build_step", lambda case: step)
@@ -94,11 +94,11 @@ def options(**fields):
     return MeasurementOptions(**{"time_budget_s": 0.0, "ceilings": CEILINGS, **fields})
 
 
-def test_the_passes_in_their_order(fake, tmp_path):
-    step, told = fake(FakeStep()), []
-    result = measure_case(CASE, options(profile_dir=str(tmp_path)), told.append)
+def test_the_measurements_in_their_order(fake, tmp_path):
+    step, notices = fake(FakeStep()), []
+    result = measure_case(CASE, options(profile_dir=str(tmp_path)), notices.append)
     phases = [f"phase:{phase.name}" for phase in PHASES]
-    assert told == ["build", "warm-up", *phases, "timing", "memory", *phases, "profile", *phases, "ceilings"]
+    assert notices == ["build", "warm-up", *phases, "timing", "memory", *phases, "profile", *phases, "ceilings"]
     assert json.loads(json.dumps(result)) == result
     assert set(result) == {"memory", "latency", "work", "stats", "prompts", "engine", "kernels", "ceilings", "timeline"}
     assert result["prompts"] == step.data_summary()
@@ -121,8 +121,8 @@ def test_the_timeline_has_the_peak_of_the_record(fake):
     assert [row["names"] for row in timeline["phases"]] == [["think"], ["learn"], ["learn"], ["step"]]
 
 
-def test_the_clock_sees_no_instrument(fake):
-    """A timed step runs under the clock alone; before it the warm-up, after it the ledger's."""
+def test_a_timed_step_has_no_instrument_but_the_clock(fake):
+    """The observers of the warm-up, the timed step and the memory measurement."""
     step = fake(FakeStep())
     measure_case(CASE, options(timeline=True), lambda text: None)
     assert [type(observer).__name__ for observer in step.observers] == ["Announcer", "StepClock", "Announcer"]
@@ -178,17 +178,17 @@ def test_the_floor_is_the_slower_of_the_two_ceilings():
     }
 
 
-@pytest.mark.parametrize("run", [1, 2, 3])  # the warm-up, the timed step, the memory pass
-def test_a_step_that_fails_names_its_phase_last(fake, run):
+@pytest.mark.parametrize("run", [1, 2, 3])  # warm-up, timed step, memory measurement
+def test_a_failed_step_announces_its_phase_last(fake, run):
     fake(FakeStep(fails_in_run=run))
-    told = []
+    notices = []
     with pytest.raises(torch.OutOfMemoryError):
-        measure_case(CASE, options(), told.append)
-    assert told[-1] == "phase:learn"
+        measure_case(CASE, options(), notices.append)
+    assert notices[-1] == "phase:learn"
     assert gc.isenabled()
 
 
-def test_numbers_that_are_not_finite_are_an_error(fake):
+def test_a_step_that_is_not_finite_is_an_error(fake):
     fake(FakeStep(finite=False))
     with pytest.raises(NumericalError):
         measure_case(CASE, options(), lambda text: None)
@@ -230,7 +230,7 @@ TINY = {"model": "tiny", "prompt_len": 4, "completion_len": 4, "batch_size": 2}
 
 
 def walk():
-    """Every live storage that a tensor known to the garbage collector looks into: {address: bytes}."""
+    """Returns bytes by address of every live storage, found through the garbage collector's tensors."""
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
     tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
@@ -239,7 +239,7 @@ def walk():
 
 
 class Walked(Observer):
-    """Compares a ledger with an independent walk whenever a phase ends."""
+    """Compares a ledger with an independent walk at the end of every phase."""
 
     def __init__(self, ledger, before):
         self.ledger, self.before, self.num_walks = ledger, before, 0
@@ -291,7 +291,7 @@ def test_a_real_case():
     assert 0 < result["work"]["floor_fraction"] < 1
 
 
-def test_what_the_allocator_handed_out_beyond_ledger_and_workspaces_is_the_rest(fake):
+def test_the_rest_is_the_allocators_peak_without_ledger_and_workspaces(fake):
     ledger = Ledger("cpu")
     measurements.run_under_ledger(FakeStep(), ledger, ledger)
     views = dict.fromkeys(measurements.OUTER_VIEWS)
