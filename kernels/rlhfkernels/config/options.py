@@ -189,6 +189,17 @@ class DPOOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class BestOfNOptions:
+    """Best-of-n sampling. The name is that of TRL's ``GRPOConfig``.
+
+    Attributes:
+        num_generations: samples per prompt, of which the best is kept.
+    """
+
+    num_generations: Count = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
     """Every option of a case, by group.
 
@@ -201,6 +212,7 @@ class Options:
         ppo: see ``PPOOptions``.
         sft: see ``SFTOptions``.
         dpo: see ``DPOOptions``.
+        best_of_n: see ``BestOfNOptions``.
     """
 
     lora: LoraOptions = LoraOptions()
@@ -211,6 +223,7 @@ class Options:
     ppo: PPOOptions = PPOOptions()
     sft: SFTOptions = SFTOptions()
     dpo: DPOOptions = DPOOptions()
+    best_of_n: BestOfNOptions = BestOfNOptions()
 
     @classmethod
     def of(cls, values: Mapping[str, Any] = {}, /) -> Self:

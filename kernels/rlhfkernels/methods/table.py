@@ -123,6 +123,19 @@ METHODS: dict[str, Method] = {
         ),
         _dpo("dpo", "DPO", policy=_WHOLE_POLICY, reference=Role(base="reference", head="lm")),
         _dpo("dpo-lora", "LoRA-DPO", policy=_LORA_POLICY, reference=Role(base="policy", head="lm")),
+        Method(
+            name="best-of-n",
+            title="Best-of-n",
+            family="Best-of-n",
+            origins={"policy": "policy", "reward": "reward"},
+            roles={"policy": Role(base="policy", head="lm"), "reward": Role(base="reward", head="reward")},
+            source="prompts",
+            program=(
+                Generate(role="policy", samples="best_of_n.num_generations"),
+                Read(role="reward", quantity="last_scalar", into="scores"),
+                Derive(function="best_of_n"),
+            ),
+        ),
     )
 }
 

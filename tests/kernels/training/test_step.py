@@ -206,7 +206,7 @@ def test_bfloat16_steps(make_case: Callable[..., Case], method: str) -> None:
     for _ in range(2):
         step.run().check_finite()
     masters = [t for part, t in step.persistent_tensors() if part == "optimizer" and t.dim() > 0]
-    assert {t.dtype for t in masters} == {torch.float32}
+    assert {t.dtype for t in masters} == ({torch.float32} if step.method.trained_roles else set())
 
 
 def test_eager_attention_and_full_logits_give_the_same_step(make_case: Callable[..., Case]) -> None:

@@ -44,7 +44,7 @@ def attention_surplus(step: TrainingStep, phase: str) -> int:
 
 
 def unread_surplus(step: TrainingStep, phase: str) -> int:
-    """What the plain engine's last layer computes for positions that no head reads: 8 of them in each sequence of 4 rows.
+    """FLOPs of the plain engine's last layer at positions that no head reads: 8 in each sequence of 4 data rows.
 
     Llama of hidden 32 with 4 query and 2 key-value heads of 8 and 64 between: query and output 32x32, three of 64x32.
     Its adapters of rank 3 are on all seven: on 32 to 32 (twice), 32 to 16 (twice), and 32 to 64 (three times).
