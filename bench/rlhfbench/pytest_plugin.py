@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rlhfbench.cases.sweep import Sweep
     from rlhfkernels.config.case import Case
 
-# The default sweep: every method once, in seconds.
+# The default sweep: every PPO method once, in seconds.
 SMALL_GRID = {"models": ["tiny"], "seq_lens": [32], "batch_sizes": [2]}
 NODE_NAME = "rlhfbench"
 DEFAULT_TIME_BUDGET_S = 2.0
@@ -41,7 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--benchmark-sweep",
         metavar="FILE",
         dest="rlhfbench_sweep",
-        help="With --benchmark: the TOML file of the sweep. Default: every method, tiny model, 32 tokens, batch 2.",
+        help="With --benchmark: the TOML file of the sweep. Default: every PPO method, tiny model, 32 tokens, batch 2.",
     )
     group.addoption(
         "--benchmark-time-budget-s",

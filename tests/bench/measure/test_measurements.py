@@ -242,7 +242,7 @@ class Walked(Observer):
     """Compares a ledger with an independent walk at the end of every phase."""
 
     def __init__(self, ledger, before):
-        self.ledger, self.before, self.num_walks = ledger, before, 0
+        self.ledger, self.before, self.walked = ledger, before, []
 
     def enter_phase(self, name):
         self.ledger.enter_phase(name)
@@ -252,7 +252,7 @@ class Walked(Observer):
         found, live = walk(), self.ledger.live_storages()
         assert live == {key: size for key, size in found.items() if key not in self.before or key in live}
         assert sum(live.values()) == self.ledger.total_bytes == sum(self.ledger.parts.values())
-        self.num_walks += 1
+        self.walked.append(name)
 
     def tag(self, part, tensors):
         self.ledger.tag(part, tensors)
@@ -271,16 +271,18 @@ def test_a_real_step_under_the_ledger(method, options):
         ledger.track_gradients(step.trained_parameters())
         watched = Walked(ledger, before)
         step.run(watched)
-    assert watched.num_walks == len(step.phases)
-    assert list(ledger.peaks) == [phase.name for phase in step.phases]
+    names = [phase.name for phase in step.phases]
+    assert list(dict.fromkeys(watched.walked)) == list(ledger.peaks) == names
     trained = sum(parameter.numel() * 4 for parameter in step.trained_parameters())
     for snapshot in ledger.peaks.values():
         assert sum(snapshot.parts.values()) == snapshot.total_bytes
         weights = sum(snapshot.parts[part] for part in ("base", "adapters", "heads", "optimizer"))
         assert weights == sum(persistent.values())
-    assert ledger.peaks["generate"].parts["kv_cache"] > 0
-    assert ledger.peaks["generate"].parts["activations"] == ledger.peaks["score"].parts["activations"] == 0
-    assert ledger.peaks["optimize"].parts["gradients"] == trained
+    assert {name for name in names if ledger.peaks[name].parts["kv_cache"]} == {"generate"} & set(names)
+    for phase in step.phases:
+        assert phase.kind == "update" or ledger.peaks[phase.name].parts["activations"] == 0
+    if trained:
+        assert ledger.peaks["optimize"].parts["gradients"] == trained
 
 
 def test_a_real_case():
