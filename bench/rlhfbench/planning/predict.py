@@ -13,7 +13,13 @@ from unittest import mock
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rlhfbench.measure.ledger import MODEL_PARTS, Ledger, block_bytes
-from rlhfbench.measure.measurements import OUTER_VIEWS, Announcer, memory_object, watched_step
+from rlhfbench.measure.measurements import (
+    OUTER_VIEWS,
+    Announcer,
+    memory_object,
+    persistent_model_bytes,
+    run_under_ledger,
+)
 from rlhfbench.measure.timeline import Timeline
 from rlhfbench.planning.devices import Accelerator
 from rlhfbench.planning.zero import Zero
@@ -60,10 +66,9 @@ class Plan:
         return self.buckets[self.memory["peak_phase"]]
 
     @property
-    def largest_model_bytes(self) -> int:
-        """Weights, all gradients and optimizer states: the highest over the phases, whenever the total peaks."""
-        phases: dict[str, Any] = self.memory["phases"]
-        return max(sum(int(phase["parts"][part]) for part in MODEL_PARTS) for phase in phases.values())
+    def persistent_model_bytes(self) -> int:
+        """Weights, whole gradients and optimizer states on one rank; see ``measurements.persistent_model_bytes``."""
+        return int(self.memory["persistent_model_bytes"])
 
     def floor_s_per_sample(self, gpu: Accelerator) -> float | None:
         """The shortest time a sample on ``gpu``, or ``None`` where its rates are not known for the dtype."""
@@ -101,7 +106,7 @@ def plan_case(case: Case, zero: Zero | None = None, *, with_timeline: bool = Fal
     unpacked = mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None)
     with unpacked, FakeTensorMode():
         step = build_step(stand_in, with_weights=False)
-        watched_step(step, ledger, observer)
+        run_under_ledger(step, ledger, observer)
         work, buckets = phase_work(step), zero.buckets(step)
     memory = _divided(memory_object(ledger, dict(_NO_VIEWS)), zero, buckets)
     kept = None if timeline is None else divided_timeline(timeline.to_dict(ledger.peaks), zero.divide)
@@ -122,6 +127,7 @@ def _divided(memory: dict[str, Any], zero: Zero, buckets: dict[str, int]) -> dic
         "activation_bytes": total - model - parts["rollout"],
         "rollout_bytes": parts["rollout"],
         "total_bytes": total,
+        "persistent_model_bytes": persistent_model_bytes(phases.values()),
         "peak_phase": peak_phase,
         "parts": parts,
         "phases": {name: {"total_bytes": totals[name], "parts": phases[name]} for name in phases},
