@@ -73,7 +73,7 @@ def test_what_generation_is_planned_to_take_is_what_the_ledger_measures(
 
 
 @pytest.mark.parametrize(("engine", "dtype"), [("fast", "float64"), ("fast", "float32"), ("plain", "float64")])
-@pytest.mark.parametrize("kv_cache", ["preallocated", "growing"])
+@pytest.mark.parametrize("kv_cache", ["static", "dynamic"])
 @pytest.mark.parametrize("architecture", ["llama", "mistral"])
 def test_a_long_completion_takes_what_stepping_through_takes_to_the_byte(
     make_case: Callable[..., Case],
@@ -158,20 +158,25 @@ def test_the_peak_may_move_when_ranks_share() -> None:
 
 
 def of_tiny(method: str, **options: object) -> Plan:
-    case = Case(method=method, model="tiny", prompt_len=4, completion_len=44, batch_size=4, options=Options.of(options))
-    return plan_case(case)
+    size = {"model": "tiny", "prompt_len": 4, "completion_len": 44, "batch_size": 4}
+    values = {name.replace("__", "."): value for name, value in options.items()}
+    return plan_case(Case(method=method, **size, options=Options.of(values)))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_speed_is_not_paid_in_memory(method: str) -> None:
+def test_the_fast_trunk_takes_no_more_memory(method: str) -> None:
+    assert of_tiny(method).total_bytes <= of_tiny(method, engine__trunk="plain").total_bytes
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.trained_roles])
+def test_the_largest_tensor_is_one_chunk_of_logits(method: str) -> None:
     fast = of_tiny(method)
-    assert fast.total_bytes <= of_tiny(method, engine="plain").total_bytes
     # Logits never stand for more positions than a chunk has, whatever the batch and the length are.
     assert fast.memory["largest_tensor"]["bytes"] == 128 * 8192 * 4
 
 
 def test_without_chunks_all_logits_stand_at_once() -> None:
-    assert of_tiny("joined-hydra", logprob_chunk=0).memory["largest_tensor"]["bytes"] == 4 * 44 * 8192 * 4
+    assert of_tiny("joined-hydra", engine__logprob_chunk_size=0).memory["largest_tensor"]["bytes"] == 4 * 44 * 8192 * 4
 
 
 def test_accelerators_by_name_and_by_size() -> None:

@@ -6,8 +6,9 @@ from collections.abc import Callable
 import pytest
 
 from rlhfbench.errors import SweepError
+from rlhfbench.planning import zero
 from rlhfbench.planning.max_batch import BatchSearch
-from rlhfbench.planning.predict import plan_case, plan_object, zero
+from rlhfbench.planning.predict import plan_case, plan_object
 from rlhfbench.planning.zero import Zero, cases_of_a_rank
 from rlhfkernels import Case, CaseError, Options, build_step
 from rlhfkernels.observer import PARTS
