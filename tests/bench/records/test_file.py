@@ -5,7 +5,7 @@ import resource
 import pytest
 
 from rlhfbench.errors import RecordsError, RunFolderError
-from rlhfbench.records.file import RecordsFile, make_record, read_records
+from rlhfbench.records.file import RecordsFile, make_plan, make_record, read_records
 from rlhfkernels.config.case import Case
 
 CASE = Case(method="hydra", model="tiny", prompt_len=4, completion_len=4, batch_size=1)
@@ -24,35 +24,51 @@ def append(folder, *records):
 def test_a_record_has_every_key_and_none_for_what_is_not_known():
     made = record("oom")
     assert set(made) == {
-        "schema", "case", "outcome", "error", "memory", "latency", "work", "prompts", "engine", "kernels",
-            "plan", "started_at", "wall_s",
+        "schema", "case", "world", "outcome", "error", "memory", "latency", "work", "stats", "prompts", "engine",
+        "kernels", "plan", "started_at", "wall_s",
     }  # fmt: skip
-    assert made["schema"] == 1
-    assert Case.from_dict(made["case"]) == CASE
+    assert made["schema"] == 2
+    assert set(made["case"]) == {
+        "id", "method", "model", "prompt_len", "completion_len", "batch_size", "device", "dtype", "seed", "options",
+    }  # fmt: skip
+    assert made["case"]["options"]["lora"]["r"] == 16
     assert set(made["memory"]) == {
-        "model_bytes", "activation_bytes", "rollout_bytes", "total_bytes", "peak_phase", "parts", "phases", "views"
+        "model_bytes", "activation_bytes", "rollout_bytes", "total_bytes", "persistent_model_bytes", "peak_phase",
+        "parts", "phases", "largest_tensor", "views",
     }  # fmt: skip
     assert set(made["memory"]["views"]) == {
         "ledger_peak_bytes", "allocator_peak_bytes", "allocator_reserved_bytes", "driver_peak_bytes",
         "host_peak_bytes", "allocator_rest_bytes", "workspace_bytes",
     }  # fmt: skip
     assert set(made["latency"]) == {
-        "inference_s_per_sample", "update_s_per_sample", "total_s_per_sample", "phases", "stopped_because"
+        "inference_s_per_sample", "update_s_per_sample", "total_s_per_sample", "sequences_per_sample", "phases",
+        "stopped_because",
     }  # fmt: skip
     assert set(made["work"]) == {"phases", "floor_fraction"}
     leaves = [v for part in ("memory", "latency", "work") for v in made[part].values()]
     assert all(v is None or v == {} for v in leaves if v is not made["memory"]["views"])
     assert set(made["memory"]["views"].values()) == {None}
+    assert (made["world"], made["stats"], made["prompts"], made["plan"]) == (None, {}, None, None)
+
+
+def test_a_plan_has_the_memory_keys_that_can_be_predicted():
+    assert set(make_plan({"total_bytes": 7, "views": {"ledger_peak_bytes": 7}, "largest_tensor": {}}, None)) == {
+        "model_bytes", "activation_bytes", "rollout_bytes", "total_bytes", "persistent_model_bytes", "peak_phase",
+        "parts", "phases", "error",
+    }  # fmt: skip
 
 
 def test_what_was_measured_is_kept_and_what_it_lacks_is_filled():
-    made = record(memory={"total_bytes": 7, "views": {"ledger_peak_bytes": 9}, "more": 1}, prompts={"num_prompts": 2})
+    memory = {"total_bytes": 7, "views": {"ledger_peak_bytes": 9}, "more": 1}
+    made = record(memory=memory, prompts={"num_prompts": 2}, stats={"policy_loss": 0.5}, timeline={"events": []})
     assert made["memory"]["total_bytes"] == 7
     assert made["memory"]["more"] == 1
     assert made["memory"]["model_bytes"] is None
     assert made["memory"]["views"]["ledger_peak_bytes"] == 9
     assert made["memory"]["views"]["driver_peak_bytes"] is None
     assert made["prompts"] == {"num_prompts": 2}
+    assert made["stats"] == {"policy_loss": 0.5}
+    assert "timeline" not in made
 
 
 def test_two_records_do_not_share_their_empty_parts():
@@ -94,7 +110,7 @@ def test_a_torn_last_line_is_dropped_and_the_next_record_starts_clean(tmp_path, 
         ('{"schema": "1"}', "line 2: it is not a record"),
         ('{"schema": 1, "case": {}, "outcome": "ok"}', "line 2: it is not a record"),
         ('{"schema": 1, "case": {"id": "a"}, "outcome": "fine"}', "line 2: it is not a record"),
-        ('{"schema": 2}', "line 2: its schema is 2 and this rlhfbench reads up to 1: a newer one wrote it."),
+        ('{"schema": 3}', "line 2: its schema is 3 and this rlhfbench reads up to 2: a newer one wrote it."),
     ],
 )
 def test_a_bad_line_is_one_sentence_that_names_it(tmp_path, line, says):
