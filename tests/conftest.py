@@ -97,13 +97,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]
 
 @pytest.fixture
 def make_case(checkpoint: Callable[[str], str]) -> Callable[..., Case]:
-    """A small float64 case; keyword arguments that are options go into its options."""
+    """A small float64 case; a keyword argument ``group__field`` is the option ``group.field``."""
 
     def make(method: str = "hydra", architecture: str = "llama", **changes: object) -> Case:
-        fields = {"prompt_len": 5, "completion_len": 6, "batch_size": 4, "dtype": "float64", "lora_rank": 3}
-        options = {key: changes.pop(key) for key in list(changes) if key in Options.__dataclass_fields__}
+        fields = {"prompt_len": 5, "completion_len": 6, "batch_size": 4, "dtype": "float64"}
+        options = {key.replace("__", "."): changes.pop(key) for key in list(changes) if "__" in key}
         fields |= changes
-        return Case(method=method, model=checkpoint(architecture), **fields, options=Options(**options))
+        return Case(
+            method=method, model=checkpoint(architecture), **fields, options=Options.of({"lora.r": 3, **options})
+        )
 
     return make
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from rlhfkernels.config.case import Case, Options
+from rlhfkernels.config.case import Case
+from rlhfkernels.config.options import Options
 from rlhfkernels.errors import CaseError, ModelError, NumericalError, PromptsError, RlhfKernelsError
 from rlhfkernels.methods.table import METHODS, Method, Pass, Phase, Role
 from rlhfkernels.models.presets import PRESETS, Preset

@@ -141,7 +141,7 @@ class EchoProgress(LineProgress):
 
 
 if __name__ == "__main__":
-    from rlhfbench.cli.main import main as cli
+    from rlhfbench.cli import main as cli
 
     preload = tuple(sys.argv[1].split(",")) if sys.argv[1] else ()
     runner.run_sweep = functools.partial(

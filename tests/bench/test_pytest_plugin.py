@@ -15,7 +15,8 @@ from rlhfbench.cases.sweep import Sweep
 from rlhfbench.pytest_plugin import Measurer, StepClock, case_name, group_name, step_samples_s
 from rlhfbench.records.file import make_record
 from rlhfbench.runs import forkserver
-from rlhfkernels.config.case import Case, Options
+from rlhfkernels.config.case import Case
+from rlhfkernels.config.options import Options
 from rlhfkernels.methods.table import METHODS
 
 pytest_plugins = "pytester"
@@ -99,15 +100,6 @@ def test_a_sweep_file_alone_benchmarks_nothing(bench, pytester, measured):
 
 def test_loading_the_plugin_imports_nothing_heavy():
     heavy = ("torch", "pandas", "numpy", "matplotlib", "rich", "rlhfkernels", "rlhfbench.cases.sweep", "rlhfbench.runs")
-        "torch",
-        "pandas",
-        "numpy",
-        "matplotlib",
-        "rich",
-        "rlhfkernels",
-        "rlhfbench.cases.sweep",
-        "rlhfbench.runs.runner",
-    )
     code = f"import sys, rlhfbench.pytest_plugin; print([m for m in {heavy!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -285,7 +277,7 @@ def test_names_are_unique_and_the_same_on_every_machine():
         {},
         {"seed": 1},
         {"lora_rank": 4},
-        {"options": Options(attention="eager")},
+        {"options": Options.of({"engine.attn_implementation": "eager"})},
         {"model": "/here/tiny"},
         {"model": "/there/tiny"},
         {"prompt_len": 8, "completion_len": 24},
@@ -321,7 +313,7 @@ def test_the_measurer_runs_a_case_in_a_process_of_its_own(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     server = partial(forkserver.ForkServer, target="fake_case:run_case", preload=())
     monkeypatch.setattr(forkserver, "ForkServer", server)
-    cases = [dataclasses.replace(CASE, options=Options(prompt_field=kind)) for kind in ("ok", "echo")]
+    cases = [dataclasses.replace(CASE, options=Options.of({"data.prompt_field": kind})) for kind in ("ok", "echo")]
     measurer = Measurer(Sweep(cases=tuple(cases)), 0.25)
     try:
         records = [measurer.measure(case) for case in cases]

@@ -27,12 +27,12 @@ def test_the_mean_reward_rises_by_the_margin(make_case: Callable[..., Case], met
         prompt_len=4,
         completion_len=8,
         batch_size=32,
-        lora_rank=8,
-        actor_lr=3e-3,
-        critic_lr=3e-3,
-        num_mini_batches=2,
-        ppo_epochs=2,
-        kl_coef=0.0,
+        lora__r=8,
+        optimizer__learning_rate=3e-3,
+        ppo__critic_learning_rate=3e-3,
+        ppo__num_mini_batches=2,
+        ppo__num_ppo_epochs=2,
+        ppo__kl_coef=0.0,
     )
     step = build_step(case, reward_fn=share_of_token)
     scores = [float(step.run().score) for _ in range(STEPS)]

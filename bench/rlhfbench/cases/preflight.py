@@ -17,7 +17,8 @@ from typing import Any
 
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.errors import SweepError
-from rlhfkernels.config.case import KERNEL_PACKAGES, OPTIMIZER_PACKAGES, vocabulary_problem
+from rlhfkernels.config.case import vocabulary_problem
+from rlhfkernels.config.options import OPTION_PACKAGES
 from rlhfkernels.data.files import read_prompts
 from rlhfkernels.errors import ModelError, PromptsError
 from rlhfkernels.models.presets import PRESETS
@@ -28,8 +29,6 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length")
 # Words of /proc/cpuinfo, of x86 and of Arm, any of which says that the dtype is the processor's own.
 _INSTRUCTIONS = {"bfloat16": {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}}
-# What an option asks for that another package does, by option and value.
-_PACKAGES = {"optimizer": OPTIMIZER_PACKAGES, "kernels": KERNEL_PACKAGES}
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
@@ -57,12 +56,14 @@ def check(sweep: Sweep) -> dict[str, ModelFacts]:
     facts, problems = _inspect(sweep)
     for device in dict.fromkeys(case.device for case in sweep.cases):
         problems += _check_device(device)
-    for option, packages in _PACKAGES.items():
-        for value in dict.fromkeys(getattr(case.options, option) for case in sweep.cases):
+    for option, packages in OPTION_PACKAGES.items():
+        for value in dict.fromkeys(case.options.flat()[option] for case in sweep.cases):
             problems += _check_package(option, value, packages.get(value))
-    if any(case.options.kernels == "native" for case in sweep.cases):
+    if any(case.options.engine.backend == "native" for case in sweep.cases):
         problems += _check_compiler()
-    for path, field in dict.fromkeys((case.options.prompts, case.options.prompt_field) for case in sweep.cases):
+    for path, field in dict.fromkeys(
+        (case.options.data.prompts, case.options.data.prompt_field) for case in sweep.cases
+    ):
         if path is not None:
             try:
                 read_prompts(path, field)
@@ -245,7 +246,7 @@ def _check_device(device: str) -> Iterator[str]:
 def _check_package(option: str, value: str, package: str | None) -> Iterator[str]:
     if package is not None and importlib.util.find_spec(package) is None:
         yield (
-            f"options.{option} is {value!r}: it needs {package}, which is not installed "
+            f"{option} is {value!r}: it needs {package}, which is not installed "
             f"(pip install {package}; planning does without it)."
         )
 
@@ -254,7 +255,7 @@ def _check_compiler() -> Iterator[str]:
     try:
         compiled()
     except BuildError as error:
-        yield f"options.kernels is 'native': its C cannot be compiled here ({error})."
+        yield f"engine.backend is 'native': its C cannot be compiled here ({error})."
 
 
 def num_cuda_devices() -> int:

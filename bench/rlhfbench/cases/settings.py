@@ -1,47 +1,47 @@
-"""Named settings: which one a case is of, told by its options, and a sweep's spec under one of them."""
+"""The named setting that a case's options belong to."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from rlhfkernels.config.case import Options
+from rlhfkernels.config.options import Options
 from rlhfkernels.config.settings import SETTINGS
 
 CUSTOM = "custom"
 
-_DEFAULTS = dataclasses.asdict(Options())
-_FIELDS = tuple(dict.fromkeys(field for setting in SETTINGS.values() for field in setting.get("options", {})))
+_DEFAULTS = Options().flat()
+# Not telling: the rank is the machine's to choose, as the dtype is, and stands beside the setting in every report.
+_QUIET = ("lora.r",)
+_TELLING = tuple(
+    dict.fromkeys(name for setting in SETTINGS.values() for name in setting.get("options", {}) if name not in _QUIET)
+)
 
 
-def setting_options(name: str) -> dict[str, Any]:
-    """Every option as it is in setting ``name``; the defaults for a name that is none."""
-    return {**_DEFAULTS, **SETTINGS.get(name, {}).get("options", {})}
+def flat_options(options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The options of a record, by group, as values by dotted name."""
+    return {f"{group}.{field}": value for group, table in options.items() for field, value in table.items()}
 
 
-def setting_of(options: Mapping[str, Any]) -> str:
-    """The setting whose values ``options`` have in all fields that any setting sets; ``custom`` where none has them.
-
-    Only options tell: the dtype and the LoRA rank, which a setting gives too, are the machine's to choose, and stand
-    beside the setting in every report.
+def setting_of(options: Mapping[str, Mapping[str, Any]]) -> str:
+    """The setting whose options ``options`` has; ``custom`` where none matches.
 
     Args:
-        options: those of a case, as in a record. One that an older record lacks counts as the default.
+        options: the options of a case by group, as in a record. One that an older record lacks counts as the default.
     """
-    found = {field: options.get(field, _DEFAULTS[field]) for field in _FIELDS}
-    for name in SETTINGS:
-        values = setting_options(name)
-        if all(found[field] == values[field] for field in _FIELDS):
+    given = flat_options(options)
+    for name, setting in SETTINGS.items():
+        values = {**_DEFAULTS, **setting.get("options", {})}
+        if all(given.get(field, _DEFAULTS[field]) == values[field] for field in _TELLING):
             return name
     return CUSTOM
 
 
-def under(setting: str, spec: Mapping[str, Any]) -> dict[str, Any]:
-    """``spec`` with what ``setting`` sets put under it: what the spec says itself wins."""
-    values = SETTINGS[setting]
-    merged = {**values, **spec}
-    options = spec.get("options", {})
-    if isinstance(options, Mapping):  # else it is wrong, and for the sweep's rules to say
-        merged["options"] = {**values.get("options", {}), **options}
-    return merged
+def changed_options(options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The options, by dotted name, that are not as their setting has them; the LoRA rank is never among them."""
+    usual = {**_DEFAULTS, **SETTINGS.get(setting_of(options), {}).get("options", {})}
+    return {
+        name: value
+        for name, value in sorted(flat_options(options).items())
+        if name not in _QUIET and (name not in usual or value != usual[name])
+    }

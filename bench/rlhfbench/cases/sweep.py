@@ -10,14 +10,14 @@ import dataclasses
 import itertools
 import math
 import tomllib
-import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from rlhfbench.cases.settings import under
 from rlhfbench.errors import SweepError
-from rlhfkernels.config.case import Case, Options
+from rlhfkernels.config.case import Case, option_annotations
+from rlhfkernels.config.options import RENAMED_OPTIONS, Options
+from rlhfkernels.config.rules import accepts
 from rlhfkernels.config.settings import SETTINGS
 from rlhfkernels.errors import CaseError
 from rlhfkernels.methods.table import METHODS
@@ -36,11 +36,10 @@ DEFAULT_GRID: dict[str, Any] = {
 LENGTH_KEYS = ("seq_lens", "prompt_lens", "completion_lens")
 GRID_KEYS = ("methods", "models", *LENGTH_KEYS, "batch_sizes")
 SETTING_KEYS = ("settings", "setting")
-SHARED_KEYS = ("device", "dtype", "lora_rank", "seed", "prompt_fraction", "options")
+FIELD_KEYS = ("device", "dtype", "seed")
+SHARED_KEYS = (*FIELD_KEYS, "prompt_fraction", "options")
 _SINGULAR = {key.removesuffix("s"): key for key in GRID_KEYS}
 _CASE_NEEDS = ("methods", "models", "batch_sizes")
-_OPTION_TYPES: dict[str, Any] = typing.get_type_hints(Options)
-_OPTION_DEFAULTS = dataclasses.asdict(Options())
 _NONE = "none"  # TOML has no null
 
 
@@ -56,8 +55,8 @@ class Sweep:
 
         Keys: ``methods``, ``models``, ``seq_lens`` (prompt and completion together) or ``prompt_lens`` and
         ``completion_lens`` (taken in pairs), ``batch_sizes``: one value or a list each; every combination is a case.
-        ``device``, ``dtype``, ``lora_rank``, ``seed``, ``prompt_fraction``, ``options`` (a table of ``Options``): one
-        value for all. ``settings``: names of settings, under each of which every case stands once; what the spec says
+        ``device``, ``dtype``, ``seed``, ``prompt_fraction``, ``options`` (a table for each group of ``Options``, or
+        dotted names): one value for all. ``settings``: names of settings, under each of which every case stands once; what the spec says
         itself wins. ``cases``: tables of the same keys, added at the end in their order. What is absent takes the
         default; where ``cases`` stands without a grid, the default grid is left out.
 
@@ -84,8 +83,7 @@ class Sweep:
             if missing:
                 problems.append(f"cases[{number}] lacks {', '.join(missing)}.")
                 continue
-            options = {**_as_table(shared.get("options")), **_as_table(table.get("options"))}
-            cases += _grid(where, {**shared, **table, "options": options}, problems)
+            cases += _grid(where, _joined(shared, table), problems)
         if problems:
             raise SweepError(problems)
         return cls(cases=tuple({case.id: case for case in cases}.values()))
@@ -101,7 +99,7 @@ class Sweep:
         sweeps = []
         for name in [name for name in names if name in SETTINGS] or list(SETTINGS)[:1]:
             try:
-                sweeps.append(cls.from_spec(under(name, rest)))
+                sweeps.append(cls.from_spec(_joined(SETTINGS[name], rest)))
             except SweepError as error:
                 problems += [problem for problem in error.problems if problem not in problems]
         if problems:
@@ -128,8 +126,8 @@ class Sweep:
         if not self.cases:
             return {}
         first = self.cases[0]
-        shared = {key: getattr(first, key) for key in ("device", "dtype", "lora_rank", "seed")}
-        shared["options"] = _option_values(first.options)
+        shared = {key: getattr(first, key) for key in FIELD_KEYS}
+        shared["options"] = _nested(_storable(first.options.flat()))
         return {**shared, "cases": [_case_table(case, shared) for case in self.cases]}
 
     def to_toml(self) -> str:
@@ -168,8 +166,45 @@ def override(spec: Spec, flags: Spec) -> dict[str, Any]:
         merged["cases"] = [override(table, flags) if isinstance(table, Mapping) else table for table in tables]
     if "seq_lens" in flags:
         merged = {key: value for key, value in merged.items() if key not in LENGTH_KEYS}
-    options = {**_as_table(merged.get("options")), **_as_table(flags.get("options"))}
-    return {**merged, **flags, **({"options": options} if options else {})}
+    return _joined(merged, flags)
+
+
+def _joined(under: Spec, over: Spec) -> dict[str, Any]:
+    """Both specs as one; what ``over`` says wins, option by option."""
+    merged = {**under, **over}
+    tables = [spec["options"] for spec in (under, over) if "options" in spec]
+    if tables and all(isinstance(table, Mapping) for table in tables):
+        merged["options"] = {name: value for table in tables for name, value in _dotted(table).items()}
+    return merged
+
+
+def _dotted(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by dotted name, from tables by group and dotted names alike."""
+    found: dict[str, Any] = {}
+    for name, value in table.items():
+        found |= (
+            {f"{name}.{field}": item for field, item in value.items()} if isinstance(value, Mapping) else {name: value}
+        )
+    return found
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Options by group, from dotted names."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        group, field = name.split(".")
+        groups.setdefault(group, {})[field] = value
+    return groups
+
+
+def _storable(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a TOML file must hold: ``None`` is written as a word, and left out where it is the default."""
+    defaults = Options().flat()
+    return {
+        name: _NONE if value is None else value
+        for name, value in values.items()
+        if value is not None or defaults[name] is not None
+    }
 
 
 def parse_option(text: str) -> tuple[str, Any]:
@@ -183,20 +218,27 @@ def parse_option(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
         raise SweepError([f"option {text!r} has no value: write it as KEY=VALUE."])
-    if name not in _OPTION_TYPES:
-        raise SweepError([unknown("option", name, _OPTION_TYPES)])
-    kinds = _kinds(name)
-    if value.lower() == _NONE and type(None) in kinds:
+    annotation = option_annotations().get(name)
+    if annotation is None:
+        raise SweepError([_unknown_option(name)])
+    if value.lower() == _NONE and accepts(annotation, type(None)):
         return name, None
-    if bool in kinds:
+    if accepts(annotation, bool):
         return name, {"true": True, "false": False}.get(value.lower(), value)
     for kind in (int, float):
-        if kind in kinds:
+        if accepts(annotation, kind):
             try:
                 return name, kind(value)
             except ValueError:
                 return name, value
     return name, value
+
+
+def _unknown_option(name: str) -> str:
+    """The sentence for a name that is no option; it says the new name of an old one."""
+    if name in RENAMED_OPTIONS:
+        return f"option {name!r} is now called {RENAMED_OPTIONS[name]!r}."
+    return unknown("option", name, option_annotations())
 
 
 def split_length(seq_len: int, prompt_fraction: float) -> tuple[int, int]:
@@ -213,17 +255,19 @@ def _plural(spec: Spec) -> dict[str, Any]:
 
 def _check_keys(where: str, spec: Spec, valid: Iterable[str]) -> list[str]:
     names = list(valid)
-    return [unknown(f"{where}sweep key", key, names) for key in spec if key not in names]
+    return [
+        f"{where}sweep key {key!r} is now the option {RENAMED_OPTIONS[key]!r}."
+        if key in RENAMED_OPTIONS
+        else unknown(f"{where}sweep key", key, names)
+        for key in spec
+        if key not in names
+    ]
 
 
 def _default_lengths(spec: Spec) -> dict[str, Any]:
     """The default grid, without its lengths where ``spec`` has some."""
     has_lengths = any(key in spec for key in LENGTH_KEYS)
     return {key: value for key, value in DEFAULT_GRID.items() if not (has_lengths and key in LENGTH_KEYS)}
-
-
-def _as_table(value: object) -> dict[str, Any]:
-    return dict(value) if isinstance(value, Mapping) else {}
 
 
 def _grid(where: str, spec: Spec, problems: list[str]) -> list[Case]:
@@ -234,7 +278,7 @@ def _grid(where: str, spec: Spec, problems: list[str]) -> list[Case]:
     lengths = _lengths(where, spec, found)
     batch_sizes = _integers(where, spec, "batch_sizes", 1, found)
     options = _options(where, spec.get("options", {}), found)
-    shared = {key: spec[key] for key in ("device", "dtype", "lora_rank", "seed") if key in spec}
+    shared = {key: spec[key] for key in FIELD_KEYS if key in spec}
     # What needs no length and no batch size is checked even where those are wrong: every problem at once.
     for method in methods or list(METHODS)[:1]:
         found += _try_case(method, "-", (1, 1), _least_batch(options), shared, options)[1]
@@ -253,7 +297,7 @@ def _grid(where: str, spec: Spec, problems: list[str]) -> list[Case]:
 
 def _least_batch(options: Spec) -> int:
     """A batch that divides as ``options`` want it; what is wrong with them is for the case's own rules to say."""
-    parts = (options.get("num_mini_batches"), options.get("micro_batch_size"))
+    parts = (options.get("ppo.num_mini_batches"), options.get("engine.micro_batch_size"))
     return math.prod(part for part in parts if isinstance(part, int) and part > 0)
 
 
@@ -270,7 +314,7 @@ def _try_case(
                 completion_len=length[1],
                 batch_size=batch_size,
                 **shared,
-                options=Options(**options),
+                options=Options.of(options),
             ),
             [],
         )
@@ -329,55 +373,30 @@ def _stretched(values: list[int], number: int) -> list[int]:
 
 
 def _options(where: str, table: object, problems: list[str]) -> dict[str, Any]:
-    """The options of a spec in the types of ``Options``: 1 is 1.0 where a fraction is meant, "none" is ``None``."""
+    """The options of a spec by dotted name, with "none" read as ``None``; their values are for the case to check."""
     if not isinstance(table, Mapping):
         problems.append(f"{where}options is {table!r}: it must be a table.")
         return {}
+    annotations = option_annotations()
     options: dict[str, Any] = {}
-    for name, value in table.items():
-        if name not in _OPTION_TYPES:
-            problems.append(unknown("option", name, _OPTION_TYPES))
-            continue
-        kinds = _kinds(name)
-        if type(None) in kinds and value == _NONE:
-            value = None
-        elif float in kinds and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        elif str in kinds and value is not None and not isinstance(value, str):
-            problems.append(f"options.{name} is {value!r}: it must be a text.")
-            continue
-        elif bool in kinds and not isinstance(value, bool):
-            problems.append(f"options.{name} is {value!r}: it must be true or false.")
-            continue
-        options[name] = value
+    for name, value in _dotted(table).items():
+        if name not in annotations:
+            problems.append(_unknown_option(name))
+        elif value == _NONE and accepts(annotations[name], type(None)):
+            options[name] = None
+        else:
+            options[name] = value
     return options
-
-
-def _kinds(name: str) -> tuple[Any, ...]:
-    """The types that option ``name`` may have: ``float | None`` is (float, NoneType)."""
-    return typing.get_args(_OPTION_TYPES[name]) or (_OPTION_TYPES[name],)
-
-
-def _option_values(options: Options) -> dict[str, Any]:
-    """Every option that a file can hold; ``None`` is left out where it is the default, and written as a word else."""
-    values = dataclasses.asdict(options)
-    return {
-        name: _NONE if value is None else value
-        for name, value in values.items()
-        if value is not None or _OPTION_DEFAULTS[name] is not None
-    }
 
 
 def _case_table(case: Case, shared: Spec) -> dict[str, Any]:
     """What a ``[[cases]]`` table must say of ``case`` beside what it shares with the others."""
     table = {key: getattr(case, key) for key in ("method", "model", "prompt_len", "completion_len", "batch_size")}
-    for key in ("device", "dtype", "lora_rank", "seed"):
-        if getattr(case, key) != shared[key]:
-            table[key] = getattr(case, key)
-    values = {name: _NONE if value is None else value for name, value in dataclasses.asdict(case.options).items()}
-    inherited = {name: shared["options"].get(name, _NONE) for name in values}
-    differing = {name: value for name, value in values.items() if value != inherited[name]}
-    return {**table, **({"options": differing} if differing else {})}
+    table |= {key: getattr(case, key) for key in FIELD_KEYS if getattr(case, key) != shared[key]}
+    values = {name: _NONE if value is None else value for name, value in case.options.flat().items()}
+    inherited = _dotted(shared["options"])
+    differing = {name: value for name, value in values.items() if value != inherited.get(name, _NONE)}
+    return {**table, **({"options": _nested(differing)} if differing else {})}
 
 
 def differences(asked: Iterable[Case], there: Iterable[Case]) -> str:
@@ -392,6 +411,5 @@ def differences(asked: Iterable[Case], there: Iterable[Case]) -> str:
 
 
 def _flat(case: Case) -> dict[str, Any]:
-    fields = dataclasses.asdict(case)
-    options = fields.pop("options")
-    return {**fields, **{f"options.{name}": value for name, value in options.items()}}
+    fields = {field.name: getattr(case, field.name) for field in dataclasses.fields(case) if field.name != "options"}
+    return {**fields, **case.options.flat()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from rlhfbench.errors import SweepError
@@ -14,11 +15,11 @@ def given(**flags: Any) -> dict[str, Any]:
     return {name: value for name, value in flags.items() if value not in (None, {})}
 
 
-def options(pairs: list[str], prompts: str | None = None, prompt_field: str | None = None) -> dict[str, Any]:
-    """The options that ``KEY=VALUE`` texts and the flags for prompts set."""
+def options(pairs: list[str], named: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, by dotted name, that ``KEY=VALUE`` texts and flags of their own set."""
     from rlhfbench.cases.sweep import parse_option
 
-    return {**dict(parse_option(pair) for pair in pairs), **given(prompts=prompts, prompt_field=prompt_field)}
+    return {**dict(parse_option(pair) for pair in pairs), **given(**named)}
 
 
 def words(text: str | None, *, joined: bool = True) -> list[str] | None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rlhfbench.cases.sizes import parse_size
-from rlhfbench.cli.main import flags
+from rlhfbench.cli import flags
 from rlhfbench.errors import ForkServerError, RecordsError, RlhfBenchError, RunFolderError, SweepError
 from rlhfkernels.errors import RlhfKernelsError
 
@@ -139,9 +139,15 @@ def run(
         prompt_fraction=flags.number("prompt-fraction", prompt_fraction, float),
         device=device,
         dtype=dtype,
-        lora_rank=flags.number("lora-rank", lora_rank, int),
         seed=flags.number("seed", seed, int),
-        options=flags.options(option or [], prompts, prompt_field),
+        options=flags.options(
+            option or [],
+            {
+                "lora.r": flags.number("lora-rank", lora_rank, int),
+                "data.prompts": prompts,
+                "data.prompt_field": prompt_field,
+            },
+        ),
     )
     settings = _settings(
         time_budget_s=flags.number("time-budget-s", time_budget_s, float),
@@ -292,7 +298,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print the plans as a JSON list.")] = False,
 ) -> int:
     """Predict memory, with no device and no weights."""
-    from rlhfbench.cli.main import plans as plan_verb
+    from rlhfbench.cli import plans as plan_verb
 
     given = flags.given(
         methods=flags.words(methods),
@@ -302,8 +308,7 @@ def plan(
         prompt_fraction=flags.number("prompt-fraction", prompt_fraction, float),
         device="cuda",
         dtype=dtype,
-        lora_rank=flags.number("lora-rank", lora_rank, int),
-        options=flags.options(option or []),
+        options=flags.options(option or [], {"lora.r": flags.number("lora-rank", lora_rank, int)}),
     )
     zero = flags.given(
         stage=flags.number("zero-stage", zero_stage, int), world_size=flags.number("world-size", world_size, int)

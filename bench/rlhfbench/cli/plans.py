@@ -50,7 +50,8 @@ def make_plans(
     usable_bytes = None if accelerator is None else accelerator.usable_bytes
     plans = plan_kinds(cases, ranks, usable_bytes=usable_bytes, with_timeline=timelines is not None)
 
-    from rlhfbench.planning.predict import advice, plan_object
+    from rlhfbench.planning import advice
+    from rlhfbench.planning.predict import plan_object
 
     found = []
     for planned in plans:

@@ -60,20 +60,26 @@ _ADAPTERS = Remedy(
     lambda case: f"a method that trains adapters ({', '.join(_adapter_methods(case))})",
     lambda case, zero: bool(_adapter_methods(case)),
 )
-_RANK = Remedy("a smaller --lora-rank", lambda case, zero: case.lora_rank > 1 and bool(case.role_table.adapter_sets))
+_RANK = Remedy(
+    "a smaller --lora-rank", lambda case, zero: case.options.lora.r > 1 and bool(case.role_table.adapter_sets)
+)
 _SMALLER_MODEL = Remedy("a smaller model")
 _SHORTER = Remedy("a shorter length")
-_SDPA = Remedy("--option attention=sdpa", lambda case, zero: case.options.attention == "eager")
+_SDPA = Remedy(
+    "--option engine.attn_implementation=sdpa", lambda case, zero: case.options.engine.attn_implementation == "eager"
+)
 
 # By part, the most helpful first.
 REMEDIES: dict[str, tuple[Remedy, ...]] = {
     "base": (_FEWER_BASES, _NARROWER, *_divided_from(3), _SMALLER_MODEL),
     "adapters": (
         _RANK,
-        Remedy("fewer --option lora_targets", lambda case, zero: case.options.lora_targets == "all-linear"),
         Remedy(
-            "--option adapter_dtype=bfloat16",
-            lambda case, zero: (case.options.adapter_dtype or case.dtype) not in _NARROW,
+            "fewer --option lora.target_modules", lambda case, zero: case.options.lora.target_modules == "all-linear"
+        ),
+        Remedy(
+            "--option lora.dtype=bfloat16",
+            lambda case, zero: (case.options.lora.dtype or case.dtype) not in _NARROW,
         ),
         *_divided_from(3),
     ),
@@ -82,8 +88,8 @@ REMEDIES: dict[str, tuple[Remedy, ...]] = {
     "optimizer": (
         _ADAPTERS,
         Remedy(
-            "--option optimizer=adamw8bit",
-            lambda case, zero: case.options.optimizer == "adamw" and case.dtype != "float64",
+            "--option optimizer.name=adamw8bit",
+            lambda case, zero: case.options.optimizer.name == "adamw" and case.dtype != "float64",
         ),
         _RANK,
         *_divided_from(1),
@@ -91,8 +97,8 @@ REMEDIES: dict[str, tuple[Remedy, ...]] = {
     "kv_cache": (_NARROWER, _SHORTER),
     "activations": (
         Remedy(
-            "--option gradient_checkpointing=true",
-            lambda case, zero: not case.options.gradient_checkpointing,
+            "--option engine.gradient_checkpointing=true",
+            lambda case, zero: not case.options.engine.gradient_checkpointing,
         ),
         _SDPA,
         _NARROWER,
@@ -102,8 +108,10 @@ REMEDIES: dict[str, tuple[Remedy, ...]] = {
     "temporary": (
         _SDPA,
         Remedy(
-            f"--option logprob_chunk={_SMALL_CHUNK}",
-            lambda case, zero: case.options.logprob_chunk == 0 or case.options.logprob_chunk > _SMALL_CHUNK,
+            f"--option engine.logprob_chunk_size={_SMALL_CHUNK}",
+            lambda case, zero: (
+                case.options.engine.logprob_chunk_size == 0 or case.options.engine.logprob_chunk_size > _SMALL_CHUNK
+            ),
         ),
         _SHORTER,
     ),

@@ -161,5 +161,5 @@ class BatchSearch:
 
 def with_batch(case: Case, batch_size: int) -> Case:
     """``case`` with another batch, as one micro-batch in one mini-batch."""
-    options = dataclasses.replace(case.options, micro_batch_size=None, num_mini_batches=1)
+    options = case.options.replace({"engine.micro_batch_size": None, "ppo.num_mini_batches": 1})
     return dataclasses.replace(case, batch_size=batch_size, options=options)

@@ -87,8 +87,8 @@ def plan_case(case: Case, zero: Zero | None = None, *, with_timeline: bool = Fal
         CaseError: an option does not fit the model.
     """
     # What is in C takes its memory from torch beforehand; what is Triton's cannot be started without the device.
-    kernels = case.options.kernels if case.device == "cpu" else "torch"
-    options = dataclasses.replace(case.options, prompts=None, stop_token=None, kernels=kernels)
+    kernels = case.options.engine.backend if case.device == "cpu" else "torch"
+    options = case.options.replace({"data.prompts": None, "rollout.stop_token_id": None, "engine.backend": kernels})
     stand_in = dataclasses.replace(case, device="cpu", options=options)
     zero = zero or Zero()
     timeline = Timeline() if with_timeline else None

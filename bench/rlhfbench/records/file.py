@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from rlhfbench.errors import RecordsError, RunFolderError
-from rlhfbench.records.schema import OUTCOMES, SCHEMA, empty_plan, empty_record, filled, upgraded, upgraded_case
+from rlhfbench.records.schema import OUTCOMES, SCHEMA, empty_plan, empty_record, filled, upgraded
 from rlhfkernels.config.case import Case
 
 Record = dict[str, Any]
@@ -44,8 +44,7 @@ def make_record(
     empty = empty_record()
     known = {name: value for name, value in measured.items() if name in empty and value is not None}
     about = {"outcome": outcome, "error": error, "plan": plan, "started_at": started_at, "wall_s": wall_s}
-    head = {"schema": SCHEMA, "case": upgraded_case(case.to_dict())}
-    return {**head, **filled(empty, {**known, **about})}
+    return {"schema": SCHEMA, "case": case.to_dict(), **filled(empty, {**known, **about})}
 
 
 def make_plan(memory: dict[str, Any] | None, error: dict[str, Any] | None) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def _per_sequence(kind: str) -> Callable[[Mapping[str, Any]], float | None]:
 
 
 def _options_text(record: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in sorted(changed_options(_options(record)).items()))
+    return ", ".join(f"{name}={value}" for name, value in changed_options(_options(record)).items())
 
 
 _MEASURED: tuple[Field, ...] = (

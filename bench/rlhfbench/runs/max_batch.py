@@ -50,7 +50,7 @@ class Found:
 
     def to_dict(self) -> dict[str, Any]:
         """One entry of ``max_batch.json``."""
-        fields = ("method", "model", "prompt_len", "completion_len", "device", "dtype", "lora_rank")
+        fields = ("method", "model", "prompt_len", "completion_len", "device", "dtype")
         return {
             **{field: getattr(self.case, field) for field in fields},
             "setting": setting_of(dataclasses.asdict(self.case.options)),
@@ -166,8 +166,10 @@ def find_max_batches(
         RunFolderError: the folder cannot be used.
     """
     problems = [f"max-batch-limit is {limit}: it must be a whole number of at least 1."] if limit < 1 else []
-    if any(case.options.micro_batch_size or case.options.num_mini_batches > 1 for case in sweep.cases):
-        problems.append("--max-batch tries each batch whole: leave out options.micro_batch_size and num_mini_batches.")
+    if any(case.options.engine.micro_batch_size or case.options.ppo.num_mini_batches > 1 for case in sweep.cases):
+        problems.append(
+            "--max-batch tries each batch whole: leave out engine.micro_batch_size and ppo.num_mini_batches."
+        )
     if problems:
         raise SweepError(problems)
     found: list[Found] = []

@@ -24,7 +24,7 @@ from rlhfbench.runs.progress import Progress, make_progress, title
 from rlhfbench.runs.worker import PHASE_PREFIX
 from rlhfkernels.config.case import Case
 
-_AXES = ("prompt_len", "completion_len", "batch_size", "lora_rank")
+_AXES = ("prompt_len", "completion_len", "batch_size")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -322,14 +322,17 @@ class _Watch:
 
 def dominates(case: Case, other: Case) -> bool:
     """Whether ``case`` is the same as ``other`` in all but its axes and its seed, and no axis is smaller."""
-    same = dataclasses.replace(case, seed=other.seed, **{axis: getattr(other, axis) for axis in _AXES})
-    return same == other and all(getattr(case, axis) >= getattr(other, axis) for axis in _AXES)
+    options = case.options.replace({"lora.r": other.options.lora.r})
+    axes = {axis: getattr(other, axis) for axis in _AXES}
+    same = dataclasses.replace(case, seed=other.seed, options=options, **axes)
+    larger = all(getattr(case, axis) >= getattr(other, axis) for axis in _AXES)
+    return same == other and larger and case.options.lora.r >= other.options.lora.r
 
 
 def _skipped(case: Case, smaller: Case) -> Record:
     message = (
         f"case {smaller.id} ({smaller.prompt_len} + {smaller.completion_len} tokens, "
-        f"batch {smaller.batch_size}, rank {smaller.lora_rank}) is no larger and was out of memory."
+        f"batch {smaller.batch_size}, rank {smaller.options.lora.r}) is no larger and was out of memory."
     )
     error = {"kind": "Dominates", "message": message, "phase": None}
     return make_record(case, outcome="skipped", error=error, measured={}, started_at=environment.now(), wall_s=0.0)

@@ -1,24 +1,24 @@
-"""Named settings: sets of case fields and options that belong together. What a user states beside one wins."""
+"""Named settings: case fields and options, by dotted name, that belong together. What a user states beside one wins."""
 
 from __future__ import annotations
 
 from typing import Any
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    # What this project does by default.
+    # The defaults.
     "modern": {},
-    # What Hydra-RLHF ran: attention matrices and float32 logits kept, general generation, rank 128, scaling 1/r.
+    # What Hydra-RLHF ran: attention matrices and float32 logits kept, general generation, rank 128, LoRA alpha 1.
     "paper": {
         "dtype": "bfloat16",
-        "lora_rank": 128,
         "options": {
-            "engine": "plain",
-            "kernels": "torch",
-            "attention": "eager",
-            "kv_cache": "growing",
-            "logprob_chunk": 0,
-            "lora_scaling": 1 / 128,
-            "warmup_steps": 100,
+            "engine.trunk": "plain",
+            "engine.backend": "torch",
+            "engine.attn_implementation": "eager",
+            "engine.cache_implementation": "dynamic",
+            "engine.logprob_chunk_size": 0,
+            "lora.r": 128,
+            "lora.alpha": 1.0,
+            "optimizer.warmup_steps": 100,
         },
     },
 }

@@ -78,8 +78,8 @@ class PromptSource:
         self._next = 0
         self._rows: list[list[int]] = []
         self.num_truncated = 0
-        if case.options.prompts is not None:
-            texts = read_prompts(case.options.prompts, case.options.prompt_field)
+        if case.options.data.prompts is not None:
+            texts = read_prompts(case.options.data.prompts, case.options.data.prompt_field)
             encoded = [_encode(text, tokenizer, vocab_size) for text in texts]
             self.num_truncated = sum(len(row) > case.prompt_len for row in encoded)
             self._rows = [row[-case.prompt_len :] for row in encoded]
@@ -89,7 +89,7 @@ class PromptSource:
     def summary(self) -> dict[str, Any]:
         """The ``prompts`` object of a record."""
         return {
-            "source": self._case.options.prompts or "random",
+            "source": self._case.options.data.prompts or "random",
             "num_prompts": len(self._rows) or None,
             "num_truncated": self.num_truncated,
         }

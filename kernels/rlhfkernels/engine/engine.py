@@ -56,7 +56,7 @@ class Engine:
         self.kernels = kernels_of(case)
         self.models = self._load_models(with_weights)
         self.adapters = {base: self._attach(base) for base in self.method.bases}
-        make_trunk = _TRUNKS[case.options.engine]
+        make_trunk = _TRUNKS[case.options.engine.trunk]
         self.trunks: dict[str, Trunk] = {
             base: make_trunk(case, self.models[base], self.adapters[base]) for base in self.method.bases
         }
@@ -91,10 +91,10 @@ class Engine:
         return Adapters(
             self.models[base].trunk,
             [adapter for owner, adapter in self.method.adapter_sets if owner == base],
-            rank=case.lora_rank,
-            scaling=case.options.lora_scaling,
-            targets=case.options.lora_targets,
-            dtype=getattr(torch, case.options.adapter_dtype or case.dtype),
+            rank=case.options.lora.r,
+            scaling=case.options.lora.scaling,
+            targets=case.options.lora.target_modules,
+            dtype=getattr(torch, case.options.lora.dtype or case.dtype),
             seed=case.seed + _ADAPTER_SEED,
         )
 
@@ -183,8 +183,8 @@ class Engine:
             states,
             self.lm_head(role),
             rollout.completions.reshape(-1),
-            temperature=self.case.options.temperature,
-            chunk=self.case.options.logprob_chunk,
+            temperature=self.case.options.rollout.temperature,
+            chunk=self.case.options.engine.logprob_chunk_size,
             entropy=entropy,
             kernels=self.kernels,
         )
@@ -234,7 +234,11 @@ class Engine:
         observer.tag("rollout", rollout.tensors())
         role, head = self.method.roles["actor"], self.lm_head("actor")
         decoder = self.trunks[role.base].decoder(role.adapter, p + c - 1, observer)
-        ended = torch.zeros(b, dtype=torch.bool, device=prompts.device) if case.options.stop_token is not None else None
+        ended = (
+            torch.zeros(b, dtype=torch.bool, device=prompts.device)
+            if case.options.rollout.stop_token_id is not None
+            else None
+        )
         start = 0
         for t in range(p, p + c):
             # The prompt, the first step after it and the last tell all: no step between has a larger tensor.
@@ -246,17 +250,17 @@ class Engine:
             seen = None if rollout.attention_mask is None else rollout.attention_mask[:, :t]
             hidden = decoder.advance(rollout.tokens[:, start:t], seen)
             logits = head.of_few(hidden, kernels=self.kernels)
-            if case.options.temperature != 1.0:
-                logits.div_(case.options.temperature)
+            if case.options.rollout.temperature != 1.0:
+                logits.div_(case.options.rollout.temperature)
             token, logprob = sample(logits, generator, kernels=self.kernels)
             if ended is not None:
-                token, ended, done = _stop(rollout, t, token, ended, case.options.stop_token)
+                token, ended, done = _stop(rollout, t, token, ended, case.options.rollout.stop_token_id)
                 if done:
                     break
             rollout.tokens[:, t] = token
             rollout.logprobs[:, t - p] = logprob
             start = t
-        if case.options.stop_token is not None:
+        if case.options.rollout.stop_token_id is not None:
             rollout.logprobs.mul_(rollout.mask)
         return rollout
 

@@ -91,7 +91,7 @@ class PlainTrunk:
         self._options = case.options
         self._module = model.trunk
         self._adapters = adapters
-        if self._options.gradient_checkpointing:
+        if self._options.engine.gradient_checkpointing:
             _checkpoint_layers(self._module)
 
     def hidden(
@@ -105,7 +105,7 @@ class PlainTrunk:
     ) -> torch.Tensor:
         """See ``Trunk.hidden``."""
         self._adapters.activate(adapter)
-        if self._options.gradient_checkpointing:
+        if self._options.engine.gradient_checkpointing:
             # Dropout is 0 in the configuration: train mode only lets transformers checkpoint.
             self._module.train(train)
         output = self._module(
@@ -118,7 +118,7 @@ class PlainTrunk:
         """See ``Trunk.decoder``."""
         self._adapters.activate(adapter)
         self._module.eval()
-        return _PlainDecoder(self._module, self._options.kv_cache, max_len, observer)
+        return _PlainDecoder(self._module, self._options.engine.cache_implementation, max_len, observer)
 
 
 def _checkpoint_layers(module: torch.nn.Module) -> None:
@@ -126,7 +126,7 @@ def _checkpoint_layers(module: torch.nn.Module) -> None:
     layers = [layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)]
     if not layers:
         raise CaseError(
-            [f"options.gradient_checkpointing is true: {type(module).__name__} has no layers that allow it."]
+            [f"engine.gradient_checkpointing is true: {type(module).__name__} has no layers that allow it."]
         )
     for layer in layers:
         layer.gradient_checkpointing = True

@@ -173,6 +173,6 @@ def _target_names(trunk: nn.Module, targets: str) -> list[str]:
     wrong = [target for target in chosen if target not in names]
     if wrong:
         raise CaseError(
-            [f"options.lora_targets has {', '.join(wrong)}: this model's linear layers are {', '.join(names)}."]
+            [f"lora.target_modules has {', '.join(wrong)}: this model's linear layers are {', '.join(names)}."]
         )
     return chosen

@@ -82,8 +82,8 @@ class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 def make_cache(kind: str, config: Any, max_len: int, on_allocate: Callable[[Iterable[torch.Tensor]], None]) -> Cache:
-    """A cache for one generation: ``preallocated`` or ``growing`` (see ``Options.kv_cache``)."""
-    if kind == "growing":
+    """A cache for one generation: ``static`` or ``dynamic`` (see ``EngineOptions.cache_implementation``)."""
+    if kind == "dynamic":
         return DynamicCache(config=config)
     layers = [PreallocatedLayer(max_len, on_allocate) for _ in range(config.num_hidden_layers)]
     return Cache(layers=layers)

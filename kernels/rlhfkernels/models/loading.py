@@ -71,7 +71,7 @@ def load_model(
     for field in list(vars(config)):
         if any(field.endswith(ending) for ending in _DROPOUT_FIELDS) and isinstance(getattr(config, field), float):
             setattr(config, field, 0.0)
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": case.options.attention}
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": case.options.engine.attn_implementation}
     if source is None or not with_weights:
         with seeded(device, seed), device:
             model = _loading(name, AutoModelForCausalLM.from_config, config, **options)
@@ -152,7 +152,7 @@ def _loading(model: str, load: Any, *args: Any, **kwargs: Any) -> Any:
         if "attention implementation" in str(error):
             asked = kwargs.get("attn_implementation")
             raise ModelError(
-                f"model {model!r} has no {asked} attention: set options.attention to another (eager always works)."
+                f"model {model!r} has no {asked} attention: set engine.attn_implementation to another (eager always works)."
             ) from error
         if not Path(model).exists():
             raise ModelError(

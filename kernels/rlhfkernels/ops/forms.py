@@ -11,7 +11,7 @@ import importlib.util
 
 import torch
 
-from rlhfkernels.config.case import KERNEL_PACKAGES, Case
+from rlhfkernels.config.case import Case
 from rlhfkernels.errors import CaseError
 from rlhfkernels.ops.native import build
 
@@ -46,7 +46,7 @@ def kernels_of(case: Case) -> str:
     Raises:
         CaseError: Triton is asked for and not installed, or cannot start a kernel; or the C cannot be compiled.
     """
-    kernels = case.options.kernels
+    kernels = case.options.engine.backend
     if kernels == "torch":
         return kernels
     form, failure = ("native", _no_native(case)) if case.device == "cpu" else ("triton", _no_triton(case))
@@ -54,7 +54,7 @@ def kernels_of(case: Case) -> str:
         return form
     if kernels == "auto":
         return "torch"
-    raise CaseError([f"options.kernels is {kernels!r}: {failure}"])
+    raise CaseError([f"engine.backend is {kernels!r}: {failure}"])
 
 
 def _no_native(case: Case) -> str | None:
@@ -67,7 +67,7 @@ def _no_native(case: Case) -> str | None:
 
 def _no_triton(case: Case) -> str | None:
     """Why Triton cannot run; ``None`` where it can."""
-    package = KERNEL_PACKAGES["triton"]
+    package = "triton"
     if not is_installed(package):
         return f"it needs {package}, which is not installed."
     failure = why_not(case.device)

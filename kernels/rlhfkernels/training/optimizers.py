@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-from rlhfkernels.config.case import OPTIMIZER_PACKAGES
+from rlhfkernels.config.options import OPTION_PACKAGES
 from rlhfkernels.errors import CaseError
 
 # Gradients are widened for the master weights this many bytes at a time, not all at once.
@@ -248,11 +248,11 @@ def _package_of(optimizer: str) -> Any:
     Raises:
         CaseError: it is not installed.
     """
-    package = OPTIMIZER_PACKAGES[optimizer]
+    package = OPTION_PACKAGES["optimizer.name"][optimizer]
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise CaseError([f"options.optimizer is {optimizer!r}: it needs {package}, which is not installed."]) from error
+        raise CaseError([f"optimizer.name is {optimizer!r}: it needs {package}, which is not installed."]) from error
 
 
 OptimizerClass = type[AdamW] | type[SGD] | type[AdamW8bitStates]

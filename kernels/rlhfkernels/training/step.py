@@ -94,7 +94,7 @@ class PPOStep:
         self.engine = engine
         self.phases: tuple[Phase, ...] = engine.method.phases
         self._reward_fn = reward_fn
-        tokenizer = load_tokenizer(case.model) if case.options.prompts is not None else None
+        tokenizer = load_tokenizer(case.model) if case.options.data.prompts is not None else None
         actor = engine.models[engine.method.roles["actor"].base]
         self._prompts = PromptSource(case, actor.vocab_size, tokenizer)
         self._generator = generator
@@ -108,14 +108,14 @@ class PPOStep:
     def _make_optimizer(self, role: RoleName, parameters: list[nn.Parameter]) -> Optimizer:
         options = self.case.options
         optimizers = OPTIMIZERS if self.engine.with_weights else STAND_INS
-        return optimizers[options.optimizer](
+        return optimizers[options.optimizer.name](
             parameters,
             lr=_LEARNING_RATES[role](options),
-            warmup_steps=options.warmup_steps,
-            total_steps=options.total_steps,
-            max_grad_norm=options.max_grad_norm,
-            weight_decay=options.weight_decay,
-            eps=options.adam_eps,
+            warmup_steps=options.optimizer.warmup_steps,
+            total_steps=options.optimizer.max_steps,
+            max_grad_norm=options.optimizer.max_grad_norm,
+            weight_decay=options.optimizer.weight_decay,
+            eps=options.optimizer.adam_epsilon,
         )
 
     @property
@@ -169,7 +169,7 @@ class PPOStep:
         """Phase ``score``: fills in what the other roles say, the advantages and the returns."""
         options = self.case.options
         with observer.phase("score"):
-            _make_room(rollout, bootstrap=options.bootstrap_truncated)
+            _make_room(rollout, bootstrap=options.ppo.bootstrap_truncated)
             observer.tag("rollout", rollout.tensors())
             for rows in self._micro_batches(range(self.case.batch_size)):
                 part = _select(rollout, rows)
@@ -180,8 +180,8 @@ class PPOStep:
                     del hidden
             if self._reward_fn is not None:
                 rollout.scores.copy_(self._reward_fn(rollout))  # type: ignore[union-attr]
-            if options.reward_clip is not None:
-                rollout.scores.clamp_(-options.reward_clip, options.reward_clip)  # type: ignore[union-attr]
+            if options.ppo.reward_clip is not None:
+                rollout.scores.clamp_(-options.ppo.reward_clip, options.ppo.reward_clip)  # type: ignore[union-attr]
             self._advantages(rollout)
             observer.tag("rollout", rollout.tensors())
 
@@ -205,12 +205,12 @@ class PPOStep:
         assert values is not None
         assert scores is not None
         assert reference is not None
-        rewards = shaped_rewards(rollout.logprobs, reference, scores, rollout.mask, kl_coef=options.kl_coef)
+        rewards = shaped_rewards(rollout.logprobs, reference, scores, rollout.mask, kl_coef=options.ppo.kl_coef)
         terminal = rollout.terminal_values
-        if terminal is not None and options.stop_token is not None:
-            terminal.mul_(~(rollout.completions * rollout.mask == options.stop_token).any(1))
+        if terminal is not None and options.rollout.stop_token_id is not None:
+            terminal.mul_(~(rollout.completions * rollout.mask == options.rollout.stop_token_id).any(1))
         advantages, rollout.returns = gae(
-            rewards, values, rollout.mask, gamma=options.gamma, lam=options.lam, terminal_values=terminal
+            rewards, values, rollout.mask, gamma=options.ppo.gamma, lam=options.ppo.lam, terminal_values=terminal
         )
         rollout.advantages = whiten(advantages, rollout.mask)
 
@@ -221,7 +221,7 @@ class PPOStep:
         with torch.no_grad():
             gap = (rollout.logprobs - rollout.reference_logprobs) * rollout.mask
             stats = StepStats(score=rollout.scores.mean(), kl=gap.sum() / rollout.mask.sum())
-        for _ in range(self.case.options.ppo_epochs):
+        for _ in range(self.case.options.ppo.num_ppo_epochs):
             for indices in self._mini_batches():
                 num_tokens = _select(rollout, _rows(indices)).mask.sum()
                 stats.losses = {}
@@ -250,12 +250,14 @@ class PPOStep:
         """The actor's loss over these rows of a mini-batch of ``num_tokens`` real tokens."""
         options = self.case.options
         assert part.advantages is not None
-        logprobs, entropies = self.engine.completion_logprobs("actor", hidden, part, entropy=options.entropy_coef != 0)
+        logprobs, entropies = self.engine.completion_logprobs(
+            "actor", hidden, part, entropy=options.ppo.entropy_coef != 0
+        )
         loss = policy_loss(
-            logprobs, part.logprobs, part.advantages, part.mask, clip_range=options.clip_range, num_tokens=num_tokens
+            logprobs, part.logprobs, part.advantages, part.mask, clip_range=options.ppo.cliprange, num_tokens=num_tokens
         )
         if entropies is not None:
-            loss = loss - options.entropy_coef * (entropies * part.mask).sum() / num_tokens
+            loss = loss - options.ppo.entropy_coef * (entropies * part.mask).sum() / num_tokens
         if stats.ratio_error is None:
             with torch.no_grad():
                 stats.ratio_error = (((logprobs - part.logprobs).exp() - 1) * part.mask).abs().max()
@@ -271,14 +273,14 @@ class PPOStep:
         assert part.returns is not None
         values = self.engine.completion_values("critic", hidden, part)
         loss = value_loss(
-            values, part.values, part.returns, part.mask, clip_range=options.value_clip_range, num_tokens=num_tokens
+            values, part.values, part.returns, part.mask, clip_range=options.ppo.cliprange_value, num_tokens=num_tokens
         )
-        return options.value_coef * loss
+        return options.ppo.vf_coef * loss
 
     def _mini_batches(self) -> Iterator[Sequence[int]]:
         """The rows of every mini-batch of one epoch; shuffled only where there are several."""
         order: Sequence[int] = range(self.case.batch_size)
-        if self.case.options.num_mini_batches > 1:
+        if self.case.options.ppo.num_mini_batches > 1:
             order = self._order.sample(order, len(order))
         size = self.case.mini_batch_size
         for start in range(0, len(order), size):
@@ -291,7 +293,14 @@ class PPOStep:
 
 
 _OBJECTIVES = {"actor": PPOStep.policy_objective, "critic": PPOStep.value_objective}
-_LEARNING_RATES = {"actor": lambda options: options.actor_lr, "critic": lambda options: options.critic_lr}
+_LEARNING_RATES = {
+    "actor": lambda options: options.optimizer.learning_rate,
+    "critic": lambda options: (
+        options.optimizer.learning_rate
+        if options.ppo.critic_learning_rate is None
+        else options.ppo.critic_learning_rate
+    ),
+}
 
 
 def _read_reference(engine: Engine, hidden: torch.Tensor, part: Rollout) -> None:

@@ -71,7 +71,7 @@ def phase_work(step: PPOStep) -> dict[str, Work]:
     """The least work of every phase of ``step``, by the phase's name."""
     counter = _Counter(step.engine)
     case = step.case
-    rounds = case.options.ppo_epochs
+    rounds = case.options.ppo.num_ppo_epochs
     work = {"generate": counter.generate(), "score": counter.score()}
     for p in step.engine.method.update_passes:
         name = update_phase(p)
@@ -79,7 +79,7 @@ def phase_work(step: PPOStep) -> dict[str, Work]:
         one = counter.differentiate(p)
         work[name] = Work(one.flops * rounds, one.bytes * passes)
     one = counter.optimize(step)
-    times = rounds * case.options.num_mini_batches
+    times = rounds * case.options.ppo.num_mini_batches
     work["optimize"] = Work(one.flops * times, one.bytes * times)
     return work
 

@@ -143,7 +143,7 @@ def test_a_reward_model_is_looked_at_too(checkpoint):
     assert "model 'tinny' is unknown" in told("tinny")[0]
     assert told(str(checkpoint), vocab_size=50) == (
         f"a length of 18 (9 + 9) is too long for model '{checkpoint}': it has 16 positions.",
-        f"options.reward_model is '{checkpoint}' with a vocabulary of 50: it must have as many tokens as model 'tiny', "
+        f"rollout.reward_model is '{checkpoint}' with a vocabulary of 50: it must have as many tokens as model 'tiny', "
         "which has 8192.",
     )
     assert len(told(str(checkpoint))) == 1  # a vocabulary that only the loader knows
@@ -176,7 +176,7 @@ def test_devices_are_counted_by_nvml(monkeypatch):
 def test_an_optimizer_of_a_package_that_is_not_installed(monkeypatch):
     monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
     assert problems(options={"optimizer": "adamw8bit"}) == (
-        "options.optimizer is 'adamw8bit': it needs bitsandbytes, which is not installed "
+        "optimizer.name is 'adamw8bit': it needs bitsandbytes, which is not installed "
         "(pip install bitsandbytes; planning does without it).",
     )
     preflight.check_models(Sweep.from_spec({**GRID, "options": {"optimizer": "adamw8bit"}}))
@@ -188,7 +188,7 @@ def test_kernels_of_a_package_that_is_not_installed(monkeypatch):
     monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
     spec = {"device": "cuda", "options": {"kernels": "triton"}}
     assert problems(**spec) == (
-        "options.kernels is 'triton': it needs triton, which is not installed "
+        "engine.backend is 'triton': it needs triton, which is not installed "
         "(pip install triton; planning does without it).",
     )
     preflight.check_models(Sweep.from_spec({**GRID, **spec}))
@@ -199,7 +199,7 @@ def test_kernels_in_c_without_a_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", "/nonexistent")
     assert problems(options={"kernels": "native"}) == (
-        "options.kernels is 'native': its C cannot be compiled here (CC is '/nonexistent', which is no command).",
+        "engine.backend is 'native': its C cannot be compiled here (CC is '/nonexistent', which is no command).",
     )
     preflight.check_models(Sweep.from_spec({**GRID, "options": {"kernels": "native"}}))
     assert preflight.check(Sweep.from_spec(GRID))  # ``auto`` asks for nothing
@@ -218,7 +218,8 @@ def test_every_problem_is_told_at_once(tmp_path, monkeypatch):
 
 def test_looking_ahead_imports_no_torch():
     code = (
-        "import sys\nfrom rlhfbench.cases import preflight, runner, cli\nfrom rlhfbench.cases.sweep import Sweep\n"
+        "import sys\nfrom rlhfbench.cases import preflight\nfrom rlhfbench.cli import main\nfrom rlhfbench.runs import runner\n"
+        "from rlhfbench.cases.sweep import Sweep\n"
         "preflight.check(Sweep.from_spec({}))\nsys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from rlhfbench.cases.settings import setting_of
 from rlhfbench.cases.sweep import Sweep, differences, override, parse_option, read_spec, split_length
 from rlhfbench.errors import SweepError
-from rlhfkernels.config.case import Case, Options
+from rlhfkernels.config.case import Case
+from rlhfkernels.config.options import Options
 from rlhfkernels.methods.table import METHODS
 
 GRID = {"methods": ["hydra"], "models": ["tiny"], "seq_lens": [8], "batch_sizes": [1]}
@@ -80,7 +81,7 @@ def test_explicit_cases_come_after_the_grid_and_inherit_what_is_shared():
     spec = {"dtype": "bfloat16", "options": {"gamma": 0.5, "kl_coef": 0.5}, "cases": [table]}
     (case,) = Sweep.from_spec(spec).cases
     assert (case.method, case.model, case.dtype, case.seq_len) == ("lora", "gpt2", "bfloat16", 4)
-    assert (case.options.gamma, case.options.kl_coef) == (0.5, 1.0)
+    assert (case.options.ppo.gamma, case.options.ppo.kl_coef) == (0.5, 1.0)
     assert [c.method for c in Sweep.from_spec({**spec, **GRID}).cases] == ["hydra", "lora"]
 
 
@@ -128,9 +129,9 @@ def test_every_problem_is_told_at_once_with_the_nearest_names():
         ({"prompt_fraction": 1}, "prompt_fraction is 1: it must be a number between 0 and 1."),
         ({"prompt_fraction": "half"}, "prompt_fraction is 'half': it must be a number between 0 and 1."),
         ({"options": 3}, "options is 3: it must be a table."),
-        ({"options": {"lora_targets": 3}}, "options.lora_targets is 3: it must be a text."),
-        ({"options": {"gradient_checkpointing": 1}}, "options.gradient_checkpointing is 1: it must be true or false."),
-        ({"options": {"gamma": "x"}}, "options.gamma is 'x': it must be a number from 0 to 1."),
+        ({"options": {"lora_targets": 3}}, "lora.target_modules is 3: it must be a text."),
+        ({"options": {"gradient_checkpointing": 1}}, "engine.gradient_checkpointing is 1: it must be true or false."),
+        ({"options": {"gamma": "x"}}, "ppo.gamma is 'x': it must be a number from 0 to 1."),
         ({"options": {"num_mini_batches": 3}, "batch_sizes": [2]}, "it must divide batch_size 2."),
         ({"cases": 3}, "cases must be tables: write each below a line [[cases]]."),
         ({"cases": [{"method": "hydra"}]}, "cases[1] lacks model, batch_size, prompt_len and completion_len."),
@@ -154,7 +155,7 @@ def test_every_case_stands_under_every_setting_and_loads_back(tmp_path):
         for method in ("lora", "hydra")
         for setting in ("paper", "modern")
     ]
-    assert {(case.dtype, case.lora_rank) for case in sweep.cases} == {("float32", 16), ("bfloat16", 128)}
+    assert {(case.dtype, case.options.lora.r) for case in sweep.cases} == {("float32", 16), ("bfloat16", 128)}
     (tmp_path / "sweep.toml").write_text(sweep.to_toml())
     assert Sweep.from_file(tmp_path / "sweep.toml") == sweep
 
@@ -164,8 +165,12 @@ def test_what_a_spec_says_itself_wins_over_its_settings():
     spec = {**GRID, "setting": "paper", "dtype": "float32", "options": {"warmup_steps": 7}, "cases": [table]}
     one, two = Sweep.from_spec(spec).cases
     for case in (one, two):
-        assert (case.dtype, case.options.attention, case.options.warmup_steps) == ("float32", "eager", 7)
-    assert (one.lora_rank, two.lora_rank) == (128, 3)
+        assert (case.dtype, case.options.engine.attn_implementation, case.options.optimizer.warmup_steps) == (
+            "float32",
+            "eager",
+            7,
+        )
+    assert (one.options.lora.r, two.options.lora.r) == (128, 3)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +240,7 @@ def test_a_sweep_file(tmp_path):
     )
     cases = Sweep.from_file(path).cases
     assert [case.method for case in cases] == ["hydra", "lora", "full"]
-    assert all(case.options.reward_clip is None and repr(case.options.kl_coef) == "1.0" for case in cases)
+    assert all(case.options.ppo.reward_clip is None and repr(case.options.ppo.kl_coef) == "1.0" for case in cases)
 
 
 def test_a_sweep_file_that_is_absent_or_no_toml(tmp_path):
@@ -258,7 +263,7 @@ def test_flags_replace_what_a_file_says():
 def test_flags_replace_what_listed_cases_say_but_give_them_no_grid():
     spec = Sweep.from_spec({**GRID, "methods": ["hydra", "lora"]}).to_spec()
     merged = Sweep.from_spec(override(spec, {"device": "cuda", "options": {"gamma": 0.5}}))
-    assert {(case.device, case.options.gamma) for case in merged.cases} == {("cuda", 0.5)}
+    assert {(case.device, case.options.ppo.gamma) for case in merged.cases} == {("cuda", 0.5)}
     assert len(merged.cases) == 2
     with pytest.raises(SweepError, match="methods cannot be given for a sweep file that lists its"):
         override(spec, {"methods": ["full"]})
@@ -294,7 +299,7 @@ def test_options_that_are_none():
 def test_what_differs_between_two_sweeps():
     asked = Sweep.from_spec({**GRID, "batch_sizes": [1, 8]}).cases
     there = Sweep.from_spec({**GRID, "options": {"gamma": 0.5}}).cases
-    assert differences(asked, there) == "batch_size 1, 8 instead of 1; options.gamma 1.0 instead of 0.5"
+    assert differences(asked, there) == "batch_size 1, 8 instead of 1; options.ppo.gamma 1.0 instead of 0.5"
     pair = [dataclasses.replace(asked[0], lora_rank=rank, batch_size=size) for rank, size in ((1, 1), (2, 2))]
     other = [dataclasses.replace(asked[0], lora_rank=rank, batch_size=size) for rank, size in ((1, 2), (2, 1))]
     assert differences(pair, other) == "other combinations of the same values"
@@ -304,5 +309,5 @@ def test_micro_batches_are_given_for_all_batch_sizes_that_they_divide():
     spec = {"methods": "hydra", "models": "tiny", "seq_lens": [8], "batch_sizes": [4, 8]}
     options = {"micro_batch_size": 2, "num_mini_batches": 2}
     assert [case.micro_batch_size for case in Sweep.from_spec({**spec, "options": options}).cases] == [2, 2]
-    with pytest.raises(SweepError, match=r"options.micro_batch_size is 3: it must divide the mini-batch of 4"):
+    with pytest.raises(SweepError, match=r"engine.micro_batch_size is 3: it must divide the mini-batch of 4"):
         Sweep.from_spec({**spec, "options": {"micro_batch_size": 3}})

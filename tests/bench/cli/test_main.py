@@ -10,7 +10,7 @@ import pytest
 import rlhfbench
 import rlhfbench.runs.drawing
 from rlhfbench.cases.sizes import parse_size
-from rlhfbench.cli.main import main as cli
+from rlhfbench.cli import main as cli
 from rlhfbench.errors import ForkServerError, RecordsError, SweepError
 from rlhfbench.records.file import read_records
 from rlhfbench.records.frame import records_frame
@@ -104,7 +104,7 @@ def test_every_flag_reaches_the_case_and_the_settings(call, tmp_path):
 def test_kernels_that_cannot_be_had_are_told_before_anything_is_measured(call, monkeypatch, tmp_path, flags, sentence):
     monkeypatch.setenv("CC", "/nonexistent")
     code, out, err = call("run", *SMALL, *kind("ok"), *flags, "--option", "kernels=native", "--out", "here")
-    assert (code, out, err) == (2, "", f"options.kernels is 'native': {sentence}\n")
+    assert (code, out, err) == (2, "", f"engine.backend is 'native': {sentence}\n")
     assert not (tmp_path / "here").exists()
 
 
@@ -224,7 +224,7 @@ WRONG = [
     ),
     (("run", "--option", "gama=1"), "option 'gama' is unknown: did you mean 'gamma'"),
     (("run", "--option", "gamma"), "option 'gamma' has no value: write it as KEY=VALUE."),
-    (("run", "--option", "gamma=2"), "options.gamma is 2.0: it must be a number from 0 to 1."),
+    (("run", "--option", "gamma=2"), "ppo.gamma is 2.0: it must be a number from 0 to 1."),
     (("run", "--sweep", "absent.toml"), "sweep file 'absent.toml' cannot be read: No such file or directory."),
     (("run", "--sweep", "typo.toml"), "sweep key 'metods' is unknown: did you mean 'methods'"),
     (("run", "--time-budget-s", "0"), "time_budget_s is 0.0: it must be above 0."),
@@ -347,7 +347,7 @@ def test_version_and_help(call):
 @pytest.mark.parametrize("verb", [(), ("run",), ("report",), ("methods",), ("models",)])
 def test_help_imports_nothing_heavy(verb):
     code = (
-        "import sys\nfrom rlhfbench.cli.main import main as cli\n"
+        "import sys\nfrom rlhfbench.cli import main as cli\n"
         f"cli.invoke([*{verb!r}, '--help'])\n"
         "heavy = {'torch', 'transformers', 'pandas', 'numpy', 'matplotlib', 'psutil', 'rich.progress'}\n"
         "sys.exit(bool(heavy & set(sys.modules)))"

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from rlhfbench.cases.sweep import Sweep
-from rlhfbench.cli.main import devices, plan_verb
-from rlhfbench.cli.main import main as cli
+from rlhfbench.cli import main as cli
+from rlhfbench.cli import plans as plan_verb
+from rlhfbench.planning import devices
 from rlhfbench.planning.max_batch import MOST_SEQUENCES
 from rlhfbench.records.timelines import read_timeline
 from rlhfkernels import Case

@@ -7,7 +7,8 @@ import torch
 from rlhfbench.measure import MeasureSettings, measure_case
 from rlhfbench.measure import measurements as passes
 from rlhfbench.measure.ledger import Ledger
-from rlhfkernels.config.case import Case, Options
+from rlhfkernels.config.case import Case
+from rlhfkernels.config.options import Options
 from rlhfkernels.errors import NumericalError
 from rlhfkernels.methods.table import METHODS, Phase
 from rlhfkernels.observer import PARTS, Observer
@@ -238,7 +239,7 @@ class Walked(Observer):
 @pytest.mark.parametrize("options", [{}, FRUGAL])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_real_step_under_the_ledger(method, options):
-    step = build_step(Case(method=method, **TINY, options=Options(**options)))
+    step = build_step(Case(method=method, **TINY, options=Options.of(options)))
     storages = [tensor.untyped_storage() for _, tensor in step.persistent_tensors()]
     persistent = {storage._cdata: storage.nbytes() for storage in storages}  # each once
     before = walk()

@@ -9,12 +9,18 @@ from hypothesis import strategies as st
 from rlhfbench.measure.ledger import Ledger, Snapshot
 from rlhfbench.measure.measurements import Announcer, memory_pass
 from rlhfbench.measure.timeline import MAX_POINTS, MAX_STRETCHES, Timeline
-from rlhfkernels.config.case import Case, Options
+from rlhfkernels.config.case import Case
+from rlhfkernels.config.options import Options
 from rlhfkernels.observer import PARTS
 from rlhfkernels.training.step import build_step
 
 CASE = Case(
-    method="hydra", model="tiny", prompt_len=4, completion_len=8, batch_size=2, options=Options(micro_batch_size=1)
+    method="hydra",
+    model="tiny",
+    prompt_len=4,
+    completion_len=8,
+    batch_size=2,
+    options=Options.of({"engine.micro_batch_size": 1}),
 )
 
 

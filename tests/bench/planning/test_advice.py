@@ -18,7 +18,7 @@ def sentence(
     """The advice for a case of which ``part`` takes 3 GiB and every other 1."""
     options = {name: changes.pop(name) for name in list(changes) if name in Options.__dataclass_fields__}
     fields = {"model": "tiny", "prompt_len": 4, "completion_len": 4, "batch_size": 1, **changes}
-    case = Case(method=method, **fields, options=Options(**options))
+    case = Case(method=method, **fields, options=Options.of(options))
     parts = {**dict.fromkeys(PARTS, GIB), part: 3 * GIB}
     memory = {"parts": parts, "peak_phase": "score", "total_bytes": sum(parts.values())}
     plan = Plan(case=case, memory=memory, work={}, zero=zero or Zero(), buckets={"score": bucket_bytes})

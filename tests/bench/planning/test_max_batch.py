@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rlhfbench.planning import predict as planning
 from rlhfbench.planning.max_batch import BatchSearch, plan_kinds, with_batch
 from rlhfbench.planning.predict import plan_case
-from rlhfbench.planning.predict import predict as planning
 from rlhfbench.planning.zero import Zero
 from rlhfkernels import Case
 

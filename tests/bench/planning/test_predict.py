@@ -41,7 +41,7 @@ def test_the_plan_is_what_the_ledger_measures(
             prompt_len=length,
             completion_len=length,
             batch_size=batch_size,
-            gradient_checkpointing=checkpointing,
+            engine__gradient_checkpointing=checkpointing,
         )
         plan, memory = plan_case(case).memory, measured(case)
         for name in NAMES:
@@ -53,7 +53,7 @@ def test_the_plan_of_a_reward_model_of_another_size_is_what_the_ledger_measures(
     make_case: Callable[..., Case], checkpoint: Callable[[str], str], method: str
 ) -> None:
     size = {"architecture": "wide-llama", "dtype": "float32", "prompt_len": 20}
-    case = make_case(method, reward_model=checkpoint("small-reward"), **size)
+    case = make_case(method, rollout__reward_model=checkpoint("small-reward"), **size)
     plan, memory = plan_case(case).memory, measured(case)
     for name in NAMES:
         assert plan[name] == memory[name], name
@@ -68,7 +68,7 @@ def test_what_generation_is_planned_to_take_is_what_the_ledger_measures(
 ) -> None:
     """In the steps' own form: ``auto`` is the one in C where it can be compiled."""
     size = {"prompt_len": 4, "completion_len": 12, "batch_size": batch_size}
-    case = make_case("hydra", architecture, dtype="float32", kernels=kernels, **size)
+    case = make_case("hydra", architecture, dtype="float32", engine__backend=kernels, **size)
     assert plan_case(case).memory["phases"]["generate"] == measured(case)["phases"]["generate"]
 
 
@@ -85,7 +85,9 @@ def test_a_long_completion_takes_what_stepping_through_takes_to_the_byte(
 ) -> None:
     # A completion far longer than the prompt, and a tiny chunk, so that generation's own peak is in sight.
     size = {"prompt_len": 4, "completion_len": 40}
-    case = make_case("hydra", architecture, **size, engine=engine, kv_cache=kv_cache, dtype=dtype)
+    case = make_case(
+        "hydra", architecture, **size, engine__trunk=engine, engine__cache_implementation=kv_cache, dtype=dtype
+    )
     skipping = plan_case(case).memory["phases"]["generate"]
     monkeypatch.setattr("rlhfkernels.engine.trunk.CacheSkips.can_skip", property(lambda self: False))
     assert plan_case(case).memory["phases"]["generate"] == skipping
@@ -93,16 +95,16 @@ def test_a_long_completion_takes_what_stepping_through_takes_to_the_byte(
 
 def test_8_bit_states_are_planned_without_their_library(make_case: Callable[..., Case]) -> None:
     full = {"architecture": "wide-llama", "dtype": "float32"}
-    wide, low = (plan_case(make_case("full", optimizer=name, **full)) for name in ("adamw", "adamw8bit"))
+    wide, low = (plan_case(make_case("full", optimizer__name=name, **full)) for name in ("adamw", "adamw8bit"))
     states = [plan.memory["phases"]["optimize"]["parts"]["optimizer"] for plan in (wide, low)]
     # A byte for every four, and 4 for every block of 256; what is below 4096 elements stays wide.
     assert states[1] == pytest.approx(states[0] / 4 * (1 + 4 / 256), rel=0.03)
 
 
 def test_kernels_of_a_device_that_is_not_here_change_no_plan(make_case: Callable[..., Case]) -> None:
-    plans = [plan_case(make_case(device="cuda", dtype="float32", kernels=name)) for name in ("torch", "triton")]
+    plans = [plan_case(make_case(device="cuda", dtype="float32", engine__backend=name)) for name in ("torch", "triton")]
     assert plans[0].memory == plans[1].memory
-    assert plans[1].case.options.kernels == "triton"
+    assert plans[1].case.options.engine.backend == "triton"
 
 
 def test_skipping_skips(make_case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +129,7 @@ def test_the_papers_model_memory_comes_out_of_the_paper_setting(method: str, gib
         completion_len=4,
         batch_size=1,
         device="cuda",
-        options=Options(**SETTINGS["paper"]["options"]),
+        options=Options.of(SETTINGS["paper"]["options"]),
         **fields,
     )
     plan = plan_case(case, Zero(stage=1, world_size=8))
@@ -155,7 +157,7 @@ def test_the_peak_may_move_when_ranks_share() -> None:
 
 
 def of_tiny(method: str, **options: object) -> Plan:
-    case = Case(method=method, model="tiny", prompt_len=4, completion_len=44, batch_size=4, options=Options(**options))
+    case = Case(method=method, model="tiny", prompt_len=4, completion_len=44, batch_size=4, options=Options.of(options))
     return plan_case(case)
 
 

@@ -50,7 +50,7 @@ def test_stages_1_and_2_hold_a_whole_bucket_in_every_backward(make_case: Callabl
 def test_stage_3_keeps_a_bucket_a_trained_model_and_gathers_what_runs(
     make_case: Callable[..., Case], checkpoint: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = build_step(make_case("dynamic-lora", dtype="float32", reward_model=checkpoint("small-reward")))
+    step = build_step(make_case("dynamic-lora", dtype="float32", rollout__reward_model=checkpoint("small-reward")))
     policy, reward = (
         sum(p.numel() for p in {id(p): p for p in params}.values())
         for params in (
@@ -104,4 +104,4 @@ def test_a_global_batch_is_divided_among_ranks() -> None:
         "batch_sizes has 9: with --global-batch it must be a multiple of world-size 4.",
     )
     with pytest.raises(CaseError, match="num_mini_batches is 4: it must divide batch_size 2"):
-        cases_of_a_rank([dataclasses.replace(cases[2], options=Options(num_mini_batches=4))], 4)
+        cases_of_a_rank([dataclasses.replace(cases[2], options=Options.of({"ppo.num_mini_batches": 4}))], 4)

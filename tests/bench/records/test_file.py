@@ -31,7 +31,7 @@ def test_a_record_has_every_key_and_none_for_what_is_not_known():
     assert set(made["case"]) == {
         "id", "method", "model", "prompt_len", "completion_len", "batch_size", "device", "dtype", "seed", "options",
     }  # fmt: skip
-    assert made["case"]["options"]["lora"]["r"] == 16
+    assert Case.from_dict(made["case"]) == CASE
     assert set(made["memory"]) == {
         "model_bytes", "activation_bytes", "rollout_bytes", "total_bytes", "persistent_model_bytes", "peak_phase",
         "parts", "phases", "largest_tensor", "views",

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rlhfbench.records.file import make_plan, make_record
 from rlhfbench.records.frame import records_frame
-from rlhfbench.records.schema import columns, upgraded_case
+from rlhfbench.records.schema import columns
 from rlhfkernels.config.case import Case
 from rlhfkernels.config.settings import SETTINGS
 from rlhfkernels.methods.table import METHODS
@@ -19,7 +19,7 @@ from rlhfkernels.observer import PARTS
 CASE = Case(method="joined-hydra", model="tiny", prompt_len=24, completion_len=8, batch_size=2)
 RECORD = {
     "schema": 2,
-    "case": upgraded_case(CASE.to_dict()),
+    "case": CASE.to_dict(),
     "outcome": "ok",
     "error": None,
     "memory": {
@@ -154,7 +154,7 @@ def test_a_method_that_is_gone_from_the_table_keeps_its_name():
 
 def test_every_method_has_the_title_of_its_role_table():
     cases = [Case(method=name, model="tiny", prompt_len=4, completion_len=4, batch_size=1) for name in METHODS]
-    frame = records_frame([{**RECORD, "case": upgraded_case(case.to_dict())} for case in cases])
+    frame = records_frame([{**RECORD, "case": case.to_dict()} for case in cases])
     assert frame["method_title"].tolist() == [method.title for method in METHODS.values()]
     assert frame["method_order"].tolist() == list(range(len(METHODS)))
 
@@ -168,16 +168,7 @@ def with_options(**options):
     return record
 
 
-PAPER = {
-    "engine.trunk": "plain",
-    "engine.backend": "torch",
-    "engine.attn_implementation": "eager",
-    "engine.cache_implementation": "dynamic",
-    "engine.logprob_chunk_size": 0,
-    "optimizer.warmup_steps": 100,
-    "lora.r": 128,
-    "lora.alpha": 1.0,
-}
+PAPER = SETTINGS["paper"]["options"]
 
 
 @pytest.mark.parametrize(

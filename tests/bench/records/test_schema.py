@@ -81,6 +81,14 @@ def test_values_of_schema_1_that_are_no_default_keep_their_number():
     assert upgraded_case(upgraded_case(case)) == upgraded_case(case)
 
 
+def test_the_paper_setting_of_schema_1_is_told_at_its_own_rank():
+    record = schema_1()[1]
+    assert record["case"]["lora_rank"] == 16  # a product scaled by 1/128: an alpha of 1/8, where paper's is 1
+    assert records_frame([upgraded(record)]).loc[0, "setting"] == "custom"
+    record["case"]["lora_rank"] = 128
+    assert records_frame([upgraded(record)]).loc[0, ["setting", "options"]].tolist() == ["paper", ""]
+
+
 @pytest.mark.parametrize("section", ["memory", "latency", "work", "prompts"])
 def test_an_object_that_schema_1_has_as_null_is_absent(section):
     record = {**schema_1()[0], section: None}
@@ -91,7 +99,7 @@ def test_a_folder_of_schema_1_is_read_and_drawn(tmp_path):
     shutil.copy(SCHEMA_1, tmp_path / "records.jsonl")
     frame = records_frame(read_records(tmp_path))
     old = schema_1()
-    assert frame["setting"].tolist() == ["modern", "paper", "modern"]
+    assert frame["setting"].tolist() == ["modern", "custom", "modern"]
     assert frame["lora_rank"].tolist() == [record["case"]["lora_rank"] for record in old]
     assert frame["total_bytes"].tolist() == [record["memory"]["total_bytes"] for record in old]
     assert frame["total_s_per_sequence"].tolist() == [record["latency"]["total_s_per_sample"] for record in old]

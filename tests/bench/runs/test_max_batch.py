@@ -166,7 +166,7 @@ def test_a_resumed_search_takes_the_tries_that_are_recorded(tmp_path: Path) -> N
         (
             {"batch_sizes": [4], "options": {"micro_batch_size": 2}},
             512,
-            "--max-batch tries each batch whole: leave out options.micro_batch_size and num_mini_batches.",
+            "--max-batch tries each batch whole: leave out options.engine.micro_batch_size and num_mini_batches.",
         ),
     ],
 )
@@ -184,7 +184,10 @@ def test_what_is_planned_is_the_plans_answer_up_to_the_limit(make_case: Callable
     room = plan_case(dataclasses.replace(case, batch_size=9)).total_bytes + 10
     assert maxbatch._planned(case, room, 512) == 9
     assert maxbatch._planned(case, room, 4) == 4
-    assert maxbatch._planned(dataclasses.replace(case, options=Options(lora_targets="absent")), room, 4) is None
+    assert (
+        maxbatch._planned(dataclasses.replace(case, options=Options.of({"lora.target_modules": "absent"})), room, 4)
+        is None
+    )
 
 
 def test_a_host_gives_what_its_control_group_leaves() -> None:

@@ -4,7 +4,8 @@ import io
 import pytest
 
 from rlhfbench.runs.progress import BarProgress, LineProgress, TimeLeft, clock, make_progress, title
-from rlhfkernels.config.case import Case, Options
+from rlhfkernels.config.case import Case
+from rlhfkernels.config.options import Options
 from rlhfkernels.config.settings import SETTINGS
 
 SMALL = Case(method="hydra", model="tiny", prompt_len=4, completion_len=4, batch_size=1)
@@ -95,5 +96,5 @@ def test_clock(seconds, text):
 
 def test_a_title_names_what_tells_cases_apart():
     assert title(LARGE) == "lora tiny 8+8 x2"
-    paper = dataclasses.replace(LARGE, options=Options(**SETTINGS["paper"]["options"]))
+    paper = dataclasses.replace(LARGE, options=Options.of(SETTINGS["paper"]["options"]))
     assert title(paper) == "lora paper tiny 8+8 x2"

@@ -14,7 +14,8 @@ from rlhfbench.records.timelines import read_timeline
 from rlhfbench.runs import runner
 from rlhfbench.runs.progress import LineProgress
 from rlhfbench.runs.runner import RunSettings, dominates, run_sweep
-from rlhfkernels.config.case import Case, Options
+from rlhfkernels.config.case import Case
+from rlhfkernels.config.options import Options
 
 CASE = Case(method="hydra", model="tiny", prompt_len=4, completion_len=4, batch_size=2)
 
@@ -45,7 +46,9 @@ class Watching(LineProgress):
 def sweep_of(*kinds, **changes):
     """One case a kind of fake, told apart by it."""
     base = dataclasses.replace(CASE, **changes)
-    return Sweep(cases=tuple(dataclasses.replace(base, options=Options(prompt_field=kind)) for kind in kinds))
+    return Sweep(
+        cases=tuple(dataclasses.replace(base, options=Options.of({"data.prompt_field": kind})) for kind in kinds)
+    )
 
 
 def run(sweep, out, progress=None, **settings):
@@ -225,7 +228,7 @@ def test_cases_that_dominate_one_without_memory_are_skipped_and_name_it(tmp_path
         ({"model": "gpt2"}, False),
         ({"device": "cuda"}, False),
         ({"dtype": "bfloat16"}, False),
-        ({"options": Options(gamma=0.5)}, False),
+        ({"options": Options.of({"ppo.gamma": 0.5})}, False),
     ],
 )
 def test_dominates(change, expected):

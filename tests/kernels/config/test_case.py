@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhfkernels.config.case import Case, Options
+from rlhfkernels.config.case import Case
+from rlhfkernels.config.options import Options
 from rlhfkernels.errors import CaseError
 from rlhfkernels.methods.table import METHODS
 
@@ -15,7 +16,7 @@ GOOD = {"method": "hydra", "model": "tiny", "prompt_len": 4, "completion_len": 4
 
 
 def test_a_case_survives_json() -> None:
-    case = Case(**GOOD, options=Options(kl_coef=0.05, lora_scaling=1 / 128))
+    case = Case(**GOOD, options=Options.of({"ppo.kl_coef": 0.05, "lora.alpha": 1 / 128}))
     again = Case.from_dict(json.loads(json.dumps(case.to_dict())))
     assert again == case
     assert again.id == case.id
@@ -24,7 +25,7 @@ def test_a_case_survives_json() -> None:
 def test_a_case_of_an_old_record_takes_the_default_of_an_option_that_came_later() -> None:
     data = Case(**GOOD).to_dict()
     del data["options"]["kernels"]
-    assert Case.from_dict(data).options.kernels == "auto"
+    assert Case.from_dict(data).options.engine.backend == "auto"
 
 
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Case) if f.name in ("seed", "lora_rank")])
@@ -34,7 +35,7 @@ def test_the_id_depends_on_every_number(field: str) -> None:
 
 
 def test_the_id_depends_on_the_options() -> None:
-    assert Case(**GOOD, options=Options(kl_coef=0.5)).id != Case(**GOOD).id
+    assert Case(**GOOD, options=Options.of({"ppo.kl_coef": 0.5})).id != Case(**GOOD).id
 
 
 def test_the_id_is_stable() -> None:
@@ -54,43 +55,61 @@ def test_the_id_is_stable() -> None:
         ({"batch_size": "4"}, "batch_size is '4': it must be a whole number"),
         ({"lora_rank": 0}, "lora_rank is 0: it must be a whole number of at least 1"),
         ({"seed": -1}, "seed is -1: it must be a whole number of at least 0"),
-        ({"options": Options(temperature=0.0)}, "options.temperature is 0.0: it must be a number above 0"),
-        ({"options": Options(gamma=1.5)}, "options.gamma is 1.5: it must be a number from 0 to 1"),
-        ({"options": Options(kl_coef=float("nan"))}, "options.kl_coef is nan: it must be a number of at least 0"),
-        ({"options": Options(lora_scaling=float("inf"))}, "options.lora_scaling is inf: it must be a finite number"),
-        ({"options": Options(reward_clip=-1.0)}, "options.reward_clip is -1.0"),
-        ({"options": Options(attention="sdp")}, "options.attention 'sdp' is unknown: did you mean 'sdpa'"),
-        ({"options": Options(num_mini_batches=3)}, "options.num_mini_batches is 3: it must divide batch_size 4"),
-        ({"options": Options(micro_batch_size=3)}, "options.micro_batch_size is 3: it must divide the mini-batch of 4"),
         (
-            {"dtype": "float64", "options": Options(optimizer="adamw8bit")},
-            "options.optimizer is 'adamw8bit': bitsandbytes has no float64, so dtype must be float32 or bfloat16.",
+            {"options": Options.of({"rollout.temperature": 0.0})},
+            "rollout.temperature is 0.0: it must be a number above 0",
+        ),
+        ({"options": Options.of({"ppo.gamma": 1.5})}, "ppo.gamma is 1.5: it must be a number from 0 to 1"),
+        (
+            {"options": Options.of({"ppo.kl_coef": float("nan")})},
+            "ppo.kl_coef is nan: it must be a number of at least 0",
+        ),
+        ({"options": Options.of({"lora.alpha": float("inf")})}, "lora.scaling is inf: it must be a finite number"),
+        ({"options": Options.of({"ppo.reward_clip": -1.0})}, "ppo.reward_clip is -1.0"),
+        (
+            {"options": Options.of({"engine.attn_implementation": "sdp"})},
+            "engine.attn_implementation 'sdp' is unknown: did you mean 'sdpa'",
         ),
         (
-            {"options": Options(kernels="triton")},
-            "options.kernels is 'triton': it needs a CUDA device, so device must not be 'cpu'.",
+            {"options": Options.of({"ppo.num_mini_batches": 3})},
+            "ppo.num_mini_batches is 3: it must divide batch_size 4",
         ),
         (
-            {"device": "cuda", "dtype": "float64", "options": Options(kernels="triton")},
-            "options.kernels is 'triton': it has no float64, so dtype must be float32 or bfloat16.",
+            {"options": Options.of({"engine.micro_batch_size": 3})},
+            "engine.micro_batch_size is 3: it must divide the mini-batch of 4",
         ),
         (
-            {"device": "cuda", "options": Options(kernels="native")},
-            "options.kernels is 'native': it is a processor's, so device must be 'cpu'.",
+            {"dtype": "float64", "options": Options.of({"optimizer.name": "adamw8bit"})},
+            "optimizer.name is 'adamw8bit': bitsandbytes has no float64, so dtype must be float32 or bfloat16.",
         ),
         (
-            {"dtype": "bfloat16", "options": Options(kernels="native")},
-            "options.kernels is 'native': it has no bfloat16, so dtype must be float32.",
+            {"options": Options.of({"engine.backend": "triton"})},
+            "engine.backend is 'triton': it needs a CUDA device, so device must not be 'cpu'.",
         ),
-        ({"options": Options(kernels="trition")}, "options.kernels 'trition' is unknown: did you mean 'triton'"),
         (
-            {"options": Options(reward_model="tiny")},
-            "options.reward_model is 'tiny': method 'hydra' has no base of its own for the reward (it shares the "
+            {"device": "cuda", "dtype": "float64", "options": Options.of({"engine.backend": "triton"})},
+            "engine.backend is 'triton': it has no float64, so dtype must be float32 or bfloat16.",
+        ),
+        (
+            {"device": "cuda", "options": Options.of({"engine.backend": "native"})},
+            "engine.backend is 'native': it is a processor's, so device must be 'cpu'.",
+        ),
+        (
+            {"dtype": "bfloat16", "options": Options.of({"engine.backend": "native"})},
+            "engine.backend is 'native': it has no bfloat16, so dtype must be float32.",
+        ),
+        (
+            {"options": Options.of({"engine.backend": "trition"})},
+            "engine.backend 'trition' is unknown: did you mean 'triton'",
+        ),
+        (
+            {"options": Options.of({"rollout.reward_model": "tiny"})},
+            "rollout.reward_model is 'tiny': method 'hydra' has no base of its own for the reward (it shares the "
             "policy's), so it must be absent.",
         ),
         (
-            {"method": "lora", "options": Options(reward_model="")},
-            "options.reward_model is '': it must be a name, or absent.",
+            {"method": "lora", "options": Options.of({"rollout.reward_model": ""})},
+            "rollout.reward_model is '': it must be a name, or absent.",
         ),
     ],
 )
@@ -112,7 +131,7 @@ def test_a_reward_model_is_for_the_methods_that_load_one(method: str) -> None:
     roles = METHODS[method].roles
     loads_one = roles["actor"].base != roles["reward"].base
     try:
-        case = Case(**{**GOOD, "method": method}, options=Options(reward_model="gpt2"))
+        case = Case(**{**GOOD, "method": method}, options=Options.of({"rollout.reward_model": "gpt2"}))
     except CaseError:
         assert not loads_one
     else:
@@ -125,7 +144,10 @@ def test_a_reward_model_is_for_the_methods_that_load_one(method: str) -> None:
 @given(batch=st.integers(1, 64), mini=st.integers(1, 8), micro=st.integers(1, 8))
 def test_accepted_batches_divide_evenly(batch: int, mini: int, micro: int) -> None:
     try:
-        case = Case(**{**GOOD, "batch_size": batch}, options=Options(num_mini_batches=mini, micro_batch_size=micro))
+        case = Case(
+            **{**GOOD, "batch_size": batch},
+            options=Options.of({"ppo.num_mini_batches": mini, "engine.micro_batch_size": micro}),
+        )
     except CaseError:
         assert batch % mini or (batch // mini) % micro
         return

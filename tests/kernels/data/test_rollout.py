@@ -20,7 +20,7 @@ def test_prompts_are_padded_on_the_left_and_truncated_from_the_left(
     make_case: Callable[..., Case], tmp_path: Path
 ) -> None:
     file = write_prompts(tmp_path / "p.jsonl", ["abcdefgh", "xy", "12345"])
-    source = PromptSource(make_case(batch_size=2, prompts=file), 256, None)
+    source = PromptSource(make_case(batch_size=2, data__prompts=file), 256, None)
     assert source.padded
     assert source.num_truncated == 1
     tokens, mask = source.next_batch(None)
@@ -33,14 +33,14 @@ def test_prompts_are_padded_on_the_left_and_truncated_from_the_left(
 
 
 def test_prompts_that_all_fit_exactly_need_no_mask(make_case: Callable[..., Case], tmp_path: Path) -> None:
-    source = PromptSource(make_case(prompts=write_prompts(tmp_path / "p.jsonl", ["abcde", "fghij"])), 256, None)
+    source = PromptSource(make_case(data__prompts=write_prompts(tmp_path / "p.jsonl", ["abcde", "fghij"])), 256, None)
     assert source.next_batch(None)[1] is None
 
 
 def test_messages_are_joined_where_there_is_no_template(make_case: Callable[..., Case], tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]
     file = write_prompts(tmp_path / "p.jsonl", [messages])
-    tokens, _ = PromptSource(make_case(batch_size=1, prompts=file), 256, None).next_batch(None)
+    tokens, _ = PromptSource(make_case(batch_size=1, data__prompts=file), 256, None).next_batch(None)
     assert tokens.tolist() == [list(b"ab\ncd")]
 
 
@@ -56,7 +56,7 @@ def test_random_prompts_come_from_the_generator(make_case: Callable[..., Case]) 
 def test_a_vocabulary_below_256_holds_no_bytes(make_case: Callable[..., Case], tmp_path: Path) -> None:
     file = write_prompts(tmp_path / "p.jsonl", ["abc"])
     with pytest.raises(ModelError, match="a vocabulary of 48 is below 256"):
-        PromptSource(make_case(prompts=file), 48, None)
+        PromptSource(make_case(data__prompts=file), 48, None)
 
 
 def test_a_step_runs_on_prompts_from_a_file(tmp_path: Path) -> None:
@@ -64,7 +64,12 @@ def test_a_step_runs_on_prompts_from_a_file(tmp_path: Path) -> None:
     from rlhfkernels import Options
 
     case = Case(
-        method="hydra", model="tiny", prompt_len=5, completion_len=3, batch_size=2, options=Options(prompts=file)
+        method="hydra",
+        model="tiny",
+        prompt_len=5,
+        completion_len=3,
+        batch_size=2,
+        options=Options.of({"data.prompts": file}),
     )
     step = build_step(case)
     for _ in range(2):

@@ -27,7 +27,7 @@ def scored(step: PPOStep) -> Rollout:
 def test_hydras_one_pass_equals_two_separate_models(
     make_case: Callable[..., Case], shake: Callable[[Engine], None]
 ) -> None:
-    step = build_step(make_case(reward_clip=None))
+    step = build_step(make_case(ppo__reward_clip=None))
     shake(step.engine)
     rollout = scored(step)
     model = AutoModelForCausalLM.from_pretrained(step.case.model, dtype=torch.float64).eval()
@@ -46,7 +46,7 @@ def test_hydras_one_pass_equals_two_separate_models(
 def test_log_probabilities_kept_while_sampling_are_those_of_a_full_forward(
     make_case: Callable[..., Case], architecture: str, kv_cache: str, shake: Callable[[Engine], None]
 ) -> None:
-    step = build_step(make_case(architecture=architecture, kv_cache=kv_cache))
+    step = build_step(make_case(architecture=architecture, engine__cache_implementation=kv_cache))
     shake(step.engine)
     rollout = step.generate(Observer())
     p = Pass(base="hydra", adapter="actor", roles=("actor",))
@@ -57,7 +57,7 @@ def test_log_probabilities_kept_while_sampling_are_those_of_a_full_forward(
 
 
 def test_a_temperature_divides_the_logits_of_every_log_probability(make_case: Callable[..., Case]) -> None:
-    step = build_step(make_case(temperature=2.0))
+    step = build_step(make_case(rollout__temperature=2.0))
     rollout = scored(step)
     model = AutoModelForCausalLM.from_pretrained(step.case.model, dtype=torch.float64).eval()
     with torch.no_grad():
@@ -131,7 +131,7 @@ def test_generation_from_padded_prompts_equals_generation_without_padding(
 def test_the_actors_gradient_is_that_of_a_model_with_this_adapter_only(
     make_case: Callable[..., Case], checkpointing: bool, shake: Callable[[Engine], None]
 ) -> None:
-    step = build_step(make_case(gradient_checkpointing=checkpointing, lora_scaling=0.7))
+    step = build_step(make_case(engine__gradient_checkpointing=checkpointing, lora__alpha=0.7))
     engine = step.engine
     shake(engine)
     rollout = scored(step)  # switches off and to the critic before the actor's forward
@@ -166,9 +166,9 @@ def test_the_critics_head_starts_as_a_copy_that_owns_its_storage(make_case: Call
 
 
 def test_a_frozen_critic_head_is_shared_where_the_base_is(make_case: Callable[..., Case]) -> None:
-    shared = Engine(make_case(critic_head="frozen")).scalar_heads
+    shared = Engine(make_case(ppo__critic_head="frozen")).scalar_heads
     assert shared["critic"] is shared["reward"]
-    apart = Engine(make_case("lora", critic_head="frozen")).scalar_heads
+    apart = Engine(make_case("lora", ppo__critic_head="frozen")).scalar_heads
     assert not apart["critic"].weight.requires_grad
 
 
@@ -192,7 +192,7 @@ def test_bases_of_one_origin_start_equal_and_only_language_models_carry_the_head
 def test_a_reward_model_with_other_tokens_is_one_sentence(
     make_case: Callable[..., Case], checkpoint: Callable[[str], str]
 ) -> None:
-    case = make_case("lora", reward_model=checkpoint("other-words"))
+    case = make_case("lora", rollout__reward_model=checkpoint("other-words"))
     with pytest.raises(CaseError, match=r"other-words\d*' with a vocabulary of 50: .* which has 48\.$"):
         Engine(case)
 
@@ -201,23 +201,23 @@ def test_a_reward_models_positions_must_suffice(
     make_case: Callable[..., Case], checkpoint: Callable[[str], str]
 ) -> None:
     with pytest.raises(ModelError, match=r"is 11: model '.*short-reward\d*' has 8 positions at most\."):
-        Engine(make_case("lora", reward_model=checkpoint("short-reward")))
+        Engine(make_case("lora", rollout__reward_model=checkpoint("short-reward")))
 
 
 def test_saved_adapters_name_the_model_that_they_are_for(
     make_case: Callable[..., Case], checkpoint: Callable[[str], str], tmp_path: Path
 ) -> None:
-    case = make_case("dynamic-lora", reward_model=checkpoint("small-reward"))
+    case = make_case("dynamic-lora", rollout__reward_model=checkpoint("small-reward"))
     Engine(case).save(tmp_path)
     named = {
         name: json.loads((tmp_path / name / "adapter_config.json").read_text())["base_model_name_or_path"]
         for name in ("actor", "critic")
     }
-    assert named == {"actor": case.model, "critic": case.options.reward_model}
+    assert named == {"actor": case.model, "critic": case.options.rollout.reward_model}
 
 
 def test_a_completion_stops_at_the_stop_token_and_is_masked_after_it(make_case: Callable[..., Case]) -> None:
-    step = build_step(make_case(batch_size=16, completion_len=12, stop_token=7))
+    step = build_step(make_case(batch_size=16, completion_len=12, rollout__stop_token_id=7))
     rollout = step.generate(Observer())
     stopped = 0
     for tokens, mask, logprobs in zip(rollout.completions, rollout.mask, rollout.logprobs, strict=True):
@@ -233,7 +233,7 @@ def test_a_completion_stops_at_the_stop_token_and_is_masked_after_it(make_case: 
 
 
 def test_generation_ends_when_every_row_has(make_case: Callable[..., Case]) -> None:
-    step = build_step(make_case(batch_size=2, completion_len=50, prompt_len=4, stop_token=7))
+    step = build_step(make_case(batch_size=2, completion_len=50, prompt_len=4, rollout__stop_token_id=7))
     with torch.no_grad():
         step.engine.lm_head("actor").weight[7] = 0
         step.engine.models["hydra"].trunk.norm.weight.zero_()  # all logits 0: any token, soon 7

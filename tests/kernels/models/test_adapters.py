@@ -28,7 +28,7 @@ NEAR = {"rtol": 1e-5, "atol": 1e-5}
 def test_with_the_adapter_off_the_bases_outputs_come_back_bit_for_bit(
     make_case: Callable[..., Case], architecture: str, taken: str, shake: Callable[[Engine], None]
 ) -> None:
-    case = make_case(architecture=architecture, engine=taken)
+    case = make_case(architecture=architecture, engine__trunk=taken)
     tokens = torch.randint(48, (2, 11))
     plain = AutoModel.from_pretrained(case.model, dtype=torch.float64).eval()
     engine = Engine(case)
@@ -47,7 +47,7 @@ def test_with_the_adapter_off_the_bases_outputs_come_back_bit_for_bit(
 def test_a_saved_set_is_read_by_plain_peft(
     make_case: Callable[..., Case], architecture: str, tmp_path: Path, shake: Callable[[Engine], None]
 ) -> None:
-    case = make_case(architecture=architecture, lora_scaling=0.5)
+    case = make_case(architecture=architecture, lora__alpha=0.5)
     step = build_step(case)
     shake(step.engine)
     step.save(tmp_path)
@@ -94,7 +94,7 @@ def test_scaling_multiplies_the_low_rank_product(
     tokens = torch.randint(48, (2, 11))
     hidden = []
     for scaling, factor in ((1 / 3, 3.0), (1.0, 1.0)):
-        engine = Engine(make_case(lora_scaling=scaling))
+        engine = Engine(make_case(lora__alpha=scaling))
         shake(engine)
         with torch.no_grad():
             for parameter in engine.adapters["hydra"].parameters("actor")[1::2]:
@@ -104,13 +104,13 @@ def test_scaling_multiplies_the_low_rank_product(
 
 
 def test_targets_may_be_named_and_are_checked(make_case: Callable[..., Case]) -> None:
-    engine = Engine(make_case(lora_targets="q_proj, v_proj"))
+    engine = Engine(make_case(lora__target_modules="q_proj, v_proj"))
     assert len(engine.adapters["hydra"].parameters("actor")) == 2 * 2 * 2
-    with pytest.raises(CaseError, match=r"options.lora_targets has query: this model's linear layers are down_proj"):
-        Engine(make_case(lora_targets="query"))
+    with pytest.raises(CaseError, match=r"lora.target_modules has query: this model's linear layers are down_proj"):
+        Engine(make_case(lora__target_modules="query"))
 
 
 def test_the_adapters_dtype_is_decided(make_case: Callable[..., Case]) -> None:
     for stated, expected in ((None, torch.bfloat16), ("float32", torch.float32)):
-        engine = Engine(make_case(dtype="bfloat16", adapter_dtype=stated))
+        engine = Engine(make_case(dtype="bfloat16", lora__dtype=stated))
         assert {p.dtype for p in engine.adapters["hydra"].parameters()} == {expected}

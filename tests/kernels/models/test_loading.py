@@ -97,7 +97,7 @@ def test_what_a_model_does_after_its_head_is_kept(config: object, tmp_path: Path
         completion_len=4,
         batch_size=1,
         dtype="float64",
-        options=Options(attention="eager"),
+        options=Options.of({"engine.attn_implementation": "eager"}),
     )
     loaded = load_model(case, seed=0, with_lm_head=True)
     tokens = torch.randint(48, (2, 8))

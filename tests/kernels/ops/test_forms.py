@@ -42,11 +42,11 @@ def test_what_is_asked_for_is_taken_but_there_are_no_kernels_in_float64() -> Non
     ("installed", "failure", "sentence"),
     [
         (True, None, None),
-        (False, None, "options.kernels is 'triton': it needs triton, which is not installed."),
+        (False, None, "engine.backend is 'triton': it needs triton, which is not installed."),
         (
             True,
             "RuntimeError: No compiler.",
-            "options.kernels is 'triton': no kernel of it can be compiled and started here (RuntimeError: No "
+            "engine.backend is 'triton': no kernel of it can be compiled and started here (RuntimeError: No "
             "compiler.).",
         ),
     ],
@@ -56,8 +56,8 @@ def test_a_case_takes_triton_where_it_can_run(
 ) -> None:
     monkeypatch.setattr(forms, "is_installed", lambda package: installed)
     monkeypatch.setattr(forms, "why_not", lambda device: failure)
-    asked = dataclasses.replace(ON_CUDA, options=Options(kernels="triton"))
-    assert kernels_of(dataclasses.replace(ON_CUDA, options=Options(kernels="torch"))) == "torch"
+    asked = dataclasses.replace(ON_CUDA, options=Options.of({"engine.backend": "triton"}))
+    assert kernels_of(dataclasses.replace(ON_CUDA, options=Options.of({"engine.backend": "torch"}))) == "torch"
     if sentence is None:
         assert kernels_of(ON_CUDA) == kernels_of(asked) == "triton"
         return
@@ -73,7 +73,7 @@ def test_a_case_takes_triton_where_it_can_run(
         (None, None),
         (
             "no cc is installed",
-            "options.kernels is 'native': its C cannot be compiled here (no cc is installed).",
+            "engine.backend is 'native': its C cannot be compiled here (no cc is installed).",
         ),
     ],
 )
@@ -81,8 +81,8 @@ def test_a_case_on_a_processor_takes_the_c_where_it_can_be_compiled(
     monkeypatch: pytest.MonkeyPatch, failure: str | None, sentence: str | None
 ) -> None:
     monkeypatch.setattr(forms.build, "why_not", lambda: failure)
-    asked = dataclasses.replace(ON_CPU, options=Options(kernels="native"))
-    assert kernels_of(dataclasses.replace(ON_CPU, options=Options(kernels="torch"))) == "torch"
+    asked = dataclasses.replace(ON_CPU, options=Options.of({"engine.backend": "native"}))
+    assert kernels_of(dataclasses.replace(ON_CPU, options=Options.of({"engine.backend": "torch"}))) == "torch"
     if sentence is None:
         assert kernels_of(ON_CPU) == kernels_of(asked) == "native"
         return

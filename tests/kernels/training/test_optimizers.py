@@ -184,6 +184,4 @@ def test_8_bit_adamw_without_its_library_is_one_sentence(monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(CaseError) as caught:
         AdamW8bit(make_parameters(torch.float32), weight_decay=0.0, eps=1e-8, **SCHEDULE)
-    assert caught.value.problems == (
-        "options.optimizer is 'adamw8bit': it needs bitsandbytes, which is not installed.",
-    )
+    assert caught.value.problems == ("optimizer.name is 'adamw8bit': it needs bitsandbytes, which is not installed.",)

@@ -47,7 +47,7 @@ def test_at_step_0_the_ratio_is_1_and_the_kl_0(make_case: Callable[..., Case], m
 def test_a_reward_model_of_another_size_is_what_critic_and_reward_read(
     make_case: Callable[..., Case], checkpoint: Callable[[str], str], method: str, engine: str
 ) -> None:
-    step = build_step(make_case(method, reward_model=checkpoint("small-reward"), engine=engine))
+    step = build_step(make_case(method, rollout__reward_model=checkpoint("small-reward"), engine__trunk=engine))
     declared = declared_weights(step)
     before = snapshot(step)
     for _ in range(2):
@@ -67,7 +67,7 @@ def test_a_reward_model_of_another_size_is_what_critic_and_reward_read(
 def test_after_steps_exactly_the_declared_weights_have_changed(
     make_case: Callable[..., Case], method: str, checkpointing: bool
 ) -> None:
-    step = build_step(make_case(method, gradient_checkpointing=checkpointing))
+    step = build_step(make_case(method, engine__gradient_checkpointing=checkpointing))
     declared = declared_weights(step)
     before = snapshot(step)
     for _ in range(2):  # B starts at 0: A moves from the second step on
@@ -100,7 +100,11 @@ def test_the_objective_and_its_gradient_do_not_depend_on_the_micro_batch(
 ) -> None:
     def gradients(micro: int) -> tuple[list[torch.Tensor], dict[str, float]]:
         # A stop token makes lengths differ, so that a mean of means would show.
-        step = build_step(make_case(method, batch_size=4, micro_batch_size=micro, stop_token=7, entropy_coef=0.01))
+        step = build_step(
+            make_case(
+                method, batch_size=4, engine__micro_batch_size=micro, rollout__stop_token_id=7, ppo__entropy_coef=0.01
+            )
+        )
         step.optimizers = {}
         stats = step.run()
         return [p.grad for p in step.trained_parameters()], {k: float(v) for k, v in stats.losses.items()}
@@ -124,7 +128,7 @@ def test_every_phase_runs_in_order_and_everything_is_in_one(make_case: Callable[
 
 
 def test_mini_batches_take_every_row_once_an_epoch(make_case: Callable[..., Case]) -> None:
-    step = build_step(make_case(batch_size=6, num_mini_batches=3, ppo_epochs=2))
+    step = build_step(make_case(batch_size=6, ppo__num_mini_batches=3, ppo__num_ppo_epochs=2))
     batches = list(step._mini_batches())
     assert [len(batch) for batch in batches] == [2, 2, 2]
     assert sorted(row for batch in batches for row in batch) == list(range(6))
@@ -153,8 +157,10 @@ def test_building_does_not_move_the_callers_random_state(make_case: Callable[...
 
 
 def test_a_truncated_completion_may_be_bootstrapped(make_case: Callable[..., Case]) -> None:
-    plain = build_step(make_case(stop_token=7, batch_size=16, completion_len=8))
-    boot = build_step(make_case(stop_token=7, batch_size=16, completion_len=8, bootstrap_truncated=True))
+    plain = build_step(make_case(rollout__stop_token_id=7, batch_size=16, completion_len=8))
+    boot = build_step(
+        make_case(rollout__stop_token_id=7, batch_size=16, completion_len=8, ppo__bootstrap_truncated=True)
+    )
     rollouts = []
     for step in (plain, boot):
         rollout = step.generate(Observer())
@@ -174,7 +180,7 @@ def test_a_truncated_completion_may_be_bootstrapped(make_case: Callable[..., Cas
 
 
 def test_scores_are_clamped(make_case: Callable[..., Case]) -> None:
-    step = build_step(make_case(reward_clip=0.25))
+    step = build_step(make_case(ppo__reward_clip=0.25))
     rollout = step.generate(Observer())
     step.score(rollout, Observer())
     assert rollout.scores.abs().max() <= 0.25
@@ -204,7 +210,11 @@ def test_bfloat16_steps(make_case: Callable[..., Case], method: str) -> None:
 
 def test_eager_attention_and_full_logits_give_the_same_step(make_case: Callable[..., Case]) -> None:
     modern = build_step(make_case())
-    paper = build_step(make_case(attention="eager", logprob_chunk=0, kv_cache="growing"))
+    paper = build_step(
+        make_case(
+            engine__attn_implementation="eager", engine__logprob_chunk_size=0, engine__cache_implementation="growing"
+        )
+    )
     stats = [dataclasses.asdict(step.run()) for step in (modern, paper)]
     for name in ("score", "kl"):
         torch.testing.assert_close(stats[0][name], stats[1][name], rtol=1e-5, atol=1e-6)

@@ -68,7 +68,7 @@ def unread_surplus(step: PPOStep, phase: str) -> int:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_operations_are_those_that_torch_dispatches(make_case: Callable[..., Case], method: str) -> None:
-    step = build_step(make_case(method, attention="eager", prompt_len=9, completion_len=7))
+    step = build_step(make_case(method, engine__attn_implementation="eager", prompt_len=9, completion_len=7))
     observer = FlopObserver()
     step.run(observer)
     for phase, work in phase_work(step).items():
@@ -93,7 +93,7 @@ def test_a_smaller_reward_model_takes_its_own_work(
 ) -> None:
     size = {"prompt_len": 9, "completion_len": 7}
     same = phase_work(build_step(make_case("dynamic-lora", **size)))
-    less = phase_work(build_step(make_case("dynamic-lora", reward_model=checkpoint("small-reward"), **size)))
+    less = phase_work(build_step(make_case("dynamic-lora", rollout__reward_model=checkpoint("small-reward"), **size)))
     assert [less[phase] == same[phase] for phase in ("generate", "update_actor")] == [True, True]
     # Hidden 16, 1 layer: four of 16x16 and three of 24x16; rank 3 on each, 3 (in + out); 4 rows of 16 and 7 tokens.
     trunk, adapter = 4 * 16 * 16 + 3 * 24 * 16, 3 * (4 * 32 + 3 * 40)
@@ -111,8 +111,8 @@ def test_the_floor_is_the_larger_of_the_two_times() -> None:
 
 def test_work_scales_with_epochs_and_micro_batches(make_case: Callable[..., Case]) -> None:
     once = phase_work(build_step(make_case(batch_size=4)))["update_actor"]
-    twice = phase_work(build_step(make_case(batch_size=4, ppo_epochs=2)))["update_actor"]
-    split = phase_work(build_step(make_case(batch_size=4, micro_batch_size=2)))["update_actor"]
+    twice = phase_work(build_step(make_case(batch_size=4, ppo__num_ppo_epochs=2)))["update_actor"]
+    split = phase_work(build_step(make_case(batch_size=4, engine__micro_batch_size=2)))["update_actor"]
     assert (twice.flops, twice.bytes) == (2 * once.flops, 2 * once.bytes)
     assert (split.flops, split.bytes) == (once.flops, 2 * once.bytes)
     assert torch.is_grad_enabled()

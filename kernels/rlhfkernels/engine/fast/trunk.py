@@ -41,7 +41,7 @@ class FastTrunk(PlainTrunk):
         train: bool = False,
     ) -> torch.Tensor:
         """See ``Trunk.hidden``."""
-        checkpointing = train and self._options.gradient_checkpointing
+        checkpointing = train and self._options.engine.gradient_checkpointing
         return run_blocks(self._blocks, adapter, tokens, attention_mask, start=start, checkpointing=checkpointing)
 
     def decoder(self, adapter: str | None, max_len: int, observer: Observer) -> Decoder:
@@ -51,7 +51,7 @@ class FastTrunk(PlainTrunk):
 
 def make_fast_trunk(case: Case, model: LoadedModel, adapters: Adapters) -> PlainTrunk:
     """The fast path where it covers the model and the case's options, else the plain one; ``name`` says which."""
-    if case.options.attention == "sdpa" and case.options.kv_cache == "preallocated":
+    if case.options.engine.attn_implementation == "sdpa" and case.options.engine.cache_implementation == "static":
         blocks = read_blocks(model.trunk, kernels_of(case))
         if blocks is not None:
             return FastTrunk(case, model, adapters, blocks)

@@ -47,7 +47,7 @@ def test_a_step_in_c_is_torchs(
     found = []
     for kernels in ("torch", "native"):
         assert not run_in_c
-        case = make_case(method, dtype="float32", kernels=kernels, **KINDS[kind])
+        case = make_case(method, dtype="float32", engine__backend=kernels, **KINDS[kind])
         found.append(stepped(case, shake, "padded" in kind))
     assert set(run_in_c) == {"multiply", "forward", "backward"}
     (expected, gradients), (ours, our_gradients) = found

@@ -84,7 +84,9 @@ def test_the_same_seed_samples_the_same_tokens(
 ) -> None:
     rollouts = []
     for kernels in ("native", "torch"):
-        case = make_case(architecture=architecture, dtype="float32", kernels=kernels, stop_token=stop_token)
+        case = make_case(
+            architecture=architecture, dtype="float32", engine__backend=kernels, rollout__stop_token_id=stop_token
+        )
         rollouts.append(build_step(case).generate(Observer()))
     assert forms == [NativeSteps, TorchSteps]
     assert torch.equal(rollouts[0].tokens, rollouts[1].tokens)
@@ -94,7 +96,7 @@ def test_the_same_seed_samples_the_same_tokens(
 def test_a_later_generation_reads_the_weights_of_its_time(
     make_case: Callable[..., Case], shake: Callable[[Engine], None]
 ) -> None:
-    engines = [Engine(make_case(dtype="float32", kernels=kernels)) for kernels in ("native", "torch")]
+    engines = [Engine(make_case(dtype="float32", engine__backend=kernels)) for kernels in ("native", "torch")]
     before = decoded(engines[0], "actor", 3, None)
     for engine in engines:
         shake(engine)

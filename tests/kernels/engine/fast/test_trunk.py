@@ -24,7 +24,7 @@ def test_decoding_equals_the_plain_path(
     shake: Callable[[Engine], None],
 ) -> None:
     case = {"architecture": architecture, "batch_size": batch_size}
-    engines = [Engine(make_case(**case)), Engine(make_case(**case, engine="plain"))]
+    engines = [Engine(make_case(**case)), Engine(make_case(**case, engine__trunk="plain"))]
     for engine in engines:
         shake(engine)
     fast, plain = (engine.trunks["hydra"] for engine in engines)
@@ -41,7 +41,7 @@ def test_decoding_equals_the_plain_path(
 def test_decoding_from_padded_prompts_equals_the_plain_path(
     make_case: Callable[..., Case], architecture: str, shake: Callable[[Engine], None]
 ) -> None:
-    engines = [Engine(make_case(architecture=architecture, engine=engine)) for engine in ("fast", "plain")]
+    engines = [Engine(make_case(architecture=architecture, engine__trunk=engine)) for engine in ("fast", "plain")]
     for engine in engines:
         shake(engine)
     torch.manual_seed(5)
@@ -58,7 +58,7 @@ def test_decoding_from_padded_prompts_equals_the_plain_path(
 def test_the_same_seed_samples_the_same_tokens_and_trains_the_same_weights(
     make_case: Callable[..., Case], method: str, dtype: str
 ) -> None:
-    steps = [build_step(make_case(method, dtype=dtype, engine=engine)) for engine in ("fast", "plain")]
+    steps = [build_step(make_case(method, dtype=dtype, engine__trunk=engine)) for engine in ("fast", "plain")]
     rollouts = [step.generate(Observer()) for step in steps]
     assert torch.equal(rollouts[0].tokens, rollouts[1].tokens)
     torch.testing.assert_close(rollouts[0].logprobs, rollouts[1].logprobs, rtol=1e-5, atol=1e-5)
@@ -75,7 +75,7 @@ def test_bfloat16_decoding_is_as_near_to_float64_as_the_plain_path(
     make_case: Callable[..., Case], adapter_dtype: str | None
 ) -> None:
     def decoded(engine: str, dtype: str, adapters: str | None, seed: int) -> torch.Tensor:
-        built = Engine(make_case(engine=engine, dtype=dtype, adapter_dtype=adapters))
+        built = Engine(make_case(engine__trunk=engine, dtype=dtype, lora__dtype=adapters))
         torch.manual_seed(seed)
         with torch.no_grad():
             for parameter in built.adapters["hydra"].parameters():
@@ -100,7 +100,7 @@ def test_one_storage_for_products_over_one_input_takes_no_more_memory(make_case:
     def weights(engine: str) -> int:
         storages = {
             tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
-            for _, tensor in build_step(make_case(engine=engine)).persistent_tensors()
+            for _, tensor in build_step(make_case(engine__trunk=engine)).persistent_tensors()
         }
         return sum(storages.values())
 

@@ -15,7 +15,7 @@ from rlhfkernels.ops.forms import kernels_of
 from rlhfkernels.ops.native import build
 
 AUTO = Case(method="hydra", model="tiny", prompt_len=4, completion_len=4, batch_size=4)
-NATIVE = dataclasses.replace(AUTO, options=Options(kernels="native"))
+NATIVE = dataclasses.replace(AUTO, options=Options.of({"engine.backend": "native"}))
 
 # Leaves a line for every call in the file beside it, and what it was asked to make.
 COUNTING = """#!/bin/sh
@@ -67,7 +67,7 @@ def told() -> str:
     assert kernels_of(AUTO) == "torch"
     with pytest.raises(CaseError) as caught:
         kernels_of(NATIVE)
-    assert caught.value.problems == (f"options.kernels is 'native': its C cannot be compiled here ({failure}).",)
+    assert caught.value.problems == (f"engine.backend is 'native': its C cannot be compiled here ({failure}).",)
     return failure
 
 

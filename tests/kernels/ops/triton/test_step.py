@@ -22,7 +22,7 @@ def test_a_step_with_the_kernels_is_the_step_without(
         prompt_len=3,
         completion_len=2,
         batch_size=2,
-        gradient_checkpointing=checkpointing,
+        engine__gradient_checkpointing=checkpointing,
     )
     launched: set[str] = set()
     found = []

@@ -1,0 +1,259 @@
+"""The options of a case, in groups. Names follow TRL, PEFT and transformers where these have one. Imports no torch.
+
+Every field has a default and stands in every record. The annotations are the rules: ``rlhfkernels.config.rules`` checks
+them and words them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, Self
+
+from annotated_types import Ge, Gt, Le, MinLen
+
+Dtype = Literal["float32", "bfloat16", "float64"]
+Count = Annotated[int, Ge(1)]
+Text = Annotated[str, MinLen(1)]
+Positive = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
+Fraction = Annotated[float, Ge(0), Le(1)]
+
+# Options that another package carries out, by option and value.
+OPTION_PACKAGES: dict[str, dict[str, str]] = {
+    "optimizer.name": {"adamw8bit": "bitsandbytes"},
+    "engine.backend": {"triton": "triton"},
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class LoraOptions:
+    """Low-rank adapters (arXiv:2106.09685).
+
+    Attributes:
+        r: rank.
+        alpha: the low-rank product is multiplied by ``alpha / r``, as in PEFT. ``None`` is ``r``, a factor of 1.
+            Hydra-RLHF's code used an alpha of 1.
+        target_modules: ``all-linear`` (every linear layer of the trunk) or module names joined by commas.
+        dtype: dtype of the adapter weights; ``None`` is the dtype of the case.
+    """
+
+    r: Count = 16
+    alpha: float | None = None
+    target_modules: Text = "all-linear"
+    dtype: Dtype | None = None
+
+    @property
+    def scaling(self) -> float:
+        """The multiplier of the low-rank product."""
+        return 1.0 if self.alpha is None else self.alpha / self.r
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EngineOptions:
+    """How forward passes are computed.
+
+    Attributes:
+        trunk: ``plain`` runs transformers' and PEFT's modules. ``fast`` runs this project's loop over the layers where
+            it covers the architecture, else ``plain``.
+        backend: the backend of ops that have several: ``torch``; ``triton`` (CUDA); ``native`` (C, on a CPU in
+            float32); ``auto`` takes ``triton`` or ``native`` where it can run, else ``torch``.
+        attn_implementation: ``sdpa``, or ``eager``, which materialises the attention matrices.
+        cache_implementation: KV cache: ``static`` is allocated once at full length, ``dynamic`` grows by concatenation.
+        gradient_checkpointing: keep each layer's input only, and recompute the layer in the backward pass.
+        logprob_chunk_size: completion positions whose logits exist at one time; 0 keeps the logits of all of them.
+        micro_batch_size: data rows per differentiated forward pass; ``None`` is the whole mini-batch.
+    """
+
+    trunk: Literal["fast", "plain"] = "fast"
+    backend: Literal["auto", "torch", "triton", "native"] = "auto"
+    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+    cache_implementation: Literal["static", "dynamic"] = "static"
+    gradient_checkpointing: bool = False
+    logprob_chunk_size: Annotated[int, Ge(0)] = 128
+    micro_batch_size: Count | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerOptions:
+    """The optimizers.
+
+    Attributes:
+        name: ``adamw`` (fused), ``adamw8bit`` (bitsandbytes' 8-bit states; planning needs no bitsandbytes) or ``sgd``.
+        learning_rate: peak learning rate.
+        warmup_steps: steps of linear warm-up.
+        max_steps: the step at which the cosine decay reaches 0.
+        weight_decay: decoupled weight decay.
+        adam_epsilon: ε of AdamW; it matters under bfloat16.
+        max_grad_norm: the gradient norm of each parameter group is clipped to this.
+    """
+
+    name: Literal["adamw", "adamw8bit", "sgd"] = "adamw"
+    learning_rate: NonNegative = 1e-4
+    warmup_steps: Annotated[int, Ge(0)] = 0
+    max_steps: Count = 1000
+    weight_decay: NonNegative = 0.0
+    adam_epsilon: Positive = 1e-8
+    max_grad_norm: Positive = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutOptions:
+    """Generation and scoring.
+
+    Attributes:
+        temperature: divides the logits wherever a log-probability is taken.
+        stop_token_id: token that ends a completion; ``None``: every completion has exactly its length.
+        reward_model: the model of bases that start from the reward model: a preset, a checkpoint folder, a .gguf file
+            or a hub id with the policy's vocabulary; ``None`` is the policy's model.
+    """
+
+    temperature: Positive = 1.0
+    stop_token_id: Annotated[int, Ge(0)] | None = None
+    reward_model: Text | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DataOptions:
+    """Training data. Without a file, a step reads random tokens of exactly the case's lengths.
+
+    Attributes:
+        prompts: JSONL file of prompts.
+        prompt_field: the field of a row that holds the prompt.
+        demonstrations: JSONL file of prompts and completions, in TRL's prompt/completion format.
+        pairs: JSONL file of preferences, in TRL's prompt/chosen/rejected format.
+    """
+
+    prompts: Text | None = None
+    prompt_field: Text = "prompt"
+    demonstrations: Text | None = None
+    pairs: Text | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class PPOOptions:
+    """Proximal policy optimisation (arXiv:1707.06347). Names are those of TRL's ``PPOConfig``.
+
+    Attributes:
+        kl_coef: β of the per-token penalty −β·(log π − log π_ref).
+        gamma: discount γ.
+        lam: λ of generalised advantage estimation.
+        cliprange: ε of the clipped surrogate.
+        cliprange_value: ε of the clipped value loss.
+        vf_coef: multiplier of the value loss (Hydra-RLHF Tables 12 and 13, "Critic Loss Multiplier").
+        entropy_coef: weight of the entropy bonus; 0 computes no entropy.
+        reward_clip: the reward model's score is clamped into (−c, c); ``None`` leaves it.
+        bootstrap_truncated: a completion cut by length is followed by V of its last token instead of 0.
+        critic_head: ``trained``, or ``frozen``: the critic reads the reward head, as in Hydra-RLHF's code.
+        critic_learning_rate: peak learning rate of the critic; ``None`` is ``optimizer.learning_rate``. Weights that
+            actor and critic share take the actor's.
+        num_ppo_epochs: epochs over one rollout.
+        num_mini_batches: optimizer steps per epoch.
+    """
+
+    kl_coef: NonNegative = 0.02
+    gamma: Fraction = 1.0
+    lam: Fraction = 0.95
+    cliprange: NonNegative = 0.2
+    cliprange_value: NonNegative = 0.2
+    vf_coef: NonNegative = 1.0
+    entropy_coef: NonNegative = 0.0
+    reward_clip: Positive | None = 1.0
+    bootstrap_truncated: bool = False
+    critic_head: Literal["trained", "frozen"] = "trained"
+    critic_learning_rate: NonNegative | None = None
+    num_ppo_epochs: Count = 1
+    num_mini_batches: Count = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """Every option of a case, by group.
+
+    Attributes:
+        lora: see ``LoraOptions``.
+        engine: see ``EngineOptions``.
+        optimizer: see ``OptimizerOptions``.
+        rollout: see ``RolloutOptions``.
+        data: see ``DataOptions``.
+        ppo: see ``PPOOptions``.
+    """
+
+    lora: LoraOptions = LoraOptions()
+    engine: EngineOptions = EngineOptions()
+    optimizer: OptimizerOptions = OptimizerOptions()
+    rollout: RolloutOptions = RolloutOptions()
+    data: DataOptions = DataOptions()
+    ppo: PPOOptions = PPOOptions()
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any] = {}, /) -> Self:
+        """The options with ``values`` by dotted name, such as ``{"ppo.kl_coef": 0.05}``, and defaults elsewhere."""
+        return cls().replace(values)
+
+    def replace(self, values: Mapping[str, Any], /) -> Self:
+        """These options with other ``values`` by dotted name."""
+        groups: dict[str, dict[str, Any]] = {}
+        for name, value in values.items():
+            group, _, field = name.partition(".")
+            groups.setdefault(group, {})[field] = value
+        return dataclasses.replace(
+            self, **{group: dataclasses.replace(getattr(self, group), **fields) for group, fields in groups.items()}
+        )
+
+    def flat(self) -> dict[str, Any]:
+        """Every option by dotted name."""
+        return {
+            f"{group.name}.{field}": value
+            for group in dataclasses.fields(self)
+            for field, value in dataclasses.asdict(getattr(self, group.name)).items()
+        }
+
+
+def option_fields() -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    """(dotted name, field) of every option; the field's type is text, for ``rlhfkernels.config.rules`` to resolve."""
+    defaults = Options()
+    for group in dataclasses.fields(Options):
+        for field in dataclasses.fields(getattr(defaults, group.name)):
+            yield f"{group.name}.{field.name}", field
+
+
+# Options of records of schema 1 and of flags before the groups, by the dotted name that each has now.
+RENAMED_OPTIONS: dict[str, str] = {
+    "lora_rank": "lora.r",
+    "lora_scaling": "lora.alpha",
+    "lora_targets": "lora.target_modules",
+    "adapter_dtype": "lora.dtype",
+    "reward_model": "rollout.reward_model",
+    "critic_head": "ppo.critic_head",
+    "engine": "engine.trunk",
+    "kernels": "engine.backend",
+    "attention": "engine.attn_implementation",
+    "kv_cache": "engine.cache_implementation",
+    "gradient_checkpointing": "engine.gradient_checkpointing",
+    "logprob_chunk": "engine.logprob_chunk_size",
+    "micro_batch_size": "engine.micro_batch_size",
+    "num_mini_batches": "ppo.num_mini_batches",
+    "ppo_epochs": "ppo.num_ppo_epochs",
+    "optimizer": "optimizer.name",
+    "actor_lr": "optimizer.learning_rate",
+    "critic_lr": "ppo.critic_learning_rate",
+    "warmup_steps": "optimizer.warmup_steps",
+    "total_steps": "optimizer.max_steps",
+    "weight_decay": "optimizer.weight_decay",
+    "adam_eps": "optimizer.adam_epsilon",
+    "max_grad_norm": "optimizer.max_grad_norm",
+    "kl_coef": "ppo.kl_coef",
+    "gamma": "ppo.gamma",
+    "lam": "ppo.lam",
+    "clip_range": "ppo.cliprange",
+    "value_clip_range": "ppo.cliprange_value",
+    "value_coef": "ppo.vf_coef",
+    "entropy_coef": "ppo.entropy_coef",
+    "reward_clip": "ppo.reward_clip",
+    "bootstrap_truncated": "ppo.bootstrap_truncated",
+    "temperature": "rollout.temperature",
+    "stop_token": "rollout.stop_token_id",
+    "prompts": "data.prompts",
+    "prompt_field": "data.prompt_field",
+}
