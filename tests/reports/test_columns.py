@@ -1,28 +1,13 @@
 from __future__ import annotations
 
-from rlhfreports.columns import (
-    COLUMNS,
-    PHASE_COLUMNS,
-    axes_that_vary,
-    methods_in_order,
-    setting_order,
-    shared_axes_text,
-)
+import pandas as pd
+
+from rlhfreports.columns import axes_that_vary, methods_in_order, parts_of, setting_order, shared_axes_text
 
 
-def test_every_column_is_named_once_typed_and_explained():
-    names = [column.name for column in COLUMNS]
-    assert len(names) == len(set(names))
-    assert all(column.dtype in ("string", "Int64", "Float64") for column in (*COLUMNS, *PHASE_COLUMNS))
-    assert all(column.meaning for column in (*COLUMNS, *PHASE_COLUMNS))
-
-
-def test_the_unit_in_a_name_fits_the_type():
-    for column in (*COLUMNS, *PHASE_COLUMNS):
-        if column.name.endswith("_bytes"):
-            assert column.dtype == "Int64", column.name
-        if column.name.endswith(("_s", "_s_per_sample")):
-            assert column.dtype == "Float64", column.name
+def test_parts_are_the_columns_of_parts_in_their_order():
+    frame = pd.DataFrame(columns=["total_bytes", "heads_part_bytes", "base_part_bytes", "rollout_bytes"])
+    assert parts_of(frame) == ["heads", "base"]
 
 
 def test_axes_that_vary_count_an_absent_value_as_a_value(make_frame):

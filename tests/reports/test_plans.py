@@ -6,13 +6,14 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from rlhfreports.plans import PARTS, draw_plan, plan_figure, plan_table
+from rlhfkernels.observer import PARTS
+from rlhfreports.plans import draw_plan, plan_figure, plan_table
 
 GIB = 2**30
 
 
 def frame() -> pd.DataFrame:
-    row = {f"{part}_bytes": (i + 1) * GIB for i, part in enumerate(PARTS)}
+    row = {f"{part}_part_bytes": (i + 1) * GIB for i, part in enumerate(PARTS)}
     total = sum(row.values())
     shared = {"seq_len": 800, "total_bytes": total, "model_bytes": 1, "activation_bytes": 1, "peak_phase": "score"}
     shared |= {"bucket_bytes": 0, "setting": "modern"}

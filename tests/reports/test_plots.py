@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from rlhfreports.plots import (
     COLORS,
     MARKERS,
-    draw_latency,
-    draw_throughput,
+    latency,
     latency_figure,
+    throughput,
     throughput_figure,
 )
 
@@ -210,11 +210,11 @@ def test_nothing_measured_is_a_picture_that_says_so(make_frame, tmp_path):
     )
     figure = latency_figure(frame)
     assert "No case was measured: 2 OOM, 1 crashed." in [text.get_text() for text in figure.texts]
-    assert all(path.stat().st_size > 0 for path in draw_throughput(make_frame(), tmp_path / "none"))
+    assert all(path.stat().st_size > 0 for path in throughput(make_frame(), tmp_path / "none"))
 
 
 def test_both_files_are_written_and_are_what_they_are_called(frame, tmp_path):
-    png, svg = draw_latency(frame, tmp_path / "v1.2-latency")
+    png, svg = latency(frame, tmp_path / "v1.2-latency")
     assert (png.name, svg.name) == ("v1.2-latency.png", "v1.2-latency.svg")
     assert png.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert ElementTree.parse(svg).getroot().tag.endswith("svg")
@@ -224,8 +224,8 @@ def test_the_files_depend_on_the_table_alone(frame, tmp_path):
     with matplotlib.rc_context(
         {"font.size": 20.0, "figure.facecolor": "red", "path.simplify": False, "xtick.labelsize": 3}
     ):
-        first = draw_latency(frame, tmp_path / "first")
-    second = draw_latency(frame, tmp_path / "second")
+        first = latency(frame, tmp_path / "first")
+    second = latency(frame, tmp_path / "second")
     for one, other in zip(first, second, strict=True):
         assert one.read_bytes() == other.read_bytes()
     assert "<dc:date>" not in second[1].read_text()
@@ -233,7 +233,7 @@ def test_the_files_depend_on_the_table_alone(frame, tmp_path):
 
 def test_drawing_leaves_no_trace_in_matplotlib(frame, tmp_path):
     before = dict(matplotlib.rcParams)
-    draw_latency(frame, tmp_path / "latency")
+    latency(frame, tmp_path / "latency")
     assert dict(matplotlib.rcParams) == before
 
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from matplotlib.collections import PolyCollection
 
-from rlhfreports.plans import PARTS
+from rlhfkernels.observer import PARTS
 from rlhfreports.timelines import draw_timeline, timeline_figure
 
 GIB = 2**30
@@ -18,7 +18,7 @@ def points(totals_gib: list[float], first_event: int = 1) -> pd.DataFrame:
     """Two parts, a third and two thirds of each total; one event a point."""
     events = range(first_event, first_event + len(totals_gib))
     shares = {"base": 1 / 3, "activations": 2 / 3}
-    sizes = {f"{part}_bytes": [shares.get(part, 0) * total * GIB for total in totals_gib] for part in PARTS}
+    sizes = {f"{part}_part_bytes": [shares.get(part, 0) * total * GIB for total in totals_gib] for part in PARTS}
     return pd.DataFrame({"event": list(events), **sizes})
 
 

@@ -27,7 +27,7 @@ def records_frame(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
     )
     return pd.DataFrame(
         {
-            name: pd.array([field.value(record) for record in records], dtype=field.dtype)
+            name: pd.array([field.value(record) for record in records], dtype=field.dtype)  # type: ignore[arg-type]
             for name, field in columns(phases).items()
         }
     )

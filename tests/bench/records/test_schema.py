@@ -7,6 +7,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+import rlhfbench
+import rlhfreports
 from rlhfbench.records.file import read_records
 from rlhfbench.records.frame import records_frame
 from rlhfbench.records.schema import FIELDS, PHASE_FIELDS, columns, empty_record, filled, upgraded, upgraded_case
@@ -107,3 +109,11 @@ def test_a_folder_of_schema_1_is_read_and_drawn(tmp_path):
     table = pd.read_csv(tmp_path / "memory_table.csv")
     assert sorted(table["total_bytes"]) == sorted(frame["total_bytes"])
     assert "PPO" in (tmp_path / "memory_table.md").read_text()
+
+
+def test_a_user_gets_the_frame_and_the_table_in_a_few_lines(tmp_path):
+    shutil.copy(SCHEMA_1, tmp_path / "records.jsonl")
+    frame = rlhfbench.records_frame(rlhfbench.read_records(tmp_path))
+    table = rlhfreports.table(frame)
+    assert len(table.rows) == len(frame) == 3
+    assert table.frame["total_bytes"].notna().all()

@@ -47,7 +47,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path, monkeypa
 
 def test_the_tables_that_cross_to_the_reports() -> None:
     points, phases = timeline_frames(TIMELINE)
-    assert points.to_dict("list") == {"event": [2, 7], "base_bytes": [10, 4], "rollout_bytes": [3, 6]}
+    assert points.to_dict("list") == {"event": [2, 7], "base_part_bytes": [10, 4], "rollout_part_bytes": [3, 6]}
     assert phases.to_dict("list") == {
         "phase": ["score", "optimize + score"],
         "first_event": [1, 4],
