@@ -10,21 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 from rlhfkernels.config.case import Case
 from rlhfkernels.config.options import Options
-from rlhfkernels.errors import CaseError, ModelError, NumericalError, PromptsError, RlhfKernelsError
-from rlhfkernels.methods.table import METHODS, Method, Pass, Phase, Role
+from rlhfkernels.errors import CaseError, DataError, ModelError, NumericalError, RlhfKernelsError
+from rlhfkernels.methods.program import Method, Phase, Role
+from rlhfkernels.methods.table import METHODS
 from rlhfkernels.models.presets import PRESETS, Preset
 
 if TYPE_CHECKING:
-    from rlhfkernels.data.rollout import Rollout
+    from rlhfkernels.data.batch import Batch
     from rlhfkernels.observer import Observer
-    from rlhfkernels.training.step import PPOStep, StepStats, build_step
+    from rlhfkernels.training.step import StepStats, TrainingStep, build_step
     from rlhfkernels.training.work import Work, phase_work
 
 _LAZY = {
+    "Batch": "rlhfkernels.data.batch",
     "Observer": "rlhfkernels.observer",
-    "PPOStep": "rlhfkernels.training.step",
-    "Rollout": "rlhfkernels.data.rollout",
     "StepStats": "rlhfkernels.training.step",
+    "TrainingStep": "rlhfkernels.training.step",
     "Work": "rlhfkernels.training.work",
     "build_step": "rlhfkernels.training.step",
     "phase_work": "rlhfkernels.training.work",
@@ -33,22 +34,21 @@ _LAZY = {
 __all__ = [
     "METHODS",
     "PRESETS",
+    "Batch",
     "Case",
     "CaseError",
+    "DataError",
     "Method",
     "ModelError",
     "NumericalError",
     "Observer",
     "Options",
-    "PPOStep",
-    "Pass",
     "Phase",
     "Preset",
-    "PromptsError",
     "RlhfKernelsError",
     "Role",
-    "Rollout",
     "StepStats",
+    "TrainingStep",
     "Work",
     "build_step",
     "phase_work",

@@ -3,7 +3,7 @@
 RlhfKernelsError
 ├── CaseError        a case that is wrong by itself: every problem, one sentence each
 ├── ModelError       a model that is unknown, absent or cannot be loaded
-├── PromptsError     a prompts file that cannot be used
+├── DataError     a data file that cannot be used
 └── NumericalError   a step whose numbers are not finite
 """
 
@@ -36,8 +36,8 @@ class ModelError(RlhfKernelsError):
     """A model that is unknown, absent or cannot be loaded."""
 
 
-class PromptsError(RlhfKernelsError):
-    """A prompts file that is missing, empty or malformed."""
+class DataError(RlhfKernelsError):
+    """A data file that is missing, empty or malformed."""
 
 
 class NumericalError(RlhfKernelsError):

@@ -20,7 +20,7 @@ from rlhfbench.errors import SweepError
 from rlhfkernels.config.case import vocabulary_problem
 from rlhfkernels.config.options import OPTION_PACKAGES
 from rlhfkernels.data.files import read_prompts
-from rlhfkernels.errors import ModelError, PromptsError
+from rlhfkernels.errors import DataError, ModelError
 from rlhfkernels.models.presets import PRESETS
 from rlhfkernels.naming import unknown
 from rlhfkernels.ops.native.build import BuildError, compiled
@@ -67,7 +67,7 @@ def check(sweep: Sweep) -> dict[str, ModelFacts]:
         if path is not None:
             try:
                 read_prompts(path, field)
-            except PromptsError as error:
+            except DataError as error:
                 problems.append(str(error))
     if problems:
         raise SweepError(problems)

@@ -21,7 +21,7 @@ from rlhfbench.measure.stopping import Reason, StoppingRule
 from rlhfbench.measure.timeline import Timeline
 from rlhfbench.measure.workspaces import workspace_bytes
 from rlhfkernels.config.case import Case
-from rlhfkernels.methods.table import Phase
+from rlhfkernels.methods.program import Phase
 from rlhfkernels.observer import Observer
 from rlhfkernels.training.step import build_step
 from rlhfkernels.training.work import Work, phase_work
@@ -52,15 +52,15 @@ class Step(Protocol):
     def trained_parameters(self) -> Sequence[torch.nn.Parameter]:
         """What gets gradients."""
 
-    def prompt_summary(self) -> dict[str, Any]:
+    def data_summary(self) -> dict[str, Any]:
         """The ``prompts`` object of the record."""
 
     @property
-    def engine_taken(self) -> str:
+    def trunk_taken(self) -> str:
         """How the actor's trunk is run."""
 
     @property
-    def kernels_taken(self) -> str:
+    def backend_taken(self) -> str:
         """How the ops between the products are computed."""
 
 
@@ -121,8 +121,8 @@ def run_passes(
             profiler = PhaseProfiler(settings.profile_dir, case.id, case.device)
             step.run(Announcer(notify, profiler)).check_finite()
     latency = latency_object(step.phases, steps_s, case.batch_size, reason)
-    work, prompts = phase_work(step), step.prompt_summary()
-    engine, kernels = step.engine_taken, step.kernels_taken
+    work, prompts = phase_work(step), step.data_summary()
+    engine, kernels = step.trunk_taken, step.backend_taken
     notify("ceilings")
     del step
     step_done()

@@ -33,14 +33,20 @@ class Remedy:
 
 
 def _fewer_bases(case: Case) -> list[str]:
-    own = METHODS[case.method].num_static_models
-    return [name for name, method in METHODS.items() if method.num_static_models < own]
+    own = METHODS[case.method]
+    return [
+        name
+        for name, method in METHODS.items()
+        if method.family == own.family and method.num_static_models < own.num_static_models
+    ]
 
 
 def _adapter_methods(case: Case) -> list[str]:
     """The methods that train no base, where this one trains some."""
-    trains = {name: any("base" in role.trains for role in method.roles.values()) for name, method in METHODS.items()}
-    return [name for name in METHODS if not trains[name]] if trains[case.method] else []
+    own = METHODS[case.method]
+    if not own.trains_a_base:
+        return []
+    return [name for name, method in METHODS.items() if method.family == own.family and not method.trains_a_base]
 
 
 def _divided_from(stage: int) -> tuple[Remedy, Remedy]:

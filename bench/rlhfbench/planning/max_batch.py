@@ -66,7 +66,7 @@ def _num_ops(cases: list[Case]) -> int:
     """How long a kind is planned, roughly and in no unit: a pass with an adapter has about three times the ops."""
     method = cases[0].role_table
     passes = (*method.score_passes, *method.update_passes)
-    return len(cases) * sum(1 if p.adapter is None else 3 for p in passes)
+    return len(cases) * sum(1 if p.weights.adapter is None else 3 for p in passes)
 
 
 def _plan_kind(cases: list[Case], *, zero: Zero, usable_bytes: int | None, with_timeline: bool) -> list[Planned]:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from rlhfbench.errors import SweepError
 from rlhfkernels.config.case import Case
-from rlhfkernels.methods.table import update_phase
+from rlhfkernels.methods.program import Generate
 
 if TYPE_CHECKING:
-    from rlhfkernels.training.step import PPOStep
+    from rlhfkernels.training.step import TrainingStep
 
 # What each stage divides among the ranks. Stage 3 divides the frozen weights too.
 _DIVIDES: dict[int, tuple[str, ...]] = {
@@ -63,7 +63,7 @@ class Zero:
         divided = _DIVIDES[self.stage]
         return {part: -(-size // self.world_size) if part in divided else size for part, size in parts.items()}
 
-    def buckets(self, step: PPOStep) -> dict[str, int]:
+    def buckets(self, step: TrainingStep) -> dict[str, int]:
         """The bytes of DeepSpeed's own buffers on one rank, by phase; every phase of ``step`` is there.
 
         Stages 1 and 2 fill one reduce bucket per backward: it is made whole when the backward begins, however little is
@@ -74,11 +74,13 @@ class Zero:
         none = dict.fromkeys((phase.name for phase in step.phases), 0)
         if self.stage == 0:
             return none
-        bases = _bases_of_phases(step)
         if self.stage < 3:
             return none | {
-                update_phase(p): _REDUCE_BUCKET * _bytes_per_weight(step) for p in step.engine.method.update_passes
+                phase.name: _REDUCE_BUCKET * _bytes_per_weight(step)
+                for phase in step.phases
+                if phase.kind == "update" and phase.passes
             }
+        bases = _bases_of_phases(step)
         kept = len(step.optimizers) * _REDUCE_BUCKET * _bytes_per_weight(step)
         return {
             phase: kept + max((_live_bytes(step, base) for base in bases.get(phase, ())), default=0) for phase in none
@@ -102,22 +104,22 @@ def cases_of_a_rank(cases: Iterable[Case], world_size: int) -> tuple[Case, ...]:
     return tuple(dataclasses.replace(case, batch_size=case.batch_size // world_size) for case in cases)
 
 
-def _bases_of_phases(step: PPOStep) -> dict[str, list[str]]:
+def _bases_of_phases(step: TrainingStep) -> dict[str, list[str]]:
     """The bases that run in each phase."""
-    method = step.engine.method
-    return {
-        "generate": [method.roles["actor"].base],
-        "score": [p.base for p in method.score_passes],
-        **{update_phase(p): [p.base] for p in method.update_passes},
-    }
+    found = {phase.name: [p.weights.base for p in phase.passes] for phase in step.phases}
+    for phase in step.phases:
+        found[phase.name] += [
+            step.method.roles[stage.role].base for stage in phase.stages if isinstance(stage, Generate)
+        ]
+    return found
 
 
-def _bytes_per_weight(step: PPOStep) -> int:
+def _bytes_per_weight(step: TrainingStep) -> int:
     """DeepSpeed's buffers are of the dtype that the model is trained in."""
-    return max(p.element_size() for p in step.trained_parameters())
+    return max((p.element_size() for p in step.trained_parameters()), default=0)
 
 
-def _live_bytes(step: PPOStep, base: str) -> int:
+def _live_bytes(step: TrainingStep, base: str) -> int:
     """The weights of ``base`` that are gathered at one time."""
     model = step.engine.models[base]
     weights = [*model.trunk.parameters(), *(model.lm_head.parameters() if model.lm_head is not None else ())]

@@ -1,12 +1,19 @@
-"""The clipped losses of PPO (arXiv:1707.06347, equation 7; trlX, section 3), as sums over tokens divided by a count
-that the caller gives, so that the objective does not depend on how a batch is split.
+"""Proximal policy optimisation (arXiv:1707.06347): the clipped losses, and the objectives and rewards of a PPO step.
 
-Shapes: b = batch, c = completion length.
+Losses are sums over tokens divided by a count that the caller gives, so that the objective does not depend on how a
+batch is split.
+
+Shapes: n = sequences, c = completion length.
 """
 
 from __future__ import annotations
 
 import torch
+
+from rlhfkernels.algorithms.advantages import gae, shaped_rewards, whiten
+from rlhfkernels.algorithms.common import Counts, Loss, Reader, masked_mean
+from rlhfkernels.config.options import Options
+from rlhfkernels.data.batch import Batch
 
 
 def policy_loss(
@@ -15,24 +22,24 @@ def policy_loss(
     advantages: torch.Tensor,
     mask: torch.Tensor,
     *,
-    clip_range: float,
+    cliprange: float,
     num_tokens: torch.Tensor | int,
 ) -> torch.Tensor:
-    """−Σ min(ρ A, clip(ρ, 1 − ε, 1 + ε) A) / num_tokens, ρ = π / π_old.
+    """−Σ min(ρ A, clip(ρ, 1 − ε, 1 + ε) A) / num_tokens, ρ = π / π_old (arXiv:1707.06347, equation 7).
 
     Args:
-        logprobs: [b, c], of the policy that is trained.
-        old_logprobs: [b, c], of the policy that sampled.
-        advantages: [b, c].
-        mask: [b, c], 1.0 on real tokens.
-        clip_range: ε.
+        logprobs: [n, c], of the policy that is trained.
+        old_logprobs: [n, c], of the policy that sampled.
+        advantages: [n, c].
+        mask: [n, c], 1.0 on real tokens.
+        cliprange: ε.
         num_tokens: real tokens of the whole mini-batch, of which these rows may be a part.
 
     Returns:
         A scalar.
     """
     ratio = torch.exp(logprobs - old_logprobs)
-    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    clipped = ratio.clamp(1 - cliprange, 1 + cliprange)
     objective = torch.minimum(ratio * advantages, clipped * advantages)
     return -(objective * mask).sum() / num_tokens
 
@@ -43,10 +50,65 @@ def value_loss(
     returns: torch.Tensor,
     mask: torch.Tensor,
     *,
-    clip_range: float,
+    cliprange: float,
     num_tokens: torch.Tensor | int,
 ) -> torch.Tensor:
     """½ Σ max((V − R)², (clip(V, V_old − ε, V_old + ε) − R)²) / num_tokens; arguments as in ``policy_loss``."""
-    clipped = torch.clamp(values, old_values - clip_range, old_values + clip_range)
+    clipped = torch.clamp(values, old_values - cliprange, old_values + cliprange)
     squared = torch.maximum((values - returns).square(), (clipped - returns).square())
     return 0.5 * (squared * mask).sum() / num_tokens
+
+
+def policy(read: Reader, batch: Batch, options: Options, counts: Counts) -> Loss:
+    """The actor's objective: the clipped surrogate, less the entropy bonus.
+
+    Statistics: ``ratio_error``, the largest \\|ρ − 1\\|, 0 up to rounding before the first optimizer step.
+    """
+    ppo = options.ppo
+    logprobs, entropies = read.logprobs(entropy=ppo.entropy_coef != 0)
+    old = batch["old_logprobs"]
+    loss = policy_loss(
+        logprobs, old, batch["advantages"], batch.mask, cliprange=ppo.cliprange, num_tokens=counts.tokens
+    )
+    if entropies is not None:
+        loss = loss - ppo.entropy_coef * (entropies * batch.mask).sum() / counts.tokens
+    with torch.no_grad():
+        ratio_error = (((logprobs - old).exp() - 1) * batch.mask).abs().max()
+    return Loss(loss, maxima={"ratio_error": ratio_error})
+
+
+def value(read: Reader, batch: Batch, options: Options, counts: Counts) -> Loss:
+    """The critic's objective: the clipped squared error of the values."""
+    ppo = options.ppo
+    loss = value_loss(
+        read.values(),
+        batch["old_values"],
+        batch["returns"],
+        batch.mask,
+        cliprange=ppo.cliprange_value,
+        num_tokens=counts.tokens,
+    )
+    return Loss(ppo.vf_coef * loss)
+
+
+def advantages(batch: Batch, options: Options) -> dict[str, torch.Tensor]:
+    """Clips the scores, and fills in ``advantages`` (whitened) and ``returns``.
+
+    Returns:
+        ``score``, the mean of the scores, and ``kl``, the mean over real tokens of log π − log π_ref: the k1 estimate
+        of what is penalised, of the policy that sampled.
+    """
+    ppo = options.ppo
+    old, reference, scores = batch["old_logprobs"], batch["reference_logprobs"], batch["scores"]
+    if ppo.reward_clip is not None:
+        scores.clamp_(-ppo.reward_clip, ppo.reward_clip)
+    rewards = shaped_rewards(old, reference, scores, batch.mask, kl_coef=ppo.kl_coef)
+    terminal = batch.columns.get("terminal_values")
+    if terminal is not None and options.rollout.stop_token_id is not None:
+        ended = (batch.completions * batch.mask == options.rollout.stop_token_id).any(1)
+        terminal.mul_(~ended)
+    estimates, batch["returns"] = gae(
+        rewards, batch["old_values"], batch.mask, gamma=ppo.gamma, lam=ppo.lam, terminal_values=terminal
+    )
+    batch["advantages"] = whiten(estimates, batch.mask)
+    return {"score": scores.mean(), "kl": masked_mean(old - reference, batch.mask, batch.mask.sum())}

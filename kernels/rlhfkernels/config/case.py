@@ -8,14 +8,15 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, get_args
 
 from annotated_types import Ge, Lt
 
 from rlhfkernels.config.options import Count, Dtype, Options, Text, option_fields
 from rlhfkernels.config.rules import checked, hints
 from rlhfkernels.errors import CaseError
-from rlhfkernels.methods.table import METHODS, Method, Origin
+from rlhfkernels.methods.program import Method, Origin, SourceName
+from rlhfkernels.methods.table import METHODS
 from rlhfkernels.naming import unknown
 
 _DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?")
@@ -98,9 +99,8 @@ class Case:
 
     @property
     def role_table(self) -> Method:
-        """The method's role table with this case's options applied."""
-        method = METHODS[self.method]
-        return method.with_frozen_critic_head() if self.options.ppo.critic_head == "frozen" else method
+        """The method with this case's options applied."""
+        return METHODS[self.method].with_options(self.options.flat())
 
     def model_of(self, origin: Origin) -> str:
         """The model that bases of ``origin`` start from."""
@@ -125,7 +125,26 @@ class Case:
     @property
     def mini_batch_size(self) -> int:
         """Data rows per optimizer step."""
-        return self.batch_size // self.options.ppo.num_mini_batches
+        return self.batch_size // self._count(METHODS[self.method].mini_batches)
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs over one batch."""
+        return self._count(METHODS[self.method].epochs)
+
+    @property
+    def sequences_per_row(self) -> int:
+        """Sequences of one data row: 2 for a preference pair, n where n completions are sampled."""
+        return METHODS[self.method].sequences_per_row(self.options.flat())
+
+    @property
+    def data_file(self) -> str | None:
+        """The file that the method's data comes from; ``None`` is random tokens."""
+        file: str | None = getattr(self.options.data, METHODS[self.method].source)
+        return file
+
+    def _count(self, option: str | None) -> int:
+        return 1 if option is None else int(self.options.flat()[option])
 
     def to_dict(self) -> dict[str, Any]:
         """The ``case`` object of a record."""
@@ -152,14 +171,24 @@ def option_annotations() -> dict[str, Any]:
 
 def _problems(case: Case) -> Iterator[str]:
     """The rules that tie several fields together."""
+    yield from _check_data(case)
     yield from _check_batches(case)
     yield from _check_optimizer(case)
     yield from _check_backend(case)
     yield from _check_reward_model(case)
 
 
+def _check_data(case: Case) -> Iterator[str]:
+    method = METHODS[case.method]
+    for kind in get_args(SourceName):
+        path = getattr(case.options.data, kind)
+        if path is not None and kind != method.source:
+            yield f"data.{kind} is {path!r}: method {case.method!r} takes {method.source}, so it must be absent."
+
+
 def _check_batches(case: Case) -> Iterator[str]:
-    mini, micro = case.options.ppo.num_mini_batches, case.options.engine.micro_batch_size
+    micro = case.options.engine.micro_batch_size
+    mini = case._count(METHODS[case.method].mini_batches)
     if case.batch_size % mini:
         yield f"ppo.num_mini_batches is {mini}: it must divide batch_size {case.batch_size}."
     elif micro and case.mini_batch_size % micro:

@@ -1,70 +1,152 @@
-"""Prompts files: JSON lines in, prompts out, and one clear sentence where that cannot be. Imports no torch."""
+"""JSONL files of prompts, demonstrations and preference pairs. Imports no torch.
+
+The shapes are those that TRL's documentation names: a prompt or a completion is a text or a list of chat messages
+``{"role", "content"}``; a demonstration is ``prompt`` and ``completion``; a pair is ``prompt``, ``chosen`` and
+``rejected``, or ``chosen`` and ``rejected`` alone, which then share their beginning.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
-from rlhfkernels.errors import PromptsError
+from rlhfkernels.errors import DataError
 
 Message = dict[str, str]
-Prompt = str | list[Message]
+Text = str | list[Message]
+Row = dict[str, Any]
+T = TypeVar("T")
 
 
-def read_prompts(path: str | Path, field: str) -> list[Prompt]:
-    """The prompts of a JSONL file, in its order; blank lines are passed over.
+class Demonstration(NamedTuple):
+    """A prompt and the completion to learn."""
+
+    prompt: Text
+    completion: Text
+
+
+class Pair(NamedTuple):
+    """A prompt with a preferred and a rejected completion."""
+
+    prompt: Text
+    chosen: Text
+    rejected: Text
+
+
+def read_prompts(path: str | Path, field: str = "prompt") -> list[Text]:
+    """The prompts of a file, in its order.
 
     Args:
-        path: one JSON object a line.
-        field: the field that holds a prompt: a text, or a list of messages ``{"role", "content"}``.
+        path: one JSON object a line; blank lines are skipped.
+        field: the field that holds a prompt.
 
     Raises:
-        PromptsError: the file is missing, empty or malformed; the message names the line.
+        DataError: the file is missing, empty or malformed; the message names the line.
     """
+    return _read("prompts", path, lambda where, row: _text(where, row, field))
+
+
+def read_demonstrations(path: str | Path) -> list[Demonstration]:
+    """The demonstrations of a file, in its order.
+
+    Raises:
+        DataError: as for ``read_prompts``, or a completion is empty.
+    """
+    return _read(
+        "demonstrations",
+        path,
+        lambda where, row: Demonstration(_text(where, row, "prompt"), _text(where, row, "completion")),
+    )
+
+
+def read_pairs(path: str | Path) -> tuple[list[Pair], int]:
+    """The preference pairs of a file in its order, and how many were dropped for equal completions.
+
+    Raises:
+        DataError: as for ``read_prompts``, a completion is empty, or no pair is left.
+    """
+    found = _read("pairs", path, _pair)
+    pairs = [pair for pair in found if pair.chosen != pair.rejected]
+    if not pairs:
+        raise DataError(f"pairs '{path}': chosen equals rejected in every row, so no pair is left.")
+    return pairs, len(found) - len(pairs)
+
+
+def _read(kind: str, path: str | Path, parse: Callable[[str, Row], T]) -> list[T]:
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except IsADirectoryError as error:
-        raise PromptsError(f"prompts '{path}' is a folder: it must be a file of JSON lines.") from error
+        raise DataError(f"{kind} '{path}' is a folder: it must be a file of JSON lines.") from error
     except UnicodeDecodeError as error:
-        raise PromptsError(f"prompts '{path}' is not UTF-8 text: it must be a file of JSON lines.") from error
+        raise DataError(f"{kind} '{path}' is not UTF-8 text: it must be a file of JSON lines.") from error
     except OSError as error:
-        raise PromptsError(f"prompts '{path}' cannot be read: {error.strerror}.") from error
-    # Split at line feeds only: JSON texts may hold other characters that str.splitlines takes for an end.
-    prompts = [
-        _parse(f"prompts '{path}', line {number}", line, field)
-        for number, line in enumerate(text.split("\n"), start=1)
+        raise DataError(f"{kind} '{path}' cannot be read: {error.strerror}.") from error
+    # Lines end at line feeds only: JSON strings may hold other characters that str.splitlines splits at.
+    rows = [
+        parse(where, _object(where, line))
+        for where, line in _numbered(f"{kind} '{path}'", text.split("\n"))
         if line.strip()
     ]
-    if not prompts:
-        raise PromptsError(f"prompts '{path}' is empty: it must hold at least one prompt.")
-    return prompts
+    if not rows:
+        raise DataError(f"{kind} '{path}' is empty: it must hold at least one row.")
+    return rows
 
 
-def _parse(where: str, line: str, field: str) -> Prompt:
+def _numbered(name: str, lines: list[str]) -> Iterator[tuple[str, str]]:
+    for number, line in enumerate(lines, start=1):
+        yield f"{name}, line {number}", line
+
+
+def _object(where: str, line: str) -> Row:
     try:
         row = json.loads(line)
-    except ValueError as error:
-        raise PromptsError(f"{where}: it is not JSON.") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: it is not JSON.") from error
     if not isinstance(row, dict):
-        raise PromptsError(f"{where}: it is no object with a field {field!r}.")
+        raise DataError(f"{where}: it must be a JSON object.")
+    return row
+
+
+def _text(where: str, row: Row, field: str) -> Text:
     if field not in row:
-        raise PromptsError(
-            f"{where}: there is no field {field!r}; its fields are {', '.join(map(repr, row)) or 'none'}."
-        )
-    if not _is_prompt(row[field]):
-        raise PromptsError(
+        raise DataError(f"{where}: there is no field {field!r}; its fields are {', '.join(map(repr, row)) or 'none'}.")
+    value = row[field]
+    if not _is_text(value):
+        raise DataError(
             f"{where}: field {field!r} must be a text that is not empty, or a list of messages (role, content)."
         )
-    prompt: Prompt = row[field]
-    return prompt
+    text: Text = value
+    return text
 
 
-def _is_prompt(value: Any) -> bool:
+def _pair(where: str, row: Row) -> Pair:
+    chosen, rejected = _text(where, row, "chosen"), _text(where, row, "rejected")
+    if "prompt" in row:
+        return Pair(_text(where, row, "prompt"), chosen, rejected)
+    if type(chosen) is not type(rejected):
+        raise DataError(f"{where}: fields 'chosen' and 'rejected' must both be texts, or both lists of messages.")
+    shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
+    if shared is None and chosen != rejected:
+        shared = min(len(chosen), len(rejected)) - 1  # one continues the other: its last part is the completion
+    if chosen != rejected and not shared:
+        raise DataError(f"{where}: there is no field 'prompt', and 'chosen' and 'rejected' share no beginning.")
+    return Pair(chosen[:shared], chosen[shared:], rejected[shared:])
+
+
+def _is_text(value: Any) -> bool:
     if isinstance(value, str):
-        return bool(value.strip())
+        return bool(value.strip()) and _is_unicode(value)
     return isinstance(value, list) and bool(value) and all(_is_message(item) for item in value)
 
 
 def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
+    return isinstance(value, Mapping) and all(
+        isinstance(value.get(key), str) and _is_unicode(value[key]) for key in ("role", "content")
+    )
+
+
+def _is_unicode(text: str) -> bool:
+    """Lone surrogates, which JSON can spell, have no UTF-8 form."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)

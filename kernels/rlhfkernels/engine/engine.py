@@ -1,6 +1,6 @@
 """The engine: the bases, adapters and heads that a role table asks for, and the passes over them.
 
-Shapes: b = batch, p = prompt length, c = completion length, t = p + c, d = hidden size.
+Shapes: b = data rows, n = sequences, p = prompt length, c = completion length, t = p + c, d = hidden size.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rlhfkernels.config.case import Case, vocabulary_problem
-from rlhfkernels.data.rollout import Rollout
+from rlhfkernels.data.batch import Batch, empty_completions
+from rlhfkernels.data.sources import Prompts
 from rlhfkernels.engine.fast.trunk import make_fast_trunk
 from rlhfkernels.engine.trunk import PlainTrunk, Trunk
 from rlhfkernels.errors import CaseError
-from rlhfkernels.methods.table import Origin, Pass, RoleName
+from rlhfkernels.methods.program import HEADS, Origin, WeightSet
 from rlhfkernels.models.adapters import Adapters
 from rlhfkernels.models.heads import LmHead, ScalarHead
 from rlhfkernels.models.loading import LoadedModel, clone_module, load_model
@@ -81,10 +82,15 @@ class Engine:
         return models
 
     def _check_vocabularies(self, models: dict[str, LoadedModel]) -> None:
-        """Every base reads the tokens that the actor samples."""
+        """All bases read the same tokens."""
         sizes = {self.case.model_of(self.method.origins[base]): model.vocab_size for base, model in models.items()}
         if len(set(sizes.values())) > 1:
             raise CaseError([vocabulary_problem(sizes)])
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the vocabulary, which all bases share."""
+        return self.models[self.method.bases[0]].vocab_size
 
     def _attach(self, base: str) -> Adapters:
         case = self.case
@@ -98,23 +104,34 @@ class Engine:
             seed=case.seed + _ADAPTER_SEED,
         )
 
-    def _make_scalar_heads(self) -> dict[RoleName, ScalarHead]:
-        """A frozen reward head, and the critic's: the same where it is shared, else a copy with its own storage."""
-        roles = self.method.roles
-        model = self.models[roles["reward"].base]
-        with seeded(self.device, self.case.seed + _HEAD_SEED):
-            reward = ScalarHead(model.hidden_size, device=self.device, dtype=getattr(torch, self.case.dtype))
-        reward.requires_grad_(False)
-        shared = roles["critic"].head == roles["reward"].head
-        return {"reward": reward, "critic": reward if shared else clone_module(reward)}
+    def _make_scalar_heads(self) -> dict[str, ScalarHead]:
+        """The scalar head of each role that reads one; roles that name one head share it."""
+        made: dict[str, ScalarHead] = {}
+        for role in self.method.roles.values():
+            if HEADS[role.head].outputs == "scalar":
+                self._make_scalar_head(role.head, self.models[role.base].hidden_size, made)
+        for head in made.values():
+            head.requires_grad_(False)
+        return {name: made[role.head] for name, role in self.method.roles.items() if role.head in made}
 
-    def _declare_trained(self) -> dict[RoleName, list[nn.Parameter]]:
-        """Which weights each role trains; a weight that two roles train belongs to the first."""
+    def _make_scalar_head(self, name: str, hidden_size: int, made: dict[str, ScalarHead]) -> ScalarHead:
+        """The head called ``name``: a copy with its own storage of the head that it starts from, or a new one."""
+        if name not in made:
+            original = HEADS[name].copy_of
+            if original is not None:
+                made[name] = clone_module(self._make_scalar_head(original, hidden_size, made))
+            else:
+                with seeded(self.device, self.case.seed + _HEAD_SEED):
+                    made[name] = ScalarHead(hidden_size, device=self.device, dtype=getattr(torch, self.case.dtype))
+        return made[name]
+
+    def _declare_trained(self) -> dict[str, list[nn.Parameter]]:
+        """The trained weights of each role; a weight that two roles train belongs to the first."""
         for base, adapters in self.adapters.items():
             roles = [self.method.roles[name] for name in self.method.trained_roles]
             adapters.train([r.adapter for r in roles if r.base == base and r.adapter and "adapter" in r.trains])
-        owned: dict[int, RoleName] = {}
-        found: dict[RoleName, list[nn.Parameter]] = {}
+        owned: dict[int, str] = {}
+        found: dict[str, list[nn.Parameter]] = {}
         for name in self.method.trained_roles:
             candidates = self._trained_candidates(name)
             found[name] = [p for p in candidates if owned.setdefault(id(p), name) == name]
@@ -123,7 +140,7 @@ class Engine:
                 parameter.requires_grad_(True)
         return found
 
-    def _trained_candidates(self, name: RoleName) -> list[nn.Parameter]:
+    def _trained_candidates(self, name: str) -> list[nn.Parameter]:
         role = self.method.roles[name]
         parameters: list[nn.Parameter] = []
         if "base" in role.trains:
@@ -131,7 +148,7 @@ class Engine:
         if "adapter" in role.trains and role.adapter is not None:
             parameters += self.adapters[role.base].parameters(role.adapter)
         if "head" in role.trains:
-            head = self.models[role.base].lm_head if role.head == "lm" else self.scalar_heads[name]
+            head = self.scalar_heads[name] if name in self.scalar_heads else self.models[role.base].lm_head
             assert head is not None
             parameters += head.parameters()
         return list(dict.fromkeys(parameters))
@@ -152,7 +169,7 @@ class Engine:
         for head in self.scalar_heads.values():
             yield from (("heads", p) for p in head.parameters())
 
-    def lm_head(self, role: RoleName) -> LmHead:
+    def lm_head(self, role: str) -> LmHead:
         """The language-model head that ``role`` reads."""
         head = self.models[self.method.roles[role].base].lm_head
         assert head is not None, f"{role} reads no language-model head"
@@ -160,109 +177,106 @@ class Engine:
 
     def hidden(
         self,
-        p: Pass,
+        weights: WeightSet,
         tokens: torch.Tensor,
         attention_mask: torch.Tensor | None,
         *,
         start: int = 0,
         train: bool = False,
     ) -> torch.Tensor:
-        """The trunk's last hidden states [b, t − start, d] under the pass's weight set; see ``Trunk.hidden``."""
-        return self.trunks[p.base].hidden(p.adapter, tokens, attention_mask, start=start, train=train)
+        """The trunk's last hidden states [n, t − start, d] under a weight set; see ``Trunk.hidden``."""
+        return self.trunks[weights.base].hidden(weights.adapter, tokens, attention_mask, start=start, train=train)
 
-    def completion_logprobs(
-        self, role: RoleName, hidden: torch.Tensor, rollout: Rollout, *, entropy: bool = False
+    def logprobs(
+        self, role: str, hidden: torch.Tensor, targets: torch.Tensor, *, entropy: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Log-probabilities [b, c] of the completions under ``role``'s head, and entropies [b, c] where asked for.
+        """Log-probabilities [n, k] of the last ``k`` tokens under ``role``'s head, and entropies where asked for.
 
-        Token t's is read at position t − 1.
+        Args:
+            role: the role.
+            hidden: [n, m, d], hidden states of the last ``m`` positions, m > k. Token t is predicted at position t − 1.
+            targets: [n, k], the last ``k`` tokens.
+            entropy: also return the entropies [n, k].
         """
-        b, c = rollout.completions.shape
-        states = self._before(hidden, rollout, c).reshape(b * c, -1)
+        n, k = targets.shape
+        states = hidden[:, -k - 1 : -1].reshape(n * k, -1)
         logprobs, entropies = token_logprobs(
             states,
             self.lm_head(role),
-            rollout.completions.reshape(-1),
+            targets.reshape(-1),
             temperature=self.case.options.rollout.temperature,
             chunk=self.case.options.engine.logprob_chunk_size,
             entropy=entropy,
             kernels=self.kernels,
         )
-        return logprobs.view(b, c), None if entropies is None else entropies.view(b, c)
+        return logprobs.view(n, k), None if entropies is None else entropies.view(n, k)
 
-    def completion_values(self, role: RoleName, hidden: torch.Tensor, rollout: Rollout) -> torch.Tensor:
-        """The scalar head's values [b, c]; token t's is read at position t − 1."""
-        values: torch.Tensor = self.scalar_heads[role](self._before(hidden, rollout, rollout.completions.shape[1]))
+    def values(self, role: str, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The scalar head's values [n, c]; the value of completion token t is read at position t − 1."""
+        c = batch.completions.shape[1]
+        values: torch.Tensor = self.scalar_heads[role](hidden[:, -c - 1 : -1])
         return values
 
-    def last_scalar(self, role: RoleName, hidden: torch.Tensor, rollout: Rollout) -> torch.Tensor:
-        """The scalar head's value [b] at the last real completion token."""
-        start = rollout.tokens.shape[1] - hidden.shape[1]
-        last = rollout.prompt_len - start + rollout.mask.sum(1).long() - 1
+    def last_scalar(self, role: str, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The scalar head's value [n] at the last real completion token."""
+        start = batch.tokens.shape[1] - hidden.shape[1]
+        last = batch.prompt_len - start + batch.mask.sum(1).long() - 1
         index = last[:, None, None].expand(-1, 1, hidden.shape[-1])
         scalars: torch.Tensor = self.scalar_heads[role](hidden.gather(1, index).squeeze(1))
         return scalars
 
-    @staticmethod
-    def _before(hidden: torch.Tensor, rollout: Rollout, c: int) -> torch.Tensor:
-        """Of the states of all positions, or of the last of them, those that the completion's tokens are read at."""
-        return hidden[:, -c - 1 : -1]
-
     @torch.no_grad()
     def generate(
-        self,
-        prompts: torch.Tensor,
-        prompt_mask: torch.Tensor | None,
-        generator: torch.Generator | None,
-        observer: Observer,
-    ) -> Rollout:
-        """Samples a completion for every prompt from the actor.
+        self, role: str, prompts: Prompts, generator: torch.Generator | None, observer: Observer, *, samples: int = 1
+    ) -> Batch:
+        """Samples completions from ``role``.
 
         Args:
+            role: the role that samples.
             prompts: [b, p], padded on the left.
-            prompt_mask: [b, p] or ``None``.
-            generator: the sampling's randomness.
-            observer: told of the cache and the rollout.
+            generator: the random state of sampling.
+            observer: told of the KV cache and the batch.
+            samples: completions per prompt, side by side in the batch.
 
         Returns:
-            A rollout with its tokens, masks and log-probabilities.
+            A batch with its tokens, masks and the column ``old_logprobs`` [n, c].
         """
-        case = self.case
-        b, p = prompts.shape
-        c = case.completion_len
-        rollout = _empty_rollout(prompts, prompt_mask, c)
-        observer.tag("rollout", rollout.tensors())
-        role, head = self.method.roles["actor"], self.lm_head("actor")
-        decoder = self.trunks[role.base].decoder(role.adapter, p + c - 1, observer)
-        ended = (
-            torch.zeros(b, dtype=torch.bool, device=prompts.device)
-            if case.options.rollout.stop_token_id is not None
-            else None
+        case, options = self.case, self.case.options.rollout
+        tokens, mask = (
+            part if samples == 1 or part is None else part.repeat_interleave(samples, 0) for part in prompts
         )
+        assert tokens is not None
+        (n, p), c = tokens.shape, case.completion_len
+        batch = empty_completions(tokens, mask, c, prompts.tokens.shape[0])
+        observer.tag("rollout", batch.tensors())
+        weights, head = self.method.roles[role].weights, self.lm_head(role)
+        decoder = self.trunks[weights.base].decoder(weights.adapter, p + c - 1, observer)
+        ended = torch.zeros(n, dtype=torch.bool, device=tokens.device) if options.stop_token_id is not None else None
         start = 0
         for t in range(p, p + c):
-            # The prompt, the first step after it and the last tell all: no step between has a larger tensor.
+            # Without weights only shapes matter: the prompt, the first step after it and the last step have the
+            # largest tensors, so the steps between are skipped.
             if not self.with_weights and p + 1 < t < p + c - 1 and decoder.can_skip:
                 continue
             if t > max(p, start + 1):
                 decoder.skip_to(t - 1)
                 start = t - 1
-            seen = None if rollout.attention_mask is None else rollout.attention_mask[:, :t]
-            hidden = decoder.advance(rollout.tokens[:, start:t], seen)
+            seen = None if batch.attention_mask is None else batch.attention_mask[:, :t]
+            hidden = decoder.advance(batch.tokens[:, start:t], seen)
             logits = head.of_few(hidden, kernels=self.kernels)
-            if case.options.rollout.temperature != 1.0:
-                logits.div_(case.options.rollout.temperature)
+            if options.temperature != 1.0:
+                logits.div_(options.temperature)
             token, logprob = sample(logits, generator, kernels=self.kernels)
             if ended is not None:
-                token, ended, done = _stop(rollout, t, token, ended, case.options.rollout.stop_token_id)
+                token, ended, done = _stop(batch, t, token, ended, options.stop_token_id)
                 if done:
                     break
-            rollout.tokens[:, t] = token
-            rollout.logprobs[:, t - p] = logprob
+            batch.tokens[:, t] = token
+            batch["old_logprobs"][:, t - p] = logprob
             start = t
-        if case.options.rollout.stop_token_id is not None:
-            rollout.logprobs.mul_(rollout.mask)
-        return rollout
+        if options.stop_token_id is not None:
+            batch["old_logprobs"].mul_(batch.mask)
+        return batch
 
     def save(self, folder: Path) -> None:
         """Writes every adapter set, as plain PEFT reads it, and every scalar head under ``folder``."""
@@ -278,31 +292,13 @@ class Engine:
             save_file({"weight": head.weight.detach().cpu().contiguous()}, folder / f"{role}_head.safetensors")
 
 
-def _empty_rollout(prompts: torch.Tensor, prompt_mask: torch.Tensor | None, c: int) -> Rollout:
-    b, p = prompts.shape
-    tokens = prompts.new_zeros(b, p + c)
-    tokens[:, :p] = prompts
-    attention_mask = None
-    if prompt_mask is not None:
-        attention_mask = prompt_mask.new_ones(b, p + c)
-        attention_mask[:, :p] = prompt_mask
-    wide = torch.float32
-    return Rollout(
-        tokens=tokens,
-        attention_mask=attention_mask,
-        mask=torch.ones(b, c, dtype=wide, device=prompts.device),
-        logprobs=torch.zeros(b, c, dtype=wide, device=prompts.device),
-        prompt_len=p,
-    )
-
-
 def _stop(
-    rollout: Rollout, t: int, token: torch.Tensor, ended: torch.Tensor, stop_token: int | None
+    batch: Batch, t: int, token: torch.Tensor, ended: torch.Tensor, stop_token: int | None
 ) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """Masks position ``t`` of the rows that ended before it; says whether every row has."""
-    rollout.mask[:, t - rollout.prompt_len] = (~ended).float()
+    """Masks position ``t`` of the sequences that ended before it; the last result says whether all have."""
+    batch.mask[:, t - batch.prompt_len] = (~ended).float()
     if bool(ended.all()):
-        rollout.mask[:, t - rollout.prompt_len :] = 0
+        batch.mask[:, t - batch.prompt_len :] = 0
         return token, ended, True
     token = torch.where(ended, torch.zeros_like(token), token)
     return token, ended | (token == stop_token), False

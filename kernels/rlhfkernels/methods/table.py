@@ -1,138 +1,96 @@
-"""The methods, as role tables, and everything that is derived from a table.
-
-A *weight set* is (base, adapter set). Each role of a method names its weight set, the head that reads it and what of it
-is trained; how many bases are loaded, which forward passes a step needs, which phases it has and which weights get
-gradients all follow. Adding a method is adding a row to ``METHODS``.
-"""
+"""The methods. A new method is a row here, its functions in ``rlhfkernels.algorithms``, and its test."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
-from typing import Literal, TypeVar
 
 from rlhfkernels.errors import CaseError
+from rlhfkernels.methods.program import Derive, Generate, Method, Optimize, Origin, Part, Read, Role, Stage, Update
 from rlhfkernels.naming import unknown
 
-T = TypeVar("T")
-HeadName = Literal["lm", "value", "reward"]
-RoleName = Literal["actor", "reference", "critic", "reward"]
-Part = Literal["base", "adapter", "head"]
-Origin = Literal["policy", "reward"]
+_WHOLE: frozenset[Part] = frozenset({"base", "head"})
+_LORA: frozenset[Part] = frozenset({"adapter"})
+_LORA_AND_HEAD: frozenset[Part] = frozenset({"adapter", "head"})
+
+_PPO: tuple[Stage, ...] = (
+    Generate(role="actor"),
+    Read(role="reference", quantity="logprobs", into="reference_logprobs"),
+    Read(role="critic", quantity="values", into="old_values"),
+    Read(role="critic", quantity="last_scalar", into="terminal_values", when="ppo.bootstrap_truncated"),
+    Read(role="reward", quantity="last_scalar", into="scores"),
+    Derive(function="advantages"),
+    Update(role="actor", objective="policy"),
+    Update(role="critic", objective="value"),
+    Optimize(role="actor"),
+    Optimize(role="critic", learning_rate="ppo.critic_learning_rate"),
+)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Role:
-    """What one role of a method is made of.
-
-    Attributes:
-        base: the name of the base weights it reads.
-        adapter: the name of the adapter set that is switched on, or ``None`` for the bare base.
-        head: ``lm`` (next-token logits, shared with its base), ``value`` or ``reward`` (one scalar a position).
-        trains: which of its parts are trained.
-    """
-
-    base: str
-    adapter: str | None = None
-    head: HeadName
-    trains: frozenset[Part] = frozenset()
+def _ppo(name: str, title: str, origins: dict[str, Origin], **roles: Role) -> Method:
+    """A layout of PPO: the program is the same, who shares weights differs."""
+    return Method(
+        name=name,
+        title=title,
+        family="PPO",
+        origins=origins,
+        roles=roles,
+        source="prompts",
+        program=_PPO,
+        epochs="ppo.num_ppo_epochs",
+        mini_batches="ppo.num_mini_batches",
+    )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Pass:
-    """One trunk forward with one weight set, feeding the heads of every role in ``roles``."""
-
-    base: str
-    adapter: str | None
-    roles: tuple[RoleName, ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Phase:
-    """A named part of a step; ``kind`` says in which latency column of the papers' tables it is counted."""
-
-    name: str
-    kind: Literal["inference", "update"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Method:
-    """A way to train.
-
-    Attributes:
-        name: the name users give it.
-        title: the name reports print.
-        origins: for each base, the pre-trained weights that it starts from. Bases of one origin start equal.
-        roles: the role table, in the order actor, reference, critic, reward.
-    """
-
-    name: str
-    title: str
-    origins: dict[str, Origin]
-    roles: dict[RoleName, Role]
-
-    @property
-    def bases(self) -> tuple[str, ...]:
-        """The base weights that are loaded, in the order of first use."""
-        return _unique(role.base for role in self.roles.values())
-
-    @property
-    def num_static_models(self) -> int:
-        """Hydra-RLHF Table 2, "# of Static Models": every loaded full model is counted, trained or not."""
-        return len(self.bases)
-
-    @property
-    def adapter_sets(self) -> tuple[tuple[str, str], ...]:
-        """(base, adapter) pairs; their number is Hydra-RLHF Table 2, "# of LoRA Weight Sets"."""
-        return _unique((role.base, role.adapter) for role in self.roles.values() if role.adapter is not None)
-
-    @property
-    def trained_roles(self) -> tuple[RoleName, ...]:
-        """The roles of which something is trained."""
-        return tuple(name for name, role in self.roles.items() if role.trains)
-
-    @property
-    def score_passes(self) -> tuple[Pass, ...]:
-        """The passes of ``score``. The actor needs none: its log-probabilities were kept while sampling."""
-        return self._passes(name for name in self.roles if name != "actor")
-
-    @property
-    def update_passes(self) -> tuple[Pass, ...]:
-        """The passes that are differentiated, one graph each; roles of one weight set share theirs."""
-        return self._passes(self.trained_roles)
-
-    @property
-    def phases(self) -> tuple[Phase, ...]:
-        """The phases of a step in their order."""
-        return (
-            Phase(name="generate", kind="inference"),
-            Phase(name="score", kind="inference"),
-            *(Phase(name=update_phase(p), kind="update") for p in self.update_passes),
-            Phase(name="optimize", kind="update"),
-        )
-
-    def heads_of(self, base: str) -> tuple[HeadName, ...]:
-        """The heads that roles read from ``base``. A base without ``lm`` is loaded without a language-model head."""
-        return _unique(role.head for role in self.roles.values() if role.base == base)
-
-    def with_frozen_critic_head(self) -> Method:
-        """The same method with the critic reading the reward head, frozen and shared (the paper's code line)."""
-        critic = self.roles["critic"]
-        shares = critic.base == self.roles["reward"].base
-        frozen = dataclasses.replace(critic, head="reward" if shares else critic.head, trains=critic.trains - {"head"})
-        return dataclasses.replace(self, roles={**self.roles, "critic": frozen})
-
-    def _passes(self, names: Iterable[RoleName]) -> tuple[Pass, ...]:
-        groups: dict[tuple[str, str | None], list[RoleName]] = {}
-        for name in names:
-            role = self.roles[name]
-            groups.setdefault((role.base, role.adapter), []).append(name)
-        return tuple(Pass(base=b, adapter=a, roles=tuple(roles)) for (b, a), roles in groups.items())
-
-
-def update_phase(update_pass: Pass) -> str:
-    """The phase in which a pass is differentiated: ``update_actor``, or ``update_actor_critic`` for a shared graph."""
-    return "_".join(("update", *update_pass.roles))
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        _ppo(
+            "full",
+            "PPO",
+            {"policy": "policy", "reference": "policy", "value": "reward", "reward": "reward"},
+            actor=Role(base="policy", head="lm", trains=_WHOLE),
+            reference=Role(base="reference", head="lm"),
+            critic=Role(base="value", head="value", trains=_WHOLE),
+            reward=Role(base="reward", head="reward"),
+        ),
+        _ppo(
+            "lora",
+            "LoRA-PPO",
+            {"policy": "policy", "reference": "policy", "value": "reward", "reward": "reward"},
+            actor=Role(base="policy", adapter="actor", head="lm", trains=_LORA),
+            reference=Role(base="reference", head="lm"),
+            critic=Role(base="value", adapter="critic", head="value", trains=_LORA_AND_HEAD),
+            reward=Role(base="reward", head="reward"),
+        ),
+        _ppo(
+            "dynamic-lora",
+            "Dynamic-LoRA-PPO",
+            {"policy": "policy", "reward": "reward"},
+            actor=Role(base="policy", adapter="actor", head="lm", trains=_LORA),
+            reference=Role(base="policy", head="lm"),
+            critic=Role(base="reward", adapter="critic", head="value", trains=_LORA_AND_HEAD),
+            reward=Role(base="reward", head="reward"),
+        ),
+        _ppo(
+            "joined-hydra",
+            "J-Hydra-PPO",
+            {"hydra": "policy"},
+            actor=Role(base="hydra", adapter="joint", head="lm", trains=_LORA),
+            reference=Role(base="hydra", head="lm"),
+            critic=Role(base="hydra", adapter="joint", head="value", trains=_LORA_AND_HEAD),
+            reward=Role(base="hydra", head="reward"),
+        ),
+        _ppo(
+            "hydra",
+            "Hydra-PPO",
+            {"hydra": "policy"},
+            actor=Role(base="hydra", adapter="actor", head="lm", trains=_LORA),
+            reference=Role(base="hydra", head="lm"),
+            critic=Role(base="hydra", adapter="critic", head="value", trains=_LORA_AND_HEAD),
+            reward=Role(base="hydra", head="reward"),
+        ),
+    )
+}
 
 
 def find_method(name: str) -> Method:
@@ -146,71 +104,32 @@ def find_method(name: str) -> Method:
     return METHODS[name]
 
 
-def _unique(items: Iterable[T]) -> tuple[T, ...]:
-    return tuple(dict.fromkeys(items))
+def families() -> dict[str, list[str]]:
+    """The names of the methods of each family, in the table's order."""
+    found: dict[str, list[str]] = {}
+    for method in METHODS.values():
+        found.setdefault(method.family, []).append(method.name)
+    return found
 
 
-_WHOLE: frozenset[Part] = frozenset({"base", "head"})
-_LORA: frozenset[Part] = frozenset({"adapter"})
-_LORA_AND_HEAD: frozenset[Part] = frozenset({"adapter", "head"})
+def select(names: Iterable[str]) -> list[str]:
+    """The methods that ``names`` mean: rows, families (``PPO``, ``dpo``) and ``all``; a row wins over a family.
 
-METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (
-        Method(
-            name="full",
-            title="PPO",
-            origins={"policy": "policy", "reference": "policy", "value": "reward", "reward": "reward"},
-            roles={
-                "actor": Role(base="policy", head="lm", trains=_WHOLE),
-                "reference": Role(base="reference", head="lm"),
-                "critic": Role(base="value", head="value", trains=_WHOLE),
-                "reward": Role(base="reward", head="reward"),
-            },
-        ),
-        Method(
-            name="lora",
-            title="LoRA-PPO",
-            origins={"policy": "policy", "reference": "policy", "value": "reward", "reward": "reward"},
-            roles={
-                "actor": Role(base="policy", adapter="actor", head="lm", trains=_LORA),
-                "reference": Role(base="reference", head="lm"),
-                "critic": Role(base="value", adapter="critic", head="value", trains=_LORA_AND_HEAD),
-                "reward": Role(base="reward", head="reward"),
-            },
-        ),
-        Method(
-            name="dynamic-lora",
-            title="Dynamic-LoRA-PPO",
-            origins={"policy": "policy", "reward": "reward"},
-            roles={
-                "actor": Role(base="policy", adapter="actor", head="lm", trains=_LORA),
-                "reference": Role(base="policy", head="lm"),
-                "critic": Role(base="reward", adapter="critic", head="value", trains=_LORA_AND_HEAD),
-                "reward": Role(base="reward", head="reward"),
-            },
-        ),
-        Method(
-            name="joined-hydra",
-            title="J-Hydra-PPO",
-            origins={"hydra": "policy"},
-            roles={
-                "actor": Role(base="hydra", adapter="joint", head="lm", trains=_LORA),
-                "reference": Role(base="hydra", head="lm"),
-                "critic": Role(base="hydra", adapter="joint", head="value", trains=_LORA_AND_HEAD),
-                "reward": Role(base="hydra", head="reward"),
-            },
-        ),
-        Method(
-            name="hydra",
-            title="Hydra-PPO",
-            origins={"hydra": "policy"},
-            roles={
-                "actor": Role(base="hydra", adapter="actor", head="lm", trains=_LORA),
-                "reference": Role(base="hydra", head="lm"),
-                "critic": Role(base="hydra", adapter="critic", head="value", trains=_LORA_AND_HEAD),
-                "reward": Role(base="hydra", head="reward"),
-            },
-        ),
-    )
-}
+    Raises:
+        CaseError: some name is neither; every such name is told.
+    """
+    by_family = {family.lower(): rows for family, rows in families().items()}
+    found: list[str] = []
+    problems: list[str] = []
+    for name in names:
+        if name in METHODS:
+            found.append(name)
+        elif name.lower() == "all":
+            found += METHODS
+        elif name.lower() in by_family:
+            found += by_family[name.lower()]
+        else:
+            problems.append(unknown("method", name, [*METHODS, *families(), "all"]))
+    if problems:
+        raise CaseError(problems)
+    return list(dict.fromkeys(found))

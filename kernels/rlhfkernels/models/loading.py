@@ -152,7 +152,8 @@ def _loading(model: str, load: Any, *args: Any, **kwargs: Any) -> Any:
         if "attention implementation" in str(error):
             asked = kwargs.get("attn_implementation")
             raise ModelError(
-                f"model {model!r} has no {asked} attention: set engine.attn_implementation to another (eager always works)."
+                f"model {model!r} has no {asked} attention: set engine.attn_implementation to another (eager always "
+                "works)."
             ) from error
         if not Path(model).exists():
             raise ModelError(

@@ -9,13 +9,27 @@ norms, padding, recomputation.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from rlhfkernels.algorithms import OBJECTIVES
 from rlhfkernels.engine.engine import Engine
-from rlhfkernels.methods.table import Pass, Role, RoleName, update_phase
-from rlhfkernels.training.step import PPOStep
+from rlhfkernels.methods.program import (
+    HEADS,
+    Derive,
+    ForwardPass,
+    Generate,
+    Optimize,
+    Phase,
+    Read,
+    Role,
+    Stage,
+    Update,
+    WeightSet,
+)
+from rlhfkernels.training.step import TrainingStep
 
 # Operations of AdamW for one weight: two moments, their corrections, the root, the division, the decay, the update.
 _ADAMW_FLOPS = 15
@@ -67,116 +81,128 @@ class _Shape:
         return (self.trunk - 2 * self.hidden * self.kv_channels) // self.num_layers
 
 
-def phase_work(step: PPOStep) -> dict[str, Work]:
+def phase_work(step: TrainingStep) -> dict[str, Work]:
     """The least work of every phase of ``step``, by the phase's name."""
-    counter = _Counter(step.engine)
-    case = step.case
-    rounds = case.options.ppo.num_ppo_epochs
-    work = {"generate": counter.generate(), "score": counter.score()}
-    for p in step.engine.method.update_passes:
-        name = update_phase(p)
-        passes = rounds * (case.batch_size // case.micro_batch_size)
-        one = counter.differentiate(p)
-        work[name] = Work(one.flops * rounds, one.bytes * passes)
-    one = counter.optimize(step)
-    times = rounds * case.options.ppo.num_mini_batches
-    work["optimize"] = Work(one.flops * times, one.bytes * times)
-    return work
+    counter = _Counter(step)
+    return {phase.name: _COUNTS[type(phase.stages[0])](counter, phase) for phase in step.phases}
 
 
 class _Counter:
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._case = engine.case
-        self._shapes = {base: _shape_of(engine, base) for base in engine.method.bases}
-        self._num_tokens = self._case.batch_size * self._case.seq_len
-        self._num_completion_tokens = self._case.batch_size * self._case.completion_len
+    def __init__(self, step: TrainingStep) -> None:
+        self._step = step
+        self._engine = step.engine
+        self._method = step.method
+        self._case = step.case
+        self._shapes = {base: _shape_of(step.engine, base) for base in step.method.bases}
+        self._num_sequences = step.case.batch_size * step.sequences_per_row
 
-    def _adapter(self, base: str, adapter: str | None) -> tuple[int, int]:
+    def _adapter(self, weights: WeightSet) -> tuple[int, int]:
         """Weights and bytes of an adapter set."""
-        parameters = [] if adapter is None else self._engine.adapters[base].parameters(adapter)
+        adapters = self._engine.adapters[weights.base]
+        parameters = [] if weights.adapter is None else adapters.parameters(weights.adapter)
         return sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters)
 
     def _unread_flops(self, base: str, adapter: int, base_products: int = 1, adapter_products: int = 1) -> int:
-        """What the last layer needs not do for the prompt, but for its last position, whose output is the first read.
+        """Work of the last layer that nothing reads: that of the prompt, less its last position.
 
-        Of an adapter set all of its last layer's share is taken, which is a little too much where it is on keys and
-        values too: the least work is rather too low than too high.
+        Of an adapter set its share of one layer is taken, which is a little too much where it is on keys and values
+        too: the least work errs on the low side.
         """
         shape, unread = self._shapes[base], self._case.prompt_len - 1
         weights = base_products * shape.unread + adapter_products * adapter // shape.num_layers
         attention = 2 * adapter_products * shape.query_channels // shape.num_layers * unread
-        return (2 * weights + attention) * unread * self._case.batch_size
+        return (2 * weights + attention) * unread * self._num_sequences
 
     def _attention_flops(self, base: str, length: int) -> int:
-        """Both attention products of one causal forward over the batch: q kᵀ and p v, half of the square each."""
-        return 2 * self._shapes[base].query_channels * length * length * self._case.batch_size
+        """Both attention matmuls of one causal forward over the batch: q kᵀ and p v, half of the square each."""
+        return 2 * self._shapes[base].query_channels * length * length * self._num_sequences
 
-    def _head_flops(self, role: Role) -> int:
-        """The head's product at the positions that ``role`` reads."""
-        if role.head == "lm":
-            return 2 * self._shapes[role.base].head * self._num_completion_tokens
-        return 2 * self._engine.models[role.base].hidden_size * self._num_completion_tokens
+    def _head_flops(self, role: Role, positions: int) -> int:
+        """The head's matmul at ``positions`` of every sequence."""
+        outputs = self._shapes[role.base].head
+        if HEADS[role.head].outputs == "scalar":
+            outputs = self._engine.models[role.base].hidden_size
+        return 2 * outputs * positions * self._num_sequences
 
     def _head_bytes(self, role: Role) -> int:
-        return self._shapes[role.base].head_bytes if role.head == "lm" else 0
+        return self._shapes[role.base].head_bytes if HEADS[role.head].outputs == "vocabulary" else 0
 
-    def generate(self) -> Work:
+    def generate(self, phase: Phase) -> Work:
         """The prompt once, then one forward a token; every forward reads the weights, and the cache so far."""
-        case, role = self._case, self._engine.method.roles["actor"]
+        case, stage = self._case, phase.stages[0]
+        assert isinstance(stage, Generate)
+        role = self._method.roles[stage.role]
         shape = self._shapes[role.base]
-        adapter, adapter_bytes = self._adapter(role.base, role.adapter)
+        adapter, adapter_bytes = self._adapter(role.weights)
         seen = case.seq_len - 1
-        flops = 2 * (shape.trunk + adapter) * case.batch_size * seen
-        flops += self._attention_flops(role.base, seen) + self._head_flops(role)
+        flops = 2 * (shape.trunk + adapter) * self._num_sequences * seen
+        flops += self._attention_flops(role.base, seen) + self._head_flops(role, case.completion_len)
         flops -= self._unread_flops(role.base, adapter)
         weights = (shape.trunk_bytes + adapter_bytes + shape.head_bytes) * case.completion_len
         cached_reads = sum(range(case.prompt_len, seen))
-        kv_item = 2 * shape.kv_channels * shape.trunk_item * case.batch_size
+        kv_item = 2 * shape.kv_channels * shape.trunk_item * self._num_sequences
         return Work(flops, weights + kv_item * (cached_reads + seen))
 
-    def score(self) -> Work:
+    def score(self, phase: Phase) -> Work:
         """Every pass forward once; a base that several passes read is read once."""
-        method = self._engine.method
-        flops = moved = 0
-        for base in dict.fromkeys(p.base for p in method.score_passes):
-            moved += self._shapes[base].trunk_bytes
-        for p in method.score_passes:
-            adapter, adapter_bytes = self._adapter(p.base, p.adapter)
-            flops += 2 * (self._shapes[p.base].trunk + adapter) * self._num_tokens
-            flops += self._attention_flops(p.base, self._case.seq_len) - self._unread_flops(p.base, adapter)
+        flops = 0
+        moved = sum(self._shapes[base].trunk_bytes for base in dict.fromkeys(p.weights.base for p in phase.passes))
+        for p in phase.passes:
+            base = p.weights.base
+            adapter, adapter_bytes = self._adapter(p.weights)
+            flops += 2 * (self._shapes[base].trunk + adapter) * self._num_sequences * self._case.seq_len
+            flops += self._attention_flops(base, self._case.seq_len) - self._unread_flops(base, adapter)
             moved += adapter_bytes
-            for role in (method.roles[name] for name in p.roles):
-                flops += self._head_flops(role)
+            for role in (self._method.roles[name] for name in p.roles):
+                flops += self._head_flops(role, self._case.completion_len)
                 moved += self._head_bytes(role)
         return Work(flops, moved)
 
-    def differentiate(self, p: Pass) -> Work:
-        """Forward and backward: a weight's product again for its input, and again for itself where it is trained."""
-        shape = self._shapes[p.base]
-        roles = {name: self._engine.method.roles[name] for name in p.roles}
-        adapter, adapter_bytes = self._adapter(p.base, p.adapter)
-        base_products = 3 if any("base" in role.trains for role in roles.values()) else 2
-        flops = 2 * (base_products * shape.trunk + 3 * adapter) * self._num_tokens
-        flops += 3 * self._attention_flops(p.base, self._case.seq_len)
-        flops -= self._unread_flops(p.base, adapter, base_products, 3)
+    def update(self, phase: Phase) -> Work:
+        """Every micro-batch of every epoch: a weight's bytes move once for each, its FLOPs are those of its rows."""
+        case = self._case
+        one = Work(0, 0)
+        for p in phase.passes:
+            one += self._differentiate(p)
+        num_passes = case.num_epochs * (case.batch_size // case.micro_batch_size)
+        return Work(one.flops * case.num_epochs, one.bytes * num_passes)
+
+    def _differentiate(self, p: ForwardPass) -> Work:
+        """Forward and backward: a weight's matmul again for its input, and again for itself where it is trained."""
+        shape, case = self._shapes[p.weights.base], self._case
+        stages = [stage for stage in p.stages if isinstance(stage, Update)]
+        reads_prompt = any(OBJECTIVES[stage.objective].reads_prompt(case.options) for stage in stages)
+        roles = [self._method.roles[stage.role] for stage in stages]
+        adapter, adapter_bytes = self._adapter(p.weights)
+        base_products = 3 if any("base" in role.trains for role in roles) else 2
+        flops = 2 * (base_products * shape.trunk + 3 * adapter) * self._num_sequences * case.seq_len
+        flops += 3 * self._attention_flops(p.weights.base, case.seq_len)
+        if not reads_prompt:
+            flops -= self._unread_flops(p.weights.base, adapter, base_products, 3)
         moved = base_products * shape.trunk_bytes + 3 * adapter_bytes
-        for name, role in roles.items():
-            head_products = 3 if _trains_head(self._engine, name) else 2
-            flops += head_products * self._head_flops(role)
+        positions = case.seq_len - 1 if reads_prompt else case.completion_len
+        for role in roles:
+            head_products = 3 if "head" in role.trains else 2
+            flops += head_products * self._head_flops(role, positions)
             moved += head_products * self._head_bytes(role)
         return Work(flops, moved)
 
-    def optimize(self, step: PPOStep) -> Work:
+    def optimize(self, phase: Phase) -> Work:
         """Every trained weight, its gradient and the optimizer's tensors: read, and all but the gradient written."""
-        trained = step.trained_parameters()
-        held = sum(t.nbytes for optimizer in step.optimizers.values() for t in optimizer.tensors())
+        trained = self._step.trained_parameters()
+        held = sum(t.nbytes for optimizer in self._step.optimizers.values() for t in optimizer.tensors())
         weights = sum(p.nbytes for p in trained)
-        return Work(_ADAMW_FLOPS * sum(p.numel() for p in trained), 3 * weights + 2 * held)
+        times = self._case.num_epochs * (self._case.batch_size // self._case.mini_batch_size)
+        return Work(_ADAMW_FLOPS * sum(p.numel() for p in trained) * times, (3 * weights + 2 * held) * times)
 
 
-def _trains_head(engine: Engine, name: RoleName) -> bool:
-    return "head" in engine.method.roles[name].trains
+_COUNTS: dict[type[Stage], Callable[[_Counter, Phase], Work]] = {
+    Generate: _Counter.generate,
+    Read: _Counter.score,
+    Derive: _Counter.score,
+    Update: _Counter.update,
+    Optimize: _Counter.optimize,
+}
 
 
 def _shape_of(engine: Engine, base: str) -> _Shape:

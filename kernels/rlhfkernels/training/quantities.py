@@ -1,0 +1,76 @@
+"""The quantities that a program reads from a role, without a graph into columns and with one for objectives.
+
+Shapes: n = sequences, p = prompt length, c = completion length, d = hidden size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from rlhfkernels.algorithms.common import sequence_logprobs
+from rlhfkernels.data.batch import Batch
+from rlhfkernels.engine.engine import Engine
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Quantity:
+    """Something that a role says of every sequence or of every completion token.
+
+    Attributes:
+        read: the quantity from hidden states [n, m, d] of the last m > c positions.
+        per_token: [n, c] where true, else [n].
+    """
+
+    read: Callable[[Engine, str, torch.Tensor, Batch], torch.Tensor]
+    per_token: bool
+
+    def new_column(self, batch: Batch) -> torch.Tensor:
+        """Zeros, float32, on the batch's device."""
+        return torch.zeros_like(batch.mask if self.per_token else batch.mask[:, 0])
+
+
+def _logprobs(engine: Engine, role: str, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+    return engine.logprobs(role, hidden, batch.completions)[0]
+
+
+def _sequence_logprob(engine: Engine, role: str, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+    return sequence_logprobs(_logprobs(engine, role, hidden, batch), batch.mask)
+
+
+QUANTITIES: dict[str, Quantity] = {
+    "logprobs": Quantity(_logprobs, per_token=True),
+    "sequence_logprob": Quantity(_sequence_logprob, per_token=False),
+    "values": Quantity(Engine.values, per_token=True),
+    "last_scalar": Quantity(Engine.last_scalar, per_token=False),
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GraphReader:
+    """One role over one micro-batch, with a graph; see ``rlhfkernels.algorithms.common.Reader``."""
+
+    engine: Engine
+    role: str
+    hidden: torch.Tensor
+    batch: Batch
+
+    def logprobs(self, *, entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See ``Reader.logprobs``."""
+        return self.engine.logprobs(self.role, self.hidden, self.batch.completions, entropy=entropy)
+
+    def all_logprobs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """See ``Reader.all_logprobs``."""
+        batch = self.batch
+        logprobs, _ = self.engine.logprobs(self.role, self.hidden, batch.tokens[:, 1:])
+        prompt = batch.mask.new_ones(batch.num_sequences, batch.prompt_len)
+        if batch.attention_mask is not None:
+            prompt = batch.attention_mask[:, : batch.prompt_len].to(prompt.dtype)
+        # The first real token of a prompt is predicted by nothing, or by padding.
+        return logprobs, torch.cat((prompt[:, :-1] * prompt[:, 1:], batch.mask), 1)
+
+    def values(self) -> torch.Tensor:
+        """See ``Reader.values``."""
+        return self.engine.values(self.role, self.hidden, self.batch)
