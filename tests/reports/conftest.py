@@ -20,7 +20,7 @@ _END = "_phase_median_s"
 def _row(given: Mapping[str, Any]) -> dict[str, Any]:
     row = {
         "method": "hydra",
-        "family": "ppo",
+        "family": "PPO",
         "model": "tiny",
         "prompt_len": 32,
         "batch_size": 1,
@@ -48,6 +48,20 @@ def _row(given: Mapping[str, Any]) -> dict[str, Any]:
         row.setdefault("inference_s_per_sample", 0.75)
         row.setdefault("update_s_per_sample", 0.25)
     return row
+
+
+# Methods of other families: what a step of theirs has no phase for is absent.
+OTHER_SHAPES: tuple[dict[str, Any], ...] = (
+    {"method": "sft", "family": "SFT", "inference_s_per_sample": None, "update_s_per_sample": 1.0},
+    {"method": "dpo", "family": "DPO", "sequences_per_sample": 2},
+    {"method": "best-of-n", "family": "best-of-n", "update_s_per_sample": None, "sequences_per_sample": 4},
+)
+
+
+@pytest.fixture
+def other_shapes() -> tuple[dict[str, Any], ...]:
+    """One row of each shape of method that is not PPO's."""
+    return OTHER_SHAPES
 
 
 @pytest.fixture

@@ -121,6 +121,14 @@ def test_a_record_without_bytes_is_no_measurement(make_frame):
     assert "largest batch is 1, which was not run" in gain_table(frame).notes[0]
 
 
+def test_a_gain_is_taken_within_one_family(make_frame, other_shapes):
+    others = [{**shape, **case(shape["method"], b, 1.0, 4)} for shape in other_shapes for b in (1, 2)]
+    assert not has_gain(make_frame(*LORA, *others))
+    assert gain_table(make_frame(*LORA, *HYDRA, *others)).frame["method"].tolist() == ["hydra"]
+    tuned = [{**row, "method": "dpo-lora"} for row in others if row["method"] == "dpo"]
+    assert gain_table(make_frame(*others, *tuned), "dpo").frame["method"].tolist() == ["dpo-lora"]
+
+
 def test_any_method_can_be_the_baseline(make_frame):
     frame = make_frame(case("full", 1, 6.0, 9), *LORA)
     (row,) = gain_table(frame, "full").frame.to_dict("records")

@@ -133,6 +133,17 @@ def test_a_number_that_is_absent_is_a_dash_and_never_a_zero(make_frame):
     assert row["update s"] == ABSENT
 
 
+def test_phases_that_a_method_does_not_have_are_dashes(make_frame, other_shapes):
+    rows = {row["method"]: row for row in cells(memory_table(make_frame({}, *other_shapes)))}
+    times = {name: (row["inference s"], row["update s"], row["total s/sample"]) for name, row in rows.items()}
+    assert times == {
+        "Hydra-PPO": ("0.75", "0.25", "1.00"),
+        "sft": (ABSENT, "1.00", "1.00"),
+        "dpo": ("0.75", "0.25", "1.00"),
+        "best-of-n": ("0.75", ABSENT, "1.00"),
+    }
+
+
 def test_skipped_cases_are_told_after_those_that_failed(make_frame):
     table = memory_table(
         make_frame({"outcome": "skipped", "error": "b."}, {"outcome": "oom", "error": "a.", "batch_size": 2})

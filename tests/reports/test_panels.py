@@ -82,6 +82,13 @@ def test_no_records_no_panels(make_frame):
     assert panels_of(make_frame()) == []
 
 
+def test_a_sample_of_several_sequences_has_the_tokens_of_all(make_frame):
+    pair = {"total_s_per_sample": 0.5, "prompt_len": 30, "completion_len": 70, "sequences_per_sample": 2}
+    frame = make_frame(pair, {**pair, "method": "full", "sequences_per_sample": None})
+    assert samples_per_second(frame).tolist() == [2.0, 2.0]
+    assert tokens_per_second(frame).tolist() == [400.0, 200.0]
+
+
 def test_the_three_quantities_are_of_one_time(make_frame):
     frame = make_frame({"total_s_per_sample": 0.25, "prompt_len": 300, "completion_len": 500})
     assert seconds_per_sample(frame).tolist() == [0.25]

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import itertools
 import math
 import subprocess
 import sys
 from xml.etree import ElementTree
 
 import matplotlib
+import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
@@ -14,6 +17,7 @@ from rlhfreports.plots import (
     MARKERS,
     latency,
     latency_figure,
+    method_styles,
     throughput,
     throughput_figure,
 )
@@ -143,8 +147,85 @@ def test_methods_of_nobody_look_different_from_those_of_the_table(make_frame):
 
 
 def test_colours_and_markers_are_all_different():
-    assert len(set(COLORS)) == len(COLORS)
+    assert len(set(COLORS)) == len(COLORS) >= 12
     assert len(set(MARKERS)) == len(MARKERS) == len(COLORS)
+
+
+# Of linear RGB, full strength: Machado, Oliveira and Fernandes 2009, table 1.
+VISION = {
+    "normal": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+# Linear RGB to cone responses, and their cube roots to OKLab: Ottosson 2020.
+TO_CONES = [
+    [0.41222147, 0.53633254, 0.05144599],
+    [0.21190350, 0.68069955, 0.10739696],
+    [0.08830246, 0.28171884, 0.62997870],
+]
+TO_OKLAB = [
+    [0.21045426, 0.79361779, -0.00407205],
+    [1.97799850, -2.42859221, 0.45059371],
+    [0.02590404, 0.78277177, -0.80867577],
+]
+
+
+@pytest.mark.parametrize("vision", VISION)
+def test_every_colour_vision_tells_the_colours_apart(vision):
+    encoded = np.array([matplotlib.colors.to_rgb(color) for color in COLORS])
+    linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
+    seen = np.clip(linear @ np.array(VISION[vision]).T, 0, 1)
+    places = np.cbrt(seen @ np.array(TO_CONES).T) @ np.array(TO_OKLAB).T
+    distances = {
+        (COLORS[i], COLORS[j]): float(np.linalg.norm(places[i] - places[j]))
+        for i, j in itertools.combinations(range(len(COLORS)), 2)
+    }
+    # The least distance within Okabe and Ito's palette is 0.076.
+    assert min(distances.values()) > 0.075, min(distances, key=distances.get)
+
+
+def many_methods(make_frame, num_methods, **row):
+    return make_frame(
+        *(
+            {"method": f"method-{i:02}", "method_order": i, "prompt_len": n, **row}
+            for i in range(num_methods)
+            for n in (32, 64)
+        )
+    )
+
+
+def test_thirty_methods_look_different_and_the_first_look_as_ever(make_frame):
+    looks = {name: (s.color, s.marker) for name, s in method_styles(many_methods(make_frame, 30)).items()}
+    assert len(set(looks.values())) == 30
+    assert looks["method-04"] == (COLORS[4], MARKERS[4])
+
+
+@pytest.mark.parametrize("num_methods", [5, 14])
+def test_the_legend_of_many_methods_stays_inside_the_picture(make_frame, num_methods):
+    figure = latency_figure(many_methods(make_frame, num_methods))
+    figure.draw_without_rendering()
+    legend = figure.legends[0].get_window_extent()
+    (axes,) = visible(figure)
+    assert legend.x0 >= 0
+    assert legend.x1 <= figure.bbox.x1
+    assert legend.y0 >= axes.get_tightbbox().y1
+
+
+def test_words_of_many_methods_leave_half_of_the_panel_to_lines(make_frame):
+    failing = many_methods(make_frame, 30, outcome="oom")
+    (axes,) = visible(latency_figure(pd.concat([make_frame({}), failing], ignore_index=True)))
+    assert len(words(axes)) == 60
+    assert min(text.get_position()[1] for text in axes.texts) >= 0.5
+
+
+def test_methods_without_a_phase_are_drawn_by_their_total(make_frame, other_shapes):
+    (axes,) = visible(latency_figure(make_frame({}, *other_shapes)))
+    assert set(lines(axes)) == {"Hydra-PPO", "sft", "dpo", "best-of-n"}
+    _, tokens = visible(throughput_figure(make_frame({}, *other_shapes)))
+    assert {name: line.get_ydata().tolist() for name, line in lines(tokens).items()} == {
+        "Hydra-PPO": [64.0], "sft": [64.0], "dpo": [128.0], "best-of-n": [256.0],
+    }  # fmt: skip
 
 
 def test_what_was_not_measured_is_marked_at_its_length_above_the_lines(make_frame):

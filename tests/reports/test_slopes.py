@@ -105,6 +105,19 @@ def test_what_was_not_measured_is_no_point(make_frame):
     assert slope_table(make_frame()).frame.empty
 
 
+def test_phases_that_a_method_does_not_have_give_no_slope(make_frame, other_shapes):
+    rows = [{**power(*pair, 1), **shape} for pair in PAIRS for shape in other_shapes]
+    for row in rows:
+        if row["method"] != "best-of-n":
+            row["generate_phase_median_s"] = None
+    found = slope_table(make_frame(*rows)).frame.groupby("method")["quantity"].agg(list).to_dict()
+    assert found == {
+        "sft": ["update s/step", "total s/sample"],
+        "dpo": ["update s/step", "total s/sample"],
+        "best-of-n": ["decode s/token", "total s/sample"],
+    }
+
+
 def test_the_terminal_has_one_row_a_method_and_setting(make_frame):
     rows = [
         power(*pair, b, method=method, setting=setting)

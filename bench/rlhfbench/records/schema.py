@@ -52,14 +52,14 @@ def at(record: Any, path: str) -> Any:
     return record
 
 
-def _method(attribute: str, otherwise: Callable[[str], Any] = lambda _: None) -> Callable[[Mapping[str, Any]], Any]:
-    """Reads ``attribute`` of the record's method; records may name methods that no longer exist."""
+def _method_title(record: Mapping[str, Any]) -> str | None:
+    name = at(record, "case.method")
+    return METHODS[name].title if name in METHODS else name  # a method may be gone
 
-    def read(record: Mapping[str, Any]) -> Any:
-        name = at(record, "case.method")
-        return getattr(METHODS.get(name), attribute, None) or otherwise(name)
 
-    return read
+def _family(record: Mapping[str, Any]) -> str | None:
+    name = at(record, "case.method")
+    return METHODS[name].family if name in METHODS else None
 
 
 def _options(record: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
@@ -96,14 +96,14 @@ _MEASURED: tuple[Field, ...] = (
     # The case.
     Field("case.id", "case_id", "string", "stable id of the case"),
     Field("case.method", "method", "string", "method, as the command line names it"),
-    Field(_method("title", lambda name: name), "method_title", "string", "method, as reports print it"),
+    Field(_method_title, "method_title", "string", "method, as reports print it"),
     Field(
         lambda record: _place(METHODS, at(record, "case.method")),
         "method_order",
         "Int64",
         "row of the method in METHODS: reports sort and colour by it",
     ),
-    Field(_method("family"), "family", "string", "family of the method; gains are taken within one"),
+    Field(_family, "family", "string", "family of the method; gains are taken within one"),
     Field("case.model", "model", "string", "preset, checkpoint folder or hub id"),
     Field("case.prompt_len", "prompt_len", "Int64", "tokens per prompt"),
     Field("case.completion_len", "completion_len", "Int64", "tokens per completion"),
