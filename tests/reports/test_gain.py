@@ -31,7 +31,7 @@ HYDRA = (
 )
 
 
-def test_a_gain_divides_into_its_exact_factors_and_shares(make_frame):
+def test_factors_and_shares_of_a_gain_are_exact(make_frame):
     (row,) = gain_table(make_frame(*LORA, *HYDRA)).frame.to_dict("records")
     assert (row["method"], row["baseline"], row["baseline_title"]) == ("hydra", "lora", "LoRA-PPO")
     assert (row["baseline_batch_size"], row["memory_bytes"], row["batch_size"]) == (2, 8 * GIB, 8)
@@ -41,7 +41,7 @@ def test_a_gain_divides_into_its_exact_factors_and_shares(make_frame):
     assert row["larger_batch_share"] == pytest.approx(2 / 3, rel=1e-12)
 
 
-def test_each_length_setting_and_method_is_divided_by_itself(make_frame):
+def test_each_length_setting_and_method_has_its_own_row(make_frame):
     rows = []
     for prompt_len in (64, 32):
         for setting, slow in (("paper", 3.0), ("modern", 1.0)):
@@ -63,7 +63,7 @@ def test_each_length_setting_and_method_is_divided_by_itself(make_frame):
     assert table.frame[["shared_pass_share", "larger_batch_share"]].isna().all(axis=None)
 
 
-def test_a_loss_in_one_part_stands_beside_more_than_all_of_the_gain(make_frame):
+def test_a_loss_in_one_part_gives_the_other_a_share_above_one(make_frame):
     frame = make_frame(case("lora", 1, 4.0, 8), case("hydra", 1, 8.0, 4), case("hydra", 2, 2.0, 6))
     (row,) = gain_table(frame).frame.to_dict("records")
     assert (row["shared_pass_gain"], row["larger_batch_gain"], row["whole_gain"]) == (0.5, 4.0, 2.0)
@@ -81,7 +81,7 @@ def test_a_loss_in_one_part_stands_beside_more_than_all_of_the_gain(make_frame):
         ((case("hydra", 2, 4.0, 9), case("hydra", 4, 3.0, 10)), "no batch stays within the baseline's 8 GiB."),
     ],
 )
-def test_what_was_not_measured_is_said_and_not_made_up(make_frame, rows, says):
+def test_a_missing_measurement_gives_a_note_instead_of_a_row(make_frame, rows, says):
     table = gain_table(make_frame(*LORA, *rows))
     assert table.rows == ()
     (note,) = table.notes
@@ -91,7 +91,7 @@ def test_what_was_not_measured_is_said_and_not_made_up(make_frame, rows, says):
 
 
 @pytest.mark.parametrize(("more", "cell"), [((), "≥8"), ((HYDRA[3],), "8"), ((case("hydra", 16, "oom", 0),), "8")])
-def test_a_larger_batch_that_nobody_tried_is_told(make_frame, more, cell):
+def test_an_untried_larger_batch_is_marked(make_frame, more, cell):
     table = gain_table(make_frame(*LORA, *HYDRA[:3], *more))
     assert [row[4] for row in table.rows] == [cell]
     assert ("no larger batch was run" in table.markdown()) is (not more)
@@ -110,11 +110,11 @@ def test_a_larger_batch_that_nobody_tried_is_told(make_frame, more, cell):
         ((LORA[0], *({**row, "prompt_len": 8, "completion_len": 56} for row in HYDRA)), False),
     ],
 )
-def test_there_is_a_gain_where_the_baseline_and_two_batches_were_measured(make_frame, rows, there_is):
+def test_a_gain_needs_the_baseline_and_two_batches_of_a_method(make_frame, rows, there_is):
     assert has_gain(make_frame(*rows)) is there_is
 
 
-def test_a_record_without_bytes_is_no_measurement(make_frame):
+def test_a_row_without_total_bytes_does_not_count(make_frame):
     frame = make_frame(*LORA, *HYDRA)
     frame.loc[1, "total_bytes"] = pd.NA
     assert gain_table(frame).frame["baseline_batch_size"].tolist() == []  # batch 1 was not run with hydra

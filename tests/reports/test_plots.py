@@ -53,7 +53,7 @@ def frame(make_frame):
     )
 
 
-def test_latency_has_one_line_a_method_with_its_numbers(frame):
+def test_latency_has_one_line_per_method(frame):
     one, four = visible(latency_figure(frame))
     assert (one.get_title(), four.get_title()) == ("batch 1", "batch 4")
     assert list(lines(one)) == ["PPO", "LoRA-PPO", "Hydra-PPO"]
@@ -85,14 +85,14 @@ def test_the_settings_of_a_method_share_its_colour_and_not_its_line_style(make_f
     assert legend_labels(figure) == ["LoRA-PPO", "Hydra-PPO", "modern", "paper"]
 
 
-def test_the_words_of_two_settings_stand_in_rows_of_their_own(make_frame):
+def test_each_setting_has_its_own_row_of_words(make_frame):
     oom = {("lora", 64, "paper"), ("lora", 64, "modern"), ("hydra", 64, "paper")}
     (axes,) = visible(latency_figure(both_settings(make_frame, oom=oom)))
     assert words(axes) == ["OOM"] * 3
     assert len({text.get_position()[1] for text in axes.texts}) == 3
 
 
-def test_one_setting_alone_is_drawn_as_ever(make_frame):
+def test_a_single_setting_is_a_solid_line_named_by_the_method(make_frame):
     frame = make_frame(*({"prompt_len": n, "setting": "paper"} for n in (32, 64)))
     (axes,) = visible(latency_figure(frame))
     assert {name: line.get_linestyle() for name, line in lines(axes).items()} == {"Hydra-PPO": "-"}
@@ -123,14 +123,14 @@ def test_panels_of_one_quantity_have_the_same_limits(frame):
     assert one.get_xlim() == four.get_xlim()
 
 
-def test_the_picture_says_what_was_run_and_who_is_who(frame):
+def test_the_figure_has_title_caption_and_legend(frame):
     figure = latency_figure(frame)
     said = [text.get_text() for text in figure.texts]
     assert said == ["Seconds per sample against sequence length", "tiny · cpu · float32 · LoRA rank 16"]
     assert legend_labels(figure) == ["PPO", "LoRA-PPO", "Hydra-PPO"]
 
 
-def test_a_method_keeps_its_colour_and_marker_whoever_else_is_there(make_frame):
+def test_colour_and_marker_of_a_method_do_not_depend_on_other_methods(make_frame):
     def look(*methods: str) -> tuple[str, str]:
         (axes,) = visible(latency_figure(make_frame(*({"method": method} for method in methods))))
         line = lines(axes)["Hydra-PPO"]
@@ -139,7 +139,7 @@ def test_a_method_keeps_its_colour_and_marker_whoever_else_is_there(make_frame):
     assert look("hydra") == look("full", "lora", "hydra") == look("mine", "hydra") == (COLORS[4], MARKERS[4])
 
 
-def test_methods_of_nobody_look_different_from_those_of_the_table(make_frame):
+def test_unlisted_methods_have_looks_of_their_own(make_frame):
     names = ["full", "mine", "hydra", "yours", "lora"]
     (axes,) = visible(latency_figure(make_frame(*({"method": name} for name in names))))
     looks = {(line.get_color(), line.get_marker()) for line in lines(axes).values()}
@@ -195,14 +195,14 @@ def many_methods(make_frame, num_methods, **row):
     )
 
 
-def test_thirty_methods_look_different_and_the_first_look_as_ever(make_frame):
+def test_thirty_methods_have_thirty_looks(make_frame):
     looks = {name: (s.color, s.marker) for name, s in method_styles(many_methods(make_frame, 30)).items()}
     assert len(set(looks.values())) == 30
     assert looks["method-04"] == (COLORS[4], MARKERS[4])
 
 
 @pytest.mark.parametrize("num_methods", [5, 14])
-def test_the_legend_of_many_methods_stays_inside_the_picture(make_frame, num_methods):
+def test_a_long_legend_fits_the_figure(make_frame, num_methods):
     figure = latency_figure(many_methods(make_frame, num_methods))
     figure.draw_without_rendering()
     legend = figure.legends[0].get_window_extent()
@@ -212,7 +212,7 @@ def test_the_legend_of_many_methods_stays_inside_the_picture(make_frame, num_met
     assert legend.y0 >= axes.get_tightbbox().y1
 
 
-def test_words_of_many_methods_leave_half_of_the_panel_to_lines(make_frame):
+def test_words_take_at_most_half_of_a_panel(make_frame):
     failing = many_methods(make_frame, 30, outcome="oom")
     (axes,) = visible(latency_figure(pd.concat([make_frame({}), failing], ignore_index=True)))
     assert len(words(axes)) == 60
@@ -228,7 +228,7 @@ def test_methods_without_a_phase_are_drawn_by_their_total(make_frame, other_shap
     }  # fmt: skip
 
 
-def test_what_was_not_measured_is_marked_at_its_length_above_the_lines(make_frame):
+def test_outcomes_of_unmeasured_cases_stand_above_the_lines(make_frame):
     frame = make_frame(
         {"method": "full", "prompt_len": 32},
         {"method": "full", "prompt_len": 64, "outcome": "oom"},
@@ -251,7 +251,7 @@ def test_what_was_not_measured_is_marked_at_its_length_above_the_lines(make_fram
     assert highest_point < lowest_word
 
 
-def test_an_ok_without_a_time_is_marked_too(make_frame):
+def test_an_ok_case_without_a_time_is_marked(make_frame):
     frame = make_frame({"prompt_len": 32}, {"prompt_len": 64, "total_s_per_sample": None})
     (axes,) = visible(latency_figure(frame))
     assert words(axes) == ["no time"]
@@ -269,7 +269,7 @@ def test_the_largest_batch_that_fits_is_written_above_its_point(make_frame):
     assert {(text.get_text(), text.get_position()[0]) for text in last.texts} == {("batch 8", 64), ("batch 1", 128)}
 
 
-def test_lengths_too_close_for_words_get_signs(make_frame):
+def test_close_lengths_get_short_words(make_frame):
     rows = [{"prompt_len": n} for n in range(64, 200, 4)]
     (axes,) = visible(latency_figure(make_frame(*rows[:-1], {"prompt_len": 200, "outcome": "oom"})))
     assert words(axes) == ["×"]
@@ -278,14 +278,14 @@ def test_lengths_too_close_for_words_get_signs(make_frame):
 
 
 @pytest.mark.parametrize("draw", [latency_figure, throughput_figure])
-def test_one_length_and_one_method_is_a_point(make_frame, draw):
+def test_a_single_case_is_a_point(make_frame, draw):
     for axes in visible(draw(make_frame({}))):
         assert lines(axes)["Hydra-PPO"].get_xdata().tolist() == [64]
         low, high = axes.get_xlim()
         assert low < 64 < high
 
 
-def test_nothing_measured_is_a_picture_that_says_so(make_frame, tmp_path):
+def test_without_measurements_the_figure_counts_outcomes(make_frame, tmp_path):
     frame = make_frame(
         {"outcome": "oom"}, {"method": "full", "outcome": "oom"}, {"outcome": "crashed", "batch_size": 2}
     )
@@ -294,14 +294,14 @@ def test_nothing_measured_is_a_picture_that_says_so(make_frame, tmp_path):
     assert all(path.stat().st_size > 0 for path in throughput(make_frame(), tmp_path / "none"))
 
 
-def test_both_files_are_written_and_are_what_they_are_called(frame, tmp_path):
+def test_png_and_svg_are_written(frame, tmp_path):
     png, svg = latency(frame, tmp_path / "v1.2-latency")
     assert (png.name, svg.name) == ("v1.2-latency.png", "v1.2-latency.svg")
     assert png.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert ElementTree.parse(svg).getroot().tag.endswith("svg")
 
 
-def test_the_files_depend_on_the_table_alone(frame, tmp_path):
+def test_the_files_depend_on_the_frame_alone(frame, tmp_path):
     with matplotlib.rc_context(
         {"font.size": 20.0, "figure.facecolor": "red", "path.simplify": False, "xtick.labelsize": 3}
     ):
@@ -312,7 +312,7 @@ def test_the_files_depend_on_the_table_alone(frame, tmp_path):
     assert "<dc:date>" not in second[1].read_text()
 
 
-def test_drawing_leaves_no_trace_in_matplotlib(frame, tmp_path):
+def test_drawing_does_not_change_rcparams(frame, tmp_path):
     before = dict(matplotlib.rcParams)
     latency(frame, tmp_path / "latency")
     assert dict(matplotlib.rcParams) == before

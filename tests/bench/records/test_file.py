@@ -21,7 +21,7 @@ def append(folder, *records):
             file.append(item)
 
 
-def test_a_record_has_every_key_and_none_for_what_is_not_known():
+def test_a_record_has_every_key_with_none_for_absent_values():
     made = record("oom")
     assert set(made) == {
         "schema", "case", "world", "outcome", "error", "memory", "latency", "work", "stats", "prompts", "engine",
@@ -58,7 +58,7 @@ def test_a_plan_has_the_memory_keys_that_can_be_predicted():
     }  # fmt: skip
 
 
-def test_what_was_measured_is_kept_and_what_it_lacks_is_filled():
+def test_measured_values_are_kept_and_missing_keys_filled():
     memory = {"total_bytes": 7, "views": {"ledger_peak_bytes": 9}, "more": 1}
     made = record(memory=memory, prompts={"num_prompts": 2}, stats={"policy_loss": 0.5}, timeline={"events": []})
     assert made["memory"]["total_bytes"] == 7
@@ -71,7 +71,7 @@ def test_what_was_measured_is_kept_and_what_it_lacks_is_filled():
     assert "timeline" not in made
 
 
-def test_two_records_do_not_share_their_empty_parts():
+def test_records_do_not_share_their_empty_objects():
     first, second = record(), record()
     first["memory"]["views"]["host_peak_bytes"] = 1
     first["memory"]["parts"]["base"] = 1
@@ -79,7 +79,7 @@ def test_two_records_do_not_share_their_empty_parts():
     assert second["memory"]["parts"] == {}
 
 
-def test_what_is_appended_is_read_back(tmp_path):
+def test_appended_records_are_read_back(tmp_path):
     append(tmp_path, record(), record("oom"))
     append(tmp_path, record("timeout"))
     assert [r["outcome"] for r in read_records(tmp_path)] == ["ok", "oom", "timeout"]
@@ -113,7 +113,7 @@ def test_a_torn_last_line_is_dropped_and_the_next_record_starts_clean(tmp_path, 
         ('{"schema": 3}', "line 2: its schema is 3 and this rlhfbench reads up to 2: a newer one wrote it."),
     ],
 )
-def test_a_bad_line_is_one_sentence_that_names_it(tmp_path, line, says):
+def test_a_bad_line_is_named_in_one_sentence(tmp_path, line, says):
     good = json.dumps(record())
     (tmp_path / "records.jsonl").write_text(f"{good}\n{line}\n{good}\n")
     with pytest.raises(RecordsError) as caught:
@@ -123,7 +123,7 @@ def test_a_bad_line_is_one_sentence_that_names_it(tmp_path, line, says):
         RecordsFile(tmp_path)
 
 
-def test_no_records_file(tmp_path):
+def test_a_missing_records_file_is_an_error(tmp_path):
     with pytest.raises(RecordsError, match="cannot be read: No such file"):
         read_records(tmp_path)
 

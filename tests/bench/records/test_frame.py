@@ -55,14 +55,14 @@ RECORD = {
 }
 
 
-def test_every_documented_column_is_there_with_its_type():
+def test_the_frame_has_every_column_of_the_schema_with_its_dtype():
     frame = records_frame([RECORD])
     found = {name: str(dtype) for name, dtype in frame.dtypes.items()}
     phases = ("generate", "optimize", "update_actor_critic")
     assert found == {name: field.dtype for name, field in columns(phases).items()}
 
 
-def test_a_record_becomes_a_row_with_its_own_numbers():
+def test_a_record_becomes_a_row():
     row = records_frame([RECORD]).iloc[0].to_dict()
     expected = {
         "case_id": CASE.id,
@@ -100,7 +100,7 @@ def test_a_record_becomes_a_row_with_its_own_numbers():
 
 
 @pytest.mark.parametrize("missing", [{}, {"memory": None, "latency": None, "work": None, "prompts": None}])
-def test_what_was_not_measured_is_absent_and_never_zero(missing):
+def test_numbers_that_were_not_measured_are_na(missing):
     record = make_record(
         CASE,
         outcome="oom",
@@ -117,7 +117,7 @@ def test_what_was_not_measured_is_absent_and_never_zero(missing):
     assert frame[numbers].isna().all(axis=None)
 
 
-def test_a_plan_stands_beside_the_measurement():
+def test_predictions_have_columns_of_their_own():
     plan = make_plan({"model_bytes": 151, "activation_bytes": 25, "rollout_bytes": 8, "total_bytes": 184}, None)
     failed = make_plan(None, {"kind": "K", "message": "no fake of that.", "phase": "plan"})
     frame = records_frame([RECORD, {**RECORD, "plan": None}, {**RECORD, "plan": plan}, {**RECORD, "plan": failed}])
@@ -130,7 +130,7 @@ def test_a_plan_stands_beside_the_measurement():
     assert frame["plan_error"].fillna("").tolist() == ["", "", "", "no fake of that."]
 
 
-def test_phases_of_other_methods_are_absent_in_a_row():
+def test_phases_of_other_methods_are_na():
     other = copy.deepcopy(RECORD)
     other["latency"]["phases"] = {"train": {"median_s": 2.0, "samples_s": [2.0]}}
     frame = records_frame([RECORD, other])
@@ -138,13 +138,13 @@ def test_phases_of_other_methods_are_absent_in_a_row():
     assert frame["optimize_phase_median_s"].isna().tolist() == [False, True]
 
 
-def test_no_records_give_the_columns_and_no_row():
+def test_no_records_give_an_empty_frame_with_all_columns():
     frame = records_frame([])
     assert len(frame) == 0
     assert list(columns()) == list(frame.columns)
 
 
-def test_a_method_that_is_gone_from_the_table_keeps_its_name():
+def test_an_unknown_method_keeps_its_name():
     record = copy.deepcopy(RECORD)
     record["case"]["method"] = "retired"
     frame = records_frame([record])
@@ -152,7 +152,7 @@ def test_a_method_that_is_gone_from_the_table_keeps_its_name():
     assert pd.isna(frame.loc[0, "method_order"])
 
 
-def test_every_method_has_the_title_of_its_role_table():
+def test_methods_have_the_title_and_order_of_the_method_table():
     cases = [Case(method=name, model="tiny", prompt_len=4, completion_len=4, batch_size=1) for name in METHODS]
     frame = records_frame([{**RECORD, "case": case.to_dict()} for case in cases])
     assert frame["method_title"].tolist() == [method.title for method in METHODS.values()]
@@ -187,7 +187,7 @@ PAPER = SETTINGS["paper"]["options"]
         ),
     ],
 )
-def test_the_setting_is_told_by_the_options_and_not_told_twice(changed, setting, options):
+def test_the_setting_follows_from_the_options_and_hides_those_it_sets(changed, setting, options):
     row = records_frame([with_options(**changed)]).iloc[0]
     assert (row["setting"], row["options"]) == (setting, options)
     assert (
@@ -195,7 +195,7 @@ def test_the_setting_is_told_by_the_options_and_not_told_twice(changed, setting,
     )
 
 
-def test_options_that_an_older_record_lacks_count_as_the_default():
+def test_missing_options_count_as_defaults():
     record = copy.deepcopy(RECORD)
     del record["case"]["options"]["engine"]["cache_implementation"]
     assert records_frame([record]).loc[0, "setting"] == "modern"
@@ -204,7 +204,7 @@ def test_options_that_an_older_record_lacks_count_as_the_default():
     assert pd.isna(records_frame([record]).loc[0, "lora_rank"])
 
 
-def test_a_part_that_is_absent_is_no_zero():
+def test_an_absent_part_is_na():
     record = copy.deepcopy(RECORD)
     del record["memory"]["parts"]["kv_cache"]
     row = records_frame([record]).iloc[0]

@@ -37,7 +37,7 @@ def test_the_unit_in_a_name_fits_the_type():
             assert field.dtype == "Float64", name
 
 
-def test_what_can_be_predicted_has_a_predicted_column():
+def test_predictable_columns_have_a_predicted_column():
     predicted = {name.removeprefix("predicted_") for name in columns() if name.startswith("predicted_")}
     assert predicted == {field.column for field in FIELDS if field.in_plan and field.column}
     assert {"total_bytes", "persistent_model_bytes", "peak_phase"} <= predicted
@@ -56,7 +56,7 @@ def test_a_record_of_schema_1_gets_every_key_of_schema_2():
         assert old["case"]["id"] == new["case"]["id"]
 
 
-def test_options_of_schema_1_are_the_options_of_today():
+def test_options_of_schema_1_get_their_present_names_and_values():
     modern, paper, _ = (upgraded(record)["case"]["options"] for record in schema_1())
     for options in (modern, paper):
         Options.of({f"{group}.{name}": value for group, values in options.items() for name, value in values.items()})
@@ -73,7 +73,7 @@ def as_dict(options: Options, like: dict) -> dict:
     return {group: {name: getattr(getattr(options, group), name) for name in like[group]} for group in like}
 
 
-def test_values_of_schema_1_that_are_no_default_keep_their_number():
+def test_values_of_schema_1_other_than_defaults_are_kept():
     case = {"lora_rank": 8, "options": {"lora_scaling": 0.5, "actor_lr": 1e-4, "critic_lr": 2e-4, "gone": 1}}
     options = upgraded_case(case)["options"]
     assert options["lora"] == {"r": 8, "alpha": 4.0}
@@ -81,7 +81,7 @@ def test_values_of_schema_1_that_are_no_default_keep_their_number():
     assert options["other"] == {"gone": 1}
 
 
-def test_the_paper_setting_of_schema_1_is_told_at_its_own_rank():
+def test_the_paper_setting_of_schema_1_is_known_at_rank_128():
     record = schema_1()[1]
     assert record["case"]["lora_rank"] == 16  # a product scaled by 1/128: an alpha of 1/8, where paper's is 1
     assert records_frame([upgraded(record)]).loc[0, "setting"] == "custom"
@@ -90,7 +90,7 @@ def test_the_paper_setting_of_schema_1_is_told_at_its_own_rank():
 
 
 @pytest.mark.parametrize("section", ["memory", "latency", "work", "prompts"])
-def test_an_object_that_schema_1_has_as_null_is_absent(section):
+def test_null_objects_of_schema_1_are_read(section):
     record = {**schema_1()[0], section: None}
     assert len(records_frame([upgraded(record)])) == 1
 
@@ -109,7 +109,7 @@ def test_a_folder_of_schema_1_is_read_and_drawn(tmp_path):
     assert "PPO" in (tmp_path / "memory_table.md").read_text()
 
 
-def test_a_user_gets_the_frame_and_the_table_in_a_few_lines(tmp_path):
+def test_the_public_names_read_and_tabulate_a_run(tmp_path):
     shutil.copy(SCHEMA_1, tmp_path / "records.jsonl")
     frame = rlhfbench.records_frame(rlhfbench.read_records(tmp_path))
     table = rlhfreports.table(frame)

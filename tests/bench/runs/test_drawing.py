@@ -35,7 +35,7 @@ def write_run(run_dir, *outcomes: str, plan=None) -> None:
 
 
 @pytest.mark.parametrize("outcomes", [("ok", "ok", "oom"), ("oom",), ()])
-def test_everything_is_drawn_from_the_records_alone(tmp_path, outcomes):
+def test_a_report_is_drawn_from_the_records_alone(tmp_path, outcomes):
     write_run(tmp_path, *outcomes)
     table = draw_run(tmp_path)
     fitted = {"slopes.md", "slopes.csv"} if outcomes.count("ok") > 1 else set()
@@ -45,7 +45,7 @@ def test_everything_is_drawn_from_the_records_alone(tmp_path, outcomes):
     assert console.export_text().count("OOM") >= outcomes.count("oom")
 
 
-def test_a_gain_is_written_where_the_records_hold_one(tmp_path):
+def test_a_gain_is_written_if_there_is_one(tmp_path):
     with RecordsFile(tmp_path) as records:
         for method, batch_size, seconds in (("lora", 1, 0.4), ("hydra", 1, 0.2), ("hydra", 2, 0.1)):
             case = Case(method=method, model="tiny", prompt_len=8, completion_len=8, batch_size=batch_size)
@@ -71,7 +71,7 @@ def pictures(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.suffix != ".json")
 
 
-def test_timelines_are_drawn_of_the_largest_case_or_of_all_that_have_one(tmp_path):
+def test_timelines_are_drawn_of_the_largest_case_or_of_all(tmp_path):
     write_run(tmp_path, "ok", "ok", "ok", "oom")
     ids = [record["case"]["id"] for record in read_records(tmp_path)]
     folder = tmp_path / "timelines"
@@ -83,7 +83,7 @@ def test_timelines_are_drawn_of_the_largest_case_or_of_all_that_have_one(tmp_pat
     assert pictures(folder) == sorted(f"{ids[i]}{end}" for i in (0, 2) for end in (".png", ".svg"))
 
 
-def test_predictions_are_drawn_where_there_are_some(tmp_path):
+def test_predictions_are_drawn_if_there_are_some(tmp_path):
     write_run(tmp_path, "ok", "oom", plan=make_plan(dict.fromkeys(SUMS, 2**30), None))
     draw_run(tmp_path)
     made = {path.name for path in tmp_path.iterdir()} - {RECORDS_NAME, *DRAWN}
