@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from rlhfkernels import Batch, Observer, TrainingStep
 from rlhfkernels.engine.engine import Engine
 from rlhfkernels.ops.native import build, causal_attention, product
 
@@ -24,6 +25,19 @@ def shake() -> Callable[[Engine], None]:
                     parameter.normal_(std=0.2)
 
     return shake
+
+
+@pytest.fixture
+def generated() -> Callable[[TrainingStep], Batch]:
+    """Runs the generate phase of a step alone."""
+
+    def generate(step: TrainingStep) -> Batch:
+        stage = step.method.generate
+        assert stage is not None
+        prompts = step._source.next_batch(step._generator)
+        return step.engine.generate(stage.role, prompts, step._generator, Observer())
+
+    return generate
 
 
 @pytest.fixture(scope="session")

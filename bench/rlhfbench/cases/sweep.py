@@ -20,14 +20,14 @@ from rlhfkernels.config.options import RENAMED_OPTIONS, Options
 from rlhfkernels.config.rules import accepts
 from rlhfkernels.config.settings import SETTINGS
 from rlhfkernels.errors import CaseError
-from rlhfkernels.methods.table import METHODS
+from rlhfkernels.methods.table import METHODS, families
 from rlhfkernels.naming import unknown
 
 Spec = Mapping[str, Any]
 
 # What `rlhfbench run` runs with no flag at all: small enough for a laptop with two cores.
 DEFAULT_GRID: dict[str, Any] = {
-    "methods": list(METHODS),
+    "methods": families()["PPO"],
     "models": ["tiny"],
     "seq_lens": [32, 64, 128],
     "batch_sizes": [1, 4],

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from rlhfkernels.algorithms import ppo
+from rlhfkernels.algorithms import best_of_n, dpo, ppo, sft
 from rlhfkernels.algorithms.common import Counts, Loss, Reader
 from rlhfkernels.config.options import Options
 from rlhfkernels.data.batch import Batch
@@ -32,9 +32,12 @@ class Objective:
 OBJECTIVES: dict[str, Objective] = {
     "policy": Objective(ppo.policy),
     "value": Objective(ppo.value),
+    "pairs": Objective(dpo.pairs),
+    "demonstrations": Objective(sft.demonstrations, reads_prompt=lambda options: not options.sft.completion_only_loss),
 }
 
 # Each fills columns of the batch and returns statistics, scalars by name.
 DERIVATIONS: dict[str, Callable[[Batch, Options], dict[str, torch.Tensor]]] = {
     "advantages": ppo.advantages,
+    "best_of_n": best_of_n.select,
 }

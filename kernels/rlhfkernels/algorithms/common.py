@@ -32,7 +32,8 @@ class Counts(NamedTuple):
     """Divisors that the caller gives, so that an objective does not depend on how a batch is split.
 
     Attributes:
-        tokens: real completion tokens of the whole mini-batch, a scalar.
+        tokens: real tokens of the whole mini-batch, a scalar: completion tokens, or all that are predicted where the
+            objective reads the prompt too.
         rows: data rows of the whole mini-batch.
     """
 

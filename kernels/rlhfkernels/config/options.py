@@ -167,6 +167,39 @@ class PPOOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SFTOptions:
+    """Supervised fine-tuning. Names are those of TRL's ``SFTConfig``.
+
+    Attributes:
+        completion_only_loss: the loss covers the completions only, not the prompts.
+    """
+
+    completion_only_loss: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DPOOptions:
+    """Direct preference optimisation. Names are those of TRL's ``DPOConfig``.
+
+    Attributes:
+        beta: β, the weight of the implicit KL penalty.
+    """
+
+    beta: Positive = 0.1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class BestOfNOptions:
+    """Best-of-n sampling. The name is that of TRL's ``GRPOConfig``.
+
+    Attributes:
+        num_generations: samples per prompt, of which the best is kept.
+    """
+
+    num_generations: Count = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
     """Every option of a case, by group.
 
@@ -177,6 +210,9 @@ class Options:
         rollout: see ``RolloutOptions``.
         data: see ``DataOptions``.
         ppo: see ``PPOOptions``.
+        sft: see ``SFTOptions``.
+        dpo: see ``DPOOptions``.
+        best_of_n: see ``BestOfNOptions``.
     """
 
     lora: LoraOptions = LoraOptions()
@@ -185,6 +221,9 @@ class Options:
     rollout: RolloutOptions = RolloutOptions()
     data: DataOptions = DataOptions()
     ppo: PPOOptions = PPOOptions()
+    sft: SFTOptions = SFTOptions()
+    dpo: DPOOptions = DPOOptions()
+    best_of_n: BestOfNOptions = BestOfNOptions()
 
     @classmethod
     def of(cls, values: Mapping[str, Any] = {}, /) -> Self:

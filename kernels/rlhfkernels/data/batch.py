@@ -52,6 +52,14 @@ class Batch:
         """n."""
         return self.tokens.shape[0]
 
+    @property
+    def predicted_mask(self) -> torch.Tensor:
+        """[n, p + c − 1] float32, 1 on real tokens that a real token precedes: all that a loss may cover."""
+        prompt = self.mask.new_ones(self.num_sequences, self.prompt_len)
+        if self.attention_mask is not None:
+            prompt = self.attention_mask[:, : self.prompt_len].to(prompt.dtype)
+        return torch.cat((prompt[:, :-1] * prompt[:, 1:], self.mask), 1)
+
     def tensors(self) -> Iterator[torch.Tensor]:
         """Every tensor that it holds now."""
         yield self.tokens

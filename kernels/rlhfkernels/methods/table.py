@@ -12,6 +12,9 @@ _WHOLE: frozenset[Part] = frozenset({"base", "head"})
 _LORA: frozenset[Part] = frozenset({"adapter"})
 _LORA_AND_HEAD: frozenset[Part] = frozenset({"adapter", "head"})
 
+_WHOLE_POLICY = Role(base="policy", head="lm", trains=_WHOLE)
+_LORA_POLICY = Role(base="policy", adapter="policy", head="lm", trains=_LORA)
+
 _PPO: tuple[Stage, ...] = (
     Generate(role="actor"),
     Read(role="reference", quantity="logprobs", into="reference_logprobs"),
@@ -38,6 +41,23 @@ def _ppo(name: str, title: str, origins: dict[str, Origin], **roles: Role) -> Me
         program=_PPO,
         epochs="ppo.num_ppo_epochs",
         mini_batches="ppo.num_mini_batches",
+    )
+
+
+def _dpo(name: str, title: str, **roles: Role) -> Method:
+    """A layout of DPO: the reference is a second model, or the policy's base with the adapter off."""
+    return Method(
+        name=name,
+        title=title,
+        family="DPO",
+        origins=dict.fromkeys((role.base for role in roles.values()), "policy"),
+        roles=roles,
+        source="pairs",
+        program=(
+            Read(role="reference", quantity="sequence_logprob", into="reference_logprobs"),
+            Update(role="policy", objective="pairs"),
+            Optimize(role="policy"),
+        ),
     )
 
 
@@ -88,6 +108,33 @@ METHODS: dict[str, Method] = {
             reference=Role(base="hydra", head="lm"),
             critic=Role(base="hydra", adapter="critic", head="value", trains=_LORA_AND_HEAD),
             reward=Role(base="hydra", head="reward"),
+        ),
+        *(
+            Method(
+                name=name,
+                title=title,
+                family="SFT",
+                origins={"policy": "policy"},
+                roles={"policy": policy},
+                source="demonstrations",
+                program=(Update(role="policy", objective="demonstrations"), Optimize(role="policy")),
+            )
+            for name, title, policy in (("sft", "SFT", _WHOLE_POLICY), ("sft-lora", "LoRA-SFT", _LORA_POLICY))
+        ),
+        _dpo("dpo", "DPO", policy=_WHOLE_POLICY, reference=Role(base="reference", head="lm")),
+        _dpo("dpo-lora", "LoRA-DPO", policy=_LORA_POLICY, reference=Role(base="policy", head="lm")),
+        Method(
+            name="best-of-n",
+            title="Best-of-n",
+            family="Best-of-n",
+            origins={"policy": "policy", "reward": "reward"},
+            roles={"policy": Role(base="policy", head="lm"), "reward": Role(base="reward", head="reward")},
+            source="prompts",
+            program=(
+                Generate(role="policy", samples="best_of_n.num_generations"),
+                Read(role="reward", quantity="last_scalar", into="scores"),
+                Derive(function="best_of_n"),
+            ),
         ),
     )
 }

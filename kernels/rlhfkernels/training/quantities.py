@@ -63,13 +63,8 @@ class GraphReader:
 
     def all_logprobs(self) -> tuple[torch.Tensor, torch.Tensor]:
         """See ``Reader.all_logprobs``."""
-        batch = self.batch
-        logprobs, _ = self.engine.logprobs(self.role, self.hidden, batch.tokens[:, 1:])
-        prompt = batch.mask.new_ones(batch.num_sequences, batch.prompt_len)
-        if batch.attention_mask is not None:
-            prompt = batch.attention_mask[:, : batch.prompt_len].to(prompt.dtype)
-        # The first real token of a prompt is predicted by nothing, or by padding.
-        return logprobs, torch.cat((prompt[:, :-1] * prompt[:, 1:], batch.mask), 1)
+        logprobs, _ = self.engine.logprobs(self.role, self.hidden, self.batch.tokens[:, 1:])
+        return logprobs, self.batch.predicted_mask
 
     def values(self) -> torch.Tensor:
         """See ``Reader.values``."""

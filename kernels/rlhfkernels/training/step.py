@@ -256,7 +256,8 @@ class TrainingStep:
 
     def update(self, batch: Batch, observer: Observer | None = None, stats: StepStats | None = None) -> StepStats:
         """The update phases: every epoch's mini-batches, one graph at a time, and an optimizer step after each."""
-        observer, stats = observer or Observer(), stats or StepStats()
+        observer = observer or Observer()
+        stats = StepStats() if stats is None else stats  # an empty mapping is false
         phases = [phase for phase in self.phases if phase.kind == "update"]
         if not phases:
             return stats
@@ -292,6 +293,8 @@ class TrainingStep:
         stages = [stage for stage in p.stages if isinstance(stage, Update)]
         objectives = [OBJECTIVES[stage.objective] for stage in stages]
         reads_prompt = any(objective.reads_prompt(self.case.options) for objective in objectives)
+        if reads_prompt:
+            counts = counts._replace(tokens=batch.select(_rows(indices)).predicted_mask.sum())
         for rows in self._micro_batches(indices):
             part = batch.select(rows)
             hidden = self._hidden(p, part, start=0 if reads_prompt else part.prompt_len - 1, train=True)

@@ -19,7 +19,7 @@ def test_the_policy_loss_by_hand() -> None:
         torch.zeros_like(logprobs),
         torch.tensor([[*advantages, 9.0]], dtype=torch.float64),
         mask,
-        clip_range=0.2,
+        cliprange=0.2,
         num_tokens=5,
     )
     torch.testing.assert_close(loss.item(), -sum(terms) / 5)
@@ -34,7 +34,7 @@ def test_the_value_loss_by_hand() -> None:
     values = torch.tensor([[0.5, 0.5, 0.1, 7.0]], dtype=torch.float64, requires_grad=True)
     returns = torch.tensor([[1.0, 0.0, 1.0, 0.0]], dtype=torch.float64)
     mask = torch.tensor([[1.0, 1.0, 1.0, 0.0]], dtype=torch.float64)
-    loss = value_loss(values, torch.zeros_like(values), returns, mask, clip_range=0.2, num_tokens=3)
+    loss = value_loss(values, torch.zeros_like(values), returns, mask, cliprange=0.2, num_tokens=3)
     torch.testing.assert_close(loss.item(), 0.5 * (0.64 + 0.25 + 0.81) / 3)
     (gradient,) = torch.autograd.grad(loss, values)
     expected = [0.0, 0.5 / 3, -0.9 / 3, 0.0]

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from rlhfkernels.data.files import read_prompts
-from rlhfkernels.errors import PromptsError
+from rlhfkernels.errors import DataError
 
 
 def write(path, *rows):
@@ -36,7 +36,7 @@ def test_a_last_line_without_its_end_is_read(tmp_path):
         ("", "is empty"),
         ("\n \n", "is empty"),
         ('{"q": "a"}\n{"q": \n', "line 2: it is not JSON."),
-        ('\n["a"]\n', "line 2: it is no object with a field 'q'."),
+        ('\n["a"]\n', "line 2: it must be a JSON object."),
         ('{"prompt": "a", "id": 1}\n', "line 1: there is no field 'q'; its fields are 'prompt', 'id'."),
         ("{}\n", "its fields are none."),
         ('{"q": ""}\n', "line 1: field 'q' must be a text"),
@@ -48,7 +48,7 @@ def test_a_last_line_without_its_end_is_read(tmp_path):
 )
 def test_a_bad_file_is_one_sentence(tmp_path, text, says):
     path = write(tmp_path / "p.jsonl", text)
-    with pytest.raises(PromptsError) as caught:
+    with pytest.raises(DataError) as caught:
         read_prompts(path, "q")
     assert says in str(caught.value)
     assert str(path) in str(caught.value)
@@ -56,12 +56,12 @@ def test_a_bad_file_is_one_sentence(tmp_path, text, says):
 
 
 def test_a_missing_file_a_folder_and_bytes(tmp_path):
-    with pytest.raises(PromptsError, match="No such file"):
+    with pytest.raises(DataError, match="No such file"):
         read_prompts(tmp_path / "absent.jsonl", "q")
-    with pytest.raises(PromptsError, match="is a folder"):
+    with pytest.raises(DataError, match="is a folder"):
         read_prompts(tmp_path, "q")
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(PromptsError, match="not UTF-8"):
+    with pytest.raises(DataError, match="not UTF-8"):
         read_prompts(tmp_path / "bytes", "q")
 
 

@@ -10,18 +10,19 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModel, AutoModelForCausalLM
 
 from rlhfkernels import METHODS, Case, CaseError, ModelError, Observer, build_step
-from rlhfkernels.data.rollout import Rollout
+from rlhfkernels.data.batch import Batch
 from rlhfkernels.engine.engine import Engine
-from rlhfkernels.methods.table import Pass
-from rlhfkernels.training.step import PPOStep
+from rlhfkernels.methods.program import WeightSet
+from rlhfkernels.methods.table import families
+from rlhfkernels.training.step import TrainingStep
 
+Generated = Callable[[TrainingStep], Batch]
+PPO = families()["PPO"]
 ARCHITECTURES = ["llama", "opt", "gpt_neox", "gpt2", "qwen2"]
 
 
-def scored(step: PPOStep) -> Rollout:
-    rollout = step.generate(Observer())
-    step.score(rollout, Observer())
-    return rollout
+def scored(step: TrainingStep) -> Batch:
+    return step.infer()[0]
 
 
 def test_hydras_one_pass_equals_two_separate_models(
@@ -37,23 +38,26 @@ def test_hydras_one_pass_equals_two_separate_models(
         expected = logprobs.gather(-1, rollout.tokens[:, 1:, None]).squeeze(-1)[:, rollout.prompt_len - 1 :]
         last = trunk(input_ids=rollout.tokens).last_hidden_state[:, -1]
         scores = (last @ step.engine.scalar_heads["reward"].weight.T).squeeze(-1)
-    torch.testing.assert_close(rollout.reference_logprobs.double(), expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(rollout.scores.double(), scores, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(rollout["reference_logprobs"].double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(rollout["scores"].double(), scores, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("kv_cache", ["preallocated", "growing"])
+@pytest.mark.parametrize("kv_cache", ["static", "dynamic"])
 def test_log_probabilities_kept_while_sampling_are_those_of_a_full_forward(
-    make_case: Callable[..., Case], architecture: str, kv_cache: str, shake: Callable[[Engine], None]
+    make_case: Callable[..., Case],
+    generated: Generated,
+    architecture: str,
+    kv_cache: str,
+    shake: Callable[[Engine], None],
 ) -> None:
     step = build_step(make_case(architecture=architecture, engine__cache_implementation=kv_cache))
     shake(step.engine)
-    rollout = step.generate(Observer())
-    p = Pass(base="hydra", adapter="actor", roles=("actor",))
+    rollout = generated(step)
     with torch.no_grad():
-        hidden = step.engine.hidden(p, rollout.tokens, None)
-        expected, _ = step.engine.completion_logprobs("actor", hidden, rollout)
-    torch.testing.assert_close(rollout.logprobs.double(), expected, rtol=1e-6, atol=1e-6)
+        hidden = step.engine.hidden(WeightSet("hydra", "actor"), rollout.tokens, None)
+        expected, _ = step.engine.logprobs("actor", hidden, rollout.completions)
+    torch.testing.assert_close(rollout["old_logprobs"].double(), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_a_temperature_divides_the_logits_of_every_log_probability(make_case: Callable[..., Case]) -> None:
@@ -63,7 +67,7 @@ def test_a_temperature_divides_the_logits_of_every_log_probability(make_case: Ca
     with torch.no_grad():
         logprobs = torch.log_softmax(model(input_ids=rollout.tokens).logits / 2.0, -1)[:, :-1]
     expected = logprobs.gather(-1, rollout.tokens[:, 1:, None]).squeeze(-1)[:, rollout.prompt_len - 1 :]
-    for found in (rollout.logprobs, rollout.reference_logprobs):
+    for found in (rollout["old_logprobs"], rollout["reference_logprobs"]):
         torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
 
 
@@ -80,32 +84,25 @@ def test_padding_changes_no_number(
     mask = (torch.arange(p + c) >= (p - torch.tensor(lengths))[:, None]).long()
     batch = rollout_of(tokens, mask, p)
     for role, spec in engine.method.roles.items():
-        weights = Pass(base=spec.base, adapter=spec.adapter, roles=(role,))
         with torch.no_grad():
-            together = engine.hidden(weights, tokens, mask)
+            together = engine.hidden(spec.weights, tokens, mask)
             for row, length in enumerate(lengths):
                 alone = rollout_of(tokens[row : row + 1, p - length :], None, length)
-                hidden = engine.hidden(weights, alone.tokens, None)
+                hidden = engine.hidden(spec.weights, alone.tokens, None)
                 torch.testing.assert_close(together[row : row + 1, p - length :], hidden)
                 if spec.head == "lm":
-                    found = engine.completion_logprobs(role, together, batch)[0][row]
-                    torch.testing.assert_close(found, engine.completion_logprobs(role, hidden, alone)[0][0])
+                    found = engine.logprobs(role, together, batch.completions)[0][row]
+                    torch.testing.assert_close(found, engine.logprobs(role, hidden, alone.completions)[0][0])
                 else:
-                    found = engine.completion_values(role, together, batch)[row]
-                    torch.testing.assert_close(found, engine.completion_values(role, hidden, alone)[0])
+                    found = engine.values(role, together, batch)[row]
+                    torch.testing.assert_close(found, engine.values(role, hidden, alone)[0])
                     last = engine.last_scalar(role, together, batch)[row]
                     torch.testing.assert_close(last, engine.last_scalar(role, hidden, alone)[0])
 
 
-def rollout_of(tokens: torch.Tensor, mask: torch.Tensor | None, prompt_len: int) -> Rollout:
+def rollout_of(tokens: torch.Tensor, mask: torch.Tensor | None, prompt_len: int) -> Batch:
     b, c = tokens.shape[0], tokens.shape[1] - prompt_len
-    return Rollout(
-        tokens=tokens,
-        attention_mask=mask,
-        mask=torch.ones(b, c),
-        logprobs=torch.zeros(b, c),
-        prompt_len=prompt_len,
-    )
+    return Batch(tokens=tokens, attention_mask=mask, mask=torch.ones(b, c), prompt_len=prompt_len, num_rows=b)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -131,13 +128,12 @@ def test_generation_from_padded_prompts_equals_generation_without_padding(
 def test_the_actors_gradient_is_that_of_a_model_with_this_adapter_only(
     make_case: Callable[..., Case], checkpointing: bool, shake: Callable[[Engine], None]
 ) -> None:
-    step = build_step(make_case(engine__gradient_checkpointing=checkpointing, lora__alpha=0.7))
+    step = build_step(make_case(engine__gradient_checkpointing=checkpointing, lora__alpha=2.1))
     engine = step.engine
     shake(engine)
     rollout = scored(step)  # switches off and to the critic before the actor's forward
-    actor = Pass(base="hydra", adapter="actor", roles=("actor",))
-    hidden = engine.hidden(actor, rollout.tokens, None, train=True)
-    engine.completion_logprobs("actor", hidden, rollout)[0].sum().backward()
+    hidden = engine.hidden(WeightSet("hydra", "actor"), rollout.tokens, None, train=True)
+    engine.logprobs("actor", hidden, rollout.completions)[0].sum().backward()
 
     alone = AutoModelForCausalLM.from_pretrained(step.case.model, dtype=torch.float64).eval()
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -156,7 +152,7 @@ def test_the_actors_gradient_is_that_of_a_model_with_this_adapter_only(
     assert all(p.grad is None for p in engine.adapters["hydra"].parameters("critic"))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PPO)
 def test_the_critics_head_starts_as_a_copy_that_owns_its_storage(make_case: Callable[..., Case], method: str) -> None:
     heads = Engine(make_case(method)).scalar_heads
     assert torch.equal(heads["critic"].weight, heads["reward"].weight)
@@ -216,11 +212,13 @@ def test_saved_adapters_name_the_model_that_they_are_for(
     assert named == {"actor": case.model, "critic": case.options.rollout.reward_model}
 
 
-def test_a_completion_stops_at_the_stop_token_and_is_masked_after_it(make_case: Callable[..., Case]) -> None:
+def test_a_completion_stops_at_the_stop_token_and_is_masked_after_it(
+    make_case: Callable[..., Case], generated: Generated
+) -> None:
     step = build_step(make_case(batch_size=16, completion_len=12, rollout__stop_token_id=7))
-    rollout = step.generate(Observer())
+    rollout = generated(step)
     stopped = 0
-    for tokens, mask, logprobs in zip(rollout.completions, rollout.mask, rollout.logprobs, strict=True):
+    for tokens, mask, logprobs in zip(rollout.completions, rollout.mask, rollout["old_logprobs"], strict=True):
         length = int(mask.sum())
         assert torch.equal(mask, (torch.arange(12) < length).float())
         assert not (tokens[: length - 1] == 7).any()
@@ -232,11 +230,11 @@ def test_a_completion_stops_at_the_stop_token_and_is_masked_after_it(make_case: 
     assert stopped > 0
 
 
-def test_generation_ends_when_every_row_has(make_case: Callable[..., Case]) -> None:
+def test_generation_ends_when_every_row_has(make_case: Callable[..., Case], generated: Generated) -> None:
     step = build_step(make_case(batch_size=2, completion_len=50, prompt_len=4, rollout__stop_token_id=7))
     with torch.no_grad():
         step.engine.lm_head("actor").weight[7] = 0
         step.engine.models["hydra"].trunk.norm.weight.zero_()  # all logits 0: any token, soon 7
-    rollout = step.generate(Observer())
+    rollout = generated(step)
     ends = rollout.mask.sum(1)
     assert (ends >= 1).all()

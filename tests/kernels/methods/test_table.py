@@ -4,14 +4,16 @@ import dataclasses
 
 import pytest
 
+from rlhfkernels.config.options import Options
 from rlhfkernels.errors import CaseError
-from rlhfkernels.methods.table import METHODS, Role, find_method
+from rlhfkernels.methods.program import Role, WeightSet
+from rlhfkernels.methods.table import METHODS, families, find_method
 
 # Hydra-RLHF, Table 2: static models, LoRA weight sets.
 TABLE_2 = {"full": (4, 0), "lora": (4, 2), "dynamic-lora": (2, 2), "joined-hydra": (1, 1), "hydra": (1, 2)}
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", TABLE_2)
 def test_the_papers_table_2_follows_from_the_role_tables(name: str) -> None:
     method = METHODS[name]
     assert (method.num_static_models, len(method.adapter_sets)) == TABLE_2[name]
@@ -37,11 +39,11 @@ def test_passes_are_as_few_as_the_table_allows(
 
 def test_hydra_scores_reference_and_reward_in_one_bare_pass() -> None:
     shared = next(p for p in METHODS["hydra"].score_passes if "reward" in p.roles)
-    assert (shared.base, shared.adapter, shared.roles) == ("hydra", None, ("reference", "reward"))
+    assert (shared.weights, shared.roles) == (WeightSet("hydra"), ("reference", "reward"))
 
 
 def test_every_phase_is_inference_or_update_and_optimize_is_last() -> None:
-    for method in METHODS.values():
+    for method in (METHODS[name] for name in families()["PPO"]):
         assert [phase.kind for phase in method.phases[:2]] == ["inference", "inference"]
         assert {phase.kind for phase in method.phases[2:]} == {"update"}
         assert method.phases[-1].name == "optimize"
@@ -53,10 +55,11 @@ def test_only_bases_with_a_language_model_role_carry_its_head() -> None:
 
 
 def test_a_frozen_critic_head_is_the_reward_head_where_the_base_is_shared() -> None:
-    shared = METHODS["hydra"].with_frozen_critic_head().roles["critic"]
+    frozen = Options.of({"ppo.critic_head": "frozen"}).flat()
+    shared = METHODS["hydra"].with_options(frozen).roles["critic"]
     assert shared.head == "reward"
     assert shared.trains == {"adapter"}
-    apart = METHODS["lora"].with_frozen_critic_head().roles["critic"]
+    apart = METHODS["lora"].with_options(frozen).roles["critic"]
     assert apart.head == "value"
     assert apart.trains == {"adapter"}
 

@@ -11,12 +11,12 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from rlhfkernels import Case, CaseError, build_step
 from rlhfkernels.engine.engine import Engine
-from rlhfkernels.methods.table import Pass
+from rlhfkernels.methods.program import WeightSet
 
 ARCHITECTURES = ["llama", "opt", "gpt_neox", "gpt2", "qwen2"]
-BARE = Pass(base="hydra", adapter=None, roles=("reference",))
-ACTOR = Pass(base="hydra", adapter="actor", roles=("actor",))
-CRITIC = Pass(base="hydra", adapter="critic", roles=("critic",))
+BARE = WeightSet("hydra")
+ACTOR = WeightSet("hydra", "actor")
+CRITIC = WeightSet("hydra", "critic")
 
 
 # Transformers' RMS norm rounds to float32 even in float64, the fast engine's does not.
@@ -71,7 +71,7 @@ def test_a_set_of_a_headless_base_is_read_by_plain_peft(
     trunk = AutoModel.from_pretrained(step.case.model, dtype=torch.float64).eval()
     loaded = PeftModel.from_pretrained(trunk, tmp_path / "critic", autocast_adapter_dtype=False)
     with torch.no_grad():
-        expected = step.engine.hidden(Pass(base="value", adapter="critic", roles=("critic",)), tokens, None)
+        expected = step.engine.hidden(WeightSet("value", "critic"), tokens, None)
         torch.testing.assert_close(loaded(input_ids=tokens).last_hidden_state, expected, **NEAR)
 
 

@@ -7,8 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from rlhfkernels import METHODS, Case, Observer, build_step, phase_work
-from rlhfkernels.methods.table import update_phase
-from rlhfkernels.training.step import PPOStep
+from rlhfkernels.training.step import TrainingStep
 from rlhfkernels.training.work import Work
 
 
@@ -27,29 +26,30 @@ class FlopObserver(Observer):
         self.flops[name] = self.flops.get(name, 0) + self.mode.get_total_flops()
 
 
-def attention_surplus(step: PPOStep, phase: str) -> int:
+def attention_surplus(step: TrainingStep, phase: str) -> int:
     """What eager attention computes beyond the causal half that ``phase_work`` counts."""
     case, config = step.case, step.engine.models[step.engine.method.bases[0]].trunk.config
     channels = (
         config.num_hidden_layers * config.num_attention_heads * (config.hidden_size // config.num_attention_heads)
     )
-    full = 4 * channels * case.batch_size * case.seq_len**2
+    num_sequences = case.batch_size * case.sequences_per_row
+    full = 4 * channels * num_sequences * case.seq_len**2
     if phase == "generate":
         p, seen = case.prompt_len, case.seq_len - 1
-        done = 4 * channels * case.batch_size * (p * p + sum(range(p + 1, seen + 1)))
-        return done - 2 * channels * case.batch_size * seen**2
+        done = 4 * channels * num_sequences * (p * p + sum(range(p + 1, seen + 1)))
+        return done - 2 * channels * num_sequences * seen**2
     if phase == "score":
         return len(step.engine.method.score_passes) * full // 2
     return 3 * full // 2
 
 
-def unread_surplus(step: PPOStep, phase: str) -> int:
-    """What the plain engine's last layer computes for positions that no head reads: 8 of them in each of 4 rows.
+def unread_surplus(step: TrainingStep, phase: str) -> int:
+    """FLOPs of the plain engine's last layer at positions that no head reads: 8 in each sequence of 4 data rows.
 
     Llama of hidden 32 with 4 query and 2 key-value heads of 8 and 64 between: query and output 32x32, three of 64x32.
     Its adapters of rank 3 are on all seven: on 32 to 32 (twice), 32 to 16 (twice), and 32 to 64 (three times).
     """
-    rows, weights, adapter = 8 * 4, 2 * 32 * 32 + 3 * 64 * 32, 3 * (2 * 64 + 2 * 48 + 3 * 96)
+    rows, weights, adapter = 8 * 4 * step.sequences_per_row, 2 * 32 * 32 + 3 * 64 * 32, 3 * (2 * 64 + 2 * 48 + 3 * 96)
     attention = 2 * 32 * 8
     method = step.engine.method
 
@@ -58,12 +58,12 @@ def unread_surplus(step: PPOStep, phase: str) -> int:
         return rows * (2 * (base_products * weights + low_rank) + adapter_products * attention)
 
     if phase == "generate":
-        return once(method.roles["actor"].adapter is not None, 1, 1)
+        return once(method.roles[method.generate.role].adapter is not None, 1, 1)
     if phase == "score":
-        return sum(once(p.adapter is not None, 1, 1) for p in method.score_passes)
-    (p,) = [p for p in method.update_passes if update_phase(p) == phase]
+        return sum(once(p.weights.adapter is not None, 1, 1) for p in method.score_passes)
+    (p,) = next(found.passes for found in method.phases if found.name == phase)
     trains_base = any("base" in method.roles[name].trains for name in p.roles)
-    return once(p.adapter is not None, 3 if trains_base else 2, 3)
+    return once(p.weights.adapter is not None, 3 if trains_base else 2, 3)
 
 
 @pytest.mark.parametrize("method", METHODS)

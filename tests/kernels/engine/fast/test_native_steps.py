@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlhfkernels import Case, Observer, build_step
+from rlhfkernels import Batch, Case, Observer, TrainingStep, build_step
 from rlhfkernels.engine.engine import Engine
 from rlhfkernels.engine.fast.native_steps import NativeSteps
 from rlhfkernels.engine.fast.torch_steps import TorchSteps
@@ -18,6 +18,7 @@ from rlhfkernels.ops.native import build
 
 pytestmark = pytest.mark.usefixtures("library")
 
+Generated = Callable[[TrainingStep], Batch]
 COVERED = ["llama", "mistral", "opt", "gpt_neox", "gpt2", "qwen2"]
 NEAR = {"rtol": 1e-5, "atol": 1e-5}
 PROMPT, WHOLE = 5, 14
@@ -66,8 +67,12 @@ def test_every_step_equals_torchs_and_the_plain_paths(
     num_padding: list[int] | None,
 ) -> None:
     found = []
-    for options in ({"kernels": "native"}, {"kernels": "torch"}, {"kernels": "torch", "engine": "plain"}):
-        size = {"architecture": architecture, "batch_size": batch_size, "lora_scaling": 0.7}
+    for options in (
+        {"engine__backend": "native"},
+        {"engine__backend": "torch"},
+        {"engine__backend": "torch", "engine__trunk": "plain"},
+    ):
+        size = {"architecture": architecture, "batch_size": batch_size, "lora__alpha": 2.1}
         engine = Engine(make_case(dtype="float32", **size, **options))
         shake(engine)
         found.append(decoded(engine, adapter, batch_size, num_padding))
@@ -80,17 +85,21 @@ def test_every_step_equals_torchs_and_the_plain_paths(
 @pytest.mark.parametrize("stop_token", [None, 7])
 @pytest.mark.parametrize("architecture", COVERED)
 def test_the_same_seed_samples_the_same_tokens(
-    make_case: Callable[..., Case], forms: list[type], architecture: str, stop_token: int | None
+    make_case: Callable[..., Case],
+    generated: Generated,
+    forms: list[type],
+    architecture: str,
+    stop_token: int | None,
 ) -> None:
     rollouts = []
     for kernels in ("native", "torch"):
         case = make_case(
             architecture=architecture, dtype="float32", engine__backend=kernels, rollout__stop_token_id=stop_token
         )
-        rollouts.append(build_step(case).generate(Observer()))
+        rollouts.append(generated(build_step(case)))
     assert forms == [NativeSteps, TorchSteps]
     assert torch.equal(rollouts[0].tokens, rollouts[1].tokens)
-    torch.testing.assert_close(rollouts[0].logprobs, rollouts[1].logprobs, **NEAR)
+    torch.testing.assert_close(rollouts[0]["old_logprobs"], rollouts[1]["old_logprobs"], **NEAR)
 
 
 def test_a_later_generation_reads_the_weights_of_its_time(
@@ -122,19 +131,23 @@ def test_more_positions_than_a_cache_has_are_refused(make_case: Callable[..., Ca
         ({"batch_size": 65}, TorchSteps),
         ({"dtype": "float64"}, TorchSteps),
         ({"dtype": "bfloat16"}, TorchSteps),
-        ({"adapter_dtype": "float64"}, TorchSteps),
-        ({"adapter_dtype": "bfloat16"}, TorchSteps),
-        ({"kernels": "torch"}, TorchSteps),
+        ({"lora__dtype": "float64"}, TorchSteps),
+        ({"lora__dtype": "bfloat16"}, TorchSteps),
+        ({"engine__backend": "torch"}, TorchSteps),
     ],
     ids=str,
 )
 def test_what_the_c_does_not_cover_takes_torchs_form(
-    make_case: Callable[..., Case], forms: list[type], changes: dict[str, object], form: type
+    make_case: Callable[..., Case],
+    generated: Generated,
+    forms: list[type],
+    changes: dict[str, object],
+    form: type,
 ) -> None:
     case = make_case(**({"dtype": "float32"} | changes))
-    rollout = build_step(case).generate(Observer())
+    rollout = generated(build_step(case))
     assert forms == [form]
-    assert rollout.logprobs.isfinite().all()
+    assert rollout["old_logprobs"].isfinite().all()
 
 
 def test_an_activation_that_the_c_does_not_know(
@@ -149,11 +162,14 @@ def test_an_activation_that_the_c_does_not_know(
 
 
 def test_without_a_compiler_the_steps_are_torchs(
-    make_case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch, forms: list[type]
+    make_case: Callable[..., Case],
+    generated: Generated,
+    monkeypatch: pytest.MonkeyPatch,
+    forms: list[type],
 ) -> None:
     monkeypatch.setattr(build, "why_not", lambda: "no cc is installed")
     monkeypatch.setattr(build, "library", lambda: pytest.fail("there is none"))
-    build_step(make_case(dtype="float32")).generate(Observer())
+    generated(build_step(make_case(dtype="float32")))
     assert forms == [TorchSteps]
 
 

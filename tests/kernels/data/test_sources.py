@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlhfkernels import Case, ModelError, build_step
-from rlhfkernels.data.rollout import PromptSource
+from rlhfkernels.data.sources import PromptSource
 
 
 def write_prompts(path: Path, prompts: list[object]) -> str:
@@ -21,7 +21,6 @@ def test_prompts_are_padded_on_the_left_and_truncated_from_the_left(
 ) -> None:
     file = write_prompts(tmp_path / "p.jsonl", ["abcdefgh", "xy", "12345"])
     source = PromptSource(make_case(batch_size=2, data__prompts=file), 256, None)
-    assert source.padded
     assert source.num_truncated == 1
     tokens, mask = source.next_batch(None)
     assert tokens.tolist() == [list(b"defgh"), [0, 0, 0, *b"xy"]]
@@ -29,12 +28,12 @@ def test_prompts_are_padded_on_the_left_and_truncated_from_the_left(
     assert mask.tolist() == [[1] * 5, [0, 0, 0, 1, 1]]
     tokens, _ = source.next_batch(None)
     assert tokens.tolist() == [list(b"12345"), list(b"defgh")]
-    assert source.summary() == {"source": file, "num_prompts": 3, "num_truncated": 1}
+    assert source.summary() == {"source": file, "num_prompts": 3, "num_truncated": 1, "num_dropped": 0}
 
 
 def test_prompts_that_all_fit_exactly_need_no_mask(make_case: Callable[..., Case], tmp_path: Path) -> None:
     source = PromptSource(make_case(data__prompts=write_prompts(tmp_path / "p.jsonl", ["abcde", "fghij"])), 256, None)
-    assert source.next_batch(None)[1] is None
+    assert source.next_batch(None).mask is None
 
 
 def test_messages_are_joined_where_there_is_no_template(make_case: Callable[..., Case], tmp_path: Path) -> None:
@@ -75,4 +74,4 @@ def test_a_step_runs_on_prompts_from_a_file(tmp_path: Path) -> None:
     for _ in range(2):
         stats = step.run()
         stats.check_finite()
-    assert step.num_prompts_truncated == 1
+    assert step.data_summary()["num_truncated"] == 1

@@ -1,0 +1,157 @@
+"""DPO against a float64 loop over pairs, and the identities that it must fulfil."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhfkernels import Case, Options, TrainingStep, build_step
+from rlhfkernels.algorithms.dpo import dpo_loss
+
+ROWS = [("ab", "cdef", "gh"), ("a", "b", "cdefgh"), ("abcdefgh", "cd", "ef"), ("xyz", "uvwxyz12", "q")]
+
+
+def sums(seed: int = 0, num_pairs: int = 5) -> list[torch.Tensor]:
+    torch.manual_seed(seed)
+    return [torch.randn(num_pairs, dtype=torch.float64, requires_grad=i < 2) for i in range(4)]
+
+
+def test_the_loss_and_its_gradient_by_a_loop() -> None:
+    chosen, rejected, reference_chosen, reference_rejected = sums()
+    loss = dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta=0.3, num_pairs=7)
+    loss.backward()
+    expected = 0.0
+    rows = zip(*(t.tolist() for t in (chosen, rejected, reference_chosen, reference_rejected)), strict=True)
+    for i, (won, lost, ref_won, ref_lost) in enumerate(rows):
+        z = 0.3 * ((won - ref_won) - (lost - ref_lost))
+        expected += math.log(1 + math.exp(-z)) / 7
+        assert float(chosen.grad[i]) == pytest.approx(-0.3 / (1 + math.exp(z)) / 7, rel=1e-12)
+        assert float(rejected.grad[i]) == pytest.approx(0.3 / (1 + math.exp(z)) / 7, rel=1e-12)
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-12)
+
+
+def test_swapping_the_pair_changes_the_loss_by_the_margin() -> None:
+    """L(w, l) − L(l, w) = −β (Δ_w − Δ_l)."""
+    won, lost, ref_won, ref_lost = (t.detach() for t in sums())
+    there = dpo_loss(won, lost, ref_won, ref_lost, beta=0.4, num_pairs=5)
+    back = dpo_loss(lost, won, ref_lost, ref_won, beta=0.4, num_pairs=5)
+    torch.testing.assert_close(there - back, -0.4 * ((won - ref_won) - (lost - ref_lost)).mean())
+
+
+def test_a_constant_on_both_references_changes_nothing() -> None:
+    won, lost, ref_won, ref_lost = (t.detach() for t in sums())
+    shifted = dpo_loss(won, lost, ref_won + 3.5, ref_lost + 3.5, beta=0.4, num_pairs=5)
+    torch.testing.assert_close(shifted, dpo_loss(won, lost, ref_won, ref_lost, beta=0.4, num_pairs=5))
+
+
+def test_it_is_bradley_terry_with_the_implicit_rewards() -> None:
+    """−log σ(r_w − r_l) with r = β Δ (Aligning LLMs without RL, equation 7)."""
+    won, lost, ref_won, ref_lost = (t.detach() for t in sums())
+    rewards = [0.4 * (won - ref_won), 0.4 * (lost - ref_lost)]
+    bradley_terry = -torch.log(torch.sigmoid(rewards[0] - rewards[1])).mean()
+    torch.testing.assert_close(dpo_loss(won, lost, ref_won, ref_lost, beta=0.4, num_pairs=5), bradley_terry)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": p, "chosen": won, "rejected": lost} for p, won, lost in [*ROWS, ("same", "same", "same")]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def tiny(method: str, file: str, **options: object) -> TrainingStep:
+    case = Case(
+        method=method,
+        model="tiny",
+        prompt_len=5,
+        completion_len=6,
+        batch_size=4,
+        dtype="float64",
+        options=Options.of({"data.pairs": file, "lora.r": 2, **options}),
+    )
+    return build_step(case)
+
+
+def gradients(step: TrainingStep) -> list[torch.Tensor]:
+    step.optimizers = {}
+    step.run()
+    return [p.grad for p in step.trained_parameters()]
+
+
+def test_a_pair_is_two_sequences_with_one_prompt_and_equal_ones_are_dropped(file: str) -> None:
+    step = tiny("dpo-lora", file)
+    batch, _ = step.infer()
+    assert (batch.num_rows, batch.num_sequences) == (4, 8)
+    assert torch.equal(batch.tokens[::2, :5], batch.tokens[1::2, :5])
+    assert batch.completions[:2].tolist() == [[*b"cdef", 0, 0], [*b"gh", 0, 0, 0, 0]]
+    assert batch.mask.sum(1).tolist() == [4, 2, 1, 6, 2, 2, 6, 1]
+    assert step.data_summary() == {"source": file, "num_prompts": 4, "num_truncated": 2, "num_dropped": 1}
+
+
+@pytest.mark.parametrize("method", ["dpo", "dpo-lora"])
+def test_at_step_0_the_loss_is_ln_2_and_the_gradient_half_beta_of_the_difference(file: str, method: str) -> None:
+    """L = ln 2, ∇L = −(β/2) Σ (∇ℓ_w − ∇ℓ_l) / b."""
+    step = tiny(method, file, **{"dpo.beta": 0.5})
+    batch, _ = step.infer()
+    role = step.method.roles["policy"]
+    hidden = step.engine.hidden(role.weights, batch.tokens, batch.attention_mask, start=4, train=True)
+    logprobs, _ = step.engine.logprobs("policy", hidden, batch.completions)
+    chosen, rejected = (logprobs * batch.mask).sum(1).view(-1, 2).unbind(1)
+    (-0.25 * (chosen - rejected).mean()).backward()
+    expected = [p.grad for p in step.trained_parameters()]
+    other = tiny(method, file, **{"dpo.beta": 0.5})
+    for found, by_hand in zip(gradients(other), expected, strict=True):
+        # The reference's column is float32: its rounding is all that is left of the margin.
+        assert (found - by_hand).norm() <= 1e-5 * by_hand.norm()
+    stats = tiny(method, file).run()
+    assert float(stats["policy_loss"]) == pytest.approx(math.log(2), abs=1e-6)
+    assert abs(float(stats["margin"])) < 1e-5
+
+
+def test_the_reference_reads_what_the_policy_reads_at_step_0(file: str) -> None:
+    for method in ("dpo", "dpo-lora"):
+        step = tiny(method, file)
+        batch, stats = step.infer()
+        step.optimizers = {}
+        step.update(batch, stats=stats)
+        reference = batch["reference_logprobs"].view(-1, 2).mean(0)
+        assert float(stats["chosen_logprob"]) == pytest.approx(float(reference[0]), rel=1e-6)
+        assert float(stats["rejected_logprob"]) == pytest.approx(float(reference[1]), rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["dpo", "dpo-lora"])
+def test_micro_batches_change_no_gradient(file: str, method: str) -> None:
+    whole = gradients(tiny(method, file))
+    parts = gradients(tiny(method, file, **{"engine.micro_batch_size": 1}))
+    for a, b in zip(parts, whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-9)
+
+
+def test_the_layouts_give_one_loss_at_equal_weights(file: str) -> None:
+    """LoRA and whole models read the same pairs; at step 0 their references and policies are equal."""
+    found = []
+    for method in ("dpo", "dpo-lora"):
+        batch, _ = tiny(method, file).infer()
+        found.append(batch["reference_logprobs"])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["dpo", "dpo-lora"])
+def test_the_loss_falls_and_the_pairs_are_ranked_on_memorised_rows(file: str, method: str) -> None:
+    step = tiny(method, file, **{"optimizer.learning_rate": 1e-3, "lora.r": 8})
+    stats = [step.run() for _ in range(12)]
+    assert float(stats[-1]["policy_loss"]) < 0.5 * float(stats[0]["policy_loss"])
+    assert float(stats[-1]["accuracy"]) == 1.0
+
+
+def test_random_pairs_share_their_prompts(make_case: Callable[..., Case]) -> None:
+    batch, _ = build_step(make_case("dpo-lora")).infer()
+    assert batch.tokens.shape == (8, 11)
+    assert torch.equal(batch.tokens[::2, :5], batch.tokens[1::2, :5])
+    assert not torch.equal(batch.completions[::2], batch.completions[1::2])
