@@ -88,7 +88,7 @@ class GainTable(ReportTable):
 
 
 def has_gain(frame: pd.DataFrame, baseline: str = BASELINE) -> bool:
-    """Whether the baseline was measured, and a method of its family at two batch sizes of the same case."""
+    """True if the baseline was measured, and a method of its family at two batch sizes of the same case."""
     return any(True for _ in _pairs(frame, baseline))
 
 

@@ -52,7 +52,7 @@ class Comparison:
 
 
 def has_predictions(frame: pd.DataFrame) -> bool:
-    """Whether any row of ``frame`` was planned."""
+    """True if any row of ``frame`` was planned."""
     return bool((frame["predicted_total_bytes"].notna() | frame["plan_error"].notna()).any())
 
 

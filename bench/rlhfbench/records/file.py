@@ -43,6 +43,8 @@ def make_record(
     assert outcome in OUTCOMES
     empty = empty_record()
     known = {name: value for name, value in measured.items() if name in empty and value is not None}
+    if "latency" in known:
+        known["latency"] = {"sequences_per_sample": case.sequences_per_row, **known["latency"]}
     about = {"outcome": outcome, "error": error, "plan": plan, "started_at": started_at, "wall_s": wall_s}
     return {"schema": SCHEMA, "case": case.to_dict(), **filled(empty, {**known, **about})}
 

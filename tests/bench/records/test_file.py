@@ -1,11 +1,14 @@
+import dataclasses
 import json
 import math
 import resource
 
+import pandas as pd
 import pytest
 
 from rlhfbench.errors import RecordsError, RunFolderError
 from rlhfbench.records.file import RecordsFile, make_plan, make_record, read_records
+from rlhfbench.records.frame import records_frame
 from rlhfkernels.config.case import Case
 
 CASE = Case(method="hydra", model="tiny", prompt_len=4, completion_len=4, batch_size=1)
@@ -69,6 +72,17 @@ def test_measured_values_are_kept_and_missing_keys_filled():
     assert made["prompts"] == {"num_prompts": 2}
     assert made["stats"] == {"policy_loss": 0.5}
     assert "timeline" not in made
+
+
+@pytest.mark.parametrize(("method", "num_sequences"), [("hydra", 1), ("sft", 1), ("dpo", 2), ("best-of-n", 4)])
+def test_a_measured_record_has_the_sequences_of_a_sample(method, num_sequences):
+    case = dataclasses.replace(CASE, method=method)
+    measured = {"latency": {"total_s_per_sample": 1.0}}
+    made = make_record(case, outcome="ok", error=None, measured=measured, started_at="", wall_s=1.0)
+    assert made["latency"]["sequences_per_sample"] == num_sequences
+    row = records_frame([made]).iloc[0]
+    assert (row["sequences_per_sample"], row["total_s_per_sequence"]) == (num_sequences, 1 / num_sequences)
+    assert pd.isna(row["update_s_per_sequence"])
 
 
 def test_records_do_not_share_their_empty_objects():

@@ -157,6 +157,7 @@ def test_methods_have_the_title_and_order_of_the_method_table():
     frame = records_frame([{**RECORD, "case": case.to_dict()} for case in cases])
     assert frame["method_title"].tolist() == [method.title for method in METHODS.values()]
     assert frame["method_order"].tolist() == list(range(len(METHODS)))
+    assert frame["family"].tolist() == [method.family for method in METHODS.values()]
 
 
 def with_options(**options):
