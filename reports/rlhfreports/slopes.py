@@ -149,6 +149,7 @@ class SlopeTable(ReportTable):
 
     Attributes:
         axes: the axes on which the cases of different lines differ.
+        methods: the methods in the order of reports.
 
     The columns of ``frame`` are those of ``slopes.csv``: the method and its axes, ``quantity``, the size it is fitted
     ``against``, the sizes that are ``held``, ``num_points``, the ``smallest`` and ``largest`` size, ``slope``, and from
@@ -156,11 +157,13 @@ class SlopeTable(ReportTable):
     """
 
     axes: tuple[str, ...]
+    methods: tuple[str, ...]
 
     def rich(self) -> RenderableType:
         """One row per method for a terminal: of each kind the line with the most points, of those the largest."""
         kinds = self.frame[["quantity", "against"]].drop_duplicates().itertuples(index=False, name=None)
         groups = [rows for _, rows in self.frame.groupby(["method", *self.axes], sort=False, dropna=False)]
+        groups.sort(key=lambda rows: self.methods.index(rows["method"].iloc[0]))
         columns = {
             "method": [str(rows["method_title"].iloc[0]) for rows in groups],
             **{axis.replace("_", " "): [text(rows[axis].iloc[0]) for rows in groups] for axis in self.axes},
@@ -222,6 +225,7 @@ def slope_table(frame: pd.DataFrame) -> SlopeTable:
         explanation=EXPLANATION,
         frame=found,
         axes=axes,
+        methods=tuple(methods_in_order(frame)["method"]),
     )
 
 

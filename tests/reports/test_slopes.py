@@ -137,6 +137,20 @@ def test_the_terminal_has_one_row_per_method_and_setting(make_frame):
     assert max(map(len, text.splitlines())) <= 80
 
 
+def test_the_terminal_keeps_the_order_of_methods(make_frame, other_shapes):
+    order = {"sft": 5, "dpo": 6, "best-of-n": 7}
+    rows = [
+        {**power(*pair, 1), **shape, "method_order": order[shape["method"]]} for pair in PAIRS for shape in other_shapes
+    ]
+    for row in rows:
+        if row["method"] != "best-of-n":
+            row["generate_phase_median_s"] = None
+    console = Console(width=120, file=io.StringIO(), record=True)
+    console.print(slope_table(make_frame(*rows)).rich())
+    first_words = [line.split()[0] for line in console.export_text().splitlines() if line.strip()]
+    assert [word for word in first_words if word in order] == ["sft", "dpo", "best-of-n"]
+
+
 def test_held_sizes_that_differ_stand_in_the_cells(make_frame):
     rows = [power(*pair, 1, method="lora") for pair in PAIRS] + [power(*pair, 2) for pair in PAIRS]
     console = Console(width=200, file=io.StringIO(), record=True)
