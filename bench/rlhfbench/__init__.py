@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlhfbench.cases.sweep import Sweep
     from rlhfbench.errors import ForkServerError, RecordsError, RlhfBenchError, RunFolderError, SweepError
+    from rlhfbench.measure.ledger import Ledger
     from rlhfbench.records.file import read_records
     from rlhfbench.records.frame import records_frame
     from rlhfbench.runs.runner import RunSettings, run_sweep
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ForkServerError",
+    "Ledger",
     "RecordsError",
     "RlhfBenchError",
     "RunFolderError",
@@ -30,6 +32,7 @@ __all__ = [
 
 _ROOMS = {
     "ForkServerError": "errors",
+    "Ledger": "measure.ledger",
     "RecordsError": "errors",
     "RlhfBenchError": "errors",
     "RunFolderError": "errors",

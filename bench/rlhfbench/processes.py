@@ -1,6 +1,6 @@
-"""One function for several inputs, on as many processes as there are cores: for what computes in Python alone.
+"""Parallel map over processes, for work that is bound by Python.
 
-Unlike a case that is measured, nothing here needs a process of its own: the standard library's pool does.
+Measured cases need a fresh process each and run in the fork server instead.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from rlhfbench.runs.forkserver_process import die_with_parent
 Input = TypeVar("Input")
 Output = TypeVar("Output")
 
-_MOST_PROCESSES = 8  # half a gigabyte each
+_MAX_PROCESSES = 8  # each takes about half a gigabyte once torch is imported
 
 
 def map_parallel(
     function: Callable[[Input], Output], inputs: Sequence[Input], *, preload: Sequence[str]
 ) -> list[Output]:
-    """``function`` of each of ``inputs``, in their order.
+    """Returns ``function`` of each input, in order.
 
     Args:
-        function: can be pickled, as can what it takes, returns and raises.
-        inputs: what it is called with; one is handled here.
-        preload: modules that are imported once for all processes.
+        function: Picklable, like its argument, its result and its exceptions.
+        inputs: One argument per call. A single input is computed in this process.
+        preload: Modules that the fork server imports once for all processes.
 
     Raises:
-        ForkServerError: a process died.
+        ForkServerError: A process died.
     """
-    num_processes = min(len(inputs), _num_cores(), _MOST_PROCESSES)
+    num_processes = min(len(inputs), _num_cores(), _MAX_PROCESSES)
     if num_processes <= 1:
         return [function(item) for item in inputs]
     context = multiprocessing.get_context("forkserver")
@@ -44,15 +44,15 @@ def map_parallel(
         try:
             return list(pool.map(function, inputs))
         except BrokenProcessPool as error:
-            raise ForkServerError("a process that shared the work was killed: is the machine's memory out?") from error
+            raise ForkServerError("a worker process was killed: the machine may be out of memory.") from error
 
 
 def _num_cores() -> int:
-    """The cores that this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _start() -> None:
-    """Ctrl-C ends a worker without a word, and so does the end of whoever wanted its results."""
+    """Lets Ctrl-C end a worker without a traceback, and the parent's death end it too."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     die_with_parent(os.getppid(), signal.SIGKILL)

@@ -1,8 +1,8 @@
-"""``pytest --benchmark``: the cases of a sweep as pytest-benchmark tests, timed by the step's own clock.
+"""``pytest --benchmark``: the cases of a sweep as pytest-benchmark tests.
 
-pytest loads this in every repository where the package is installed, so it imports nothing until ``--benchmark`` asks.
-A case is measured as ``rlhfbench run`` measures it, in a forked worker. The seconds of each of its steps are then
-played back to pytest-benchmark through a clock that only they move, so that its statistics are exactly the step's.
+pytest loads this module in every repository where the package is installed, so heavy imports wait for ``--benchmark``.
+A case is measured as ``rlhfbench run`` measures it, in a forked process. The seconds of each timed step are then
+replayed to pytest-benchmark through a timer, so that its statistics are exactly those of the steps.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from rlhfbench.cases.sweep import Sweep
     from rlhfkernels.config.case import Case
 
-# What is measured where no sweep is given: every method once, in seconds.
+# The default sweep: every PPO method once, in seconds.
 SMALL_GRID = {"models": ["tiny"], "seq_lens": [32], "batch_sizes": [2]}
 NODE_NAME = "rlhfbench"
 DEFAULT_TIME_BUDGET_S = 2.0
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Adds ``--benchmark`` and what belongs to it."""
+    """Adds ``--benchmark`` and its options."""
     group = parser.getgroup("rlhfbench", "benchmarks of training steps")
     group.addoption(
         "--benchmark",
@@ -41,7 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--benchmark-sweep",
         metavar="FILE",
         dest="rlhfbench_sweep",
-        help="With --benchmark: the TOML file of the sweep. Default: every method, tiny model, 32 tokens, batch 2.",
+        help="With --benchmark: the TOML file of the sweep. Default: every PPO method, tiny model, 32 tokens, batch 2.",
     )
     group.addoption(
         "--benchmark-time-budget-s",
@@ -49,7 +49,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=_positive_seconds,
         default=DEFAULT_TIME_BUDGET_S,
         dest="rlhfbench_time_budget_s",
-        help="With --benchmark: the most seconds for timing the steps of a case. Default: %(default)s.",
+        help="With --benchmark: seconds for timing the steps of a case. Default: %(default)s.",
     )
 
 
@@ -64,7 +64,7 @@ def _positive_seconds(text: str) -> float:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Reads the sweep, so that what is wrong with it is said before anything runs."""
+    """Reads and checks the sweep, so that its problems are reported before anything runs."""
     if not config.getoption("rlhfbench"):
         return
     if not config.pluginmanager.hasplugin("benchmark"):
@@ -77,24 +77,24 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class _Benchmarks:
-    """The part of the plugin that is there only with ``--benchmark``."""
+    """Hooks that are registered only with ``--benchmark``."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._sweep = _load_sweep(config.getoption("rlhfbench_sweep"))
         self._measurer = Measurer(self._sweep, config.getoption("rlhfbench_time_budget_s"))
 
-    # First, so that selecting, reordering and counting see these tests as any other.
+    # First, so that -k, reordering and counting apply to these tests too.
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, session: pytest.Session, items: list[pytest.Item]) -> None:
-        """Adds one test per case to what was collected."""
-        # The path exists nowhere: it makes node ids that are the same on every machine, so that saved runs compare.
+        """Adds one test per case to the collected ones."""
+        # A path that does not exist gives the same node ids on every machine, so that saved runs can be compared.
         module = _SweepModule.from_parent(session, path=session.config.rootpath / NODE_NAME)
         module.obj = sys.modules[__name__]
         module.cases, module.measurer = self._sweep.cases, self._measurer
         items.extend(session.genitems(module))
 
     def pytest_unconfigure(self) -> None:
-        """Ends the process that cases are forked from."""
+        """Ends the fork server."""
         self._measurer.close()
 
 
@@ -112,7 +112,7 @@ def _load_sweep(path: str | None) -> Sweep:
 
 
 class Measurer:
-    """Measures cases as a run does, each in a process of its own; what they are forked from starts with the first."""
+    """Measures cases as ``rlhfbench run`` does, each in its own process. The fork server starts with the first."""
 
     def __init__(self, sweep: Sweep, time_budget_s: float) -> None:
         self._sweep, self._time_budget_s = sweep, time_budget_s
@@ -120,10 +120,10 @@ class Measurer:
         self._run: Callable[[Case], dict[str, Any]] | None = None
 
     def measure(self, case: Case) -> dict[str, Any]:
-        """The record of ``case``.
+        """Measures ``case`` and returns its record.
 
         Raises:
-            RlhfBenchError: the process that cases are forked from does not start, or the disk is full.
+            RlhfBenchError: The fork server does not start, or the disk is full.
         """
         if self._run is None:
             self._run = self._open()
@@ -148,12 +148,12 @@ class Measurer:
         return run
 
     def close(self) -> None:
-        """Ends the fork server and removes what it wrote."""
+        """Ends the fork server and removes its files."""
         self._opened.close()
 
 
 class _Silent:
-    """A run's progress that says nothing: pytest shows how it goes."""
+    """Progress of a run that prints nothing: pytest prints its own."""
 
     def _ignore(self, *args: object, **kwargs: object) -> None: ...
 
@@ -161,18 +161,18 @@ class _Silent:
 
 
 class _SweepModule(pytest.Module):
-    """The node above the tests of a sweep. A module, as fixtures of module scope need one."""
+    """Parent node of a sweep's tests. It is a module because module-scoped fixtures need one."""
 
     cases: Sequence[Case]
     measurer: Measurer
 
     def collect(self) -> Iterator[pytest.Item]:
-        """One test per case, in the sweep's order."""
+        """Yields one test per case, in the sweep's order."""
         for case in self.cases:
-            clock = StepClock()
-            item = _CaseTest.from_parent(self, name=case_name(case), callobj=_make_test(case, clock, self.measurer))
-            item.add_marker(pytest.mark.benchmark(timer=clock.step_seconds, group=group_name(case)))
-            # A case that failed has nothing to play back; its failure says so.
+            timer = ReplayTimer()
+            item = _CaseTest.from_parent(self, name=case_name(case), callobj=_make_test(case, timer, self.measurer))
+            item.add_marker(pytest.mark.benchmark(timer=timer.step_seconds, group=group_name(case)))
+            # A failed case replays nothing; without this filter pytest-benchmark would warn beside the failure.
             item.add_marker(pytest.mark.filterwarnings("ignore:Benchmark fixture was not used at all"))
             yield item
 
@@ -181,15 +181,15 @@ class _CaseTest(pytest.Function):
     """The test of one case."""
 
     def reportinfo(self) -> tuple[Path, int, str]:
-        """Where the test stands: nowhere on this machine's disk."""
+        """Returns the location to report: no file on this machine's disk."""
         return self.path, 0, self.name
 
 
-class StepClock:
-    """A clock that stands still until it is told how long a step took.
+class ReplayTimer:
+    """Timer for pytest-benchmark that replays measured seconds.
 
-    pytest-benchmark reads it before and after a call of ``step``; it starts each round at 0, so that the difference is
-    the step's seconds to the last bit.
+    pytest-benchmark reads it before and after each call of ``step``. Each round starts at 0, so that the difference is
+    the sample to the last bit.
     """
 
     def __init__(self) -> None:
@@ -197,23 +197,23 @@ class StepClock:
         self._samples_s: Iterator[float] = iter(())
 
     def load(self, samples_s: Sequence[float]) -> None:
-        """What the next calls of ``step`` take."""
+        """Sets the seconds that the next calls of ``step`` take."""
         self._samples_s = iter(samples_s)
 
     def step_seconds(self) -> float:
-        """Seconds since the round began."""
+        """Returns seconds since the round began."""
         return self._now_s
 
     def rewind(self) -> None:
-        """Begins a round."""
+        """Begins a round at 0 s."""
         self._now_s = 0.0
 
     def step(self) -> None:
-        """Takes the next sample's seconds; none at all after the last."""
+        """Advances by the next sample; by nothing after the last."""
         self._now_s += next(self._samples_s, 0.0)
 
 
-def _make_test(case: Case, clock: StepClock, measurer: Measurer) -> Callable[[Any], None]:
+def _make_test(case: Case, timer: ReplayTimer, measurer: Measurer) -> Callable[[Any], None]:
     from rlhfbench.errors import RlhfBenchError
 
     def test_step(benchmark: Any) -> None:
@@ -226,33 +226,33 @@ def _make_test(case: Case, clock: StepClock, measurer: Measurer) -> Callable[[An
         benchmark.extra_info.update(extra_info(record))
         _raise_unless_ok(record)
         samples_s = step_samples_s(record)
-        clock.load(samples_s)
-        benchmark.pedantic(clock.step, setup=clock.rewind, rounds=len(samples_s), iterations=1, warmup_rounds=0)
+        timer.load(samples_s)
+        benchmark.pedantic(timer.step, setup=timer.rewind, rounds=len(samples_s), iterations=1, warmup_rounds=0)
 
     return test_step
 
 
 def _raise_unless_ok(record: dict[str, Any]) -> None:
-    """A case that does not fit the machine is a skipped test, any other that gave no numbers a failed one."""
+    """Skips the test if the case does not fit the machine, and fails it for any other outcome but ``ok``."""
     outcome = record["outcome"]
     if outcome == "ok":
         return
     error = record["error"] or {}
     where = f" in {error['phase']}" if error.get("phase") else ""
-    sentence = f"{outcome}{where}: {error.get('message') or 'it said nothing.'}"
+    sentence = f"{outcome}{where}: {error.get('message') or 'no message.'}"
     if outcome in ("oom", "skipped"):
         pytest.skip(sentence)
     pytest.fail(sentence, pytrace=False)
 
 
 def step_samples_s(record: dict[str, Any]) -> list[float]:
-    """Seconds of each timed step of a record: the sum of its phases."""
+    """Returns the seconds of each timed step of ``record``: the sum of its phases."""
     phases = record["latency"]["phases"].values()
     return [math.fsum(step) for step in zip(*(phase["samples_s"] for phase in phases), strict=True)]
 
 
 def extra_info(record: dict[str, Any]) -> dict[str, Any]:
-    """What stands beside the times in pytest-benchmark's JSON: the record's case, outcome, memory and latencies."""
+    """Returns the ``extra_info`` of pytest-benchmark's JSON: the record's case, outcome, memory and latencies."""
     latency = dict(record["latency"] or {})
     phases = latency.pop("phases", None) or {}
     latency["phases"] = {name: {"median_s": phase["median_s"]} for name, phase in phases.items()}
@@ -266,7 +266,10 @@ def extra_info(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def case_name(case: Case) -> str:
-    """The test's name: ``hydra[tiny-16+16-batch2-cpu-float32]``, and the case's id where that does not say it all."""
+    """Returns the test's name, such as ``hydra[tiny-16+16-batch2-cpu-float32]``.
+
+    The case's id is appended if the name does not determine the case.
+    """
     from rlhfkernels.config.case import Case
 
     model = Path(case.model).name
@@ -285,6 +288,6 @@ def case_name(case: Case) -> str:
 
 
 def group_name(case: Case) -> str:
-    """The group in which pytest-benchmark compares a case: the methods at one size on one device."""
+    """Returns the group in which pytest-benchmark compares methods: one size on one device."""
     where = f"{Path(case.model).name} {case.device} {case.dtype}"
     return f"{where}: {case.seq_len} tokens, batch {case.batch_size}"

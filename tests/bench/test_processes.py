@@ -28,7 +28,7 @@ def _two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "_num_cores", lambda: 2)
 
 
-def test_the_results_are_in_the_order_of_the_inputs_and_made_elsewhere() -> None:
+def test_results_come_from_other_processes_in_the_order_of_the_inputs() -> None:
     results = map_parallel(pid_and_square, [3, 1, 2], preload=[])
     assert [square for _, square in results] == [9, 1, 4]
     assert os.getpid() not in {pid for pid, _ in results}
@@ -48,6 +48,6 @@ def test_a_users_mistake_comes_back_with_its_problems(number: int, kind: type[Ca
     assert caught.value.problems == (f"number is {number}.", "it must be none.")
 
 
-def test_a_process_that_dies_is_an_error_and_no_wait() -> None:
+def test_a_process_that_dies_is_an_error() -> None:
     with pytest.raises(ForkServerError, match="was killed"):
         map_parallel(die, [1, 2], preload=[])

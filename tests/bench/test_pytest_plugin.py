@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -12,12 +13,12 @@ import pytest
 
 from rlhfbench import pytest_plugin
 from rlhfbench.cases.sweep import Sweep
-from rlhfbench.pytest_plugin import Measurer, StepClock, case_name, group_name, step_samples_s
+from rlhfbench.pytest_plugin import Measurer, ReplayTimer, case_name, group_name, step_samples_s
 from rlhfbench.records.file import make_record
 from rlhfbench.runs import forkserver
 from rlhfkernels.config.case import Case
 from rlhfkernels.config.options import Options
-from rlhfkernels.methods.table import METHODS
+from rlhfkernels.methods.table import METHODS, families
 
 pytest_plugins = "pytester"
 
@@ -55,7 +56,7 @@ def record_of(case: Case, outcome: str = "ok") -> dict:
 
 @pytest.fixture
 def measured(monkeypatch) -> list:
-    """Measures nothing: every case is ok at once. The list has what was asked for, and ``"closed"`` at the end."""
+    """Replaces measuring: every case is ok at once. The list has the requested cases, then ``"closed"``."""
     asked: list = []
 
     class Stub:
@@ -75,7 +76,7 @@ def measured(monkeypatch) -> list:
 
 @pytest.fixture
 def bench(pytester):
-    # xdist needs no loading here, and processor facts take pytest-benchmark a second for every saved file.
+    # xdist is not needed, and collecting CPU facts takes pytest-benchmark a second per saved file.
     pytester.makeconftest("def pytest_benchmark_generate_machine_info(): return {'node': 'n'}")
     return partial(pytester.runpytest_inprocess, "-p", "no:cacheprovider", "-p", "no:xdist")
 
@@ -105,12 +106,12 @@ def test_loading_the_plugin_imports_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
-def test_every_method_of_the_small_sweep_is_a_test_in_an_empty_folder(bench, measured):
+def test_every_ppo_method_is_a_test_in_an_empty_folder(bench, measured):
     result = bench("--benchmark", "-v")
-    result.assert_outcomes(passed=len(METHODS))
+    result.assert_outcomes(passed=5)
     assert result.ret == pytest.ExitCode.OK
     result.stdout.fnmatch_lines(["*collected 5 items*", "rlhfbench::hydra[[]tiny-16+16-batch2-cpu-float32[]] PASSED*"])
-    assert [asked[0].method for asked in measured[:-1]] == list(METHODS)
+    assert [asked[0].method for asked in measured[:-1]] == list(families()["PPO"])
     assert measured[-1] == "closed"
 
 
@@ -129,7 +130,7 @@ def test_benchmark_only_skips_the_others(bench, pytester, measured):
     bench("--benchmark", "--benchmark-only", ".").assert_outcomes(passed=5, skipped=1)
 
 
-def test_tests_are_selected_by_method_as_any_other(bench, measured):
+def test_k_selects_by_method(bench, measured):
     bench("--benchmark", "-k", "lora and not dynamic").assert_outcomes(passed=1, deselected=4)
     assert [asked[0].method for asked in measured[:-1]] == ["lora"]
 
@@ -216,7 +217,7 @@ def test_without_pytest_benchmark_one_sentence_says_what_to_install(bench, measu
     result.stderr.fnmatch_lines(["*--benchmark needs pytest-benchmark: install rlhfbench[[]pytest[]].*"])
 
 
-def test_without_pytest_benchmark_other_tests_run_as_ever(pytester, measured):
+def test_without_pytest_benchmark_other_tests_run(pytester, measured):
     pytester.makepyfile("def test_own(): pass")
     pytester.runpytest_inprocess("-p", "no:benchmark").assert_outcomes(passed=1)
 
@@ -227,7 +228,7 @@ def test_xdist_is_refused_in_one_sentence(pytester, measured):
     result.stderr.fnmatch_lines(["*--benchmark measures one case at a time: pytest-xdist must be off (-n 0).*"])
 
 
-def test_xdist_that_is_off_is_no_reason(pytester, measured):
+def test_xdist_that_is_off_is_no_problem(pytester, measured):
     pytester.runpytest_inprocess("--benchmark", "-n", "0").assert_outcomes(passed=5)
 
 
@@ -250,7 +251,7 @@ def test_a_case_without_numbers_skips_or_fails_with_its_sentence(bench, measured
     result.stdout.no_fnmatch_line("*Traceback*")
 
 
-def test_fixtures_that_a_repository_has_for_all_its_modules_do_not_break_it(bench, pytester, measured):
+def test_autouse_fixtures_of_wide_scope_work(bench, pytester, measured):
     pytester.makeconftest(
         """
         import pytest
@@ -264,7 +265,7 @@ def test_fixtures_that_a_repository_has_for_all_its_modules_do_not_break_it(benc
     bench("--benchmark").assert_outcomes(passed=5)
 
 
-def test_its_options_stand_beside_those_of_pytest_benchmark(bench, measured):
+def test_options_of_pytest_benchmark_work_beside_its_own(bench, measured):
     result = bench(
         "--benchmark-min-time=1", "--benchmark", "--benchmark-enable", "--benchmark-columns=min,median", "-k", "full"
     )
@@ -276,7 +277,7 @@ def test_names_are_unique_and_the_same_on_every_machine():
     changes = [
         {},
         {"seed": 1},
-        {"lora_rank": 4},
+        {"options": Options.of({"lora.r": 4})},
         {"options": Options.of({"engine.attn_implementation": "eager"})},
         {"model": "/here/tiny"},
         {"model": "/there/tiny"},
@@ -297,20 +298,20 @@ def test_groups_hold_the_methods_at_one_size():
     assert group_name(dataclasses.replace(CASE, batch_size=4)) not in groups
 
 
-def test_the_clock_gives_back_what_it_was_loaded_with():
-    clock, samples_s = StepClock(), [0.1, 1e9, 1e-9, 0.3]
-    clock.load(samples_s)
+def test_the_timer_replays_its_samples():
+    timer, samples_s = ReplayTimer(), [0.1, 1e9, 1e-9, 0.3]
+    timer.load(samples_s)
     found = []
     for _ in samples_s:
-        clock.rewind()
-        before = clock.step_seconds()
-        clock.step()
-        found.append(clock.step_seconds() - before)
+        timer.rewind()
+        before = timer.step_seconds()
+        timer.step()
+        found.append(timer.step_seconds() - before)
     assert found == samples_s
 
 
 def test_the_measurer_runs_a_case_in_a_process_of_its_own(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
     server = partial(forkserver.ForkServer, target="fake_case:run_case", preload=())
     monkeypatch.setattr(forkserver, "ForkServer", server)
     cases = [dataclasses.replace(CASE, options=Options.of({"data.prompt_field": kind})) for kind in ("ok", "echo")]

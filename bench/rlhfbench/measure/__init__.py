@@ -1,6 +1,7 @@
-"""What is measured about one case: time, memory, the machine.
+"""Measurements of one case: time, memory, and the device's ceilings.
 
-Importing this package imports no torch: the harness reads its settings and samplers, the worker runs ``measure_case``.
+Importing this package does not import torch: the harness needs only the options and the samplers. The worker process
+calls ``measure_case``.
 """
 
 from __future__ import annotations
@@ -8,35 +9,38 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from rlhfbench.measure.settings import MeasureSettings
+from rlhfbench.measure.options import MeasurementOptions
 from rlhfkernels.config.case import Case
 
-__all__ = ["MeasureSettings", "measure_case"]
+__all__ = ["MeasurementOptions", "measure_case"]
 
 
 def measure_case(
     case: Case,
-    settings: MeasureSettings,
+    options: MeasurementOptions,
     notify: Callable[[str], None],
     *,
     step_done: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
-    """Builds ``case``, runs its passes and returns what they found.
+    """Builds the step of ``case``, measures it and returns the results.
 
     Args:
-        case: what is measured. Its device should be this process's alone.
-        settings: how.
-        notify: told what is being done, as it begins: ``build``, ``warm-up``, ``timing``, ``memory``, ``profile``,
-            ``ceilings``; and ``phase:<name>`` in a pass that no clock watches, and when a step fails.
-        step_done: called before the ceilings, which are the device's and not the case's: they need room of their own.
+        case: The case to measure. No other process should use its device.
+        options: How to measure it.
+        notify: Called at the beginning of each stage with its name: ``build``, ``warm-up``, ``timing``, ``memory``,
+            ``profile``, ``ceilings``. Called with ``phase:<name>`` at each phase of a step that is not timed, and when
+            a timed step fails.
+        step_done: Called when the step is no longer needed and before the ceilings are measured. A memory limit of the
+            case can be lifted here: the ceilings need buffers of their own.
 
     Returns:
-        The ``memory``, ``latency``, ``work`` and ``prompts`` objects of the record, and ``ceilings``, for the settings
-        of the run's next case on the same device in the same dtype; and ``timeline``, ``None`` unless it is asked for.
+        The ``memory``, ``latency``, ``work``, ``stats``, ``prompts``, ``engine`` and ``kernels`` entries of the
+        record; ``ceilings``, which the options of the next case on the same device and dtype can reuse; and
+        ``timeline``, ``None`` unless requested.
 
     Raises:
-        RlhfKernelsError: the model or the prompts cannot be used, or a step's numbers are not finite.
+        RlhfKernelsError: The model or the prompts cannot be used, or a loss, gradient norm or KL is not finite.
     """
-    from rlhfbench.measure.measurements import run_passes
+    from rlhfbench.measure.measurements import run_measurements
 
-    return run_passes(case, settings, notify, step_done)
+    return run_measurements(case, options, notify, step_done)

@@ -1,4 +1,4 @@
-"""The two ceilings of a device: how fast it multiplies large matrices, and how fast it copies large buffers."""
+"""The two ceilings of a device's roofline: FLOP/s of a large matmul, and bytes/s of a large copy."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import torch
 from rlhfkernels.ops.native import build
 from rlhfkernels.ops.native import product as native
 
-_Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]
-_MATRIX_SECONDS = 0.1
-_COPY_SECONDS = 0.1
-_FIRST_SIDE = 256
-# A product this long is long enough: larger ones would be no faster and cost time.
-_LONG_PRODUCT_S = 0.005
-_LARGEST_SIDE = {"cpu": 2048, "cuda": 8192}
+_Matmul = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]
+_MATMUL_BUDGET_S = 0.1
+_COPY_BUDGET_S = 0.1
+_MIN_SIDE = 256
+# Sides double until a matmul takes this long: larger ones are no faster and cost time.
+_MIN_MATMUL_S = 0.005
+_MAX_SIDE = {"cpu": 2048, "cuda": 8192}
 _BUFFER_BYTES = {"cpu": 2**27, "cuda": 2**29}
 
 
 def measure_ceilings(device: str | torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """The best of several repetitions each, in less than half a second.
+    """Measures both ceilings, the best of several repetitions each, in less than half a second.
 
     Returns:
-        ``matmul_flops_per_s``: of a square product in ``dtype``, two operations a multiply-add; the library's or, where
-            that is faster, this project's.
-        ``copy_bytes_per_s``: of a copy, each byte counted twice: read and written.
+        ``matmul_flops_per_s``: Rate of a square matmul in ``dtype``; a multiply-add counts as two FLOPs. The faster of
+            torch's matmul and this project's native backend, so that no phase can beat its own ceiling.
+        ``copy_bytes_per_s``: Rate of a copy; each byte counts twice, read and written.
     """
     device = torch.device(device)
     with torch.inference_mode():
@@ -37,27 +37,27 @@ def measure_ceilings(device: str | torch.device, dtype: torch.dtype) -> dict[str
 
 
 def _matmul_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
-    return max(_flops_per_s(multiply, device, dtype) for multiply in _products(device, dtype))
+    return max(_flops_per_s(multiply, device, dtype) for multiply in _matmuls(device, dtype))
 
 
-def _products(device: torch.device, dtype: torch.dtype) -> list[_Product]:
-    """The library's product, and this project's own where it is the better one: a ceiling is not to be broken."""
-    found: list[_Product] = [lambda left, right, out: torch.mm(left, right, out=out)]
+def _matmuls(device: torch.device, dtype: torch.dtype) -> list[_Matmul]:
+    """Returns torch's matmul, and the native backend's where it is faster."""
+    found: list[_Matmul] = [lambda left, right, out: torch.mm(left, right, out=out)]
     if device.type == "cpu" and dtype == torch.float32 and build.why_not() is None and native.beats_library():
         found.append(native.multiply)
     return found
 
 
-def _flops_per_s(multiply: _Product, device: torch.device, dtype: torch.dtype) -> float:
-    side = _FIRST_SIDE
+def _flops_per_s(multiply: _Matmul, device: torch.device, dtype: torch.dtype) -> float:
+    side = _MIN_SIDE
     while True:
         a = torch.ones(side, side, device=device, dtype=dtype)
         out = torch.empty_like(a)
-        product_s = _best_s(lambda a=a, out=out: multiply(a, a, out), device, 0.0)  # type: ignore[misc]
-        if product_s >= _LONG_PRODUCT_S or 2 * side > _LARGEST_SIDE[device.type]:
+        matmul_s = _best_s(lambda a=a, out=out: multiply(a, a, out), device, 0.0)  # type: ignore[misc]
+        if matmul_s >= _MIN_MATMUL_S or 2 * side > _MAX_SIDE[device.type]:
             break
         side *= 2
-    best_s = min(product_s, _best_s(lambda: multiply(a, a, out), device, _MATRIX_SECONDS - product_s))
+    best_s = min(matmul_s, _best_s(lambda: multiply(a, a, out), device, _MATMUL_BUDGET_S - matmul_s))
     return 2 * side**3 / best_s
 
 
@@ -65,11 +65,11 @@ def _copy_bytes_per_s(device: torch.device) -> float:
     num_bytes = _BUFFER_BYTES[device.type]
     source = torch.ones(num_bytes, device=device, dtype=torch.uint8)
     target = torch.empty_like(source)
-    return 2 * num_bytes / _best_s(lambda: target.copy_(source), device, _COPY_SECONDS)
+    return 2 * num_bytes / _best_s(lambda: target.copy_(source), device, _COPY_BUDGET_S)
 
 
 def _best_s(work: Callable[[], object], device: torch.device, for_s: float) -> float:
-    """The shortest run of ``work`` within about ``for_s`` seconds, after one that is not counted."""
+    """Returns the shortest time of ``work`` over about ``for_s`` seconds of repetitions, after one warm-up run."""
     _timed_s(work, device)
     best_s = spent_s = _timed_s(work, device)
     while spent_s < for_s:

@@ -1,4 +1,4 @@
-"""The clock of the timing pass: seconds by phase, and nothing else."""
+"""The clock of timed steps: seconds by phase."""
 
 from __future__ import annotations
 
@@ -10,42 +10,42 @@ from rlhfkernels.observer import Observer
 
 
 class StepClock(Observer):
-    """Adds up the time between the boundaries of each phase's stretches.
+    """Sums the wall time of each phase.
 
-    On a CUDA device it waits at each boundary until the device is done; within a stretch it does nothing. A stretch
-    inside another phase's stretch is counted once, as the inner phase's.
+    On a CUDA device it synchronizes at phase boundaries only, so kernels within a phase stay asynchronous. Time inside
+    a nested phase counts for the inner phase alone.
 
     Attributes:
-        last_phase: the phase that was entered last, ``None`` before the first.
+        last_phase: The phase entered last; ``None`` before the first.
     """
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
         self._device = torch.device(device)
-        self._waits = self._device.type == "cuda"
+        self._synchronizes = self._device.type == "cuda"
         self._spent_ns: dict[str, int] = {}
         self._running: list[str] = []
         self._mark_ns = 0
         self.last_phase: str | None = None
 
     def enter_phase(self, name: str) -> None:
-        """Starts ``name``'s stretch."""
-        self._turn()
+        """Starts a stretch of phase ``name``."""
+        self._switch()
         self._running.append(name)
         self.last_phase = name
 
     def exit_phase(self, name: str) -> None:
-        """Ends it."""
-        self._turn()
+        """Ends the stretch."""
+        self._switch()
         self._running.pop()
 
     def take(self) -> dict[str, float]:
-        """Seconds by phase since the last ``take``, in the order in which the phases first came."""
+        """Returns seconds by phase since the last ``take``, in the order of first entry, and starts again at 0."""
         spent, self._spent_ns = self._spent_ns, {}
         return {name: ns * 1e-9 for name, ns in spent.items()}
 
-    def _turn(self) -> None:
-        """Gives the time since the last boundary to the phase that was running, if one was."""
-        if self._waits:
+    def _switch(self) -> None:
+        """Adds the time since the last boundary to the phase that was running, if any."""
+        if self._synchronizes:
             torch.cuda.synchronize(self._device)
         now_ns = time.perf_counter_ns()
         if self._running:

@@ -1,4 +1,4 @@
-"""The host memory of this process: what is resident now, and the most that was since the last reset."""
+"""Host memory of this process: resident set now, and its peak since the last reset."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _RESET_PEAK = "5"
 
 
 def resident_bytes() -> int:
-    """The resident set of this process now."""
+    """Returns the resident set size of this process."""
     return int(psutil.Process().memory_info().rss)
 
 
 def reset_peak() -> bool:
-    """Lets the peak start again from what is resident now; ``False`` where the system does not permit that."""
+    """Resets the peak to the current resident set; returns ``False`` where the system does not permit it."""
     try:
         _CLEAR.write_text(_RESET_PEAK)
     except OSError:
@@ -28,7 +28,7 @@ def reset_peak() -> bool:
 
 
 def peak_resident_bytes() -> int:
-    """The largest resident set since the last reset, or since the process began where there was none."""
+    """Returns the largest resident set since the last reset, or since the process began if there was none."""
     try:
         lines = _STATUS.read_text().splitlines()
     except OSError:

@@ -1,8 +1,8 @@
-"""The ledger: every live byte of a device, by what it is for and by the phase of the step.
+"""The ledger: every live byte of a device, by memory part and by phase.
 
-It is a sum over tensor storages: a storage is counted once, whole, from the op that made it until it dies, however many
-views look into it. So it is exact on any device, and on fake tensors as well. What it cannot see is what has no tensor:
-the scratch memory inside one op, an allocator's rounding, a library's workspace.
+The ledger sums tensor storages. A storage counts once, whole, from the op that made it until it is freed, however many
+views share it. The sum is exact on any device, and on fake tensors too. Memory without a tensor is not counted: scratch
+memory inside one op, the allocator's rounding, library workspaces.
 """
 
 from __future__ import annotations
@@ -15,34 +15,41 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from rlhfbench.measure.tensor_hooks import watch
+from rlhfbench.measure.attribution import state_tensors, weights_by_part
+from rlhfbench.measure.tensor_hooks import observe_storages
 from rlhfkernels.naming import unknown
 from rlhfkernels.observer import PARTS, Observer
 
 MODEL_PARTS = ("base", "adapters", "heads", "gradients", "optimizer")
 ACTIVATION_PARTS = ("kv_cache", "activations", "temporary")
 
-# What an allocator hands memory out in: torch's own on CUDA rounds every request up to this; on a processor, bytes.
+# Allocation granularity: torch's CUDA caching allocator rounds every request up to 512 bytes. CPU: bytes.
 _BLOCK_BYTES = {"cuda": 512}
+_UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 _INDEX = {part: index for index, part in enumerate(PARTS)}
 _MODEL = frozenset(_INDEX[part] for part in MODEL_PARTS)
-_GRADIENTS, _ACTIVATIONS, _TEMPORARY = (_INDEX[part] for part in ("gradients", "activations", "temporary"))
+_GRADIENTS, _OPTIMIZER, _ACTIVATIONS, _TEMPORARY = (
+    _INDEX[part] for part in ("gradients", "optimizer", "activations", "temporary")
+)
 
 
 def block_bytes(device: str) -> int:
-    """The blocks in which memory is counted on ``device``."""
+    """Returns the size in bytes of the blocks that the allocator of ``device`` hands out."""
     return _BLOCK_BYTES.get(torch.device(device).type, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Snapshot:
-    """The live bytes of one moment; the parts sum exactly to the total.
+    """The live bytes at one moment; the parts sum exactly to the total.
 
     Attributes:
-        event: how many changes the ledger had seen then: the moment's place in a timeline.
+        total_bytes: All live bytes.
+        parts: Live bytes by part; every part of ``PARTS`` is there.
+        event: Number of changes that the ledger had counted by then: the moment's position in a timeline.
     """
 
     total_bytes: int
@@ -52,7 +59,10 @@ class Snapshot:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class LargestTensor:
-    """A single storage, with the shape of the tensor and the op that it was first seen with (``None``: made before)."""
+    """The largest single storage, with the shape of the first tensor on it and the op that made that tensor.
+
+    ``op`` is ``None`` if the storage existed before the ledger saw it.
+    """
 
     num_bytes: int
     shape: tuple[int, ...]
@@ -60,16 +70,17 @@ class LargestTensor:
 
 
 class _Entry(weakref.ref[torch.UntypedStorage]):
-    """What is known of one live storage. A weak reference: its callback is the storage's death.
+    """One live storage: a weak reference whose callback runs when the storage is freed.
 
     Attributes:
-        key: the address of the storage, unique while it lives.
-        part: index into ``PARTS`` of the part that it is counted in now.
-        declared: whether that part was declared (then it stays) or found by looking.
-        num_saved: references to it that autograd holds.
+        key: Address of the storage, unique while it lives.
+        part: Index into ``PARTS`` of the part that counts it now.
+        declared: Whether the part was declared (and is final) or inferred.
+        num_saved: Number of references to it that autograd holds.
+        since: Event from which on the entry has had this part and this size.
     """
 
-    __slots__ = ("declared", "key", "num_bytes", "num_saved", "op", "part", "shape")
+    __slots__ = ("declared", "key", "num_bytes", "num_saved", "op", "part", "shape", "since")
 
     key: int
     num_bytes: int
@@ -78,10 +89,11 @@ class _Entry(weakref.ref[torch.UntypedStorage]):
     num_saved: int
     shape: torch.Size
     op: Any
+    since: int
 
 
 class _SavedRef(weakref.ref[torch.Tensor]):
-    """One reference that autograd holds; its callback is the end of it."""
+    """One reference that autograd holds; its callback runs when autograd releases it."""
 
     __slots__ = ("entry",)
 
@@ -89,7 +101,7 @@ class _SavedRef(weakref.ref[torch.Tensor]):
 
 
 class _Peak:
-    """The highest total of a stretch of time, and the parts at that moment."""
+    """The highest total of a stretch of time, with the parts at that moment."""
 
     __slots__ = ("event", "parts", "total")
 
@@ -107,31 +119,42 @@ class _Peak:
 
 
 class Ledger(Observer):
-    """Counts live bytes by part while it is entered; hand it to ``step.run`` as the observer.
+    """Counts live tensor bytes by memory part inside a ``with`` block.
 
-    A storage that was declared with ``tag`` keeps its part while it lives (the first declaration wins). Of the others,
-    those are ``activations`` to which autograd holds a saved reference at that moment, and the rest is ``temporary``.
-    Gradients are declared by the ledger itself, as they come, for the parameters given to ``watch_gradients``.
+    ``track`` attributes a model's weights, their gradients and the optimizer states. ``tag`` attributes any other
+    tensor; the first declaration of a storage wins and holds until the storage is freed. An undeclared storage counts
+    as ``activations`` while autograd holds a saved reference to it, and as ``temporary`` otherwise. A ledger is also an
+    ``Observer`` and can be handed to a training step of ``rlhfkernels``.
+
+    Example:
+        >>> with Ledger() as ledger:
+        ...     ledger.track(model, optimizer)
+        ...     with ledger.phase("forward"):
+        ...         loss = model(x).mean()
+        ...     with ledger.phase("backward"):
+        ...         loss.backward()
+        >>> print(ledger.summary())
 
     Args:
-        device: storages on other devices are not counted. Without an index: every device of that type.
-        block_bytes: storages are counted in whole blocks of this size, as a device's allocator hands them out.
-        on_change: called after every change with the live bytes by part, in the order of ``PARTS`` (the ledger's own
-            list: copy it to keep it).
+        device: Device whose storages are counted. Without an index: every device of that type. Default: ``cuda`` where
+            it is available, else ``cpu``.
+        on_change: Called after every change with the live bytes by part, in the order of ``PARTS``. The list is the
+            ledger's own: copy it to keep it.
+        block_bytes: Granularity: each storage counts as a multiple of this size, as an allocator hands it out.
 
     Attributes:
-        num_changes: storages seen, resized, moved between parts and freed so far.
+        num_changes: Number of storages added, resized, moved between parts and freed so far.
     """
 
     def __init__(
         self,
-        device: str | torch.device = "cpu",
+        device: str | torch.device | None = None,
         on_change: Callable[[Sequence[int]], None] | None = None,
         *,
         block_bytes: int = 1,
     ) -> None:
         self._block_bytes = block_bytes
-        self._device = torch.device(device)
+        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._on_change = on_change
         self._entries: dict[int, _Entry] = {}
         self._saved: dict[int, _SavedRef] = {}
@@ -142,26 +165,28 @@ class Ledger(Observer):
         self._phases: list[str] = []
         self._largest: LargestTensor | None = None
         self._parameters: list[torch.nn.Parameter] = []
-        self._watching = ExitStack()
+        self._hooks = ExitStack()
+        self._tracks = self._was_entered = False
         self.num_changes = 0
 
     def __enter__(self) -> Self:
-        self._watching.enter_context(watch(self))
+        if self._was_entered:
+            raise RuntimeError("A Ledger counts one block: make a new one for the next.")
+        self._was_entered = True
+        self._hooks.enter_context(observe_storages(self))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._watching.close()
+        self._hooks.close()
         for entry in self._entries.values():
             self._consider_largest(entry)
-        self._entries.clear()  # destroys the weak references: nothing is called back any more
+        self._entries.clear()  # a destroyed weak reference calls nothing back
         self._saved.clear()
 
-    # What a step tells.
-
     def enter_phase(self, name: str) -> None:
-        """Begins a stretch of phase ``name``; inside another phase's stretch, that one pauses."""
+        """Starts a stretch of phase ``name``; an enclosing phase pauses meanwhile."""
         self._phases.append(name)
         self._point_peak()
 
@@ -173,69 +198,98 @@ class Ledger(Observer):
         self._point_peak()
 
     def tag(self, part: str, tensors: Iterable[torch.Tensor]) -> None:
-        """Declares the part of the storages of ``tensors``.
+        """Declares that the storages of ``tensors`` belong to ``part``.
 
         Raises:
-            ValueError: there is no such part.
+            ValueError: ``part`` is not one of ``PARTS``.
         """
         if part not in _INDEX:
             raise ValueError(unknown("part", part, PARTS))
-        index = _INDEX[part]
-        for tensor in tensors:
-            for entry in self._entries_of(tensor, None):
-                if not entry.declared:
-                    entry.declared = True
-                    self._move(entry, index)
-                    self._refresh_peak()
+        self._declare(_INDEX[part], tensors)
 
-    def watch_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Declares the gradients of ``parameters``, those that exist and those to come. Only inside the ``with``."""
+    def track(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Attributes the weights of ``model``, their gradients, and the states of every optimizer that steps.
+
+        PEFT weights count as ``adapters``; the output embedding and a head called ``score``, ``classifier`` or
+        ``v_head`` as ``heads``; all other parameters and buffers as ``base``. A head tied to the input embedding is
+        ``base``. Gradients and optimizer states may be created later: any ``torch.optim.Optimizer`` that steps until
+        the block ends is seen, also one that a trainer makes. Call it again after adding parameters.
+
+        Args:
+            model: Its weights may have been made inside the block; peaks are corrected for those.
+            optimizer: Needed only where states exist already, as after loading a checkpoint.
+        """
+        if not self._tracks:
+            self._tracks = True
+            handle = register_optimizer_step_post_hook(lambda stepped, args, kwargs: self._declare_states(stepped))
+            self._hooks.callback(handle.remove)
+        for part, tensor in weights_by_part(model):
+            self._declare(_INDEX[part], (tensor,), in_peaks=True)
+        self.track_gradients(model.parameters())
+        if optimizer is not None:
+            self._declare_states(optimizer)
+
+    def track_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Declares the gradients of ``parameters``, existing and future ones."""
         for parameter in parameters:
             self._parameters.append(parameter)
-            handle = parameter.register_post_accumulate_grad_hook(self._declare_gradient)  # type: ignore[no-untyped-call]
-            self._watching.callback(handle.remove)
+            if parameter.requires_grad:
+                handle = parameter.register_post_accumulate_grad_hook(self._declare_gradient)  # type: ignore[no-untyped-call]
+                self._hooks.callback(handle.remove)
         self._declare_gradients()
-
-    # What it answers.
 
     @property
     def total_bytes(self) -> int:
-        """Bytes that live now."""
+        """Live bytes now."""
         return self._total
 
     @property
     def parts(self) -> dict[str, int]:
-        """Bytes that live now, by part."""
+        """Live bytes now, by part."""
         return dict(zip(PARTS, self._parts, strict=True))
 
     @property
     def peaks(self) -> dict[str, Snapshot]:
-        """For each phase, over all its stretches: the moment of its highest total."""
+        """The highest moment of each phase, over all its stretches."""
         return {name: peak.snapshot() for name, peak in self._peaks.items()}
 
     @property
     def peak(self) -> Snapshot:
-        """The moment of the highest total, inside phases and outside."""
+        """The highest moment, inside phases and outside."""
         return max((self._outside, *self._peaks.values()), key=lambda peak: peak.total).snapshot()
 
     @property
     def peak_phase(self) -> str | None:
-        """The phase with the highest total: the first of equals; ``None`` before the first phase."""
+        """The phase with the highest total, the first of equals; ``None`` before the first phase."""
         return max(self._peaks, key=lambda name: self._peaks[name].total, default=None)
 
     @property
     def largest(self) -> LargestTensor | None:
-        """The largest single storage that is no model part, among those that died or lived at the ledger's end."""
+        """The largest single storage that is no model part, among those freed so far or live when the block ended."""
         return self._largest
 
     def live_storages(self) -> dict[int, int]:
-        """Bytes by storage (its address) of all that lives now."""
+        """Returns bytes by storage address of everything that lives now."""
         return {key: entry.num_bytes for key, entry in self._entries.items()}
 
-    # What the watch reports (see watching.py). Every op of a step comes through here.
+    def summary(self) -> str:
+        """Returns a text table of bytes by part, at the highest moment and at the highest of each phase."""
+        moments = [("peak", self.peak), *self.peaks.items()]
+        unit, unit_bytes = next((row for row in _UNITS if row[1] <= self.peak.total_bytes), _UNITS[-1])
+        rows = [
+            [unit, *(name for name, _ in moments)],
+            *([part, *(f"{m.parts[part] / unit_bytes:.2f}" for _, m in moments)] for part in PARTS),
+            ["total", *(f"{m.total_bytes / unit_bytes:.2f}" for _, m in moments)],
+        ]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
+        )
 
-    def see(self, tensor: torch.Tensor, op: object) -> None:
-        """Counts the storage of ``tensor`` if it is new: an output of ``op``, or an input that was made before."""
+    # The calls of tensor_hooks.StorageObserver. Every op comes through on_tensor: it must stay cheap.
+
+    def on_tensor(self, tensor: torch.Tensor, op: object) -> None:
+        """Counts the storage of ``tensor`` if it is new: an output of ``op``, or an input made before (``None``)."""
         try:
             known = tensor.untyped_storage()._cdata in self._entries
         except NotImplementedError:  # a sparse or an opaque tensor
@@ -243,21 +297,21 @@ class Ledger(Observer):
         if not known:
             self._entries_of(tensor, op)
 
-    def measure_again(self, tensor: torch.Tensor) -> None:
-        """Looks whether an op that writes into ``tensor`` gave it another storage, or its storage another size."""
+    def on_write(self, tensor: torch.Tensor) -> None:
+        """Updates the storage of ``tensor`` and its size, which an op that writes into it may have changed."""
         for entry in self._entries_of(tensor, None):
             storage = entry()
             if storage is not None and self._size(storage) != entry.num_bytes:
                 entry.shape = tensor.shape
                 self._resize(entry, self._size(storage))
 
-    def resized(self, storage: torch.UntypedStorage) -> None:
-        """Takes the new size of a storage that was resized by no op."""
+    def on_resize(self, storage: torch.UntypedStorage) -> None:
+        """Updates the size of a storage that was resized by no op."""
         entry = self._entries.get(storage._cdata)
         if entry is not None and self._size(storage) != entry.num_bytes:
             self._resize(entry, self._size(storage))
 
-    def hold(self, tensor: torch.Tensor, alias: torch.Tensor) -> None:
+    def on_save(self, tensor: torch.Tensor, alias: torch.Tensor) -> None:
         """Counts a saved reference to the storage of ``tensor`` for as long as ``alias``, a view of it, lives."""
         for entry in self._entries_of(tensor, None):
             ref = _SavedRef(alias, self._released)
@@ -268,10 +322,10 @@ class Ledger(Observer):
                 self._move(entry, _ACTIVATIONS)
                 self._refresh_peak()
 
-    # Bookkeeping. The sums are plain integers: a callback may come in any thread, but between two byte codes only.
+    # Bookkeeping. Sums are plain integers: weak reference callbacks come in any thread, but only between bytecodes.
 
     def _entries_of(self, tensor: torch.Tensor, op: object) -> list[_Entry]:
-        """The entries of the storages under ``tensor``, made now if need be; none on another device."""
+        """Returns the entries of the storages of ``tensor``, new ones included; none on another device."""
         if tensor.layout is not torch.strided:
             return []
         if is_traceable_wrapper_subclass(tensor):
@@ -291,7 +345,7 @@ class Ledger(Observer):
         entry.key = storage._cdata
         entry.num_bytes = self._size(storage)
         entry.part, entry.declared, entry.num_saved = _TEMPORARY, False, 0
-        entry.shape, entry.op = shape, op
+        entry.shape, entry.op, entry.since = shape, op, self.num_changes + 1
         self._entries[entry.key] = entry
         self._grow(entry, entry.num_bytes)
         return entry
@@ -303,14 +357,14 @@ class Ledger(Observer):
         self._consider_largest(entry)
         del self._entries[entry.key]
         self._grow(entry, -entry.num_bytes)
-        entry.num_bytes = 0  # a saved reference may be released after it
+        entry.num_bytes = 0  # a saved reference may be released later
 
     def _resize(self, entry: _Entry, num_bytes: int) -> None:
-        """The old memory is freed after the new has been made and filled, so for a moment both are there."""
+        """Counts old and new memory together for a moment: the old is freed after its content was copied."""
         self._consider_largest(entry)
         self._grow(entry, num_bytes)
         self._grow(entry, -entry.num_bytes)
-        entry.num_bytes = num_bytes
+        entry.num_bytes, entry.since = num_bytes, self.num_changes
 
     def _released(self, ref: _SavedRef) -> None:
         del self._saved[id(ref)]
@@ -329,7 +383,7 @@ class Ledger(Observer):
     def _move(self, entry: _Entry, part: int) -> None:
         self._parts[entry.part] -= entry.num_bytes
         self._parts[part] += entry.num_bytes
-        entry.part = part
+        entry.part, entry.since = part, self.num_changes + 1
         self._changed()
 
     def _changed(self) -> None:
@@ -338,19 +392,44 @@ class Ledger(Observer):
             self._on_change(self._parts)
 
     def _refresh_peak(self) -> None:
-        """A tensor gets its name just after it was made: the peak that it caused should call it by that name."""
+        """Takes the peak's parts again: a tensor is named just after it was made, perhaps after it made the peak."""
         if self._total == self._peak.total:
             self._peak.take(self._total, self._parts, self.num_changes)
 
     def _point_peak(self) -> None:
-        """Lets the innermost phase's peak be the one that grows, from what lives now."""
+        """Makes the innermost phase's peak the current one, starting from what lives now."""
         self._peak = self._peaks.setdefault(self._phases[-1], _Peak()) if self._phases else self._outside
         if self._total > self._peak.total:
             self._peak.take(self._total, self._parts, self.num_changes)
 
+    def _declare(self, part: int, tensors: Iterable[torch.Tensor], *, in_peaks: bool = False) -> None:
+        for tensor in tensors:
+            for entry in self._entries_of(tensor, None):
+                if not entry.declared:
+                    entry.declared = True
+                    if in_peaks:
+                        self._correct_peaks(entry, part)
+                    self._move(entry, part)
+                    self._refresh_peak()
+
+    def _correct_peaks(self, entry: _Entry, part: int) -> None:
+        """Moves ``entry`` to ``part`` in every peak since it has been as it is: there it counted with the same size.
+
+        AdamW makes its states in the first ``step``, whose peak comes before ``step`` returns and the states are known.
+        """
+        for peak in (self._outside, *self._peaks.values()):
+            if peak.event >= entry.since:
+                peak.parts[entry.part] -= entry.num_bytes
+                peak.parts[part] += entry.num_bytes
+
+    def _declare_states(self, optimizer: torch.optim.Optimizer) -> None:
+        self._declare(_OPTIMIZER, state_tensors(optimizer.state), in_peaks=True)
+
     def _declare_gradient(self, parameter: torch.Tensor) -> None:
         if parameter.grad is not None:
-            self.tag(PARTS[_GRADIENTS], (parameter.grad,))
+            # A weight's gradient is made, and may make the peak, before the hook that names it runs. Steps that report
+            # to an observer keep the parts of that moment, as their recorded figures do.
+            self._declare(_GRADIENTS, (parameter.grad,), in_peaks=self._tracks)
 
     def _declare_gradients(self) -> None:
         for parameter in self._parameters:

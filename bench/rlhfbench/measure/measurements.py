@@ -1,11 +1,12 @@
-"""A case's passes over one step: warm-up, timing, memory, profiler; and the record's objects from what they found."""
+"""The measurements of a case: timing, memory and profile of one step, and the record's objects made from them."""
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -15,8 +16,8 @@ from rlhfbench.measure import host
 from rlhfbench.measure.ceilings import measure_ceilings
 from rlhfbench.measure.clock import StepClock
 from rlhfbench.measure.ledger import ACTIVATION_PARTS, MODEL_PARTS, Ledger, block_bytes
+from rlhfbench.measure.options import MeasurementOptions
 from rlhfbench.measure.profile import PhaseProfiler
-from rlhfbench.measure.settings import MeasureSettings
 from rlhfbench.measure.stopping import Reason, StoppingRule
 from rlhfbench.measure.timeline import Timeline
 from rlhfbench.measure.workspaces import workspace_bytes
@@ -28,43 +29,7 @@ from rlhfkernels.training.work import Work, phase_work
 
 Notify = Callable[[str], None]
 
-
-class Stats(Protocol):
-    """What a step says of itself when it is done."""
-
-    def check_finite(self) -> None:
-        """Raises NumericalError."""
-
-
-class Step(Protocol):
-    """What is measured: see ``rlhfkernels.training.step``."""
-
-    @property
-    def phases(self) -> tuple[Phase, ...]:
-        """In the order in which they run."""
-
-    def run(self, observer: Observer) -> Stats:
-        """One complete step on the next batch."""
-
-    def persistent_tensors(self) -> Iterable[tuple[str, torch.Tensor]]:
-        """What lives between steps, each with its part."""
-
-    def trained_parameters(self) -> Sequence[torch.nn.Parameter]:
-        """What gets gradients."""
-
-    def data_summary(self) -> dict[str, Any]:
-        """The ``prompts`` object of the record."""
-
-    @property
-    def trunk_taken(self) -> str:
-        """How the actor's trunk is run."""
-
-    @property
-    def backend_taken(self) -> str:
-        """How the ops between the products are computed."""
-
-
-# Views of memory from outside the ledger; what is not there to be asked is nothing.
+# Views of memory from outside the ledger; ``None`` when unavailable.
 OUTER_VIEWS = (
     "allocator_peak_bytes",
     "allocator_reserved_bytes",
@@ -74,8 +39,46 @@ OUTER_VIEWS = (
 )
 
 
+class Stats(Protocol):
+    """Statistics of one step."""
+
+    def check_finite(self) -> None:
+        """Raises NumericalError if a loss, a gradient norm or the like is not finite."""
+
+    def to_dict(self) -> dict[str, float | None]:
+        """Returns the ``stats`` object of the record."""
+
+
+class Step(Protocol):
+    """A training step as the measurements see it; see ``rlhfkernels.training.step``."""
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The phases in the order in which they run."""
+
+    def run(self, observer: Observer) -> Stats:
+        """Runs one complete step on the next batch."""
+
+    def persistent_tensors(self) -> Iterable[tuple[str, torch.Tensor]]:
+        """Yields (part, tensor) for everything that lives between steps."""
+
+    def trained_parameters(self) -> Sequence[torch.nn.Parameter]:
+        """Returns the parameters that get gradients."""
+
+    def data_summary(self) -> dict[str, Any]:
+        """Returns the ``prompts`` object of the record."""
+
+    @property
+    def trunk_taken(self) -> str:
+        """The trunk that the actor runs on: ``fast`` or ``plain``."""
+
+    @property
+    def backend_taken(self) -> str:
+        """The backend of the ops: ``triton``, ``native`` or ``torch``."""
+
+
 class Announcer(Observer):
-    """Tells of each phase as it begins, before other observers hear of it, one after the other."""
+    """Announces each phase as it begins, and passes every call on to other observers, in their order."""
 
     def __init__(self, notify: Notify, *inner: Observer) -> None:
         self._notify = notify
@@ -83,7 +86,7 @@ class Announcer(Observer):
         self._last: str | None = None
 
     def enter_phase(self, name: str) -> None:
-        """Announces the phase, once for all its stretches in a row."""
+        """Announces the phase, once for consecutive stretches."""
         if name != self._last:
             self._last = name
             self._notify(f"phase:{name}")
@@ -91,49 +94,67 @@ class Announcer(Observer):
             observer.enter_phase(name)
 
     def exit_phase(self, name: str) -> None:
-        """Passes it on."""
+        """Passes the call on."""
         for observer in self._inner:
             observer.exit_phase(name)
 
     def tag(self, part: str, tensors: Iterable[torch.Tensor]) -> None:
-        """Passes it on."""
+        """Passes the call on."""
         tensors = list(tensors)
         for observer in self._inner:
             observer.tag(part, tensors)
 
 
-def run_passes(
-    case: Case, settings: MeasureSettings, notify: Notify, step_done: Callable[[], object]
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Timing:
+    """Result of the timing measurement.
+
+    Attributes:
+        steps_s: Seconds by phase of each timed step.
+        reason: Why it stopped.
+        views: Memory views from outside the ledger.
+        stats: Statistics of the first warm-up step: the step that starts from the initial weights.
+    """
+
+    steps_s: list[dict[str, float]]
+    reason: Reason
+    views: dict[str, int | None]
+    stats: dict[str, float | None]
+
+
+def run_measurements(
+    case: Case, options: MeasurementOptions, notify: Notify, step_done: Callable[[], object]
 ) -> dict[str, Any]:
-    """What ``rlhfbench.measure.measure_case`` promises."""
-    if settings.num_threads is not None:
-        torch.set_num_threads(settings.num_threads)
+    """Implements ``rlhfbench.measure.measure_case``."""
+    if options.num_threads is not None:
+        torch.set_num_threads(options.num_threads)
     notify("build")
     step = build_step(case)
-    with _quiet_collector():
-        steps_s, reason, views = timing_pass(step, case.device, settings, notify)
+    with _manual_gc():
+        timing = time_steps(step, case.device, options, notify)
         notify("memory")
-        timeline = Timeline() if settings.timeline else None
-        ledger = memory_pass(step, case.device, notify, timeline)
-        memory = memory_object(ledger, views)
-        if settings.profile_dir is not None:
+        timeline = Timeline() if options.timeline else None
+        ledger = measure_memory(step, case.device, notify, timeline)
+        memory = memory_object(ledger, timing.views)
+        if options.profile_dir is not None:
             notify("profile")
-            profiler = PhaseProfiler(settings.profile_dir, case.id, case.device)
+            profiler = PhaseProfiler(options.profile_dir, case.id, case.device)
             step.run(Announcer(notify, profiler)).check_finite()
-    latency = latency_object(step.phases, steps_s, case.batch_size, reason)
+    latency = latency_object(step.phases, timing.steps_s, case.batch_size, timing.reason)
     work, prompts = phase_work(step), step.data_summary()
     engine, kernels = step.trunk_taken, step.backend_taken
     notify("ceilings")
     del step
     step_done()
-    ceilings = settings.ceilings
+    ceilings = options.ceilings
     if ceilings is None:
-        gc.collect()  # the ceilings' buffers may need the step's room, and models refer to themselves
+        gc.collect()  # frees the step, whose models are in reference cycles: the ceilings' buffers may need the room
         ceilings = measure_ceilings(case.device, getattr(torch, case.dtype))
     return {
         "memory": memory,
         "latency": latency,
         "work": work_object(work, ceilings, latency),
+        "stats": timing.stats,
         "prompts": prompts,
         "engine": engine,
         "kernels": kernels,
@@ -142,71 +163,86 @@ def run_passes(
     }
 
 
-def timing_pass(
-    step: Step, device: str, settings: MeasureSettings, notify: Notify
-) -> tuple[list[dict[str, float]], Reason, dict[str, int | None]]:
-    """Warms up, then times steps until the stopping rule says why to stop.
+def time_steps(step: Step, device: str, options: MeasurementOptions, notify: Notify) -> Timing:
+    """Warms up, then times steps until the stopping rule ends it.
 
-    What costs nothing to know is taken here too, where nothing disturbs it: the peaks that the CUDA allocator and the
-    kernel keep by themselves.
-
-    Returns:
-        Seconds by phase of each timed step, the reason, and the views of memory from outside the ledger.
+    The peaks that the CUDA allocator and the kernel keep by themselves are read here too: they cost nothing, and no
+    instrument adds to them.
     """
-    rule = StoppingRule(precision=settings.precision, budget_s=settings.time_budget_s)
+    rule = StoppingRule(precision=options.precision, budget_s=options.time_budget_s)
     clock = StepClock(device)
     started_s = time.perf_counter()
     notify("warm-up")
     warm_up_s: list[float] = []
+    first: dict[str, float | None] = {}
     observer: Observer = Announcer(notify, clock)
     while not rule.is_warm(warm_up_s):
-        step.run(observer).check_finite()
+        stats = step.run(observer)
+        stats.check_finite()
+        first = first or stats.to_dict()
         warm_up_s.append(sum(clock.take().values()))
         observer = clock
     notify("timing")
     steps_s: list[dict[str, float]] = []
     reason: Reason | None = None
-    with _named_failure(clock, notify), _peaks_outside(device) as views:
+    with _named_failure(clock, notify), _outer_peaks(device) as views:
         while reason is None:
             step.run(clock).check_finite()
             steps_s.append(clock.take())
             gc.collect()
             totals_s = [sum(phases.values()) for phases in steps_s]
             reason = rule.reason_to_stop(totals_s, time.perf_counter() - started_s)
-    return steps_s, reason, views
+    return Timing(steps_s=steps_s, reason=reason, views=views, stats=first)
 
 
-def memory_pass(step: Step, device: str, notify: Notify, timeline: Timeline | None = None) -> Ledger:
-    """One step under a ledger, which has seen it then, and so has ``timeline``."""
+def measure_memory(step: Step, device: str, notify: Notify, timeline: Timeline | None = None) -> Ledger:
+    """Runs one step under a new ledger and returns the ledger; ``timeline`` follows it."""
     gc.collect()
     ledger = Ledger(device, on_change=None if timeline is None else timeline.note, block_bytes=block_bytes(device))
-    watched_step(step, ledger, Announcer(notify, ledger, *((timeline,) if timeline else ()))).check_finite()
+    run_under_ledger(step, ledger, Announcer(notify, ledger, *((timeline,) if timeline else ()))).check_finite()
     return ledger
 
 
-def watched_step(step: Step, ledger: Ledger, observer: Observer) -> Stats:
-    """One step under ``ledger``, which is told first what lives between steps."""
+def run_under_ledger(step: Step, ledger: Ledger, observer: Observer) -> Stats:
+    """Runs one step inside ``ledger``, after declaring everything that lives between steps."""
     with ledger:
         for part, tensor in step.persistent_tensors():
             ledger.tag(part, (tensor,))
-        ledger.watch_gradients(step.trained_parameters())
+        ledger.track_gradients(step.trained_parameters())
         return step.run(observer)
 
 
+def persistent_model_bytes(phases: Iterable[Mapping[str, int]]) -> int:
+    """Weights, whole gradients and optimizer states: the "model" column of Hydra-RLHF's Table 1.
+
+    It is the highest sum of the model parts over the phases. The phase with the highest total often has no gradients.
+
+    Args:
+        phases: Bytes by part at the peak of each phase.
+    """
+    return max(sum(parts[part] for part in MODEL_PARTS) for parts in phases)
+
+
 def memory_object(ledger: Ledger, views: dict[str, int | None]) -> dict[str, Any]:
-    """The record's ``memory`` object from a ledger that has seen a step, and the views from outside it."""
+    """Returns the record's ``memory`` object.
+
+    Args:
+        ledger: Has seen one step.
+        views: Memory views from outside the ledger, by the names in ``OUTER_VIEWS``.
+    """
     assert ledger.peak_phase is not None, "a step has phases"
-    peak, largest = ledger.peaks[ledger.peak_phase], ledger.largest
+    peaks, largest = ledger.peaks, ledger.largest
+    peak = peaks[ledger.peak_phase]
     return {
         "model_bytes": sum(peak.parts[part] for part in MODEL_PARTS),
         "activation_bytes": sum(peak.parts[part] for part in ACTIVATION_PARTS),
         "rollout_bytes": peak.parts["rollout"],
         "total_bytes": peak.total_bytes,
+        "persistent_model_bytes": persistent_model_bytes(snapshot.parts for snapshot in peaks.values()),
         "peak_phase": ledger.peak_phase,
         "parts": peak.parts,
         "phases": {
-            name: {"total_bytes": snapshot.total_bytes, "parts": snapshot.parts}
-            for name, snapshot in ledger.peaks.items()
+            name: {"total_bytes": snapshot.total_bytes, "parts": snapshot.parts} for name, snapshot in peaks.items()
         },
         "largest_tensor": None
         if largest is None
@@ -214,13 +250,13 @@ def memory_object(ledger: Ledger, views: dict[str, int | None]) -> dict[str, Any
         "views": {
             "ledger_peak_bytes": peak.total_bytes,
             **views,
-            "allocator_rest_bytes": _rest(peak.total_bytes, views),
+            "allocator_rest_bytes": _allocator_rest_bytes(peak.total_bytes, views),
         },
     }
 
 
-def _rest(ledger_peak_bytes: int, views: dict[str, int | None]) -> int | None:
-    """What the CUDA allocator handed out at its peak beyond the ledger's and the libraries' workspaces."""
+def _allocator_rest_bytes(ledger_peak_bytes: int, views: dict[str, int | None]) -> int | None:
+    """The CUDA allocator's peak beyond the ledger's peak and the library workspaces; ``None`` when unavailable."""
     allocated, workspaces = views.get("allocator_peak_bytes"), views.get("workspace_bytes")
     return None if allocated is None or workspaces is None else allocated - ledger_peak_bytes - workspaces
 
@@ -228,13 +264,13 @@ def _rest(ledger_peak_bytes: int, views: dict[str, int | None]) -> int | None:
 def latency_object(
     phases: Sequence[Phase], steps_s: Sequence[dict[str, float]], batch_size: int, reason: Reason
 ) -> dict[str, Any]:
-    """The record's ``latency`` object. The sums are of the phases' medians, so that they add up.
+    """Returns the record's ``latency`` object. Sums are sums of the phases' medians, so that they add up.
 
     Args:
-        phases: the step's phases; one that did not run took 0 s.
-        steps_s: seconds by phase of each timed step.
-        batch_size: samples a step.
-        reason: why the timing pass stopped.
+        phases: The step's phases; one that did not run took 0 s.
+        steps_s: Seconds by phase of each timed step.
+        batch_size: Samples per step.
+        reason: Why timing stopped.
     """
     samples_s = {phase.name: [step_s.get(phase.name, 0.0) for step_s in steps_s] for phase in phases}
     medians_s = {name: statistics.median(samples) for name, samples in samples_s.items()}
@@ -253,7 +289,13 @@ def latency_object(
 
 
 def work_object(work: dict[str, Work], ceilings: dict[str, float], latency: dict[str, Any]) -> dict[str, Any]:
-    """The record's ``work`` object: the least work of each phase, and the least time that the device needs for it."""
+    """Returns the record's ``work`` object: FLOPs, bytes and roofline time of each phase, and floor / measured.
+
+    Args:
+        work: FLOPs and bytes that each phase cannot avoid.
+        ceilings: The device's rates; see ``measure_ceilings``.
+        latency: The record's ``latency`` object.
+    """
     floors_s = {
         name: item.floor_s(ceilings["matmul_flops_per_s"], ceilings["copy_bytes_per_s"]) for name, item in work.items()
     }
@@ -267,10 +309,10 @@ def work_object(work: dict[str, Work], ceilings: dict[str, float], latency: dict
 
 
 @contextmanager
-def _quiet_collector() -> Iterator[None]:
-    """Keeps Python's cyclic collector from running at a moment of its own choice: it is run between the timed steps.
+def _manual_gc() -> Iterator[None]:
+    """Turns automatic garbage collection off, so that it never runs inside a timed step.
 
-    What lives before is frozen, so that those collections look at little.
+    Existing objects are frozen: the collections between timed steps need not traverse them.
     """
     gc.collect()
     gc.freeze()
@@ -284,7 +326,7 @@ def _quiet_collector() -> Iterator[None]:
 
 @contextmanager
 def _named_failure(clock: StepClock, notify: Notify) -> Iterator[None]:
-    """The timed steps announce no phases; if one fails, the phase that it was in is told then."""
+    """Announces the phase in which a step failed: timed steps announce none while they run."""
     try:
         yield
     except BaseException:
@@ -294,9 +336,12 @@ def _named_failure(clock: StepClock, notify: Notify) -> Iterator[None]:
 
 
 @contextmanager
-def _peaks_outside(device: str) -> Iterator[dict[str, int | None]]:
-    """The peaks that others keep, from here to the end of the block; they are in the dictionary after it."""
-    views: dict[str, int | None] = dict.fromkeys(OUTER_VIEWS)  # the driver's is not seen from inside
+def _outer_peaks(device: str) -> Iterator[dict[str, int | None]]:
+    """Yields a dictionary that has, after the block, the peaks of the block as allocator and operating system saw them.
+
+    The driver's view stays ``None``: it is sampled from outside this process.
+    """
+    views: dict[str, int | None] = dict.fromkeys(OUTER_VIEWS)
     on_cuda = torch.device(device).type == "cuda"
     host.reset_peak()
     if on_cuda:

@@ -1,4 +1,4 @@
-"""The driver's view of device memory, sampled from outside the measured process."""
+"""Device memory as the driver sees it, sampled from outside the measured process."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any, Self
 
 
 class NvmlSampler:
-    """Reads the used memory of one device through NVML, in a thread, while it is entered.
+    """Samples the used memory of one device through NVML, in a thread, inside a ``with`` block.
 
-    Where NVML is absent it does nothing and answers ``None``; ``available`` says so.
+    Without NVML it does nothing and its peaks are ``None``.
 
     Args:
         device_index: NVML's index of the device.
-        interval_s: seconds between two readings: a shorter peak may be missed.
+        interval_s: Seconds between two readings. A shorter peak may be missed.
     """
 
     def __init__(self, device_index: int = 0, interval_s: float = 0.02) -> None:
@@ -23,12 +23,12 @@ class NvmlSampler:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._used_at_start: int | None = None
-        self._most_used: int | None = None
-        self._most_by_pid: dict[int, int] = {}
+        self._peak_used: int | None = None
+        self._peak_by_pid: dict[int, int] = {}
 
     @property
     def available(self) -> bool:
-        """Whether there are readings."""
+        """``True`` if NVML can be read."""
         return self._nvml is not None
 
     def __enter__(self) -> Self:
@@ -48,39 +48,39 @@ class NvmlSampler:
             self._nvml.nvmlShutdown()
 
     def peak_bytes(self, pid: int) -> int | None:
-        """The most that process ``pid`` used of the device.
+        """Returns the peak device memory of process ``pid``, or ``None`` without NVML.
 
-        Where the driver does not tell processes apart (in a container it may know them by other numbers): the most that
-        the whole device used beyond what it used at the start. ``None`` without NVML.
+        If the driver does not list ``pid`` (in a container it may see other process ids), the result is the peak of the
+        whole device minus its use at the start.
         """
-        if pid in self._most_by_pid:
-            return self._most_by_pid[pid]
-        if self._most_used is None or self._used_at_start is None:
+        if pid in self._peak_by_pid:
+            return self._peak_by_pid[pid]
+        if self._peak_used is None or self._used_at_start is None:
             return None
-        return max(self._most_used - self._used_at_start, 0)
+        return max(self._peak_used - self._used_at_start, 0)
 
     def _sample(self) -> None:
         while not self._stop.wait(self._interval_s):
             self._read()
 
     def _read(self) -> int | None:
-        """One reading; a device that stops answering gives none, and what was read before stays."""
+        """Takes one reading. A device that stops answering gives ``None``; earlier readings are kept."""
         nvml: Any = self._nvml
         try:
             used = int(nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
             processes = nvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
         except nvml.NVMLError:
             return None
-        self._most_used = max(used, self._most_used or 0)
+        self._peak_used = max(used, self._peak_used or 0)
         for process in processes:
             if process.usedGpuMemory is not None:
-                most = self._most_by_pid.get(process.pid, 0)
-                self._most_by_pid[process.pid] = max(most, int(process.usedGpuMemory))
+                peak = self._peak_by_pid.get(process.pid, 0)
+                self._peak_by_pid[process.pid] = max(peak, int(process.usedGpuMemory))
         return used
 
 
 def _open(device_index: int) -> tuple[ModuleType | None, Any]:
-    """NVML and the handle of a device, or ``None`` twice."""
+    """Returns NVML and the device's handle, or ``None`` twice when unavailable."""
     try:
         import pynvml
     except ImportError:

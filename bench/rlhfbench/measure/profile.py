@@ -1,4 +1,4 @@
-"""The profiler pass: one trace a phase, for any viewer of Chrome traces."""
+"""Profiles of a step: one Chrome trace per phase."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from rlhfkernels.observer import Observer
 
 
 class PhaseProfiler(Observer):
-    """Profiles the first stretch of every phase and writes it to ``<directory>/<stem>-<phase>.json.gz``.
+    """Profiles the first stretch of each phase and writes it to ``<directory>/<stem>-<phase>.json.gz``.
 
-    The first stretch only, and without shapes and stacks: later ones are more of the same, and traces grow large.
+    Later stretches repeat the first. They are left out, as are shapes and stacks, to keep traces small.
 
     Attributes:
-        paths: the traces that were written.
+        paths: Traces written so far.
     """
 
     def __init__(self, directory: str | Path, stem: str, device: str | torch.device = "cpu") -> None:
@@ -31,14 +31,14 @@ class PhaseProfiler(Observer):
         self.paths: list[Path] = []
 
     def enter_phase(self, name: str) -> None:
-        """Starts to profile, if the phase is new and no other is being profiled."""
+        """Starts the profiler if the phase is new and no other phase is being profiled."""
         if self._running is None and name not in self._seen:
             self._seen.add(name)
             self._running = name, profile(activities=self._activities)
             self._running[1].start()
 
     def exit_phase(self, name: str) -> None:
-        """Stops, and writes the trace."""
+        """Stops the profiler and writes the trace."""
         if self._running is None or self._running[0] != name:
             return
         profiler = self._running[1]

@@ -1,4 +1,4 @@
-"""When the timing pass has warmed up, and when it has measured enough."""
+"""The stopping rule of timing: when the warm-up ends, and when there are enough samples."""
 
 from __future__ import annotations
 
@@ -12,60 +12,64 @@ from typing import Literal
 Reason = Literal["precise", "steady", "budget"]
 
 _CONFIDENCE = 0.95
-_WARM_UP_STEPS = 5
+_MAX_WARM_UP_STEPS = 5
 _WARM_UP_SHARE = 0.2
 _WARM_UP_CHANGE = 0.1
-_FEWEST_SAMPLES = 3
+_MIN_SAMPLES = 3
 _NOISE_ESTIMATES = 8
 _NOISE_CHANGE = 0.1
-# Of fewer samples than this no estimate of the noise is worth comparing.
-_NOISE_SAMPLES = 5
+# Standard deviations of fewer samples vary too much to be compared.
+_MIN_NOISE_SAMPLES = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class StoppingRule:
-    """When to stop.
+    """Decides when warm-up and timing end.
 
     Attributes:
-        precision: the relative half-width of the median's confidence interval that is precise enough.
-        budget_s: seconds for the warm-up and the timing pass together.
+        precision: Relative half-width of the median's 95 % confidence interval at which timing ends.
+        budget_s: Seconds for warm-up and timing together.
     """
 
     precision: float
     budget_s: float
 
     def is_warm(self, steps_s: Sequence[float]) -> bool:
-        """Whether the warm-up's steps so far are enough.
+        """Returns ``True`` if the warm-up is done after steps of ``steps_s`` seconds.
 
-        They are when the last two differ by less than 10 %, after five in any case, and when they have taken a fifth of
-        the budget. There is at least one.
+        It is done when the last two steps differ by less than 10 %, after five steps, or when a fifth of the budget is
+        spent, whichever comes first; and never before one step.
         """
         if not steps_s:
             return False
-        if len(steps_s) >= _WARM_UP_STEPS or sum(steps_s) >= _WARM_UP_SHARE * self.budget_s:
+        if len(steps_s) >= _MAX_WARM_UP_STEPS or sum(steps_s) >= _WARM_UP_SHARE * self.budget_s:
             return True
         return len(steps_s) >= 2 and abs(steps_s[-1] - steps_s[-2]) < _WARM_UP_CHANGE * steps_s[-2]
 
     def reason_to_stop(self, steps_s: Sequence[float], spent_s: float) -> Reason | None:
-        """Why the timing pass should stop after these steps, or ``None`` if it should not.
+        """Returns why timing should stop now, or ``None`` to go on.
 
         Args:
-            steps_s: the timed steps so far, at least one.
-            spent_s: what the case has taken of its budget, the warm-up and all between the steps included.
+            steps_s: Seconds of each timed step so far, at least one.
+            spent_s: Seconds spent so far, including the warm-up and everything between steps.
+
+        Returns:
+            ``precise``: the median is known to ``precision``. ``steady``: the noise is constant, so more steps would
+            only narrow the interval as 1/√n. ``budget``: the budget is spent.
         """
         if half_width_of_median(steps_s) <= self.precision:
             return "precise"
         if is_noise_steady(steps_s):
             return "steady"
-        enough = len(steps_s) >= _FEWEST_SAMPLES or max(steps_s) >= self.budget_s
+        enough = len(steps_s) >= _MIN_SAMPLES or max(steps_s) >= self.budget_s
         return "budget" if enough and spent_s >= self.budget_s else None
 
 
 def half_width_of_median(samples: Sequence[float]) -> float:
-    """Half the width of the 95 % confidence interval of the median, relative to the median.
+    """Returns half the width of the median's 95 % confidence interval, relative to the median.
 
-    The interval is between two order statistics, so it assumes nothing of the distribution: the number of samples below
-    the true median is binomial with p = ½. Fewer than six samples have no such interval: infinite.
+    The interval lies between two order statistics and assumes no distribution: the number of samples below the true
+    median is binomial with p = ½. Fewer than six samples have no such interval; the result is then infinite.
     """
     rank = _rank(len(samples))
     if rank == 0:
@@ -76,13 +80,13 @@ def half_width_of_median(samples: Sequence[float]) -> float:
 
 
 def relative_noise(samples: Sequence[float]) -> float:
-    """The standard deviation, relative to the mean: it moves smoothly as samples come, whatever their distribution."""
+    """Returns the standard deviation relative to the mean. It changes smoothly with each sample, unlike quantiles."""
     return statistics.pstdev(samples) / statistics.fmean(samples)
 
 
 def is_noise_steady(samples: Sequence[float]) -> bool:
-    """Whether more samples would teach nothing new about the noise: its last eight estimates are within 10 %."""
-    if len(samples) < _NOISE_SAMPLES + _NOISE_ESTIMATES - 1:
+    """Returns ``True`` if the last eight estimates of the relative noise, one per sample, lie within 10 %."""
+    if len(samples) < _MIN_NOISE_SAMPLES + _NOISE_ESTIMATES - 1:
         return False
     ends = range(len(samples) - _NOISE_ESTIMATES + 1, len(samples) + 1)
     estimates = [relative_noise(samples[:end]) for end in ends]
@@ -91,7 +95,7 @@ def is_noise_steady(samples: Sequence[float]) -> bool:
 
 @functools.cache
 def _rank(num_samples: int) -> int:
-    """The largest k for which the k-th smallest and k-th largest sample enclose the median with 95 %; 0: none does."""
+    """Returns the largest k whose k-th smallest and k-th largest sample enclose the median with 95 %; 0 if none."""
     rank, outside = 0, 0.0
     while True:
         outside += 2 * math.comb(num_samples, rank) * 0.5**num_samples

@@ -1,8 +1,10 @@
-"""How the ledger gets to know: the hooks into torch, put in place and taken away again.
+"""Hooks into torch that report every storage that an op, autograd or a resize touches.
 
-Four of them: a dispatch mode sees every op's tensors, under autograd and in its threads; hooks on saved tensors see
-what autograd keeps; those hooks stand also behind other people's (activation checkpointing has its own, and only the
-innermost are called); and the one way to resize a storage without an op.
+- A dispatch mode sees the tensors of every op, below autograd and in autograd's threads.
+- Saved-tensor hooks see what autograd keeps.
+- A patch of ``saved_tensors_hooks`` covers hooks that are entered later, such as those of activation checkpointing:
+  torch calls only the innermost ones.
+- A patch of ``UntypedStorage.resize_`` sees resizes, which are no op.
 """
 
 from __future__ import annotations
@@ -16,77 +18,77 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class Watcher(Protocol):
-    """What is told of storages; ``Ledger`` says what each means."""
+class StorageObserver(Protocol):
+    """Receiver of the reports; implemented by ``Ledger``."""
 
-    def see(self, tensor: torch.Tensor, op: object) -> None:
-        """An op has made ``tensor``, or with ``None`` takes it."""
+    def on_tensor(self, tensor: torch.Tensor, op: object) -> None:
+        """Called for every output of ``op``, and with ``None`` for every input of an op."""
 
-    def measure_again(self, tensor: torch.Tensor) -> None:
-        """An op may have written into ``tensor``."""
+    def on_write(self, tensor: torch.Tensor) -> None:
+        """Called after an op that may have written into ``tensor``."""
 
-    def resized(self, storage: torch.UntypedStorage) -> None:
-        """``storage`` has another size."""
+    def on_resize(self, storage: torch.UntypedStorage) -> None:
+        """Called after ``storage`` was resized."""
 
-    def hold(self, tensor: torch.Tensor, alias: torch.Tensor) -> None:
-        """Autograd holds ``tensor``, for as long as ``alias`` lives."""
+    def on_save(self, tensor: torch.Tensor, alias: torch.Tensor) -> None:
+        """Called when autograd saves ``tensor``; it holds it for as long as ``alias`` lives."""
 
 
 @contextmanager
-def watch(watcher: Watcher) -> Iterator[None]:
-    """Tells ``watcher`` of every storage that an op, autograd or a resize touches in the meantime."""
+def observe_storages(observer: StorageObserver) -> Iterator[None]:
+    """Reports to ``observer`` inside the block."""
     with ExitStack() as stack:
-        stack.enter_context(_watched_resizes(watcher))
-        stack.enter_context(saved_tensors_hooks(lambda tensor: _held(watcher, tensor), lambda alias: alias))
-        stack.enter_context(_watched_inner_hooks(watcher))
-        stack.enter_context(_Mode(watcher))
+        stack.enter_context(_observe_resizes(observer))
+        stack.enter_context(saved_tensors_hooks(lambda tensor: _saved_alias(observer, tensor), lambda alias: alias))
+        stack.enter_context(_observe_inner_hooks(observer))
+        stack.enter_context(_OpObserver(observer))
         yield
 
 
 _DEVICE = torch.ops.prim.device.default
 
 
-class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees every op: inputs (they may have been made before), outputs, and what the op wrote into."""
+class _OpObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Reports every op's inputs (they may be older than the block), outputs, and tensors written in place."""
 
-    def __init__(self, watcher: Watcher) -> None:
+    def __init__(self, observer: StorageObserver) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._watcher = watcher
+        self._observer = observer
         self._writes: dict[Any, bool] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled here, and the guard against it would import the compiler at the first op."""
+        """Skips dynamo's check: it would import the compiler at the first op, and nothing is compiled here."""
         return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is _DEVICE:  # asked of a fake tensor for every argument of every op
+        if func is _DEVICE:  # fake tensors ask this for every argument of every op: shortcut
             return args[0].fake_device
-        see = self._watcher.see
+        on_tensor = self._observer.on_tensor
         for tensor in _tensors(args):
-            see(tensor, None)
+            on_tensor(tensor, None)
         result = func(*args, **kwargs) if kwargs else func(*args)
         writes = self._writes.get(func)
         if writes is None:
             writes = self._writes[func] = bool(func._schema.is_mutable)
         if writes:
             for tensor in _tensors(args):
-                self._watcher.measure_again(tensor)
+                self._observer.on_write(tensor)
             if kwargs:
                 for tensor in _tensors(kwargs.values()):
-                    self._watcher.measure_again(tensor)
+                    self._observer.on_write(tensor)
         if isinstance(result, torch.Tensor):
-            see(result, func)
+            on_tensor(result, func)
         elif result is not None:
             for tensor in _tensors(result if isinstance(result, (list, tuple)) else (result,)):
-                see(tensor, func)
+                on_tensor(tensor, func)
         return result
 
 
 def _tensors(values: Iterable[Any]) -> list[torch.Tensor]:
-    """The tensors among ``values`` and in lists and tuples among them (the deepest that an op's schema allows)."""
+    """Returns the tensors in ``values``, one level of lists deep: the deepest nesting that op schemas allow."""
     found = []
     for value in values:
         if isinstance(value, torch.Tensor):
@@ -96,34 +98,34 @@ def _tensors(values: Iterable[Any]) -> list[torch.Tensor]:
     return found
 
 
-def _held(watcher: Watcher, tensor: torch.Tensor) -> torch.Tensor:
-    """An alias that only autograd holds: it lives exactly as long as the saved reference.
+def _saved_alias(observer: StorageObserver, tensor: torch.Tensor) -> torch.Tensor:
+    """Returns an alias of ``tensor`` that only autograd holds, so that its lifetime is that of the saved reference.
 
-    It must be detached also because a saved output that held itself would never be freed.
+    It is detached: an op's output saved with its own graph would keep itself alive forever.
     """
     alias = tensor.detach()
-    watcher.hold(tensor, alias)
+    observer.on_save(tensor, alias)
     return alias
 
 
 @contextmanager
-def _watched_inner_hooks(watcher: Watcher) -> Iterator[None]:
-    """Hands aliases to hooks that are entered from now on, so that what they keep is seen for as long as they keep it.
+def _observe_inner_hooks(observer: StorageObserver) -> Iterator[None]:
+    """Makes saved-tensor hooks that are entered later report to ``observer`` too: torch calls only the innermost.
 
-    Under non-reentrant checkpointing the forward's hooks keep nothing, and the recomputation's keep each tensor until
-    the backward has used it. Only the innermost hooks are ever called, so ours have to stand behind theirs.
+    Non-reentrant checkpointing enters such hooks. In the forward pass they keep nothing; in the recomputation they keep
+    each tensor until the backward pass has used it. They get aliases, whose lifetime is observed.
     """
     enter = saved_tensors_hooks.__enter__
 
-    def enter_watched(hooks: saved_tensors_hooks) -> None:
+    def enter_observed(hooks: saved_tensors_hooks) -> None:
         pack: Callable[[torch.Tensor], Any] = hooks.pack_hook
-        hooks.pack_hook = lambda tensor: pack(_held(watcher, tensor))
+        hooks.pack_hook = lambda tensor: pack(_saved_alias(observer, tensor))
         try:
             enter(hooks)
         finally:
             hooks.pack_hook = pack
 
-    saved_tensors_hooks.__enter__ = enter_watched  # type: ignore[method-assign]
+    saved_tensors_hooks.__enter__ = enter_observed  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -131,16 +133,16 @@ def _watched_inner_hooks(watcher: Watcher) -> Iterator[None]:
 
 
 @contextmanager
-def _watched_resizes(watcher: Watcher) -> Iterator[None]:
-    """``tensor.untyped_storage().resize_(n)`` is no op, so the method itself is watched."""
+def _observe_resizes(observer: StorageObserver) -> Iterator[None]:
+    """Patches ``UntypedStorage.resize_``, which no dispatch mode sees."""
     resize = torch.UntypedStorage.resize_
 
-    def resize_watched(storage: torch.UntypedStorage, size: int) -> Any:
+    def resize_observed(storage: torch.UntypedStorage, size: int) -> Any:
         result = resize(storage, size)
-        watcher.resized(storage)
+        observer.on_resize(storage)
         return result
 
-    torch.UntypedStorage.resize_ = resize_watched  # type: ignore[method-assign, assignment]
+    torch.UntypedStorage.resize_ = resize_observed  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

@@ -1,6 +1,6 @@
-"""A timeline of a step: live bytes by part over its events, small however long the step is.
+"""Timeline of a step: live bytes by part over the step's events, of bounded size for a step of any length.
 
-An event is a change that the ledger counts: a storage made, resized, moved to another part or freed.
+An event is one change in the ledger: a storage added, resized, moved to another part or freed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from rlhfbench.measure.ledger import Snapshot
 from rlhfkernels.observer import PARTS, Observer
 
-# As many as a picture of a thousand pixels shows well; their JSON stays below 100 kB for any sizes under a petabyte.
+# A plot 1000 pixels wide shows no more points. Their JSON stays below 200 kB for sizes up to a petabyte.
 MAX_POINTS = 512
 MAX_STRETCHES = 128
 
@@ -21,14 +21,14 @@ _Point = tuple[int, int, list[int]]  # event, total, bytes by part
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class _Stretch:
-    """From one phase boundary to the next.
+    """The events between two phase boundaries.
 
     Attributes:
-        phases: what ran: one name, none outside phases, several where stretches were joined.
-        first_event: the last event before it: at this moment it began.
-        last_event: its own last event so far.
-        width: neighbouring events that share a point.
-        points: the highest moment of each ``width`` events.
+        phases: Names of the phases: one; none outside phases; several after stretches were joined.
+        first_event: Last event before the stretch.
+        last_event: Last event of the stretch so far.
+        width: Number of consecutive events that share one point.
+        points: The moment with the highest total of each ``width`` events.
     """
 
     phases: list[str]
@@ -38,13 +38,13 @@ class _Stretch:
     points: list[_Point] = dataclasses.field(default_factory=list)
 
     def coarsen(self) -> None:
-        """Keeps the higher point of every two: the first of equals."""
+        """Halves the number of points: of every two, keeps the one with the higher total, the first of equals."""
         self.width *= 2
         pairs = (self.points[i : i + 2] for i in range(0, len(self.points), 2))
         self.points = [max(pair, key=lambda point: point[1]) for pair in pairs]
 
     def joined(self, after: _Stretch) -> _Stretch:
-        """This stretch and the one ``after`` it as one."""
+        """Returns this stretch and the next one, ``after``, as a single stretch."""
         return _Stretch(
             phases=list(dict.fromkeys([*self.phases, *after.phases])),
             first_event=self.first_event,
@@ -55,29 +55,33 @@ class _Stretch:
 
 
 class Timeline(Observer):
-    """Keeps the highest moment of every few neighbouring events, and every boundary of a phase.
+    """Records the highest moment of every few consecutive events, and every phase boundary.
 
-    It begins with a point an event. Whenever there are ``max_points``, the stretch that has the most of them keeps the
-    higher of every two, so that a long phase takes no points from the short ones. Only a step with more than
-    ``max_stretches`` stretches loses boundaries: each stretch then takes in the one after it.
+    It begins with one point per event. At ``max_points``, the stretch with the most points drops half of them, so that
+    a long phase costs the short ones no resolution. Only a step with more than ``max_stretches`` stretches loses
+    boundaries: neighbouring stretches are then joined in pairs.
 
-    Hand ``note`` to the ledger as its ``on_change``, and this to the step as an observer that hears after the ledger.
+    Pass ``note`` to the ledger as ``on_change``, and the timeline to the step as an observer after the ledger.
 
     Args:
-        max_points: the most points; more than ``max_stretches``.
-        max_stretches: the most stretches between two boundaries, at least 2.
+        max_points: Maximum number of points; more than ``max_stretches``.
+        max_stretches: Maximum number of stretches; at least 2.
     """
 
     def __init__(self, max_points: int = MAX_POINTS, max_stretches: int = MAX_STRETCHES) -> None:
         self._max_points, self._max_stretches = max_points, max_stretches
         self._num_events = self._num_points = 0
-        self._room = 0  # events that the last point can still stand for
-        self._highest = 0  # its total
+        self._room = 0  # events that the last point can still cover
+        self._highest = 0  # total of the last point
         self._names: list[str] = []
         self._stretches = [_Stretch(phases=[], first_event=0, last_event=0)]
 
     def note(self, parts: Sequence[int]) -> None:
-        """Takes the live bytes by part, in the order of ``PARTS``, after one more event."""
+        """Records one event.
+
+        Args:
+            parts: Live bytes by part after the event, in the order of ``PARTS``.
+        """
         self._num_events += 1
         total = sum(parts)
         points = self._stretches[-1].points
@@ -97,25 +101,25 @@ class Timeline(Observer):
         points.append((self._num_events, total, list(parts)))
 
     def enter_phase(self, name: str) -> None:
-        """Begins a stretch of phase ``name``; inside another phase's stretch, that one ends here."""
+        """Begins a stretch of phase ``name``. An enclosing phase's stretch ends here."""
         self._names.append(name)
         self._begin_stretch()
 
     def exit_phase(self, name: str) -> None:
-        """Ends it; an outer phase goes on in a new stretch."""
+        """Ends the stretch. An enclosing phase continues in a new one."""
         self._names.pop()
         self._begin_stretch()
 
     def to_dict(self, peaks: Mapping[str, Snapshot]) -> dict[str, Any]:
-        """The timeline as JSON holds it.
+        """Returns the timeline as a JSON object.
 
         Args:
-            peaks: of the ledger, by phase. Their moments are added where another of the same height was kept.
+            peaks: The ledger's peaks by phase. Each becomes a point, even if a moment with the same total was kept.
 
         Returns:
-            ``num_events``; ``phases``, a list of ``names`` (one, unless stretches were joined), ``first_event``,
-            ``last_event`` and ``events_per_point``; ``peak``, with its ``event``, ``phase`` and ``total_bytes``; and
-            the points in their order as columns: ``events`` and, by part, ``parts_bytes``.
+            ``num_events``. ``phases``: a list of objects with ``names`` (one, unless stretches were joined),
+            ``first_event``, ``last_event`` and ``events_per_point``. ``peak``: its ``event``, ``phase`` and
+            ``total_bytes``. The points in their order, as columns: ``events`` and, by part, ``parts_bytes``.
         """
         points = {event: parts for stretch in self._stretches for event, _, parts in stretch.points}
         points |= {peak.event: [peak.parts[part] for part in PARTS] for peak in peaks.values()}
@@ -143,7 +147,7 @@ class Timeline(Observer):
         last, now = self._stretches[-1], self._num_events
         last.last_event = now
         if last.first_event == now and not last.points and not last.phases:
-            self._stretches.pop()  # nothing happened between two phases
+            self._stretches.pop()  # no event between two phases
         if len(self._stretches) >= self._max_stretches:
             pairs = (self._stretches[i : i + 2] for i in range(0, len(self._stretches), 2))
             self._stretches = [pair[0].joined(pair[1]) if len(pair) == 2 else pair[0] for pair in pairs]

@@ -1,4 +1,4 @@
-"""What would help a case that does not fit even with one sequence: by the part that is largest, what is not set yet."""
+"""Advice for a case that does not fit at batch size 1: options that shrink its largest memory part."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from rlhfbench.planning.zero import Zero
 from rlhfkernels.config.case import Case
 from rlhfkernels.methods.table import METHODS
 
-_NARROW = ("bfloat16",)  # dtypes that have no narrower one here
-_SMALL_CHUNK = 16  # positions whose logits are worth no thought
+_NARROW = ("bfloat16",)  # the narrowest dtypes of a case
+_SMALL_CHUNK = 16  # at this chunk size, logits are a negligible part
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Remedy:
-    """Something that makes a part smaller.
+    """A change that makes a memory part smaller.
 
     Attributes:
-        text: how to ask for it, or what gives the text of a case.
-        helps: whether it is not what the case has already.
+        text: The option to set, or a function from the case to it.
+        helps: Returns ``False`` if the case has the change already or cannot have it.
     """
 
     text: str | Callable[[Case], str]
     helps: Callable[[Case, Zero], bool] = lambda case, zero: True
 
-    def of(self, case: Case) -> str:
-        """The text for ``case``."""
+    def text_for(self, case: Case) -> str:
+        """Returns the text for ``case``."""
         return self.text if isinstance(self.text, str) else self.text(case)
 
 
@@ -42,7 +42,7 @@ def _fewer_bases(case: Case) -> list[str]:
 
 
 def _adapter_methods(case: Case) -> list[str]:
-    """The methods that train no base, where this one trains some."""
+    """Returns the methods of the same family that train no base; none if the method of ``case`` is one of them."""
     own = METHODS[case.method]
     if not own.trains_a_base:
         return []
@@ -50,7 +50,7 @@ def _adapter_methods(case: Case) -> list[str]:
 
 
 def _divided_from(stage: int) -> tuple[Remedy, Remedy]:
-    """ZeRO's share in it: the stage from which on a part is divided, then more ranks."""
+    """Returns the remedies of ZeRO for a part that is divided from ``stage`` on: that stage, then more ranks."""
     return (
         Remedy(f"--zero-stage {stage} over several ranks", lambda case, zero: zero.stage < stage),
         Remedy("a larger --world-size", lambda case, zero: zero.stage >= stage),
@@ -75,7 +75,7 @@ _SDPA = Remedy(
     "--option engine.attn_implementation=sdpa", lambda case, zero: case.options.engine.attn_implementation == "eager"
 )
 
-# By part, the most helpful first.
+# Remedies by memory part, the most effective first.
 REMEDIES: dict[str, tuple[Remedy, ...]] = {
     "base": (_FEWER_BASES, _NARROWER, *_divided_from(3), _SMALLER_MODEL),
     "adapters": (
@@ -122,21 +122,21 @@ REMEDIES: dict[str, tuple[Remedy, ...]] = {
         _SHORTER,
     ),
     "device_reserve": (Remedy("a larger device"),),
-    "zero_buckets": (Remedy("a smaller reduce_bucket_size than DeepSpeed's default, which is what is planned"),),
+    "zero_buckets": (Remedy("a reduce_bucket_size below DeepSpeed's default, which the plan assumes"),),
 }
 
 
 def advice(plan: Plan, gpu: Accelerator) -> str:
-    """One sentence for a case that does not fit on ``gpu``: its largest part, and what would make that smaller.
+    """Returns one sentence for a case that does not fit on ``gpu``: its largest part, and the remedies for it.
 
     Args:
-        plan: of one sequence.
-        gpu: the device.
+        plan: Plan of the case at batch size 1.
+        gpu: Device to fit on.
     """
     sizes = {**plan.memory["parts"], "zero_buckets": plan.bucket_bytes, "device_reserve": gpu.reserve_bytes}
     part = max(sizes, key=lambda name: sizes[name])
     role_table = plan.case.role_table
-    texts = [remedy.of(plan.case) for remedy in REMEDIES[part] if remedy.helps(plan.case, plan.zero)]
+    texts = [remedy.text_for(plan.case) for remedy in REMEDIES[part] if remedy.helps(plan.case, plan.zero)]
     return (
         f"{role_table.title} at {plan.case.seq_len} tokens does not fit on {gpu.name} even at batch 1: its largest "
         f"part is {part.replace('_', ' ')} with {sizes[part] / 2**30:.3g} GiB, and what would help is {_either(texts)}."

@@ -1,6 +1,6 @@
-"""Accelerators by name: their memory, its bandwidth, and the dense matrix rates that their makers state.
+"""Accelerators by name: memory, bandwidth and dense matmul rates from their vendors' data sheets.
 
-Rates are peaks without sparsity, from the makers' data sheets; real products reach 60 to 90 % of them.
+Rates are peaks without sparsity. Large matmuls reach 60 to 90 % of them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from rlhfbench.errors import SweepError
 from rlhfkernels.naming import unknown
 
 _GIB = 2**30
-# Taken by the driver's context, libraries' workspaces and fragmentation: an estimate, measured on no device so far.
+# Estimate of the CUDA context, library workspaces and fragmentation; not yet measured on a GPU.
 _CONTEXT_BYTES = 3 * _GIB // 4
 _FRAGMENTATION = 0.02
 
@@ -22,11 +22,11 @@ class Accelerator:
     """A device to plan for.
 
     Attributes:
-        name: the name users give it.
-        memory_bytes: its whole memory.
-        bytes_per_s: the memory's bandwidth; ``None`` where only a size was given.
-        flops_per_s: dtype to the dense matrix rate; empty where only a size was given.
-        source: where the numbers stand.
+        name: Name on the command line.
+        memory_bytes: Total memory.
+        bytes_per_s: Memory bandwidth; ``None`` if only a size was given.
+        flops_per_s: Dense matmul rate by dtype; empty if only a size was given.
+        source: Document that states the figures.
     """
 
     name: str
@@ -37,17 +37,17 @@ class Accelerator:
 
     @property
     def reserve_bytes(self) -> int:
-        """What a step cannot have: the driver's context, libraries' workspaces, fragmentation. An estimate."""
+        """Estimate of the memory that tensors cannot use: CUDA context, library workspaces, fragmentation."""
         return int(_CONTEXT_BYTES + _FRAGMENTATION * self.memory_bytes)
 
     @property
     def usable_bytes(self) -> int:
-        """What is left for tensors."""
+        """Memory left for tensors."""
         return self.memory_bytes - self.reserve_bytes
 
 
 def _accelerator(name: str, gib: float, tb_per_s: float, bf16: float, f32: float, source: str) -> Accelerator:
-    """One row: memory in GiB, bandwidth in TB/s, matrix rates in TFLOP/s."""
+    """Returns one row: memory in GiB, bandwidth in TB/s, matmul rates in TFLOP/s."""
     return Accelerator(
         name=name,
         memory_bytes=int(gib * _GIB),
@@ -77,10 +77,10 @@ ACCELERATORS: dict[str, Accelerator] = {
 
 
 def find_accelerator(text: str) -> Accelerator:
-    """The accelerator called ``text``, or one of the size that it states (``24GiB``, ``80GB``).
+    """Returns the accelerator called ``text``, or one with the memory size that ``text`` states (``24GiB``, ``80GB``).
 
     Raises:
-        SweepError: it is neither a known name nor a size.
+        SweepError: ``text`` is neither a known name nor a size.
     """
     name = text.strip().lower()
     if name in ACCELERATORS:
@@ -88,7 +88,7 @@ def find_accelerator(text: str) -> Accelerator:
     try:
         size = parse_size("gpu", text)
     except SweepError:
-        raise SweepError([f"{unknown('gpu', text, ACCELERATORS)} A size like 24GiB is taken too."]) from None
+        raise SweepError([f"{unknown('gpu', text, ACCELERATORS)} A size such as 24GiB is valid too."]) from None
     if size <= 0:
         raise SweepError([f"gpu is {text!r}: a size must be above 0."])
     return Accelerator(name=text.strip(), memory_bytes=size)

@@ -7,23 +7,31 @@ contents. A long completion is not stepped through; the steps left out have no l
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rlhfbench.measure.ledger import MODEL_PARTS, Ledger, block_bytes
-from rlhfbench.measure.measurements import OUTER_VIEWS, Announcer, memory_object, watched_step
+from rlhfbench.measure.measurements import (
+    OUTER_VIEWS,
+    Announcer,
+    memory_object,
+    persistent_model_bytes,
+    run_under_ledger,
+)
 from rlhfbench.measure.timeline import Timeline
 from rlhfbench.planning.devices import Accelerator
 from rlhfbench.planning.zero import Zero
 from rlhfbench.records.timelines import divided_timeline
 from rlhfkernels.config.case import Case
+from rlhfkernels.methods.program import SourceName
 from rlhfkernels.observer import PARTS
 from rlhfkernels.training.step import build_step
 from rlhfkernels.training.work import Work, phase_work
 
 _NO_VIEWS = dict.fromkeys(OUTER_VIEWS)
+_NO_DATA: dict[str, None] = dict.fromkeys(f"data.{kind}" for kind in get_args(SourceName))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,10 +66,9 @@ class Plan:
         return self.buckets[self.memory["peak_phase"]]
 
     @property
-    def largest_model_bytes(self) -> int:
-        """Weights, all gradients and optimizer states: the highest over the phases, whenever the total peaks."""
-        phases: dict[str, Any] = self.memory["phases"]
-        return max(sum(int(phase["parts"][part]) for part in MODEL_PARTS) for phase in phases.values())
+    def persistent_model_bytes(self) -> int:
+        """Weights, whole gradients and optimizer states on one rank; see ``measurements.persistent_model_bytes``."""
+        return int(self.memory["persistent_model_bytes"])
 
     def floor_s_per_sample(self, gpu: Accelerator) -> float | None:
         """The shortest time a sample on ``gpu``, or ``None`` where its rates are not known for the dtype."""
@@ -86,9 +93,9 @@ def plan_case(case: Case, zero: Zero | None = None, *, with_timeline: bool = Fal
         ModelError: the model's configuration cannot be read, or it is too short.
         CaseError: an option does not fit the model.
     """
-    # What is in C takes its memory from torch beforehand; what is Triton's cannot be started without the device.
-    kernels = case.options.engine.backend if case.device == "cpu" else "torch"
-    options = case.options.replace({"data.prompts": None, "rollout.stop_token_id": None, "engine.backend": kernels})
+    # The C backend takes its memory from torch, so a plan counts it; Triton cannot start without the device.
+    backend = case.options.engine.backend if case.device == "cpu" else "torch"
+    options = case.options.replace({**_NO_DATA, "rollout.stop_token_id": None, "engine.backend": backend})
     stand_in = dataclasses.replace(case, device="cpu", options=options)
     zero = zero or Zero()
     timeline = Timeline() if with_timeline else None
@@ -99,7 +106,7 @@ def plan_case(case: Case, zero: Zero | None = None, *, with_timeline: bool = Fal
     unpacked = mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None)
     with unpacked, FakeTensorMode():
         step = build_step(stand_in, with_weights=False)
-        watched_step(step, ledger, observer)
+        run_under_ledger(step, ledger, observer)
         work, buckets = phase_work(step), zero.buckets(step)
     memory = _divided(memory_object(ledger, dict(_NO_VIEWS)), zero, buckets)
     kept = None if timeline is None else divided_timeline(timeline.to_dict(ledger.peaks), zero.divide)
@@ -120,6 +127,7 @@ def _divided(memory: dict[str, Any], zero: Zero, buckets: dict[str, int]) -> dic
         "activation_bytes": total - model - parts["rollout"],
         "rollout_bytes": parts["rollout"],
         "total_bytes": total,
+        "persistent_model_bytes": persistent_model_bytes(phases.values()),
         "peak_phase": peak_phase,
         "parts": parts,
         "phases": {name: {"total_bytes": totals[name], "parts": phases[name]} for name in phases},

@@ -46,7 +46,7 @@ def run_case(request: dict[str, Any], send: Callable[[dict[str, Any]], None]) ->
 
     Args:
         request: ``case`` (as in a record) and either ``plan: True``, for its memory to be predicted, or what it takes
-            to measure it: ``settings`` (the fields of ``MeasureSettings``) and ``memory_limit_bytes``.
+            to measure it: ``settings`` (the fields of ``MeasurementOptions``) and ``memory_limit_bytes``.
         send: takes one message.
     """
     stage = Stage(send)
@@ -56,14 +56,14 @@ def run_case(request: dict[str, Any], send: Callable[[dict[str, Any]], None]) ->
             send({"result": {"outcome": "ok", "error": None, "memory": _predicted(case, stage)}})
             return
         stage.notify("import")
-        from rlhfbench.measure import MeasureSettings, measure_case
+        from rlhfbench.measure import MeasurementOptions, measure_case
 
         limit_bytes = request["memory_limit_bytes"]
         if limit_bytes is not None:
             limit_memory(case.device, limit_bytes)
         result = measure_case(
             case,
-            MeasureSettings(**request["settings"]),
+            MeasurementOptions(**request["settings"]),
             stage.notify,
             step_done=lambda: None if limit_bytes is None else lift_memory_limit(case.device),
         )

@@ -381,6 +381,7 @@ def test_no_sizes(text):
 def test_the_public_face_is_what_it_says():
     assert sorted(rlhfbench.__all__) == [
         "ForkServerError",
+        "Ledger",
         "RecordsError",
         "RlhfBenchError",
         "RunFolderError",

@@ -10,37 +10,37 @@ from rlhfbench.measure.ceilings import measure_ceilings
 
 @pytest.fixture
 def seconds(monkeypatch):
-    """Every reading of the clock is one second later, so that everything takes exactly one second."""
+    """A clock that advances one second per reading, so that every run takes exactly one second."""
     ticks = itertools.count()
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_rates_are_work_over_time(seconds, monkeypatch, dtype):
+def test_a_rate_is_work_over_time(seconds, monkeypatch, dtype):
     monkeypatch.setitem(ceilings._BUFFER_BYTES, "cpu", 1000)
     monkeypatch.setattr(ceilings.native, "beats_library", lambda: False)
     assert measure_ceilings("cpu", dtype) == {
-        "matmul_flops_per_s": 2 * 256**3,  # a product of one second is long: no larger one is tried
+        "matmul_flops_per_s": 2 * 256**3,  # a matmul of one second is long enough: no larger one is tried
         "copy_bytes_per_s": 2 * 1000,  # read and written
     }
 
 
-def test_short_products_are_made_larger_and_the_best_counts(monkeypatch):
+def test_short_matmuls_are_enlarged_and_the_fastest_run_counts(monkeypatch):
     durations = itertools.chain([9.0, 0.004, 9.0, 0.5, 9.0], itertools.repeat(0.25))
     monkeypatch.setattr(ceilings, "_timed_s", lambda work, device: next(durations))
     rate = ceilings._flops_per_s(torch.matmul, torch.device("cpu"), torch.float32)
     assert rate == 2 * 512**3 / 0.25
 
 
-def test_the_ceiling_is_the_better_products(monkeypatch):
+def test_the_ceiling_is_the_rate_of_the_faster_matmul(monkeypatch):
     rates = {"library": 3.0, "own": 5.0}
-    monkeypatch.setattr(ceilings, "_products", lambda device, dtype: list(rates))
+    monkeypatch.setattr(ceilings, "_matmuls", lambda device, dtype: list(rates))
     monkeypatch.setattr(ceilings, "_flops_per_s", lambda multiply, device, dtype: rates[multiply])
     assert ceilings._matmul_flops_per_s(torch.device("cpu"), torch.float32) == 5.0
 
 
 @pytest.mark.parametrize(
-    ("dtype", "failure", "beats", "num_products"),
+    ("dtype", "failure", "beats", "num_matmuls"),
     [
         (torch.float32, None, True, 2),
         (torch.float32, None, False, 1),
@@ -48,11 +48,11 @@ def test_the_ceiling_is_the_better_products(monkeypatch):
         (torch.bfloat16, None, True, 1),
     ],
 )
-def test_own_products_count_where_they_are_the_faster_ones(monkeypatch, dtype, failure, beats, num_products):
+def test_the_native_matmul_is_tried_only_where_it_is_faster(monkeypatch, dtype, failure, beats, num_matmuls):
     monkeypatch.setattr(ceilings.build, "why_not", lambda: failure)
     monkeypatch.setattr(ceilings.native, "beats_library", lambda: beats)
-    assert len(ceilings._products(torch.device("cpu"), dtype)) == num_products
+    assert len(ceilings._matmuls(torch.device("cpu"), dtype)) == num_matmuls
 
 
-def test_a_real_one_is_a_positive_number():
+def test_real_rates_are_positive():
     assert all(rate > 1e6 for rate in measure_ceilings("cpu", torch.float32).values())

@@ -15,7 +15,7 @@ def now_ns(monkeypatch):
     return now
 
 
-def test_stretches_of_a_phase_add_up_and_the_time_between_is_nobodys(now_ns):
+def test_stretches_of_a_phase_add_up_and_time_between_phases_is_not_counted(now_ns):
     clock = StepClock()
     for _ in range(3):
         with clock.phase("a"):
@@ -38,7 +38,7 @@ def test_an_inner_phase_is_counted_once(now_ns):
     assert clock.take() == pytest.approx({"outer": 3.0, "inner": 10.0})
 
 
-def test_it_waits_for_the_device_at_every_boundary_before_it_reads_the_time(monkeypatch):
+def test_a_cuda_clock_synchronizes_before_it_reads_the_time(monkeypatch):
     order = []
     ticks = itertools.count()
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: order.append(str(device)))

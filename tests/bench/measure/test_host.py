@@ -10,12 +10,12 @@ from rlhfbench.measure import host
 MIB = 2**20
 
 
-def test_resident_is_what_psutil_sees():
+def test_resident_bytes_are_those_of_psutil():
     assert host.resident_bytes() == pytest.approx(psutil.Process().memory_info().rss, rel=0.05)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's peak is Linux's")
-def test_the_peak_is_of_the_time_since_the_reset():
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux can reset the peak")
+def test_the_peak_starts_again_at_the_reset():
     large = np.ones(200 * MIB, dtype=np.uint8)
     del large
     before = host.resident_bytes()

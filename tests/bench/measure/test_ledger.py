@@ -18,7 +18,7 @@ def parts(**some):
 
 
 def walk():
-    """Every live storage that a tensor known to the garbage collector looks into: {address: bytes}."""
+    """Returns bytes by address of every live storage, found through the garbage collector's tensors."""
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
     tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
@@ -27,7 +27,7 @@ def walk():
 
 
 class Walked(Ledger):
-    """Compares itself with an independent walk whenever a phase ends."""
+    """A ledger that compares itself with an independent walk at the end of every phase."""
 
     def __enter__(self):
         self.before = walk()
@@ -47,21 +47,21 @@ def mlp(inner=16):
     return nn.Sequential(nn.Linear(8, inner), nn.ReLU(), nn.Linear(inner, 1))
 
 
-# A network by hand. b = 4 rows, 8 -> 16 -> 1.
+# A two-layer network, 8 -> 16 -> 1, on 4 rows.
 WEIGHTS = (8 * 16 + 16 + 16 + 1) * FLOAT
 INPUT, HIDDEN, OUTPUT = 4 * 8 * FLOAT, 4 * 16 * FLOAT, 4 * FLOAT
 
 
-def test_hand_count_of_a_small_network():
+def test_a_small_network_by_hand():
     net, x = mlp(), torch.ones(4, 8)
-    with Ledger() as ledger:
+    with Ledger("cpu") as ledger:
         ledger.tag("base", net.parameters())
-        ledger.watch_gradients(net.parameters())
+        ledger.track_gradients(net.parameters())
         with ledger.phase("forward"):
             out = net(x)
-        # Kept for the backward: the input of each linear layer (the second's is also the ReLU's output).
+        # Saved for the backward pass: each linear layer's input (the second's is also the ReLU's output).
         assert ledger.parts == parts(base=WEIGHTS, activations=INPUT + HIDDEN, temporary=OUTPUT)
-        # At the forward's peak the ReLU's input was there too, and the network's output not yet.
+        # At the peak of the forward pass the ReLU's input was live, and the network's output not yet.
         assert ledger.peaks["forward"].parts == parts(base=WEIGHTS, activations=INPUT + HIDDEN, temporary=HIDDEN)
         with ledger.phase("backward"):
             out.backward(torch.ones_like(out))
@@ -77,12 +77,12 @@ def test_hand_count_of_a_small_network():
     assert ledger.largest.op == "aten.addmm.default"
 
 
-def test_fake_tensors_give_the_same_numbers():
+def test_fake_tensors_give_the_same_bytes():
     def measure(make):
-        with Ledger() as ledger:
+        with Ledger("cpu") as ledger:
             first, second = (make(8, 16, requires_grad=True) for _ in range(2))
             ledger.tag("base", (first, second))
-            ledger.watch_gradients((first, second))
+            ledger.track_gradients((first, second))
             with ledger.phase("forward"):
                 out = checkpoint(lambda x: (x @ first).relu() @ second.T, make(4, 8), use_reentrant=False)
             with ledger.phase("backward"):
@@ -95,7 +95,7 @@ def test_fake_tensors_give_the_same_numbers():
         assert measure(torch.empty) == real
 
 
-def test_fake_tensors_are_on_their_fake_device():
+def test_fake_tensors_count_on_their_fake_device():
     with FakeTensorMode(), Ledger("cuda") as ledger:
         torch.ones(4, 8)
         x = torch.empty(4, 8, device="cuda")
@@ -110,9 +110,9 @@ def test_under_checkpointing_the_activations_are_layer_inputs_and_one_recomputed
     layers = nn.ModuleList([mlp(64).append(nn.Linear(1, 8)) for _ in range(3)])
     x = torch.ones(4, 8, requires_grad=True)
     seen = []
-    with Ledger(on_change=lambda live: seen.append(live[PARTS.index("activations")])) as ledger:
+    with Ledger("cpu", on_change=lambda live: seen.append(live[PARTS.index("activations")])) as ledger:
         ledger.tag("base", layers.parameters())
-        ledger.watch_gradients(layers.parameters())
+        ledger.track_gradients(layers.parameters())
         h = x
         for layer in layers:
             h = checkpoint(layer, h, use_reentrant=reentrant)
@@ -121,16 +121,16 @@ def test_under_checkpointing_the_activations_are_layer_inputs_and_one_recomputed
         assert ledger.parts["activations"] == 3 * INPUT
         seen.clear()
         loss.backward()
-        # The last layer's input, hidden state (4 x 64) and inner output (4 x 1), beside the inputs of the others.
+        # The inputs of all layers, and the recomputed hidden state (4 x 64) and inner output (4 x 1) of the last.
         assert max(seen) == 3 * INPUT + 4 * 64 * FLOAT + OUTPUT
         assert ledger.parts["activations"] == 0
 
 
-def test_what_other_hooks_move_away_is_no_activation():
+def test_a_tensor_that_other_hooks_offload_is_no_activation():
     weight = torch.ones(8, 8, requires_grad=True)
     x = torch.ones(4, 8)
     away = saved_tensors_hooks(lambda tensor: tensor.tolist(), torch.tensor)
-    with Ledger() as ledger, away:
+    with Ledger("cpu") as ledger, away:
         ledger.tag("base", [weight])
         out = (x @ weight).exp().sum()
         assert ledger.parts == parts(base=8 * 8 * FLOAT, temporary=INPUT + FLOAT)
@@ -141,7 +141,7 @@ def test_what_other_hooks_move_away_is_no_activation():
 def test_saved_weights_views_of_weights_and_rollouts_are_no_activations():
     weight, x = torch.ones(8, 8, requires_grad=True), torch.ones(4, 8, requires_grad=True)
     mask = torch.ones(4, 8)
-    with Ledger() as ledger:
+    with Ledger("cpu") as ledger:
         ledger.tag("base", [weight])
         ledger.tag("rollout", [x, mask])
         out = (x @ weight.T[:, :8]) * mask
@@ -149,9 +149,9 @@ def test_saved_weights_views_of_weights_and_rollouts_are_no_activations():
         assert ledger.parts == parts(base=8 * 8 * FLOAT, rollout=2 * INPUT, temporary=INPUT)
 
 
-def test_a_storage_is_temporary_again_when_its_last_saved_reference_goes():
+def test_a_storage_is_temporary_again_after_its_last_saved_reference():
     x = torch.ones(4, 8, requires_grad=True)
-    with Ledger() as ledger:
+    with Ledger("cpu") as ledger:
         y = x * 2
         first, second = y.exp(), y * y
         assert ledger.parts["activations"] == 2 * INPUT  # y and exp(y); x * 2 saves neither
@@ -166,26 +166,26 @@ def test_a_storage_is_temporary_again_when_its_last_saved_reference_goes():
 
 def test_a_saved_output_does_not_keep_itself_alive():
     x = torch.ones(4, 8, requires_grad=True)
-    with Ledger() as ledger:
+    with Ledger("cpu") as ledger:
         x.exp()
         assert ledger.total_bytes == INPUT
 
 
 def test_views_count_once_and_the_first_declaration_wins():
     tied = torch.ones(8, 8)
-    with Ledger() as ledger:
+    with Ledger("cpu") as ledger:
         ledger.tag("base", [tied])
         ledger.tag("heads", [tied.T, tied[2:]])
         assert ledger.parts == parts(base=8 * 8 * FLOAT)
         view = torch.ones(4, 8)[1:2]
-        assert ledger.parts["temporary"] == INPUT  # the whole storage lives behind the view
+        assert ledger.parts["temporary"] == INPUT  # the view keeps the whole storage alive
         ledger.tag("kv_cache", [view])
         assert ledger.parts == parts(base=8 * 8 * FLOAT, kv_cache=INPUT)
 
 
-def test_tensors_made_before_are_counted_when_first_used_and_those_elsewhere_never():
+def test_older_tensors_count_from_their_first_use_and_those_on_other_devices_never():
     old, elsewhere = torch.ones(4, 8), torch.ones(4, 8, device="meta")
-    with Ledger() as ledger:
+    with Ledger("cpu") as ledger:
         assert ledger.total_bytes == 0
         old.add_(1)
         elsewhere.add_(1)
@@ -193,7 +193,7 @@ def test_tensors_made_before_are_counted_when_first_used_and_those_elsewhere_nev
 
 
 def test_resized_storages():
-    with Ledger() as ledger, ledger.phase("only"):
+    with Ledger("cpu") as ledger, ledger.phase("only"):
         x = torch.empty(0)
         x.resize_(10)
         assert ledger.total_bytes == 10 * FLOAT
@@ -208,18 +208,18 @@ def test_resized_storages():
         assert ledger.total_bytes == 3 * FLOAT
         y = torch.ones(1000)
         ledger.enter_phase("grow")
-        y.resize_(2000)  # the old content is copied, so both are there for a moment
+        y.resize_(2000)  # old and new memory are both live while the content is copied
         assert ledger.total_bytes == 2003 * FLOAT
         ledger.exit_phase("grow")
     assert ledger.peaks["grow"].total_bytes == 3003 * FLOAT
 
 
 @pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}, {"foreach": False}])
-def test_optimizers_with_lists_and_no_results(options):
+def test_ops_of_optimizers_that_take_lists_and_return_nothing(options):
     net, x = mlp(), torch.ones(4, 8)
-    with Walked() as ledger:
+    with Walked("cpu") as ledger:
         ledger.tag("base", net.parameters())
-        ledger.watch_gradients(net.parameters())
+        ledger.track_gradients(net.parameters())
         optimizer = torch.optim.AdamW(net.parameters(), **options)
         for _ in range(2):
             with ledger.phase("update"):
@@ -232,9 +232,9 @@ def test_optimizers_with_lists_and_no_results(options):
         assert ledger.num_walks == 4
 
 
-def test_results_in_lists_and_tuples():
+def test_ops_that_return_lists_and_tuples():
     x = torch.ones(4, 8)
-    with Ledger() as ledger:
+    with Ledger("cpu") as ledger:
         both = torch.split_with_sizes_copy(x, [2, 2])
         assert ledger.total_bytes == 2 * INPUT
         values, indices = x.max(1)
@@ -246,16 +246,16 @@ def test_results_in_lists_and_tuples():
 def test_accumulated_and_existing_gradients():
     weight = torch.ones(4, 8, requires_grad=True)
     weight.grad = torch.ones(4, 8)
-    with Ledger() as ledger:
+    with Ledger("cpu") as ledger:
         ledger.tag("base", [weight])
-        ledger.watch_gradients([weight])
+        ledger.track_gradients([weight])
         assert ledger.parts == parts(base=INPUT, gradients=INPUT)
         for _ in range(2):
             weight.sum().backward()
         assert ledger.parts == parts(base=INPUT, gradients=INPUT)
 
 
-def test_a_backward_within_the_backward():
+def test_a_backward_pass_inside_a_backward_pass():
     class Doubled(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
@@ -271,8 +271,8 @@ def test_a_backward_within_the_backward():
             return gradient * 2 + inner.grad * 0
 
     x = torch.ones(4, 8, requires_grad=True)
-    with Walked() as ledger:
-        ledger.watch_gradients([x])
+    with Walked("cpu") as ledger:
+        ledger.track_gradients([x])
         with ledger.phase("forward"):
             out = Doubled.apply(x).sum()
         with ledger.phase("backward"):
@@ -280,8 +280,8 @@ def test_a_backward_within_the_backward():
         assert ledger.parts == parts(gradients=INPUT, temporary=INPUT + FLOAT)
 
 
-def test_phases_are_separate_accumulate_their_stretches_and_pause_around_inner_ones():
-    with Ledger() as ledger:
+def test_a_phase_has_the_peak_of_all_its_stretches_without_inner_phases():
+    with Ledger("cpu") as ledger:
         with ledger.phase("a"):
             torch.ones(10)
         with ledger.phase("b"):
@@ -296,9 +296,9 @@ def test_phases_are_separate_accumulate_their_stretches_and_pause_around_inner_o
     assert ledger.peak_phase == "c"
 
 
-def test_a_phase_that_makes_nothing_has_what_it_found():
+def test_a_phase_without_an_op_has_what_lives_already():
     x = torch.ones(4, 8)
-    with Ledger() as ledger:
+    with Ledger("cpu") as ledger:
         ledger.tag("rollout", [x])
         with ledger.phase("idle"):
             pass
@@ -307,38 +307,38 @@ def test_a_phase_that_makes_nothing_has_what_it_found():
 
 def test_the_largest_tensor_is_no_weight_and_no_gradient():
     weight = torch.ones(100, 100, requires_grad=True)
-    with Ledger() as ledger:
+    with Ledger("cpu") as ledger:
         ledger.tag("base", [weight])
-        ledger.watch_gradients([weight])
+        ledger.track_gradients([weight])
         (weight[:2] * 3).sum().backward()
         weight.grad = None
     assert ledger.largest.shape == (2, 100)
 
 
-def test_every_change_is_told():
-    told = []
-    with Ledger(on_change=lambda live: told.append(list(live))) as ledger:
+def test_on_change_is_called_after_every_change():
+    seen = []
+    with Ledger("cpu", on_change=lambda live: seen.append(list(live))) as ledger:
         x = torch.ones(4, 8)
         ledger.tag("rollout", [x])
         del x
     index = PARTS.index
-    assert [live[index("temporary")] for live in told] == [INPUT, 0, 0]
-    assert [live[index("rollout")] for live in told] == [0, INPUT, 0]
+    assert [live[index("temporary")] for live in seen] == [INPUT, 0, 0]
+    assert [live[index("rollout")] for live in seen] == [0, INPUT, 0]
     assert ledger.num_changes == 3
 
 
-def test_an_unknown_part_is_refused():
-    with Ledger() as ledger, pytest.raises(ValueError, match=r"part 'bases' is unknown: did you mean 'base'\?"):
+def test_an_unknown_part_is_an_error():
+    with Ledger("cpu") as ledger, pytest.raises(ValueError, match=r"part 'bases' is unknown: did you mean 'base'\?"):
         ledger.tag("bases", [torch.ones(1)])
 
 
-def test_nothing_stays_behind():
+def test_no_hook_stays_behind():
     resize, enter = torch.UntypedStorage.resize_, torch.autograd.graph.saved_tensors_hooks.__enter__
-    net, ledger, held = mlp(), Ledger(), [torch.ones(4, 8), torch.ones(4, 8)]
+    net, ledger, held = mlp(), Ledger("cpu"), [torch.ones(4, 8), torch.ones(4, 8)]
 
     def fail():
         with ledger:
-            ledger.watch_gradients(net.parameters())
+            ledger.track_gradients(net.parameters())
             ledger.tag("rollout", held)
             net(held[0][:, :7])
 
@@ -354,13 +354,13 @@ def test_nothing_stays_behind():
     assert all(not parameter._post_accumulate_grad_hooks for parameter in net.parameters())
 
 
-def test_a_ledger_changes_no_number():
+def test_a_ledger_changes_no_gradient():
     def gradients():
         net = mlp()
         checkpoint(net, torch.ones(4, 8), use_reentrant=False).exp().sum().backward()
         return [parameter.grad for parameter in net.parameters()]
 
     plain = gradients()
-    with Ledger():
+    with Ledger("cpu"):
         watched = gradients()
     assert all(torch.equal(a, b) for a, b in zip(plain, watched, strict=True))

@@ -4,32 +4,34 @@ import json
 import pytest
 import torch
 
-from rlhfbench.measure import MeasureSettings, measure_case
-from rlhfbench.measure import measurements as passes
+from rlhfbench.measure import MeasurementOptions, measure_case, measurements
 from rlhfbench.measure.ledger import Ledger
 from rlhfkernels.config.case import Case
 from rlhfkernels.config.options import Options
 from rlhfkernels.errors import NumericalError
-from rlhfkernels.methods.table import METHODS, Phase
+from rlhfkernels.methods.program import Phase
+from rlhfkernels.methods.table import METHODS
 from rlhfkernels.observer import PARTS, Observer
 from rlhfkernels.training.step import build_step
 from rlhfkernels.training.work import Work
 
 PHASES = (Phase(name="think", kind="inference"), Phase(name="learn", kind="update"), Phase(name="step", kind="update"))
-SETTINGS = MeasureSettings(time_budget_s=0.0)
 
 
 class FakeStats:
-    def __init__(self, finite):
-        self.finite = finite
+    def __init__(self, finite, num_runs):
+        self.finite, self.num_runs = finite, num_runs
 
     def check_finite(self):
         if not self.finite:
             raise NumericalError("kl is nan: the step's numbers must be finite.")
 
+    def to_dict(self):
+        return {"num_runs": self.num_runs, "kl": None}
+
 
 class FakeStep:
-    """A small step that keeps the contract: a weight, a rollout, a cache, two stretches of one phase."""
+    """A small step with a weight, a rollout, a cache and two stretches of one phase."""
 
     phases = PHASES
 
@@ -56,7 +58,7 @@ class FakeStep:
             self.moment.add_(self.weight.grad)
             self.weight.sub_(self.moment, alpha=1e-3)
             self.weight.grad = None
-        return FakeStats(self.finite)
+        return FakeStats(self.finite, len(self.observers))
 
     def persistent_tensors(self):
         return [("base", self.weight), ("optimizer", self.moment)]
@@ -64,23 +66,23 @@ class FakeStep:
     def trained_parameters(self):
         return [self.weight]
 
-    engine_taken = "fast"
-    kernels_taken = "torch"
+    trunk_taken = "fast"
+    backend_taken = "torch"
 
-    def prompt_summary(self):
+    def data_summary(self):
         return {"source": "random", "num_prompts": None, "num_truncated": 0}
 
 
 @pytest.fixture
 def fake(monkeypatch):
-    """Lets ``measure_case`` find a fake step; returns what puts one there."""
+    """Returns a function that makes ``measure_case`` build a given fake step."""
 
     def put(step):
-        monkeypatch.setattr(passes, "build_step", lambda case: step)
-        monkeypatch.setattr(passes, "phase_work", lambda step: {phase.name: Work(2000, 50) for phase in PHASES})
+        monkeypatch.setattr(measurements, "build_step", lambda case: step)
+        monkeypatch.setattr(measurements, "phase_work", lambda step: {phase.name: Work(2000, 50) for phase in PHASES})
         return step
 
-    monkeypatch.setattr(passes, "measure_ceilings", lambda device, dtype: pytest.fail("the ceilings were given"))
+    monkeypatch.setattr(measurements, "measure_ceilings", lambda device, dtype: pytest.fail("the ceilings were given"))
     return put
 
 
@@ -88,18 +90,18 @@ CEILINGS = {"matmul_flops_per_s": 1000.0, "copy_bytes_per_s": 10.0}
 CASE = Case(method="full", model="tiny", prompt_len=4, completion_len=4, batch_size=4)
 
 
-def settings(**fields):
-    return MeasureSettings(**{"time_budget_s": 0.0, "ceilings": CEILINGS, **fields})
+def options(**fields):
+    return MeasurementOptions(**{"time_budget_s": 0.0, "ceilings": CEILINGS, **fields})
 
 
-def test_the_passes_in_their_order(fake, tmp_path):
-    step, told = fake(FakeStep()), []
-    result = measure_case(CASE, settings(profile_dir=str(tmp_path)), told.append)
+def test_the_measurements_in_their_order(fake, tmp_path):
+    step, notices = fake(FakeStep()), []
+    result = measure_case(CASE, options(profile_dir=str(tmp_path)), notices.append)
     phases = [f"phase:{phase.name}" for phase in PHASES]
-    assert told == ["build", "warm-up", *phases, "timing", "memory", *phases, "profile", *phases, "ceilings"]
+    assert notices == ["build", "warm-up", *phases, "timing", "memory", *phases, "profile", *phases, "ceilings"]
     assert json.loads(json.dumps(result)) == result
-    assert set(result) == {"memory", "latency", "work", "prompts", "engine", "kernels", "ceilings", "timeline"}
-    assert result["prompts"] == step.prompt_summary()
+    assert set(result) == {"memory", "latency", "work", "stats", "prompts", "engine", "kernels", "ceilings", "timeline"}
+    assert result["prompts"] == step.data_summary()
     assert result["ceilings"] == CEILINGS
     assert result["timeline"] is None
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
@@ -110,7 +112,7 @@ def test_the_passes_in_their_order(fake, tmp_path):
 
 def test_the_timeline_has_the_peak_of_the_record(fake):
     fake(FakeStep())
-    result = json.loads(json.dumps(measure_case(CASE, settings(timeline=True), lambda text: None)))
+    result = json.loads(json.dumps(measure_case(CASE, options(timeline=True), lambda text: None)))
     memory, timeline = result["memory"], result["timeline"]
     peak = timeline["peak"]
     assert (peak["phase"], peak["total_bytes"]) == (memory["peak_phase"], memory["total_bytes"])
@@ -119,21 +121,22 @@ def test_the_timeline_has_the_peak_of_the_record(fake):
     assert [row["names"] for row in timeline["phases"]] == [["think"], ["learn"], ["learn"], ["step"]]
 
 
-def test_the_clock_sees_no_instrument(fake):
-    """A timed step runs under the clock alone; before it the warm-up, after it the ledger's."""
+def test_a_timed_step_has_no_instrument_but_the_clock(fake):
+    """The observers of the warm-up, the timed step and the memory measurement."""
     step = fake(FakeStep())
-    measure_case(CASE, settings(timeline=True), lambda text: None)
+    measure_case(CASE, options(timeline=True), lambda text: None)
     assert [type(observer).__name__ for observer in step.observers] == ["Announcer", "StepClock", "Announcer"]
 
 
 def test_memory_by_hand(fake):
     fake(FakeStep())
-    memory = measure_case(CASE, settings(), lambda text: None)["memory"]
+    memory = measure_case(CASE, options(), lambda text: None)["memory"]
     weight, rows = 8 * 8 * 4, 4 * 8 * 4
     assert memory["phases"]["think"] == {
         "total_bytes": 2 * weight + rows + 64,
         "parts": {**dict.fromkeys(PARTS, 0), "base": weight, "optimizer": weight, "rollout": rows, "kv_cache": 64},
     }
+    assert memory["persistent_model_bytes"] == 3 * weight  # the weight, its gradient, its moment
     assert memory["peak_phase"] == "learn"
     assert memory["parts"] == memory["phases"]["learn"]["parts"]
     assert memory["rollout_bytes"] == rows
@@ -149,7 +152,7 @@ def test_memory_by_hand(fake):
 
 def test_latency_adds_up():
     steps_s = [{"think": 1.0, "learn": 4.0}, {"think": 3.0, "learn": 2.0}, {"think": 2.0, "learn": 9.0}]
-    latency = passes.latency_object(PHASES, steps_s, 4, "budget")
+    latency = measurements.latency_object(PHASES, steps_s, 4, "budget")
     assert latency == {
         "inference_s_per_sample": 0.5,
         "update_s_per_sample": 1.0,
@@ -173,7 +176,7 @@ def test_latency_of_a_kind_without_a_phase_is_null(kind, absent):
 
 def test_the_floor_is_the_slower_of_the_two_ceilings():
     latency = {"phases": {"think": {"median_s": 10.0}, "learn": {"median_s": 30.0}}}
-    work = passes.work_object({"think": Work(2000, 50), "learn": Work(1000, 10)}, CEILINGS, latency)
+    work = measurements.work_object({"think": Work(2000, 50), "learn": Work(1000, 10)}, CEILINGS, latency)
     assert work == {
         "phases": {
             "think": {"flops": 2000, "bytes": 50, "floor_s": 5.0},
@@ -183,27 +186,42 @@ def test_the_floor_is_the_slower_of_the_two_ceilings():
     }
 
 
-@pytest.mark.parametrize("run", [1, 2, 3])  # the warm-up, the timed step, the memory pass
-def test_a_step_that_fails_names_its_phase_last(fake, run):
+@pytest.mark.parametrize("run", [1, 2, 3])  # warm-up, timed step, memory measurement
+def test_a_failed_step_announces_its_phase_last(fake, run):
     fake(FakeStep(fails_in_run=run))
-    told = []
+    notices = []
     with pytest.raises(torch.OutOfMemoryError):
-        measure_case(CASE, settings(), told.append)
-    assert told[-1] == "phase:learn"
+        measure_case(CASE, options(), notices.append)
+    assert notices[-1] == "phase:learn"
     assert gc.isenabled()
 
 
-def test_numbers_that_are_not_finite_are_an_error(fake):
+def test_a_step_that_is_not_finite_is_an_error(fake):
     fake(FakeStep(finite=False))
     with pytest.raises(NumericalError):
-        measure_case(CASE, settings(), lambda text: None)
+        measure_case(CASE, options(), lambda text: None)
+
+
+def test_stats_are_those_of_the_first_warm_up_step(fake, monkeypatch):
+    step = fake(FakeStep())
+    monkeypatch.setattr(measurements.StoppingRule, "is_warm", lambda self, steps_s: len(steps_s) == 3)
+    result = measure_case(CASE, options(), lambda text: None)
+    assert len(step.observers) > 3
+    assert result["stats"] == {"num_runs": 1, "kl": None}
+
+
+def test_the_persistent_model_is_the_highest_sum_of_model_parts_over_the_phases():
+    none = dict.fromkeys(PARTS, 0)
+    update = {**none, "base": 8, "gradients": 1, "activations": 100}
+    optimize = {**none, "base": 8, "adapters": 1, "heads": 2, "gradients": 4, "optimizer": 16, "temporary": 1}
+    assert measurements.persistent_model_bytes([update, optimize]) == 31
 
 
 def test_threads_are_set(fake):
     fake(FakeStep())
     threads = torch.get_num_threads()
     try:
-        measure_case(CASE, settings(num_threads=threads + 1), lambda text: None)
+        measure_case(CASE, options(num_threads=threads + 1), lambda text: None)
         assert torch.get_num_threads() == threads + 1
     finally:
         torch.set_num_threads(threads)
@@ -211,12 +229,16 @@ def test_threads_are_set(fake):
 
 # The real step.
 
-FRUGAL = {"gradient_checkpointing": True, "kv_cache": "growing", "micro_batch_size": 1}
-TINY = {"model": "tiny", "prompt_len": 4, "completion_len": 4, "batch_size": 2, "lora_rank": 2}
+FRUGAL = {
+    "engine.gradient_checkpointing": True,
+    "engine.cache_implementation": "dynamic",
+    "engine.micro_batch_size": 1,
+}
+TINY = {"model": "tiny", "prompt_len": 4, "completion_len": 4, "batch_size": 2}
 
 
 def walk():
-    """Every live storage that a tensor known to the garbage collector looks into: {address: bytes}."""
+    """Returns bytes by address of every live storage, found through the garbage collector's tensors."""
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
     tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
@@ -225,10 +247,10 @@ def walk():
 
 
 class Walked(Observer):
-    """Compares a ledger with an independent walk whenever a phase ends."""
+    """Compares a ledger with an independent walk at the end of every phase."""
 
     def __init__(self, ledger, before):
-        self.ledger, self.before, self.num_walks = ledger, before, 0
+        self.ledger, self.before, self.walked = ledger, before, []
 
     def enter_phase(self, name):
         self.ledger.enter_phase(name)
@@ -238,7 +260,7 @@ class Walked(Observer):
         found, live = walk(), self.ledger.live_storages()
         assert live == {key: size for key, size in found.items() if key not in self.before or key in live}
         assert sum(live.values()) == self.ledger.total_bytes == sum(self.ledger.parts.values())
-        self.num_walks += 1
+        self.walked.append(name)
 
     def tag(self, part, tensors):
         self.ledger.tag(part, tensors)
@@ -247,39 +269,42 @@ class Walked(Observer):
 @pytest.mark.parametrize("options", [{}, FRUGAL])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_real_step_under_the_ledger(method, options):
-    step = build_step(Case(method=method, **TINY, options=Options.of(options)))
+    step = build_step(Case(method=method, **TINY, options=Options.of({"lora.r": 2, **options})))
     storages = [tensor.untyped_storage() for _, tensor in step.persistent_tensors()]
     persistent = {storage._cdata: storage.nbytes() for storage in storages}  # each once
     before = walk()
-    with Ledger() as ledger:
+    with Ledger("cpu") as ledger:
         for part, tensor in step.persistent_tensors():
             ledger.tag(part, (tensor,))
-        ledger.watch_gradients(step.trained_parameters())
+        ledger.track_gradients(step.trained_parameters())
         watched = Walked(ledger, before)
         step.run(watched)
-    assert watched.num_walks == len(step.phases)
-    assert list(ledger.peaks) == [phase.name for phase in step.phases]
+    names = [phase.name for phase in step.phases]
+    assert list(dict.fromkeys(watched.walked)) == list(ledger.peaks) == names
     trained = sum(parameter.numel() * 4 for parameter in step.trained_parameters())
     for snapshot in ledger.peaks.values():
         assert sum(snapshot.parts.values()) == snapshot.total_bytes
         weights = sum(snapshot.parts[part] for part in ("base", "adapters", "heads", "optimizer"))
         assert weights == sum(persistent.values())
-    assert ledger.peaks["generate"].parts["kv_cache"] > 0
-    assert ledger.peaks["generate"].parts["activations"] == ledger.peaks["score"].parts["activations"] == 0
-    assert ledger.peaks["optimize"].parts["gradients"] == trained
+    assert {name for name in names if ledger.peaks[name].parts["kv_cache"]} == {"generate"} & set(names)
+    for phase in step.phases:
+        assert phase.kind == "update" or ledger.peaks[phase.name].parts["activations"] == 0
+    if trained:
+        assert ledger.peaks["optimize"].parts["gradients"] == trained
 
 
 def test_a_real_case():
-    result = measure_case(Case(method="hydra", **TINY), MeasureSettings(time_budget_s=0.0), lambda text: None)
+    result = measure_case(Case(method="hydra", **TINY), MeasurementOptions(time_budget_s=0.0), lambda text: None)
     assert json.loads(json.dumps(result)) == result
     assert result["latency"]["stopped_because"] == "budget"
+    assert abs(result["stats"]["kl"]) < 1e-5  # the policy is still the reference
     assert 0 < result["work"]["floor_fraction"] < 1
 
 
-def test_what_the_allocator_handed_out_beyond_ledger_and_workspaces_is_the_rest(fake):
+def test_the_rest_is_the_allocators_peak_without_ledger_and_workspaces(fake):
     ledger = Ledger("cpu")
-    passes.watched_step(FakeStep(), ledger, ledger)
-    views = dict.fromkeys(passes.OUTER_VIEWS)
-    total = passes.memory_object(ledger, views)["total_bytes"]
+    measurements.run_under_ledger(FakeStep(), ledger, ledger)
+    views = dict.fromkeys(measurements.OUTER_VIEWS)
+    total = measurements.memory_object(ledger, views)["total_bytes"]
     views |= {"allocator_peak_bytes": total + 100, "workspace_bytes": 30}
-    assert passes.memory_object(ledger, views)["views"]["allocator_rest_bytes"] == 70
+    assert measurements.memory_object(ledger, views)["views"]["allocator_rest_bytes"] == 70

@@ -10,7 +10,7 @@ MIB = 2**20
 
 
 class FakeNvml:
-    """Stands for pynvml; readings are made up by the test."""
+    """Stands in for pynvml; the test sets the readings."""
 
     class NVMLError(Exception):
         pass
@@ -77,13 +77,13 @@ def test_the_largest_reading_counts(nvml):
     fake = nvml(FakeNvml())
     sampler = NvmlSampler(1, interval_s=1000)
     fake.processes = [process(7, 300 * MIB)]
-    with sampler:  # reads once now, once at the end
+    with sampler:  # one reading now, one at the end
         fake.processes = [process(7, 200 * MIB)]
     assert sampler.peak_bytes(7) == 300 * MIB
 
 
 @pytest.mark.parametrize("processes", [[], [process(7, None)], [process(8, 10 * MIB)]])
-def test_without_the_process_it_is_what_the_device_used_beyond_the_start(nvml, processes):
+def test_the_peak_of_an_unlisted_process_is_that_of_the_device_minus_its_start(nvml, processes):
     fake = nvml(FakeNvml())
     with NvmlSampler(1, interval_s=1000) as sampler:
         fake.processes, fake.used = processes, 350 * MIB
@@ -91,7 +91,7 @@ def test_without_the_process_it_is_what_the_device_used_beyond_the_start(nvml, p
 
 
 @pytest.mark.parametrize("fails_at", ["init", "handle"])
-def test_without_a_driver_or_a_device_it_is_none(nvml, fails_at):
+def test_without_a_driver_or_a_device_the_peak_is_none(nvml, fails_at):
     nvml(FakeNvml(fails_at))
     with NvmlSampler(1) as sampler:
         pass
@@ -99,8 +99,8 @@ def test_without_a_driver_or_a_device_it_is_none(nvml, fails_at):
     assert sampler.peak_bytes(7) is None
 
 
-def test_without_the_package_it_is_none(nvml):
-    nvml(None)  # what Python raises ImportError for
+def test_without_the_package_the_peak_is_none(nvml):
+    nvml(None)  # importing it raises ImportError
     with NvmlSampler() as sampler:
         pass
     assert not sampler.available
@@ -115,6 +115,6 @@ def test_a_device_that_stops_answering_is_no_error(nvml):
     assert sampler.peak_bytes(7) is None
 
 
-def test_before_it_is_entered_there_is_nothing(nvml):
+def test_before_the_block_the_peak_is_none(nvml):
     nvml(FakeNvml())
     assert NvmlSampler(1).peak_bytes(7) is None

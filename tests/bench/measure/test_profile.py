@@ -6,7 +6,7 @@ import torch
 from rlhfbench.measure.profile import PhaseProfiler
 
 
-def test_one_trace_a_phase_of_its_first_stretch(tmp_path):
+def test_a_phase_has_one_trace_of_its_first_stretch(tmp_path):
     x = torch.ones(4, 4)
     profiler = PhaseProfiler(tmp_path / "traces", "abc")
     for _ in range(2):

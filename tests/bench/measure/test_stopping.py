@@ -13,10 +13,10 @@ times = st.floats(0.001, 1000)
 RULE = StoppingRule(precision=0.02, budget_s=100.0)
 
 
-def run(draw, rule=RULE, most=500):
-    """The samples of a timing pass over synthetic steps, and why it stopped."""
+def run(draw, rule=RULE, max_samples=500):
+    """Returns the samples of synthetic steps until the rule stops, and its reason."""
     samples = []
-    while len(samples) < most:
+    while len(samples) < max_samples:
         samples.append(draw(len(samples)))
         reason = rule.reason_to_stop(samples, sum(samples))
         if reason is not None:
@@ -24,13 +24,13 @@ def run(draw, rule=RULE, most=500):
     return samples, None
 
 
-def test_equal_steps_are_precise_as_soon_as_there_is_an_interval():
+def test_equal_steps_are_precise_at_the_first_interval():
     samples, reason = run(lambda i: 1.0)
     assert reason == "precise"
     assert len(samples) == 6
 
 
-def test_noise_that_stays_ends_steady():
+def test_constant_noise_ends_steady():
     rng = random.Random(0)
     samples, reason = run(lambda i: rng.lognormvariate(0, 1), StoppingRule(precision=0.001, budget_s=1e9))
     assert reason == "steady"
@@ -44,7 +44,7 @@ def test_a_little_noise_ends_precise():
     assert abs(statistics.median(samples) - 1.0) < 0.03
 
 
-def test_the_budget_ends_it_but_not_before_three_samples():
+def test_the_budget_ends_timing_after_three_samples_at_the_earliest():
     samples, reason = run(lambda i: 60.0 + i)
     assert reason == "budget"
     assert len(samples) == 3
@@ -54,7 +54,7 @@ def test_one_step_longer_than_the_budget_is_enough():
     assert run(lambda i: 101.0) == ([101.0], "budget")
 
 
-def test_a_budget_spent_by_the_warm_up_still_leaves_three_samples():
+def test_three_samples_are_taken_even_if_the_warm_up_spent_the_budget():
     assert RULE.reason_to_stop([1.0, 2.0], spent_s=1000.0) is None
     assert RULE.reason_to_stop([1.0, 2.0, 3.0], spent_s=1000.0) == "budget"
 
@@ -68,7 +68,7 @@ def test_a_budget_spent_by_the_warm_up_still_leaves_three_samples():
         ([5.0, 1.0, 1.05], True),
         ([1.0, 1.2], False),
         ([1.0, 2.0, 1.0, 2.0], False),
-        ([1.0, 2.0, 1.0, 2.0, 1.0], True),  # never steady: five are the most
+        ([1.0, 2.0, 1.0, 2.0, 1.0], True),  # never steady: five steps are the maximum
         ([20.0], True),  # a fifth of the budget
     ],
 )
@@ -78,7 +78,7 @@ def test_warm_up(steps_s, warm):
 
 @given(st.lists(times, min_size=1, max_size=60))
 def test_the_interval_is_the_narrowest_symmetric_one_that_covers_95_percent(samples):
-    """Coverage of [x(k), x(n+1-k)] by scipy's binomial; the rule must take the largest k that still covers."""
+    """The coverage of [x(k), x(n+1-k)] comes from scipy's binomial; the largest k that covers 95 % counts."""
     n = len(samples)
     ranks = [k for k in range(1, n // 2 + 1) if binom.cdf(n - k, n, 0.5) - binom.cdf(k - 1, n, 0.5) >= 0.95]
     if ranks:
@@ -90,7 +90,7 @@ def test_the_interval_is_the_narrowest_symmetric_one_that_covers_95_percent(samp
 
 
 @given(st.lists(times, min_size=6, max_size=40), st.floats(0.01, 100), st.randoms())
-def test_neither_unit_nor_order_matter(samples, factor, rng):
+def test_neither_unit_nor_order_matters(samples, factor, rng):
     scaled = [sample * factor for sample in samples]
     rng.shuffle(scaled)
     assert half_width_of_median(scaled) == pytest.approx(half_width_of_median(samples))
@@ -98,7 +98,7 @@ def test_neither_unit_nor_order_matter(samples, factor, rng):
 
 
 @given(st.lists(times, min_size=1, max_size=60), st.floats(0, 1000))
-def test_it_always_ends(samples, spent_s):
+def test_timing_always_ends(samples, spent_s):
     reason = RULE.reason_to_stop(samples, spent_s)
     if spent_s >= RULE.budget_s and (len(samples) >= 3 or max(samples) >= RULE.budget_s):
         assert reason is not None

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhfbench.measure.ledger import Ledger, Snapshot
-from rlhfbench.measure.measurements import Announcer, memory_pass
+from rlhfbench.measure.measurements import Announcer, measure_memory
 from rlhfbench.measure.timeline import MAX_POINTS, MAX_STRETCHES, Timeline
 from rlhfkernels.config.case import Case
 from rlhfkernels.config.options import Options
@@ -25,7 +25,7 @@ CASE = Case(
 
 
 def live(total: int) -> list[int]:
-    """Bytes by part that sum to ``total``."""
+    """Returns bytes by part that sum to ``total``."""
     return [total - 1, 1, *[0] * (len(PARTS) - 2)]
 
 
@@ -34,13 +34,13 @@ def snapshot(total: int, event: int) -> Snapshot:
 
 
 def totals(found: dict[str, object]) -> dict[int, int]:
-    """Event to the total of its point."""
+    """Returns the total of every point by event."""
     rows = zip(*found["parts_bytes"].values(), strict=True)
     return {event: sum(row) for event, row in zip(found["events"], rows, strict=True)}
 
 
 class Everything(Ledger):
-    """A ledger that keeps, beside what it does, every total and the number of changes at every boundary."""
+    """A ledger that also keeps the parts after every change, and the number of changes at every phase boundary."""
 
     def __init__(self, timeline: Timeline) -> None:
         self.history, self.boundaries, self._kept = [], [], timeline
@@ -66,11 +66,11 @@ def test_a_real_step(max_points: int) -> None:
     with ledger:
         for part, tensor in step.persistent_tensors():
             ledger.tag(part, (tensor,))
-        ledger.watch_gradients(step.trained_parameters())
+        ledger.track_gradients(step.trained_parameters())
         step.run(Announcer(lambda text: None, ledger, timeline))
     found = timeline.to_dict(ledger.peaks)
     assert found["num_events"] == len(ledger.history) == ledger.num_changes
-    # Every point is what lived after its event; the names that a tensor gets at once may be newer.
+    # Every point has the total after its event. Its parts may be newer: a tensor is declared just after it was made.
     assert totals(found) == {event: sum(ledger.history[event - 1]) for event in found["events"]}
     assert len(found["events"]) <= max_points + len(ledger.peaks)
     for name, peak in ledger.peaks.items():
@@ -88,7 +88,7 @@ def test_a_real_step(max_points: int) -> None:
     ]
 
 
-def test_very_many_events_stay_small_and_keep_the_peak() -> None:
+def test_many_events_make_a_small_timeline_with_the_peak() -> None:
     timeline, num_events = Timeline(), 100_000
     petabyte = 10**15
     for event in range(1, num_events + 1):
@@ -106,7 +106,7 @@ def test_very_many_events_stay_small_and_keep_the_peak() -> None:
     assert 77_777 in found["events"]
     assert len(found["phases"]) <= MAX_STRETCHES
     assert len(json.dumps(found)) < 200_000
-    # Stretches that were joined still meet where they met.
+    # Joined stretches keep their outer boundaries.
     joints = [row["last_event"] for row in found["phases"]]
     assert [row["first_event"] for row in found["phases"]] == [0, *joints[:-1]]
     assert joints[-1] == num_events
@@ -115,7 +115,7 @@ def test_very_many_events_stay_small_and_keep_the_peak() -> None:
 
 @given(st.lists(st.integers(1, 99), min_size=1, max_size=120), st.integers(1, 4), st.integers(5, 12))
 def test_the_highest_moment_of_every_stretch_is_kept(heights: list[int], num_phases: int, max_points: int) -> None:
-    """Against a walk over all heights."""
+    """The reference is a loop over all heights."""
     timeline = Timeline(max_points=max_points, max_stretches=max(num_phases + 2, 4))
     length = -(-len(heights) // num_phases)
     mine = [heights[i : i + length] for i in range(0, len(heights), length)]
@@ -134,8 +134,8 @@ def test_the_highest_moment_of_every_stretch_is_kept(heights: list[int], num_pha
         assert max(kept) == max(mine[i])
 
 
-def test_the_ledgers_peak_is_there_where_another_moment_was_as_high() -> None:
-    """A tensor gets its name just after it was made: the total is the same, and the parts are not."""
+def test_the_ledgers_peak_is_a_point_even_if_another_moment_was_as_high() -> None:
+    """A tensor is declared just after it was made: two moments have the same total and different parts."""
     timeline = Timeline(max_points=4, max_stretches=2)
     with timeline.phase("a"):
         for event in range(1, 17):
@@ -174,11 +174,11 @@ def test_a_long_phase_takes_no_points_from_a_short_one() -> None:
     assert (short["events_per_point"], long["events_per_point"] >= 200) == (1, True)
 
 
-def test_the_memory_pass_writes_it_only_where_it_is_asked_for() -> None:
+def test_the_memory_measurement_keeps_a_timeline_only_on_request() -> None:
     step = build_step(CASE)
     timeline = Timeline()
-    with_it = memory_pass(step, "cpu", lambda text: None, timeline)
+    with_it = measure_memory(step, "cpu", lambda text: None, timeline)
     assert with_it.num_changes == timeline.to_dict(with_it.peaks)["num_events"]
-    without = memory_pass(step, "cpu", lambda text: None)
+    without = measure_memory(step, "cpu", lambda text: None)
     assert without._on_change is None
     assert without.peaks == with_it.peaks

@@ -15,11 +15,11 @@ from rlhfbench.measure.workspaces import blas_workspace_bytes, workspace_bytes
         (8, ":", 8320),
     ],
 )
-def test_one_workspace(major, config, kib):
+def test_the_bytes_of_one_workspace(major, config, kib):
     assert blas_workspace_bytes(major, config) == kib * 1024
 
 
-def test_a_step_multiplies_on_two_threads(monkeypatch):
+def test_a_step_has_workspaces_of_two_threads(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     assert workspace_bytes("cuda:0") == 2 * 32 * 2**20

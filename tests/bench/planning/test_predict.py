@@ -7,7 +7,7 @@ import pytest
 
 from rlhfbench.errors import SweepError
 from rlhfbench.measure.ledger import Ledger
-from rlhfbench.measure.measurements import memory_object, watched_step
+from rlhfbench.measure.measurements import memory_object, run_under_ledger
 from rlhfbench.planning.devices import find_accelerator
 from rlhfbench.planning.predict import Plan, plan_case
 from rlhfbench.planning.predict import _divided as divided
@@ -23,7 +23,7 @@ NAMES = ("model_bytes", "activation_bytes", "total_bytes")
 def measured(case: Case) -> dict[str, object]:
     step = build_step(case)
     ledger = Ledger("cpu")
-    watched_step(step, ledger, ledger)
+    run_under_ledger(step, ledger, ledger)
     return memory_object(ledger, {})
 
 
@@ -133,7 +133,7 @@ def test_the_papers_model_memory_comes_out_of_the_paper_setting(method: str, gib
         **fields,
     )
     plan = plan_case(case, Zero(stage=1, world_size=8))
-    assert plan.largest_model_bytes / 2**30 == pytest.approx(gib, rel=0.01)
+    assert plan.persistent_model_bytes / 2**30 == pytest.approx(gib, rel=0.01)
 
 
 def test_storages_on_a_gpu_are_counted_in_its_allocators_blocks(make_case: Callable[..., Case]) -> None:
@@ -152,6 +152,7 @@ def test_the_peak_may_move_when_ranks_share() -> None:
     assert (whole["peak_phase"], whole["total_bytes"]) == ("optimize", 101)
     assert (shared["peak_phase"], shared["total_bytes"]) == ("update_actor", 51)
     assert shared["model_bytes"] + shared["activation_bytes"] + shared["rollout_bytes"] == 51
+    assert (whole["persistent_model_bytes"], shared["persistent_model_bytes"]) == (100, 10)
     moved = divided(memory, Zero(), none | {"update_actor": 51})
     assert (moved["peak_phase"], moved["total_bytes"]) == ("update_actor", 60)
 
