@@ -247,6 +247,18 @@ def columns(phases: Iterable[str] = ()) -> dict[str, Field]:
     return {row.column: row for row in (*FIELDS, *per_phase) if row.column}
 
 
+def columns_markdown() -> str:
+    """The table of ``docs/columns.md``: name, dtype, place in the record and meaning of every column."""
+    import pandas as pd
+
+    rows = [
+        (f"`{row.column}`", row.dtype, f"`{row.source}`" if isinstance(row.source, str) else "derived", row.meaning)
+        for row in (*FIELDS, *PHASE_FIELDS)
+        if row.column
+    ]
+    return str(pd.DataFrame(rows, columns=["column", "dtype", "in the record", "meaning"]).to_markdown(index=False))
+
+
 def empty_record() -> dict[str, Any]:
     """The keys of a record, those of its case left out, with no value."""
     return _empty(FIELDS)

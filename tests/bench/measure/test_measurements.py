@@ -169,7 +169,7 @@ def test_latency_adds_up():
 @pytest.mark.parametrize(("kind", "absent"), [("inference", "update"), ("update", "inference")])
 def test_latency_of_a_kind_without_a_phase_is_null(kind, absent):
     phases = [phase for phase in PHASES if phase.kind == kind]
-    latency = passes.latency_object(phases, [{phase.name: 1.0 for phase in phases}], 4, "budget")
+    latency = measurements.latency_object(phases, [{phase.name: 1.0 for phase in phases}], 4, "budget")
     assert latency[f"{absent}_s_per_sample"] is None
     assert latency["total_s_per_sample"] == latency[f"{kind}_s_per_sample"] == len(phases) / 4
 

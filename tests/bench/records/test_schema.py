@@ -11,7 +11,16 @@ import rlhfbench
 import rlhfreports
 from rlhfbench.records.file import read_records
 from rlhfbench.records.frame import records_frame
-from rlhfbench.records.schema import FIELDS, PHASE_FIELDS, columns, empty_record, filled, upgraded, upgraded_case
+from rlhfbench.records.schema import (
+    FIELDS,
+    PHASE_FIELDS,
+    columns,
+    columns_markdown,
+    empty_record,
+    filled,
+    upgraded,
+    upgraded_case,
+)
 from rlhfbench.runs.drawing import draw_run
 from rlhfkernels.config.options import Options
 
@@ -35,6 +44,11 @@ def test_the_unit_in_a_name_fits_the_type():
             assert field.dtype == "Int64", name
         if name.endswith(("_s", "_s_per_sample", "_s_per_sequence", "_fraction")):
             assert field.dtype == "Float64", name
+
+
+def test_the_manual_has_every_column():
+    manual = Path(__file__).parents[3] / "docs" / "columns.md"
+    assert columns_markdown() in manual.read_text(), "write columns_markdown() into docs/columns.md"
 
 
 def test_predictable_columns_have_a_predicted_column():
