@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from rlhfbench.errors import ForkServerError, RecordsError, RlhfBenchError, RunFolderError, SweepError
     from rlhfbench.measure.ledger import Ledger
     from rlhfbench.records.file import read_records
+    from rlhfbench.records.frame import records_frame
     from rlhfbench.runs.runner import RunSettings, run_sweep
 
     __version__: str
@@ -25,6 +26,7 @@ __all__ = [
     "SweepError",
     "__version__",
     "read_records",
+    "records_frame",
     "run_sweep",
 ]
 
@@ -38,6 +40,7 @@ _ROOMS = {
     "Sweep": "cases.sweep",
     "SweepError": "errors",
     "read_records": "records.file",
+    "records_frame": "records.frame",
     "run_sweep": "runs.runner",
 }
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # records read ``PARTS`` without torch
+    import torch
 
 # The parts that memory is attributed to. ``activations`` and ``temporary`` are found by looking, the rest is declared.
 PARTS = (

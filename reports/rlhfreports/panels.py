@@ -1,4 +1,4 @@
-"""Which panels a figure of a run has, and which points stand in each: no drawing here."""
+"""The panels of a figure and the points of each. Nothing is drawn here."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _LINE_POINT = ["method", "setting", "seq_len"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Panel:
-    """One panel: rows of one batch size, or of the largest batch that fits.
+    """One panel: the rows of one batch size, or of the largest batch that fits.
 
     Attributes:
-        title: what its rows have in common and other panels' rows do not.
+        title: the axes that set its rows apart from those of other panels.
         points: the measured rows, at most one per method, setting and length.
-        failures: the rows of this panel that were not measured, by the same rule.
-        shows_batch: whether the batch size differs from point to point.
+        failures: the rows that were not measured, at most one per method, setting and length.
+        shows_batch: the batch size differs from point to point.
     """
 
     title: str
@@ -32,10 +32,10 @@ class Panel:
 
 
 def panels_of(frame: pd.DataFrame) -> list[Panel]:
-    """The panels of ``frame``: one a batch size, for each combination of whatever else varies, settings aside.
+    """The panels of ``frame``: one per batch size and combination of the other axes that vary.
 
-    The settings of a method share a panel, so that they compare. Where the batch that fits is not everywhere the
-    largest one, a last panel has the largest that fits for each line and length, as Hydra-RLHF's Figure 2.
+    The settings of a method share a panel. Where the largest batch that fits differs, a last panel shows it for each
+    line and length, as Figure 2 of Hydra-RLHF does.
     """
     axes = [axis for axis in axes_that_vary(frame) if axis != "setting"]
     groups = frame.groupby(axes, sort=False, dropna=False) if axes else [((), frame)]
@@ -67,7 +67,7 @@ def _panel(rows: pd.DataFrame, title: str) -> Panel:
 
 
 def is_measured(rows: pd.DataFrame) -> pd.Series[bool]:
-    """Which rows have a time that a logarithmic axis can show."""
+    """True for rows that are ok and have a time that a logarithmic axis can show."""
     total = rows["total_s_per_sample"].astype("float64").fillna(math.nan)
     return (rows["outcome"] == "ok").fillna(False).astype(bool) & total.gt(0) & (total < math.inf)
 
@@ -89,15 +89,16 @@ Metric = Callable[[pd.DataFrame], "pd.Series[float]"]
 
 
 def seconds_per_sample(rows: pd.DataFrame) -> pd.Series[float]:
-    """Seconds of a step per sequence of its batch."""
+    """Seconds of a step per data row of its batch."""
     return rows["total_s_per_sample"].astype("float64")
 
 
 def samples_per_second(rows: pd.DataFrame) -> pd.Series[float]:
-    """Sequences per second of a step."""
+    """Data rows per second of a step."""
     return 1.0 / seconds_per_sample(rows)
 
 
 def tokens_per_second(rows: pd.DataFrame) -> pd.Series[float]:
-    """Tokens per second of a step; a sequence has prompt_len + completion_len of them."""
-    return rows["seq_len"].astype("float64") / seconds_per_sample(rows)
+    """Tokens per second of a step: ``seq_len`` for every sequence of a sample, such as the two of a pair."""
+    num_tokens = rows["seq_len"] * rows["sequences_per_sample"].fillna(1)
+    return num_tokens.astype("float64") / seconds_per_sample(rows)

@@ -1,14 +1,15 @@
 """Plans as a table and as stacked bars.
 
-The table that comes in has one row a case: ``title`` (the method's), ``setting`` (shown where there are several),
-``seq_len``, ``batch_size``, ``PART_bytes`` for every part, ``model_bytes``, ``activation_bytes``, ``total_bytes`` (the
-sum of the parts), ``bucket_bytes`` (what ZeRO holds beside them; shown where there is some), ``peak_phase``, ``fits``
-(or nothing), ``max_batch_size``, ``floor_s_per_sample``.
+Their frame has one row per case: ``title`` (of the method), ``setting``, ``seq_len``, ``batch_size``,
+``{part}_part_bytes`` for every part, ``total_bytes`` (the sum of the parts), ``bucket_bytes`` (ZeRO's buckets, beside
+the parts), ``peak_phase``, ``fits``, ``max_batch_size`` and ``floor_s_per_sample`` (the last three may be absent). A
+setting and buckets are shown where there are several, or some.
 """
 
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -17,37 +18,44 @@ import pandas as pd
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from rlhfreports.columns import parts_of
 from rlhfreports.plots import COLORS, STYLE, write_figure
+from rlhfreports.tables import ABSENT, GIB
 
-_GIB = 2**30
-_CAPTION_CHARS = 90  # of a line of a picture's caption
-PARTS = ("base", "heads", "adapters", "gradients", "optimizer", "kv_cache", "activations", "temporary", "rollout")
-PART_COLORS = ("#7A7A7A", "#B0B0B0", COLORS[4], COLORS[2], COLORS[3], COLORS[6], COLORS[1], COLORS[5], COLORS[7])
+_CAPTION_CHARS = 90  # per line of a picture's caption
+# Of the parts in the order of their columns; frozen weights are grey.
+PART_COLORS = ("#7A7A7A", COLORS[4], "#B0B0B0", COLORS[2], COLORS[3], COLORS[6], COLORS[1], COLORS[7], COLORS[5])
+
+
+def part_colors(parts: Sequence[str]) -> list[str]:
+    """A colour for each of ``parts``."""
+    return [PART_COLORS[i % len(PART_COLORS)] for i in range(len(parts))]
 
 
 def _buckets(frame: pd.DataFrame) -> tuple[str, ...]:
-    """The column of ZeRO's buckets, where some plan has any."""
+    """``("bucket",)`` if a plan has ZeRO buckets."""
     return ("bucket",) if frame["bucket_bytes"].any() else ()
 
 
 def _settings(frame: pd.DataFrame) -> tuple[str, ...]:
-    """The column of the settings, where there are several."""
+    """``("setting",)`` if there are several."""
     return ("setting",) if frame["setting"].nunique() > 1 else ()
 
 
 def plan_table(frame: pd.DataFrame, *, caption: str) -> Table:
-    """Every part in GiB, where the peak is, whether it fits, the largest batch that does, the floor of the time."""
+    """Every part in GiB, the phase of the peak, whether the case fits, the largest batch that fits and the floor."""
     table = Table(title=caption, title_justify="left", box=None, header_style="bold")
     settings = _settings(frame)
     for name in ("method", *settings, "length", "batch"):
         table.add_column(name, no_wrap=True)
-    sized = (*PARTS, "total", *_buckets(frame))
+    sized = {part: f"{part}_part_bytes" for part in parts_of(frame)}
+    sized |= {name: f"{name}_bytes" for name in ("total", *_buckets(frame))}
     for name in sized:
         table.add_column(f"{_label(name)}\nGiB", justify="right")
     for name in ("peak in", "fits", "max batch", "floor\ns/sample"):
         table.add_column(name, justify="right")
     for row in frame.to_dict("records"):
-        sizes = [_gib(int(row[f"{part}_bytes"])) for part in sized]
+        sizes = [_gib(int(row[column])) for column in sized.values()]
         known = [_word(row["fits"]), _word(row["max_batch_size"]), _seconds(row["floor_s_per_sample"])]
         lead = [str(row["title"]), *(str(row[name]) for name in settings), str(row["seq_len"]), str(row["batch_size"])]
         table.add_row(*lead, *sizes, str(row["peak_phase"]), *known)
@@ -55,19 +63,19 @@ def plan_table(frame: pd.DataFrame, *, caption: str) -> Table:
 
 
 def plan_figure(frame: pd.DataFrame, *, caption: str, limit_bytes: int | None) -> Figure:
-    """One stacked bar a case, by part; the device's memory as a line."""
+    """One stacked bar per case, by part, and the memory of the device as a line."""
     with matplotlib.rc_context(STYLE):
         num_lines = 1 + len(caption) // _CAPTION_CHARS
         figure = Figure(figsize=(8.5, 1.4 + 0.2 * num_lines + 0.42 * len(frame)), layout="constrained")
         axes = figure.add_subplot()
         places = np.arange(len(frame))
         done = np.zeros(len(frame))
-        for part, color in zip(PARTS, PART_COLORS, strict=True):
-            sizes = frame[f"{part}_bytes"].to_numpy(dtype=float) / _GIB
+        for part, color in zip(parts_of(frame), part_colors(parts_of(frame)), strict=True):
+            sizes = frame[f"{part}_part_bytes"].to_numpy(dtype=float) / GIB
             axes.barh(places, sizes, left=done, color=color, label=_label(part), height=0.72)
             done += sizes
         for name in _buckets(frame):
-            sizes = frame[f"{name}_bytes"].to_numpy(dtype=float) / _GIB
+            sizes = frame[f"{name}_bytes"].to_numpy(dtype=float) / GIB
             bars = axes.barh(places, sizes, left=done, label=_label(name), height=0.72, color="white", hatch="///")
             for bar in bars:
                 bar.set_edgecolor(COLORS[0])
@@ -75,8 +83,8 @@ def plan_figure(frame: pd.DataFrame, *, caption: str, limit_bytes: int | None) -
         for place, total in zip(places, done, strict=True):
             axes.text(float(total), float(place), f" {total:.3g}", va="center", fontsize=9)
         if limit_bytes is not None:
-            axes.axvline(limit_bytes / _GIB, color=COLORS[0], linewidth=1.4, linestyle="--")
-            axes.text(limit_bytes / _GIB, -0.75, f"{limit_bytes / _GIB:.0f} GiB ", ha="right", va="center", fontsize=9)
+            axes.axvline(limit_bytes / GIB, color=COLORS[0], linewidth=1.4, linestyle="--")
+            axes.text(limit_bytes / GIB, -0.75, f"{limit_bytes / GIB:.0f} GiB ", ha="right", va="center", fontsize=9)
         labels = [
             ", ".join(
                 (r["title"], *(r[s] for s in _settings(frame)), f"{r['seq_len']} tokens, batch {r['batch_size']}")
@@ -85,7 +93,7 @@ def plan_figure(frame: pd.DataFrame, *, caption: str, limit_bytes: int | None) -
         ]
         axes.set_yticks(places, labels)
         axes.set_ylim(len(frame) - 0.4, -1.1)
-        axes.set_xlim(0, max(float(done.max()), (limit_bytes or 0) / _GIB) * 1.1)
+        axes.set_xlim(0, max(float(done.max()), (limit_bytes or 0) / GIB) * 1.1)
         axes.set_xlabel("GiB at the step's highest total")
         axes.spines[["top", "right"]].set_visible(False)
         figure.suptitle(f"Predicted memory\n{textwrap.fill(caption, _CAPTION_CHARS)}", fontsize=11)
@@ -94,7 +102,7 @@ def plan_figure(frame: pd.DataFrame, *, caption: str, limit_bytes: int | None) -
 
 
 def draw_plan(frame: pd.DataFrame, path_stem: Path, *, caption: str, limit_bytes: int | None) -> tuple[Path, Path]:
-    """Writes the bars as ``path_stem``.png and .svg, and returns both paths."""
+    """Writes ``plan_figure`` as ``path_stem``.png and .svg, and returns both paths."""
     return write_figure(plan_figure(frame, caption=caption, limit_bytes=limit_bytes), path_stem)
 
 
@@ -103,16 +111,16 @@ def _label(name: str) -> str:
 
 
 def _gib(size: int) -> str:
-    return f"{size / _GIB:.2f}" if size >= 0.005 * _GIB else ("0" if size == 0 else "<0.01")
+    return f"{size / GIB:.2f}" if size >= 0.005 * GIB else ("0" if size == 0 else "<0.01")
 
 
 def _word(value: object) -> str:
     if value is None or value != value:
-        return "–"
+        return ABSENT
     if isinstance(value, (bool, np.bool_)):
         return "yes" if value else "no"
     return f"{float(str(value)):.0f}"
 
 
 def _seconds(value: object) -> str:
-    return "–" if value is None or value != value else f"{float(str(value)):.3g}"
+    return ABSENT if value is None or value != value else f"{float(str(value)):.3g}"

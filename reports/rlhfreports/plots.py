@@ -1,11 +1,12 @@
-"""Log-log plots of a run against sequence length, one line a method and setting: seconds per sample, and throughput.
+"""Log-log plots against sequence length, one line per method and setting: seconds per sample, and throughput.
 
-Drawn with matplotlib's object interface: no display, no global figure. The files depend on the table alone.
+Drawn with matplotlib's object interface: no display, no global figure. The files depend on the frame alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,21 +31,26 @@ from rlhfreports.panels import (
     seconds_per_sample,
     tokens_per_second,
 )
-from rlhfreports.table import outcome_word
+from rlhfreports.tables import outcome_word
 from rlhfreports.ticks import log_ticks, plain_number, spaced
 
-# Okabe and Ito's palette: told apart with every kind of colour vision, and on paper by the markers.
-COLORS = ("#000000", "#D55E00", "#E69F00", "#009E73", "#0072B2", "#CC79A7", "#56B4E9", "#8A7500")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+# Okabe and Ito's palette without its yellow, then five colours that are as far from these and each other under every
+# colour blindness as Okabe and Ito's own are (0.076 in OKLab; their yellow-brown was 0.005 from the vermilion).
+COLORS = (
+    *("#000000", "#D55E00", "#E69F00", "#009E73", "#0072B2", "#CC79A7", "#56B4E9"),
+    *("#660022", "#000099", "#77EE99", "#AA33FF", "#555500"),
+)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h")
 LineStyle = Literal["-", "--", "-.", ":"]
 LINE_STYLES: tuple[LineStyle, ...] = ("-", "--", "-.", ":")  # of settings
 _INK = "#333333"
 _FAINT = "#E4E4E4"
 _BAND = "#F5F2EC"
 _MAX_COLUMNS = 3
-_WORD_ROW = 0.055  # of a panel's height
+_WORD_ROW, _MAX_BAND = 0.055, 0.5  # shares of a panel's height
+_LEGEND_ROW_IN, _LEGEND_CHAR_IN, _LEGEND_HANDLE_IN = 0.23, 0.083, 0.6
 _PANEL_WIDTH_IN, _PANEL_HEIGHT_IN = 4.4, 3.7
-# matplotlib's defaults first: a user's own settings must not change the pictures.
+# From matplotlib's defaults, so that a user's own settings do not change the pictures.
 STYLE: dict[Any, Any] = {
     **{name: value for name, value in matplotlib.rcParamsDefault.items() if not name.startswith("backend")},
     "svg.hashsalt": "rlhfbench",
@@ -62,7 +68,7 @@ STYLE: dict[Any, Any] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Style:
-    """How one method is drawn, in every panel of every figure; each of its settings has a line style of its own."""
+    """Colour, marker and line style of a line, the same in every panel of every figure."""
 
     title: str
     color: str
@@ -75,7 +81,7 @@ Line = tuple[str, str]  # a method and a setting
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class _Quantity:
-    """What a row of panels shows on its upright axis."""
+    """The y axis of a row of panels."""
 
     label: str
     metric: Metric
@@ -86,28 +92,37 @@ _SAMPLES = _Quantity(label="samples per second (higher is better)", metric=sampl
 _TOKENS = _Quantity(label="tokens per second, prompt + completion", metric=tokens_per_second)
 
 
-def draw_latency(frame: pd.DataFrame, path_stem: Path) -> tuple[Path, Path]:
-    """Writes seconds per sample against sequence length as ``path_stem``.png and .svg, and returns both paths."""
+def latency(frame: pd.DataFrame, path_stem: str | Path) -> tuple[Path, Path]:
+    """Writes ``latency_figure`` as ``path_stem``.png and .svg, and returns both paths."""
     return write_figure(latency_figure(frame), path_stem)
 
 
-def draw_throughput(frame: pd.DataFrame, path_stem: Path) -> tuple[Path, Path]:
-    """Writes samples/s and tokens/s against sequence length as ``path_stem``.png and .svg, and returns both paths."""
+def throughput(frame: pd.DataFrame, path_stem: str | Path) -> tuple[Path, Path]:
+    """Writes ``throughput_figure`` as ``path_stem``.png and .svg, and returns both paths."""
     return write_figure(throughput_figure(frame), path_stem)
 
 
 def latency_figure(frame: pd.DataFrame) -> Figure:
-    """Seconds per sample (lower is better): one panel a batch size, one line a method."""
+    """Seconds per sample (lower is better) against sequence length: one panel per batch size, one line per method.
+
+    Args:
+        frame: a frame of ``rlhfbench.records_frame``; see ``rlhfreports.columns``.
+    """
     return _figure(frame, "Seconds per sample against sequence length", [_SECONDS])
 
 
 def throughput_figure(frame: pd.DataFrame) -> Figure:
-    """Samples and tokens per second (higher is better), one row of panels each, one line a method."""
+    """Samples and tokens per second (higher is better) against sequence length: one row of panels each.
+
+    Args:
+        frame: a frame of ``rlhfbench.records_frame``; see ``rlhfreports.columns``.
+    """
     return _figure(frame, "Throughput against sequence length", [_SAMPLES, _TOKENS])
 
 
-def write_figure(figure: Figure, path_stem: Path) -> tuple[Path, Path]:
+def write_figure(figure: Figure, path_stem: str | Path) -> tuple[Path, Path]:
     """Writes ``figure`` as ``path_stem``.png and .svg, and returns both paths."""
+    path_stem = Path(path_stem)
     png, svg = path_stem.with_name(f"{path_stem.name}.png"), path_stem.with_name(f"{path_stem.name}.svg")
     with matplotlib.rc_context(STYLE):
         figure.savefig(png, dpi=150, metadata={"Software": None})
@@ -122,21 +137,23 @@ def _figure(frame: pd.DataFrame, title: str, quantities: Sequence[_Quantity]) ->
             return _empty_figure(frame, title)
         num_rows, num_columns = _shape(len(panels), len(quantities))
         width = max(_PANEL_WIDTH_IN * num_columns + 0.6, 7.4)
-        height = _PANEL_HEIGHT_IN * num_rows + 1.15
-        # The title and the legend take one inch of the height, whatever the number of panels.
-        layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - 1 / height), w_pad=0.08, h_pad=0.08)
+        methods, settings = list(method_styles(frame).values()), setting_styles(frame)
+        num_legend_rows = _num_legend_rows([*(style.title for style in methods), *settings], width)
+        head = 1 + _LEGEND_ROW_IN * (num_legend_rows - 1)  # inches for title and legend
+        height = _PANEL_HEIGHT_IN * num_rows + head + 0.15
+        layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - head / height), w_pad=0.08, h_pad=0.08)
         figure = Figure(figsize=(width, height), layout=layout)
         grid = list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
         share = len(grid) // len(quantities)
         styles = line_styles(frame)
         for i, quantity in enumerate(quantities):
             _draw_quantity(grid[i * share : (i + 1) * share], panels, quantity, styles, num_columns)
-        draw_head(figure, frame, title, list(method_styles(frame).values()), setting_styles(frame))
+        draw_head(figure, frame, title, methods, settings)
     return figure
 
 
 def _shape(num_panels: int, num_quantities: int) -> tuple[int, int]:
-    """Rows and columns of the grid. Each quantity has its own rows, unless one panel each stand side by side."""
+    """Rows and columns of the grid: each quantity has its own rows, or its own column when there is one panel."""
     if num_panels == 1:
         return 1, num_quantities
     num_columns = 2 if num_panels == 4 else min(num_panels, _MAX_COLUMNS)
@@ -144,25 +161,26 @@ def _shape(num_panels: int, num_quantities: int) -> tuple[int, int]:
 
 
 def method_styles(frame: pd.DataFrame) -> dict[str, Style]:
-    """Colour and marker by the method's place in the harness's table, so that they are the same in every run."""
+    """Colour and marker by ``method_order``, so that a method looks the same in every run.
+
+    Methods without an order get what is left. No two of 144 look the same.
+    """
     methods = methods_in_order(frame)
-    places = [i if pd.isna(order) else int(order) for i, order in enumerate(methods["method_order"])]
-    free = iter(i for i in range(len(COLORS)) if i not in methods["method_order"].dropna().tolist())
+    taken = set(methods["method_order"].dropna())
+    free = (slot for slot in itertools.count() if slot not in taken)
     styles = {}
-    for name, method_title, order, place in zip(
-        methods["method"], methods["method_title"], methods["method_order"], places, strict=True
-    ):
-        slot = next(free, place) if pd.isna(order) else place
-        styles[name] = Style(
-            title=name if pd.isna(method_title) else method_title,
+    for row in methods.to_dict("records"):
+        slot = next(free) if pd.isna(row["method_order"]) else int(row["method_order"])
+        styles[row["method"]] = Style(
+            title=row["method"] if pd.isna(row["method_title"]) else row["method_title"],
             color=COLORS[slot % len(COLORS)],
-            marker=MARKERS[slot % len(MARKERS)],
+            marker=MARKERS[(slot + slot // len(COLORS)) % len(MARKERS)],
         )
     return styles
 
 
 def setting_styles(frame: pd.DataFrame) -> dict[str, LineStyle]:
-    """The line style of each setting by its place in the harness's table, custom the last; empty where none vary."""
+    """The line style of each setting by ``setting_order``, the last one for custom; empty where no setting varies."""
     if "setting" not in axes_that_vary(frame):
         return {}
     orders = frame.drop_duplicates("setting").set_index("setting")["setting_order"]
@@ -172,7 +190,7 @@ def setting_styles(frame: pd.DataFrame) -> dict[str, LineStyle]:
 
 
 def line_styles(frame: pd.DataFrame) -> dict[Line, Style]:
-    """How each line is drawn: a method's settings in one colour, told apart by their line styles where they vary."""
+    """The style of each line: colour and marker of its method, line style of its setting."""
     lines = setting_styles(frame)
     styles = {}
     for method, style in method_styles(frame).items():
@@ -190,8 +208,8 @@ def draw_head(
     styles: Sequence[Style],
     settings: Mapping[str, LineStyle] | None = None,
 ) -> None:
-    """The title, what all points have in common under it, and the legend: methods, then the lines of ``settings``."""
-    height = figure.get_figheight()
+    """Draws the title, the axes that all points share, and a legend of ``styles`` and ``settings``."""
+    width, height = figure.get_size_inches()
     figure.text(0.5, 1 - 0.12 / height, title, ha="center", va="top", fontsize=14, fontweight="bold")
     figure.text(0.5, 1 - 0.42 / height, shared_axes_text(frame), ha="center", va="top", fontsize=10, color="#666666")
     handles = [
@@ -206,17 +224,23 @@ def draw_head(
         handles=handles,
         loc="upper center",
         bbox_to_anchor=(0.5, 1 - 0.62 / height),
-        ncols=len(handles),
+        ncols=math.ceil(len(handles) / _num_legend_rows([str(handle.get_label()) for handle in handles], width)),
         frameon=False,
         columnspacing=1.6,
         handlelength=2.0,
     )
 
 
+def _num_legend_rows(labels: Sequence[str], width_in: float) -> int:
+    """Rows that a legend of ``labels`` needs in a figure of this width."""
+    needed_in = sum(len(label) * _LEGEND_CHAR_IN + _LEGEND_HANDLE_IN for label in labels)
+    return max(1, math.ceil(needed_in / width_in))
+
+
 def _draw_quantity(
     grid: Sequence[Axes], panels: Sequence[Panel], quantity: _Quantity, styles: dict[Line, Style], num_columns: int
 ) -> None:
-    """Draws one quantity into its panels, all with the same limits, so that they compare by eye."""
+    """Draws one quantity into its panels, all with the same limits."""
     lengths = sorted({int(x) for panel in panels for rows in (panel.points, panel.failures) for x in rows["seq_len"]})
     values = [y for panel in panels for y in quantity.metric(panel.points)]
     close = len(spaced(lengths, lengths[-1] / lengths[0])) < len(lengths)
@@ -263,10 +287,10 @@ def _rows_of(line: Line, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _words(panel: Panel, styles: dict[Line, Style], *, short: bool) -> dict[Line, list[tuple[int, str]]]:
-    """What the band above the lines says, by method and setting: (length, word) for each case that was not measured.
+    """The words of the band above the lines, by line: (length, outcome) for each case that was not measured.
 
-    In a panel whose batch size differs from point to point, the batch size of each point stands there too. ``short``
-    is for lengths so close that words would run into each other.
+    A panel whose points differ in batch size has the batch size of each point there too. ``short`` words are for
+    lengths so close that longer ones would overlap.
     """
     words: dict[Line, list[tuple[int, str]]] = {}
     for line in styles:
@@ -285,40 +309,47 @@ def _words(panel: Panel, styles: dict[Line, Style], *, short: bool) -> dict[Line
 
 
 def _draw_words(axes: Axes, words: dict[Line, list[tuple[int, str]]], styles: dict[Line, Style]) -> None:
-    """A band at the top of the panel, one row a line, in its colour and with its marker and line style at the left."""
+    """Draws the band at the top of a panel: one row per line, in its colour, after its marker and line style."""
     if not words:
         return
-    band = _WORD_ROW * len(words)
+    row = _word_row(len(words))
+    band = row * len(words)
     axes.add_patch(
         Rectangle((0, 1 - band), 1, band, transform=axes.transAxes, facecolor=_BAND, edgecolor="none", zorder=0.5)
     )
     at = blended_transform_factory(axes.transData, axes.transAxes)
     for i, (line, found) in enumerate(words.items()):
-        y, style = 1 - _WORD_ROW * (i + 0.5), styles[line]
+        y, style = 1 - row * (i + 0.5), styles[line]
         axes.plot([0.02], [y], transform=axes.transAxes, marker=style.marker, markersize=5, color=style.color, lw=0)
         if style.line != LINE_STYLES[0]:
             ends = [0.0, 0.04]
             axes.plot(ends, [y, y], transform=axes.transAxes, color=style.color, linestyle=style.line, linewidth=1.2)
+        words_at: dict[str, Any] = {"transform": at, "ha": "center", "va": "center_baseline", "color": style.color}
         for length, word in found:
-            axes.text(length, y, word, transform=at, ha="center", va="center_baseline", fontsize=7.5, color=style.color)
+            axes.text(length, y, word, fontsize=7.5 * row / _WORD_ROW, **words_at)
+
+
+def _word_row(num_rows: int) -> float:
+    """Height of a row of the band, as a share of the panel's."""
+    return min(_WORD_ROW, _MAX_BAND / max(num_rows, 1))
 
 
 def _limits(values: Sequence[float], num_word_rows: int) -> tuple[float, float, float]:
-    """Limits of the upright axis, and the share of its height at the top that is kept for words."""
+    """Limits of the y axis, and the share of its height at the top that the band takes."""
     low, high = math.log10(min(values)), math.log10(max(values))
-    # At least half a decade: noise in a flat line should not look like a slope.
+    # At least half a decade, so that noise in a flat line does not look like a slope.
     margin = max(0.06 * (high - low), (0.5 - (high - low)) / 2)
     low, high = low - margin, high + margin
-    band = 0.0 if num_word_rows == 0 else 0.02 + _WORD_ROW * num_word_rows
+    band = 0.0 if num_word_rows == 0 else 0.02 + _word_row(num_word_rows) * num_word_rows
     return 10**low, 10 ** (low + (high - low) / (1 - band)), band
 
 
 def _scale(axes: Axes, lengths: Sequence[int], bottom: float, top: float) -> None:
-    """Both axes logarithmic, with plain numbers at the lengths that were run and nowhere else."""
+    """Makes both axes logarithmic, with plain numbers as labels, on x at the measured lengths."""
     axes.set_xscale("log")
     axes.set_yscale("log")
     span = max(lengths[-1] / lengths[0], 2.0)
-    left = 0.15 if len(lengths) > 1 else 0.1  # words at the first length stand beside the band's markers
+    left = 0.15 if len(lengths) > 1 else 0.1  # room for the band's markers
     axes.set_xlim(lengths[0] / span**left, lengths[-1] * span**0.1)
     axes.set_ylim(bottom, top)
     axes.xaxis.set_major_locator(FixedLocator(spaced(lengths, span)))
@@ -332,7 +363,7 @@ def _scale(axes: Axes, lengths: Sequence[int], bottom: float, top: float) -> Non
 
 
 def _empty_figure(frame: pd.DataFrame, title: str) -> Figure:
-    """A figure that says that there is nothing to draw, and what became of the cases."""
+    """A figure without axes that counts the outcomes."""
     figure = Figure(figsize=(7.4, 3.2))
     figure.text(0.5, 0.93, title, ha="center", va="top", fontsize=14, fontweight="bold")
     figure.text(0.5, 0.82, shared_axes_text(frame), ha="center", va="top", fontsize=10, color="#666666")

@@ -16,7 +16,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from rlhfreports.columns import axes_that_vary, axis_text, shared_axes_text
 from rlhfreports.plots import STYLE, Style, draw_head, method_styles, write_figure
-from rlhfreports.table import ABSENT, GIB, escape, outcome_word
+from rlhfreports.tables import ABSENT, GIB, markdown, outcome_word
 from rlhfreports.ticks import log_ticks, plain_number
 
 SUMS = ("model", "activation", "total")
@@ -29,11 +29,11 @@ class Comparison:
 
     Attributes:
         case: the case in words: ``Hydra-PPO, 128 tokens, batch 4``.
-        method: the name users give its method.
-        outcome: what became of it.
+        method: the name of its method.
+        outcome: its outcome.
         kind: one of ``SUMS``.
-        predicted_bytes: what the plan says.
-        measured_bytes: what the ledger has seen; ``None``: the case was not measured.
+        predicted_bytes: the prediction.
+        measured_bytes: the measurement of the ledger, ``None`` where there is none.
     """
 
     case: str
@@ -45,14 +45,14 @@ class Comparison:
 
     @property
     def percent(self) -> float | None:
-        """How far the prediction is above the measurement, in percent of it; ``None`` where that has no meaning."""
+        """The error of the prediction in percent of the measurement, ``None`` without a measurement above 0."""
         if not self.measured_bytes:
             return None
         return (self.predicted_bytes - self.measured_bytes) / self.measured_bytes * 100
 
 
 def has_predictions(frame: pd.DataFrame) -> bool:
-    """Whether a plan was asked for with any row of ``frame``."""
+    """True if any row of ``frame`` was planned."""
     return bool((frame["predicted_total_bytes"].notna() | frame["plan_error"].notna()).any())
 
 
@@ -78,13 +78,13 @@ def comparisons(frame: pd.DataFrame) -> list[Comparison]:
 
 
 def worst(found: list[Comparison]) -> Comparison | None:
-    """The comparison that is farthest off in percent: the first of equals; ``None`` where nothing was measured."""
+    """The comparison with the largest error in percent, the first of equals; ``None`` where nothing was measured."""
     measured = [comparison for comparison in found if comparison.percent is not None]
     return max(measured, key=lambda comparison: abs(comparison.percent or 0.0), default=None)
 
 
 def worst_sentence(found: list[Comparison]) -> str:
-    """Which prediction is farthest off, and by how much."""
+    """A sentence that names the worst prediction and its error."""
     farthest = worst(found)
     if farthest is None:
         return "No case was measured: there is nothing to compare with."
@@ -92,33 +92,37 @@ def worst_sentence(found: list[Comparison]) -> str:
 
 
 def predicted_markdown(frame: pd.DataFrame) -> str:
-    """The table as Markdown: for each case and sum, predicted and measured GiB and the difference in percent."""
+    """A Markdown table of each case and sum: predicted GiB, measured GiB and the error in percent."""
     found = comparisons(frame)
     head = ["case", *(f"{kind} {what}" for kind in SUMS for what in ("predicted GiB", "measured GiB", "off by"))]
-    lines = [f"**{escape(shared_axes_text(frame))}**", "", f"| {' | '.join(head)} |"]
-    lines.append(f"| --- |{' ---: |' * (len(head) - 1)}")
-    for i in range(0, len(found), len(SUMS)):
-        cells = [found[i].case]
-        for comparison in found[i : i + len(SUMS)]:
-            measured = outcome_word(comparison.outcome)
-            if comparison.measured_bytes is not None:
-                measured = _gib(comparison.measured_bytes)
-            cells += [_gib(comparison.predicted_bytes), measured, _percent(comparison.percent)]
-        lines.append(f"| {' | '.join(escape(cell) for cell in cells)} |")
-    lines += ["", worst_sentence(found)]
+    rows = [
+        [
+            found[i].case,
+            *(
+                cell
+                for item in found[i : i + len(SUMS)]
+                for cell in (_gib(item.predicted_bytes), _measured(item), _percent(item.percent))
+            ),
+        ]
+        for i in range(0, len(found), len(SUMS))
+    ]
+    cells = pd.DataFrame(rows, columns=head, dtype="object")
     failed = frame[frame["plan_error"].notna()].to_dict("records")
-    notes = [f"- {_case_words(row, axes_that_vary(frame))}: no prediction: {row['plan_error']}" for row in failed]
-    lines += ["", *(escape(note) for note in notes)] if notes else []
-    return "\n".join(lines) + "\n"
+    notes = [f"{_case_words(row, axes_that_vary(frame))}: no prediction: {row['plan_error']}" for row in failed]
+    return markdown(cells, 1, shared_axes_text(frame), [worst_sentence(found)], notes)
+
+
+def _measured(item: Comparison) -> str:
+    return outcome_word(item.outcome) if item.measured_bytes is None else _gib(item.measured_bytes)
 
 
 def draw_predicted(frame: pd.DataFrame, path_stem: Path) -> tuple[Path, Path]:
-    """Writes the plot as ``path_stem``.png and .svg, and returns both paths."""
+    """Writes ``predicted_figure`` as ``path_stem``.png and .svg, and returns both paths."""
     return write_figure(predicted_figure(frame), path_stem)
 
 
 def predicted_figure(frame: pd.DataFrame) -> Figure:
-    """Measured against predicted GiB, one panel a sum, one marker a method, on the diagonal where both are equal."""
+    """Measured against predicted GiB: one panel per sum, one marker per method, and the diagonal of equality."""
     found = [item for item in comparisons(frame) if item.measured_bytes and item.predicted_bytes > 0]
     styles = method_styles(frame)
     with matplotlib.rc_context(STYLE):
@@ -172,7 +176,7 @@ def _draw_panel(axes: Axes, found: list[Comparison], styles: dict[str, Style]) -
 
 
 def _case_words(row: Mapping[Hashable, Any], axes: list[str]) -> str:
-    """``Hydra-PPO, 128 tokens, batch 4``, and whatever else tells the cases apart."""
+    """The case in words, with its value on every axis that varies: ``Hydra-PPO, 128 tokens (64+64), batch 4``."""
     title = row["method"] if pd.isna(row["method_title"]) else row["method_title"]
     words = [f"{title}", f"{row['seq_len']} tokens ({row['prompt_len']}+{row['completion_len']})"]
     words += [f"batch {row['batch_size']}", *(axis_text(axis, row[axis]) or f"no {axis}" for axis in axes)]

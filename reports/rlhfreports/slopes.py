@@ -1,11 +1,11 @@
-"""How times grow with lengths and batch sizes: slopes of straight lines through log-log points.
+"""Slopes of time against lengths and batch sizes: straight lines through log-log points.
 
-A slope of 1 is a time in proportion to the size, 0 one that does not depend on it. A line goes through cases of one
-method that differ in one size alone, by least squares on the logarithms of the medians; two points give a slope without
+A slope of 1 is a time in proportion to the size, 0 a time that does not depend on it. A line goes through cases of one
+method that differ in one size alone, by least squares on the logarithms of the medians. Two points give a slope without
 an error, fewer give none.
 
-A sequence grows in one of three ways, and a line goes along one of them: its prompt alone (at one completion length),
-its completion alone, or both in the run's proportion.
+Sequences grow in one of three ways, each with its own lines: the prompt alone (at one completion length), the
+completion alone, or both in proportion.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ import pandas as pd
 
 from rlhfreports.columns import AXES, axes_that_vary, methods_in_order, setting_order, shared_axes_text
 from rlhfreports.panels import Metric, is_measured
-from rlhfreports.table import ABSENT, escape
+from rlhfreports.tables import ReportTable, terminal, text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 GENERATE_COLUMN = "generate_phase_median_s"
-LEAST_POINTS_FOR_ERROR = 3
+MIN_POINTS_FOR_ERROR = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Line:
-    """Cases that one line goes through.
+    """The cases of one line.
 
     Attributes:
-        size: the column that grows along it.
-        held: what is the same along it, in words.
+        size: the column that grows along the line.
+        held: the sizes that all cases share, in words.
         rows: the cases.
     """
 
@@ -49,8 +49,8 @@ class Quantity:
     """One kind of slope.
 
     Attributes:
-        name: what is fitted; ``EXPLANATION`` says it in full.
-        seconds: the upright values of some rows; NA where they have none.
+        name: the time that is fitted; ``EXPLANATION`` has the definition.
+        seconds: that time for each row, NA where there is none.
         lines: the lines through rows of one method that differ in sizes alone, smaller ones first.
     """
 
@@ -69,7 +69,7 @@ def _along_lengths(rows: pd.DataFrame) -> Iterator[Line]:
 
 
 def _along_prompts(rows: pd.DataFrame) -> Iterator[Line]:
-    """Along the prompt where the completion is held; else along the sequence."""
+    """Lines along the prompt where the completion is held, else along the sequence."""
     for batch_size, group in rows.groupby("batch_size", sort=True):
         for line in _ways_to_grow(group):
             held = f"batch {batch_size}, {line.held}" if line.held else f"batch {batch_size}"
@@ -77,7 +77,7 @@ def _along_prompts(rows: pd.DataFrame) -> Iterator[Line]:
 
 
 def _ways_to_grow(rows: pd.DataFrame) -> Iterator[Line]:
-    """The lines through ``rows`` of one batch size: in proportion, else at one completion or one prompt length."""
+    """Lines through ``rows`` of one batch size: in proportion, else at one completion length or one prompt length."""
     if _is_in_proportion(rows):
         yield Line(size="seq_len", held="", rows=rows)
         return
@@ -88,7 +88,7 @@ def _ways_to_grow(rows: pd.DataFrame) -> Iterator[Line]:
 
 
 def _is_in_proportion(rows: pd.DataFrame) -> bool:
-    """Whether both parts grow, and one prompt fraction, rounded down to whole tokens, gives every split."""
+    """True when both parts grow and one prompt fraction, rounded down to whole tokens, gives every split."""
     if min(rows["prompt_len"].nunique(), rows["completion_len"].nunique()) < 2:
         return False
     prompts, lengths = (rows[name].to_numpy(dtype=float) for name in ("prompt_len", "seq_len"))
@@ -117,7 +117,7 @@ QUANTITIES = (
     Quantity(name="update s/step", seconds=_update, lines=_along_lengths),
     Quantity(name="total s/sample", seconds=_total, lines=_along_lengths),
 )
-# Names of the sizes: in files, then in a terminal.
+# Names of the sizes, in files and in a terminal.
 SIZES = {
     "batch_size": ("batch size", "batch"),
     "prompt_len": ("prompt length", "prompt"),
@@ -126,11 +126,11 @@ SIZES = {
 _SHORT = dict(SIZES.values())
 EXPLANATION = (
     "Slopes of log time against log size, by least squares on the medians; 1: in proportion. Decode: the generate "
-    "phase over the tokens of one completion, for the whole batch, the prompt's pass included. Update: all update "
-    "phases of a step. Total: all phases."
+    "phase per token of one completion, for the whole batch, prefill included. Update: all update phases of a step. "
+    "Total: all phases."
 )
 
-# The columns of the CSV, one row a line.
+# The columns of the CSV, which has one row per line.
 _COLUMNS = {
     "method": "string",
     "method_title": "string",
@@ -144,75 +144,47 @@ _SHARED = ("method", "method_title", *AXES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class SlopeTable:
-    """The slopes of a run.
+class SlopeTable(ReportTable):
+    """The slopes of a run, one row per line.
 
     Attributes:
-        caption: what all lines have in common.
-        axes: what tells the cases of different lines apart, beside method and sizes.
-        frame: one row a line: the method and its axes, ``quantity``, the size it is fitted ``against``, what is
-            ``held``, ``num_points``, the ``smallest`` and ``largest`` size, ``slope``, and, from three points on, its
-            ``standard_error`` and ``r_squared``.
+        axes: the axes on which the cases of different lines differ.
+        methods: the methods in the order of reports.
+
+    The columns of ``frame`` are those of ``slopes.csv``: the method and its axes, ``quantity``, the size it is fitted
+    ``against``, the sizes that are ``held``, ``num_points``, the ``smallest`` and ``largest`` size, ``slope``, and from
+    three points on its ``standard_error`` and ``r_squared``.
     """
 
-    caption: str
     axes: tuple[str, ...]
-    frame: pd.DataFrame
-
-    def markdown(self) -> str:
-        """The table as GitHub's Markdown, one row a line."""
-        words = ("method", *(axis.replace("_", " ") for axis in self.axes), "time", "against", "at", "from–to")
-        numbers = ("points", "slope", "standard error", "R²")
-        lines = [f"**{escape(self.caption)}**", ""] if self.caption else []
-        lines += [f"| {' | '.join((*words, *numbers))} |", f"|{' --- |' * len(words)}{' ---: |' * len(numbers)}"]
-        for row in self.frame.to_dict("records"):
-            cells = [row["method_title"], *(_word(row[axis]) for axis in self.axes), row["quantity"], row["against"]]
-            cells += [row["held"], f"{row['smallest']}–{row['largest']}", str(row["num_points"]), f"{row['slope']:.3f}"]
-            cells += [ABSENT if pd.isna(row[name]) else f"{row[name]:.3f}" for name in ("standard_error", "r_squared")]
-            lines.append(f"| {' | '.join(escape(cell) for cell in cells)} |")
-        lines += ["", EXPLANATION]
-        return "\n".join(lines) + "\n"
-
-    def csv(self) -> str:
-        """Every column at full precision, empty where absent."""
-        return self.frame.to_csv(index=False, lineterminator="\n")
+    methods: tuple[str, ...]
 
     def rich(self) -> RenderableType:
-        """One row a method, for a terminal: of each kind the line with the most points, of those the largest."""
-        from rich import box
-        from rich.console import Group
-        from rich.table import Table
-        from rich.text import Text
-
+        """One row per method for a terminal: of each kind the line with the most points, of those the largest."""
         kinds = self.frame[["quantity", "against"]].drop_duplicates().itertuples(index=False, name=None)
-        groups = self.frame.groupby(["method", *self.axes], sort=False, dropna=False)
-        table = Table(title=Text(f"Slopes {self.caption}"), box=box.SIMPLE_HEAD, title_justify="left", padding=0)
+        groups = [rows for _, rows in self.frame.groupby(["method", *self.axes], sort=False, dropna=False)]
+        groups.sort(key=lambda rows: self.methods.index(rows["method"].iloc[0]))
         columns = {
-            "method": [str(rows["method_title"].iloc[0]) for _, rows in groups],
-            **{axis.replace("_", " "): [_word(rows[axis].iloc[0]) for _, rows in groups] for axis in self.axes},
+            "method": [str(rows["method_title"].iloc[0]) for rows in groups],
+            **{axis.replace("_", " "): [text(rows[axis].iloc[0]) for rows in groups] for axis in self.axes},
         }
         num_words = len(columns)
         for quantity, against in kinds:
-            shown = [
-                _longest(rows[(rows["quantity"] == quantity) & (rows["against"] == against)]) for _, rows in groups
-            ]
+            shown = [_longest(rows[(rows["quantity"] == quantity) & (rows["against"] == against)]) for rows in groups]
             held = list(dict.fromkeys(str(line["held"]) for line in shown if line is not None))
-            # What every method's line holds stands above; else each line says it.
+            # Sizes that all methods hold stand in the heading, others in each cell.
             cells = ["" if line is None else _slope_text(line, with_held=len(held) > 1) for line in shown]
             heading = [str(quantity), f"by {_SHORT[against]}", *held[: len(held) == 1]]
             columns["\n".join(heading)] = cells
-        for i, name in enumerate(columns):
-            table.add_column(Text(name), justify="left" if i < num_words else "right", no_wrap=i == 0)
-        for row in zip(*columns.values(), strict=True):
-            table.add_row(*map(Text, row))
-        return Group(table, Text("Slopes of log-log lines; 1: in proportion. All of them: slopes.md.", style="dim"))
+        footer = ["Slopes of log-log lines; 1: in proportion. All of them: slopes.md."]
+        return terminal(f"Slopes {self.caption}", columns, num_words, footer)
 
 
 def slope_table(frame: pd.DataFrame) -> SlopeTable:
-    """The slopes of every line through two or more measured cases of ``frame``.
+    """Fits every line through two or more measured cases of ``frame``.
 
     Args:
-        frame: a table with the columns of ``rlhfreports.columns``.
+        frame: a frame of ``rlhfbench.records_frame``; see ``rlhfreports.columns``.
     """
     measured = frame[is_measured(frame)]
     rows = []
@@ -223,17 +195,42 @@ def slope_table(frame: pd.DataFrame) -> SlopeTable:
                 if fitted:
                     first = group.iloc[0]
                     rows.append({"_place": place, **{name: first[name] for name in _SHARED}, **fitted})
-    found = pd.DataFrame(
-        {name: pd.array([row.get(name) for row in rows], dtype=dtype) for name, dtype in _COLUMNS.items()}  # type: ignore[call-overload]
-    )
+    columns: dict[str, Any] = {
+        name: pd.array([row.get(name) for row in rows], dtype=dtype)  # type: ignore[call-overload]
+        for name, dtype in _COLUMNS.items()
+    }
+    found = pd.DataFrame(columns)
     found["method_title"] = found["method_title"].fillna(found["method"])
+    found = _ordered(found, rows, frame)
+    axes = tuple(axes_that_vary(frame))
+    words: dict[str, Any] = {
+        "method": found["method_title"],
+        **{axis.replace("_", " "): found[axis] for axis in axes},
+        "time": found["quantity"],
+        "against": found["against"],
+        "at": found["held"],
+        "from–to": [f"{row['smallest']}–{row['largest']}" for row in found.to_dict("records")],
+    }
+    numbers: dict[str, Any] = {
+        "points": found["num_points"],
+        **{
+            heading: [None if pd.isna(value) else f"{value:.3f}" for value in found[name]]
+            for heading, name in (("slope", "slope"), ("standard error", "standard_error"), ("R²", "r_squared"))
+        },
+    }
     return SlopeTable(
-        caption=shared_axes_text(frame), axes=tuple(axes_that_vary(frame)), frame=_ordered(found, rows, frame)
+        caption=shared_axes_text(frame),
+        cells=pd.DataFrame({name: [text(value) for value in values] for name, values in {**words, **numbers}.items()}),
+        num_text_columns=len(words),
+        explanation=EXPLANATION,
+        frame=found,
+        axes=axes,
+        methods=tuple(methods_in_order(frame)["method"]),
     )
 
 
 def _ordered(found: pd.DataFrame, rows: list[dict[str, Any]], frame: pd.DataFrame) -> pd.DataFrame:
-    """By quantity, then by what is held, then by method and setting: lines that compare stand together."""
+    """Sorted by quantity, held sizes, method and setting, so that comparable lines stand together."""
     methods = {name: i for i, name in enumerate(methods_in_order(frame)["method"])}
     settings = {name: i for i, name in enumerate(setting_order(frame))}
     placed = found.assign(
@@ -247,7 +244,7 @@ def _ordered(found: pd.DataFrame, rows: list[dict[str, Any]], frame: pd.DataFram
 
 
 def _fit(line: Line, quantity: Quantity) -> dict[str, Any] | None:
-    """The columns of ``line`` that are not of its case; nothing where fewer than two sizes have a time."""
+    """The fit of ``line``, ``None`` where fewer than two sizes have a time."""
     from scipy.stats import linregress
 
     seconds = quantity.seconds(line.rows)
@@ -257,7 +254,7 @@ def _fit(line: Line, quantity: Quantity) -> dict[str, Any] | None:
         return None
     logs = np.log(seconds[usable].to_numpy(dtype=float))
     fit = linregress(np.log(sizes), logs)
-    has_error = len(sizes) >= LEAST_POINTS_FOR_ERROR
+    has_error = len(sizes) >= MIN_POINTS_FOR_ERROR
     return {
         "quantity": quantity.name,
         "against": SIZES[line.size][0],
@@ -267,13 +264,13 @@ def _fit(line: Line, quantity: Quantity) -> dict[str, Any] | None:
         "largest": int(max(sizes)),
         "slope": float(fit.slope),
         "standard_error": float(fit.stderr) if has_error else None,
-        # Of points on one level there is no variance to explain.
+        # Equal times have no variance to explain.
         "r_squared": float(fit.rvalue) ** 2 if has_error and np.ptp(logs) > 0 else None,
     }
 
 
 def _longest(rows: pd.DataFrame) -> pd.Series[Any] | None:
-    """The row with the most points; of several the last, which has the largest cases."""
+    """The row with the most points, the last of several, which has the largest cases."""
     if rows.empty:
         return None
     longest = rows[rows["num_points"] == rows["num_points"].max()]
@@ -285,7 +282,3 @@ def _slope_text(row: pd.Series[Any], *, with_held: bool) -> str:
     error = "" if pd.isna(row["standard_error"]) else f" ±{row['standard_error']:.2f}"
     held = f" ({row['held']})" if with_held else ""
     return f"{row['slope']:.2f}{error}{held}"
-
-
-def _word(value: object) -> str:
-    return ABSENT if pd.isna(value) else str(value)  # type: ignore[call-overload]

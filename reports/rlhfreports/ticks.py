@@ -1,4 +1,4 @@
-"""Where a logarithmic axis has its labels, and how a number is written there."""
+"""Ticks of logarithmic axes and their labels."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 
 def spaced(lengths: Sequence[int], span: float, least_share: float = 0.11) -> list[int]:
-    """Those of ``lengths`` that leave room for a label each: the last always, no two closer than ``least_share``.
+    """The ``lengths`` that have room for a label: always the last, and no two closer than ``least_share``.
 
     Args:
-        lengths: what was run, rising.
-        span: the last over the first, the width of the axis.
-        least_share: the least distance between two labels, as a share of the axis' width.
+        lengths: the lengths, rising.
+        span: ratio of the ends of the axis.
+        least_share: least distance between two labels, as a share of the width of the axis.
     """
     kept: list[int] = []
     for length in reversed(lengths):
@@ -22,11 +22,11 @@ def spaced(lengths: Sequence[int], span: float, least_share: float = 0.11) -> li
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers from ``low`` to ``high`` for a logarithmic axis: at least three wherever two digits allow it."""
+    """Round numbers from ``low`` to ``high``: at least three where two significant digits allow it."""
     ticks: list[float] = []
     for mantissas in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7), tuple(i / 10 for i in range(10, 100))):
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        # Through text: 3 * 10**-1 is not 0.3.
+        # From text, as 3 * 10**-1 is not 0.3.
         ticks = [tick for k in decades for m in mantissas if low <= (tick := float(f"{m}e{k}")) <= high]
         if len(ticks) >= 3:
             break

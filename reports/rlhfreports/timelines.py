@@ -1,8 +1,8 @@
-"""A step's timeline as a picture: live bytes by part over its events, phase by phase.
+"""The timeline of a step as a picture: live bytes by part over its events, phase by phase.
 
-Two tables come in for each. The points, in the order of their events: ``event`` (how many storages had been made,
-resized, moved between parts or freed) and ``PART_bytes`` for every part, the live bytes after it. The phases, in the
-order in which they ran: ``phase``, ``first_event`` (the moment it began) and ``last_event``.
+It takes two frames. The points, in the order of their events: ``event`` (a running count of storages made, resized,
+moved between parts or freed) and ``{part}_part_bytes``, the live bytes of every part after it. The phases, in the order
+in which they ran: ``phase``, ``first_event`` and ``last_event``.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rlhfreports.plans import PART_COLORS, PARTS
+from rlhfreports.columns import parts_of
+from rlhfreports.plans import part_colors
 from rlhfreports.plots import COLORS, STYLE, write_figure
+from rlhfreports.tables import GIB
 
-_GIB = 2**30
-_LEAST_SHARE = 0.15  # of the picture's width: a phase of few events is still to be read
-_UPRIGHT_SHARE, _UNNAMED_SHARE = 0.1, 0.015  # narrower phases are named upright, or not at all
+_MIN_SHARE = 0.15  # of the width, so that phases of few events can be read
+_UPRIGHT_SHARE, _UNNAMED_SHARE = 0.1, 0.015  # narrower phases have an upright name, or none
 _BOUNDARY = "#777777"
 
 Floats = np.ndarray[tuple[int], np.dtype[np.float64]]
@@ -29,14 +30,14 @@ Floats = np.ndarray[tuple[int], np.dtype[np.float64]]
 def draw_timeline(
     points: pd.DataFrame, phases: pd.DataFrame, path_stem: Path, *, title: str, caption: str
 ) -> tuple[Path, Path]:
-    """Writes the picture as ``path_stem``.png and .svg, and returns both paths."""
+    """Writes ``timeline_figure`` as ``path_stem``.png and .svg, and returns both paths."""
     return write_figure(timeline_figure(points, phases, title=title, caption=caption), path_stem)
 
 
 def timeline_figure(points: pd.DataFrame, phases: pd.DataFrame, *, title: str, caption: str) -> Figure:
-    """Stacked areas by part over the events of the phases, GiB upright, the highest moment marked.
+    """GiB as areas stacked by part, over the events of the phases, with the peak marked.
 
-    A phase's width grows with its events, and none is narrower than a share of the picture.
+    The width of a phase grows with its events from a least share of the picture.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.5, 4.4))
@@ -44,8 +45,10 @@ def timeline_figure(points: pd.DataFrame, phases: pd.DataFrame, *, title: str, c
         knots, places = _scale(points, phases)
         inside = points[points["event"].between(int(knots[0]), int(knots[-1]))]
         x = np.interp(inside["event"].to_numpy(dtype=float), knots, places)
-        sizes = [inside[f"{part}_bytes"].to_numpy(dtype=float) / _GIB for part in PARTS]
-        axes.stackplot(x, sizes, colors=PART_COLORS, labels=[part.replace("_", " ") for part in PARTS], linewidth=0)
+        parts = parts_of(points)
+        sizes = [inside[f"{part}_part_bytes"].to_numpy(dtype=float) / GIB for part in parts]
+        labels = [part.replace("_", " ") for part in parts]
+        axes.stackplot(x, sizes, colors=part_colors(parts), labels=labels, linewidth=0)
         total: Floats = np.sum(sizes, axis=0)
         axes.set_xlim(0, float(places[-1]))
         axes.set_ylim(0, (float(total.max()) if total.size else 0.0) * 1.15 or 1.0)
@@ -56,22 +59,22 @@ def timeline_figure(points: pd.DataFrame, phases: pd.DataFrame, *, title: str, c
         axes.spines[["top", "right"]].set_visible(False)
         figure.text(0.5, 0.975, title, ha="center", va="top", fontsize=13, fontweight="bold")
         figure.text(0.5, 0.91, caption, ha="center", va="top", fontsize=9.5, color="#666666")
-        figure.legend(loc="lower center", ncols=len(PARTS), frameon=False, fontsize=8, handlelength=1, columnspacing=1)
+        figure.legend(loc="lower center", ncols=len(parts), frameon=False, fontsize=8, handlelength=1, columnspacing=1)
     return figure
 
 
 def _scale(points: pd.DataFrame, phases: pd.DataFrame) -> tuple[Floats, Floats]:
-    """Where events stand: (events, places), to be joined by straight lines."""
+    """Knots (events, x positions) of the piecewise linear x axis."""
     knots = phases[["first_event", "last_event"]].to_numpy(dtype=float).ravel()
     if not knots.size:
         return np.array([0.0, float(points["event"].max() if len(points) else 1)]), np.array([0.0, 1.0])
     shares = np.diff(knots) / max(knots[-1] - knots[0], 1.0)
-    shares[::2] = np.maximum(shares[::2], min(_LEAST_SHARE, 1 / len(phases)))
+    shares[::2] = np.maximum(shares[::2], min(_MIN_SHARE, 1 / len(phases)))
     return knots, np.concatenate([[0.0], np.cumsum(shares)])
 
 
 def _mark_phases(axes: Axes, phases: pd.DataFrame, knots: Floats, places: Floats) -> None:
-    """A line where each phase begins and the phase's name above; the numbers of those events below."""
+    """Draws a line where each phase begins, its name above and the number of that event below."""
     at = axes.get_xaxis_transform()
     ends = zip(phases["phase"], places[::2], places[1::2], strict=False)
     for i, (name, left, right) in enumerate(ends):

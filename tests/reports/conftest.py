@@ -1,4 +1,4 @@
-"""Tables as the harness makes them, without the harness."""
+"""Frames as the harness makes them, from the few cells that matter to a test."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from rlhfreports.columns import COLUMNS
+from rlhfbench.records.schema import columns
 
 TITLES = {"full": "PPO", "lora": "LoRA-PPO", "hydra": "Hydra-PPO"}
 ORDER = {"full": 0, "lora": 1, "hydra": 4}
 SETTING_ORDER = {"modern": 0, "paper": 1}
 GIB = 2**30
+_END = "_phase_median_s"
 
 
 def _row(given: Mapping[str, Any]) -> dict[str, Any]:
     row = {
         "method": "hydra",
+        "family": "PPO",
         "model": "tiny",
         "prompt_len": 32,
         "batch_size": 1,
@@ -41,10 +43,25 @@ def _row(given: Mapping[str, Any]) -> dict[str, Any]:
         row.setdefault("activation_bytes", GIB // 2)
         row.setdefault("rollout_bytes", 4096)
         row["total_bytes"] = row["model_bytes"] + row["activation_bytes"] + row["rollout_bytes"]
+        row.setdefault("sequences_per_sample", 1)
         row.setdefault("total_s_per_sample", 1.0)
         row.setdefault("inference_s_per_sample", 0.75)
         row.setdefault("update_s_per_sample", 0.25)
     return row
+
+
+# Methods of other families: what a step of theirs has no phase for is absent.
+OTHER_SHAPES: tuple[dict[str, Any], ...] = (
+    {"method": "sft", "family": "SFT", "inference_s_per_sample": None, "update_s_per_sample": 1.0},
+    {"method": "dpo", "family": "DPO", "sequences_per_sample": 2},
+    {"method": "best-of-n", "family": "best-of-n", "update_s_per_sample": None, "sequences_per_sample": 4},
+)
+
+
+@pytest.fixture
+def other_shapes() -> tuple[dict[str, Any], ...]:
+    """One row of each shape of method that is not PPO's."""
+    return OTHER_SHAPES
 
 
 @pytest.fixture
@@ -53,8 +70,8 @@ def make_frame() -> Callable[..., pd.DataFrame]:
 
     def make(*rows: Mapping[str, Any]) -> pd.DataFrame:
         full = [_row(row) for row in rows]
-        dtypes: dict[str, Any] = {column.name: column.dtype for column in COLUMNS}
-        dtypes |= {name: "Float64" for row in full for name in row if name.endswith("_phase_median_s")}
+        phases = dict.fromkeys(n.removesuffix(_END) for row in full for n in row if n.endswith(_END))
+        dtypes: dict[str, Any] = {name: field.dtype for name, field in columns(phases).items()}
         return pd.DataFrame(
             {name: pd.array([row.get(name) for row in full], dtype=dtype) for name, dtype in dtypes.items()}
         )

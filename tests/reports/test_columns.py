@@ -1,28 +1,13 @@
 from __future__ import annotations
 
-from rlhfreports.columns import (
-    COLUMNS,
-    PHASE_COLUMNS,
-    axes_that_vary,
-    methods_in_order,
-    setting_order,
-    shared_axes_text,
-)
+import pandas as pd
+
+from rlhfreports.columns import axes_that_vary, methods_in_order, parts_of, setting_order, shared_axes_text
 
 
-def test_every_column_is_named_once_typed_and_explained():
-    names = [column.name for column in COLUMNS]
-    assert len(names) == len(set(names))
-    assert all(column.dtype in ("string", "Int64", "Float64") for column in (*COLUMNS, *PHASE_COLUMNS))
-    assert all(column.meaning for column in (*COLUMNS, *PHASE_COLUMNS))
-
-
-def test_the_unit_in_a_name_fits_the_type():
-    for column in (*COLUMNS, *PHASE_COLUMNS):
-        if column.name.endswith("_bytes"):
-            assert column.dtype == "Int64", column.name
-        if column.name.endswith(("_s", "_s_per_sample")):
-            assert column.dtype == "Float64", column.name
+def test_parts_come_from_the_column_names_in_order():
+    frame = pd.DataFrame(columns=["total_bytes", "heads_part_bytes", "base_part_bytes", "rollout_bytes"])
+    assert parts_of(frame) == ["heads", "base"]
 
 
 def test_axes_that_vary_count_an_absent_value_as_a_value(make_frame):
@@ -30,7 +15,7 @@ def test_axes_that_vary_count_an_absent_value_as_a_value(make_frame):
     assert axes_that_vary(frame) == ["lora_rank"]
 
 
-def test_the_caption_has_what_rows_share_and_nothing_that_varies(make_frame):
+def test_the_caption_has_only_axes_that_all_rows_share(make_frame):
     frame = make_frame(
         {"dtype": "float32", "options": "attention=eager"}, {"dtype": "bfloat16", "options": "attention=eager"}
     )
@@ -46,7 +31,7 @@ def test_a_long_path_in_the_caption_keeps_its_end(make_frame):
 PAPER = {"setting": "paper", "dtype": "bfloat16", "lora_rank": 128}
 
 
-def test_what_changes_with_the_setting_alone_is_told_with_it(make_frame):
+def test_axes_that_follow_from_the_setting_are_named_with_it(make_frame):
     frame = make_frame(PAPER, {})
     assert axes_that_vary(frame) == ["setting"]
     assert shared_axes_text(frame) == "tiny · cpu · modern: float32, LoRA rank 16 · paper: bfloat16, LoRA rank 128"
@@ -55,22 +40,22 @@ def test_what_changes_with_the_setting_alone_is_told_with_it(make_frame):
     assert shared_axes_text(other) == "tiny · cpu · modern: LoRA rank 16 · paper: LoRA rank 128"
 
 
-def test_one_setting_is_named_where_it_is_not_the_default(make_frame):
+def test_a_single_setting_is_named_unless_it_is_the_default(make_frame):
     assert shared_axes_text(make_frame(PAPER)) == "tiny · cpu · bfloat16 · LoRA rank 128 · setting paper"
     assert "setting" not in shared_axes_text(make_frame({}))
     assert "setting" not in shared_axes_text(make_frame({"setting": "custom", "options": "attention=eager"}))
 
 
-def test_custom_cases_beside_default_ones_are_told_apart_by_their_options(make_frame):
+def test_custom_and_default_cases_differ_by_options_not_setting(make_frame):
     frame = make_frame({"setting": "custom", "options": "attention=eager"}, {})
     assert axes_that_vary(frame) == ["options"]
     assert "setting" in axes_that_vary(make_frame({"setting": "custom"}, {}, PAPER))
 
 
-def test_settings_come_in_the_harness_order_and_custom_last(make_frame):
+def test_settings_are_sorted_by_their_order_with_custom_last(make_frame):
     assert setting_order(make_frame({"setting": "custom"}, PAPER, {})) == ["modern", "paper", "custom"]
 
 
-def test_methods_come_in_the_harness_order_and_unlisted_ones_last(make_frame):
+def test_methods_are_sorted_by_their_order_with_unlisted_ones_last(make_frame):
     frame = make_frame({"method": "mine"}, {"method": "hydra"}, {"method": "full"}, {"method": "hydra"})
     assert methods_in_order(frame)["method"].tolist() == ["full", "hydra", "mine"]

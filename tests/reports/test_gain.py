@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 
 import pandas as pd
 import pytest
@@ -30,7 +31,7 @@ HYDRA = (
 )
 
 
-def test_a_gain_divides_into_its_exact_factors_and_shares(make_frame):
+def test_factors_and_shares_of_a_gain_are_exact(make_frame):
     (row,) = gain_table(make_frame(*LORA, *HYDRA)).frame.to_dict("records")
     assert (row["method"], row["baseline"], row["baseline_title"]) == ("hydra", "lora", "LoRA-PPO")
     assert (row["baseline_batch_size"], row["memory_bytes"], row["batch_size"]) == (2, 8 * GIB, 8)
@@ -40,7 +41,7 @@ def test_a_gain_divides_into_its_exact_factors_and_shares(make_frame):
     assert row["larger_batch_share"] == pytest.approx(2 / 3, rel=1e-12)
 
 
-def test_each_length_setting_and_method_is_divided_by_itself(make_frame):
+def test_each_length_setting_and_method_has_its_own_row(make_frame):
     rows = []
     for prompt_len in (64, 32):
         for setting, slow in (("paper", 3.0), ("modern", 1.0)):
@@ -62,7 +63,7 @@ def test_each_length_setting_and_method_is_divided_by_itself(make_frame):
     assert table.frame[["shared_pass_share", "larger_batch_share"]].isna().all(axis=None)
 
 
-def test_a_loss_in_one_part_stands_beside_more_than_all_of_the_gain(make_frame):
+def test_a_loss_in_one_part_gives_the_other_a_share_above_one(make_frame):
     frame = make_frame(case("lora", 1, 4.0, 8), case("hydra", 1, 8.0, 4), case("hydra", 2, 2.0, 6))
     (row,) = gain_table(frame).frame.to_dict("records")
     assert (row["shared_pass_gain"], row["larger_batch_gain"], row["whole_gain"]) == (0.5, 4.0, 2.0)
@@ -80,7 +81,7 @@ def test_a_loss_in_one_part_stands_beside_more_than_all_of_the_gain(make_frame):
         ((case("hydra", 2, 4.0, 9), case("hydra", 4, 3.0, 10)), "no batch stays within the baseline's 8 GiB."),
     ],
 )
-def test_what_was_not_measured_is_said_and_not_made_up(make_frame, rows, says):
+def test_a_missing_measurement_gives_a_note_instead_of_a_row(make_frame, rows, says):
     table = gain_table(make_frame(*LORA, *rows))
     assert table.rows == ()
     (note,) = table.notes
@@ -90,7 +91,7 @@ def test_what_was_not_measured_is_said_and_not_made_up(make_frame, rows, says):
 
 
 @pytest.mark.parametrize(("more", "cell"), [((), "≥8"), ((HYDRA[3],), "8"), ((case("hydra", 16, "oom", 0),), "8")])
-def test_a_larger_batch_that_nobody_tried_is_told(make_frame, more, cell):
+def test_an_untried_larger_batch_is_marked(make_frame, more, cell):
     table = gain_table(make_frame(*LORA, *HYDRA[:3], *more))
     assert [row[4] for row in table.rows] == [cell]
     assert ("no larger batch was run" in table.markdown()) is (not more)
@@ -109,15 +110,23 @@ def test_a_larger_batch_that_nobody_tried_is_told(make_frame, more, cell):
         ((LORA[0], *({**row, "prompt_len": 8, "completion_len": 56} for row in HYDRA)), False),
     ],
 )
-def test_there_is_a_gain_where_the_baseline_and_two_batches_were_measured(make_frame, rows, there_is):
+def test_a_gain_needs_the_baseline_and_two_batches_of_a_method(make_frame, rows, there_is):
     assert has_gain(make_frame(*rows)) is there_is
 
 
-def test_a_record_without_bytes_is_no_measurement(make_frame):
+def test_a_row_without_total_bytes_does_not_count(make_frame):
     frame = make_frame(*LORA, *HYDRA)
     frame.loc[1, "total_bytes"] = pd.NA
     assert gain_table(frame).frame["baseline_batch_size"].tolist() == []  # batch 1 was not run with hydra
     assert "largest batch is 1, which was not run" in gain_table(frame).notes[0]
+
+
+def test_a_gain_is_taken_within_one_family(make_frame, other_shapes):
+    others = [{**shape, **case(shape["method"], b, 1.0, 4)} for shape in other_shapes for b in (1, 2)]
+    assert not has_gain(make_frame(*LORA, *others))
+    assert gain_table(make_frame(*LORA, *HYDRA, *others)).frame["method"].tolist() == ["hydra"]
+    tuned = [{**row, "method": "dpo-lora"} for row in others if row["method"] == "dpo"]
+    assert gain_table(make_frame(*others, *tuned), "dpo").frame["method"].tolist() == ["dpo-lora"]
 
 
 def test_any_method_can_be_the_baseline(make_frame):
@@ -129,7 +138,7 @@ def test_any_method_can_be_the_baseline(make_frame):
 
 def test_the_files_and_the_terminal_say_the_same(make_frame):
     table = gain_table(make_frame(*LORA, *HYDRA))
-    assert "| Hydra-PPO | 64 | 2 | 8 | 8 | 2.00x | 4.00x | 8.00x | 33 % | 67 % |" in table.markdown()
+    assert "| Hydra-PPO | 64 | 2 | 8 | 8 | 2.00x | 4.00x | 8.00x | 33 % | 67 % |" in re.sub(" +", " ", table.markdown())
     read = pd.read_csv(io.StringIO(table.csv()))
     assert math.isclose(read.loc[0, "shared_pass_share"], 1 / 3, rel_tol=1e-12)
     console = Console(width=200, file=io.StringIO(), record=True)

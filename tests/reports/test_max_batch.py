@@ -6,7 +6,7 @@ from rich.console import Console
 from rlhfreports.max_batch import max_batch_table
 
 
-def test_planned_stands_beside_found() -> None:
+def test_planned_and_found_batches_share_a_row() -> None:
     frame = pd.DataFrame(
         {
             "title": ["A-PPO", "B-PPO"],

@@ -9,7 +9,7 @@ def keys(rows) -> set[tuple[str, int, int]]:
     return set(zip(rows["method"], rows["seq_len"], rows["batch_size"], strict=True))
 
 
-def test_every_batch_size_has_a_panel_and_nothing_else_where_all_fit(make_frame):
+def test_panels_are_the_batch_sizes_where_all_fit(make_frame):
     frame = make_frame(*({"batch_size": b, "prompt_len": n} for b in (4, 1, 16) for n in (8, 16)))
     panels = panels_of(frame)
     assert [panel.title for panel in panels] == ["batch 1", "batch 4", "batch 16"]
@@ -33,7 +33,7 @@ def test_the_last_panel_has_the_largest_batch_that_fits(make_frame):
     assert keys(last.failures) == {("lora", 64, 1)}
 
 
-def test_batches_that_differ_with_no_failure_among_them(make_frame):
+def test_different_batch_sizes_without_a_failure_get_a_last_panel(make_frame):
     last = panels_of(make_frame({"method": "full", "batch_size": 1}, {"method": "hydra", "batch_size": 2}))[-1]
     assert keys(last.points) == {("full", 64, 1), ("hydra", 64, 2)}
     assert keys(last.failures) == set()
@@ -60,7 +60,7 @@ def test_every_row_is_a_point_or_a_failure_of_its_batch_panel(make_frame):
     assert sorted(found) == sorted(keys(frame))
 
 
-def test_cases_that_differ_elsewhere_do_not_share_a_line(make_frame):
+def test_other_axes_make_panels_of_their_own(make_frame):
     frame = make_frame({"model": "tiny"}, {"model": "gpt2"}, {"model": "gpt2", "options": "attention=eager"})
     panels = panels_of(frame)
     assert [panel.title for panel in panels] == [
@@ -82,7 +82,14 @@ def test_no_records_no_panels(make_frame):
     assert panels_of(make_frame()) == []
 
 
-def test_the_three_quantities_are_of_one_time(make_frame):
+def test_a_sample_of_several_sequences_has_the_tokens_of_all(make_frame):
+    pair = {"total_s_per_sample": 0.5, "prompt_len": 30, "completion_len": 70, "sequences_per_sample": 2}
+    frame = make_frame(pair, {**pair, "method": "full", "sequences_per_sample": None})
+    assert samples_per_second(frame).tolist() == [2.0, 2.0]
+    assert tokens_per_second(frame).tolist() == [400.0, 200.0]
+
+
+def test_all_metrics_come_from_the_total_time(make_frame):
     frame = make_frame({"total_s_per_sample": 0.25, "prompt_len": 300, "completion_len": 500})
     assert seconds_per_sample(frame).tolist() == [0.25]
     assert samples_per_second(frame).tolist() == [4.0]

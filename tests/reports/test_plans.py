@@ -6,13 +6,14 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from rlhfreports.plans import PARTS, draw_plan, plan_figure, plan_table
+from rlhfkernels.observer import PARTS
+from rlhfreports.plans import draw_plan, plan_figure, plan_table
 
 GIB = 2**30
 
 
 def frame() -> pd.DataFrame:
-    row = {f"{part}_bytes": (i + 1) * GIB for i, part in enumerate(PARTS)}
+    row = {f"{part}_part_bytes": (i + 1) * GIB for i, part in enumerate(PARTS)}
     total = sum(row.values())
     shared = {"seq_len": 800, "total_bytes": total, "model_bytes": 1, "activation_bytes": 1, "peak_phase": "score"}
     shared |= {"bucket_bytes": 0, "setting": "modern"}
@@ -26,7 +27,7 @@ def frame() -> pd.DataFrame:
     )
 
 
-def test_the_table_has_every_part_and_answer() -> None:
+def test_the_table_has_every_part_and_result() -> None:
     console = Console(width=250, record=True)
     console.print(plan_table(frame(), caption="tiny"))
     first, second = (line.split() for line in console.export_text().splitlines() if "-PPO" in line)
@@ -41,7 +42,7 @@ def test_bars_are_stacked_to_the_total_with_the_device_as_a_line() -> None:
     assert axes.lines[0].get_xdata()[0] == 40
 
 
-def test_zero_buckets_stand_beside_the_total() -> None:
+def test_zero_buckets_are_shown_outside_the_total() -> None:
     shared = frame().assign(bucket_bytes=[2 * GIB, 0])
     console = Console(width=250, record=True)
     console.print(plan_table(shared, caption="tiny"))
@@ -54,7 +55,7 @@ def test_zero_buckets_stand_beside_the_total() -> None:
     assert max(bar.get_x() + bar.get_width() for bar in axes.patches) == pytest.approx(47)
 
 
-def test_several_settings_are_told_apart() -> None:
+def test_several_settings_are_a_column() -> None:
     both = frame().assign(setting=["paper", "modern"])
     console = Console(width=250, record=True)
     console.print(plan_table(both, caption="tiny"))
@@ -65,7 +66,7 @@ def test_several_settings_are_told_apart() -> None:
     assert labels == ["A-PPO, paper, 800 tokens, batch 1", "B-PPO, modern, 800 tokens, batch 4"]
 
 
-def test_the_files_depend_on_the_table_alone(tmp_path: Path) -> None:
+def test_the_files_depend_on_the_frame_alone(tmp_path: Path) -> None:
     first = draw_plan(frame(), tmp_path / "a", caption="tiny", limit_bytes=None)
     second = draw_plan(frame(), tmp_path / "b", caption="tiny", limit_bytes=None)
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]

@@ -1,20 +1,24 @@
 from __future__ import annotations
 
+import itertools
 import math
 import subprocess
 import sys
 from xml.etree import ElementTree
 
 import matplotlib
+import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
 from rlhfreports.plots import (
     COLORS,
     MARKERS,
-    draw_latency,
-    draw_throughput,
+    latency,
     latency_figure,
+    method_styles,
+    throughput,
     throughput_figure,
 )
 
@@ -49,7 +53,7 @@ def frame(make_frame):
     )
 
 
-def test_latency_has_one_line_a_method_with_its_numbers(frame):
+def test_latency_has_one_line_per_method(frame):
     one, four = visible(latency_figure(frame))
     assert (one.get_title(), four.get_title()) == ("batch 1", "batch 4")
     assert list(lines(one)) == ["PPO", "LoRA-PPO", "Hydra-PPO"]
@@ -81,14 +85,14 @@ def test_the_settings_of_a_method_share_its_colour_and_not_its_line_style(make_f
     assert legend_labels(figure) == ["LoRA-PPO", "Hydra-PPO", "modern", "paper"]
 
 
-def test_the_words_of_two_settings_stand_in_rows_of_their_own(make_frame):
+def test_each_setting_has_its_own_row_of_words(make_frame):
     oom = {("lora", 64, "paper"), ("lora", 64, "modern"), ("hydra", 64, "paper")}
     (axes,) = visible(latency_figure(both_settings(make_frame, oom=oom)))
     assert words(axes) == ["OOM"] * 3
     assert len({text.get_position()[1] for text in axes.texts}) == 3
 
 
-def test_one_setting_alone_is_drawn_as_ever(make_frame):
+def test_a_single_setting_is_a_solid_line_named_by_the_method(make_frame):
     frame = make_frame(*({"prompt_len": n, "setting": "paper"} for n in (32, 64)))
     (axes,) = visible(latency_figure(frame))
     assert {name: line.get_linestyle() for name, line in lines(axes).items()} == {"Hydra-PPO": "-"}
@@ -119,14 +123,14 @@ def test_panels_of_one_quantity_have_the_same_limits(frame):
     assert one.get_xlim() == four.get_xlim()
 
 
-def test_the_picture_says_what_was_run_and_who_is_who(frame):
+def test_the_figure_has_title_caption_and_legend(frame):
     figure = latency_figure(frame)
     said = [text.get_text() for text in figure.texts]
     assert said == ["Seconds per sample against sequence length", "tiny · cpu · float32 · LoRA rank 16"]
     assert legend_labels(figure) == ["PPO", "LoRA-PPO", "Hydra-PPO"]
 
 
-def test_a_method_keeps_its_colour_and_marker_whoever_else_is_there(make_frame):
+def test_colour_and_marker_of_a_method_do_not_depend_on_other_methods(make_frame):
     def look(*methods: str) -> tuple[str, str]:
         (axes,) = visible(latency_figure(make_frame(*({"method": method} for method in methods))))
         line = lines(axes)["Hydra-PPO"]
@@ -135,7 +139,7 @@ def test_a_method_keeps_its_colour_and_marker_whoever_else_is_there(make_frame):
     assert look("hydra") == look("full", "lora", "hydra") == look("mine", "hydra") == (COLORS[4], MARKERS[4])
 
 
-def test_methods_of_nobody_look_different_from_those_of_the_table(make_frame):
+def test_unlisted_methods_have_looks_of_their_own(make_frame):
     names = ["full", "mine", "hydra", "yours", "lora"]
     (axes,) = visible(latency_figure(make_frame(*({"method": name} for name in names))))
     looks = {(line.get_color(), line.get_marker()) for line in lines(axes).values()}
@@ -143,11 +147,88 @@ def test_methods_of_nobody_look_different_from_those_of_the_table(make_frame):
 
 
 def test_colours_and_markers_are_all_different():
-    assert len(set(COLORS)) == len(COLORS)
+    assert len(set(COLORS)) == len(COLORS) >= 12
     assert len(set(MARKERS)) == len(MARKERS) == len(COLORS)
 
 
-def test_what_was_not_measured_is_marked_at_its_length_above_the_lines(make_frame):
+# Of linear RGB, full strength: Machado, Oliveira and Fernandes 2009, table 1.
+VISION = {
+    "normal": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+# Linear RGB to cone responses, and their cube roots to OKLab: Ottosson 2020.
+TO_CONES = [
+    [0.41222147, 0.53633254, 0.05144599],
+    [0.21190350, 0.68069955, 0.10739696],
+    [0.08830246, 0.28171884, 0.62997870],
+]
+TO_OKLAB = [
+    [0.21045426, 0.79361779, -0.00407205],
+    [1.97799850, -2.42859221, 0.45059371],
+    [0.02590404, 0.78277177, -0.80867577],
+]
+
+
+@pytest.mark.parametrize("vision", VISION)
+def test_every_colour_vision_tells_the_colours_apart(vision):
+    encoded = np.array([matplotlib.colors.to_rgb(color) for color in COLORS])
+    linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
+    seen = np.clip(linear @ np.array(VISION[vision]).T, 0, 1)
+    places = np.cbrt(seen @ np.array(TO_CONES).T) @ np.array(TO_OKLAB).T
+    distances = {
+        (COLORS[i], COLORS[j]): float(np.linalg.norm(places[i] - places[j]))
+        for i, j in itertools.combinations(range(len(COLORS)), 2)
+    }
+    # The least distance within Okabe and Ito's palette is 0.076.
+    assert min(distances.values()) > 0.075, min(distances, key=distances.get)
+
+
+def many_methods(make_frame, num_methods, **row):
+    return make_frame(
+        *(
+            {"method": f"method-{i:02}", "method_order": i, "prompt_len": n, **row}
+            for i in range(num_methods)
+            for n in (32, 64)
+        )
+    )
+
+
+def test_thirty_methods_have_thirty_looks(make_frame):
+    looks = {name: (s.color, s.marker) for name, s in method_styles(many_methods(make_frame, 30)).items()}
+    assert len(set(looks.values())) == 30
+    assert looks["method-04"] == (COLORS[4], MARKERS[4])
+
+
+@pytest.mark.parametrize("num_methods", [5, 14])
+def test_a_long_legend_fits_the_figure(make_frame, num_methods):
+    figure = latency_figure(many_methods(make_frame, num_methods))
+    figure.draw_without_rendering()
+    legend = figure.legends[0].get_window_extent()
+    (axes,) = visible(figure)
+    assert legend.x0 >= 0
+    assert legend.x1 <= figure.bbox.x1
+    assert legend.y0 >= axes.get_tightbbox().y1
+
+
+def test_words_take_at_most_half_of_a_panel(make_frame):
+    failing = many_methods(make_frame, 30, outcome="oom")
+    (axes,) = visible(latency_figure(pd.concat([make_frame({}), failing], ignore_index=True)))
+    assert len(words(axes)) == 60
+    assert min(text.get_position()[1] for text in axes.texts) >= 0.5
+
+
+def test_methods_without_a_phase_are_drawn_by_their_total(make_frame, other_shapes):
+    (axes,) = visible(latency_figure(make_frame({}, *other_shapes)))
+    assert set(lines(axes)) == {"Hydra-PPO", "sft", "dpo", "best-of-n"}
+    _, tokens = visible(throughput_figure(make_frame({}, *other_shapes)))
+    assert {name: line.get_ydata().tolist() for name, line in lines(tokens).items()} == {
+        "Hydra-PPO": [64.0], "sft": [64.0], "dpo": [128.0], "best-of-n": [256.0],
+    }  # fmt: skip
+
+
+def test_outcomes_of_unmeasured_cases_stand_above_the_lines(make_frame):
     frame = make_frame(
         {"method": "full", "prompt_len": 32},
         {"method": "full", "prompt_len": 64, "outcome": "oom"},
@@ -170,7 +251,7 @@ def test_what_was_not_measured_is_marked_at_its_length_above_the_lines(make_fram
     assert highest_point < lowest_word
 
 
-def test_an_ok_without_a_time_is_marked_too(make_frame):
+def test_an_ok_case_without_a_time_is_marked(make_frame):
     frame = make_frame({"prompt_len": 32}, {"prompt_len": 64, "total_s_per_sample": None})
     (axes,) = visible(latency_figure(frame))
     assert words(axes) == ["no time"]
@@ -188,7 +269,7 @@ def test_the_largest_batch_that_fits_is_written_above_its_point(make_frame):
     assert {(text.get_text(), text.get_position()[0]) for text in last.texts} == {("batch 8", 64), ("batch 1", 128)}
 
 
-def test_lengths_too_close_for_words_get_signs(make_frame):
+def test_close_lengths_get_short_words(make_frame):
     rows = [{"prompt_len": n} for n in range(64, 200, 4)]
     (axes,) = visible(latency_figure(make_frame(*rows[:-1], {"prompt_len": 200, "outcome": "oom"})))
     assert words(axes) == ["×"]
@@ -197,43 +278,43 @@ def test_lengths_too_close_for_words_get_signs(make_frame):
 
 
 @pytest.mark.parametrize("draw", [latency_figure, throughput_figure])
-def test_one_length_and_one_method_is_a_point(make_frame, draw):
+def test_a_single_case_is_a_point(make_frame, draw):
     for axes in visible(draw(make_frame({}))):
         assert lines(axes)["Hydra-PPO"].get_xdata().tolist() == [64]
         low, high = axes.get_xlim()
         assert low < 64 < high
 
 
-def test_nothing_measured_is_a_picture_that_says_so(make_frame, tmp_path):
+def test_without_measurements_the_figure_counts_outcomes(make_frame, tmp_path):
     frame = make_frame(
         {"outcome": "oom"}, {"method": "full", "outcome": "oom"}, {"outcome": "crashed", "batch_size": 2}
     )
     figure = latency_figure(frame)
     assert "No case was measured: 2 OOM, 1 crashed." in [text.get_text() for text in figure.texts]
-    assert all(path.stat().st_size > 0 for path in draw_throughput(make_frame(), tmp_path / "none"))
+    assert all(path.stat().st_size > 0 for path in throughput(make_frame(), tmp_path / "none"))
 
 
-def test_both_files_are_written_and_are_what_they_are_called(frame, tmp_path):
-    png, svg = draw_latency(frame, tmp_path / "v1.2-latency")
+def test_png_and_svg_are_written(frame, tmp_path):
+    png, svg = latency(frame, tmp_path / "v1.2-latency")
     assert (png.name, svg.name) == ("v1.2-latency.png", "v1.2-latency.svg")
     assert png.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert ElementTree.parse(svg).getroot().tag.endswith("svg")
 
 
-def test_the_files_depend_on_the_table_alone(frame, tmp_path):
+def test_the_files_depend_on_the_frame_alone(frame, tmp_path):
     with matplotlib.rc_context(
         {"font.size": 20.0, "figure.facecolor": "red", "path.simplify": False, "xtick.labelsize": 3}
     ):
-        first = draw_latency(frame, tmp_path / "first")
-    second = draw_latency(frame, tmp_path / "second")
+        first = latency(frame, tmp_path / "first")
+    second = latency(frame, tmp_path / "second")
     for one, other in zip(first, second, strict=True):
         assert one.read_bytes() == other.read_bytes()
     assert "<dc:date>" not in second[1].read_text()
 
 
-def test_drawing_leaves_no_trace_in_matplotlib(frame, tmp_path):
+def test_drawing_does_not_change_rcparams(frame, tmp_path):
     before = dict(matplotlib.rcParams)
-    draw_latency(frame, tmp_path / "latency")
+    latency(frame, tmp_path / "latency")
     assert dict(matplotlib.rcParams) == before
 
 

@@ -39,7 +39,7 @@ def frame(make_frame: Callable[..., pd.DataFrame]) -> pd.DataFrame:
     )
 
 
-def test_the_worst_row_is_the_farthest_off_in_percent(frame: pd.DataFrame) -> None:
+def test_the_worst_comparison_has_the_largest_error_in_percent(frame: pd.DataFrame) -> None:
     found = comparisons(frame)
     assert [item.percent for item in found if item.kind == "model"] == [0.0, 0.0, None]
     farthest = worst(found)
@@ -51,9 +51,9 @@ def test_the_worst_row_is_the_farthest_off_in_percent(frame: pd.DataFrame) -> No
     )
 
 
-def test_the_table_has_every_case_with_a_prediction_and_says_what_failed(frame: pd.DataFrame) -> None:
+def test_the_table_has_every_prediction_and_a_note_per_failed_plan(frame: pd.DataFrame) -> None:
     lines = predicted_markdown(frame).splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")][2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")][1:]
     assert rows[0][1:7] == ["1", "1", "+0.000 %", "0.5", "0.5", "+0.000 %"]
     assert rows[1][4:7] == ["0.375", "0.5", "-25.000 %"]
     assert rows[2][1:4] == ["2", "OOM", "–"]
@@ -62,7 +62,7 @@ def test_the_table_has_every_case_with_a_prediction_and_says_what_failed(frame: 
     assert lines[-1] == "- PPO, 64 tokens (32+32), batch 1: no prediction: no fake of that."
 
 
-def test_a_panel_a_sum_with_a_marker_a_method_and_the_diagonal(frame: pd.DataFrame) -> None:
+def test_each_sum_has_a_panel_with_markers_and_the_diagonal(frame: pd.DataFrame) -> None:
     figure = predicted_figure(frame)
     assert [axes.get_title() for axes in figure.axes] == ["model memory", "activation memory", "total memory"]
     axes = figure.axes[1]
@@ -81,11 +81,11 @@ def test_predictions_without_a_measurement(make_frame: Callable[..., pd.DataFram
     assert len(predicted_figure(frame).axes) == 3
 
 
-def test_a_run_without_plans_has_none(make_frame: Callable[..., pd.DataFrame]) -> None:
+def test_a_run_without_plans_has_no_predictions(make_frame: Callable[..., pd.DataFrame]) -> None:
     assert not has_predictions(make_frame({}))
     assert has_predictions(make_frame({"plan_error": "why."}))
 
 
-def test_the_files_depend_on_the_table_alone(frame: pd.DataFrame, tmp_path: Path) -> None:
+def test_the_files_depend_on_the_frame_alone(frame: pd.DataFrame, tmp_path: Path) -> None:
     first, second = (draw_predicted(frame, tmp_path / name) for name in ("a", "b"))
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]

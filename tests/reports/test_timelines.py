@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from matplotlib.collections import PolyCollection
 
-from rlhfreports.plans import PARTS
+from rlhfkernels.observer import PARTS
 from rlhfreports.timelines import draw_timeline, timeline_figure
 
 GIB = 2**30
@@ -18,7 +18,7 @@ def points(totals_gib: list[float], first_event: int = 1) -> pd.DataFrame:
     """Two parts, a third and two thirds of each total; one event a point."""
     events = range(first_event, first_event + len(totals_gib))
     shares = {"base": 1 / 3, "activations": 2 / 3}
-    sizes = {f"{part}_bytes": [shares.get(part, 0) * total * GIB for total in totals_gib] for part in PARTS}
+    sizes = {f"{part}_part_bytes": [shares.get(part, 0) * total * GIB for total in totals_gib] for part in PARTS}
     return pd.DataFrame({"event": list(events), **sizes})
 
 
@@ -43,7 +43,7 @@ def test_areas_are_stacked_to_the_total_and_the_peak_is_marked() -> None:
     assert axes.get_ylabel() == "GiB"
 
 
-def test_a_short_phase_is_widened_and_boundaries_stand_where_they_are() -> None:
+def test_a_short_phase_is_widened_with_its_boundaries_labelled() -> None:
     frame = points([1.0] * 1000)
     (axes,) = timeline_figure(frame, phases(("generate", 0, 990), ("optimize", 990, 1000)), **WORDS).axes
     (boundary,) = [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == ":"]
@@ -53,13 +53,13 @@ def test_a_short_phase_is_widened_and_boundaries_stand_where_they_are() -> None:
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "990", "1,000"]
 
 
-def test_what_was_before_the_first_phase_is_left_out() -> None:
+def test_events_before_the_first_phase_are_left_out() -> None:
     frame = points([100.0, 100.0, 1.0, 2.0])
     (axes,) = timeline_figure(frame, phases(("score", 3, 4)), **WORDS).axes
     assert "peak 2 GiB" in texts(axes)
 
 
-def test_many_stretches_and_none_can_be_drawn() -> None:
+def test_many_phases_and_none_can_be_drawn() -> None:
     many = phases(*((f"update_{i % 2}", i, i + 1) for i in range(100)))
     (axes,) = timeline_figure(points([1.0] * 100), many, **WORDS).axes
     assert len(axes.get_xticks()) < 20
@@ -68,7 +68,7 @@ def test_many_stretches_and_none_can_be_drawn() -> None:
     assert texts(axes) == []
 
 
-def test_the_files_depend_on_the_tables_alone(tmp_path: Path) -> None:
+def test_the_files_depend_on_the_frames_alone(tmp_path: Path) -> None:
     tables = points([3.0, 6.0, 9.0]), phases(("score", 0, 3))
     first = draw_timeline(*tables, tmp_path / "a", **WORDS)
     second = draw_timeline(*tables, tmp_path / "b", **WORDS)

@@ -75,7 +75,7 @@ def frame(plans: list[dict[str, Any]]) -> pd.DataFrame:
                 "setting": setting_of(plan["case"]["options"]),
                 "seq_len": plan["case"]["prompt_len"] + plan["case"]["completion_len"],
                 "batch_size": plan["case"]["batch_size"],
-                **{f"{part}_bytes": size for part, size in plan["memory"]["parts"].items()},
+                **{f"{part}_part_bytes": size for part, size in plan["memory"]["parts"].items()},
                 **{f"{name}_bytes": plan["memory"][f"{name}_bytes"] for name in ("model", "activation", "total")},
                 "bucket_bytes": plan["zero"]["bucket_bytes"],
                 "peak_phase": plan["memory"]["peak_phase"],

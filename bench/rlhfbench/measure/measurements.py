@@ -278,9 +278,10 @@ def latency_object(
         kind: sum(medians_s[phase.name] for phase in phases if phase.kind == kind) / batch_size
         for kind in ("inference", "update")
     }
+    kinds = {phase.kind for phase in phases}
     return {
-        "inference_s_per_sample": kinds_s["inference"],
-        "update_s_per_sample": kinds_s["update"],
+        "inference_s_per_sample": kinds_s["inference"] if "inference" in kinds else None,
+        "update_s_per_sample": kinds_s["update"] if "update" in kinds else None,
         "total_s_per_sample": kinds_s["inference"] + kinds_s["update"],
         "phases": {name: {"median_s": medians_s[name], "samples_s": samples} for name, samples in samples_s.items()},
         "stopped_because": reason,

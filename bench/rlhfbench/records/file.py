@@ -1,4 +1,4 @@
-"""Records: one JSON object a line, appended and flushed to the disk, read back whole or with one clear sentence."""
+"""The file of records: one JSON object per line, each flushed to the disk before the next case starts."""
 
 from __future__ import annotations
 
@@ -10,44 +10,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from rlhfbench.errors import RecordsError, RunFolderError
+from rlhfbench.records.schema import OUTCOMES, SCHEMA, empty_plan, empty_record, filled, upgraded
 from rlhfkernels.config.case import Case
 
 Record = dict[str, Any]
 
-SCHEMA = 1
 RECORDS_NAME = "records.jsonl"
-OUTCOMES = ("ok", "oom", "timeout", "crashed", "invalid", "skipped")
-
-_EMPTY: dict[str, dict[str, Any]] = {
-    "memory": {
-        "model_bytes": None,
-        "activation_bytes": None,
-        "rollout_bytes": None,
-        "total_bytes": None,
-        "peak_phase": None,
-        "parts": {},
-        "phases": {},
-        "views": {
-            "ledger_peak_bytes": None,
-            "allocator_peak_bytes": None,
-            "allocator_reserved_bytes": None,
-            "allocator_rest_bytes": None,
-            "workspace_bytes": None,
-            "driver_peak_bytes": None,
-            "host_peak_bytes": None,
-        },
-    },
-    "latency": {
-        "inference_s_per_sample": None,
-        "update_s_per_sample": None,
-        "total_s_per_sample": None,
-        "phases": {},
-        "stopped_because": None,
-    },
-    "work": {"phases": {}, "floor_fraction": None},
-}
-# The keys of a record's ``plan``, as far as its ``memory`` has them too.
-_PLAN_KEYS = ("model_bytes", "activation_bytes", "rollout_bytes", "total_bytes", "peak_phase", "parts", "phases")
 
 
 def make_record(
@@ -60,63 +28,46 @@ def make_record(
     wall_s: float,
     plan: dict[str, Any] | None = None,
 ) -> Record:
-    """A complete record: every key is there, and what was not measured is ``None``.
+    """A complete record: every key is present, and what was not measured is ``None``.
 
     Args:
-        case: what was asked for.
+        case: the case.
         outcome: one of ``OUTCOMES``.
         error: ``{"kind", "message", "phase"}``, ``None`` when ``ok``.
-        measured: ``memory``, ``latency``, ``work``, ``prompts``, ``engine`` and ``kernels`` (``triton``,
-            ``native`` or ``torch``: what ``Options.kernels`` came to; older records lack the key), as far as they are
-            known.
+        measured: the objects ``memory``, ``latency``, ``work``, ``stats``, ``world``, ``prompts``, ``engine`` and
+            ``kernels``, as far as they are known. Other keys are not kept.
         started_at: UTC, ISO 8601.
-        wall_s: seconds from asking for the case to its end.
-        plan: what ``make_plan`` made; ``None``: nothing was predicted. Older records lack the key.
+        wall_s: seconds from the request to the end of the case.
+        plan: the result of ``make_plan``, ``None`` when nothing was predicted.
     """
     assert outcome in OUTCOMES
-    sections = {name: _filled(empty, measured.get(name) or {}) for name, empty in _EMPTY.items()}
-    return {
-        "schema": SCHEMA,
-        "case": case.to_dict(),
-        "outcome": outcome,
-        "error": error,
-        **sections,
-        "prompts": measured.get("prompts"),
-        "engine": measured.get("engine"),
-        "kernels": measured.get("kernels"),
-        "plan": plan,
-        "started_at": started_at,
-        "wall_s": wall_s,
-    }
+    empty = empty_record()
+    known = {name: value for name, value in measured.items() if name in empty and value is not None}
+    if "latency" in known:
+        known["latency"] = {"sequences_per_sample": case.sequences_per_row, **known["latency"]}
+    about = {"outcome": outcome, "error": error, "plan": plan, "started_at": started_at, "wall_s": wall_s}
+    return {"schema": SCHEMA, "case": case.to_dict(), **filled(empty, {**known, **about})}
 
 
 def make_plan(memory: dict[str, Any] | None, error: dict[str, Any] | None) -> dict[str, Any]:
-    """The ``plan`` object of a record: the memory that was predicted, in the keys and units of ``memory``.
+    """The ``plan`` object of a record: predicted memory, in the keys and units of ``memory``.
 
     Args:
-        memory: the ``memory`` object of the plan, ``None`` where there is none.
-        error: ``{"kind", "message", "phase"}``, why there is none; else ``None``.
+        memory: the ``memory`` object of a plan, ``None`` when the prediction failed.
+        error: ``{"kind", "message", "phase"}`` of a failed prediction, else ``None``.
     """
-    filled = _filled(_EMPTY["memory"], memory or {})
-    return {**{key: filled[key] for key in _PLAN_KEYS}, "error": error}
-
-
-def _filled(empty: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """``given``, with the keys of ``empty`` that it lacks."""
-    merged = {**empty, **given}
-    return {
-        key: _filled(empty[key], value) if isinstance(empty.get(key), dict) and isinstance(value, dict) else value
-        for key, value in merged.items()
-    }
+    empty = empty_plan()
+    known = {key: value for key, value in (memory or {}).items() if key in empty}
+    return {**filled(empty, known), "error": error}
 
 
 def read_records(path: str | Path) -> list[Record]:
-    """The records of a run folder or of a records file, in the order in which they were made.
+    """Returns the records of a run folder or of a records file, oldest first, in the present schema.
 
-    A last line without its end was being written when the harness died, and is left out.
+    A last line without a newline was cut off when the harness died, and is dropped.
 
     Raises:
-        RecordsError: there is no such file, a line is malformed or comes from a newer rlhfbench.
+        RecordsError: the file cannot be read, or a line is malformed or of a newer rlhfbench.
     """
     path = Path(path)
     if path.is_dir():
@@ -130,7 +81,7 @@ def read_records(path: str | Path) -> list[Record]:
 
 
 def _whole_bytes(data: bytes) -> int:
-    """How much of ``data`` is whole lines."""
+    """Length of ``data`` up to its last newline."""
     return data.rfind(b"\n") + 1
 
 
@@ -148,18 +99,18 @@ def _parse(path: Path, number: int, line: bytes) -> Record:
         )
     if not isinstance(record.get("case"), dict) or "id" not in record["case"] or record.get("outcome") not in OUTCOMES:
         raise RecordsError(f"{where}: it is not a record (it lacks a case with an id, or a known outcome).")
-    return record
+    return upgraded(record)
 
 
 class RecordsFile:
-    """A run's records, open for appending by this process alone.
+    """The records of a run, open for appending and locked by this process.
 
     Attributes:
-        records: what the file holds, the records of an earlier start of the same run first.
+        records: the records of the file, those of earlier starts of the run first.
 
     Raises:
-        RunFolderError: another process is writing this run, or the file cannot be written.
-        RecordsError: what the file holds cannot be read.
+        RunFolderError: another process writes this run, or the file cannot be written.
+        RecordsError: the file cannot be read.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -189,7 +140,7 @@ class RecordsFile:
         """Writes ``record`` and returns when the disk has it.
 
         Raises:
-            RecordsError: it could not be written; the file holds what it held before.
+            RecordsError: the write failed; the file is as it was before.
         """
         line = json.dumps(_finite(record), allow_nan=False).encode() + b"\n"
         size = os.fstat(self._fd).st_size
@@ -205,7 +156,7 @@ class RecordsFile:
 
 
 def _finite(value: Any) -> Any:
-    """``value`` with every number that JSON cannot hold made ``None``."""
+    """``value`` with ``None`` for NaN and infinities, which JSON has not."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The timelines of a run or a plan: one JSON file a case, written whole or not at all, and read for the reports."""
+"""Timelines of a run or a plan: one JSON file per case, written atomically."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 def timeline_path(folder: Path, case_id: str) -> Path:
-    """The file of a case's timeline among the others in ``folder``."""
+    """The file of a case's timeline in ``folder``."""
     return folder / f"{case_id}.json"
 
 
 def write_timeline(folder: Path, case_id: str, timeline: dict[str, Any]) -> None:
-    """Keeps the timeline of a case; see ``Timeline.to_dict`` for what is in it.
+    """Writes the timeline of a case, as ``Timeline.to_dict`` returns it.
 
     Raises:
-        RecordsError: it cannot be written.
+        RecordsError: the file cannot be written.
     """
     path = timeline_path(folder, case_id)
     try:
@@ -34,10 +34,10 @@ def write_timeline(folder: Path, case_id: str, timeline: dict[str, Any]) -> None
 
 
 def read_timeline(folder: Path, case_id: str) -> dict[str, Any] | None:
-    """The timeline of a case, or ``None`` where none was kept.
+    """Returns the timeline of a case, ``None`` if it has no file.
 
     Raises:
-        RecordsError: the file is there and holds none, or cannot be read.
+        RecordsError: the file cannot be read or holds no timeline.
     """
     path = timeline_path(folder, case_id)
     try:
@@ -54,12 +54,12 @@ def read_timeline(folder: Path, case_id: str) -> dict[str, Any] | None:
 
 
 def timeline_frames(timeline: dict[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The points and the phases of a timeline, as ``rlhfreports.timelines`` takes them."""
+    """The points and the phases of a timeline as frames for ``rlhfreports.timelines``."""
     import pandas as pd
 
     points = pd.DataFrame({"event": timeline["events"]}, dtype="int64")
     for part, sizes in timeline["parts_bytes"].items():
-        points[f"{part}_bytes"] = sizes
+        points[f"{part}_part_bytes"] = sizes
     phases = [
         {"phase": " + ".join(row["names"]), "first_event": row["first_event"], "last_event": row["last_event"]}
         for row in timeline["phases"]
@@ -68,7 +68,7 @@ def timeline_frames(timeline: dict[str, Any]) -> tuple[pd.DataFrame, pd.DataFram
 
 
 def divided_timeline(timeline: dict[str, Any], divide: Callable[[dict[str, int]], dict[str, int]]) -> dict[str, Any]:
-    """``timeline`` on one rank: each point's parts divided, and the highest found again among the points."""
+    """``timeline`` on one rank: the parts of each point divided, and the peak found again among the points."""
     columns = timeline["parts_bytes"]
     points = [divide(dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
     totals = [sum(parts.values()) for parts in points]

@@ -1,9 +1,9 @@
-"""Draws a run again from its records alone: the memory table and the plots, written into the run's folder."""
+"""Draws the report of a run from its records: tables and plots, written into the run's folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from rlhfbench.records.file import read_records
 from rlhfbench.records.timelines import read_timeline, timeline_frames
@@ -13,43 +13,43 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.console import RenderableType
 
+    from rlhfreports.tables import ReportTable
+
 
 def draw_run(run_dir: Path, *, every_timeline: bool = False) -> RenderableType:
-    """Draws what the records in ``run_dir`` hold, into that folder.
+    """Draws the report of the records in ``run_dir`` into that folder.
 
-    ``memory_table`` (.md, .csv), ``latency`` and ``throughput`` (.png, .svg); ``slopes`` (.md, .csv) where some method
-    was measured at two lengths or batch sizes; ``gain`` (.md, .csv) where the baseline was measured, and another method
-    at two batch sizes; ``predicted`` (.md, .png, .svg) where memory was predicted too; and pictures of the timelines,
-    where there are some, beside them.
+    Always ``memory_table`` (.md, .csv), ``latency`` and ``throughput`` (.png, .svg). ``slopes`` (.md, .csv) if a method
+    was measured at two lengths or batch sizes; ``gain`` (.md, .csv) if the baseline was measured, and another method
+    at two batch sizes; ``predicted`` (.md, .png, .svg) if memory was predicted; pictures of the timelines beside them.
 
     Args:
         run_dir: a folder with ``records.jsonl``.
-        every_timeline: draw the timeline of every case, and not of the largest case of each method and setting alone.
+        every_timeline: draw the timelines of all cases, not only of the largest case of each method and setting.
 
     Returns:
-        The memory table, and what follows from it in short, for a terminal.
+        The memory table, slopes and gain for a terminal.
 
     Raises:
-        RecordsError: there are no records, or they cannot be read.
+        RecordsError: the records cannot be read.
         OSError: the folder cannot be written.
     """
     records = read_records(run_dir)
-    # pandas and matplotlib take most of a second to import, which `--help` does not wait for.
+    # Imported here, as pandas and matplotlib take most of a second, and `--help` imports this module.
     from rich.console import Group
 
     from rlhfbench.records.frame import records_frame
-    from rlhfreports.gain import gain_table, has_gain
-    from rlhfreports.plots import draw_latency, draw_throughput
+    from rlhfreports import gain_table, plots, slope_table
+    from rlhfreports import table as memory_table
+    from rlhfreports.gain import has_gain
     from rlhfreports.predicted import draw_predicted, has_predictions, predicted_markdown
-    from rlhfreports.slopes import slope_table
-    from rlhfreports.table import memory_table
 
     frame = records_frame(records)
-    table = memory_table(frame)
-    printed = [table.rich()]
-    _write(run_dir, "memory_table", table)
-    draw_latency(frame, run_dir / "latency")
-    draw_throughput(frame, run_dir / "throughput")
+    memory = memory_table(frame)
+    printed = [memory.rich()]
+    _write(run_dir, "memory_table", memory)
+    plots.latency(frame, run_dir / "latency")
+    plots.throughput(frame, run_dir / "throughput")
     if has_predictions(frame):
         (run_dir / "predicted.md").write_text(predicted_markdown(frame), encoding="utf-8")
         draw_predicted(frame, run_dir / "predicted")
@@ -65,35 +65,27 @@ def draw_run(run_dir: Path, *, every_timeline: bool = False) -> RenderableType:
     return Group(*printed)
 
 
-class _Written(Protocol):
-    """A table that is kept in a run's folder."""
-
-    def markdown(self) -> str: ...
-
-    def csv(self) -> str: ...
-
-
-def _write(run_dir: Path, name: str, table: _Written) -> None:
+def _write(run_dir: Path, name: str, table: ReportTable) -> None:
     (run_dir / f"{name}.md").write_text(table.markdown(), encoding="utf-8")
     (run_dir / f"{name}.csv").write_text(table.csv(), encoding="utf-8")
 
 
 def largest_cases(frame: pd.DataFrame) -> pd.DataFrame:
-    """Of each method and setting the measured row with the longest sequences, and of those with the largest batch."""
+    """The measured row of each method and setting with the longest sequences, and of these the largest batch."""
     measured = frame[(frame["outcome"] == "ok").fillna(False).astype(bool)]
     ordered = measured.sort_values(["seq_len", "batch_size"], kind="stable")
     return ordered.drop_duplicates(["method", "setting"], keep="last").sort_index()
 
 
 def draw_timelines(frame: pd.DataFrame, folder: Path) -> None:
-    """Draws the timelines of the cases in ``frame`` that have one in ``folder``, as .png and .svg beside it.
+    """Draws the timelines in ``folder`` of the cases in ``frame`` as .png and .svg beside their files.
 
     Args:
-        frame: rows with ``case_id``, ``method_title``, ``seq_len``, ``batch_size`` and the axes of the captions.
-        folder: where the timelines are.
+        frame: a frame of ``records_frame``.
+        folder: the folder of the timelines; cases without one are left out.
 
     Raises:
-        RecordsError: a file there holds no timeline.
+        RecordsError: a file holds no timeline.
         OSError: the folder cannot be written.
     """
     from rlhfreports.columns import shared_axes_text

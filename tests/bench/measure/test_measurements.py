@@ -166,6 +166,14 @@ def test_latency_adds_up():
     }
 
 
+@pytest.mark.parametrize(("kind", "absent"), [("inference", "update"), ("update", "inference")])
+def test_latency_of_a_kind_without_a_phase_is_null(kind, absent):
+    phases = [phase for phase in PHASES if phase.kind == kind]
+    latency = measurements.latency_object(phases, [{phase.name: 1.0 for phase in phases}], 4, "budget")
+    assert latency[f"{absent}_s_per_sample"] is None
+    assert latency["total_s_per_sample"] == latency[f"{kind}_s_per_sample"] == len(phases) / 4
+
+
 def test_the_floor_is_the_slower_of_the_two_ceilings():
     latency = {"phases": {"think": {"median_s": 10.0}, "learn": {"median_s": 30.0}}}
     work = measurements.work_object({"think": Work(2000, 50), "learn": Work(1000, 10)}, CEILINGS, latency)

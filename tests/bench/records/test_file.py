@@ -1,11 +1,14 @@
+import dataclasses
 import json
 import math
 import resource
 
+import pandas as pd
 import pytest
 
 from rlhfbench.errors import RecordsError, RunFolderError
-from rlhfbench.records.file import RecordsFile, make_record, read_records
+from rlhfbench.records.file import RecordsFile, make_plan, make_record, read_records
+from rlhfbench.records.frame import records_frame
 from rlhfkernels.config.case import Case
 
 CASE = Case(method="hydra", model="tiny", prompt_len=4, completion_len=4, batch_size=1)
@@ -21,41 +24,68 @@ def append(folder, *records):
             file.append(item)
 
 
-def test_a_record_has_every_key_and_none_for_what_is_not_known():
+def test_a_record_has_every_key_with_none_for_absent_values():
     made = record("oom")
     assert set(made) == {
-        "schema", "case", "outcome", "error", "memory", "latency", "work", "prompts", "engine", "kernels",
-            "plan", "started_at", "wall_s",
+        "schema", "case", "world", "outcome", "error", "memory", "latency", "work", "stats", "prompts", "engine",
+        "kernels", "plan", "started_at", "wall_s",
     }  # fmt: skip
-    assert made["schema"] == 1
+    assert made["schema"] == 2
+    assert set(made["case"]) == {
+        "id", "method", "model", "prompt_len", "completion_len", "batch_size", "device", "dtype", "seed", "options",
+    }  # fmt: skip
     assert Case.from_dict(made["case"]) == CASE
     assert set(made["memory"]) == {
-        "model_bytes", "activation_bytes", "rollout_bytes", "total_bytes", "peak_phase", "parts", "phases", "views"
+        "model_bytes", "activation_bytes", "rollout_bytes", "total_bytes", "persistent_model_bytes", "peak_phase",
+        "parts", "phases", "largest_tensor", "views",
     }  # fmt: skip
     assert set(made["memory"]["views"]) == {
         "ledger_peak_bytes", "allocator_peak_bytes", "allocator_reserved_bytes", "driver_peak_bytes",
         "host_peak_bytes", "allocator_rest_bytes", "workspace_bytes",
     }  # fmt: skip
     assert set(made["latency"]) == {
-        "inference_s_per_sample", "update_s_per_sample", "total_s_per_sample", "phases", "stopped_because"
+        "inference_s_per_sample", "update_s_per_sample", "total_s_per_sample", "sequences_per_sample", "phases",
+        "stopped_because",
     }  # fmt: skip
     assert set(made["work"]) == {"phases", "floor_fraction"}
     leaves = [v for part in ("memory", "latency", "work") for v in made[part].values()]
     assert all(v is None or v == {} for v in leaves if v is not made["memory"]["views"])
     assert set(made["memory"]["views"].values()) == {None}
+    assert (made["world"], made["stats"], made["prompts"], made["plan"]) == (None, {}, None, None)
 
 
-def test_what_was_measured_is_kept_and_what_it_lacks_is_filled():
-    made = record(memory={"total_bytes": 7, "views": {"ledger_peak_bytes": 9}, "more": 1}, prompts={"num_prompts": 2})
+def test_a_plan_has_the_memory_keys_that_can_be_predicted():
+    assert set(make_plan({"total_bytes": 7, "views": {"ledger_peak_bytes": 7}, "largest_tensor": {}}, None)) == {
+        "model_bytes", "activation_bytes", "rollout_bytes", "total_bytes", "persistent_model_bytes", "peak_phase",
+        "parts", "phases", "error",
+    }  # fmt: skip
+
+
+def test_measured_values_are_kept_and_missing_keys_filled():
+    memory = {"total_bytes": 7, "views": {"ledger_peak_bytes": 9}, "more": 1}
+    made = record(memory=memory, prompts={"num_prompts": 2}, stats={"policy_loss": 0.5}, timeline={"events": []})
     assert made["memory"]["total_bytes"] == 7
     assert made["memory"]["more"] == 1
     assert made["memory"]["model_bytes"] is None
     assert made["memory"]["views"]["ledger_peak_bytes"] == 9
     assert made["memory"]["views"]["driver_peak_bytes"] is None
     assert made["prompts"] == {"num_prompts": 2}
+    assert made["stats"] == {"policy_loss": 0.5}
+    assert "timeline" not in made
 
 
-def test_two_records_do_not_share_their_empty_parts():
+@pytest.mark.parametrize(("method", "num_sequences"), [("hydra", 1), ("sft", 1), ("dpo", 2), ("best-of-n", 4)])
+def test_a_measured_record_has_the_sequences_of_a_sample(method, num_sequences):
+    case = dataclasses.replace(CASE, method=method)
+    measured = {"latency": {"total_s_per_sample": 1.0}}
+    made = make_record(case, outcome="ok", error=None, measured=measured, started_at="", wall_s=1.0)
+    assert made["latency"]["sequences_per_sample"] == num_sequences
+    row = records_frame([made]).iloc[0]
+    assert (row["sequences_per_sample"], row["total_s_per_sequence"]) == (num_sequences, 1 / num_sequences)
+    assert pd.isna(row["update_s_per_sequence"])
+
+
+def test_records_do_not_share_their_empty_objects():
     first, second = record(), record()
     first["memory"]["views"]["host_peak_bytes"] = 1
     first["memory"]["parts"]["base"] = 1
@@ -63,7 +93,7 @@ def test_two_records_do_not_share_their_empty_parts():
     assert second["memory"]["parts"] == {}
 
 
-def test_what_is_appended_is_read_back(tmp_path):
+def test_appended_records_are_read_back(tmp_path):
     append(tmp_path, record(), record("oom"))
     append(tmp_path, record("timeout"))
     assert [r["outcome"] for r in read_records(tmp_path)] == ["ok", "oom", "timeout"]
@@ -94,10 +124,10 @@ def test_a_torn_last_line_is_dropped_and_the_next_record_starts_clean(tmp_path, 
         ('{"schema": "1"}', "line 2: it is not a record"),
         ('{"schema": 1, "case": {}, "outcome": "ok"}', "line 2: it is not a record"),
         ('{"schema": 1, "case": {"id": "a"}, "outcome": "fine"}', "line 2: it is not a record"),
-        ('{"schema": 2}', "line 2: its schema is 2 and this rlhfbench reads up to 1: a newer one wrote it."),
+        ('{"schema": 3}', "line 2: its schema is 3 and this rlhfbench reads up to 2: a newer one wrote it."),
     ],
 )
-def test_a_bad_line_is_one_sentence_that_names_it(tmp_path, line, says):
+def test_a_bad_line_is_named_in_one_sentence(tmp_path, line, says):
     good = json.dumps(record())
     (tmp_path / "records.jsonl").write_text(f"{good}\n{line}\n{good}\n")
     with pytest.raises(RecordsError) as caught:
@@ -107,7 +137,7 @@ def test_a_bad_line_is_one_sentence_that_names_it(tmp_path, line, says):
         RecordsFile(tmp_path)
 
 
-def test_no_records_file(tmp_path):
+def test_a_missing_records_file_is_an_error(tmp_path):
     with pytest.raises(RecordsError, match="cannot be read: No such file"):
         read_records(tmp_path)
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 
 import pandas as pd
@@ -10,17 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhfbench.records.file import make_plan, make_record
-from rlhfbench.records.frame import options_text, records_frame
+from rlhfbench.records.frame import records_frame
+from rlhfbench.records.schema import columns
 from rlhfkernels.config.case import Case
-from rlhfkernels.config.options import Options
 from rlhfkernels.config.settings import SETTINGS
 from rlhfkernels.methods.table import METHODS
-from rlhfkernels.observer import PARTS as OBSERVED_PARTS
-from rlhfreports.columns import COLUMNS, PARTS
+from rlhfkernels.observer import PARTS
 
 CASE = Case(method="joined-hydra", model="tiny", prompt_len=24, completion_len=8, batch_size=2)
 RECORD = {
-    "schema": 1,
+    "schema": 2,
     "case": CASE.to_dict(),
     "outcome": "ok",
     "error": None,
@@ -29,9 +27,11 @@ RECORD = {
         "activation_bytes": 24,
         "rollout_bytes": 8,
         "total_bytes": 182,
+        "persistent_model_bytes": 160,
         "peak_phase": "update_actor_critic",
         "parts": {part: 10 * place for place, part in enumerate(PARTS)},
         "phases": {"generate": {"total_bytes": 111, "parts": {}}, "update_actor_critic": {"total_bytes": 182}},
+        "largest_tensor": {"bytes": 16, "shape": [2, 2], "op": "aten.mm.default"},
         "views": {
             "ledger_peak_bytes": 182,
             "allocator_peak_bytes": None,
@@ -44,6 +44,7 @@ RECORD = {
         "inference_s_per_sample": 0.5,
         "update_s_per_sample": 0.25,
         "total_s_per_sample": 0.75,
+        "sequences_per_sample": 2,
         "phases": {"generate": {"median_s": 1.0, "samples_s": [1.0, 1.1, 0.9]}, "optimize": {"median_s": 0.5}},
         "stopped_because": "steady",
     },
@@ -54,13 +55,14 @@ RECORD = {
 }
 
 
-def test_every_documented_column_is_there_with_its_type():
+def test_the_frame_has_every_column_of_the_schema_with_its_dtype():
     frame = records_frame([RECORD])
-    for column in COLUMNS:
-        assert str(frame[column.name].dtype) == column.dtype, column.name
+    found = {name: str(dtype) for name, dtype in frame.dtypes.items()}
+    phases = ("generate", "optimize", "update_actor_critic")
+    assert found == {name: field.dtype for name, field in columns(phases).items()}
 
 
-def test_a_record_becomes_a_row_with_its_own_numbers():
+def test_a_record_becomes_a_row():
     row = records_frame([RECORD]).iloc[0].to_dict()
     expected = {
         "case_id": CASE.id,
@@ -74,11 +76,14 @@ def test_a_record_becomes_a_row_with_its_own_numbers():
         "outcome": "ok",
         "model_bytes": 150,
         "total_bytes": 182,
+        "persistent_model_bytes": 160,
+        "largest_tensor_bytes": 16,
         "gradients_part_bytes": 30,
         "temporary_part_bytes": 80,
         "peak_phase": "update_actor_critic",
         "host_peak_bytes": 5_000_000_000,
         "update_s_per_sample": 0.25,
+        "total_s_per_sequence": 0.375,
         "num_timed_steps": 3,
         "stopped_because": "steady",
         "floor_fraction": 0.125,
@@ -95,7 +100,7 @@ def test_a_record_becomes_a_row_with_its_own_numbers():
 
 
 @pytest.mark.parametrize("missing", [{}, {"memory": None, "latency": None, "work": None, "prompts": None}])
-def test_what_was_not_measured_is_absent_and_never_zero(missing):
+def test_numbers_that_were_not_measured_are_na(missing):
     record = make_record(
         CASE,
         outcome="oom",
@@ -106,12 +111,13 @@ def test_what_was_not_measured_is_absent_and_never_zero(missing):
     )
     frame = records_frame([{**record, **missing}])
     assert frame.loc[0, ["error_kind", "error", "error_phase"]].tolist() == ["OutOfMemoryError", "full.", "score"]
-    numbers = [c.name for c in COLUMNS if c.name.endswith(("_bytes", "_per_sample", "fraction", "steps", "truncated"))]
+    case = {"method_order", "prompt_len", "completion_len", "seq_len", "batch_size", "lora_rank", "seed", "wall_s"}
+    numbers = [n for n, c in columns().items() if c.dtype != "string" and n not in {*case, "setting_order"}]
     assert len(numbers) > 20
     assert frame[numbers].isna().all(axis=None)
 
 
-def test_a_plan_stands_beside_the_measurement():
+def test_predictions_have_columns_of_their_own():
     plan = make_plan({"model_bytes": 151, "activation_bytes": 25, "rollout_bytes": 8, "total_bytes": 184}, None)
     failed = make_plan(None, {"kind": "K", "message": "no fake of that.", "phase": "plan"})
     frame = records_frame([RECORD, {**RECORD, "plan": None}, {**RECORD, "plan": plan}, {**RECORD, "plan": failed}])
@@ -124,7 +130,7 @@ def test_a_plan_stands_beside_the_measurement():
     assert frame["plan_error"].fillna("").tolist() == ["", "", "", "no fake of that."]
 
 
-def test_phases_of_other_methods_are_absent_in_a_row():
+def test_phases_of_other_methods_are_na():
     other = copy.deepcopy(RECORD)
     other["latency"]["phases"] = {"train": {"median_s": 2.0, "samples_s": [2.0]}}
     frame = records_frame([RECORD, other])
@@ -132,13 +138,13 @@ def test_phases_of_other_methods_are_absent_in_a_row():
     assert frame["optimize_phase_median_s"].isna().tolist() == [False, True]
 
 
-def test_no_records_give_the_columns_and_no_row():
+def test_no_records_give_an_empty_frame_with_all_columns():
     frame = records_frame([])
     assert len(frame) == 0
-    assert [column.name for column in COLUMNS] == list(frame.columns)
+    assert list(columns()) == list(frame.columns)
 
 
-def test_a_method_that_is_gone_from_the_table_keeps_its_name():
+def test_an_unknown_method_keeps_its_name():
     record = copy.deepcopy(RECORD)
     record["case"]["method"] = "retired"
     frame = records_frame([record])
@@ -146,56 +152,65 @@ def test_a_method_that_is_gone_from_the_table_keeps_its_name():
     assert pd.isna(frame.loc[0, "method_order"])
 
 
-def test_every_method_has_the_title_of_its_role_table():
+def test_methods_have_the_title_and_order_of_the_method_table():
     cases = [Case(method=name, model="tiny", prompt_len=4, completion_len=4, batch_size=1) for name in METHODS]
     frame = records_frame([{**RECORD, "case": case.to_dict()} for case in cases])
     assert frame["method_title"].tolist() == [method.title for method in METHODS.values()]
     assert frame["method_order"].tolist() == list(range(len(METHODS)))
+    assert frame["family"].tolist() == [method.family for method in METHODS.values()]
 
 
-def test_only_options_that_were_changed_are_named():
-    changed = Options.of({"engine.attn_implementation": "eager", "ppo.kl_coef": 0.5})
-    assert (
-        options_text(
-            Case(
-                **{f: getattr(CASE, f) for f in ("method", "model", "prompt_len", "completion_len", "batch_size")},
-                options=changed,
-            ).to_dict()["options"]
-        )
-        == "attention=eager, kl_coef=0.5"
-    )
-    assert options_text({"of_a_newer_version": 3}) == "of_a_newer_version=3"
+def with_options(**options):
+    """``RECORD`` with other options, by their dotted names."""
+    record = copy.deepcopy(RECORD)
+    for name, value in options.items():
+        group, _, field = name.partition(".")
+        record["case"]["options"].setdefault(group, {})[field] = value
+    return record
+
+
+PAPER = SETTINGS["paper"]["options"]
 
 
 @pytest.mark.parametrize(
     ("changed", "setting", "options"),
     [
         ({}, "modern", ""),
-        ({"kl_coef": 0.5}, "modern", "kl_coef=0.5"),
-        (SETTINGS["paper"]["options"], "paper", ""),
-        ({**SETTINGS["paper"]["options"], "kl_coef": 0.5}, "paper", "kl_coef=0.5"),
-        ({"attention": "eager"}, "custom", "attention=eager"),
+        ({"ppo.kl_coef": 0.5}, "modern", "ppo.kl_coef=0.5"),
+        (PAPER, "paper", ""),
+        ({**PAPER, "ppo.kl_coef": 0.5}, "paper", "ppo.kl_coef=0.5"),
+        ({"engine.attn_implementation": "eager"}, "custom", "engine.attn_implementation=eager"),
+        ({"other.of_a_newer_version": 3}, "modern", "other.of_a_newer_version=3"),
+        (
+            {"engine.attn_implementation": "eager", "ppo.kl_coef": 0.5},
+            "custom",
+            "engine.attn_implementation=eager, ppo.kl_coef=0.5",
+        ),
     ],
 )
-def test_the_setting_is_told_by_the_options_and_not_told_twice(changed, setting, options):
-    record = {**RECORD, "case": dataclasses.replace(CASE, options=Options.of(changed)).to_dict()}
-    row = records_frame([record]).iloc[0]
+def test_the_setting_follows_from_the_options_and_hides_those_it_sets(changed, setting, options):
+    row = records_frame([with_options(**changed)]).iloc[0]
     assert (row["setting"], row["options"]) == (setting, options)
     assert (
         row["setting_order"] == list(SETTINGS).index(setting) if setting in SETTINGS else pd.isna(row["setting_order"])
     )
 
 
-def test_options_that_an_older_record_lacks_count_as_the_default():
+def test_missing_options_count_as_defaults():
     record = copy.deepcopy(RECORD)
-    del record["case"]["options"]["kv_cache"]
+    del record["case"]["options"]["engine"]["cache_implementation"]
     assert records_frame([record]).loc[0, "setting"] == "modern"
     del record["case"]["options"]
     assert records_frame([record]).loc[0, "setting"] == "modern"
+    assert pd.isna(records_frame([record]).loc[0, "lora_rank"])
 
 
-def test_the_parts_are_those_that_are_observed():
-    assert PARTS == OBSERVED_PARTS
+def test_an_absent_part_is_na():
+    record = copy.deepcopy(RECORD)
+    del record["memory"]["parts"]["kv_cache"]
+    row = records_frame([record]).iloc[0]
+    assert pd.isna(row["kv_cache_part_bytes"])
+    assert [name for name in row.index if name.endswith("_part_bytes")] == [f"{part}_part_bytes" for part in PARTS]
 
 
 @settings(deadline=None, max_examples=50)

@@ -20,7 +20,7 @@ TIMELINE = {
 }
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
+def test_a_written_timeline_is_read_back(tmp_path: Path) -> None:
     folder = tmp_path / "timelines"
     assert read_timeline(folder, "a") is None
     write_timeline(folder, "a", TIMELINE)
@@ -29,7 +29,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"events": []}'])
-def test_a_file_that_holds_no_timeline_is_one_sentence(tmp_path: Path, text: str) -> None:
+def test_a_file_without_a_timeline_is_named_in_one_sentence(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(RecordsError, match=r"^timeline '.*a\.json' .*\.$"):
         read_timeline(tmp_path, "a")
@@ -45,9 +45,9 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_tables_that_cross_to_the_reports() -> None:
+def test_frames_of_points_and_phases() -> None:
     points, phases = timeline_frames(TIMELINE)
-    assert points.to_dict("list") == {"event": [2, 7], "base_bytes": [10, 4], "rollout_bytes": [3, 6]}
+    assert points.to_dict("list") == {"event": [2, 7], "base_part_bytes": [10, 4], "rollout_part_bytes": [3, 6]}
     assert phases.to_dict("list") == {
         "phase": ["score", "optimize + score"],
         "first_event": [1, 4],
@@ -55,7 +55,7 @@ def test_the_tables_that_cross_to_the_reports() -> None:
     }
 
 
-def test_the_peak_may_move_when_ranks_share() -> None:
+def test_the_peak_is_found_again_after_division() -> None:
     divided = divided_timeline(TIMELINE, lambda parts: {**parts, "base": parts["base"] // 2})
     assert divided["parts_bytes"] == {"base": [5, 2], "rollout": [3, 6]}
     assert divided["peak"] == {"event": 2, "phase": "score", "total_bytes": 8}

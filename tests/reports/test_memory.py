@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from rlhfreports.table import ABSENT, decimals_for, memory_table, number_text
+from rlhfreports.memory import table as memory_table
+from rlhfreports.tables import ABSENT, decimals_for, number_text
 
 GIB = 2**30
 
@@ -19,7 +20,7 @@ def cells(table) -> list[dict[str, str]]:
     return [dict(zip(table.headings, row, strict=True)) for row in table.rows]
 
 
-def test_it_has_the_form_of_the_papers_table(make_frame):
+def test_columns_match_the_papers_table(make_frame):
     frame = make_frame(
         {
             "prompt_len": 400,
@@ -49,7 +50,7 @@ def test_it_has_the_form_of_the_papers_table(make_frame):
     assert table.caption == "llama-7b · cpu · float32 · LoRA rank 16 · 800 tokens"
 
 
-def test_the_settings_of_a_method_stand_under_each_other(make_frame):
+def test_settings_of_a_method_are_adjacent_rows(make_frame):
     paper = {"setting": "paper", "dtype": "bfloat16", "lora_rank": 128}
     rows = [
         {"method": method, "batch_size": batch, **setting}
@@ -72,7 +73,7 @@ def test_the_settings_of_a_method_stand_under_each_other(make_frame):
     assert "setting" not in memory_table(make_frame(paper)).headings
 
 
-def test_rows_stand_by_length_then_batch_then_method_whatever_order_they_came_in(make_frame):
+def test_rows_are_sorted_by_length_batch_and_method(make_frame):
     rows = [
         {"method": method, "prompt_len": length, "batch_size": batch}
         for length in (64, 8)
@@ -87,7 +88,7 @@ def test_rows_stand_by_length_then_batch_then_method_whatever_order_they_came_in
     assert memory_table(make_frame(*reversed(rows))).rows == table.rows
 
 
-def test_what_differs_between_cases_becomes_a_column(make_frame):
+def test_every_axis_that_varies_is_a_column(make_frame):
     table = memory_table(make_frame({"model": "tiny"}, {"model": "gpt2"}, {"model": "gpt2", "lora_rank": 4}))
     assert [(row["model"], row["LoRA rank"]) for row in cells(table)] == [("tiny", "16"), ("gpt2", "4"), ("gpt2", "16")]
     assert table.caption == "cpu · float32 · 64 tokens"
@@ -106,7 +107,7 @@ def test_one_total_length_split_in_two_ways_shows_the_split(make_frame):
     ("outcome", "word"),
     [("oom", "OOM"), ("timeout", "timeout"), ("crashed", "crashed"), ("invalid", "invalid"), ("skipped", "skipped")],
 )
-def test_a_case_without_numbers_has_its_row_its_word_and_its_sentence(make_frame, outcome, word):
+def test_an_unmeasured_case_has_a_row_with_its_outcome_and_a_note(make_frame, outcome, word):
     frame = make_frame(
         {"method": "full", "outcome": outcome, "error": "there is a reason.", "error_phase": "generate"},
         {"method": "hydra"},
@@ -127,25 +128,36 @@ def test_numbers_of_a_failed_case_are_not_shown(make_frame):
     assert (row["model GiB"], row["total GiB"], row["total s/sample"]) == (ABSENT, "OOM", ABSENT)
 
 
-def test_a_number_that_is_absent_is_a_dash_and_never_a_zero(make_frame):
+def test_an_absent_number_is_a_dash(make_frame):
     row = cells(memory_table(make_frame({"update_s_per_sample": None}, {"method": "full"})))[1]
     assert row["update s"] == ABSENT
 
 
-def test_skipped_cases_are_told_after_those_that_failed(make_frame):
+def test_phases_that_a_method_lacks_are_dashes(make_frame, other_shapes):
+    rows = {row["method"]: row for row in cells(memory_table(make_frame({}, *other_shapes)))}
+    times = {name: (row["inference s"], row["update s"], row["total s/sample"]) for name, row in rows.items()}
+    assert times == {
+        "Hydra-PPO": ("0.75", "0.25", "1.00"),
+        "sft": (ABSENT, "1.00", "1.00"),
+        "dpo": ("0.75", "0.25", "1.00"),
+        "best-of-n": ("0.75", ABSENT, "1.00"),
+    }
+
+
+def test_notes_list_skipped_cases_last(make_frame):
     table = memory_table(
         make_frame({"outcome": "skipped", "error": "b."}, {"outcome": "oom", "error": "a.", "batch_size": 2})
     )
     assert [note.rsplit(": ", 1)[1] for note in table.notes] == ["a.", "b."]
 
 
-def test_prompts_that_were_cut_are_told(make_frame):
+def test_cut_prompts_give_a_note(make_frame):
     frame = make_frame({"num_prompts_truncated": 3}, {"num_prompts_truncated": 0, "method": "full"})
     assert "up to 3 in one case" in memory_table(frame).notes[0]
     assert memory_table(make_frame({"num_prompts_truncated": 0})).notes == ()
 
 
-def test_csv_has_every_byte_and_every_digit(make_frame):
+def test_csv_is_exact(make_frame):
     seconds, num_bytes = 0.1 + 0.2, 123_456_789_012_345_678
     frame = make_frame({"model_bytes": num_bytes, "total_s_per_sample": seconds}, {"method": "full", "outcome": "oom"})
     rows = list(csv.DictReader(io.StringIO(memory_table(frame).csv())))
@@ -170,7 +182,7 @@ def test_a_run_without_records_gives_a_table_without_rows(make_frame):
     table = memory_table(make_frame())
     assert table.rows == ()
     assert table.caption == ""
-    assert "| method |" in table.markdown()
+    assert table.markdown().startswith("| method ")
 
 
 def test_five_methods_at_two_sizes_fit_a_terminal_of_80_columns(make_frame):
@@ -194,7 +206,7 @@ def test_five_methods_at_two_sizes_fit_a_terminal_of_80_columns(make_frame):
     assert rows[0].split()[-1] == "0.0312"
 
 
-def test_the_terminal_shows_some_notes_and_counts_the_rest(make_frame):
+def test_the_terminal_shows_eight_notes_and_counts_the_rest(make_frame):
     frame = make_frame(*({"batch_size": n, "outcome": "oom", "error": "full."} for n in range(1, 31)))
     console = Console(width=80, file=io.StringIO(), record=True)
     console.print(memory_table(frame).rich())
@@ -225,7 +237,7 @@ def test_the_smallest_value_keeps_two_digits_at_least(values, least, most):
 
 @settings(deadline=None)
 @given(st.floats(min_value=0, max_value=1e9), st.integers(1, 6))
-def test_a_printed_number_is_right_and_is_never_a_false_zero(value, decimals):
+def test_a_printed_number_is_right_and_zero_only_for_zero(value, decimals):
     text = number_text(value, decimals)
     if text.startswith("<"):
         assert 0 < value < float(text[1:])
@@ -239,7 +251,7 @@ def test_the_frame_of_the_table_has_all_rows(make_frame):
     pd.testing.assert_frame_equal(memory_table(frame).frame, frame.iloc[[1, 0]].reset_index(drop=True))
 
 
-def test_what_the_allocator_holds_beyond_the_ledger_is_a_line_of_its_own(make_frame):
+def test_allocator_memory_beyond_the_ledger_gives_a_note(make_frame):
     mib = 2**20
     rows = [{"allocator_rest_bytes": rest * mib, "workspace_bytes": 64 * mib} for rest in (128, 512)]
     (note,) = memory_table(make_frame(*rows)).notes

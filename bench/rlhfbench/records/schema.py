@@ -1,0 +1,322 @@
+"""The record: every field, its place, and its column in the data frame of a run.
+
+``FIELDS`` is the only list of them: ``make_record`` takes the keys from it, ``records_frame`` the columns. A new column
+is one row here. Bytes are integers, seconds floats; names end in their unit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+from rlhfbench.cases.settings import changed_options, setting_of
+from rlhfkernels.config.options import RENAMED_OPTIONS
+from rlhfkernels.config.settings import SETTINGS
+from rlhfkernels.methods.table import METHODS
+from rlhfkernels.observer import PARTS
+
+SCHEMA = 2
+OUTCOMES = ("ok", "oom", "timeout", "crashed", "invalid", "skipped")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Field:
+    """One row of the schema: a key of the record, a column of the frame, or both.
+
+    Attributes:
+        source: the dotted path of the key, or a function of the record for a column that has no key.
+        dtype: the nullable pandas dtype of the column. A key without a column is an ``object``, ``null`` when absent,
+            or a ``map``, ``{}`` when empty.
+        meaning: one line for the documentation.
+        name: the name of the column, if it is not the last key of the path.
+        in_plan: ``plan`` has the key too, and the frame a column ``predicted_…`` if there is one.
+    """
+
+    source: str | Callable[[Mapping[str, Any]], Any]
+    dtype: Literal["string", "Int64", "Float64", "object", "map"]
+    meaning: str
+    name: str = ""
+    in_plan: bool = False
+
+    @property
+    def column(self) -> str | None:
+        """The name of the column, ``None`` for a key without one."""
+        return None if self.dtype in ("object", "map") else self.name or str(self.source).rpartition(".")[2]
+
+    def value(self, record: Mapping[str, Any]) -> Any:
+        """The field's value in ``record``, ``None`` when absent."""
+        return self.source(record) if callable(self.source) else at(record, self.source)
+
+
+def at(record: Any, path: str) -> Any:
+    """The value at a dotted ``path``; ``None`` when any key of it is absent."""
+    for key in path.split("."):
+        record = record.get(key) if isinstance(record, Mapping) else None
+    return record
+
+
+def _method_title(record: Mapping[str, Any]) -> str | None:
+    name = at(record, "case.method")
+    return METHODS[name].title if name in METHODS else name  # a method may be gone
+
+
+def _family(record: Mapping[str, Any]) -> str | None:
+    name = at(record, "case.method")
+    return METHODS[name].family if name in METHODS else None
+
+
+def _options(record: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    return at(record, "case.options") or {}
+
+
+def _place(names: Iterable[str], name: str | None) -> int | None:
+    return {name: place for place, name in enumerate(names)}.get(name or "")
+
+
+def _seq_len(record: Mapping[str, Any]) -> int | None:
+    lengths = [at(record, "case.prompt_len"), at(record, "case.completion_len")]
+    return None if None in lengths else sum(lengths)
+
+
+def _num_timed_steps(record: Mapping[str, Any]) -> int | None:
+    phases = at(record, "latency.phases") or {}
+    return max((len(phase.get("samples_s") or ()) for phase in phases.values()), default=None)
+
+
+def _per_sequence(kind: str) -> Callable[[Mapping[str, Any]], float | None]:
+    def read(record: Mapping[str, Any]) -> float | None:
+        seconds, num = at(record, f"latency.{kind}_s_per_sample"), at(record, "latency.sequences_per_sample")
+        return None if seconds is None or num is None else seconds / num
+
+    return read
+
+
+def _options_text(record: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in changed_options(_options(record)).items())
+
+
+_MEASURED: tuple[Field, ...] = (
+    # The case.
+    Field("case.id", "string", "stable id of the case", name="case_id"),
+    Field("case.method", "string", "method, as the command line names it"),
+    Field(_method_title, "string", "method, as reports print it", name="method_title"),
+    Field(
+        lambda record: _place(METHODS, at(record, "case.method")),
+        "Int64",
+        "row of the method in METHODS: reports sort and colour by it",
+        name="method_order",
+    ),
+    Field(_family, "string", "family of the method; gains are taken within one", name="family"),
+    Field("case.model", "string", "preset, checkpoint folder or hub id"),
+    Field("case.prompt_len", "Int64", "tokens per prompt"),
+    Field("case.completion_len", "Int64", "tokens per completion"),
+    Field(_seq_len, "Int64", "prompt_len + completion_len", name="seq_len"),
+    Field("case.batch_size", "Int64", "data rows (samples) per step"),
+    Field("case.device", "string", "device of the step"),
+    Field("case.dtype", "string", "dtype of the weights"),
+    Field("case.options.lora.r", "Int64", "rank of the adapters", name="lora_rank"),
+    Field("case.seed", "Int64", "random seed"),
+    Field(
+        lambda record: setting_of(_options(record)),
+        "string",
+        "named setting whose options the case has; custom when it has none's",
+        name="setting",
+    ),
+    Field(
+        lambda record: _place(SETTINGS, setting_of(_options(record))),
+        "Int64",
+        "row of the setting in SETTINGS, 0 is the default; absent for custom",
+        name="setting_order",
+    ),
+    Field(
+        _options_text,
+        "string",
+        "options that differ from the setting's, as name=value; empty when none",
+        name="options",
+    ),
+    Field("world", "object", "ranks of a distributed run"),
+    # The outcome.
+    Field("outcome", "string", f"{', '.join(OUTCOMES[:-1])} or {OUTCOMES[-1]}"),
+    Field("error", "object", "why the outcome is not ok"),
+    Field("error.kind", "string", "exception or signal", name="error_kind"),
+    Field("error.message", "string", "the error in one sentence", name="error"),
+    Field("error.phase", "string", "phase in which it happened, if known", name="error_phase"),
+    # Memory.
+    Field(
+        "memory.model_bytes",
+        "Int64",
+        "base + adapters + heads + gradients + optimizer, at the highest total of the step",
+        in_plan=True,
+    ),
+    Field("memory.activation_bytes", "Int64", "kv_cache + activations + temporary, at that moment", in_plan=True),
+    Field("memory.rollout_bytes", "Int64", "rollout, at that moment", in_plan=True),
+    Field("memory.total_bytes", "Int64", "model_bytes + activation_bytes + rollout_bytes", in_plan=True),
+    Field(
+        "memory.persistent_model_bytes",
+        "Int64",
+        "weights, whole gradients and optimizer state, whenever the total peaks: the papers' model memory",
+        in_plan=True,
+    ),
+    Field("memory.peak_phase", "string", "phase of the highest total", in_plan=True),
+    Field("memory.parts", "map", "bytes by part, at the highest total", in_plan=True),
+    *(
+        Field(f"memory.parts.{part}", "Int64", f"part {part}, at the highest total", name=f"{part}_part_bytes")
+        for part in PARTS
+    ),
+    Field("memory.phases", "map", "total_bytes and parts at the highest total of each phase", in_plan=True),
+    Field("memory.largest_tensor", "object", "largest tensor that the step allocated: bytes, shape, op"),
+    Field(
+        "memory.largest_tensor.bytes", "Int64", "largest tensor that the step allocated", name="largest_tensor_bytes"
+    ),
+    Field("memory.views.ledger_peak_bytes", "Int64", "sum over live tensor storages"),
+    Field("memory.views.allocator_peak_bytes", "Int64", "CUDA allocator, peak allocated"),
+    Field("memory.views.allocator_reserved_bytes", "Int64", "CUDA allocator, peak reserved"),
+    Field("memory.views.allocator_rest_bytes", "Int64", "allocator_peak_bytes - ledger_peak_bytes - workspace_bytes"),
+    Field("memory.views.workspace_bytes", "Int64", "CUDA memory that libraries hold as workspace"),
+    Field("memory.views.driver_peak_bytes", "Int64", "NVML, sampled from another process"),
+    Field("memory.views.host_peak_bytes", "Int64", "resident set of the measured process"),
+    # Time.
+    Field(
+        "latency.inference_s_per_sample",
+        "Float64",
+        "seconds of the inference phases per sample; absent for a method without one",
+    ),
+    Field(
+        "latency.update_s_per_sample",
+        "Float64",
+        "seconds of the update phases per sample; absent for a method without one",
+    ),
+    Field("latency.total_s_per_sample", "Float64", "inference + update"),
+    Field(
+        "latency.sequences_per_sample",
+        "Int64",
+        "sequences in one sample: 2 for a preference pair, n for best-of-n, else 1",
+    ),
+    *(
+        Field(
+            _per_sequence(kind), "Float64", f"{kind}_s_per_sample / sequences_per_sample", name=f"{kind}_s_per_sequence"
+        )
+        for kind in ("inference", "update", "total")
+    ),
+    Field("latency.phases", "map", "median_s and samples_s of each phase"),
+    Field(_num_timed_steps, "Int64", "timed steps that count", name="num_timed_steps"),
+    Field("latency.stopped_because", "string", "why timing ended: precise, steady or budget"),
+    Field("work.phases", "map", "flops, bytes and floor_s of each phase"),
+    Field("work.floor_fraction", "Float64", "roofline time / measured time"),
+    # The rest.
+    Field("stats", "map", "losses, KL and ratio error of the first step"),
+    Field("engine", "object", "trunk that ran: fast or plain"),
+    Field("kernels", "object", "backend that ran: torch, triton or native"),
+    Field("prompts", "object", "source and sizes of the training data"),
+    Field("prompts.num_truncated", "Int64", "prompts that were cut to prompt_len", name="num_prompts_truncated"),
+    Field("plan", "object", "the same memory, predicted without running"),
+)
+FIELDS: tuple[Field, ...] = (
+    *_MEASURED,
+    *(
+        Field(
+            row.source.replace("memory.", "plan."),
+            row.dtype,
+            f"{row.column}, predicted",
+            name=f"predicted_{row.column}",
+        )
+        for row in _MEASURED
+        if row.in_plan and row.column and isinstance(row.source, str)
+    ),
+    Field("plan.error.message", "string", "why the prediction failed, in one sentence", name="plan_error"),
+    Field("started_at", "string", "start of the case, UTC, ISO 8601"),
+    Field("wall_s", "Float64", "seconds of the whole case"),
+)
+# Columns that the frame has for every phase of its records.
+PHASE_FIELDS: tuple[Field, ...] = (
+    Field("memory.phases.{phase}.total_bytes", "Int64", "highest total in the phase", name="{phase}_phase_peak_bytes"),
+    Field(
+        "latency.phases.{phase}.median_s", "Float64", "median of the phase in one step", name="{phase}_phase_median_s"
+    ),
+)
+
+
+def columns(phases: Iterable[str] = ()) -> dict[str, Field]:
+    """The columns of a frame whose records have ``phases``, in order: field by name."""
+    per_phase = (
+        dataclasses.replace(row, source=str(row.source).format(phase=phase), name=row.name.format(phase=phase))
+        for phase in phases
+        for row in PHASE_FIELDS
+    )
+    return {row.column: row for row in (*FIELDS, *per_phase) if row.column}
+
+
+def columns_markdown() -> str:
+    """The table of ``docs/columns.md``: name, dtype, place in the record and meaning of every column."""
+    import pandas as pd
+
+    rows = [
+        (f"`{row.column}`", row.dtype, f"`{row.source}`" if isinstance(row.source, str) else "derived", row.meaning)
+        for row in (*FIELDS, *PHASE_FIELDS)
+        if row.column
+    ]
+    return str(pd.DataFrame(rows, columns=["column", "dtype", "in the record", "meaning"]).to_markdown(index=False))
+
+
+def empty_record() -> dict[str, Any]:
+    """The keys of a record, those of its case left out, with no value."""
+    return _empty(FIELDS)
+
+
+def empty_plan() -> dict[str, Any]:
+    """The keys of a record's ``plan``, with no value."""
+    return {**_empty(row for row in FIELDS if row.in_plan)["memory"], "error": None}
+
+
+def _empty(rows: Iterable[Field]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    opaque = {"case"}  # objects that are absent or empty as a whole
+    for row in rows:
+        if not isinstance(row.source, str) or any(row.source.startswith(f"{path}.") for path in opaque):
+            continue
+        *path, key = row.source.split(".")
+        node = tree
+        for name in path:
+            node = node.setdefault(name, {})
+        node[key] = {} if row.dtype == "map" else None
+        if row.dtype in ("object", "map"):
+            opaque.add(row.source)
+    return tree
+
+
+def filled(empty: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """``given`` with the keys of ``empty`` that it lacks."""
+    return {
+        key: filled(empty[key], value) if isinstance(empty.get(key), dict) and isinstance(value, dict) else value
+        for key, value in {**empty, **given}.items()
+    }
+
+
+def upgraded(record: dict[str, Any]) -> dict[str, Any]:
+    """``record`` in schema 2. Schema 1 had flat options, and methods with one sequence per sample."""
+    if record["schema"] >= SCHEMA:
+        return record
+    found = filled(empty_record(), {**record, "schema": SCHEMA, "case": upgraded_case(record["case"])})
+    if at(found, "latency.total_s_per_sample") is not None:
+        found["latency"]["sequences_per_sample"] = 1
+    return found
+
+
+def upgraded_case(case: dict[str, Any]) -> dict[str, Any]:
+    """A case of schema 1 with its options in groups, the LoRA rank among them."""
+    rank = case.get("lora_rank", 16)
+    options = {**(case.get("options") or {}), "lora_rank": rank}
+    # A value that equals a default of today is written as that default, since settings compare options by value.
+    if "lora_scaling" in options:
+        scaling = options["lora_scaling"]
+        options["lora_scaling"] = None if scaling == 1 else scaling * rank
+    if "critic_lr" in options and options["critic_lr"] == options.get("actor_lr"):
+        options["critic_lr"] = None
+    if "kv_cache" in options:
+        options["kv_cache"] = {"preallocated": "static", "growing": "dynamic"}.get(options["kv_cache"])
+    groups: dict[str, dict[str, Any]] = {}
+    for name, value in options.items():
+        group, _, field = RENAMED_OPTIONS.get(name, f"other.{name}").partition(".")
+        groups.setdefault(group, {})[field] = value
+    return {**{key: value for key, value in case.items() if key != "lora_rank"}, "options": groups}

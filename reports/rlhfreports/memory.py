@@ -1,0 +1,155 @@
+"""The memory table, in the form of Table 1 of Hydra-RLHF: GiB and seconds per sample of each method."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from rlhfreports.columns import axes_that_vary, methods_in_order, setting_order, shared_axes_text
+from rlhfreports.tables import ABSENT, GIB, ReportTable, decimals_for, number_text, outcome_word, terminal, text
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+UNIT_LINE = "GiB = 2^30 bytes at the step's highest total; s = seconds per sample."
+# Columns of numbers, bytes first: in the frame; heading in files; heading in a terminal of 80 columns.
+NUMBERS = (
+    ("model_bytes", "model GiB", "model\nGiB"),
+    ("activation_bytes", "activation GiB", "activ.\nGiB"),
+    ("rollout_bytes", "rollout GiB", "rollout\nGiB"),
+    ("total_bytes", "total GiB", "total\nGiB"),
+    ("inference_s_per_sample", "inference s", "infer.\ns"),
+    ("update_s_per_sample", "update s", "update\ns"),
+    ("total_s_per_sample", "total s/sample", "total\ns"),
+)
+_OUTCOME_COLUMN = "total_bytes"  # has the outcome in place of a number where nothing was measured
+_SHORT_HEADINGS = {heading: short for _, heading, short in NUMBERS}
+_AXIS_HEADINGS = {"lora_rank": "LoRA rank"}
+_MAX_TERMINAL_NOTES = 8
+
+
+class MemoryTable(ReportTable):
+    """The memory table. Its notes tell of cut prompts, then of every case that is not ok, skipped ones last."""
+
+    @property
+    def unmeasured(self) -> tuple[bool, ...]:
+        """For each row, whether its case has no measurement."""
+        return tuple(~_is_ok(self.frame))
+
+    def rich(self) -> RenderableType:
+        """The table for a terminal."""
+        hidden = len(self.notes) - _MAX_TERMINAL_NOTES
+        footer = [self.explanation, *(f"• {note}" for note in self.notes[:_MAX_TERMINAL_NOTES])]
+        footer += [f"• {hidden} more notes stand in the Markdown table."] if hidden > 0 else []
+        return terminal(
+            self.caption,
+            {_SHORT_HEADINGS.get(name, name): self.cells[name].tolist() for name in self.headings},
+            self.num_text_columns,
+            footer,
+            styles=["yellow" if unmeasured else None for unmeasured in self.unmeasured],
+            section_ends=self._section_ends(),
+        )
+
+    def _section_ends(self) -> list[bool]:
+        """For each row, whether the next one differs in more than method and setting."""
+        names = [name for name in self.headings[1 : self.num_text_columns] if name != "setting"]
+        keys = self.cells[names].agg(tuple, axis=1).tolist() if len(self.cells) else []
+        return [i + 1 < len(keys) and keys[i + 1] != key for i, key in enumerate(keys)]
+
+
+def table(frame: pd.DataFrame) -> MemoryTable:
+    """Returns the memory table of ``frame``, one row per record.
+
+    Rows are sorted by the axes that vary (model, device, …), length, batch size, method and setting. Every axis that
+    varies is a column, and so is the length; what all rows share is the caption. Numbers that a method does not have,
+    such as the update of a method that trains nothing, are dashes.
+
+    Args:
+        frame: a frame of ``rlhfbench.records_frame``; see ``rlhfreports.columns``.
+    """
+    ordered = _ordered(frame)
+    axes = sorted(axes_that_vary(ordered), key=lambda axis: axis != "setting")  # the setting beside its method
+    words = {"method": ordered["method_title"].fillna(ordered["method"]).tolist()}
+    words |= {_AXIS_HEADINGS.get(axis, axis): [text(value, "") for value in ordered[axis]] for axis in axes}
+    caption = [shared_axes_text(ordered)]
+    lengths = _lengths(ordered)
+    if len(set(lengths)) > 1:
+        words["length"] = lengths
+    elif lengths:
+        caption.append(f"{lengths[0]} tokens")
+    words["batch"] = [text(value, "") for value in ordered["batch_size"]]
+    return MemoryTable(
+        caption=" · ".join(word for word in caption if word),
+        cells=pd.DataFrame({**words, **_numbers(ordered)}, dtype="object"),
+        num_text_columns=len(words),
+        explanation=UNIT_LINE,
+        notes=_notes(ordered, words),
+        frame=ordered,
+    )
+
+
+def _is_ok(frame: pd.DataFrame) -> pd.Series[bool]:
+    return (frame["outcome"] == "ok").fillna(False).astype(bool)
+
+
+def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
+    axes = [axis for axis in axes_that_vary(frame) if axis != "setting"]
+    # Words keep the order in which the sweep named them; only numbers are sorted by size.
+    orders = {axis: frame[axis].drop_duplicates().tolist() for axis in axes if frame[axis].dtype == "string"}
+    orders |= {"method": methods_in_order(frame)["method"].tolist(), "setting": setting_order(frame)}
+    placed = frame.assign(**{name: frame[name].map(orders[name].index).astype("Int64") for name in orders})
+    keys = [*axes, "seq_len", "prompt_len", "batch_size", "method", "setting"]
+    return frame.loc[placed.sort_values(keys, kind="stable").index].reset_index(drop=True)
+
+
+def _lengths(frame: pd.DataFrame) -> list[str]:
+    """Lengths as ``800``, or as ``400+400`` where one total is split in several ways."""
+    splits = frame[["seq_len", "prompt_len"]].drop_duplicates()
+    if splits["seq_len"].nunique() == len(splits):
+        return [text(value, "") for value in frame["seq_len"]]
+    return [f"{text(p, '')}+{text(c, '')}" for p, c in zip(frame["prompt_len"], frame["completion_len"], strict=True)]
+
+
+def _numbers(frame: pd.DataFrame) -> dict[str, list[str]]:
+    """The columns of numbers. An unmeasured row has its outcome as its total and dashes elsewhere."""
+    measured = _is_ok(frame)
+    decimals = {
+        unit: decimals_for((frame.loc[measured, name].dropna() / scale).tolist(), least, most)
+        for unit, name, scale, least, most in (("GiB", "total_bytes", GIB, 1, 3), ("s", "total_s_per_sample", 1, 2, 4))
+    }
+    cells = {}
+    for name, heading, _ in NUMBERS:
+        scale, unit = (GIB, "GiB") if name.endswith("_bytes") else (1, "s")
+        absent = [outcome_word(outcome) if name == _OUTCOME_COLUMN else ABSENT for outcome in frame["outcome"]]
+        cells[heading] = [
+            (ABSENT if pd.isna(value) else number_text(float(value) / scale, decimals[unit])) if ok else word
+            for value, ok, word in zip(frame[name], measured, absent, strict=True)
+        ]
+    return cells
+
+
+def _notes(frame: pd.DataFrame, words: dict[str, list[str]]) -> tuple[str, ...]:
+    notes: list[str] = []
+    num_cut = frame["num_prompts_truncated"].max()
+    if not pd.isna(num_cut) and num_cut > 0:
+        notes.append(f"Prompts longer than the prompt length were cut from the left: up to {num_cut} in one case.")
+    rest = frame["allocator_rest_bytes"].dropna()
+    if len(rest):
+        low, high = (number_text(float(value) / GIB, 3) for value in (rest.min(), rest.max()))
+        most = number_text(float(frame["workspace_bytes"].max()) / GIB, 3)
+        span = low if low == high else f"{low} to {high}"
+        notes.append(
+            f"At its own peak CUDA's allocator had handed out {span} GiB beyond these totals and up to {most} GiB of "
+            "libraries' workspaces."
+        )
+    skipped: list[str] = []
+    for i, row in enumerate(frame[["outcome", "error_phase", "error"]].to_dict("records")):
+        if row["outcome"] == "ok":
+            continue
+        where = [cells[i] if heading == "method" else f"{heading} {cells[i]}" for heading, cells in words.items()]
+        phase = "" if pd.isna(row["error_phase"]) else f" in {row['error_phase']}"
+        error = "" if pd.isna(row["error"]) else f": {row['error']}"
+        note = f"{', '.join(where)}: {outcome_word(row['outcome'])}{phase}{error}"
+        (skipped if row["outcome"] == "skipped" else notes).append(note)
+    return (*notes, *skipped)

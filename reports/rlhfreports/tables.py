@@ -1,0 +1,139 @@
+"""The parts that all tables share: cells as text, Markdown, CSV and the terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+GIB = 2**30
+ABSENT = "–"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ReportTable:
+    """A table, ready to be written.
+
+    Attributes:
+        caption: what all rows have in common.
+        cells: the cells as printed, one column per heading.
+        num_text_columns: columns of words, from the left. The others hold numbers and are aligned right.
+        explanation: the paragraph below the table.
+        notes: sentences below it, one per line.
+        frame: the same rows at full precision.
+    """
+
+    caption: str
+    cells: pd.DataFrame
+    num_text_columns: int
+    explanation: str
+    notes: tuple[str, ...] = ()
+    frame: pd.DataFrame
+
+    @property
+    def headings(self) -> tuple[str, ...]:
+        """The headings of ``cells``."""
+        return tuple(self.cells.columns)
+
+    @property
+    def rows(self) -> tuple[tuple[str, ...], ...]:
+        """The rows of ``cells``."""
+        return tuple(self.cells.itertuples(index=False, name=None))
+
+    def markdown(self) -> str:
+        """The table as Markdown, with caption, explanation and notes."""
+        return markdown(self.cells, self.num_text_columns, self.caption, (self.explanation,), self.notes)
+
+    def csv(self) -> str:
+        """``frame`` as CSV: integer bytes, seconds at full precision, empty cells for absent values."""
+        return self.frame.to_csv(index=False, lineterminator="\n")
+
+
+def markdown(
+    cells: pd.DataFrame,
+    num_text_columns: int,
+    caption: str = "",
+    paragraphs: Iterable[str] = (),
+    notes: Iterable[str] = (),
+) -> str:
+    """``cells`` as a Markdown table under ``caption``, then ``paragraphs``, then ``notes`` as a list."""
+    alignment = ["left"] * num_text_columns + ["right"] * (len(cells.columns) - num_text_columns)
+    table = cells.map(escape).rename(columns=escape).to_markdown(index=False, disable_numparse=True, colalign=alignment)
+    found = "\n".join(f"- {escape(note)}" for note in notes)
+    blocks = [f"**{escape(caption)}**" if caption else "", str(table), *paragraphs, found]
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def terminal(
+    title: str,
+    columns: Mapping[str, Sequence[str]],
+    num_text_columns: int,
+    footer: Iterable[str] = (),
+    *,
+    styles: Sequence[str | None] = (),
+    section_ends: Sequence[bool] = (),
+) -> RenderableType:
+    """A table for the terminal: ``title``, cells by heading, and dim lines below.
+
+    Args:
+        title: above the table.
+        columns: the cells by heading.
+        num_text_columns: columns from the left that are aligned left.
+        footer: lines below the table.
+        styles: one per row, a rich style or ``None``.
+        section_ends: one per row: draw a line below it.
+    """
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), box=box.SIMPLE_HEAD, title_justify="left", padding=0)
+    for i, heading in enumerate(columns):
+        justify = "left" if i < num_text_columns else "right"
+        table.add_column(Text(heading), justify=justify, overflow="fold", no_wrap=i == 0)  # type: ignore[arg-type]
+    for i, row in enumerate(zip(*columns.values(), strict=True)):
+        style = styles[i] if styles else None
+        table.add_row(*map(Text, row), style=style, end_section=bool(section_ends) and section_ends[i])
+    return Group(table, *(Text(line, style="dim") for line in footer))
+
+
+def escape(text: str) -> str:
+    """``text`` inside a cell of a Markdown table."""
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def text(value: object, absent: str = ABSENT) -> str:
+    """``value`` as a cell."""
+    return absent if pd.isna(value) else str(value)  # type: ignore[call-overload]
+
+
+def outcome_word(outcome: object) -> str:
+    """An outcome as people write it: ``oom`` is ``OOM``."""
+    return "OOM" if outcome == "oom" else str(outcome)
+
+
+def decimals_for(values: Sequence[float], least: int, most: int) -> int:
+    """Decimals that show three significant digits of the smallest of ``values``.
+
+    At least ``least`` and at most ``most``; more than ``most`` where the smallest would have less than two digits.
+    """
+    positive = [value for value in values if value > 0]
+    if not positive:
+        return least
+    exponent = math.floor(math.log10(min(positive)))
+    return max(least, min(2 - exponent, most), 1 - exponent)
+
+
+def number_text(value: float, decimals: int) -> str:
+    """``value`` at ``decimals``; ``<0.001`` for a value that would round to 0."""
+    smallest = 10.0**-decimals
+    if 0 < value < smallest / 2:
+        return f"<{smallest:.{decimals}f}"
+    return f"{value:.{decimals}f}"
