@@ -28,7 +28,7 @@ class SweepError(RlhfBenchError):
         super().__init__("\n".join(self.problems))
 
     def __reduce__(self) -> tuple[type[SweepError], tuple[tuple[str, ...]]]:
-        """An exception is pickled by its message; this one is made of its problems."""
+        # By default an exception is pickled by its message; this one is made from its problems.
         return type(self), (self.problems,)
 
 
