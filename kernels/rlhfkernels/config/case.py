@@ -24,7 +24,7 @@ _DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?")
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """What is run and measured.
+    """One method on one model at one size on one device.
 
     Attributes:
         method: a name in ``METHODS``.

@@ -93,7 +93,7 @@ def _rule_of(annotation: Any) -> str:
 
 
 def accepts(annotation: Any, kind: type) -> bool:
-    """Whether a value of ``kind`` may stand there."""
+    """True where the annotation accepts a value of type ``kind``."""
     return any(_split(part)[0] is kind for part in _alternatives(annotation))
 
 

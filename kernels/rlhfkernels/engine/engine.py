@@ -1,4 +1,4 @@
-"""The engine: the bases, adapters and heads that a role table asks for, and the passes over them.
+"""The engine: the bases, adapters and heads of a method's roles, their forward passes, and generation.
 
 Shapes: b = data rows, n = sequences, p = prompt length, c = completion length, t = p + c, d = hidden size.
 """
@@ -31,16 +31,16 @@ from rlhfkernels.seeding import seeded
 # Bases of one origin start from equal weights, bases of different origins do not.
 _ORIGIN_SEED: dict[Origin, int] = {"policy": 0, "reward": 1}
 _ADAPTER_SEED, _HEAD_SEED = 1000, 2000
-# How a trunk is run, by ``Options.engine``.
+# By ``engine.trunk``.
 _TRUNKS: dict[str, Callable[[Case, LoadedModel, Adapters], Trunk]] = {"plain": PlainTrunk, "fast": make_fast_trunk}
 
 
 class Engine:
-    """Everything that a case's role table names, loaded once, and how a role reads a batch.
+    """The models of a case, loaded once, and the quantities that its roles read from them.
 
     Args:
-        case: what to build.
-        with_weights: load real weights; without, every weight is random and only configurations are read.
+        case: the case to build.
+        with_weights: load real weights. Without, weights are random and only configurations are read.
 
     Raises:
         ModelError: the model cannot be loaded or is too short.
@@ -49,8 +49,7 @@ class Engine:
 
     def __init__(self, case: Case, *, with_weights: bool = True) -> None:
         self.case = case
-        # Without weights the tokens mean nothing and only shapes do: a long completion is not stepped through then, and
-        # an optimizer need not compute.
+        # Without weights only shapes matter: generation skips decode steps, and optimizers need not compute.
         self.with_weights = with_weights
         self.method = case.role_table
         self.device = torch.device(case.device)
@@ -154,12 +153,12 @@ class Engine:
         return list(dict.fromkeys(parameters))
 
     def base_parameters(self, base: str) -> list[nn.Parameter]:
-        """The weights of a trunk without its adapters."""
+        """The weights of a trunk, adapters excluded."""
         adapters = {id(p) for p in self.adapters[base].parameters()}
         return [p for p in self.models[base].trunk.parameters() if id(p) not in adapters]
 
     def persistent_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(part, tensor) of every weight and buffer; a tied head is yielded after the base that it is tied to."""
+        """(part, tensor) of every weight and buffer; a tied head comes after the base that owns its weight."""
         for base, model in self.models.items():
             yield from (("base", p) for p in self.base_parameters(base))
             yield from (("base", b) for b in model.trunk.buffers())

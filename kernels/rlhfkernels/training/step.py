@@ -150,7 +150,7 @@ class TrainingStep:
 
     @property
     def trunk_taken(self) -> str:
-        """How the trunks are run: ``engine.trunk``, or ``plain`` where ``fast`` does not cover the architecture."""
+        """The implementation of the trunks: ``fast``, or ``plain`` where ``fast`` does not cover the architecture."""
         return self.engine.trunks[self.method.bases[0]].name
 
     @property
