@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # records read ``PARTS`` without torch
     import torch
 
-# The parts of memory. ``activations`` (tensors that autograd saved) and ``temporary`` (the rest) are found by the ledger;
-# the others are declared with ``Observer.tag``.
+# The parts of memory. The ledger finds ``activations`` (tensors that autograd saved) and ``temporary`` (the rest); the
+# others are declared with ``Observer.tag``.
 PARTS = (
     "base",
     "adapters",

@@ -1,7 +1,7 @@
 """The static KV cache of generation, allocated once at its full length.
 
-A layer holds keys and values of shape [b, kv heads, max length, head size] and returns views of the positions written so
-far. A decode step therefore copies one position, where a cache that grows by concatenation copies the whole past.
+A layer holds keys and values of shape [b, kv heads, max length, head size] and returns views of the positions written
+so far. A decode step therefore copies one position, where a cache that grows by concatenation copies the whole past.
 """
 
 from __future__ import annotations

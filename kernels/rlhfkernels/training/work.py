@@ -1,8 +1,8 @@
 """The roofline of a step: the FLOPs and bytes that each phase cannot avoid.
 
 Counted are matmuls with weights, causal attention (half of the square), the head at the positions that a stage reads,
-and every weight, cached key and cached value once for each forward that needs it. Outputs of the last layer that no head
-reads are not counted. Work that a better kernel could avoid is not counted either: activations that travel through
+and every weight, cached key and cached value once for each forward that needs it. Outputs of the last layer that no
+head reads are not counted. Work that a better kernel could avoid is not counted either: activations that travel through
 memory, norms, padding, recomputation.
 """
 
