@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from rlhfkernels.ops.native import build
-from rlhfkernels.ops.native import product as native
+from rlhfkernels.ops.native import matmul as native
 
 _Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]
 _MATRIX_SECONDS = 0.1
@@ -43,8 +43,8 @@ def _matmul_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
 def _products(device: torch.device, dtype: torch.dtype) -> list[_Product]:
     """The library's product, and this project's own where it is the better one: a ceiling is not to be broken."""
     found: list[_Product] = [lambda left, right, out: torch.mm(left, right, out=out)]
-    if device.type == "cpu" and dtype == torch.float32 and build.why_not() is None and native.beats_library():
-        found.append(native.multiply)
+    if device.type == "cpu" and dtype == torch.float32 and build.unavailable_reason() is None and native.beats_torch():
+        found.append(native.matmul)
     return found
 
 

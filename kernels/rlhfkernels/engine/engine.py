@@ -14,6 +14,7 @@ from torch import nn
 
 from rlhfkernels.config.case import Case, vocabulary_problem
 from rlhfkernels.data.rollout import Rollout
+from rlhfkernels.engine.backends import select_backend
 from rlhfkernels.engine.fast.trunk import make_fast_trunk
 from rlhfkernels.engine.trunk import PlainTrunk, Trunk
 from rlhfkernels.errors import CaseError
@@ -22,9 +23,8 @@ from rlhfkernels.models.adapters import Adapters
 from rlhfkernels.models.heads import LmHead, ScalarHead
 from rlhfkernels.models.loading import LoadedModel, clone_module, load_model
 from rlhfkernels.observer import Observer
-from rlhfkernels.ops.forms import kernels_of
-from rlhfkernels.ops.logprobs import token_logprobs
 from rlhfkernels.ops.sample import sample
+from rlhfkernels.ops.token_logprobs import token_logprobs
 from rlhfkernels.seeding import seeded
 
 # Bases of one origin start from equal weights, bases of different origins do not.
@@ -53,7 +53,7 @@ class Engine:
         self.with_weights = with_weights
         self.method = case.role_table
         self.device = torch.device(case.device)
-        self.kernels = kernels_of(case)
+        self.kernels = select_backend(case.options.kernels, case.device, case.dtype)
         self.models = self._load_models(with_weights)
         self.adapters = {base: self._attach(base) for base in self.method.bases}
         make_trunk = _TRUNKS[case.options.engine]
@@ -179,14 +179,16 @@ class Engine:
         """
         b, c = rollout.completions.shape
         states = self._before(hidden, rollout, c).reshape(b * c, -1)
+        head = self.lm_head(role)
         logprobs, entropies = token_logprobs(
             states,
-            self.lm_head(role),
+            head.weight,
+            head.bias,
             rollout.completions.reshape(-1),
-            temperature=self.case.options.temperature,
+            head.transform(self.case.options.temperature),
             chunk=self.case.options.logprob_chunk,
             entropy=entropy,
-            kernels=self.kernels,
+            backend=self.kernels,
         )
         return logprobs.view(b, c), None if entropies is None else entropies.view(b, c)
 
@@ -245,10 +247,10 @@ class Engine:
                 start = t - 1
             seen = None if rollout.attention_mask is None else rollout.attention_mask[:, :t]
             hidden = decoder.advance(rollout.tokens[:, start:t], seen)
-            logits = head.of_few(hidden, kernels=self.kernels)
+            logits = head.decode_logits(hidden, backend=self.kernels)
             if case.options.temperature != 1.0:
                 logits.div_(case.options.temperature)
-            token, logprob = sample(logits, generator, kernels=self.kernels)
+            token, logprob = sample(logits, generator, backend=self.kernels)
             if ended is not None:
                 token, ended, done = _stop(rollout, t, token, ended, case.options.stop_token)
                 if done:

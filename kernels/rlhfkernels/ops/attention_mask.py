@@ -1,4 +1,4 @@
-"""Who sees whom in a batch of sequences.
+"""Causal attention masks of a batch of sequences, with padding and sliding windows.
 
 Shapes: b = sequences, t = positions.
 """
@@ -10,12 +10,12 @@ import dataclasses
 import torch
 
 
-class Sight:
-    """Who sees whom in a batch: a position those before it and itself, less padding.
+class CausalMask:
+    """Masks of a batch, made once per window: a position attends to itself and to earlier positions, not to padding.
 
     Args:
         tokens: [b, t], of any dtype.
-        padding: [b, t] int64, 0 on padding; ``None`` where nothing is padded.
+        padding: [b, t] int64, 0 on padding; ``None`` without padding.
     """
 
     def __init__(self, tokens: torch.Tensor, padding: torch.Tensor | None) -> None:
@@ -25,7 +25,7 @@ class Sight:
         self._masks: dict[int | None, torch.Tensor | None] = {}
 
     def mask(self, window: int | None) -> torch.Tensor | None:
-        """Who sees whom, [b or 1, 1, t, t] bool; ``None`` where it is everyone at those before."""
+        """Returns the mask [b or 1, 1, t, t], true where attended, or ``None`` for plain causal attention."""
         if window not in self._masks:
             self._masks[window] = self._make_mask(window)
         return self._masks[window]
@@ -37,23 +37,23 @@ class Sight:
         if window is not None:
             mask = mask.triu(1 - window)
         if self.padding is not None:
-            # Padding sees itself, so that no row is empty: a softmax over nothing is no number, and that would spread.
-            itself = torch.eye(self.t, dtype=torch.bool, device=self._device)
-            mask = (mask & self.padding.bool()[:, None, None]) | itself
+            # Padding attends to itself: the softmax of an empty row is NaN, which would spread.
+            diagonal = torch.eye(self.t, dtype=torch.bool, device=self._device)
+            mask = (mask & self.padding.bool()[:, None, None]) | diagonal
         return mask
 
     def causal(self) -> torch.Tensor:
-        """[1, 1, t, t], without windows and padding."""
+        """Returns the mask [1, 1, t, t] without windows and padding."""
         return torch.ones(1, 1, self.t, self.t, dtype=torch.bool, device=self._device).tril_()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Reach:
-    """What of a batch attends, and how.
+class AttentionSpan:
+    """Queries of a layer's attention, and the keys that they see.
 
     Attributes:
-        start: the first position that attends.
-        window: how many positions one sees, itself included; ``None`` is all.
+        start: first query position.
+        window: positions that a query sees, itself included; ``None`` is all.
         scale: multiplies the scores.
     """
 
