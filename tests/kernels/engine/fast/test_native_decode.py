@@ -1,4 +1,4 @@
-"""The steps of decoding in C against the same steps by torch, and against the plain path."""
+"""Decode steps in C against the same steps by torch and by the plain trunk."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhfkernels import Case, Observer, build_step
 from rlhfkernels.engine.engine import Engine
-from rlhfkernels.engine.fast.native_steps import NativeSteps
-from rlhfkernels.engine.fast.torch_steps import TorchSteps
+from rlhfkernels.engine.fast.native_decode import NativeDecodeSteps
+from rlhfkernels.engine.fast.torch_decode import TorchDecodeSteps
 from rlhfkernels.ops.native import build
 
 pytestmark = pytest.mark.usefixtures("library")
@@ -24,22 +24,22 @@ PROMPT, WHOLE = 5, 14
 
 
 @pytest.fixture
-def forms(monkeypatch: pytest.MonkeyPatch) -> list[type]:
-    """The form of every generation's steps, as they are made."""
+def steps_taken(monkeypatch: pytest.MonkeyPatch) -> list[type]:
+    """Lists the class of the decode steps of every generation."""
     taken: list[type] = []
-    for form in (NativeSteps, TorchSteps):
-        make = form.__init__
+    for steps in (NativeDecodeSteps, TorchDecodeSteps):
+        make = steps.__init__
 
-        def note(self: object, *arguments: object, make: Callable[..., None] = make) -> None:
+        def record(self: object, *arguments: object, make: Callable[..., None] = make) -> None:
             taken.append(type(self))
             make(self, *arguments)
 
-        monkeypatch.setattr(form, "__init__", note)
+        monkeypatch.setattr(steps, "__init__", record)
     return taken
 
 
 def decoded(engine: Engine, adapter: str | None, batch_size: int, num_padding: list[int] | None) -> torch.Tensor:
-    """[steps, b, d], of the prompt and of every step after it."""
+    """Decodes [steps, b, d]: the last state of the prompt and of every step after it."""
     tokens = torch.randint(48, (batch_size, WHOLE), generator=torch.Generator().manual_seed(5))
     mask = None
     if num_padding is not None:
@@ -56,10 +56,10 @@ def decoded(engine: Engine, adapter: str | None, batch_size: int, num_padding: l
 )
 @pytest.mark.parametrize("adapter", ["actor", None])
 @pytest.mark.parametrize("architecture", COVERED)
-def test_every_step_equals_torchs_and_the_plain_paths(
+def test_every_step_equals_torchs_and_the_plain_trunks(
     make_case: Callable[..., Case],
     shake: Callable[[Engine], None],
-    forms: list[type],
+    steps_taken: list[type],
     architecture: str,
     adapter: str | None,
     batch_size: int,
@@ -71,7 +71,7 @@ def test_every_step_equals_torchs_and_the_plain_paths(
         engine = Engine(make_case(dtype="float32", **size, **options))
         shake(engine)
         found.append(decoded(engine, adapter, batch_size, num_padding))
-    assert forms == [NativeSteps, TorchSteps]
+    assert steps_taken == [NativeDecodeSteps, TorchDecodeSteps]
     native, by_torch, plain = found
     torch.testing.assert_close(native, by_torch, **NEAR)
     torch.testing.assert_close(native, plain, rtol=1e-4, atol=1e-5)
@@ -80,18 +80,18 @@ def test_every_step_equals_torchs_and_the_plain_paths(
 @pytest.mark.parametrize("stop_token", [None, 7])
 @pytest.mark.parametrize("architecture", COVERED)
 def test_the_same_seed_samples_the_same_tokens(
-    make_case: Callable[..., Case], forms: list[type], architecture: str, stop_token: int | None
+    make_case: Callable[..., Case], steps_taken: list[type], architecture: str, stop_token: int | None
 ) -> None:
     rollouts = []
     for kernels in ("native", "torch"):
         case = make_case(architecture=architecture, dtype="float32", kernels=kernels, stop_token=stop_token)
         rollouts.append(build_step(case).generate(Observer()))
-    assert forms == [NativeSteps, TorchSteps]
+    assert steps_taken == [NativeDecodeSteps, TorchDecodeSteps]
     assert torch.equal(rollouts[0].tokens, rollouts[1].tokens)
     torch.testing.assert_close(rollouts[0].logprobs, rollouts[1].logprobs, **NEAR)
 
 
-def test_a_later_generation_reads_the_weights_of_its_time(
+def test_a_later_generation_reads_updated_weights(
     make_case: Callable[..., Case], shake: Callable[[Engine], None]
 ) -> None:
     engines = [Engine(make_case(dtype="float32", kernels=kernels)) for kernels in ("native", "torch")]
@@ -103,89 +103,89 @@ def test_a_later_generation_reads_the_weights_of_its_time(
     assert not torch.allclose(after, before, atol=1e-2)
 
 
-def test_more_positions_than_a_cache_has_are_refused(make_case: Callable[..., Case]) -> None:
+def test_more_positions_than_the_cache_holds_are_refused(make_case: Callable[..., Case]) -> None:
     decoder = Engine(make_case(dtype="float32")).trunks["hydra"].decoder("actor", 4, Observer())
     decoder.advance(torch.ones(2, 3, dtype=torch.int64), None)
     one = torch.ones(2, 1, dtype=torch.int64)
     decoder.advance(one, None)
-    with pytest.raises(AssertionError, match="4 positions fill the cache"):
+    with pytest.raises(ValueError, match="the KV cache holds 4 positions"):
         decoder.advance(one, None)
 
 
 @pytest.mark.parametrize(
-    ("changes", "form"),
+    ("changes", "steps"),
     [
-        ({}, NativeSteps),
-        ({"batch_size": 64}, NativeSteps),
-        ({"batch_size": 65}, TorchSteps),
-        ({"dtype": "float64"}, TorchSteps),
-        ({"dtype": "bfloat16"}, TorchSteps),
-        ({"adapter_dtype": "float64"}, TorchSteps),
-        ({"adapter_dtype": "bfloat16"}, TorchSteps),
-        ({"kernels": "torch"}, TorchSteps),
+        ({}, NativeDecodeSteps),
+        ({"batch_size": 64}, NativeDecodeSteps),
+        ({"batch_size": 65}, TorchDecodeSteps),
+        ({"dtype": "float64"}, TorchDecodeSteps),
+        ({"dtype": "bfloat16"}, TorchDecodeSteps),
+        ({"adapter_dtype": "float64"}, TorchDecodeSteps),
+        ({"adapter_dtype": "bfloat16"}, TorchDecodeSteps),
+        ({"kernels": "torch"}, TorchDecodeSteps),
     ],
     ids=str,
 )
-def test_what_the_c_does_not_cover_takes_torchs_form(
-    make_case: Callable[..., Case], forms: list[type], changes: dict[str, object], form: type
+def test_unsupported_cases_take_torchs_steps(
+    make_case: Callable[..., Case], steps_taken: list[type], changes: dict[str, object], steps: type
 ) -> None:
     case = make_case(**({"dtype": "float32"} | changes))
     rollout = build_step(case).generate(Observer())
-    assert forms == [form]
+    assert steps_taken == [steps]
     assert rollout.logprobs.isfinite().all()
 
 
-def test_an_activation_that_the_c_does_not_know(
-    make_case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch, forms: list[type]
+def test_an_unsupported_activation_takes_torchs_steps(
+    make_case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch, steps_taken: list[type]
 ) -> None:
     engine = Engine(make_case(dtype="float32"))
     blocks = engine.trunks["hydra"]._blocks
     blocks.layers[1] = dataclasses.replace(blocks.layers[1], activation=torch.tanh)
     found = decoded(engine, "actor", 2, None)
-    assert forms == [TorchSteps]
+    assert steps_taken == [TorchDecodeSteps]
     assert found.isfinite().all()
 
 
-def test_without_a_compiler_the_steps_are_torchs(
-    make_case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch, forms: list[type]
+def test_without_a_compiler_torchs_steps_are_taken(
+    make_case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch, steps_taken: list[type]
 ) -> None:
-    monkeypatch.setattr(build, "why_not", lambda: "no cc is installed")
-    monkeypatch.setattr(build, "library", lambda: pytest.fail("there is none"))
+    monkeypatch.setattr(build, "unavailable_reason", lambda: "no cc is installed")
+    monkeypatch.setattr(build, "library", lambda: pytest.fail("it was built"))
     build_step(make_case(dtype="float32")).generate(Observer())
-    assert forms == [TorchSteps]
+    assert steps_taken == [TorchDecodeSteps]
 
 
-class NotesSizes(TorchDispatchMode):
-    """Sums the bytes that ``torch.empty`` and its kin make."""
+class AllocatedSizes(TorchDispatchMode):
+    """Lists the sizes in bytes of tensors that ``torch.empty`` and related functions allocate."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.made: list[int] = []
+        self.sizes: list[int] = []
 
     def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: object = None) -> object:
-        found = func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
         if "empty" in str(func):
-            self.made.append(found.numel() * found.element_size())
-        return found
+            self.sizes.append(result.numel() * result.element_size())
+        return result
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_fake_tensors_make_the_same_buffers_and_run_nothing(
-    make_case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch, forms: list[type], architecture: str
+def test_fake_tensors_allocate_the_same_buffers_and_run_nothing(
+    make_case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch, steps_taken: list[type], architecture: str
 ) -> None:
     case = make_case(architecture=architecture, dtype="float32")
     sizes = []
     for fake in (False, True):
         if fake:
-            monkeypatch.setattr("rlhfkernels.ops.native.tape.Tape.run", lambda *_, **__: pytest.fail("it ran"))
+            monkeypatch.setattr("rlhfkernels.ops.native.program.Program.run", lambda *_, **__: pytest.fail("it ran"))
         with FakeTensorMode(allow_non_fake_inputs=True) if fake else torch.no_grad():
             engine = Engine(case, with_weights=not fake)
             decoder = engine.trunks["hydra"].decoder("actor", WHOLE, Observer())
             decoder.advance(torch.zeros(4, PROMPT, dtype=torch.int64), None)
-            with NotesSizes() as notes:
+            with AllocatedSizes() as allocated:
                 hidden = decoder.advance(torch.zeros(4, 1, dtype=torch.int64), None)
             assert hidden.shape == (4, 32)
-        sizes.append(notes.made)
-    assert forms == [NativeSteps, NativeSteps]
+        sizes.append(allocated.sizes)
+    assert steps_taken == [NativeDecodeSteps, NativeDecodeSteps]
     assert sizes[0]
     assert sizes[0] == sizes[1]

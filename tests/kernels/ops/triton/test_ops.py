@@ -1,20 +1,19 @@
-"""Every Triton form against its op's reference in float64: values and gradients, odd sizes, all dtypes."""
+"""Triton kernels against their references in float64: values and gradients at odd sizes, in all dtypes."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
-from rlhfkernels.models.heads import LmHead
 from rlhfkernels.ops import rms_norm as rms_norm_module
-from rlhfkernels.ops.heads import RotaryPart
-from rlhfkernels.ops.logprobs import token_logprobs, token_logprobs_reference
+from rlhfkernels.ops.logit_transform import LogitTransform
+from rlhfkernels.ops.qkv_layout import RotaryPart
 from rlhfkernels.ops.rms_norm import rms_norm, rms_norm_reference
-from rlhfkernels.ops.rotary import rotary_, rotary_reference, signed
+from rlhfkernels.ops.rotary import make_signed_sin, rotary_, rotary_reference
 from rlhfkernels.ops.swiglu import swiglu, swiglu_reference
+from rlhfkernels.ops.token_logprobs import token_logprobs, token_logprobs_reference
 
-# Relative error of the whole, by dtype: some of its own roundings.
+# Relative error of the norm, by dtype: a few of its roundings.
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 DTYPES = list(TOLERANCES)
 
@@ -31,13 +30,13 @@ def assert_near(found: torch.Tensor | None, expected: torch.Tensor | None, toler
         assert (found.double() - expected).norm() <= tolerance * expected.norm()
 
 
-def test_a_kernel_is_tried_out(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_test_kernel_runs(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from rlhfkernels.ops.triton import launch
 
-    launch.try_out(device)
-    monkeypatch.setattr(launch, "_one_kernel", {(1,): lambda x, **options: None})
+    launch.run_test_kernel(device)
+    monkeypatch.setattr(launch, "_test_kernel", {(1,): lambda x, **options: None})
     with pytest.raises(RuntimeError, match="wrote 0"):
-        launch.try_out(device)
+        launch.run_test_kernel(device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -47,8 +46,8 @@ def test_rms_norm(device: str, shape: tuple[int, ...], trained: tuple[bool, bool
     x = draw(*shape, dtype=dtype, device=device).requires_grad_(trained[0])
     weight = draw(shape[-1], dtype=dtype, device=device, seed=1).requires_grad_(trained[1])
     grad = draw(*shape, dtype=dtype, device=device, seed=2)
-    y = rms_norm(x, weight, 1e-5, kernels="triton")
-    assert "triton" in y.grad_fn.form.forward.__module__
+    y = rms_norm(x, weight, 1e-5, backend="triton")
+    assert "triton" in y.grad_fn.kernels.forward.__module__
     y.backward(grad)
     wide_x, wide_weight = (t.detach().double().requires_grad_(t.requires_grad) for t in (x, weight))
     expected = rms_norm_reference(wide_x, wide_weight, 1e-5)
@@ -58,34 +57,36 @@ def test_rms_norm(device: str, shape: tuple[int, ...], trained: tuple[bool, bool
     assert_near(x.grad, wide_x.grad, TOLERANCES[dtype])
     assert_near(weight.grad, wide_weight.grad, TOLERANCES[dtype])
     with torch.no_grad():
-        assert torch.equal(rms_norm(x, weight, 1e-5, kernels="triton"), y)
+        assert torch.equal(rms_norm(x, weight, 1e-5, backend="triton"), y)
 
 
-def test_rms_norm_sums_a_weights_gradient_over_runs_of_rows(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rlhfkernels.ops.triton import rms_norm as form
+def test_rms_norm_sums_the_gradient_of_the_weight_over_groups_of_rows(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rlhfkernels.ops.triton import rms_norm as kernels
 
-    monkeypatch.setattr(form, "_MOST_RUNS", 3)
+    monkeypatch.setattr(kernels, "_MAX_ROW_GROUPS", 3)
     x, weight = draw(8, 20, device=device), draw(20, device=device, seed=1).requires_grad_()
     wide = weight.detach().double().requires_grad_()
-    rms_norm(x, weight, 1e-5, kernels="triton").sum().backward()
+    rms_norm(x, weight, 1e-5, backend="triton").sum().backward()
     rms_norm_reference(x.double(), wide, 1e-5).sum().backward()
     assert_near(weight.grad, wide.grad, TOLERANCES[torch.float32])
 
 
-def test_rms_norm_takes_rows_that_are_not_side_by_side(device: str) -> None:
+def test_rms_norm_of_strided_rows(device: str) -> None:
     x, weight = draw(4, 3, 40, device=device)[:, 1:, :24], draw(24, device=device, seed=1)
-    found = rms_norm(x, weight, 1e-5, kernels="triton")
+    found = rms_norm(x, weight, 1e-5, backend="triton")
     assert_near(found, rms_norm_reference(x.double(), weight.double(), 1e-5), TOLERANCES[torch.float32])
 
 
-def test_rms_norm_leaves_rows_wider_than_a_block_to_torch(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rlhfkernels.ops.triton import rms_norm as form
+def test_rms_norm_leaves_rows_larger_than_a_block_to_torch(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rlhfkernels.ops.triton import rms_norm as kernels
 
-    monkeypatch.setattr(form, "WIDEST_ROW", 16)
+    monkeypatch.setattr(kernels, "MAX_ROW_SIZE", 16)
     x, weight = draw(4, 17, device=device), draw(17, device=device, seed=1)
-    assert rms_norm_module._form(x, x[0], "triton") is rms_norm_module._TORCH
-    assert rms_norm_module._form(x[:, :16], x[0, :16], "triton") is not rms_norm_module._TORCH
-    found = rms_norm(x, weight, 1e-5, kernels="triton")
+    assert rms_norm_module._kernels(x, x[0], "triton") is rms_norm_module._TORCH
+    assert rms_norm_module._kernels(x[:, :16], x[0, :16], "triton") is not rms_norm_module._TORCH
+    found = rms_norm(x, weight, 1e-5, backend="triton")
     assert_near(found, rms_norm_reference(x.double(), weight.double(), 1e-5), TOLERANCES[torch.float32])
 
 
@@ -94,8 +95,8 @@ def test_rms_norm_leaves_rows_wider_than_a_block_to_torch(device: str, monkeypat
 def test_swiglu(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x = (4 * draw(*shape, dtype=dtype, device=device)).requires_grad_()
     exact = x.detach().double().requires_grad_()
-    y, expected = swiglu(x, kernels="triton"), swiglu_reference(exact)
-    assert "triton" in y.grad_fn.form.forward.__module__
+    y, expected = swiglu(x, backend="triton"), swiglu_reference(exact)
+    assert "triton" in y.grad_fn.kernels.forward.__module__
     grad = draw(*y.shape, dtype=dtype, device=device, seed=1)
     y.backward(grad)
     expected.backward(grad.double())
@@ -103,29 +104,18 @@ def test_swiglu(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None
     assert_near(y, expected, TOLERANCES[dtype])
     assert_near(x.grad, exact.grad, TOLERANCES[dtype])
     with torch.no_grad():
-        assert torch.equal(swiglu(x, kernels="triton"), y)
+        assert torch.equal(swiglu(x, backend="triton"), y)
 
 
-def test_swiglu_takes_a_gradient_that_is_one_number_and_rows_that_are_columns(device: str) -> None:
+def test_swiglu_of_an_expanded_gradient_and_a_transposed_input(device: str) -> None:
     x = draw(6, 5, device=device).requires_grad_()
     exact = x.detach().double().requires_grad_()
-    swiglu(x.t(), kernels="triton").sum().backward()
+    swiglu(x.t(), backend="triton").sum().backward()
     swiglu_reference(exact.t()).sum().backward()
     assert_near(x.grad, exact.grad, TOLERANCES[torch.float32])
 
 
 T, E = 5, 12
-
-
-def rotated_by_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, part: RotaryPart) -> torch.Tensor:
-    """Every group by itself, in float64."""
-    size = cos.shape[-1]
-    groups = list(x.double().view(-1, T, part.blocks * part.groups, E).unbind(2))
-    for i, group in enumerate(groups):
-        if i % part.groups < part.rotated:
-            turned = rotary_reference(group[..., :size], cos.double(), sin.double())
-            groups[i] = torch.cat([turned, group[..., size:]], -1)
-    return torch.stack(groups, 2).view(x.shape)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -135,12 +125,13 @@ def rotated_by_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, 
 @pytest.mark.parametrize("size", [E, 4])
 def test_rotary(device: str, part: RotaryPart, size: int, rows: int, dtype: torch.dtype) -> None:
     angles = draw(rows, T, size // 2, device=device, seed=3).repeat(1, 1, 2)
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, signed_sin = angles.cos().to(dtype), make_signed_sin(angles.sin()).to(dtype)
     leaf = draw(2 * T, part.blocks * part.groups * E, dtype=dtype, device=device).requires_grad_()
     exact = leaf.detach().double().requires_grad_()
     x = leaf * 1.0
-    y, expected = rotary_(x, cos, signed(sin), part, kernels="triton"), rotated_by_reference(exact, cos, sin, part)
-    assert "triton" in y.grad_fn.turn.__module__
+    y = rotary_(x, cos, signed_sin, part, backend="triton")
+    expected = rotary_reference(exact, cos.double(), signed_sin.double(), part)
+    assert "triton" in y.grad_fn.kernel.__module__
     assert y.data_ptr() == x.data_ptr()
     grad = draw(*y.shape, dtype=dtype, device=device, seed=1)
     before = grad.clone()
@@ -151,14 +142,15 @@ def test_rotary(device: str, part: RotaryPart, size: int, rows: int, dtype: torc
     assert_near(leaf.grad, exact.grad, TOLERANCES[dtype])
 
 
-def test_rotary_turns_the_rows_of_a_wider_tensor(device: str) -> None:
+def test_rotary_of_strided_rows(device: str) -> None:
     part = RotaryPart(1, 3, 2)
     angles = draw(1, T, E // 2, device=device).repeat(1, 1, 2)
     whole = draw(T, 5 * E, device=device)
     x, rest = whole[:, E : 4 * E], whole.clone()
-    expected = rotated_by_reference(x.contiguous(), angles.cos(), angles.sin(), part)
+    cos, signed_sin = angles.cos(), make_signed_sin(angles.sin())
+    expected = rotary_reference(x.contiguous().double(), cos.double(), signed_sin.double(), part)
     with torch.no_grad():
-        rotary_(x, angles.cos(), signed(angles.sin()), part, kernels="triton")
+        rotary_(x, cos, signed_sin, part, backend="triton")
     assert_near(x, expected, TOLERANCES[torch.float32])
     rest[:, E : 4 * E] = whole[:, E : 4 * E]
     assert torch.equal(whole, rest)
@@ -174,7 +166,7 @@ N, D = 5, 8
 )
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("trained", [False, True])
-def test_logprobs(
+def test_token_logprobs(
     device: str,
     vocabulary: int,
     softcap: float | None,
@@ -195,19 +187,15 @@ def test_logprobs(
         hidden, weight, bias = (
             t.detach().to(torch.float64 if wide else dtype).requires_grad_(t.requires_grad) for t in leaves
         )
-        head = LmHead(
-            nn.Parameter(weight, weight.requires_grad), nn.Parameter(bias, trained), scale=scale, softcap=softcap
-        )
+        arguments = hidden, weight, bias, targets, LogitTransform(scale, softcap, temperature)
         if wide:
-            outputs = token_logprobs_reference(hidden, head, targets, temperature=temperature)
+            outputs = token_logprobs_reference(*arguments)
         else:
-            outputs = token_logprobs(
-                hidden, head, targets, temperature=temperature, chunk=2, entropy=entropy, kernels="triton"
-            )
-            assert "triton" in outputs[0].grad_fn.form.read.__module__
+            outputs = token_logprobs(*arguments, chunk=2, entropy=entropy, backend="triton")
+            assert "triton" in outputs[0].grad_fn.kernels.forward.__module__
         loss = sum((w * output).sum() for w, output in zip(weights, outputs[: 1 + entropy], strict=False))
-        inputs = [hidden, *((head.weight, head.bias) if trained else ())]
+        inputs = [hidden, *((weight, bias) if trained else ())]
         found.append([*outputs[: 1 + entropy], *torch.autograd.grad(loss, inputs)])
     for expected, ours in zip(*found, strict=True):
-        # Products that are rounded to a narrow dtype before they become logits move an exponential by as much.
+        # Raw outputs are rounded to the narrow dtype before the exponential, which multiplies the error.
         assert_near(ours, expected, 3 * TOLERANCES[dtype])

@@ -1,4 +1,4 @@
-"""Whole steps in C against the same steps by torch: what is sampled, and every gradient."""
+"""Training steps in C against the same steps by torch: sampled tokens and all gradients."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KINDS = {
 
 
 def stepped(case: Case, shake: Callable[[Engine], None], padded: bool) -> tuple[Rollout, list[torch.Tensor]]:
-    """What a step samples, and the gradients of all that it trains."""
+    """Returns the rollout of a step and the gradients of all trained parameters."""
     step = build_step(case)
     shake(step.engine)
     if padded:
@@ -41,15 +41,15 @@ def stepped(case: Case, shake: Callable[[Engine], None], padded: bool) -> tuple[
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", METHODS)
-def test_a_step_in_c_is_torchs(
-    make_case: Callable[..., Case], shake: Callable[[Engine], None], run_in_c: list[str], method: str, kind: str
+def test_a_native_step_equals_torchs(
+    make_case: Callable[..., Case], shake: Callable[[Engine], None], native_calls: list[str], method: str, kind: str
 ) -> None:
     found = []
     for kernels in ("torch", "native"):
-        assert not run_in_c
+        assert not native_calls
         case = make_case(method, dtype="float32", kernels=kernels, **KINDS[kind])
         found.append(stepped(case, shake, "padded" in kind))
-    assert set(run_in_c) == {"multiply", "forward", "backward"}
+    assert set(native_calls) == {"matmul", "forward", "backward"}
     (expected, gradients), (ours, our_gradients) = found
     assert (expected.attention_mask is not None) is ("padded" in kind)
     assert torch.equal(ours.tokens, expected.tokens)
