@@ -18,7 +18,7 @@ def seconds(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_rates_are_work_over_time(seconds, monkeypatch, dtype):
     monkeypatch.setitem(ceilings._BUFFER_BYTES, "cpu", 1000)
-    monkeypatch.setattr(ceilings.native, "beats_library", lambda: False)
+    monkeypatch.setattr(ceilings.native, "beats_torch", lambda: False)
     assert measure_ceilings("cpu", dtype) == {
         "matmul_flops_per_s": 2 * 256**3,  # a product of one second is long: no larger one is tried
         "copy_bytes_per_s": 2 * 1000,  # read and written
@@ -49,8 +49,8 @@ def test_the_ceiling_is_the_better_products(monkeypatch):
     ],
 )
 def test_own_products_count_where_they_are_the_faster_ones(monkeypatch, dtype, failure, beats, num_products):
-    monkeypatch.setattr(ceilings.build, "why_not", lambda: failure)
-    monkeypatch.setattr(ceilings.native, "beats_library", lambda: beats)
+    monkeypatch.setattr(ceilings.build, "unavailable_reason", lambda: failure)
+    monkeypatch.setattr(ceilings.native, "beats_torch", lambda: beats)
     assert len(ceilings._products(torch.device("cpu"), dtype)) == num_products
 
 

@@ -31,7 +31,6 @@ class DecodeSteps(ABC):
         self, blocks: Blocks, adapter: str | None, x: torch.Tensor, caches: Sequence[PreallocatedLayer]
     ) -> None:
         self._blocks, self._adapter, self._caches = blocks, adapter, caches
-        self._rotary_table = blocks.rotary_table(x, caches[0].max_len)
 
     @abstractmethod
     def run(self, x: torch.Tensor, positions: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:

@@ -37,6 +37,7 @@ class NativeDecodeSteps(DecodeSteps):
         super().__init__(blocks, adapter, x, caches)
         self._buffers: dict[str, torch.Tensor] = {}
         self._x, self._out = torch.empty_like(x), torch.empty_like(x)
+        self._rotary_table = blocks.rotary_table(x, caches[0].max_len)
         self._program = make_program(x)
         downs = [p.under(adapter).down for block in blocks.layers for p in block.projections]
         self._buffer("low", max(0 if down is None else down.shape[0] for down in downs))

@@ -29,6 +29,7 @@ class TorchDecodeSteps(DecodeSteps):
         buffers: dict[int, torch.Tensor] = {}
         projections = [projection for block in blocks.layers for projection in block.projections]
         self._linears = {projection: projection.for_decode(adapter, x.shape[0], buffers) for projection in projections}
+        self._rotary_table = blocks.rotary_table(x, caches[0].max_len)
         rotary_size = 0 if self._rotary_table is None else self._rotary_table[0].shape[1]
         self._views = [_qkv_views(block, self._linears[block.qkv].out, rotary_size) for block in blocks.layers]
         self._rotary: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -56,15 +57,13 @@ class TorchDecodeSteps(DecodeSteps):
 
     def add_linear(self, projection: Projection, x: torch.Tensor, out: torch.Tensor) -> None:
         """See ``DecodeSteps.add_linear``."""
-        out.add_(self._linears[projection](x).t())
+        out.add_(self._linears[projection](x.contiguous()).t())
 
     def attention(self, index: int, qkv: torch.Tensor) -> torch.Tensor:
         """Returns [b, h e]."""
         rotated, query, keys_values = self._views[index]
         if self._rotary is not None:
-            cos, signed_sin = self._rotary
-            swapped = rotated.roll(cos.shape[0] // 2, 2)
-            rotated.mul_(cos).addcmul_(swapped, signed_sin)
+            _rotate_(rotated, *self._rotary)
         cache, window, mask = self._caches[index], self._blocks.layers[index].window, self._mask
         cache.append(keys_values)
         keys, values = cache.written
@@ -82,7 +81,13 @@ class TorchDecodeSteps(DecodeSteps):
             inner = block.activation(gate).mul_(rest)
         else:
             inner = block.activation(up)
-        return inner.t().contiguous()
+        return inner.t()
+
+
+def _rotate_(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> None:
+    """Rotates [blocks, groups, s, b] in place by tables [s, 1 or b]; see ``rotary_``."""
+    swapped = x.roll(cos.shape[0] // 2, 2)
+    x.mul_(cos).addcmul_(swapped, signed_sin)
 
 
 def _qkv_views(block: Block, qkv: torch.Tensor, rotary_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
