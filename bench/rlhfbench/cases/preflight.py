@@ -23,7 +23,7 @@ from rlhfkernels.data.files import read_prompts
 from rlhfkernels.errors import DataError, ModelError
 from rlhfkernels.models.presets import PRESETS
 from rlhfkernels.naming import unknown
-from rlhfkernels.ops.native.build import BuildError, compiled
+from rlhfkernels.ops.native.build import BuildError, library_path
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length")
@@ -253,7 +253,7 @@ def _check_package(option: str, value: str, package: str | None) -> Iterator[str
 
 def _check_compiler() -> Iterator[str]:
     try:
-        compiled()
+        library_path()
     except BuildError as error:
         yield f"engine.backend is 'native': its C cannot be compiled here ({error})."
 
