@@ -35,7 +35,7 @@ def test_a_step_with_triton_equals_a_step_with_torch(
                 _record_launches(patch, launched)
             step = build_step(case)
             stats = step.run()
-        found.append([stats.score, stats.kl, *stats.losses.values(), *stats.grad_norms.values()])
+        found.append([value for name, value in stats.items() if name != "ratio_error"])
     assert launched == {"rms_norm", "swiglu", "rotary", "token_logprobs"}
     for expected, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
