@@ -14,7 +14,7 @@ SOME_MEMORY = {"model_bytes": 3, "activation_bytes": 2, "rollout_bytes": 1, "tot
 
 
 def run_case(request, send):
-    kind = request["case"]["options"]["prompt_field"]
+    kind = request["case"]["options"]["data"]["prompt_field"]
     send({"notify": "build"})
     if request.get("plan"):
         PLANS.get(kind, _planned)(request, send)

@@ -276,7 +276,7 @@ def test_names_are_unique_and_the_same_on_every_machine():
     changes = [
         {},
         {"seed": 1},
-        {"lora_rank": 4},
+        {"options": Options.of({"lora.r": 4})},
         {"options": Options.of({"engine.attn_implementation": "eager"})},
         {"model": "/here/tiny"},
         {"model": "/there/tiny"},

@@ -56,8 +56,8 @@ class Sweep:
         Keys: ``methods``, ``models``, ``seq_lens`` (prompt and completion together) or ``prompt_lens`` and
         ``completion_lens`` (taken in pairs), ``batch_sizes``: one value or a list each; every combination is a case.
         ``device``, ``dtype``, ``seed``, ``prompt_fraction``, ``options`` (a table for each group of ``Options``, or
-        dotted names): one value for all. ``settings``: names of settings, under each of which every case stands once; what the spec says
-        itself wins. ``cases``: tables of the same keys, added at the end in their order. What is absent takes the
+        dotted names): one value for all. ``settings``: names of settings, under each of which every case stands once;
+        what the spec says itself wins. ``cases``: tables of the same keys, added at the end in their order. What is absent takes the
         default; where ``cases`` stands without a grid, the default grid is left out.
 
         Raises:
@@ -381,7 +381,7 @@ def _options(where: str, table: object, problems: list[str]) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for name, value in _dotted(table).items():
         if name not in annotations:
-            problems.append(_unknown_option(name))
+            problems.append(f"{where}{_unknown_option(name)}")
         elif value == _NONE and accepts(annotations[name], type(None)):
             options[name] = None
         else:

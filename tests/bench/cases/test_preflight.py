@@ -138,7 +138,7 @@ def test_a_length_beyond_the_positions(checkpoint):
 def test_a_reward_model_is_looked_at_too(checkpoint):
     def told(reward, **config):
         (checkpoint / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_positions": 16, **config}))
-        return problems(methods=["lora"], options={"reward_model": reward}, seq_lens=[18])
+        return problems(methods=["lora"], options={"rollout.reward_model": reward}, seq_lens=[18])
 
     assert "model 'tinny' is unknown" in told("tinny")[0]
     assert told(str(checkpoint), vocab_size=50) == (
@@ -175,18 +175,18 @@ def test_devices_are_counted_by_nvml(monkeypatch):
 
 def test_an_optimizer_of_a_package_that_is_not_installed(monkeypatch):
     monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
-    assert problems(options={"optimizer": "adamw8bit"}) == (
+    assert problems(options={"optimizer.name": "adamw8bit"}) == (
         "optimizer.name is 'adamw8bit': it needs bitsandbytes, which is not installed "
         "(pip install bitsandbytes; planning does without it).",
     )
-    preflight.check_models(Sweep.from_spec({**GRID, "options": {"optimizer": "adamw8bit"}}))
+    preflight.check_models(Sweep.from_spec({**GRID, "options": {"optimizer.name": "adamw8bit"}}))
 
 
 def test_kernels_of_a_package_that_is_not_installed(monkeypatch):
     monkeypatch.setattr(preflight, "num_cuda_devices", lambda: 1)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.11.0+cu128")
     monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
-    spec = {"device": "cuda", "options": {"kernels": "triton"}}
+    spec = {"device": "cuda", "options": {"engine.backend": "triton"}}
     assert problems(**spec) == (
         "engine.backend is 'triton': it needs triton, which is not installed "
         "(pip install triton; planning does without it).",
@@ -198,27 +198,28 @@ def test_kernels_of_a_package_that_is_not_installed(monkeypatch):
 def test_kernels_in_c_without_a_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", "/nonexistent")
-    assert problems(options={"kernels": "native"}) == (
+    assert problems(options={"engine.backend": "native"}) == (
         "engine.backend is 'native': its C cannot be compiled here (CC is '/nonexistent', which is no command).",
     )
-    preflight.check_models(Sweep.from_spec({**GRID, "options": {"kernels": "native"}}))
+    preflight.check_models(Sweep.from_spec({**GRID, "options": {"engine.backend": "native"}}))
     assert preflight.check(Sweep.from_spec(GRID))  # ``auto`` asks for nothing
 
 
 def test_prompts_are_read_before_anything_runs(tmp_path):
-    (problem,) = problems(options={"prompts": str(tmp_path / "absent.jsonl")})
+    (problem,) = problems(options={"data.prompts": str(tmp_path / "absent.jsonl")})
     assert "cannot be read: No such file" in problem
 
 
 def test_every_problem_is_told_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "num_cuda_devices", lambda: 0)
-    found = problems(models=["tinny", "gpt2"], seq_lens=[1025], device="cuda", options={"prompts": str(tmp_path)})
+    found = problems(models=["tinny", "gpt2"], seq_lens=[1025], device="cuda", options={"data.prompts": str(tmp_path)})
     assert len(found) == 4
 
 
 def test_looking_ahead_imports_no_torch():
     code = (
-        "import sys\nfrom rlhfbench.cases import preflight\nfrom rlhfbench.cli import main\nfrom rlhfbench.runs import runner\n"
+        "import sys\nfrom rlhfbench.cases import preflight\nfrom rlhfbench.cli import main\n"
+        "from rlhfbench.runs import runner\n"
         "from rlhfbench.cases.sweep import Sweep\n"
         "preflight.check(Sweep.from_spec({}))\nsys.exit('torch' in sys.modules)"
     )

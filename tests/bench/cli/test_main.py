@@ -50,7 +50,7 @@ def call(capsys, monkeypatch):
 
 
 def kind(name):
-    return ("--option", f"prompt_field={name}")
+    return ("--option", f"data.prompt_field={name}")
 
 
 @pytest.mark.usefixtures("fake")
@@ -70,16 +70,16 @@ def test_every_flag_reaches_the_case_and_the_settings(call, tmp_path):
     code, out, _ = call(
         "run", "--model", "gpt2", "--methods", "lora", "--seq-lens", "10", "--batch-sizes", "4", "--prompts", "p.jsonl",
         "--prompt-field", "q", "--prompt-fraction", "0.2", "--device", "cpu", "--dtype", "bfloat16", "--lora-rank", "4",
-        "--seed", "3", "--option", "gamma=0.5", "--option", "num_mini_batches=2", "--time-budget-s", "1.5",
+        "--seed", "3", "--option", "ppo.gamma=0.5", "--option", "ppo.num_mini_batches=2", "--time-budget-s", "1.5",
         "--case-timeout-s", "9", "--memory-limit", "1GiB", "--threads", "1", "--profile", "--with-plan", "--json",
     )  # fmt: skip
     assert code == 3  # the fake has no behaviour called q
     (record,) = json.loads(out)
     case, options = record["case"], record["case"]["options"]
     assert (case["model"], case["method"], case["prompt_len"], case["completion_len"]) == ("gpt2", "lora", 2, 8)
-    assert (case["batch_size"], case["dtype"], case["lora_rank"], case["seed"]) == (4, "bfloat16", 4, 3)
-    assert (options["prompts"], options["prompt_field"]) == ("p.jsonl", "q")
-    assert (options["gamma"], options["num_mini_batches"]) == (0.5, 2)
+    assert (case["batch_size"], case["dtype"], options["lora"]["r"], case["seed"]) == (4, "bfloat16", 4, 3)
+    assert (options["data"]["prompts"], options["data"]["prompt_field"]) == ("p.jsonl", "q")
+    assert (options["ppo"]["gamma"], options["ppo"]["num_mini_batches"]) == (0.5, 2)
     (folder,) = tmp_path.glob("rlhfbench-run-*Z")
     settings = json.loads((folder / "environment.json").read_text())["settings"]
     assert settings["time_budget_s"] == 1.5
@@ -95,7 +95,7 @@ def test_every_flag_reaches_the_case_and_the_settings(call, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (("--device", "cuda"), "it is a processor's, so device must be 'cpu'."),
+        (("--device", "cuda"), "it runs on a CPU, so device must be 'cpu'."),
         (("--dtype", "bfloat16"), "it has no bfloat16, so dtype must be float32."),
         ((), "its C cannot be compiled here (CC is '/nonexistent', which is no command)."),
     ],
@@ -103,7 +103,7 @@ def test_every_flag_reaches_the_case_and_the_settings(call, tmp_path):
 )
 def test_kernels_that_cannot_be_had_are_told_before_anything_is_measured(call, monkeypatch, tmp_path, flags, sentence):
     monkeypatch.setenv("CC", "/nonexistent")
-    code, out, err = call("run", *SMALL, *kind("ok"), *flags, "--option", "kernels=native", "--out", "here")
+    code, out, err = call("run", *SMALL, *kind("ok"), *flags, "--option", "engine.backend=native", "--out", "here")
     assert (code, out, err) == (2, "", f"engine.backend is 'native': {sentence}\n")
     assert not (tmp_path / "here").exists()
 
@@ -111,7 +111,7 @@ def test_kernels_that_cannot_be_had_are_told_before_anything_is_measured(call, m
 @pytest.mark.usefixtures("fake")
 def test_flags_win_over_a_sweep_file(call, tmp_path):
     (tmp_path / "s.toml").write_text(
-        'methods = ["hydra", "lora"]\nseq_lens = [8]\nbatch_sizes = [1]\noptions.prompt_field = "ok"\n'
+        'methods = ["hydra", "lora"]\nseq_lens = [8]\nbatch_sizes = [1]\noptions.data.prompt_field = "ok"\n'
     )
     assert call("run", "--sweep", "s.toml", "--methods", "full", "--dtype", "bfloat16", "--out", "a")[0] == 0
     (record,) = read_records("a")
@@ -131,12 +131,12 @@ def test_both_settings_run_side_by_side_and_are_resumed(call, tmp_path):
     assert call(*arguments, "--resume")[0] == 0
     assert read_records("a") == records
     # A sweep file can name them too, and a flag beside it wins.
-    (tmp_path / "s.toml").write_text('settings = ["paper", "modern"]\nlora_rank = 2\n')
+    (tmp_path / "s.toml").write_text('settings = ["paper", "modern"]\n[options.lora]\nr = 2\n')
     assert call("run", "--sweep", "s.toml", *SMALL, *kind("ok"), "--out", "b")[0] == 0
     assert records_frame(read_records("b"))["setting"].tolist() == ["paper", "modern"]
     assert call("run", "--sweep", "s.toml", "--setting", "paper", *SMALL, *kind("ok"), "--out", "c")[0] == 0
     (record,) = read_records("c")
-    assert (records_frame([record]).loc[0, "setting"], record["case"]["lora_rank"]) == ("paper", 128)
+    assert (records_frame([record]).loc[0, "setting"], record["case"]["options"]["lora"]["r"]) == ("paper", 128)
 
 
 @pytest.mark.usefixtures("fake")
@@ -155,7 +155,7 @@ def test_a_run_is_resumed_by_the_same_command_or_by_its_folder_alone(call):
     assert call("run", "--resume", "--out", "here")[0] == 0
     assert len(read_records("here")) == 1
     code, _, err = call(*arguments, "--lora-rank", "2", "--resume")
-    assert (code, err) == (2, "out 'here' holds a run of a different sweep: lora_rank 2 instead of 16.\n")
+    assert (code, err) == (2, "out 'here' holds a run of a different sweep: lora.r 2 instead of 16.\n")
 
 
 @pytest.mark.usefixtures("fake")
@@ -209,11 +209,11 @@ WRONG = [
         ("run", "--seq-lens", "9999"),
         "a length of 9999 (4999 + 5000) is too long for model 'tiny': it has 4096 positions.",
     ),
-    (("run", "--lora-rank", "0"), "lora_rank is 0: it must be a whole number of at least 1."),
+    (("run", "--lora-rank", "0"), "lora.r is 0: it must be a whole number of at least 1."),
     (("run", "--lora-rank", "x"), "--lora-rank is 'x': it must be a whole number."),
     (("run", "--time-budget-s", "x"), "--time-budget-s is 'x': it must be a number."),
     (("run", "--time-budget-s", "nan"), "time_budget_s is nan: it must be above 0."),
-    (("run", "--seed", "-1"), "seed is -1: it must be a whole number of at least 0."),
+    (("run", "--seed", "-1"), "seed is -1: it must be a whole number of at least 0 and below 9223372036854775808."),
     (("run", "--prompt-fraction", "2"), "prompt_fraction is 2.0: it must be a number between 0 and 1."),
     (("run", "--prompts", "absent.jsonl"), "prompts 'absent.jsonl' cannot be read: No such file or directory."),
     (("run", "--prompts", "bad.jsonl"), "prompts 'bad.jsonl', line 2: it is not JSON."),
@@ -222,9 +222,10 @@ WRONG = [
         ("run", "--prompts", "good.jsonl", "--prompt-field", "q"),
         "line 1: there is no field 'q'; its fields are 'prompt'.",
     ),
-    (("run", "--option", "gama=1"), "option 'gama' is unknown: did you mean 'gamma'"),
-    (("run", "--option", "gamma"), "option 'gamma' has no value: write it as KEY=VALUE."),
-    (("run", "--option", "gamma=2"), "ppo.gamma is 2.0: it must be a number from 0 to 1."),
+    (("run", "--option", "ppo.gama=1"), "option 'ppo.gama' is unknown: did you mean 'ppo.gamma'"),
+    (("run", "--option", "ppo.gamma"), "option 'ppo.gamma' has no value: write it as KEY=VALUE."),
+    (("run", "--option", "ppo.gamma=2"), "ppo.gamma is 2.0: it must be a finite number from 0 to 1."),
+    (("run", "--option", "gamma=1"), "option 'gamma' is now called 'ppo.gamma'."),
     (("run", "--sweep", "absent.toml"), "sweep file 'absent.toml' cannot be read: No such file or directory."),
     (("run", "--sweep", "typo.toml"), "sweep key 'metods' is unknown: did you mean 'methods'"),
     (("run", "--time-budget-s", "0"), "time_budget_s is 0.0: it must be above 0."),

@@ -88,7 +88,7 @@ def test_both_settings_are_planned_side_by_side(
     assert "bfloat16 · LoRA rank 4" in text
     assert cli.invoke([*asked, "--json"]) == 0
     options = [plan["case"]["options"] for plan in json.loads(capsys.readouterr().out)]
-    assert [given["attention"] for given in options] == ["eager", "sdpa"] * 2
+    assert [given["engine"]["attn_implementation"] for given in options] == ["eager", "sdpa"] * 2
 
 
 def test_without_a_gpu_nothing_is_said_to_fit(make_case: Callable[..., Case]) -> None:

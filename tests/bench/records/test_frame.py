@@ -162,19 +162,19 @@ def test_only_options_that_were_changed_are_named():
                 options=changed,
             ).to_dict()["options"]
         )
-        == "attention=eager, kl_coef=0.5"
+        == "engine.attn_implementation=eager, ppo.kl_coef=0.5"
     )
-    assert options_text({"of_a_newer_version": 3}) == "of_a_newer_version=3"
+    assert options_text({"ppo": {"of_a_newer_version": 3}}) == "ppo.of_a_newer_version=3"
 
 
 @pytest.mark.parametrize(
     ("changed", "setting", "options"),
     [
         ({}, "modern", ""),
-        ({"kl_coef": 0.5}, "modern", "kl_coef=0.5"),
+        ({"ppo.kl_coef": 0.5}, "modern", "ppo.kl_coef=0.5"),
         (SETTINGS["paper"]["options"], "paper", ""),
-        ({**SETTINGS["paper"]["options"], "kl_coef": 0.5}, "paper", "kl_coef=0.5"),
-        ({"attention": "eager"}, "custom", "attention=eager"),
+        ({**SETTINGS["paper"]["options"], "ppo.kl_coef": 0.5}, "paper", "ppo.kl_coef=0.5"),
+        ({"engine.attn_implementation": "eager"}, "custom", "engine.attn_implementation=eager"),
     ],
 )
 def test_the_setting_is_told_by_the_options_and_not_told_twice(changed, setting, options):
@@ -188,7 +188,7 @@ def test_the_setting_is_told_by_the_options_and_not_told_twice(changed, setting,
 
 def test_options_that_an_older_record_lacks_count_as_the_default():
     record = copy.deepcopy(RECORD)
-    del record["case"]["options"]["kv_cache"]
+    del record["case"]["options"]["engine"]["cache_implementation"]
     assert records_frame([record]).loc[0, "setting"] == "modern"
     del record["case"]["options"]
     assert records_frame([record]).loc[0, "setting"] == "modern"

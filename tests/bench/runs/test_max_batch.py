@@ -107,7 +107,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def find(out: Path, kind: str, *, limit: int = 512, resume: bool = False, **settings: object) -> list[Found]:
-    sweep = Sweep.from_spec({**SPEC, "options": {"prompt_field": kind}})
+    sweep = Sweep.from_spec({**SPEC, "options": {"data.prompt_field": kind}})
     return find_max_batches(sweep, out, RunSettings(**settings), limit=limit, resume=resume)[1]
 
 
@@ -164,9 +164,9 @@ def test_a_resumed_search_takes_the_tries_that_are_recorded(tmp_path: Path) -> N
     [
         ({}, 0, "max-batch-limit is 0: it must be a whole number of at least 1."),
         (
-            {"batch_sizes": [4], "options": {"micro_batch_size": 2}},
+            {"batch_sizes": [4], "options": {"engine.micro_batch_size": 2}},
             512,
-            "--max-batch tries each batch whole: leave out options.engine.micro_batch_size and num_mini_batches.",
+            "--max-batch tries each batch whole: leave out engine.micro_batch_size and ppo.num_mini_batches.",
         ),
     ],
 )

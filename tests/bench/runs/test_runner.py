@@ -148,7 +148,7 @@ def test_a_timeline_is_kept_in_a_file_of_its_own(tmp_path):
 
 def test_every_way_to_die_is_an_outcome_and_the_run_goes_on(tmp_path):
     result = run(sweep_of("segfault", "exit", "die", "hang", "unknown", "ok"), tmp_path / "run", case_timeout_s=1.0)
-    by_kind = {r["case"]["options"]["prompt_field"]: r for r in result.records}
+    by_kind = {r["case"]["options"]["data"]["prompt_field"]: r for r in result.records}
     assert {kind: r["outcome"] for kind, r in by_kind.items()} == {
         "segfault": "crashed",
         "exit": "crashed",
@@ -200,7 +200,7 @@ def test_cases_that_dominate_one_without_memory_are_skipped_and_name_it(tmp_path
         "models": "tiny",
         "seq_lens": [4, 8],
         "batch_sizes": [2, 4],
-        "options": {"prompt_field": "oom-from-batch-4"},
+        "options": {"data.prompt_field": "oom-from-batch-4"},
     }
     result = run(Sweep.from_spec(spec), tmp_path / "run")
     outcomes = {(r["case"]["method"], r["case"]["batch_size"], r["case"]["prompt_len"]): r for r in result.records}
@@ -219,11 +219,11 @@ def test_cases_that_dominate_one_without_memory_are_skipped_and_name_it(tmp_path
     [
         ({}, True),
         ({"prompt_len": 5}, True),
-        ({"completion_len": 5, "batch_size": 3, "lora_rank": 17}, True),
+        ({"completion_len": 5, "batch_size": 3, "options": Options.of({"lora.r": 17})}, True),
         ({"seed": 1}, True),
         ({"prompt_len": 3}, False),
         ({"completion_len": 9, "batch_size": 1}, False),
-        ({"lora_rank": 8}, False),
+        ({"options": Options.of({"lora.r": 8})}, False),
         ({"method": "lora"}, False),
         ({"model": "gpt2"}, False),
         ({"device": "cuda"}, False),

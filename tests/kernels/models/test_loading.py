@@ -112,7 +112,7 @@ def test_an_attention_that_the_architecture_lacks_is_one_sentence(tmp_path: Path
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     case = Case(method="hydra", model=str(tmp_path), prompt_len=4, completion_len=4, batch_size=1)
-    with pytest.raises(ModelError, match=r"has no sdpa attention: set options\.attention to another"):
+    with pytest.raises(ModelError, match=r"has no sdpa attention: set engine\.attn_implementation to another"):
         load_model(case, seed=0, with_lm_head=True)
 
 

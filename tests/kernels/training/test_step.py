@@ -212,7 +212,7 @@ def test_eager_attention_and_full_logits_give_the_same_step(make_case: Callable[
     modern = build_step(make_case())
     paper = build_step(
         make_case(
-            engine__attn_implementation="eager", engine__logprob_chunk_size=0, engine__cache_implementation="growing"
+            engine__attn_implementation="eager", engine__logprob_chunk_size=0, engine__cache_implementation="dynamic"
         )
     )
     stats = [dataclasses.asdict(step.run()) for step in (modern, paper)]
