@@ -1,58 +1,70 @@
-"""One function for several inputs, on as many processes as there are cores: for what computes in Python alone.
-
-Unlike a case that is measured, nothing here needs a process of its own: the standard library's pool does.
-"""
+"""Processes: parallel calls of a function, and children that die with their parent."""
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
 from rlhfbench.errors import ForkServerError
-from rlhfbench.runs.forkserver_process import die_with_parent
 
 Input = TypeVar("Input")
 Output = TypeVar("Output")
 
-_MOST_PROCESSES = 8  # half a gigabyte each
+MAX_PROCESSES = 8  # half a gigabyte each
+_PR_SET_PDEATHSIG = 1
 
 
 def map_parallel(
     function: Callable[[Input], Output], inputs: Sequence[Input], *, preload: Sequence[str]
 ) -> list[Output]:
-    """``function`` of each of ``inputs``, in their order.
+    """Calls ``function`` with each of ``inputs`` on all cores, for work in pure Python.
 
     Args:
-        function: can be pickled, as can what it takes, returns and raises.
-        inputs: what it is called with; one is handled here.
+        function: picklable, as are its inputs, results and errors.
+        inputs: one argument per call. A single one is handled in this process.
         preload: modules that are imported once for all processes.
+
+    Returns:
+        The results in the order of ``inputs``.
 
     Raises:
         ForkServerError: a process died.
     """
-    num_processes = min(len(inputs), _num_cores(), _MOST_PROCESSES)
+    num_processes = min(len(inputs), _num_cores(), MAX_PROCESSES)
     if num_processes <= 1:
         return [function(item) for item in inputs]
+    # Imported here: the fork server imports this module, and needs no pool.
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
     with ProcessPoolExecutor(num_processes, context, initializer=_start) as pool:
         try:
             return list(pool.map(function, inputs))
         except BrokenProcessPool as error:
-            raise ForkServerError("a process that shared the work was killed: is the machine's memory out?") from error
+            raise ForkServerError("a worker process was killed: is the machine out of memory?") from error
 
 
 def _num_cores() -> int:
-    """The cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _start() -> None:
-    """Ctrl-C ends a worker without a word, and so does the end of whoever wanted its results."""
+    """Has Ctrl-C and the death of the parent end a worker silently."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     die_with_parent(os.getppid(), signal.SIGKILL)
+
+
+def die_with_parent(parent_pid: int, number: int) -> None:
+    """Has the kernel send signal ``number`` to this process when its parent dies (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number))
+    if os.getppid() != parent_pid:  # the parent died before the call
+        os._exit(1)

@@ -309,8 +309,8 @@ def test_the_clock_gives_back_what_it_was_loaded_with():
     assert found == samples_s
 
 
+@pytest.mark.usefixtures("fake_case_path")
 def test_the_measurer_runs_a_case_in_a_process_of_its_own(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     server = partial(forkserver.ForkServer, target="fake_case:run_case", preload=())
     monkeypatch.setattr(forkserver, "ForkServer", server)
     cases = [dataclasses.replace(CASE, options=Options.of({"data.prompt_field": kind})) for kind in ("ok", "echo")]

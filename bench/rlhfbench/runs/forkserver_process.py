@@ -6,7 +6,6 @@ so what it forks is as good as freshly started.
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import gc
 import importlib
@@ -22,10 +21,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from rlhfbench.processes import die_with_parent
+
 Message = dict[str, Any]
 Target = Callable[[Message, Callable[[Message], None]], None]
-
-_PR_SET_PDEATHSIG = 1
 
 
 class Lines:
@@ -146,14 +145,6 @@ def _become_case(server_pid: int, log: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # writing gigabytes of core would outlast the case
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")  # the kernel takes the case, not the harness
-
-
-def die_with_parent(parent_pid: int, number: int) -> None:
-    """Has the kernel send signal ``number`` to this process when its parent dies (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number))
-    if os.getppid() != parent_pid:  # it died before we asked
-        os._exit(1)
 
 
 def _write_line(fd: int, message: Message) -> None:

@@ -1,4 +1,3 @@
-import functools
 import json
 import signal
 import subprocess
@@ -23,16 +22,13 @@ SMALL = ("--methods", "hydra", "--seq-lens", "8", "--batch-sizes", "1")
 
 
 @pytest.fixture(autouse=True)
-def in_an_empty_folder(monkeypatch, tmp_path):
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
+def in_an_empty_folder(monkeypatch, tmp_path, fake_case_path):
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
-def fake(monkeypatch):
-    """Has ``run`` run fake cases, and draw a table of one word."""
-    whole = functools.partial(runner.run_sweep, target="fake_case:run_case", preload=())
-    monkeypatch.setattr(runner, "run_sweep", whole)
+def fake(monkeypatch, fake_server):
+    """Has ``run`` run fake cases and draw a table of one line."""
     monkeypatch.setattr(rlhfbench.runs.drawing, "draw_run", lambda run_dir, **_: f"table of {run_dir}")
 
 
@@ -169,7 +165,7 @@ def test_an_interrupt_says_how_to_go_on(call, monkeypatch):
     assert (code, out) == (130, "")
     assert err.splitlines() == [
         "Interrupted: 2 cases are recorded in a folder.",
-        "To go on: rlhfbench run --methods hydra --seq-lens 8 --batch-sizes 1 --out 'a folder' --resume",
+        "To resume: rlhfbench run --methods hydra --seq-lens 8 --batch-sizes 1 --out 'a folder' --resume",
     ]
 
 
@@ -231,9 +227,9 @@ WRONG = [
     (("run", "--time-budget-s", "0"), "time_budget_s is 0.0: it must be above 0."),
     (("run", "--memory-limit", "much"), "--memory-limit is 'much': it must be a size like 4GiB"),
     (("run", "--resume"), "--resume needs --out"),
-    (("run", "--out", "full"), "out 'full' holds files that are no run: name an empty or a new folder."),
+    (("run", "--out", "full"), "out 'full' holds files of something else: name an empty or a new folder."),
     (("run", "--out", "good.jsonl/x"), "out 'good.jsonl/x' cannot be written: Not a directory."),
-    (("run", "--out", "old"), "out 'old' holds another run: add --resume to go on with it, or name a new folder."),
+    (("run", "--out", "old"), "out 'old' holds another run: add --resume to continue it, or name a new folder."),
     (("run", "--sed", "1"), "No such option: --sed"),
     (("rum",), "No such command 'rum'"),
     (("report", "absent"), "records file 'absent' cannot be read: No such file or directory."),
@@ -284,7 +280,7 @@ def test_ctrl_c_and_sigterm_leave_a_run_that_can_be_resumed(tmp_path):
             _, err = harness.communicate(timeout=60)
         assert harness.returncode == 130
         assert "Traceback" not in err
-        assert err.splitlines()[-1].startswith("To go on: rlhfbench run ")
+        assert err.splitlines()[-1].startswith("To resume: rlhfbench run ")
         assert read_records(out) == []
 
 
@@ -385,10 +381,11 @@ def test_the_public_face_is_what_it_says():
         "RecordsError",
         "RlhfBenchError",
         "RunFolderError",
-        "RunSettings",
+        "RunOptions",
         "Sweep",
         "SweepError",
         "__version__",
+        "plan",
         "read_records",
         "run_sweep",
     ]

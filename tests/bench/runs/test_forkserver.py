@@ -14,9 +14,7 @@ from rlhfbench.runs.forkserver_process import Lines
 HERE = Path(__file__).parents[1]
 
 
-@pytest.fixture(autouse=True)
-def fake_case_can_be_imported(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
+pytestmark = pytest.mark.usefixtures("fake_case_path")
 
 
 @pytest.fixture
@@ -218,7 +216,7 @@ def test_a_harness_killed_with_kill_9_leaves_nothing_behind(tmp_path):
         assert all(is_gone(pid, within_s=3.0) for pid in pids)
 
 
-def test_a_harness_killed_while_its_server_imports_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_a_harness_killed_while_its_server_imports_leaves_nothing_behind(tmp_path, monkeypatch, fake_case_path):
     os.mkfifo(tmp_path / "pid")
     (tmp_path / "slow_to_import.py").write_text(
         "import os, time\n"
@@ -226,9 +224,9 @@ def test_a_harness_killed_while_its_server_imports_leaves_nothing_behind(tmp_pat
         "    f.write(str(os.getpid()))\n"
         "time.sleep(600)\n"
     )
-    monkeypatch.setenv("PYTHONPATH", f"{HERE}:{tmp_path}")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{fake_case_path}")
     with start_harness(tmp_path / "run", *HANG, preload="slow_to_import") as harness:
-        with (tmp_path / "pid").open(opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as pid:
+        with open(tmp_path / "pid", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as pid:
             assert select.select([pid], [], [], 60)[0], "the server did not import the module"
             server = int(pid.read())
         harness.kill()

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+import rlhfbench
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.cli import main as cli
-from rlhfbench.cli import plans as plan_verb
 from rlhfbench.planning import devices
 from rlhfbench.planning.max_batch import MOST_SEQUENCES
+from rlhfbench.planning.plans import plan_objects
 from rlhfbench.records.timelines import read_timeline
 from rlhfkernels import Case
 
@@ -95,7 +96,7 @@ def test_without_a_gpu_nothing_is_said_to_fit(make_case: Callable[..., Case]) ->
     sweep = Sweep.from_spec(
         {"models": make_case().model, "methods": ["hydra"], "seq_lens": [8], "batch_sizes": [1], "device": "cuda"}
     )
-    (plan,) = plan_verb.make_plans(sweep, gpu=None, zero={})
+    (plan,) = plan_objects(rlhfbench.plan(sweep))
     assert (plan["fits"], plan["max_batch_size"], plan["floor"]["gpu"]) == (None, None, None)
 
 
