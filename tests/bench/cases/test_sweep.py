@@ -22,13 +22,28 @@ def problems(spec):
     return caught.value.problems
 
 
-def test_the_default_sweep_is_all_methods_at_three_lengths_and_two_batch_sizes():
+PPO_METHODS = ["full", "lora", "dynamic-lora", "joined-hydra", "hydra"]
+
+
+def test_the_default_sweep_is_ppo_at_three_lengths_and_two_batch_sizes():
     cases = Sweep.from_spec({}).cases
-    assert {case.method for case in cases} == set(METHODS)
+    assert {case.method for case in cases} == set(PPO_METHODS)
     assert {case.model for case in cases} == {"tiny"}
     assert len({case.seq_len for case in cases}) >= 3
     assert len({case.batch_size for case in cases}) >= 2
-    assert len(cases) == len(METHODS) * len({c.seq_len for c in cases}) * len({c.batch_size for c in cases})
+    assert len(cases) == len(PPO_METHODS) * len({c.seq_len for c in cases}) * len({c.batch_size for c in cases})
+
+
+def test_methods_are_selected_by_row_family_and_all():
+    def methods_of(*names):
+        return [case.method for case in Sweep.from_spec({**GRID, "methods": list(names)}).cases]
+
+    assert methods_of("ppo") == PPO_METHODS
+    assert methods_of("all") == list(METHODS)
+    assert methods_of("hydra", "ppo", "lora") == ["hydra", "full", "lora", "dynamic-lora", "joined-hydra"]
+    table = {"method": "ppo", "model": "tiny", "seq_len": 8, "batch_size": 1}
+    assert [case.method for case in Sweep.from_spec({"cases": [table]}).cases] == PPO_METHODS
+    assert "method 'dp' is unknown" in problems({**GRID, "methods": ["ppo", "dp"]})[0]
 
 
 def test_smaller_cases_come_first_and_the_methods_of_one_size_stand_together():
@@ -124,7 +139,7 @@ def test_every_problem_is_told_at_once_with_the_nearest_names():
         ({"batch_sizes": [True]}, "batch_sizes has True: it must be a whole number of at least 1."),
         ({"batch_sizes": [1.5]}, "batch_sizes has 1.5: it must be a whole number of at least 1."),
         ({"seq_lens": [1]}, "seq_lens has 1: it must be a whole number of at least 2."),
-        ({"prompt_lens": [4]}, "seq_lens stands beside prompt_lens or completion_lens: give one or the other."),
+        ({"prompt_lens": [4]}, "seq_lens is given with prompt_lens or completion_lens: give one or the other."),
         ({"prompt_fraction": 1}, "prompt_fraction is 1: it must be a number between 0 and 1."),
         ({"prompt_fraction": "half"}, "prompt_fraction is 'half': it must be a number between 0 and 1."),
         ({"options": 3}, "options is 3: it must be a table."),

@@ -1,4 +1,7 @@
+import dataclasses
+import inspect
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -9,11 +12,17 @@ import pytest
 import rlhfbench
 import rlhfbench.runs.drawing
 from rlhfbench.cases.sizes import parse_size
+from rlhfbench.cases.sweep import DEFAULT_GRID
 from rlhfbench.cli import main as cli
 from rlhfbench.errors import ForkServerError, RecordsError, SweepError
 from rlhfbench.records.file import read_records
 from rlhfbench.records.frame import records_frame
 from rlhfbench.runs import runner
+from rlhfbench.runs.max_batch import find_max_batches
+from rlhfbench.runs.options import RunOptions
+from rlhfkernels.config.case import Case
+from rlhfkernels.config.options import Options
+from rlhfkernels.config.settings import SETTINGS
 from rlhfkernels.methods.table import METHODS
 from rlhfkernels.models.presets import PRESETS
 
@@ -66,7 +75,8 @@ def test_every_flag_reaches_the_case_and_the_settings(call, tmp_path):
     code, out, _ = call(
         "run", "--model", "gpt2", "--methods", "lora", "--seq-lens", "10", "--batch-sizes", "4", "--prompts", "p.jsonl",
         "--prompt-field", "q", "--prompt-fraction", "0.2", "--device", "cpu", "--dtype", "bfloat16", "--lora-rank", "4",
-        "--seed", "3", "--option", "ppo.gamma=0.5", "--option", "ppo.num_mini_batches=2", "--time-budget-s", "1.5",
+        "--demonstrations", "d.jsonl", "--pairs", "x.jsonl", "--seed", "3",
+        "--option", "ppo.gamma=0.5", "--option", "ppo.num_mini_batches=2", "--time-budget-s", "1.5",
         "--case-timeout-s", "9", "--memory-limit", "1GiB", "--threads", "1", "--profile", "--with-plan", "--json",
     )  # fmt: skip
     assert code == 3  # the fake has no behaviour called q
@@ -74,7 +84,12 @@ def test_every_flag_reaches_the_case_and_the_settings(call, tmp_path):
     case, options = record["case"], record["case"]["options"]
     assert (case["model"], case["method"], case["prompt_len"], case["completion_len"]) == ("gpt2", "lora", 2, 8)
     assert (case["batch_size"], case["dtype"], options["lora"]["r"], case["seed"]) == (4, "bfloat16", 4, 3)
-    assert (options["data"]["prompts"], options["data"]["prompt_field"]) == ("p.jsonl", "q")
+    assert options["data"] == {
+        "prompts": "p.jsonl",
+        "prompt_field": "q",
+        "demonstrations": "d.jsonl",
+        "pairs": "x.jsonl",
+    }
     assert (options["ppo"]["gamma"], options["ppo"]["num_mini_batches"]) == (0.5, 2)
     (folder,) = tmp_path.glob("rlhfbench-run-*Z")
     settings = json.loads((folder / "environment.json").read_text())["settings"]
@@ -93,7 +108,7 @@ def test_every_flag_reaches_the_case_and_the_settings(call, tmp_path):
     [
         (("--device", "cuda"), "it runs on a CPU, so device must be 'cpu'."),
         (("--dtype", "bfloat16"), "it has no bfloat16, so dtype must be float32."),
-        ((), "its C cannot be compiled here (CC is '/nonexistent', which is no command)."),
+        ((), "its C code cannot be compiled here (CC is '/nonexistent', which is no command)."),
     ],
     ids=["on a GPU", "in bfloat16", "without a compiler"],
 )
@@ -341,16 +356,90 @@ def test_version_and_help(call):
     assert "--seq-lens" in out
 
 
-@pytest.mark.parametrize("verb", [(), ("run",), ("report",), ("methods",), ("models",)])
-def test_help_imports_nothing_heavy(verb):
+VERBS = ("run", "plan", "report", "methods", "models")
+
+
+@pytest.mark.parametrize("arguments", [(), *((verb,) for verb in VERBS)])
+def test_help_imports_nothing_heavy(arguments):
+    """Keeps ``--help`` under half a second. Newer versions of typer import pydantic to parse any command."""
     code = (
         "import sys\nfrom rlhfbench.cli import main as cli\n"
-        f"cli.invoke([*{verb!r}, '--help'])\n"
-        "heavy = {'torch', 'transformers', 'pandas', 'numpy', 'matplotlib', 'psutil', 'rich.progress'}\n"
-        "sys.exit(bool(heavy & set(sys.modules)))"
+        "heavy = {'torch', 'transformers', 'pandas', 'numpy', 'matplotlib', 'psutil', 'rich', 'multiprocessing'}\n"
+        "assert not (heavy | {'pydantic'}) & set(sys.modules), 'importing the verbs'\n"
+        f"code = cli.invoke([*{arguments!r}, '--help'])\n"
+        "sys.exit(code or sorted(heavy & set(sys.modules)) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_ends_with_examples_that_parse_and_exit_codes(call, verb):
+    code, out, _ = call(verb, "--help")
+    assert code == 0
+    *_, examples, exit_codes = out.strip().split("\n\n")
+    assert exit_codes.split()[:2] == ["Exit", "codes:"]
+    title, *lines = examples.splitlines()
+    assert title.strip() == "Examples:"
+    for line in lines:
+        words = line.split()
+        assert words[:2] == ["rlhfbench", verb]
+        assert {word for word in words if word.startswith("--")} <= set(out.split())
+
+
+def help_by_option(text):
+    """The help of each option, on one line."""
+    parts = re.split(r"^  (--[\w-]+)", text, flags=re.MULTILINE)
+    return {flag: " ".join(part.split()) for flag, part in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+def test_help_lists_options_in_sections(call):
+    out = call("run", "--help")[1]
+    titles = [line for line in out.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert titles == ["Cases:", "Training data:", "Device and weights:", "Measurement:", "Output:", "Other:"]
+
+
+def test_help_states_the_real_defaults(call):
+    helps = help_by_option(call("run", "--help")[1])
+    options, flat, case = RunOptions(), Options().flat(), {f.name: f.default for f in dataclasses.fields(Case)}
+    limit = inspect.signature(find_max_batches).parameters["limit"].default
+    for flag, default in {
+        "--time-budget-s": f"{options.time_budget_s:g}",
+        "--case-timeout-s": f"{options.case_timeout_s:g}",
+        "--max-batch-limit": limit,
+        "--lora-rank": flat["lora.r"],
+        "--prompt-field": flat["data.prompt_field"],
+        "--seed": case["seed"],
+        "--dtype": case["dtype"],
+        "--methods": DEFAULT_GRID["methods"][0],
+        "--setting": next(iter(SETTINGS)),
+    }.items():
+        assert f"[default: {default}]" in helps[flag]
+
+
+def test_plan_takes_every_option_of_run_that_defines_a_case(call):
+    def options(verb):
+        return set(help_by_option(call(verb, "--help")[1]))
+
+    only_run = {
+        "--time-budget-s", "--case-timeout-s", "--memory-limit", "--threads", "--profile", "--with-plan",
+        "--max-batch", "--max-batch-limit", "--resume",
+    }  # fmt: skip
+    assert options("run") - options("plan") == only_run
+    assert options("plan") - options("run") == {"--gpu", "--zero-stage", "--world-size", "--global-batch"}
+
+
+def test_methods_lists_the_options_by_group_with_default_rule_and_meaning(call):
+    code, out, _ = call("methods", "--options")
+    assert code == 0
+    assert "  ppo.kl_coef=0.02  (a finite number of at least 0)\n      β of the per-token penalty" in out
+    assert "  engine.gradient_checkpointing=false  (true or false)\n" in out
+    assert [line for line in out.splitlines() if line and not line.startswith(" ")] == [
+        group.name for group in dataclasses.fields(Options)
+    ]
+    rows = json.loads(call("methods", "--options", "--json")[1])
+    assert {row["name"]: row["default"] for row in rows} == Options().flat()
+    assert all(set(row) == {"name", "default", "rule", "meaning"} for row in rows)
 
 
 @pytest.mark.parametrize(

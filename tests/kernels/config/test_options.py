@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhfkernels.config.case import Case, option_annotations
+from rlhfkernels.config.meanings import option_meanings
 from rlhfkernels.config.options import RENAMED_OPTIONS, Options, option_fields
 
 GOOD = {"method": "hydra", "model": "tiny", "prompt_len": 4, "completion_len": 4, "batch_size": 4}
@@ -42,6 +43,18 @@ def test_every_option_survives_a_record(values: dict[str, object]) -> None:
     assert again == case
     assert again.id == case.id
     assert (again.id == Case(**GOOD).id) == (case.options == Options())
+
+
+def test_every_option_has_a_meaning_of_its_own() -> None:
+    meanings = option_meanings()
+    assert list(meanings) == list(Options().flat())
+    assert all(meanings.values())
+    assert len(set(meanings.values())) == len(meanings)
+    assert meanings["lora.alpha"] == (
+        "the low-rank product is multiplied by ``alpha / r``, as in PEFT. ``None`` is ``r``, a factor of 1. "
+        "Hydra-RLHF's code used an alpha of 1."
+    )
+    assert meanings["ppo.num_mini_batches"] == "optimizer steps per epoch."
 
 
 def test_every_option_has_a_rule() -> None:
