@@ -1,4 +1,4 @@
-"""The rules that annotations state, checked by pydantic and worded as one sentence a problem."""
+"""Checks values against annotated types with pydantic, and words each broken rule as one sentence."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def _shown(value: object) -> str:
     try:
         text = repr(value)
     except ValueError:  # an integer of more digits than Python converts
-        return "a number of thousands of digits"
+        return "an integer of thousands of digits"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def literal_choices(annotation: Any) -> list[str]:
-    """The values that an annotation lists, ``none`` included where it may be absent; empty where it lists none."""
+    """The values of a ``Literal``, with ``none`` if the value may be absent; empty for other annotations."""
     parts = _alternatives(annotation)
     found = [str(choice) for part in parts if typing.get_origin(part) is Literal for choice in typing.get_args(part)]
     return [*found, *(["none"] if found and type(None) in parts else [])]
@@ -93,7 +93,7 @@ def _rule_of(annotation: Any) -> str:
 
 
 def accepts(annotation: Any, kind: type) -> bool:
-    """Whether a value of ``kind`` may stand there."""
+    """True if the annotation is ``kind``, or a union with it."""
     return any(_split(part)[0] is kind for part in _alternatives(annotation))
 
 
