@@ -50,7 +50,7 @@ def describe(*, argv: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]
 
 
 def source(folder: Path) -> dict[str, Any]:
-    """``{"commit", "dirty"}`` of the git checkout that ``folder`` belongs to; both ``None`` for an installed package."""
+    """``{"commit", "dirty"}`` of the git checkout that tracks ``folder``; both ``None`` for an installed package."""
     commit = dirty = None
     # A package installed into an environment inside somebody's checkout is not part of that checkout.
     if _git(folder, "ls-files", "--error-unmatch", "__init__.py") is not None:

@@ -193,7 +193,7 @@ def find_max_batches(
             found.append(searched.run(cases.try_case, planned=planned))
             _write(out_dir, found)
 
-    return runner.run_cases(search, sweep, out_dir, options, resume, progress), found
+    return runner.run_cases(search, sweep, out_dir, options, resume=resume, progress=progress), found
 
 
 def _smallest_batches(sweep: Sweep) -> Iterator[Case]:

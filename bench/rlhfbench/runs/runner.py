@@ -73,7 +73,9 @@ def run_sweep(
         RecordsError: the records cannot be read, or cannot be written (a full disk).
         ForkServerError: the process that cases are forked from does not start.
     """
-    return run_cases(lambda runner: runner.run_missing(sweep.cases), sweep, out_dir, options, resume, progress)
+    return run_cases(
+        lambda runner: runner.run_missing(sweep.cases), sweep, out_dir, options, resume=resume, progress=progress
+    )
 
 
 def run_cases(
@@ -81,8 +83,9 @@ def run_cases(
     sweep: Sweep,
     out_dir: str | Path,
     options: RunOptions | None,
+    *,
     resume: bool,
-    progress: Progress | None = None,
+    progress: Progress | None,
 ) -> RunResult:
     """Opens the folder of a run, calls ``run`` with a runner in it, and returns what was recorded.
 

@@ -143,7 +143,7 @@ def test_every_problem_is_told_at_once_with_the_nearest_names():
         ({"prompt_fraction": 1}, "prompt_fraction is 1: it must be a number between 0 and 1."),
         ({"prompt_fraction": "half"}, "prompt_fraction is 'half': it must be a number between 0 and 1."),
         ({"options": 3}, "options is 3: it must be a table."),
-        ({"options": {"lora.target_modules": 3}}, "lora.target_modules is 3: it must be a text that is not empty."),
+        ({"options": {"lora.target_modules": 3}}, "lora.target_modules is 3: it must be a non-empty string."),
         (
             {"options": {"engine": {"gradient_checkpointing": 1}}},
             "engine.gradient_checkpointing is 1: it must be true or false.",

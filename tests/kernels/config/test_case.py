@@ -111,7 +111,7 @@ def test_an_integer_for_a_float_is_the_same_case() -> None:
         ),
         (
             {"options": Options.of({"lora.alpha": float("inf")})},
-            "lora.alpha is inf: it must be a finite number or absent.",
+            "lora.alpha is inf: it must be a finite number or none.",
         ),
         ({"options": Options.of({"ppo.reward_clip": -1.0})}, "ppo.reward_clip is -1.0"),
         (
@@ -152,12 +152,11 @@ def test_an_integer_for_a_float_is_the_same_case() -> None:
         ),
         (
             {"options": Options.of({"rollout.reward_model": "tiny"})},
-            "rollout.reward_model is 'tiny': method 'hydra' has no base of its own for the reward, so it "
-            "must be absent.",
+            "rollout.reward_model is 'tiny': method 'hydra' has no base of its own for the reward, so it must be none.",
         ),
         (
             {"method": "lora", "options": Options.of({"rollout.reward_model": ""})},
-            "rollout.reward_model is '': it must be a text that is not empty or absent.",
+            "rollout.reward_model is '': it must be a non-empty string or none.",
         ),
     ],
 )
