@@ -34,7 +34,7 @@ def test_a_folder_with_another_run(tmp_path):
 
 def test_a_folder_with_something_else(tmp_path):
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(RunFolderError, match="holds files that are no run"):
+    with pytest.raises(RunFolderError, match="holds files of something else: name an empty or a new folder"):
         RunFolder(tmp_path).prepare(SWEEP, resume=True)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +12,9 @@ from hypothesis import strategies as st
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.errors import SweepError
 from rlhfbench.records.file import make_record, read_records
-from rlhfbench.runs import max_batch as maxbatch
-from rlhfbench.runs import runner
-from rlhfbench.runs.max_batch import Found, Search, find_max_batches, max_batch_frame
-from rlhfbench.runs.runner import RunSettings
+from rlhfbench.runs import max_batch
+from rlhfbench.runs.max_batch import MaxBatchResult, MaxBatchSearch, find_max_batches, max_batch_frame
+from rlhfbench.runs.options import RunOptions
 from rlhfkernels import Case, Options
 
 CASE = Case(method="hydra", model="tiny", prompt_len=4, completion_len=4, batch_size=1)
@@ -30,7 +28,7 @@ def record(case: Case, outcome: str, total_bytes: int | None = None) -> dict[str
     return make_record(case, outcome=outcome, error=error, measured={"memory": memory}, started_at="", wall_s=0.0)
 
 
-def search(fits: int, *, start: int = 1, limit: int = 512, available_gib: float | None = None) -> Found:
+def search(fits: int, *, start: int = 1, limit: int = 512, available_gib: float | None = None) -> MaxBatchResult:
     """A device on which ``fits`` sequences have room; a step takes 1 GiB, and 1 GiB a sequence."""
 
     def try_case(case: Case) -> dict[str, object]:
@@ -39,10 +37,10 @@ def search(fits: int, *, start: int = 1, limit: int = 512, available_gib: float 
 
     available_bytes = None if available_gib is None else int(available_gib * GIB)
     case = dataclasses.replace(CASE, batch_size=start)
-    return Search(case, limit=limit, available_bytes=available_bytes).run(try_case, planned=7)
+    return MaxBatchSearch(case, limit=limit, available_bytes=available_bytes).run(try_case, planned=7)
 
 
-def sizes(found: Found) -> list[int]:
+def sizes(found: MaxBatchResult) -> list[int]:
     return [size for size, _, _ in found.tries]
 
 
@@ -89,26 +87,23 @@ def test_another_failure_ends_the_search_and_is_no_size(outcome: str) -> None:
     def try_case(case: Case) -> dict[str, object]:
         return record(case, "ok" if case.batch_size < 4 else outcome, GIB)
 
-    found = Search(CASE, limit=512, available_bytes=None).run(try_case)
+    found = MaxBatchSearch(CASE, limit=512, available_bytes=None).run(try_case)
     assert (found.largest_ok, found.smallest_failing) == (2, None)
     assert found.stopped_because == f"batch 4 ended as {outcome}: it says why."
-    at_once = Search(dataclasses.replace(CASE, batch_size=4), limit=512, available_bytes=None).run(try_case)
+    at_once = MaxBatchSearch(dataclasses.replace(CASE, batch_size=4), limit=512, available_bytes=None).run(try_case)
     assert at_once.largest_ok is None
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> None:
+def fake(monkeypatch: pytest.MonkeyPatch, fake_server: None) -> None:
     """Has tries be fake cases, on a host of 64 GiB for which 5 sequences are planned."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
-    whole = functools.partial(runner.run_sweep, target="fake_case:run_case", preload=())
-    monkeypatch.setattr(runner, "run_sweep", whole)
-    monkeypatch.setattr(maxbatch, "host_available_bytes", lambda: 64 * GIB)
-    monkeypatch.setattr(maxbatch, "_planned", lambda case, usable_bytes, limit: min(5, limit))
+    monkeypatch.setattr(max_batch, "host_available_bytes", lambda: 64 * GIB)
+    monkeypatch.setattr(max_batch, "_planned", lambda case, usable_bytes, limit: min(5, limit))
 
 
-def find(out: Path, kind: str, *, limit: int = 512, resume: bool = False, **settings: object) -> list[Found]:
-    sweep = Sweep.from_spec({**SPEC, "options": {"prompt_field": kind}})
-    return find_max_batches(sweep, out, RunSettings(**settings), limit=limit, resume=resume)[1]
+def find(out: Path, kind: str, *, limit: int = 512, resume: bool = False, **options: object) -> list[MaxBatchResult]:
+    sweep = Sweep.from_spec({**SPEC, "options": {"data.prompt_field": kind}})
+    return find_max_batches(sweep, out, RunOptions(**options), limit=limit, resume=resume)[1]
 
 
 @pytest.mark.usefixtures("fake")
@@ -164,15 +159,15 @@ def test_a_resumed_search_takes_the_tries_that_are_recorded(tmp_path: Path) -> N
     [
         ({}, 0, "max-batch-limit is 0: it must be a whole number of at least 1."),
         (
-            {"batch_sizes": [4], "options": {"micro_batch_size": 2}},
+            {"batch_sizes": [4], "options": {"engine.micro_batch_size": 2}},
             512,
-            "--max-batch tries each batch whole: leave out options.engine.micro_batch_size and num_mini_batches.",
+            "--max-batch tries each batch whole: leave out engine.micro_batch_size and ppo.num_mini_batches.",
         ),
     ],
 )
 def test_what_cannot_be_searched_is_said(tmp_path: Path, spec: dict[str, object], limit: int, sentence: str) -> None:
     with pytest.raises(SweepError) as caught:
-        find_max_batches(Sweep.from_spec({**SPEC, **spec}), tmp_path / "run", RunSettings(), limit=limit)
+        find_max_batches(Sweep.from_spec({**SPEC, **spec}), tmp_path / "run", RunOptions(), limit=limit)
     assert caught.value.problems == (sentence,)
     assert not (tmp_path / "run").exists()
 
@@ -182,10 +177,10 @@ def test_what_is_planned_is_the_plans_answer_up_to_the_limit(make_case: Callable
 
     case = make_case("hydra", dtype="float32")
     room = plan_case(dataclasses.replace(case, batch_size=9)).total_bytes + 10
-    assert maxbatch._planned(case, room, 512) == 9
-    assert maxbatch._planned(case, room, 4) == 4
+    assert max_batch._planned(case, room, 512) == 9
+    assert max_batch._planned(case, room, 4) == 4
     assert (
-        maxbatch._planned(dataclasses.replace(case, options=Options.of({"lora.target_modules": "absent"})), room, 4)
+        max_batch._planned(dataclasses.replace(case, options=Options.of({"lora.target_modules": "absent"})), room, 4)
         is None
     )
 
@@ -193,5 +188,5 @@ def test_what_is_planned_is_the_plans_answer_up_to_the_limit(make_case: Callable
 def test_a_host_gives_what_its_control_group_leaves() -> None:
     import psutil
 
-    assert 0 < maxbatch.host_available_bytes() <= psutil.virtual_memory().total
-    assert maxbatch.device_bytes("cuda:77") is None
+    assert 0 < max_batch.host_available_bytes() <= psutil.virtual_memory().total
+    assert max_batch.device_bytes("cuda:77") is None

@@ -3,7 +3,6 @@ import io
 import itertools
 import json
 import os
-from pathlib import Path
 
 import pytest
 
@@ -12,17 +11,16 @@ from rlhfbench.errors import RecordsError, RunFolderError, SweepError
 from rlhfbench.records.file import RecordsFile, read_records
 from rlhfbench.records.timelines import read_timeline
 from rlhfbench.runs import runner
+from rlhfbench.runs.options import RunOptions
 from rlhfbench.runs.progress import LineProgress
-from rlhfbench.runs.runner import RunSettings, dominates, run_sweep
+from rlhfbench.runs.runner import dominates, run_sweep
 from rlhfkernels.config.case import Case
 from rlhfkernels.config.options import Options
 
 CASE = Case(method="hydra", model="tiny", prompt_len=4, completion_len=4, batch_size=2)
 
 
-@pytest.fixture(autouse=True)
-def fake_case_can_be_imported(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+pytestmark = pytest.mark.usefixtures("fake_server")
 
 
 class Watching(LineProgress):
@@ -51,17 +49,8 @@ def sweep_of(*kinds, **changes):
     )
 
 
-def run(sweep, out, progress=None, **settings):
-    resume = settings.pop("resume", False)
-    return run_sweep(
-        sweep,
-        out,
-        RunSettings(**settings),
-        resume=resume,
-        progress=progress or Watching(),
-        target="fake_case:run_case",
-        preload=(),
-    )
+def run(sweep, out, progress=None, *, resume=False, **options):
+    return run_sweep(sweep, out, RunOptions(**options), resume=resume, progress=progress or Watching())
 
 
 def test_a_run_leaves_a_record_a_case_and_its_folder(tmp_path):
@@ -94,7 +83,7 @@ def test_a_case_gets_its_settings_and_the_ceilings_that_an_earlier_one_found(tmp
     assert asked["case"] == cases.cases[1].to_dict()
     assert asked["settings"] == {
         "time_budget_s": 3.0,
-        "precision": RunSettings().precision,
+        "precision": RunOptions().precision,
         "num_threads": None,
         "profile_dir": str(tmp_path / "b" / "traces" / cases.cases[1].id),
         "ceilings": {"matmul_flops_per_s": 1.0},
@@ -148,7 +137,7 @@ def test_a_timeline_is_kept_in_a_file_of_its_own(tmp_path):
 
 def test_every_way_to_die_is_an_outcome_and_the_run_goes_on(tmp_path):
     result = run(sweep_of("segfault", "exit", "die", "hang", "unknown", "ok"), tmp_path / "run", case_timeout_s=1.0)
-    by_kind = {r["case"]["options"]["prompt_field"]: r for r in result.records}
+    by_kind = {r["case"]["options"]["data"]["prompt_field"]: r for r in result.records}
     assert {kind: r["outcome"] for kind, r in by_kind.items()} == {
         "segfault": "crashed",
         "exit": "crashed",
@@ -160,10 +149,10 @@ def test_every_way_to_die_is_an_outcome_and_the_run_goes_on(tmp_path):
     assert by_kind["segfault"]["error"]["kind"] == "SIGSEGV"
     assert by_kind["segfault"]["error"]["phase"] == "score"
     assert by_kind["exit"]["error"]["message"] == (
-        "it exited with status 7 and left no result. Its last words: before the end"
+        "it exited with status 7 and left no result. Last line of its log: before the end"
     )
     assert by_kind["die"]["error"]["kind"] == "SIGKILL"
-    assert by_kind["hang"]["error"]["message"] == "it was not done after 1 s and was ended."
+    assert by_kind["hang"]["error"]["message"] == "it was killed after 1 s."
     assert "KeyError: 'unknown'" in by_kind["unknown"]["error"]["message"]
     log = tmp_path / "run" / "logs" / f"{by_kind['unknown']['case']['id']}.log"
     assert "Traceback" in log.read_text()
@@ -174,7 +163,7 @@ def test_a_kill_by_the_kernel_for_memory_is_oom(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "num_oom_kills", lambda: next(counter))
     result = run(sweep_of("die", "segfault"), tmp_path / "run")
     assert [r["outcome"] for r in result.records] == ["oom", "crashed"]
-    assert "memory was out" in result.records[0]["error"]["message"]
+    assert "it: the machine was out of memory." in result.records[0]["error"]["message"]
 
 
 def test_a_case_over_its_memory_limit_is_oom(tmp_path):
@@ -200,7 +189,7 @@ def test_cases_that_dominate_one_without_memory_are_skipped_and_name_it(tmp_path
         "models": "tiny",
         "seq_lens": [4, 8],
         "batch_sizes": [2, 4],
-        "options": {"prompt_field": "oom-from-batch-4"},
+        "options": {"data.prompt_field": "oom-from-batch-4"},
     }
     result = run(Sweep.from_spec(spec), tmp_path / "run")
     outcomes = {(r["case"]["method"], r["case"]["batch_size"], r["case"]["prompt_len"]): r for r in result.records}
@@ -219,11 +208,11 @@ def test_cases_that_dominate_one_without_memory_are_skipped_and_name_it(tmp_path
     [
         ({}, True),
         ({"prompt_len": 5}, True),
-        ({"completion_len": 5, "batch_size": 3, "lora_rank": 17}, True),
+        ({"completion_len": 5, "batch_size": 3, "options": Options.of({"lora.r": 17})}, True),
         ({"seed": 1}, True),
         ({"prompt_len": 3}, False),
         ({"completion_len": 9, "batch_size": 1}, False),
-        ({"lora_rank": 8}, False),
+        ({"options": Options.of({"lora.r": 8})}, False),
         ({"method": "lora"}, False),
         ({"model": "gpt2"}, False),
         ({"device": "cuda"}, False),
@@ -289,8 +278,7 @@ def test_a_full_disk_ends_the_run_in_a_sentence_and_it_is_resumed(tmp_path, monk
     monkeypatch.setattr(RecordsFile, "append", full)
     with pytest.raises(RecordsError):
         run(sweep, tmp_path / "run")
-    monkeypatch.undo()
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    monkeypatch.setattr(RecordsFile, "append", whole)
     assert run(sweep, tmp_path / "run", resume=True).num_ok == 2
 
 
@@ -309,7 +297,7 @@ def test_a_folder_in_use(tmp_path):
 
 def test_every_wrong_setting_is_told():
     with pytest.raises(SweepError) as caught:
-        RunSettings(time_budget_s=0, case_timeout_s=-1.0, num_threads=0, memory_limit_bytes=0)
+        RunOptions(time_budget_s=0, case_timeout_s=-1.0, num_threads=0, memory_limit_bytes=0)
     assert caught.value.problems == (
         "time_budget_s is 0: it must be above 0.",
         "num_threads is 0: it must be above 0.",
@@ -355,7 +343,7 @@ def test_absent_nvml_is_null_and_one_notice(tmp_path, monkeypatch):
     progress = Watching()
     result = run(sweep_of("ok", "chatter", device="cuda"), tmp_path / "run", progress)
     assert [r["memory"]["views"]["driver_peak_bytes"] for r in result.records] == [None, None]
-    assert progress.text.count("NVML cannot be asked") == 1
+    assert progress.text.count("NVML is not available") == 1
 
 
 def test_oom_kills_are_counted_where_the_kernel_tells():

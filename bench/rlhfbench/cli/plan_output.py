@@ -1,4 +1,4 @@
-"""What ``rlhfbench plan`` does: a plan for every case of a sweep, as a table, a picture, JSON and advice."""
+"""The outputs of ``rlhfbench plan``: a table, a picture, JSON and advice."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhfbench.cases import preflight
 from rlhfbench.cases.settings import setting_of
-from rlhfbench.cases.sweep import Sweep
 from rlhfbench.errors import RunFolderError
 from rlhfbench.planning.devices import find_accelerator
-from rlhfbench.planning.max_batch import plan_kinds
 from rlhfbench.records.timelines import write_timeline
 from rlhfbench.runs.folder import TIMELINES_NAME
 from rlhfkernels.methods.table import METHODS
@@ -21,51 +18,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def make_plans(
-    sweep: Sweep,
-    *,
-    gpu: str | None,
-    zero: dict[str, Any],
-    global_batch: bool = False,
-    timelines: dict[str, dict[str, Any]] | None = None,
-) -> list[dict[str, Any]]:
-    """One object a case, of one rank, with the keys of ``rlhfbench.planning.predict.plan_object``.
-
-    Args:
-        sweep: the cases.
-        gpu: an accelerator's name or a size; ``None`` leaves open what fits.
-        zero: the fields of ``Zero``.
-        global_batch: whether the batch sizes are over all ranks, not of one.
-        timelines: is given the timeline of each case, by its id; without it none is kept.
-
-    Raises:
-        SweepError: a model, a length, the accelerator or the division among ranks is wrong; every problem is named.
-    """
-    from rlhfbench.planning.zero import Zero, cases_of_a_rank
-
-    accelerator = None if gpu is None else find_accelerator(gpu)
-    ranks = Zero(**zero)
-    preflight.check_models(sweep)
-    cases = cases_of_a_rank(sweep.cases, ranks.world_size) if global_batch else sweep.cases
-    usable_bytes = None if accelerator is None else accelerator.usable_bytes
-    plans = plan_kinds(cases, ranks, usable_bytes=usable_bytes, with_timeline=timelines is not None)
-
-    from rlhfbench.planning import advice
-    from rlhfbench.planning.predict import plan_object
-
-    found = []
-    for planned in plans:
-        words = None
-        if accelerator is not None and planned.of_one is not None:
-            words = advice.advice(planned.of_one, accelerator)
-        found.append(plan_object(planned.plan, accelerator, planned.max_batch_size, words))
-        if timelines is not None and planned.plan.timeline is not None:
-            timelines[planned.plan.case.id] = planned.plan.timeline
-    return found
-
-
 def frame(plans: list[dict[str, Any]]) -> pd.DataFrame:
-    """The table that crosses to the reports: see ``rlhfreports.plans``."""
+    """The data frame that ``rlhfreports.plans`` draws: one row a plan."""
     import pandas as pd
 
     return pd.DataFrame(
@@ -89,21 +43,27 @@ def frame(plans: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def table(plans: list[dict[str, Any]], gpu: str | None) -> Table:
-    """The plans for the terminal."""
+    """The plans as a table for the terminal."""
     from rlhfreports.plans import plan_table
 
     return plan_table(frame(plans), caption=_caption(plans, gpu))
 
 
 def advice(plans: list[dict[str, Any]]) -> list[str]:
-    """What would help the cases that do not fit even with one sequence, each sentence once."""
+    """The advice for cases that do not fit even with one data row, each sentence once."""
     return list(dict.fromkeys(plan["advice"] for plan in plans if plan["advice"] is not None))
 
 
 def write(
     plans: list[dict[str, Any]], gpu: str | None, folder: Path, timelines: dict[str, dict[str, Any]] | None = None
 ) -> None:
-    """Writes ``plan.json``, ``plan.png`` and ``plan.svg``, and the ``timelines`` by case id into a folder beside them.
+    """Writes ``plan.json``, ``plan.png``, ``plan.svg`` and a folder of timelines.
+
+    Args:
+        plans: from ``plan_objects``.
+        gpu: the accelerator that they were made for; its memory is drawn as a line.
+        folder: where they go.
+        timelines: bytes over time, by case id.
 
     Raises:
         RunFolderError: the folder cannot be written.
@@ -134,7 +94,7 @@ def _caption(plans: list[dict[str, Any]], gpu: str | None) -> str:
     from rlhfbench.records.frame import records_frame
     from rlhfreports.columns import shared_axes_text
 
-    # The device is no machine's here: it only says how storages are counted.
+    # Left out: in a plan the device only decides the block size of storages.
     words = [shared_axes_text(records_frame(plans).assign(device=""))]
     stage, num_ranks = (plans[0]["zero"][key] for key in ("stage", "world_size"))
     if stage or num_ranks > 1:

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import rlhfbench
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.cli import main as cli
-from rlhfbench.cli import plans as plan_verb
 from rlhfbench.planning import devices
 from rlhfbench.planning.max_batch import MOST_SEQUENCES
+from rlhfbench.planning.plans import plan_objects
 from rlhfbench.records.timelines import read_timeline
 from rlhfkernels import Case
 
@@ -88,14 +90,45 @@ def test_both_settings_are_planned_side_by_side(
     assert "bfloat16 · LoRA rank 4" in text
     assert cli.invoke([*asked, "--json"]) == 0
     options = [plan["case"]["options"] for plan in json.loads(capsys.readouterr().out)]
-    assert [given["attention"] for given in options] == ["eager", "sdpa"] * 2
+    assert [given["engine"]["attn_implementation"] for given in options] == ["eager", "sdpa"] * 2
+
+
+def test_the_device_is_cuda_by_default_and_can_be_the_cpu(
+    make_case: Callable[..., Case], capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["plan", "--model", make_case().model, "--methods", "hydra", "--seq-lens", "8", "--batch-sizes", "1"]
+    asked += ["--seed", "3", "--json"]
+    totals = {}
+    for device in ("cuda", "cpu"):
+        assert cli.invoke([*asked, *(["--device", device] if device == "cpu" else [])]) == 0
+        (plan,) = json.loads(capsys.readouterr().out)
+        assert (plan["case"]["device"], plan["case"]["seed"]) == (device, 3)
+        totals[device] = plan["memory"]["total_bytes"]
+    assert totals["cpu"] < totals["cuda"]  # CUDA's allocator rounds every storage up to a block
+    assert cli.invoke([*asked, "--option", "engine.backend=native"]) == 2
+    assert "so device must be 'cpu'." in capsys.readouterr().err
+
+
+def test_a_case_and_a_sweep_are_planned_from_python(make_case: Callable[..., Case]) -> None:
+    case = make_case("hydra", device="cuda", dtype="float32")
+    (planned,) = rlhfbench.plan(case, gpu="24GiB", zero_stage=1, world_size=2, with_timeline=True)
+    assert planned.plan.case == case
+    assert planned.plan.zero.world_size == 2
+    assert planned.plan.timeline is not None
+    assert planned.max_batch_size >= case.batch_size
+    other = dataclasses.replace(case, method="lora")
+    plans = rlhfbench.plan(rlhfbench.Sweep(cases=(case, other)))
+    assert [item.plan.case for item in plans] == [case, other]
+    assert {item.max_batch_size for item in plans} == {None}
+    with pytest.raises(rlhfbench.SweepError, match="too long for model"):
+        rlhfbench.plan(dataclasses.replace(case, prompt_len=5000))
 
 
 def test_without_a_gpu_nothing_is_said_to_fit(make_case: Callable[..., Case]) -> None:
     sweep = Sweep.from_spec(
         {"models": make_case().model, "methods": ["hydra"], "seq_lens": [8], "batch_sizes": [1], "device": "cuda"}
     )
-    (plan,) = plan_verb.make_plans(sweep, gpu=None, zero={})
+    (plan,) = plan_objects(rlhfbench.plan(sweep))
     assert (plan["fits"], plan["max_batch_size"], plan["floor"]["gpu"]) == (None, None, None)
 
 
