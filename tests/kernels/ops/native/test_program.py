@@ -75,12 +75,12 @@ def test_large_weights_take_more_threads(draw: Callable[..., torch.Tensor]) -> N
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        decode, many = Program(), Program()
-        decode.skinny_linear(draw(1, 8), draw(8, 8), draw(1, 8))
-        many.skinny_linear(draw(1, 256), draw(256, 256), draw(1, 256))
-        assert (decode._num_threads(), many._num_threads()) == (1, 2)
+        small, large = Program(), Program()
+        small.skinny_linear(draw(1, 8), draw(8, 8), draw(1, 8))
+        large.skinny_linear(draw(1, 256), draw(256, 256), draw(1, 256))
+        assert (small._num_threads(), large._num_threads()) == (1, 2)
         torch.set_num_threads(1)
-        assert many._num_threads() == 1
+        assert large._num_threads() == 1
     finally:
         torch.set_num_threads(before)
 
