@@ -7,7 +7,7 @@ import torch
 import rlhfbench.measure
 from rlhfbench.runs import worker
 from rlhfkernels.config.case import Case
-from rlhfkernels.errors import CaseError, ModelError, NumericalError, PromptsError
+from rlhfkernels.errors import CaseError, DataError, ModelError, NumericalError
 
 CASE = Case(method="hydra", model="tiny", prompt_len=4, completion_len=4, batch_size=1)
 SETTINGS = {"time_budget_s": 1.0, "precision": 0.1, "num_threads": 1, "profile_dir": None, "ceilings": None}
@@ -76,7 +76,7 @@ def test_a_plan_that_fails_says_why(capsys):
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "oom"),
         (CaseError(["prompt_len is 9: too long."]), "invalid"),
         (ModelError("no such model"), "invalid"),
-        (PromptsError("empty"), "invalid"),
+        (DataError("empty"), "invalid"),
         (NumericalError("the loss is nan"), "invalid"),
         (RuntimeError("shapes do not match"), "crashed"),
         (ValueError("out of memory"), "crashed"),
