@@ -1,4 +1,4 @@
-"""Fake cases, which behave as their option ``data.prompt_field`` says. As a program: the command line with fake cases."""
+"""Fake cases: each behaves as its ``data.prompt_field`` says. As a program: the command line with fake cases."""
 
 import functools
 import os
