@@ -1,4 +1,4 @@
-"""A case that needs no model: does what its ``prompt_field`` says. As a program it is a harness around such cases."""
+"""Fake cases: each behaves as its ``data.prompt_field`` says. As a program: the command line with fake cases."""
 
 import functools
 import os
@@ -138,7 +138,7 @@ PLANS = {"plan-fails": _unplannable, "plan-dies": _die_between_messages}
 
 
 class EchoProgress(LineProgress):
-    """Says on standard output what a case is doing, for a test that waits for it."""
+    """Prints the stage of a case to standard output, for a test that waits for it."""
 
     def __init__(self):
         super().__init__(sys.stderr)

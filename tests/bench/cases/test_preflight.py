@@ -74,7 +74,7 @@ def test_files_and_paths(tmp_path):
     assert "does not exist" in sentence("./absent")
 
 
-def test_an_unknown_name_has_its_nearest():
+def test_an_unknown_model_suggests_the_nearest_preset():
     assert "model 'tinny' is unknown: did you mean 'tiny'?" in sentence("tinny")
 
 
@@ -86,7 +86,7 @@ def test_an_unknown_name_has_its_nearest():
         ("OSError", "the hub does not answer (OSError)"),
     ],
 )
-def test_a_hub_id_that_cannot_be_had(monkeypatch, error, says):
+def test_a_hub_id_that_cannot_be_downloaded(monkeypatch, error, says):
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -114,7 +114,7 @@ def test_a_hub_id_without_a_network(monkeypatch):
     )
 
 
-def test_a_proxy_is_trusted_to_know_the_way(monkeypatch):
+def test_behind_a_proxy_no_direct_connection_is_tried(monkeypatch):
     monkeypatch.setattr(preflight.urllib.request, "getproxies", lambda: {"https": "http://proxy"})
     monkeypatch.setattr(preflight.socket, "create_connection", lambda *_, **__: pytest.fail("asked the hub"))
     assert preflight._is_hub_reachable()
@@ -135,7 +135,7 @@ def test_a_length_beyond_the_positions(checkpoint):
     assert "it has 16 positions" in problem
 
 
-def test_a_reward_model_is_looked_at_too(checkpoint):
+def test_a_reward_model_is_checked_too(checkpoint):
     def told(reward, **config):
         (checkpoint / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_positions": 16, **config}))
         return problems(methods=["lora"], options={"rollout.reward_model": reward}, seq_lens=[18])
@@ -150,12 +150,12 @@ def test_a_reward_model_is_looked_at_too(checkpoint):
     assert set(preflight.check(Sweep.from_spec({**GRID, "methods": ["lora"]}))) == {"tiny"}
 
 
-def test_cuda_where_there_is_none(monkeypatch):
+def test_cuda_without_a_cuda_device(monkeypatch):
     monkeypatch.setattr(preflight, "num_cuda_devices", lambda: 0)
     assert problems(device="cuda") == ("device 'cuda': this machine has no CUDA device.",)
 
 
-def test_a_cuda_device_that_is_not_there(monkeypatch):
+def test_a_cuda_index_out_of_range(monkeypatch):
     monkeypatch.setattr(preflight, "num_cuda_devices", lambda: 2)
     assert problems(device="cuda:2") == ("device 'cuda:2': this machine has 2 CUDA devices, counted from 0.",)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.11.0+cpu")
@@ -173,7 +173,7 @@ def test_devices_are_counted_by_nvml(monkeypatch):
     assert calls == ["nvmlInit", "nvmlDeviceGetCount", "nvmlShutdown"]
 
 
-def test_an_optimizer_of_a_package_that_is_not_installed(monkeypatch):
+def test_an_optimizer_whose_package_is_not_installed(monkeypatch):
     monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
     assert problems(options={"optimizer.name": "adamw8bit"}) == (
         "optimizer.name is 'adamw8bit': it needs bitsandbytes, which is not installed "
@@ -182,7 +182,7 @@ def test_an_optimizer_of_a_package_that_is_not_installed(monkeypatch):
     preflight.check_models(Sweep.from_spec({**GRID, "options": {"optimizer.name": "adamw8bit"}}))
 
 
-def test_kernels_of_a_package_that_is_not_installed(monkeypatch):
+def test_a_backend_whose_package_is_not_installed(monkeypatch):
     monkeypatch.setattr(preflight, "num_cuda_devices", lambda: 1)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.11.0+cu128")
     monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
@@ -195,7 +195,7 @@ def test_kernels_of_a_package_that_is_not_installed(monkeypatch):
     assert preflight.check(Sweep.from_spec({**GRID, "device": "cuda"}))  # ``auto`` asks for nothing
 
 
-def test_kernels_in_c_without_a_compiler(monkeypatch, tmp_path):
+def test_the_native_backend_without_a_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", "/nonexistent")
     assert problems(options={"engine.backend": "native"}) == (
@@ -210,13 +210,13 @@ def test_prompts_are_read_before_anything_runs(tmp_path):
     assert "cannot be read: No such file" in problem
 
 
-def test_every_problem_is_told_at_once(tmp_path, monkeypatch):
+def test_every_problem_is_reported_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "num_cuda_devices", lambda: 0)
     found = problems(models=["tinny", "gpt2"], seq_lens=[1025], device="cuda", options={"data.prompts": str(tmp_path)})
     assert len(found) == 4
 
 
-def test_looking_ahead_imports_no_torch():
+def test_preflight_imports_no_torch():
     code = (
         "import sys\nfrom rlhfbench.cases import preflight\nfrom rlhfbench.cli import main\n"
         "from rlhfbench.runs import runner\n"
@@ -226,7 +226,7 @@ def test_looking_ahead_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_dtype_that_the_processor_emulates_is_told_once(tmp_path):
+def test_a_dtype_that_the_cpu_emulates_gives_one_warning(tmp_path):
     cpuinfo = tmp_path / "cpuinfo"
     sweep = Sweep.from_spec({**GRID, "batch_sizes": [1, 2], "dtype": "bfloat16"})
     cpuinfo.write_text("flags\t\t: fpu avx2 avx512f\n")

@@ -46,7 +46,7 @@ def test_methods_are_selected_by_row_family_and_all():
     assert "method 'dp' is unknown" in problems({**GRID, "methods": ["ppo", "dp"]})[0]
 
 
-def test_smaller_cases_come_first_and_the_methods_of_one_size_stand_together():
+def test_cases_are_ordered_by_batch_size_length_and_method():
     spec = {"methods": ["lora", "full"], "models": "tiny", "seq_lens": [16, 8], "batch_sizes": [4, 1]}
     rows = [(case.batch_size, case.seq_len, case.method) for case in Sweep.from_spec(spec).cases]
     assert rows == [(b, s, m) for b in (1, 4) for s in (8, 16) for m in ("lora", "full")]
@@ -68,7 +68,7 @@ def test_a_length_is_split(seq_len, fraction, expected):
 
 
 @given(st.integers(2, 10_000), st.floats(0.001, 0.999))
-def test_a_split_loses_nothing_and_leaves_no_half_empty(seq_len, fraction):
+def test_both_parts_of_a_split_have_tokens_and_sum_to_the_length(seq_len, fraction):
     prompt_len, completion_len = split_length(seq_len, fraction)
     assert prompt_len + completion_len == seq_len
     assert min(prompt_len, completion_len) >= 1
@@ -88,7 +88,7 @@ def test_singular_keys_and_single_values():
     assert Sweep.from_spec(spec) == Sweep.from_spec(GRID)
 
 
-def test_a_repeated_case_stands_once():
+def test_a_repeated_case_is_kept_once():
     assert len(Sweep.from_spec({**GRID, "seq_lens": [8, 8], "batch_sizes": [1, 1]}).cases) == 1
 
 
@@ -101,7 +101,7 @@ def test_explicit_cases_come_after_the_grid_and_inherit_what_is_shared():
     assert [c.method for c in Sweep.from_spec({**spec, **GRID}).cases] == ["hydra", "lora"]
 
 
-def test_every_problem_is_told_at_once_with_the_nearest_names():
+def test_every_problem_is_reported_at_once_with_the_nearest_names():
     found = "\n".join(
         problems(
             {
@@ -155,7 +155,7 @@ def test_every_problem_is_told_at_once_with_the_nearest_names():
         ({"cases": [{"metod": "hydra"}]}, "cases[1]: sweep key 'metod' is unknown: did you mean 'methods'"),
     ],
 )
-def test_a_wrong_spec_is_told_in_a_sentence(change, says):
+def test_a_wrong_spec_is_reported_in_one_sentence(change, says):
     assert any(says in problem for problem in problems({**GRID, **change}))
 
 
@@ -163,7 +163,7 @@ def settings_of(cases):
     return [(setting_of(dataclasses.asdict(case.options)), case.method, case.batch_size) for case in cases]
 
 
-def test_every_case_stands_under_every_setting_and_loads_back(tmp_path):
+def test_every_case_is_made_under_every_setting_and_loads_back(tmp_path):
     spec = {**GRID, "methods": ["lora", "hydra"], "batch_sizes": [1, 2], "settings": ["paper", "modern", "paper"]}
     sweep = Sweep.from_spec(spec)
     assert settings_of(sweep.cases) == [
@@ -177,7 +177,7 @@ def test_every_case_stands_under_every_setting_and_loads_back(tmp_path):
     assert Sweep.from_file(tmp_path / "sweep.toml") == sweep
 
 
-def test_what_a_spec_says_itself_wins_over_its_settings():
+def test_keys_of_a_spec_win_over_its_settings():
     table = {"method": "full", "model": "tiny", "seq_len": 4, "batch_size": 1, "options": {"lora.r": 3}}
     spec = {**GRID, "setting": "paper", "dtype": "float32", "options": {"optimizer.warmup_steps": 7}, "cases": [table]}
     one, two = Sweep.from_spec(spec).cases
@@ -199,7 +199,7 @@ def test_what_a_spec_says_itself_wins_over_its_settings():
         ({"setings": ["paper"]}, "sweep key 'setings' is unknown: did you mean 'settings'"),
     ],
 )
-def test_a_wrong_setting_is_told_once_with_everything_else(change, says):
+def test_a_wrong_setting_is_reported_once_beside_other_problems(change, says):
     found = problems({**GRID, **change, "dtype": "float23"})
     assert sum(says in problem for problem in found) == 1
     assert sum("float23" in problem for problem in found) == 1
@@ -215,7 +215,7 @@ TIED = ("ppo.num_mini_batches", "engine.micro_batch_size", "engine.backend", "ro
 
 
 def is_storable(value):
-    """Whether a sweep file can hold the value: infinity breaks a rule, and "none" stands for an absent value."""
+    """True if a sweep file can hold the value: infinity breaks a rule, and "none" stands for ``None``."""
     return value != "none" and not (isinstance(value, float) and not math.isfinite(value))
 
 
@@ -260,7 +260,7 @@ def test_a_sweep_file(tmp_path):
     assert all(case.options.ppo.reward_clip is None and repr(case.options.ppo.kl_coef) == "1.0" for case in cases)
 
 
-def test_a_sweep_file_that_is_absent_or_no_toml(tmp_path):
+def test_a_sweep_file_that_is_absent_or_not_toml(tmp_path):
     with pytest.raises(SweepError, match="cannot be read: No such file"):
         read_spec(tmp_path / "absent.toml")
     (tmp_path / "sweep.toml").write_text("methods = [")
@@ -268,7 +268,7 @@ def test_a_sweep_file_that_is_absent_or_no_toml(tmp_path):
         read_spec(tmp_path / "sweep.toml")
 
 
-def test_flags_replace_what_a_file_says():
+def test_flags_win_over_keys_of_a_file():
     spec = {**GRID, "prompt_lens": [4], "completion_lens": [4], "options": {"ppo": {"gamma": 0.5, "lam": 0.5}}}
     merged = override(spec, {"seq_lens": [16], "device": "cuda", "options": {"ppo.lam": 0.9}})
     assert merged["seq_lens"] == [16]
@@ -277,7 +277,7 @@ def test_flags_replace_what_a_file_says():
     assert merged["device"] == "cuda"
 
 
-def test_flags_replace_what_listed_cases_say_but_give_them_no_grid():
+def test_flags_win_over_listed_cases_but_add_no_grid():
     spec = Sweep.from_spec({**GRID, "methods": ["hydra", "lora"]}).to_spec()
     merged = Sweep.from_spec(override(spec, {"device": "cuda", "options": {"ppo.gamma": 0.5}}))
     assert {(case.device, case.options.ppo.gamma) for case in merged.cases} == {("cuda", 0.5)}
@@ -306,7 +306,7 @@ def test_an_option_of_the_command_line_has_the_type_of_its_field(text, expected)
     assert type(value) is type(expected[1])
 
 
-def test_options_that_are_none():
+def test_malformed_options():
     with pytest.raises(SweepError, match="write it as KEY=VALUE"):
         parse_option("ppo.gamma")
     with pytest.raises(SweepError, match=r"did you mean 'ppo\.gamma'"):
@@ -314,7 +314,7 @@ def test_options_that_are_none():
 
 
 @pytest.mark.parametrize(("old", "new"), RENAMED_OPTIONS.items())
-def test_an_old_name_of_an_option_is_told_its_new_name(old, new, tmp_path):
+def test_an_old_name_of_an_option_reports_the_new_name(old, new, tmp_path):
     sentence = f"option {old!r} is now called {new!r}."
     with pytest.raises(SweepError) as caught:
         parse_option(f"{old}=1")
@@ -325,13 +325,13 @@ def test_an_old_name_of_an_option_is_told_its_new_name(old, new, tmp_path):
     assert problems({"cases": [table]}) == (f"cases[1]: {sentence}",)
 
 
-def test_a_sweep_key_that_became_an_option_is_told_its_name():
+def test_a_sweep_key_that_became_an_option_reports_its_name():
     assert problems({**GRID, "lora_rank": 4}) == ("sweep key 'lora_rank' is now the option 'lora.r'.",)
     table = {"method": "hydra", "model": "tiny", "seq_len": 8, "batch_size": 1, "lora_rank": 4}
     assert problems({"cases": [table]}) == ("cases[1]: sweep key 'lora_rank' is now the option 'lora.r'.",)
 
 
-def test_what_differs_between_two_sweeps():
+def test_differences_between_two_sweeps():
     asked = Sweep.from_spec({**GRID, "batch_sizes": [1, 8]}).cases
     there = Sweep.from_spec({**GRID, "options": {"ppo.gamma": 0.5}}).cases
     assert differences(asked, there) == "batch_size 1, 8 instead of 1; ppo.gamma 1.0 instead of 0.5"

@@ -43,7 +43,7 @@ def fake(monkeypatch, fake_server):
 
 @pytest.fixture
 def call(capsys, monkeypatch):
-    """Calls the command; gives (exit code, standard output, standard error)."""
+    """Calls the command; returns (exit code, standard output, standard error)."""
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["rlhfbench", *arguments])
@@ -59,7 +59,7 @@ def kind(name):
 
 
 @pytest.mark.usefixtures("fake")
-def test_run_prints_the_table_and_where_the_run_is(call, tmp_path):
+def test_run_prints_the_table_and_the_folder(call, tmp_path):
     code, out, err = call("run", *SMALL, *kind("ok"), "--out", "here")
     assert (code, out) == (0, "table of here\n")
     assert err.splitlines()[-1] == "The run is in here."
@@ -112,7 +112,7 @@ def test_every_flag_reaches_the_case_and_the_settings(call, tmp_path):
     ],
     ids=["on a GPU", "in bfloat16", "without a compiler"],
 )
-def test_kernels_that_cannot_be_had_are_told_before_anything_is_measured(call, monkeypatch, tmp_path, flags, sentence):
+def test_a_backend_that_cannot_run_is_reported_before_any_case(call, monkeypatch, tmp_path, flags, sentence):
     monkeypatch.setenv("CC", "/nonexistent")
     code, out, err = call("run", *SMALL, *kind("ok"), *flags, "--option", "engine.backend=native", "--out", "here")
     assert (code, out, err) == (2, "", f"engine.backend is 'native': {sentence}\n")
@@ -130,7 +130,7 @@ def test_flags_win_over_a_sweep_file(call, tmp_path):
 
 
 @pytest.mark.usefixtures("fake")
-def test_both_settings_run_side_by_side_and_are_resumed(call, tmp_path):
+def test_cases_of_two_settings_are_interleaved_and_resumed(call, tmp_path):
     arguments = ("run", *SMALL, *kind("ok"), "--setting", "paper,modern", "--lora-rank", "4", "--out", "a")
     assert call(*arguments)[0] == 0
     records = read_records("a")
@@ -151,7 +151,7 @@ def test_both_settings_run_side_by_side_and_are_resumed(call, tmp_path):
 
 
 @pytest.mark.usefixtures("fake")
-def test_nothing_measured_is_exit_code_3(call):
+def test_a_run_without_an_ok_case_exits_with_3(call):
     code, out, err = call("run", *SMALL, *kind("segfault"), "--out", "here")
     assert code == 3
     assert out == "table of here\n"
@@ -170,7 +170,7 @@ def test_a_run_is_resumed_by_the_same_command_or_by_its_folder_alone(call):
 
 
 @pytest.mark.usefixtures("fake")
-def test_an_interrupt_says_how_to_go_on(call, monkeypatch):
+def test_an_interrupt_prints_the_command_that_resumes(call, monkeypatch):
     def interrupted(*arguments, **keywords):
         keywords["progress"] = None
         return runner.RunResult(run_dir=Path("a folder"), records=[{}, {}], interrupted=True)
@@ -184,7 +184,7 @@ def test_an_interrupt_says_how_to_go_on(call, monkeypatch):
     ]
 
 
-def test_a_full_disk_says_how_to_go_on(call, monkeypatch):
+def test_a_full_disk_prints_the_command_that_resumes(call, monkeypatch):
     def full(*arguments, **keywords):
         raise RecordsError("records file 'x' cannot be written: No space left on device.")
 
@@ -195,7 +195,7 @@ def test_a_full_disk_says_how_to_go_on(call, monkeypatch):
     assert err.splitlines()[1].endswith("--out=x --resume")
 
 
-def test_a_server_that_does_not_start_is_exit_code_3(call, monkeypatch):
+def test_a_fork_server_that_does_not_start_exits_with_3(call, monkeypatch):
     def broken(*arguments, **keywords):
         raise ForkServerError("the fork server did not start: ImportError")
 
@@ -278,7 +278,7 @@ def test_a_mistake_is_one_clear_sentence_and_exit_code_2(call, tmp_path, argumen
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_cuda_where_there_is_none(call, monkeypatch):
+def test_cuda_without_a_cuda_device(call, monkeypatch):
     from rlhfbench.cases import preflight
 
     monkeypatch.setattr(preflight, "num_cuda_devices", lambda: 0)
@@ -459,12 +459,12 @@ def test_sizes(text, expected):
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "-1", "4 Gib ibs", "4XB", "nan"])
-def test_no_sizes(text):
+def test_invalid_sizes(text):
     with pytest.raises(SweepError, match="must be a size like 4GiB"):
         parse_size("--memory-limit", text)
 
 
-def test_the_public_face_is_what_it_says():
+def test_the_public_names():
     assert sorted(rlhfbench.__all__) == [
         "ForkServerError",
         "Ledger",

@@ -41,7 +41,7 @@ def test_json_is_one_object_a_case(
         assert (tmp_path / "p" / "timelines" / f"{plan['case']['id']}.png").is_file()
 
 
-def test_what_does_not_fit_is_an_answer_and_says_what_would_help(
+def test_a_case_that_does_not_fit_comes_with_advice(
     make_case: Callable[..., Case], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(devices, "_CONTEXT_BYTES", 0)
@@ -62,7 +62,7 @@ def test_what_does_not_fit_is_an_answer_and_says_what_would_help(
     assert [(plan["fits"], plan["max_batch_size"], plan["advice"]) for plan in plans] == [(False, 0, told)] * 2
 
 
-def test_a_device_that_is_all_reserve(make_case: Callable[..., Case], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_device_smaller_than_its_reserve(make_case: Callable[..., Case], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.invoke(["plan", "--model", make_case().model, *SMALL, "--gpu", "100MB"]) == 0
     assert "its largest part is device reserve with 0.752 GiB, and what would help is a larger device." in (
         capsys.readouterr().out.replace("\n", " ")
@@ -78,7 +78,7 @@ def test_batch_sizes_over_all_ranks_are_divided(
     assert (plan["case"]["batch_size"], plan["zero"]["global_batch_size"]) == (2, 4)
 
 
-def test_both_settings_are_planned_side_by_side(
+def test_plans_of_two_settings_are_interleaved(
     make_case: Callable[..., Case], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "250")
@@ -124,7 +124,7 @@ def test_a_case_and_a_sweep_are_planned_from_python(make_case: Callable[..., Cas
         rlhfbench.plan(dataclasses.replace(case, prompt_len=5000))
 
 
-def test_without_a_gpu_nothing_is_said_to_fit(make_case: Callable[..., Case]) -> None:
+def test_without_a_gpu_no_plan_states_whether_it_fits(make_case: Callable[..., Case]) -> None:
     sweep = Sweep.from_spec(
         {"models": make_case().model, "methods": ["hydra"], "seq_lens": [8], "batch_sizes": [1], "device": "cuda"}
     )

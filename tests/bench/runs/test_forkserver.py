@@ -25,7 +25,7 @@ def server():
 
 @pytest.fixture
 def run(server, tmp_path):
-    """Runs one fake case; gives (its exit, its messages, its log)."""
+    """Runs one fake case; returns (exit, messages, log)."""
 
     def run(kind, *, timeout_s=60.0, on_message=lambda message: None, **request):
         messages = []
@@ -79,7 +79,7 @@ def test_messages_larger_than_a_pipe_and_a_log(run):
     assert log == "said on stdout\n"
 
 
-def test_what_a_case_says_last_is_heard_even_where_its_end_is_heard_first(run, server, monkeypatch, tmp_path):
+def test_the_last_message_arrives_even_if_the_exit_status_arrives_first(run, server, monkeypatch, tmp_path):
     os.mkfifo(tmp_path / "fifo")
     receive = server._receive
 
@@ -112,7 +112,7 @@ def test_a_case_that_raises_past_its_target_exits_with_1_and_a_traceback(run):
     assert "KeyError" in log
 
 
-def test_a_case_killed_in_the_middle_of_a_line_garbles_only_that(run):
+def test_an_incomplete_line_is_no_message(run):
     lines = Lines()
     assert lines.feed(b'{"a": 1}\n{"b"') == [{"a": 1}]
     assert lines.feed(b": 2}\n") == [{"b": 2}]
@@ -139,7 +139,7 @@ def test_a_case_killed_from_outside(run):
     assert (end.code, end.timed_out) == (-signal.SIGKILL, False)
 
 
-def test_a_server_that_dies_takes_its_case_along_and_is_started_again(run, server):
+def test_a_server_that_dies_ends_its_case_and_is_started_again(run, server):
     seen = []
 
     def kill_server(message):
@@ -247,7 +247,7 @@ def test_a_script_without_a_main_guard_is_not_started_over(tmp_path):
     assert done.stdout.split() == ["once", "0"]
 
 
-def test_the_last_line_that_says_something():
+def test_the_last_line_that_is_not_blank():
     assert last_line("a\n  b \n\n \n") == "b"
     assert last_line("") == ""
     assert len(last_line("x" * 1000)) == 300

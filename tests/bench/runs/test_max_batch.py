@@ -29,7 +29,7 @@ def record(case: Case, outcome: str, total_bytes: int | None = None) -> dict[str
 
 
 def search(fits: int, *, start: int = 1, limit: int = 512, available_gib: float | None = None) -> MaxBatchResult:
-    """A device on which ``fits`` sequences have room; a step takes 1 GiB, and 1 GiB a sequence."""
+    """Searches a device that fits ``fits`` rows; a step takes 1 GiB, and 1 GiB for each row."""
 
     def try_case(case: Case) -> dict[str, object]:
         size = case.batch_size
@@ -51,7 +51,7 @@ def test_the_batch_is_doubled_and_then_bisected() -> None:
     assert found.stopped_because == "batch 12 was out of memory."
 
 
-def test_a_good_start_needs_two_tries_more() -> None:
+def test_a_start_at_the_answer_needs_few_more_tries() -> None:
     assert sizes(search(11, start=11)) == [11, 22, 16, 13, 12]
     assert sizes(search(3, start=8)) == [8, 4, 2, 3]
 
@@ -65,14 +65,14 @@ def test_the_answer_is_the_largest_that_fits_up_to_the_limit(fits: int, start: i
     assert max(sizes(found)) <= limit
 
 
-def test_the_limit_ends_it() -> None:
+def test_the_limit_ends_the_search() -> None:
     found = search(1000, limit=6)
     assert sizes(found) == [1, 2, 4, 6]
     assert found.stopped_because == "the limit of 6 was reached."
 
 
 @given(available_gib=st.integers(3, 60), start=st.integers(1, 2))
-def test_no_batch_is_tried_that_the_host_could_not_hold(available_gib: int, start: int) -> None:
+def test_no_batch_beyond_the_memory_of_the_host_is_tried(available_gib: int, start: int) -> None:
     found = search(10_000, start=start, available_gib=available_gib)
     assert found.largest_ok == max(sizes(found)) == available_gib - 1
     assert found.smallest_failing is None
@@ -83,7 +83,7 @@ def test_no_batch_is_tried_that_the_host_could_not_hold(available_gib: int, star
 
 
 @pytest.mark.parametrize("outcome", ["timeout", "invalid", "crashed"])
-def test_another_failure_ends_the_search_and_is_no_size(outcome: str) -> None:
+def test_another_failure_ends_the_search_and_is_not_out_of_memory(outcome: str) -> None:
     def try_case(case: Case) -> dict[str, object]:
         return record(case, "ok" if case.batch_size < 4 else outcome, GIB)
 
@@ -96,7 +96,7 @@ def test_another_failure_ends_the_search_and_is_no_size(outcome: str) -> None:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch, fake_server: None) -> None:
-    """Has tries be fake cases, on a host of 64 GiB for which 5 sequences are planned."""
+    """Makes every try a fake case, on a host of 64 GiB with a predicted batch of 5."""
     monkeypatch.setattr(max_batch, "host_available_bytes", lambda: 64 * GIB)
     monkeypatch.setattr(max_batch, "_planned", lambda case, usable_bytes, limit: min(5, limit))
 
@@ -107,7 +107,7 @@ def find(out: Path, kind: str, *, limit: int = 512, resume: bool = False, **opti
 
 
 @pytest.mark.usefixtures("fake")
-def test_every_try_is_a_record_and_the_answer_is_kept(tmp_path: Path) -> None:
+def test_every_try_is_recorded_and_the_result_is_written(tmp_path: Path) -> None:
     found = find(tmp_path / "run", "oom-from-batch-4")
     assert [(f.case.method, f.largest_ok, f.smallest_failing, f.planned) for f in found] == [
         ("hydra", 3, 4, 5),
@@ -130,19 +130,19 @@ def test_every_try_is_a_record_and_the_answer_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("fake")
-def test_a_kill_that_nobody_explains_is_too_large_on_a_host(tmp_path: Path) -> None:
+def test_an_unexplained_kill_on_a_cpu_counts_as_out_of_memory(tmp_path: Path) -> None:
     (hydra, _) = find(tmp_path / "run", "die")
     assert (hydra.largest_ok, hydra.smallest_failing) == (0, 1)
 
 
 @pytest.mark.usefixtures("fake")
-def test_where_memory_is_limited_the_plan_is_tried_first(tmp_path: Path) -> None:
+def test_with_a_memory_limit_the_predicted_batch_is_tried_first(tmp_path: Path) -> None:
     (hydra, _) = find(tmp_path / "run", "oom-from-batch-4", memory_limit_bytes=GIB)
     assert sizes(hydra) == [5, 2, 3, 4]
 
 
 @pytest.mark.usefixtures("fake")
-def test_a_resumed_search_takes_the_tries_that_are_recorded(tmp_path: Path) -> None:
+def test_a_resumed_search_does_not_repeat_recorded_tries(tmp_path: Path) -> None:
     first = find(tmp_path / "run", "oom-from-batch-4")
     path = tmp_path / "run" / "records.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
@@ -165,14 +165,14 @@ def test_a_resumed_search_takes_the_tries_that_are_recorded(tmp_path: Path) -> N
         ),
     ],
 )
-def test_what_cannot_be_searched_is_said(tmp_path: Path, spec: dict[str, object], limit: int, sentence: str) -> None:
+def test_options_that_the_search_rejects(tmp_path: Path, spec: dict[str, object], limit: int, sentence: str) -> None:
     with pytest.raises(SweepError) as caught:
         find_max_batches(Sweep.from_spec({**SPEC, **spec}), tmp_path / "run", RunOptions(), limit=limit)
     assert caught.value.problems == (sentence,)
     assert not (tmp_path / "run").exists()
 
 
-def test_what_is_planned_is_the_plans_answer_up_to_the_limit(make_case: Callable[..., Case]) -> None:
+def test_the_predicted_batch_is_the_largest_that_fits_up_to_the_limit(make_case: Callable[..., Case]) -> None:
     from rlhfbench.planning.predict import plan_case
 
     case = make_case("hydra", dtype="float32")
@@ -185,7 +185,7 @@ def test_what_is_planned_is_the_plans_answer_up_to_the_limit(make_case: Callable
     )
 
 
-def test_a_host_gives_what_its_control_group_leaves() -> None:
+def test_available_memory_is_within_the_memory_of_the_host() -> None:
     import psutil
 
     assert 0 < max_batch.host_available_bytes() <= psutil.virtual_memory().total

@@ -160,7 +160,7 @@ def test_an_integer_for_a_float_is_the_same_case() -> None:
         ),
     ],
 )
-def test_each_rule_has_its_sentence(change: dict[str, object], sentence: str) -> None:
+def test_each_broken_rule_is_one_sentence(change: dict[str, object], sentence: str) -> None:
     with pytest.raises(CaseError) as caught:
         Case(**{**GOOD, **change})
     assert len(caught.value.problems) == 1
@@ -174,7 +174,7 @@ def test_every_problem_is_reported_at_once() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_reward_model_is_for_the_methods_that_load_one(method: str) -> None:
+def test_a_reward_model_is_accepted_by_methods_that_load_one(method: str) -> None:
     roles = METHODS[method].roles
     loads_one = roles["actor"].base != roles["reward"].base
     try:
