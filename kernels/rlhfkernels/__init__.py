@@ -1,6 +1,6 @@
-"""What is measured: the models, the methods as role tables, one training step of each, and the ops under it.
+"""Models, methods as programs, one training step of each, and the ops under it.
 
-Importing this package imports no torch; ``build_step`` and its kin do when they are first touched.
+Importing this package imports no torch. Names that need torch, such as ``build_step``, import it on first use.
 """
 
 from __future__ import annotations

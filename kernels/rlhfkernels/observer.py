@@ -1,6 +1,6 @@
-"""What a step tells whoever watches it: where its phases begin and end, and what its tensors are for.
+"""Observers of a step: notified when its phases begin and end, and which memory part its tensors belong to.
 
-The default observer does nothing and costs nothing that a clock can see. A harness passes its own.
+The default observer does nothing, so that a timed step carries no instrument.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # records read ``PARTS`` without torch
     import torch
 
-# The parts that memory is attributed to. ``activations`` and ``temporary`` are found by looking, the rest is declared.
+# The parts of memory. The ledger finds ``activations`` (tensors that autograd saved) and ``temporary`` (the rest); the
+# others are declared with ``Observer.tag``.
 PARTS = (
     "base",
     "adapters",
@@ -27,13 +28,13 @@ PARTS = (
 
 
 class Observer:
-    """Watches a step. Every method may be overridden; none may change a tensor."""
+    """Receives the notifications of a step. Subclasses override methods; none may change a tensor."""
 
     def enter_phase(self, name: str) -> None:
-        """Called right before the first work of a stretch of phase ``name``. A phase may have many stretches."""
+        """Called before the first op of a stretch of phase ``name``. A phase may have several stretches."""
 
     def exit_phase(self, name: str) -> None:
-        """Called right after the last work of that stretch was submitted; a device may still be busy with it."""
+        """Called after the last op of that stretch was submitted; a device may still be executing it."""
 
     def tag(self, part: str, tensors: Iterable[torch.Tensor]) -> None:
         """Declares that the storages of ``tensors`` belong to ``part`` (one of ``PARTS``) for as long as they live."""

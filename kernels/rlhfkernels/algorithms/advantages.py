@@ -1,13 +1,13 @@
 """Rewards, advantages and returns of a rollout.
 
-Shapes: b = batch, c = completion length. Masks are 1.0 on real completion tokens and 0.0 after the end.
+Shapes: b = sequences, c = completion length. Masks are 1.0 on real completion tokens and 0.0 after the end.
 """
 
 from __future__ import annotations
 
 import torch
 
-# Completion positions that one triangular product covers in ``gae``: a [128, 128] matrix is nothing to keep.
+# Completion positions per triangular matmul in ``gae``; a [128, 128] float32 matrix takes 64 KiB.
 _BLOCK = 128
 
 

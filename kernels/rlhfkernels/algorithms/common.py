@@ -1,4 +1,4 @@
-"""What objectives share: how they read a role, what they divide by, and what they return.
+"""Types that objectives share: the reader of a role, the divisors, the result.
 
 Shapes: n = sequences, b = data rows, c = completion length.
 """

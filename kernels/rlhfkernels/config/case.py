@@ -24,7 +24,7 @@ _DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?")
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """What is run and measured.
+    """One method on one model at one size on one device.
 
     Attributes:
         method: a name in ``METHODS``.
@@ -69,7 +69,7 @@ class Case:
                 yield problem
 
     def _check_options(self) -> Iterator[str]:
-        """Checks every option and puts the checked values in their place: an integer becomes a float, say."""
+        """Checks every option and converts integers that stand for floats."""
         values = {}
         for name, annotation in option_annotations().items():
             group, field = name.split(".")
@@ -220,12 +220,12 @@ def _check_reward_model(case: Case) -> Iterator[str]:
     if model is not None and "reward" not in METHODS[case.method].origins.values():
         yield (
             f"rollout.reward_model is {model!r}: method {case.method!r} has no base of its own for the reward, so it "
-            "must be absent."
+            "must be none."
         )
 
 
 def vocabulary_problem(sizes: dict[str, int]) -> str:
-    """The sentence for models of one case whose vocabularies differ: ``sizes`` by model, the policy's first."""
+    """The message for models whose vocabularies differ; ``sizes`` are tokens by model, the policy first."""
     (policy, own), (reward, other) = list(sizes.items())[:2]
     return (
         f"rollout.reward_model is {reward!r} with a vocabulary of {other}: it must have as many tokens as model "

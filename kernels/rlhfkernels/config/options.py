@@ -51,7 +51,7 @@ class LoraOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EngineOptions:
-    """How forward passes are computed.
+    """Computation of forward passes.
 
     Attributes:
         trunk: ``plain`` runs transformers' and PEFT's modules. ``fast`` runs this project's loop over the layers where

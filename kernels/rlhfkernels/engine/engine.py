@@ -1,4 +1,4 @@
-"""The engine: the bases, adapters and heads that a role table asks for, and the passes over them.
+"""The engine: the bases, adapters and heads of a method's roles, their forward passes, and generation.
 
 Shapes: b = data rows, n = sequences, p = prompt length, c = completion length, t = p + c, d = hidden size.
 """
@@ -15,6 +15,7 @@ from torch import nn
 from rlhfkernels.config.case import Case, vocabulary_problem
 from rlhfkernels.data.batch import Batch, empty_completions
 from rlhfkernels.data.sources import Prompts
+from rlhfkernels.engine.backends import select_backend
 from rlhfkernels.engine.fast.trunk import make_fast_trunk
 from rlhfkernels.engine.trunk import PlainTrunk, Trunk
 from rlhfkernels.errors import CaseError
@@ -23,24 +24,23 @@ from rlhfkernels.models.adapters import Adapters
 from rlhfkernels.models.heads import LmHead, ScalarHead
 from rlhfkernels.models.loading import LoadedModel, clone_module, load_model
 from rlhfkernels.observer import Observer
-from rlhfkernels.ops.forms import kernels_of
-from rlhfkernels.ops.logprobs import token_logprobs
 from rlhfkernels.ops.sample import sample
+from rlhfkernels.ops.token_logprobs import token_logprobs
 from rlhfkernels.seeding import seeded
 
 # Bases of one origin start from equal weights, bases of different origins do not.
 _ORIGIN_SEED: dict[Origin, int] = {"policy": 0, "reward": 1}
 _ADAPTER_SEED, _HEAD_SEED = 1000, 2000
-# How a trunk is run, by ``Options.engine``.
+# By ``engine.trunk``.
 _TRUNKS: dict[str, Callable[[Case, LoadedModel, Adapters], Trunk]] = {"plain": PlainTrunk, "fast": make_fast_trunk}
 
 
 class Engine:
-    """Everything that a case's role table names, loaded once, and how a role reads a batch.
+    """The models of a case, loaded once, and the quantities that its roles read from them.
 
     Args:
-        case: what to build.
-        with_weights: load real weights; without, every weight is random and only configurations are read.
+        case: the case to build.
+        with_weights: load real weights. Without, weights are random and only configurations are read.
 
     Raises:
         ModelError: the model cannot be loaded or is too short.
@@ -49,12 +49,11 @@ class Engine:
 
     def __init__(self, case: Case, *, with_weights: bool = True) -> None:
         self.case = case
-        # Without weights the tokens mean nothing and only shapes do: a long completion is not stepped through then, and
-        # an optimizer need not compute.
+        # Without weights only shapes matter: generation skips decode steps, and optimizers need not compute.
         self.with_weights = with_weights
         self.method = case.role_table
         self.device = torch.device(case.device)
-        self.kernels = kernels_of(case)
+        self.backend = select_backend(case.options.engine.backend, case.device, case.dtype)
         self.models = self._load_models(with_weights)
         self.adapters = {base: self._attach(base) for base in self.method.bases}
         make_trunk = _TRUNKS[case.options.engine.trunk]
@@ -154,12 +153,12 @@ class Engine:
         return list(dict.fromkeys(parameters))
 
     def base_parameters(self, base: str) -> list[nn.Parameter]:
-        """The weights of a trunk without its adapters."""
+        """The weights of a trunk, adapters excluded."""
         adapters = {id(p) for p in self.adapters[base].parameters()}
         return [p for p in self.models[base].trunk.parameters() if id(p) not in adapters]
 
     def persistent_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(part, tensor) of every weight and buffer; a tied head is yielded after the base that it is tied to."""
+        """(part, tensor) of every weight and buffer; a tied head comes after the base that owns its weight."""
         for base, model in self.models.items():
             yield from (("base", p) for p in self.base_parameters(base))
             yield from (("base", b) for b in model.trunk.buffers())
@@ -200,14 +199,16 @@ class Engine:
         """
         n, k = targets.shape
         states = hidden[:, -k - 1 : -1].reshape(n * k, -1)
+        head = self.lm_head(role)
         logprobs, entropies = token_logprobs(
             states,
-            self.lm_head(role),
+            head.weight,
+            head.bias,
             targets.reshape(-1),
-            temperature=self.case.options.rollout.temperature,
+            head.transform(self.case.options.rollout.temperature),
             chunk=self.case.options.engine.logprob_chunk_size,
             entropy=entropy,
-            kernels=self.kernels,
+            backend=self.backend,
         )
         return logprobs.view(n, k), None if entropies is None else entropies.view(n, k)
 
@@ -263,10 +264,10 @@ class Engine:
                 start = t - 1
             seen = None if batch.attention_mask is None else batch.attention_mask[:, :t]
             hidden = decoder.advance(batch.tokens[:, start:t], seen)
-            logits = head.of_few(hidden, kernels=self.kernels)
+            logits = head.decode_logits(hidden, backend=self.backend)
             if options.temperature != 1.0:
                 logits.div_(options.temperature)
-            token, logprob = sample(logits, generator, kernels=self.kernels)
+            token, logprob = sample(logits, generator, backend=self.backend)
             if ended is not None:
                 token, ended, done = _stop(batch, t, token, ended, options.stop_token_id)
                 if done:

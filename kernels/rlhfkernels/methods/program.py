@@ -1,4 +1,4 @@
-"""What a method is made of: weight sets, roles, a data source and a program of stages; and what follows from them.
+"""Methods as data: weight sets, roles, a data source and a program of stages, and everything derived from them.
 
 A program is a tuple of stages. Which forward passes a step needs, which phases it has, which weights get gradients and
 what Hydra-RLHF's Table 2 counts are derived from it, here and nowhere else.

@@ -1,7 +1,7 @@
-"""LoRA adapter sets on a trunk: PEFT's layers, switched here so that a switch never changes what is trained.
+"""LoRA adapter sets on a trunk: PEFT's layers, with switches that leave ``requires_grad`` as declared.
 
-PEFT's own switches flip ``requires_grad``: an activated adapter becomes trainable, the others freeze, and switching off
-and on again may re-enable the wrong ones. ``Adapters`` therefore restores, after every switch, exactly the declaration.
+PEFT's switches flip ``requires_grad``: an activated adapter becomes trainable, the others freeze, and disabling and
+enabling again can select the wrong ones. ``Adapters`` restores the declared state after every switch.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ class Adapters:
     """The adapter sets of one trunk.
 
     Args:
-        trunk: the model that gets LoRA layers, in place.
-        names: the adapter sets.
+        trunk: the model; LoRA layers are injected in place.
+        names: names of the adapter sets.
         rank: r.
-        scaling: multiplier of the low-rank product; PEFT's ``lora_alpha / r``.
-        targets: ``all-linear``, or names of modules joined by commas.
-        dtype: of the adapters' weights. PEFT casts a layer's input to it.
-        seed: of the A matrices; B starts at 0, so a fresh adapter changes nothing.
+        scaling: multiplier of the low-rank product, PEFT's ``lora_alpha / r``.
+        targets: ``all-linear``, or module names joined by commas.
+        dtype: dtype of the adapter weights. PEFT casts a layer's input to it.
+        seed: seed of the A matrices. B starts at 0, so a fresh adapter changes no output.
 
     Raises:
-        CaseError: a target is no linear layer of the trunk.
+        CaseError: a target is not a linear layer of the trunk.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Adapters:
         self._active: str | None = None
         self._config = LoraConfig(
             r=rank,
-            lora_alpha=scaling * rank,  # PEFT divides it by r again; a fraction is fine
+            lora_alpha=scaling * rank,  # PEFT divides it by r
             lora_dropout=0.0,
             target_modules=_target_names(trunk, targets),
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in trunk.modules()),
@@ -65,9 +65,8 @@ class Adapters:
         if not self.names:
             return
         device = next(trunk.parameters()).device
-        # The tuner is PEFT's own way to put several sets on one model; nothing of it is needed afterwards. Its weights
-        # stay on the meta device, as PEFT would make them in float32 first, and outside a planner's fake mode, whose
-        # tensors PEFT cannot move.
+        # The tuner injects the layers and is dropped. Its weights stay on the meta device, because PEFT would create
+        # them in float32 first; a planner's fake mode is left for that, because PEFT cannot move fake tensors.
         with _disable_current_modes():
             tuner = LoraModel(trunk, self._config, self.names[0], low_cpu_mem_usage=True)
             for name in self.names[1:]:
@@ -80,7 +79,7 @@ class Adapters:
         self.activate(None)
 
     def _make_weights(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Fresh weights as LoRA starts: A uniform as in a linear layer, B zero."""
+        """Initial weights as in LoRA: A as in ``nn.Linear``, B zero."""
         for name in self.names:
             for _, layer in self._named_layers:
                 for weights in (layer.lora_A, layer.lora_B):
@@ -89,7 +88,7 @@ class Adapters:
                 nn.init.kaiming_uniform_(layer.lora_A[name].weight, a=math.sqrt(5))
 
     def parameters(self, name: str | None = None) -> list[nn.Parameter]:
-        """The weights of adapter set ``name``, or of all: A then B, layer by layer."""
+        """The weights of adapter set ``name``, or of all sets: A, then B, layer by layer."""
         names = self.names if name is None else (name,)
         return [
             weights[each].weight
@@ -100,17 +99,17 @@ class Adapters:
         ]
 
     def train(self, names: Iterable[str]) -> None:
-        """Declares which adapter sets are trained, whatever is active."""
+        """Declares the trained adapter sets, independent of which one is active."""
         self._trained = {id(parameter) for name in names for parameter in self.parameters(name)}
         self._restore()
 
     @property
     def active(self) -> str | None:
-        """The adapter set that is switched on, or ``None``."""
+        """The active adapter set, or ``None``."""
         return self._active
 
     def activate(self, name: str | None) -> None:
-        """Switches ``name`` on and every other off; ``None`` leaves the bare trunk."""
+        """Activates ``name`` alone; ``None`` deactivates every set."""
         if name == self._active:
             return
         for _, layer in self._named_layers:
@@ -131,10 +130,10 @@ class Adapters:
 
         Args:
             name: the adapter set.
-            folder: made if need be.
-            prefix: the trunk's name inside the causal language model the adapter is for, or ``None`` where it is for
-                the bare trunk (``AutoModel``).
-            base_model: written as ``base_model_name_or_path``.
+            folder: created where it does not exist.
+            prefix: the trunk's attribute name inside the causal language model; ``None`` for an adapter of the bare
+                trunk (``AutoModel``).
+            base_model: value of ``base_model_name_or_path``.
         """
         folder.mkdir(parents=True, exist_ok=True)
         owner = "base_model.model." + (f"{prefix}." if prefix else "")
@@ -164,7 +163,7 @@ def _is_json(value: object) -> bool:
 
 
 def _target_names(trunk: nn.Module, targets: str) -> list[str]:
-    """The last parts of the names of the linear layers that get an adapter."""
+    """Last components of the module names of the linear layers that get an adapter."""
     linear = {name for name, module in trunk.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     names = sorted({name.rsplit(".", 1)[-1] for name in linear})
     if targets == "all-linear":

@@ -1,7 +1,7 @@
-"""The key and value cache of generation, allocated once at its full length.
+"""The static KV cache of generation, allocated once at its full length.
 
-A layer holds keys and values of shape [b, kv heads, max length, head size] and hands out views of what is written so
-far, so a decode step copies one position instead of the whole past.
+A layer holds keys and values of shape [b, kv heads, max length, head size] and returns views of the positions written
+so far. A decode step therefore copies one position, where a cache that grows by concatenation copies the whole past.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer's keys and values, written in place.
 
     Args:
-        max_len: positions that will be written at most.
-        on_allocate: told of the two buffers when they come to be.
+        max_len: number of positions that the buffers hold.
+        on_allocate: called with both buffers when they are allocated.
     """
 
     is_sliding = False
@@ -34,7 +34,7 @@ class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.dtype, self.device = key_states.dtype, key_states.device
         b, heads, _, size = key_states.shape
         if value_states.shape[-1] == size:
-            # One buffer, so that one copy writes a position's keys and values.
+            # One buffer for both, so that one copy writes a position's keys and values.
             self._both = key_states.new_empty(2, b, heads, self.max_len, size)
             self.keys, self.values = self._both.unbind(0)
         else:
@@ -46,7 +46,7 @@ class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes [b, heads, t, size] after what is there; returns views [b, heads, written, size]."""
+        """Appends [b, heads, t, size]; returns views [b, heads, written, size]."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
@@ -58,7 +58,7 @@ class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def append(self, states: torch.Tensor) -> None:
-        """Writes one position's keys and values, [2, b, heads, size], of one size. Not the first position."""
+        """Appends one position's keys and values, [2, b, heads, size]; the buffers must be allocated."""
         self._both.select(3, self.length).copy_(states)
         self.length += 1
 
@@ -69,7 +69,7 @@ class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
         return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(positions that the next ``query_length`` queries see, offset)."""
+        """(number of positions that the next ``query_length`` queries attend to, offset)."""
         return self.length + query_length, 0
 
     def get_seq_length(self) -> int:
@@ -96,7 +96,7 @@ def cache_tensors(cache: Cache) -> list[torch.Tensor]:
 
 
 def skip_cache_to(cache: Cache, length: int) -> None:
-    """Makes ``cache`` look as if ``length`` positions had been written; what was not written is undefined."""
+    """Sets the length of ``cache`` to ``length`` positions; the contents of skipped positions are undefined."""
     for layer in cache.layers:
         if isinstance(layer, PreallocatedLayer):
             layer.length = length

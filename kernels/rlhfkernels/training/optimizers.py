@@ -1,7 +1,7 @@
-"""The optimizers of a step: float32 master weights under lower precision, states made at once, a warm-up cosine.
+"""Optimizers: float32 master weights for narrower dtypes, eager states, linear warm-up and cosine decay.
 
-States exist from the start, so that what a step needs is there before the first one and is counted. The arithmetic is
-torch's own fused kernel, or bitsandbytes'.
+States are allocated at construction, so that the memory of the first step is that of every step. The arithmetic is
+torch's fused kernel, or bitsandbytes'.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ from torch.optim.sgd import sgd
 from rlhfkernels.config.options import OPTION_PACKAGES
 from rlhfkernels.errors import CaseError
 
-# Gradients are widened for the master weights this many bytes at a time, not all at once.
+# Gradients are cast to the master weights' dtype in chunks of this many bytes: a cast of all of them at once would
+# add 4 bytes a weight to the peak.
 _WIDEN_BYTES = 256 * 2**20
 
-# bitsandbytes' 8-bit states (since 0.45, bitsandbytes/optim/optimizer.py, Optimizer2State.init_state): elements that
-# share one scale, the elements from which on a tensor has 8-bit states, the values that 8 bits stand for.
-_BLOCK, _LEAST_8BIT, _CODES = 256, 4096, 256
+# bitsandbytes' 8-bit states (since 0.45, bitsandbytes/optim/optimizer.py, Optimizer2State.init_state): elements per
+# scale, the smallest tensor with 8-bit states, entries of the quantisation map.
+_BLOCK, _MIN_8BIT_ELEMENTS, _CODES = 256, 4096, 256
 
 
 class Optimizer:
-    """One parameter group: clipping, the schedule, master weights.
+    """One parameter group: gradient clipping, schedule, master weights.
 
     Args:
-        parameters: what it trains.
+        parameters: the trained weights.
         lr: the peak learning rate.
         warmup_steps: steps of linear warm-up.
-        total_steps: the step at which the cosine has reached 0.
-        max_grad_norm: the group's gradient norm is clipped to this first.
+        total_steps: the step at which the cosine reaches 0.
+        max_grad_norm: the group's gradient norm is clipped to this before the update.
     """
 
     def __init__(
@@ -54,20 +55,24 @@ class Optimizer:
         self.masters: list[torch.Tensor] = [
             p.detach().float() if p.dtype.itemsize < 4 else p.detach() for p in self.parameters
         ]
-        # A master that is the weight itself costs nothing; only a real copy is a tensor of the optimizer's.
+        # A float32 weight is its own master; only copies are tensors of the optimizer.
         self._has_copies = any(m.dtype != p.dtype for m, p in zip(self.masters, self.parameters, strict=True))
 
     @property
     def lr(self) -> float:
-        """The learning rate of the coming step."""
+        """The learning rate of the next step."""
         return self.peak_lr * cosine_factor(self.num_steps, self.warmup_steps, self.total_steps)
 
     def tensors(self) -> list[torch.Tensor]:
-        """Master copies and moments: everything that the optimizer holds beside the weights."""
+        """Tensors of the optimizer: master copies and moments."""
         return self.masters if self._has_copies else []
 
     def step(self) -> torch.Tensor:
-        """Clips, updates, drops the gradients; returns the gradient norm before clipping, a scalar."""
+        """Clips the gradients, updates the weights, frees the gradients.
+
+        Returns:
+            The gradient norm before clipping, a scalar.
+        """
         grads = [p.grad for p in self.parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(grads)
         nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
@@ -87,7 +92,7 @@ class Optimizer:
         raise NotImplementedError
 
     def _chunks(self) -> list[list[int]]:
-        """Indices of the parameters that have a gradient, in runs whose widened gradients stay small."""
+        """Indices of the parameters with a gradient, in chunks of at most ``_WIDEN_BYTES`` of float32 gradients."""
         chunks: list[list[int]] = [[]]
         size = 0
         for i, parameter in enumerate(self.parameters):
@@ -102,12 +107,12 @@ class Optimizer:
 
 
 class AdamW(Optimizer):
-    """AdamW (arXiv:1711.05101), betas 0.9 and 0.999; further arguments as ``Optimizer``.
+    """AdamW (arXiv:1711.05101) with betas 0.9 and 0.999.
 
     Args:
-        parameters: what it trains.
-        weight_decay: decoupled.
-        eps: added to the root of the second moment; matters under bfloat16.
+        parameters: the trained weights.
+        weight_decay: decoupled weight decay.
+        eps: added to the root of the second moment; it matters under bfloat16.
         **schedule: the arguments of ``Optimizer``.
     """
 
@@ -144,7 +149,10 @@ class AdamW(Optimizer):
 
 
 class SGD(Optimizer):
-    """Plain gradient descent with decoupled-free weight decay; no moments. Arguments as ``AdamW``, ``eps`` unused."""
+    """Stochastic gradient descent without momentum; weight decay is added to the gradient.
+
+    Arguments as ``AdamW``; ``eps`` is unused.
+    """
 
     def __init__(
         self, parameters: Sequence[nn.Parameter], *, weight_decay: float, eps: float, **schedule: float
@@ -169,11 +177,11 @@ class SGD(Optimizer):
 
 
 class AdamW8bitStates(Optimizer):
-    """What 8-bit AdamW holds, by bitsandbytes' rules, without its arithmetic: updates change nothing.
+    """The states of 8-bit AdamW by bitsandbytes' rules, without its arithmetic: an update changes nothing.
 
-    A tensor of at least 4096 elements has both moments in a byte an element each, and for each moment a float32 scale a
-    block of 256 elements; a smaller one has float32 moments. The two maps from bytes to numbers are shared by all.
-    A planner, which needs no numbers, plans with this where bitsandbytes is not installed, too. Arguments as ``AdamW``.
+    Both moments of a tensor of at least 4096 elements take one byte an element, and one float32 scale for each block of
+    256 elements. Smaller tensors have float32 moments. All tensors share the two quantisation maps. A plan uses this
+    class, so that it needs no bitsandbytes. Arguments as ``AdamW``.
     """
 
     def __init__(
@@ -185,7 +193,7 @@ class AdamW8bitStates(Optimizer):
         self.states = [self._make_state(master) for master in self.masters]
 
     def tensors(self) -> list[torch.Tensor]:
-        """Master copies, both moments, their scales and the maps."""
+        """Master copies, both moments, their scales and the quantisation maps."""
         held = [tensor for state in self.states for tensor in state.values()]
         return [*super().tensors(), *dict.fromkeys(held)]
 
@@ -195,8 +203,8 @@ class AdamW8bitStates(Optimizer):
         return torch.zeros(_CODES, device=device), torch.zeros(_CODES, device=device)
 
     def _make_state(self, master: torch.Tensor) -> dict[str, torch.Tensor]:
-        """One tensor's state under the names that bitsandbytes gives to its parts."""
-        if master.numel() < _LEAST_8BIT:
+        """The state of one tensor, under bitsandbytes' names."""
+        if master.numel() < _MIN_8BIT_ELEMENTS:
             return {name: torch.zeros_like(master) for name in ("state1", "state2")}
         num_blocks = -(-master.numel() // _BLOCK)
         state = {name: torch.zeros_like(master, dtype=torch.uint8) for name in ("state1", "state2")}
@@ -208,10 +216,10 @@ class AdamW8bitStates(Optimizer):
 
 
 class AdamW8bit(AdamW8bitStates):
-    """AdamW with 8-bit states (arXiv:2110.02861): the arithmetic and the maps are bitsandbytes' own.
+    """AdamW with 8-bit states (arXiv:2110.02861), computed by bitsandbytes.
 
-    The states are made here, at once, and handed to the library, which would make them at its first step. Arguments as
-    ``AdamW``.
+    The states are allocated at construction and handed to the library, which would allocate them at its first step.
+    Arguments as ``AdamW``.
 
     Raises:
         CaseError: bitsandbytes is not installed.
@@ -237,13 +245,13 @@ class AdamW8bit(AdamW8bitStates):
         self._library.param_groups[0]["lr"] = self.lr
         for master, grad in zip(masters, grads, strict=True):
             master.grad = grad
-        self._library.step()  # it passes over what has no gradient
+        self._library.step()  # skips tensors without a gradient
         for master in masters:
             master.grad = None
 
 
 def _package_of(optimizer: str) -> Any:
-    """The package whose arithmetic ``optimizer`` is.
+    """The package that implements ``optimizer``.
 
     Raises:
         CaseError: it is not installed.
@@ -257,7 +265,7 @@ def _package_of(optimizer: str) -> Any:
 
 OptimizerClass = type[AdamW] | type[SGD] | type[AdamW8bitStates]
 OPTIMIZERS: dict[str, OptimizerClass] = {"adamw": AdamW, "sgd": SGD, "adamw8bit": AdamW8bit}
-# Where only shapes matter: the same memory, and no package of somebody else's.
+# For plans: the same memory without an optional package.
 STAND_INS: dict[str, OptimizerClass] = {**OPTIMIZERS, "adamw8bit": AdamW8bitStates}
 
 

@@ -150,13 +150,13 @@ class TrainingStep:
 
     @property
     def trunk_taken(self) -> str:
-        """How the trunks are run: ``engine.trunk``, or ``plain`` where ``fast`` does not cover the architecture."""
+        """The implementation of the trunks: ``fast``, or ``plain`` where ``fast`` does not cover the architecture."""
         return self.engine.trunks[self.method.bases[0]].name
 
     @property
     def backend_taken(self) -> str:
         """The backend of the ops: ``triton``, ``native`` or ``torch``."""
-        return self.engine.kernels
+        return self.engine.backend
 
     @property
     def sequences_per_row(self) -> int:

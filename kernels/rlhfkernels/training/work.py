@@ -1,9 +1,9 @@
-"""The least work of a step, phase by phase: the operations its method asks for, and the bytes it cannot avoid moving.
+"""The roofline of a step: the FLOPs and bytes that each phase cannot avoid.
 
-Counted are products with weights, attention (causal: half of the square), the head at completion positions only, and
-each weight, cached key and value once per forward that needs it. Of the last layer, positions that no head reads need
-their keys and values only. Not counted is what a better kernel could avoid: activations that travel through memory,
-norms, padding, recomputation.
+Counted are matmuls with weights, causal attention (half of the square), the head at the positions that a stage reads,
+and every weight, cached key and cached value once for each forward that needs it. Outputs of the last layer that no
+head reads are not counted. Work that a better kernel could avoid is not counted either: activations that travel through
+memory, norms, padding, recomputation.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from rlhfkernels.methods.program import (
 )
 from rlhfkernels.training.step import TrainingStep
 
-# Operations of AdamW for one weight: two moments, their corrections, the root, the division, the decay, the update.
+# FLOPs of AdamW per weight: two moments, their corrections, the root, the division, the decay, the update.
 _ADAMW_FLOPS = 15
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Work:
-    """What a phase must do at least.
+    """The least work of a phase.
 
     Attributes:
-        flops: floating-point operations; a multiplication and an addition are two.
-        bytes: read from and written to the device's memory.
+        flops: floating-point operations; a multiply-add is two.
+        bytes: bytes read from and written to device memory.
     """
 
     flops: int
@@ -51,13 +51,13 @@ class Work:
         return Work(self.flops + other.flops, self.bytes + other.bytes)
 
     def floor_s(self, flops_per_s: float, bytes_per_s: float) -> float:
-        """The shortest time in seconds on a device with these two ceilings."""
+        """The larger of compute time and memory time, in seconds, at these two rates."""
         return max(self.flops / flops_per_s, self.bytes / bytes_per_s)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class _Shape:
-    """The sizes of one base that work depends on: numbers of weights, and of attention channels over all layers."""
+    """Sizes of one base: elements of its weights, and attention channels summed over its layers."""
 
     num_layers: int
     hidden: int
@@ -77,7 +77,7 @@ class _Shape:
 
     @property
     def unread(self) -> int:
-        """Weights of the last layer that a position needs only where its output is read: all but keys' and values'."""
+        """Weights of the last layer without its key and value projections: unused where the output is unread."""
         return (self.trunk - 2 * self.hidden * self.kv_channels) // self.num_layers
 
 
