@@ -183,7 +183,7 @@ def _check_data(case: Case) -> Iterator[str]:
     for kind in get_args(SourceName):
         path = getattr(case.options.data, kind)
         if path is not None and kind != method.source:
-            yield f"data.{kind} is {path!r}: method {case.method!r} takes {method.source}, so it must be absent."
+            yield f"data.{kind} is {path!r}: method {case.method!r} takes {method.source}, so it must be none."
 
 
 def _check_batches(case: Case) -> Iterator[str]:

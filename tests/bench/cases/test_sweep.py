@@ -211,7 +211,15 @@ def test_pairs_of_different_lengths():
 
 
 # Options whose value must fit another field of the case.
-TIED = ("ppo.num_mini_batches", "engine.micro_batch_size", "engine.backend", "rollout.reward_model")
+TIED = (
+    "ppo.num_mini_batches",
+    "engine.micro_batch_size",
+    "engine.backend",
+    "rollout.reward_model",
+    "data.prompts",
+    "data.demonstrations",
+    "data.pairs",
+)
 
 
 def is_storable(value):
@@ -352,3 +360,32 @@ def test_micro_batches_are_given_for_all_batch_sizes_that_they_divide():
     assert [case.micro_batch_size for case in Sweep.from_spec({**spec, "options": options}).cases] == [2, 2]
     with pytest.raises(SweepError, match=r"engine.micro_batch_size is 3: it must divide the mini-batch of 4"):
         Sweep.from_spec({**spec, "options": {"engine.micro_batch_size": 3}})
+
+
+DATA = {"data.prompts": "p.jsonl", "data.pairs": "x.jsonl"}
+
+
+def test_each_method_of_a_grid_takes_its_own_data_file_and_loads_back():
+    sweep = Sweep.from_spec({**GRID, "methods": ["hydra", "dpo-lora", "sft"], "options": DATA})
+    files = [(case.method, case.data_file) for case in sweep.cases]
+    assert files == [("hydra", "p.jsonl"), ("dpo-lora", "x.jsonl"), ("sft", None)]
+    assert Sweep.from_spec(tomllib.loads(sweep.to_toml())) == sweep
+
+
+def test_a_data_file_that_no_method_of_the_grid_takes_is_one_sentence():
+    assert problems({**GRID, "methods": ["sft", "dpo"], "options": {"data.prompts": "p.jsonl"}}) == (
+        "data.prompts is 'p.jsonl': method 'sft' takes demonstrations, so it must be none.",
+        "data.prompts is 'p.jsonl': method 'dpo' takes pairs, so it must be none.",
+    )
+
+
+def test_methods_are_rows_families_and_all():
+    def methods(*names):
+        return [case.method for case in Sweep.from_spec({**GRID, "methods": list(names)}).cases]
+
+    assert methods("PPO", "hydra") == methods("ppo") == ["full", "lora", "dynamic-lora", "joined-hydra", "hydra"]
+    assert methods("sft") == ["sft"]
+    assert methods("SFT") == ["sft", "sft-lora"]
+    assert methods("all") == list(METHODS)
+    (sentence,) = problems({**GRID, "methods": ["hydr"]})
+    assert sentence.startswith("method 'hydr' is unknown: did you mean 'hydra'")

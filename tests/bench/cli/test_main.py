@@ -75,7 +75,7 @@ def test_every_flag_reaches_the_case_and_the_settings(call, tmp_path):
     code, out, _ = call(
         "run", "--model", "gpt2", "--methods", "lora", "--seq-lens", "10", "--batch-sizes", "4", "--prompts", "p.jsonl",
         "--prompt-field", "q", "--prompt-fraction", "0.2", "--device", "cpu", "--dtype", "bfloat16", "--lora-rank", "4",
-        "--demonstrations", "d.jsonl", "--pairs", "x.jsonl", "--seed", "3",
+        "--seed", "3",
         "--option", "ppo.gamma=0.5", "--option", "ppo.num_mini_batches=2", "--time-budget-s", "1.5",
         "--case-timeout-s", "9", "--memory-limit", "1GiB", "--threads", "1", "--profile", "--with-plan", "--json",
     )  # fmt: skip
@@ -84,12 +84,7 @@ def test_every_flag_reaches_the_case_and_the_settings(call, tmp_path):
     case, options = record["case"], record["case"]["options"]
     assert (case["model"], case["method"], case["prompt_len"], case["completion_len"]) == ("gpt2", "lora", 2, 8)
     assert (case["batch_size"], case["dtype"], options["lora"]["r"], case["seed"]) == (4, "bfloat16", 4, 3)
-    assert options["data"] == {
-        "prompts": "p.jsonl",
-        "prompt_field": "q",
-        "demonstrations": "d.jsonl",
-        "pairs": "x.jsonl",
-    }
+    assert options["data"] == {"prompts": "p.jsonl", "prompt_field": "q", "demonstrations": None, "pairs": None}
     assert (options["ppo"]["gamma"], options["ppo"]["num_mini_batches"]) == (0.5, 2)
     (folder,) = tmp_path.glob("rlhfbench-run-*Z")
     settings = json.loads((folder / "environment.json").read_text())["settings"]
@@ -248,7 +243,7 @@ WRONG = [
     (("run", "--sed", "1"), "No such option: --sed"),
     (("rum",), "No such command 'rum'"),
     (("report", "absent"), "records file 'absent' cannot be read: No such file or directory."),
-    (("report", "future"), "its schema is 99 and this rlhfbench reads up to 1: a newer one wrote it."),
+    (("report", "future"), "its schema is 99 and this rlhfbench reads up to 2: a newer one wrote it."),
     (("report", "old"), "run 'old' holds no records yet: there is nothing to draw."),
     (("report",), "Missing argument 'RUN'."),
 ]
@@ -477,8 +472,47 @@ def test_the_public_names():
         "__version__",
         "plan",
         "read_records",
+        "records_frame",
         "run_sweep",
     ]
     assert all(getattr(rlhfbench, name) is not None for name in rlhfbench.__all__)
     with pytest.raises(AttributeError, match="no attribute 'absent'"):
         rlhfbench.absent  # noqa: B018
+
+
+@pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize(
+    ("method", "flag", "text", "sentence"),
+    [
+        ("dpo", "--pairs", None, "pairs 'x.jsonl' cannot be read: No such file or directory."),
+        ("dpo", "--pairs", "", "pairs 'x.jsonl' is empty: it must hold at least one row."),
+        ("dpo", "--pairs", '{"prompt": "a",\n', "pairs 'x.jsonl', line 1: it is not JSON."),
+        (
+            "dpo",
+            "--pairs",
+            '{"prompt": "a", "chosen": "b"}\n',
+            "pairs 'x.jsonl', line 1: there is no field 'rejected'; its fields are 'prompt', 'chosen'.",
+        ),
+        (
+            "sft",
+            "--demonstrations",
+            '{"prompt": "a", "completion": ""}\n',
+            "demonstrations 'x.jsonl', line 1: field 'completion' must be a text that is not empty, or a list of "
+            "messages (role, content).",
+        ),
+        (
+            "dpo",
+            "--pairs",
+            '{"prompt": "a", "chosen": "b", "rejected": "b"}\n',
+            "pairs 'x.jsonl': chosen equals rejected in every row, so no pair is left.",
+        ),
+        ("hydra", "--pairs", "", "data.pairs is 'x.jsonl': method 'hydra' takes prompts, so it must be none."),
+    ],
+)
+def test_a_bad_data_file_is_one_sentence_and_starts_nothing(call, tmp_path, method, flag, text, sentence):
+    if text is not None:
+        (tmp_path / "x.jsonl").write_text(text)
+    small = ("--model", "tiny", "--seq-lens", "8", "--batch-sizes", "1")
+    code, out, err = call("run", "--methods", method, *small, flag, "x.jsonl", "--out", "here")
+    assert (code, out, err) == (2, "", sentence + "\n")
+    assert not (tmp_path / "here").exists()

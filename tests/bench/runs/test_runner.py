@@ -102,6 +102,7 @@ def test_every_record_has_a_plan_whatever_the_outcome(tmp_path):
             "activation_bytes": 2,
             "rollout_bytes": 1,
             "total_bytes": 7,
+            "persistent_model_bytes": None,
             "peak_phase": "score",
             "parts": {},
             "phases": {},

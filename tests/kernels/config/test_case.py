@@ -176,7 +176,8 @@ def test_every_problem_is_reported_at_once() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_reward_model_is_accepted_by_methods_that_load_one(method: str) -> None:
     roles = METHODS[method].roles
-    loads_one = roles["actor"].base != roles["reward"].base
+    first = next(iter(roles.values()))
+    loads_one = "reward" in roles and roles["reward"].base != first.base
     try:
         case = Case(**{**GOOD, "method": method}, options=Options.of({"rollout.reward_model": "gpt2"}))
     except CaseError:

@@ -13,7 +13,15 @@ from rlhfkernels.config.options import RENAMED_OPTIONS, Options, option_fields
 
 GOOD = {"method": "hydra", "model": "tiny", "prompt_len": 4, "completion_len": 4, "batch_size": 4}
 # Options whose value must fit another field of the case.
-TIED = ("ppo.num_mini_batches", "engine.micro_batch_size", "engine.backend", "rollout.reward_model")
+TIED = (
+    "ppo.num_mini_batches",
+    "engine.micro_batch_size",
+    "engine.backend",
+    "rollout.reward_model",
+    "data.prompts",
+    "data.demonstrations",
+    "data.pairs",
+)
 
 
 def is_finite(value: object) -> bool:
