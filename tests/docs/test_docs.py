@@ -22,11 +22,12 @@ import typer
 
 from rlhfbench.cli.common import case_spec, make_sweep
 from rlhfbench.cli.main import app, invoke
+from rlhfkernels.config.options import RENAMED_OPTIONS
 from rlhfkernels.methods.table import METHODS
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "reports" / "results"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 _BRIEF = "--batch-sizes 1 --time-budget-s 0.05"
 _TINY = f"--model tiny --seq-lens 16 {_BRIEF}"
@@ -38,6 +39,8 @@ RUN = {
     "rlhfbench methods": "",
     "rlhfbench methods --options": "",
     "rlhfbench models": "",
+    "rlhfbench run --methods hydra --prompts prompts.jsonl --seq-lens 64": _BRIEF,
+    "rlhfbench run --methods sft,sft-lora --demonstrations demonstrations.jsonl --seq-lens 64": _BRIEF,
     "rlhfbench run --methods dpo,dpo-lora --pairs pairs.jsonl --seq-lens 64": f"--methods dpo-lora {_BRIEF}",
     "rlhfbench plan --model tiny --methods hydra --seq-lens 64 --batch-sizes 2 --gpu 24GiB": "",
 }
@@ -53,9 +56,9 @@ CHECKED = {
     "rlhfbench run --methods hydra --seq-lens 64 --batch-sizes 2 --with-plan --profile": _SAME,
     "rlhfbench run --methods lora,hydra --seq-lens 128 --max-batch --memory-limit 24GiB": _LONG,
     "rlhfbench run --methods lora,hydra --seq-lens 128 --max-batch --memory-limit 4GiB": _LONG,
-    "rlhfbench run --methods hydra --prompts prompts.jsonl --seq-lens 64": _SAME,
-    "rlhfbench run --methods sft,sft-lora --demonstrations demonstrations.jsonl --seq-lens 64": _SAME,
     "rlhfbench run --methods hydra --option ppo.kl_coef=0.05 --option lora.target_modules=q_proj,v_proj": _SAME,
+    "rlhfbench run --methods hydra,sft,dpo --prompts prompts.jsonl --demonstrations demonstrations.jsonl "
+    "--pairs pairs.jsonl": _SAME,
     "rlhfbench run --sweep sweep.toml": _LONG,
     "rlhfbench run --sweep sweep.toml --batch-sizes 8 --option lora.r=64": _LONG,
     "rlhfbench run --sweep cases.toml": _SAME,
@@ -206,6 +209,11 @@ def test_the_gain_on_the_results_page_is_that_of_the_kept_run() -> None:
     kept = rows((RESULTS / "settings-cpu" / "gain.md").read_text(encoding="utf-8"))
     assert len(kept) > 1
     assert rows(between(ROOT / "docs" / "results.md", "gain")) == kept
+
+
+def test_the_changelog_lists_every_renamed_option() -> None:
+    listed = rows((ROOT / "CHANGELOG.md").read_text(encoding="utf-8"))[1:]
+    assert {old.strip("`"): new.strip("`") for old, new in listed} == RENAMED_OPTIONS
 
 
 def test_the_methods_page_lists_every_method() -> None:
