@@ -39,9 +39,8 @@ RUN = {
     "rlhfbench methods": "",
     "rlhfbench methods --options": "",
     "rlhfbench models": "",
-    "rlhfbench run --methods hydra --prompts prompts.jsonl --seq-lens 64": _BRIEF,
-    "rlhfbench run --methods sft,sft-lora --demonstrations demonstrations.jsonl --seq-lens 64": _BRIEF,
-    "rlhfbench run --methods dpo,dpo-lora --pairs pairs.jsonl --seq-lens 64": f"--methods dpo-lora {_BRIEF}",
+    "rlhfbench run --methods hydra,sft,dpo --prompts prompts.jsonl --demonstrations demonstrations.jsonl "
+    "--pairs pairs.jsonl": f"--methods hydra,sft-lora,dpo-lora {_TINY}",
     "rlhfbench plan --model tiny --methods hydra --seq-lens 64 --batch-sizes 2 --gpu 24GiB": "",
 }
 _GPU = "it needs a GPU"
@@ -57,8 +56,9 @@ CHECKED = {
     "rlhfbench run --methods lora,hydra --seq-lens 128 --max-batch --memory-limit 24GiB": _LONG,
     "rlhfbench run --methods lora,hydra --seq-lens 128 --max-batch --memory-limit 4GiB": _LONG,
     "rlhfbench run --methods hydra --option ppo.kl_coef=0.05 --option lora.target_modules=q_proj,v_proj": _SAME,
-    "rlhfbench run --methods hydra,sft,dpo --prompts prompts.jsonl --demonstrations demonstrations.jsonl "
-    "--pairs pairs.jsonl": _SAME,
+    "rlhfbench run --methods hydra --prompts prompts.jsonl --seq-lens 64": _SAME,
+    "rlhfbench run --methods sft,sft-lora --demonstrations demonstrations.jsonl --seq-lens 64": _SAME,
+    "rlhfbench run --methods dpo,dpo-lora --pairs pairs.jsonl --seq-lens 64": _SAME,
     "rlhfbench run --sweep sweep.toml": _LONG,
     "rlhfbench run --sweep sweep.toml --batch-sizes 8 --option lora.r=64": _LONG,
     "rlhfbench run --sweep cases.toml": _SAME,
