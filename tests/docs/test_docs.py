@@ -22,6 +22,7 @@ import typer
 
 from rlhfbench.cli.common import case_spec, make_sweep
 from rlhfbench.cli.main import app, invoke
+from rlhfbench.records.file import read_records
 from rlhfkernels.config.options import RENAMED_OPTIONS
 from rlhfkernels.methods.table import METHODS
 
@@ -29,8 +30,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "reports" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
-_BRIEF = "--batch-sizes 1 --time-budget-s 0.05"
-_TINY = f"--model tiny --seq-lens 16 {_BRIEF}"
+_TINY = "--model tiny --seq-lens 16 --batch-sizes 1 --time-budget-s 0.05 --threads 1"
 # Commands that run, with flags that make them small.
 RUN = {
     "rlhfbench run --model smollm2-135m --methods lora,hydra --seq-lens 128,256 --batch-sizes 4 --out my-run": _TINY,
@@ -134,6 +134,9 @@ def _check(words: list[str]) -> None:
         return
     elif command in RUN:
         assert invoke([*words[1:], *RUN[command].split()]) == 0
+        # A case that fails is an outcome: the command's exit code is 0 then too.
+        records = [record for run in Path().glob("*/records.jsonl") for record in read_records(run.parent)]
+        assert {record["outcome"] for record in records} <= {"ok"}
     else:
         assert command in CHECKED, "add the command to RUN, or to CHECKED with the reason"
         _check_flags(words[1:])
@@ -151,7 +154,7 @@ def _check_pytest(words: list[str]) -> None:
     if not words[0].startswith("-"):
         files = [ROOT / words[0]] if words[0].endswith(".py") else list((ROOT / words[0]).rglob("*.py"))
         keyword = words[words.index("-k") + 1]
-        assert any(re.search(rf"def \w*{keyword}|{keyword}", path.name + path.read_text()) for path in files)
+        assert any(re.search(rf"def \w*{keyword}", path.read_text(encoding="utf-8")) for path in files)
         return
     command = [sys.executable, "-m", "pytest", *words, "--collect-only", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
