@@ -133,7 +133,9 @@ def _notes(frame: pd.DataFrame, words: dict[str, list[str]]) -> tuple[str, ...]:
     notes: list[str] = []
     num_cut = frame["num_prompts_truncated"].max()
     if not pd.isna(num_cut) and num_cut > 0:
-        notes.append(f"Prompts longer than the prompt length were cut from the left: up to {num_cut} in one case.")
+        notes.append(
+            f"Rows longer than their case were cut, prompts on the left, completions on the right: up to {num_cut}."
+        )
     rest = frame["allocator_rest_bytes"].dropna()
     if len(rest):
         low, high = (number_text(float(value) / GIB, 3) for value in (rest.min(), rest.max()))

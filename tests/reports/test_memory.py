@@ -153,7 +153,7 @@ def test_notes_list_skipped_cases_last(make_frame):
 
 def test_cut_prompts_give_a_note(make_frame):
     frame = make_frame({"num_prompts_truncated": 3}, {"num_prompts_truncated": 0, "method": "full"})
-    assert "up to 3 in one case" in memory_table(frame).notes[0]
+    assert "on the right: up to 3." in memory_table(frame).notes[0]
     assert memory_table(make_frame({"num_prompts_truncated": 0})).notes == ()
 
 

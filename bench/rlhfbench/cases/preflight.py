@@ -19,7 +19,7 @@ from rlhfbench.cases.sweep import Sweep
 from rlhfbench.errors import SweepError
 from rlhfkernels.config.case import vocabulary_problem
 from rlhfkernels.config.options import OPTION_PACKAGES
-from rlhfkernels.data.files import READERS, Text
+from rlhfkernels.data.files import READERS, Demonstration, Pair, Text
 from rlhfkernels.errors import DataError, ModelError
 from rlhfkernels.methods.table import METHODS
 from rlhfkernels.models.presets import PRESETS
@@ -74,7 +74,7 @@ def check(sweep: Sweep) -> dict[str, ModelFacts]:
     return facts
 
 
-def check_chat_template(model: str, rows: Iterable[Text | tuple[Text, ...]]) -> None:
+def check_chat_template(model: str, rows: Iterable[Text | Demonstration | Pair]) -> None:
     """Checks that chat messages have a template, for the folder of a checkpoint; other models show it when loaded.
 
     Prompts alone may be joined without a template; a completion needs one, which marks where it ends.
@@ -85,7 +85,7 @@ def check_chat_template(model: str, rows: Iterable[Text | tuple[Text, ...]]) -> 
     config = Path(model).expanduser() / "tokenizer_config.json"
     if not config.is_file() or (config.parent / "chat_template.jinja").is_file():
         return
-    is_chat = any(isinstance(row, tuple) and not isinstance(row[0], str) for row in rows)
+    is_chat = any(isinstance(row, (Demonstration, Pair)) and not isinstance(row.prompt, str) for row in rows)
     if is_chat and '"chat_template"' not in config.read_text(encoding="utf-8", errors="replace"):
         raise DataError(f"model '{model}': the data holds messages, and its tokenizer has no chat template.")
 

@@ -13,9 +13,10 @@ CUSTOM = "custom"
 
 _DEFAULTS = Options().flat()
 # The rank often differs from the setting's to fit a machine, as the dtype does. Reports name both beside the setting.
-_IGNORED = ("lora.r",)
+# Alpha belongs to the rank: records of schema 1 hold 1/128 of it at every rank.
+_IGNORED = ("lora.r", "lora.alpha")
 # A data file belongs to its kind of method. Beside others it would split one size of a table into a block a method.
-_UNNAMED = (*_IGNORED, *(f"data.{source}" for source in get_args(SourceName)))
+_UNNAMED = ("lora.r", *(f"data.{source}" for source in get_args(SourceName)))
 _DECIDING = tuple(
     dict.fromkeys(name for setting in SETTINGS.values() for name in setting.get("options", {}) if name not in _IGNORED)
 )

@@ -191,9 +191,17 @@ def _dotted(table: Mapping[str, Any]) -> dict[str, Any]:
     """Options by dotted name. A spec may give them as tables by group, as dotted names, or both."""
     found: dict[str, Any] = {}
     for name, value in table.items():
-        found |= (
-            {f"{name}.{field}": item for field, item in value.items()} if isinstance(value, Mapping) else {name: value}
+        options = (
+            {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, Mapping) else {name: value}
         )
+        twice = [
+            f"option {option!r} is given twice, as a table's key and by its dotted name."
+            for option in options
+            if option in found
+        ]
+        if twice:
+            raise SweepError(twice)
+        found |= options
     return found
 
 

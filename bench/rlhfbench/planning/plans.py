@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rlhfbench.cases import preflight
@@ -13,7 +13,7 @@ from rlhfkernels.config.case import Case
 
 
 def plan(
-    cases: Case | Sweep,
+    cases: Case | Iterable[Case] | Sweep,
     *,
     gpu: str | None = None,
     zero_stage: int = 0,
@@ -24,7 +24,7 @@ def plan(
     """Predicts the memory of one training step of each case.
 
     Args:
-        cases: a case, or the cases of a sweep.
+        cases: a case, several cases, or a sweep.
         gpu: an accelerator such as ``a100-80gb``, or a size such as ``24GiB``. With it the largest batch that fits is
             found too, for every case.
         zero_stage: stage of DeepSpeed's ZeRO, 0 to 3.
@@ -47,7 +47,9 @@ def plan(
 
     accelerator = None if gpu is None else find_accelerator(gpu)
     zero = Zero(stage=zero_stage, world_size=world_size)
-    sweep = cases if isinstance(cases, Sweep) else Sweep(cases=(cases,))
+    if not isinstance(cases, Sweep):
+        cases = Sweep(cases=(cases,) if isinstance(cases, Case) else tuple(cases))
+    sweep = cases
     preflight.check_models(sweep)
     return plan_kinds(
         cases_of_a_rank(sweep.cases, world_size) if global_batch else sweep.cases,

@@ -7,7 +7,7 @@ contents. A long completion is not stepped through; the steps left out have no l
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, get_args
+from typing import Any
 from unittest import mock
 
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -25,13 +25,11 @@ from rlhfbench.planning.devices import Accelerator
 from rlhfbench.planning.zero import Zero
 from rlhfbench.records.timelines import divided_timeline
 from rlhfkernels.config.case import Case
-from rlhfkernels.methods.program import SourceName
 from rlhfkernels.observer import PARTS
 from rlhfkernels.training.step import build_step
 from rlhfkernels.training.work import Work, phase_work
 
 _NO_VIEWS = dict.fromkeys(OUTER_VIEWS)
-_NO_DATA: dict[str, None] = dict.fromkeys(f"data.{kind}" for kind in get_args(SourceName))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +83,8 @@ def plan_case(case: Case, zero: Zero | None = None, *, with_timeline: bool = Fal
     backward; storages are counted in the blocks of the device that was asked for.
 
     Args:
-        case: what to plan. Prompts and a stop token change no shape and are left out, and Triton is not run.
+        case: what to plan. A stop token changes no shape and is left out. A data file stands for random rows with an
+            attention mask, as short prompts have one. Triton is not run.
         zero: how the step is divided among ranks.
         with_timeline: keep the step's timeline too.
 
@@ -95,7 +94,7 @@ def plan_case(case: Case, zero: Zero | None = None, *, with_timeline: bool = Fal
     """
     # The C backend takes its memory from torch, so a plan counts it; Triton cannot start without the device.
     backend = case.options.engine.backend if case.device == "cpu" else "torch"
-    options = case.options.replace({**_NO_DATA, "rollout.stop_token_id": None, "engine.backend": backend})
+    options = case.options.replace({"rollout.stop_token_id": None, "engine.backend": backend})
     stand_in = dataclasses.replace(case, device="cpu", options=options)
     zero = zero or Zero()
     timeline = Timeline() if with_timeline else None

@@ -209,7 +209,12 @@ _MEASURED: tuple[Field, ...] = (
     Field("engine", "object", "trunk that ran: fast or plain"),
     Field("kernels", "object", "backend that ran: torch, triton or native"),
     Field("prompts", "object", "source and sizes of the training data"),
-    Field("prompts.num_truncated", "Int64", "prompts that were cut to prompt_len", name="num_prompts_truncated"),
+    Field(
+        "prompts.num_truncated",
+        "Int64",
+        "data rows that were cut to the lengths of the case",
+        name="num_prompts_truncated",
+    ),
     Field("plan", "object", "the same memory, predicted without running"),
 )
 FIELDS: tuple[Field, ...] = (

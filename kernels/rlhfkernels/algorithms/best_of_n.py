@@ -41,6 +41,7 @@ def expected_best(scores: torch.Tensor, n: int) -> torch.Tensor:
     m = scores.shape[-1]
     if not 1 <= n <= m:
         raise ValueError(f"n is {n}: it must be from 1 to the {m} scores of a prompt.")
+    scores = scores.to(torch.result_type(scores, 1.0))  # integers would round the weights to 0
     weights = [math.comb(i, n - 1) / math.comb(m, n) for i in range(m)]
     return (scores.sort(-1).values * torch.tensor(weights, dtype=scores.dtype, device=scores.device)).sum(-1)
 

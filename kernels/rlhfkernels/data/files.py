@@ -8,7 +8,7 @@ The shapes are those that TRL's documentation names: a prompt or a completion is
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,18 +23,30 @@ T = TypeVar("T")
 
 
 class Demonstration(NamedTuple):
-    """A prompt and the completion to learn."""
+    """A prompt and the completion to learn, with the line of the file that holds them."""
 
     prompt: Text
     completion: Text
+    line: int = 0
+
+    @property
+    def texts(self) -> tuple[Text, ...]:
+        """The prompt, then the completion."""
+        return self.prompt, self.completion
 
 
 class Pair(NamedTuple):
-    """A prompt with a preferred and a rejected completion."""
+    """A prompt with a preferred and a rejected completion, with the line of the file that holds them."""
 
     prompt: Text
     chosen: Text
     rejected: Text
+    line: int = 0
+
+    @property
+    def texts(self) -> tuple[Text, ...]:
+        """The prompt, then the chosen and the rejected completion."""
+        return self.prompt, self.chosen, self.rejected
 
 
 def read_prompts(path: str | Path, field: str = "prompt") -> list[Text]:
@@ -47,7 +59,7 @@ def read_prompts(path: str | Path, field: str = "prompt") -> list[Text]:
     Raises:
         DataError: the file is missing, empty or malformed; the message names the line.
     """
-    return _read("prompts", path, lambda where, row: _text(where, row, field))
+    return _read("prompts", path, lambda where, line, row: _text(where, row, field))
 
 
 def read_demonstrations(path: str | Path) -> list[Demonstration]:
@@ -59,7 +71,9 @@ def read_demonstrations(path: str | Path) -> list[Demonstration]:
     return _read(
         "demonstrations",
         path,
-        lambda where, row: Demonstration(_text(where, row, "prompt"), _text(where, row, "completion")),
+        lambda where, line, row: Demonstration(
+            _text(where, row, "prompt"), _completion(where, row, "completion"), line
+        ),
     )
 
 
@@ -84,7 +98,7 @@ READERS: dict[SourceName, Callable[[DataOptions], Sequence[Any]]] = {
 }
 
 
-def _read(kind: str, path: str | Path, parse: Callable[[str, Row], T]) -> list[T]:
+def _read(kind: str, path: str | Path, parse: Callable[[str, int, Row], T]) -> list[T]:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except IsADirectoryError as error:
@@ -94,19 +108,14 @@ def _read(kind: str, path: str | Path, parse: Callable[[str, Row], T]) -> list[T
     except OSError as error:
         raise DataError(f"{kind} '{path}' cannot be read: {error.strerror}.") from error
     # Lines end at line feeds only: JSON strings may hold other characters that str.splitlines splits at.
-    rows = [
-        parse(where, _object(where, line))
-        for where, line in _numbered(f"{kind} '{path}'", text.split("\n"))
-        if line.strip()
-    ]
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        where = f"{kind} '{path}', line {number}"
+        if line.strip():
+            rows.append(parse(where, number, _object(where, line)))
     if not rows:
         raise DataError(f"{kind} '{path}' is empty: it must hold at least one row.")
     return rows
-
-
-def _numbered(name: str, lines: list[str]) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(lines, start=1):
-        yield f"{name}, line {number}", line
 
 
 def _object(where: str, line: str) -> Row:
@@ -131,10 +140,17 @@ def _text(where: str, row: Row, field: str) -> Text:
     return text
 
 
-def _pair(where: str, row: Row) -> Pair:
-    chosen, rejected = _text(where, row, "chosen"), _text(where, row, "rejected")
+def _completion(where: str, row: Row, field: str) -> Text:
+    text = _text(where, row, field)
+    if not isinstance(text, str) and not any(message["content"].strip() for message in text):
+        raise DataError(f"{where}: field {field!r} is empty: its messages have no content.")
+    return text
+
+
+def _pair(where: str, line: int, row: Row) -> Pair:
+    chosen, rejected = _completion(where, row, "chosen"), _completion(where, row, "rejected")
     if "prompt" in row:
-        return Pair(_text(where, row, "prompt"), chosen, rejected)
+        return Pair(_text(where, row, "prompt"), chosen, rejected, line)
     if type(chosen) is not type(rejected):
         raise DataError(f"{where}: fields 'chosen' and 'rejected' must both be texts, or both lists of messages.")
     shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
@@ -142,7 +158,7 @@ def _pair(where: str, row: Row) -> Pair:
         shared = min(len(chosen), len(rejected)) - 1  # one continues the other: its last part is the completion
     if chosen != rejected and not shared:
         raise DataError(f"{where}: there is no field 'prompt', and 'chosen' and 'rejected' share no beginning.")
-    return Pair(chosen[:shared], chosen[shared:], rejected[shared:])
+    return Pair(chosen[:shared], chosen[shared:], rejected[shared:], line)
 
 
 def _is_text(value: Any) -> bool:

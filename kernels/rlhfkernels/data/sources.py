@@ -5,14 +5,14 @@ Shapes: b = data rows, n = sequences (b, or 2 b for pairs), p = prompt length, c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from rlhfkernels.config.case import Case
 from rlhfkernels.data.batch import Batch
-from rlhfkernels.data.files import Text, read_demonstrations, read_pairs, read_prompts
+from rlhfkernels.data.files import Demonstration, Pair, Text, read_demonstrations, read_pairs, read_prompts
 from rlhfkernels.errors import DataError, ModelError
 from rlhfkernels.methods.program import SEQUENCES_PER_ROW, SourceName
 
@@ -37,21 +37,41 @@ class Source(Protocol):
 
 
 class _Rows:
-    """Tokenised rows, handed out in turn and over again."""
+    """Tokenised rows, handed out in turn and over again.
 
-    def __init__(self, case: Case, vocab_size: int, path: str | None, num_dropped: int = 0) -> None:
-        self._case, self._vocab_size, self._path = case, vocab_size, path
-        self._num_dropped = num_dropped
+    Args:
+        case: names the file and the lengths. Without a file, tokens are random.
+        vocab_size: token ids are below it.
+        tokenizer: of the model; ``None`` (a preset) encodes text as its UTF-8 bytes.
+        with_rows: read the file. Without, a file stands for random tokens with a mask: the shapes that short prompts
+            give, for a plan.
+
+    Raises:
+        DataError: the file cannot be used.
+        ModelError: the vocabulary is too small for bytes.
+    """
+
+    def __init__(self, case: Case, vocab_size: int, tokenizer: Any | None, *, with_rows: bool = True) -> None:
+        self._case, self._vocab_size, self._tokenizer = case, vocab_size, tokenizer
+        self._path = case.data_file
         self._next = 0
         self._prompts: list[list[int]] = []
-        self.num_truncated = 0
+        self._num_truncated = self._num_dropped = 0
+        self._has_mask = self._path is not None
+        if self._path is not None and with_rows:
+            self._read(self._path)
+            # Known once for the whole source, so that every step of a case does the same work.
+            self._has_mask = any(len(row) < case.prompt_len for row in self._prompts)
+
+    def _read(self, path: str) -> None:
+        raise NotImplementedError
 
     def summary(self) -> dict[str, Any]:
         """See ``Source.summary``."""
         return {
             "source": self._path or "random",
             "num_prompts": len(self._prompts) or None,
-            "num_truncated": self.num_truncated,
+            "num_truncated": self._num_truncated,
             "num_dropped": self._num_dropped,
         }
 
@@ -62,22 +82,11 @@ class _Rows:
         self._next = (self._next + case.batch_size) % num_rows
         return rows
 
-    def _keep_prompts(self, prompts: Sequence[list[int]]) -> None:
-        """Keeps the last ``prompt_len`` tokens of each."""
-        p = self._case.prompt_len
-        self.num_truncated += sum(len(row) > p for row in prompts)
-        self._prompts = [row[-p:] for row in prompts]
-
-    @property
-    def _is_padded(self) -> bool:
-        """Known once for the whole source, so that every step of a case does the same work."""
-        return any(len(row) < self._case.prompt_len for row in self._prompts)
-
     def _prompts_of(self, rows: Sequence[int]) -> Prompts:
         p, device = self._case.prompt_len, self._case.device
         found = [self._prompts[row] for row in rows]
         tokens = torch.tensor([[0] * (p - len(row)) + row for row in found], device=device)
-        if not self._is_padded:
+        if not self._has_mask:
             return Prompts(tokens, None)
         masks = [[0] * (p - len(row)) + [1] * len(row) for row in found]
         return Prompts(tokens, torch.tensor(masks, device=device))
@@ -89,49 +98,49 @@ class _Rows:
 class PromptSource(_Rows):
     """Prompts of exactly p tokens: longer ones lose their beginning, shorter ones are padded on the left.
 
-    Args:
-        case: names the file and the lengths. Without a file, tokens are random.
-        vocab_size: token ids are below it.
-        tokenizer: of the model; ``None`` (a preset) encodes text as its UTF-8 bytes.
-
-    Raises:
-        DataError: the file cannot be used.
-        ModelError: the vocabulary is too small for bytes.
+    Arguments and errors are those of ``_Rows``.
     """
 
-    def __init__(self, case: Case, vocab_size: int, tokenizer: Any | None) -> None:
-        path = case.options.data.prompts
-        super().__init__(case, vocab_size, path)
-        if path is not None:
-            texts = read_prompts(path, case.options.data.prompt_field)
-            self._keep_prompts([_encode_prompt(text, tokenizer, vocab_size) for text in texts])
+    def _read(self, path: str) -> None:
+        p = self._case.prompt_len
+        texts = read_prompts(path, self._case.options.data.prompt_field)
+        prompts = [_encode_prompt(text, self._tokenizer, self._vocab_size) for text in texts]
+        self._num_truncated = sum(len(row) > p for row in prompts)
+        self._prompts = [row[-p:] for row in prompts]
 
     def next_batch(self, generator: torch.Generator | None) -> Prompts:
         """See ``Source.next_batch``."""
-        if not self._prompts:
-            return Prompts(self._random((self._case.batch_size, self._case.prompt_len), generator), None)
-        return self._prompts_of(self._take())
+        if self._prompts:
+            return self._prompts_of(self._take())
+        tokens = self._random((self._case.batch_size, self._case.prompt_len), generator)
+        return Prompts(tokens, torch.ones_like(tokens) if self._has_mask else None)
 
 
 class _CompletionSource(_Rows):
     """Prompts with given completions: longer completions lose their end, shorter ones are padded on the right."""
 
-    def __init__(
-        self,
-        case: Case,
-        vocab_size: int,
-        tokenizer: Any | None,
-        path: str | None,
-        rows: Sequence[tuple[Text, ...]],
-        num_dropped: int = 0,
-    ) -> None:
-        super().__init__(case, vocab_size, path, num_dropped)
-        encoded = [_encode_row(f"'{path}', row {i}", row, tokenizer, vocab_size) for i, row in enumerate(rows, start=1)]
-        self._keep_prompts([prompt for prompt, *_ in encoded])
-        c = case.completion_len
-        self.num_truncated += sum(len(tokens) > c for _, *completions in encoded for tokens in completions)
-        self._completions = [[tokens[:c] for tokens in completions] for _, *completions in encoded]
-        self._num_completions = SEQUENCES_PER_ROW[case.role_table.source]
+    _num_completions = 1
+
+    def _rows(self, path: str) -> tuple[Sequence[Demonstration] | Sequence[Pair], int]:
+        """The rows of the file, and the number of rows that it dropped."""
+        raise NotImplementedError
+
+    def _read(self, path: str) -> None:
+        p, c = self._case.prompt_len, self._case.completion_len
+        rows, self._num_dropped = self._rows(path)
+        self._completions: list[list[list[int]]] = []
+        for row in rows:
+            where = f"{self._case.role_table.source} '{path}', line {row.line}"
+            prompt, *completions = _encode_row(where, row.texts, self._tokenizer, self._vocab_size)
+            cut = [tokens[:c] for tokens in completions]
+            if any(cut[0] == other for other in cut[1:]):
+                self._num_dropped += 1  # equal up to the completion length: nothing to prefer
+                continue
+            self._num_truncated += len(prompt) > p or any(len(tokens) > c for tokens in completions)
+            self._prompts.append(prompt[-p:])
+            self._completions.append(cut)
+        if not self._prompts:
+            raise DataError(f"'{path}': the completions of every row are equal within completion_len {c}.")
 
     def next_batch(self, generator: torch.Generator | None) -> Batch:
         """See ``Source.next_batch``."""
@@ -142,7 +151,10 @@ class _CompletionSource(_Rows):
             if m > 1:  # the completions of one row share its prompt
                 tokens[:, :p] = tokens[::m, :p].repeat_interleave(m, 0)
             mask = torch.ones(n, c, dtype=torch.float32, device=case.device)
-            return Batch(tokens=tokens, attention_mask=None, mask=mask, prompt_len=p, num_rows=case.batch_size)
+            attention_mask = torch.ones_like(tokens) if self._has_mask else None
+            return Batch(
+                tokens=tokens, attention_mask=attention_mask, mask=mask, prompt_len=p, num_rows=case.batch_size
+            )
         rows = self._take()
         prompts = self._prompts_of([row for row in rows for _ in range(m)])
         found = [tokens for row in rows for tokens in self._completions[row]]
@@ -157,59 +169,56 @@ class _CompletionSource(_Rows):
 
 
 class DemonstrationSource(_CompletionSource):
-    """One sequence a data row. Arguments and errors as ``PromptSource``."""
+    """One sequence a data row. Arguments and errors are those of ``_Rows``."""
 
-    def __init__(self, case: Case, vocab_size: int, tokenizer: Any | None) -> None:
-        path = case.options.data.demonstrations
-        super().__init__(case, vocab_size, tokenizer, path, [] if path is None else read_demonstrations(path))
+    def _rows(self, path: str) -> tuple[Sequence[Demonstration], int]:
+        return read_demonstrations(path), 0
 
 
 class PairSource(_CompletionSource):
-    """Two sequences a data row: chosen, then rejected. Arguments and errors as ``PromptSource``."""
+    """Two sequences a data row: chosen, then rejected. Arguments and errors are those of ``_Rows``."""
 
-    def __init__(self, case: Case, vocab_size: int, tokenizer: Any | None) -> None:
-        path = case.options.data.pairs
-        rows, num_dropped = ([], 0) if path is None else read_pairs(path)
-        super().__init__(case, vocab_size, tokenizer, path, rows, num_dropped)
+    _num_completions = SEQUENCES_PER_ROW["pairs"]
+
+    def _rows(self, path: str) -> tuple[Sequence[Pair], int]:
+        return read_pairs(path)
 
 
-SOURCES: dict[SourceName, Callable[[Case, int, Any | None], Source]] = {
+SOURCES: dict[SourceName, type[PromptSource] | type[DemonstrationSource] | type[PairSource]] = {
     "prompts": PromptSource,
     "demonstrations": DemonstrationSource,
     "pairs": PairSource,
 }
 
 
-def _encode_row(where: str, row: tuple[Text, ...], tokenizer: Any | None, vocab_size: int) -> list[list[int]]:
+def _encode_row(where: str, texts: tuple[Text, ...], tokenizer: Any | None, vocab_size: int) -> list[list[int]]:
     """The prompt's tokens, then each completion's, which end with the end-of-sequence token where there is one."""
-    prompt, *completions = row
+    prompt, *completions = texts
     if tokenizer is None:
-        return [_bytes(text, vocab_size) for text in row]
+        return [_bytes(text, vocab_size) for text in texts]
     if not isinstance(prompt, str):
         if tokenizer.chat_template is None:
             raise DataError(f"{where}: it holds messages, and the model's tokenizer has no chat template.")
-        head = _encode_prompt(prompt, tokenizer, vocab_size)
-        return [head, *(_reply(where, prompt, completion, head, tokenizer) for completion in completions)]
+        return _encode_chat(where, prompt, completions, tokenizer)
     found = [list(tokenizer(prompt)["input_ids"])]
     for completion in completions:
         tokens = list(tokenizer(_flat(completion), add_special_tokens=False)["input_ids"])
-        found.append(_with_end(tokens, tokenizer))
+        end = tokenizer.eos_token_id
+        found.append(tokens if end is None or tokens[-1:] == [end] else [*tokens, int(end)])
     return found
 
 
-def _reply(where: str, prompt: Text, completion: Text, head: list[int], tokenizer: Any) -> list[int]:
-    """The tokens that the chat template adds to the prompt's for a completion."""
-    messages = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-    assert not isinstance(prompt, str)
-    tokens = list(tokenizer.apply_chat_template([*prompt, *messages], return_dict=True)["input_ids"])
-    if tokens[: len(head)] != head:
-        raise DataError(f"{where}: the chat template does not continue the prompt's tokens with the completion's.")
-    return tokens[len(head) :] or _with_end([], tokenizer)
-
-
-def _with_end(tokens: list[int], tokenizer: Any) -> list[int]:
-    end = tokenizer.eos_token_id
-    return tokens if end is None or tokens[-1:] == [end] else [*tokens, int(end)]
+def _encode_chat(where: str, prompt: Text, completions: Sequence[Text], tokenizer: Any) -> list[list[int]]:
+    """Tokens of a chat. Prompt and completion are told apart in the text: a token could span both."""
+    head: str = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    found = [head]
+    for completion in completions:
+        messages = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+        whole: str = tokenizer.apply_chat_template([*prompt, *messages], tokenize=False)
+        if not whole.startswith(head):
+            raise DataError(f"{where}: the chat template does not continue the prompt's text with the completion's.")
+        found.append(whole[len(head) :])
+    return [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in found]
 
 
 def _encode_prompt(text: Text, tokenizer: Any | None, vocab_size: int) -> list[int]:

@@ -19,7 +19,7 @@ from rlhfkernels.algorithms import DERIVATIONS, OBJECTIVES
 from rlhfkernels.algorithms.common import Counts
 from rlhfkernels.config.case import Case
 from rlhfkernels.data.batch import Batch, Rows
-from rlhfkernels.data.sources import SOURCES, Prompts
+from rlhfkernels.data.sources import SOURCES, Prompts, Source
 from rlhfkernels.engine.engine import Engine
 from rlhfkernels.errors import NumericalError
 from rlhfkernels.methods.program import Derive, ForwardPass, Generate, Optimize, Phase, Read, Update
@@ -122,9 +122,9 @@ class TrainingStep:
         self.phases: tuple[Phase, ...] = self.method.phases
         self._reward_fn = reward_fn
         self._options = case.options.flat()
-        source = SOURCES[self.method.source]
-        tokenizer = load_tokenizer(case.model) if case.data_file is not None else None
-        self._source = source(case, engine.vocab_size, tokenizer)
+        with_rows = engine.with_weights
+        tokenizer = load_tokenizer(case.model) if case.data_file is not None and with_rows else None
+        self._source: Source = SOURCES[self.method.source](case, engine.vocab_size, tokenizer, with_rows=with_rows)
         self._generator = generator
         self._order = random.Random(case.seed)
         self.optimizers = {

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -196,3 +198,17 @@ def test_the_floor_needs_rates(make_case: Callable[..., Case]) -> None:
     assert floor is not None
     assert floor > 0
     assert plan.floor_s_per_sample(find_accelerator("24GiB")) is None
+
+
+@pytest.mark.parametrize("trunk", ["fast", "plain"])
+@pytest.mark.parametrize("method", ["sft-lora", "dpo-lora", "hydra"])
+def test_the_plan_counts_the_masks_that_a_data_file_brings(tmp_path: Path, method: str, trunk: str) -> None:
+    path = tmp_path / "data.jsonl"
+    row = {"prompt": "short", "completion": "a", "chosen": "b", "rejected": "c"}
+    path.write_text(json.dumps(row))
+    values = {f"data.{METHODS[method].source}": str(path), "engine.trunk": trunk}
+    size = {"model": "tiny", "prompt_len": 12, "completion_len": 12, "batch_size": 2}
+    case = Case(method=method, **size, options=Options.of(values))
+    plan, memory = plan_case(case).memory, measured(case)
+    for name in NAMES:
+        assert plan[name] == memory[name], name

@@ -95,10 +95,10 @@ def test_values_of_schema_1_other_than_defaults_are_kept():
     assert options["other"] == {"gone": 1}
 
 
-def test_the_paper_setting_of_schema_1_is_known_at_rank_128():
+def test_the_paper_setting_of_schema_1_is_known_at_every_rank():
     record = schema_1()[1]
     assert record["case"]["lora_rank"] == 16  # a product scaled by 1/128: an alpha of 1/8, where paper's is 1
-    assert records_frame([upgraded(record)]).loc[0, "setting"] == "custom"
+    assert records_frame([upgraded(record)]).loc[0, "setting"] == "paper"
     record["case"]["lora_rank"] = 128
     assert records_frame([upgraded(record)]).loc[0, ["setting", "options"]].tolist() == ["paper", ""]
 
@@ -113,7 +113,7 @@ def test_a_folder_of_schema_1_is_read_and_drawn(tmp_path):
     shutil.copy(SCHEMA_1, tmp_path / "records.jsonl")
     frame = records_frame(read_records(tmp_path))
     old = schema_1()
-    assert frame["setting"].tolist() == ["modern", "custom", "modern"]
+    assert frame["setting"].tolist() == ["modern", "paper", "modern"]
     assert frame["lora_rank"].tolist() == [record["case"]["lora_rank"] for record in old]
     assert frame["total_bytes"].tolist() == [record["memory"]["total_bytes"] for record in old]
     assert frame["total_s_per_sequence"].tolist() == [record["latency"]["total_s_per_sample"] for record in old]

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from rlhfkernels.data.files import read_prompts
+from rlhfkernels.data.files import read_demonstrations, read_pairs, read_prompts
 from rlhfkernels.errors import DataError
 
 
@@ -68,3 +68,63 @@ def test_a_missing_file_a_folder_and_bytes(tmp_path):
 def test_reading_prompts_imports_no_torch():
     code = "import sys, rlhfkernels.data.files; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_demonstrations_and_pairs_in_trls_shapes(tmp_path):
+    path = write(tmp_path / "d.jsonl", {"prompt": "a", "completion": "b"}, "\n", {"prompt": "c", "completion": "d"})
+    assert [(row.texts, row.line) for row in read_demonstrations(path)] == [(("a", "b"), 1), (("c", "d"), 3)]
+    user, good, bad = (
+        {"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "g"), ("assistant", "b"))
+    )
+    path = write(
+        tmp_path / "p.jsonl",
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        {"chosen": [user, good], "rejected": [user, bad]},
+        {"chosen": "Q: x A: yes", "rejected": "Q: x A: no"},
+        {"prompt": "a", "chosen": "b", "rejected": "b"},
+    )
+    pairs, num_dropped = read_pairs(path)
+    assert [pair.texts for pair in pairs] == [
+        ("a", "b", "c"),
+        ([user], [good], [bad]),
+        ("Q: x A: ", "yes", "no"),
+    ]
+    assert num_dropped == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"prompt": "a"}, "line 1: there is no field 'completion'; its fields are 'prompt'."),
+        ({"prompt": "a", "completion": " "}, "line 1: field 'completion' must be a text that is not empty"),
+        (
+            {"prompt": "a", "completion": [{"role": "assistant", "content": " "}]},
+            "line 1: field 'completion' is empty: its messages have no content.",
+        ),
+    ],
+)
+def test_a_bad_demonstration_is_one_sentence(tmp_path, row, says):
+    with pytest.raises(DataError) as caught:
+        read_demonstrations(write(tmp_path / "d.jsonl", row))
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"prompt": "a", "chosen": "b"}, "there is no field 'rejected'"),
+        (
+            {"chosen": "a", "rejected": "b"},
+            "there is no field 'prompt', and 'chosen' and 'rejected' share no beginning.",
+        ),
+        (
+            {"chosen": "a", "rejected": [{"role": "user", "content": "a"}]},
+            "must both be texts, or both lists of messages",
+        ),
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "chosen equals rejected in every row, so no pair is left."),
+    ],
+)
+def test_a_bad_pair_is_one_sentence(tmp_path, row, says):
+    with pytest.raises(DataError) as caught:
+        read_pairs(write(tmp_path / "p.jsonl", row))
+    assert says in str(caught.value)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhfkernels import Case, ModelError, build_step
-from rlhfkernels.data.sources import PromptSource
+from rlhfkernels import Case, DataError, ModelError, build_step
+from rlhfkernels.data.sources import DemonstrationSource, PairSource, PromptSource
 
 
 def write_prompts(path: Path, prompts: list[object]) -> str:
@@ -21,7 +21,6 @@ def test_prompts_are_padded_on_the_left_and_truncated_from_the_left(
 ) -> None:
     file = write_prompts(tmp_path / "p.jsonl", ["abcdefgh", "xy", "12345"])
     source = PromptSource(make_case(batch_size=2, data__prompts=file), 256, None)
-    assert source.num_truncated == 1
     tokens, mask = source.next_batch(None)
     assert tokens.tolist() == [list(b"defgh"), [0, 0, 0, *b"xy"]]
     assert mask is not None
@@ -75,3 +74,63 @@ def test_a_step_runs_on_prompts_from_a_file(tmp_path: Path) -> None:
         stats = step.run()
         stats.check_finite()
     assert step.data_summary()["num_truncated"] == 1
+
+
+def test_without_its_rows_a_file_stands_for_random_rows_with_a_mask(
+    make_case: Callable[..., Case], tmp_path: Path
+) -> None:
+    file = write_prompts(tmp_path / "p.jsonl", ["abc"])
+    tokens, mask = PromptSource(make_case(data__prompts=file), 256, None, with_rows=False).next_batch(None)
+    assert mask is not None
+    assert tokens.shape == mask.shape == (4, 5)
+
+
+def test_pairs_that_are_equal_within_the_completion_length_are_dropped(
+    make_case: Callable[..., Case], tmp_path: Path
+) -> None:
+    path = tmp_path / "pairs.jsonl"
+    rows = [("abcdef one", "abcdef two"), ("abcdef", "ghijkl")]
+    path.write_text("".join(json.dumps({"prompt": "p", "chosen": w, "rejected": r}) + "\n" for w, r in rows))
+    source = PairSource(make_case("dpo", data__pairs=str(path)), 256, None)
+    assert source.summary() == {"source": str(path), "num_prompts": 1, "num_truncated": 0, "num_dropped": 1}
+    path.write_text(json.dumps({"prompt": "p", "chosen": rows[0][0], "rejected": rows[0][1]}))
+    with pytest.raises(DataError, match="the completions of every row are equal within completion_len 6"):
+        PairSource(make_case("dpo", data__pairs=str(path)), 256, None)
+
+
+class ChatTokenizer:
+    """Encodes characters; its template is ``<role>content`` with an end mark, and two line feeds are one token."""
+
+    chat_template = "there is one"
+    eos_token_id = 3
+
+    def apply_chat_template(
+        self, messages: list[dict[str, str]], add_generation_prompt: bool = False, **_: object
+    ) -> str:
+        text = "".join(f"<{m['role']}>\n{m['content']}$" for m in messages)
+        return text + "<assistant>\n" if add_generation_prompt else text
+
+    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": list(text.replace("\n\n", "\u00b6").encode("latin-1"))}
+
+
+def test_a_completion_that_starts_with_a_line_feed_is_not_merged_with_the_prompt(
+    make_case: Callable[..., Case], tmp_path: Path
+) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps({"prompt": [{"role": "user", "content": "hi"}], "completion": "\nyes"}))
+    case = make_case("sft", data__demonstrations=str(path), prompt_len=40, completion_len=9, batch_size=1)
+    batch = DemonstrationSource(case, 256, ChatTokenizer()).next_batch(None)
+    assert bytes(batch.tokens[0, :40].tolist()).lstrip(b"\0") == b"<user>\nhi$<assistant>\n"
+    assert bytes(batch.completions[0].tolist()).rstrip(b"\0") == b"\nyes$"
+
+
+def test_messages_without_a_chat_template_name_their_line(make_case: Callable[..., Case], tmp_path: Path) -> None:
+    class NoTemplate(ChatTokenizer):
+        chat_template = None
+
+    path = tmp_path / "d.jsonl"
+    row = json.dumps({"prompt": [{"role": "user", "content": "hi"}], "completion": "yes"})
+    path.write_text(f"\n\n{row}\n")
+    with pytest.raises(DataError, match=r"line 3: it holds messages, and the model's tokenizer has no chat template"):
+        DemonstrationSource(make_case("sft", data__demonstrations=str(path)), 256, NoTemplate())
