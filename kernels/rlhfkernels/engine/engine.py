@@ -15,6 +15,7 @@ from torch import nn
 from rlhfkernels.config.case import Case, vocabulary_problem
 from rlhfkernels.data.batch import Batch, empty_completions
 from rlhfkernels.data.sources import Prompts
+from rlhfkernels.engine.agreement import check_cache, check_model
 from rlhfkernels.engine.fast.trunk import make_fast_trunk
 from rlhfkernels.engine.trunk import PlainTrunk, Trunk
 from rlhfkernels.errors import CaseError
@@ -41,13 +42,14 @@ class Engine:
     Args:
         case: the case to build.
         with_weights: load real weights. Without, weights are random and only configurations are read.
+        check: refuse models that this engine would run wrongly.
 
     Raises:
         ModelError: the model cannot be loaded or is too short.
         CaseError: an option does not fit the model.
     """
 
-    def __init__(self, case: Case, *, with_weights: bool = True) -> None:
+    def __init__(self, case: Case, *, with_weights: bool = True, check: bool = True) -> None:
         self.case = case
         # Without weights only shapes matter: generation skips decode steps, and optimizers need not compute.
         self.with_weights = with_weights
@@ -60,6 +62,8 @@ class Engine:
         self.trunks: dict[str, Trunk] = {
             base: make_trunk(case, self.models[base], self.adapters[base]) for base in self.method.bases
         }
+        if check:
+            self._check_models()
         self.scalar_heads = self._make_scalar_heads()
         self.parameters_of_role = self._declare_trained()
 
@@ -85,6 +89,16 @@ class Engine:
         sizes = {self.case.model_of(self.method.origins[base]): model.vocab_size for base, model in models.items()}
         if len(set(sizes.values())) > 1:
             raise CaseError([vocabulary_problem(sizes)])
+
+    def _check_models(self) -> None:
+        """Refuses models that this engine would run wrongly, before anything is measured."""
+        generates = self.method.generate is not None
+        for base, model in self.models.items():
+            name = self.case.model_of(self.method.origins[base])
+            if generates and model.lm_head is not None:
+                check_cache(name, model, self.case.seq_len)
+            if model.probe is not None:
+                check_model(name, model, self.trunks[base], self.case.dtype, generates=generates)
 
     @property
     def vocab_size(self) -> int:

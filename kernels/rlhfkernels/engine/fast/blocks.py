@@ -17,6 +17,7 @@ from torch import nn
 from transformers.activations import GELUActivation, NewGELUActivation, SiLUActivation
 from transformers.pytorch_utils import Conv1D
 
+from rlhfkernels.models.loading import LENGTH_DEPENDENT_ROTARY
 from rlhfkernels.ops.heads import Heads
 from rlhfkernels.ops.lora_linear import LinearGroup, LoraPart, lora_linear
 from rlhfkernels.ops.rms_norm import rms_norm
@@ -205,8 +206,6 @@ class Blocks:
 
 
 gelu_tanh = functools.partial(nn.functional.gelu, approximate="tanh")
-# Rotary tables that depend on how long the sequence has become.
-_MOVING_ROTARY = ("dynamic", "longrope")
 
 
 def _head_size(config: Any) -> int:
@@ -215,7 +214,7 @@ def _head_size(config: Any) -> int:
 
 def _llama(trunk: Any, kernels: str) -> Blocks | None:
     config = trunk.config
-    if getattr(trunk.rotary_emb, "rope_type", "default") in _MOVING_ROTARY:
+    if getattr(trunk.rotary_emb, "rope_type", "default") in LENGTH_DEPENDENT_ROTARY:
         return None
     size = _head_size(config)
     heads = Heads(config.num_attention_heads, config.num_key_value_heads, size)
@@ -248,8 +247,9 @@ def _llama(trunk: Any, kernels: str) -> Blocks | None:
 
 def _window(attention: Any, config: Any) -> int | None:
     """A layer's own window where layers differ (Qwen2), else the configuration's for all (Mistral)."""
-    found = attention if hasattr(attention, "sliding_window") else config
-    return getattr(found, "sliding_window", None)
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window  # type: ignore[no-any-return]
+    return config.sliding_window if config.model_type == "mistral" else None
 
 
 # Modules by the function that they are; GPT-2's is spelt as eight small ops there, all of them kept for the backward.
@@ -269,6 +269,8 @@ def _activation(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def _gpt_neox(trunk: Any, kernels: str) -> Blocks | None:
     config = trunk.config
+    if trunk.rotary_emb.rope_type in LENGTH_DEPENDENT_ROTARY:
+        return None
     size = config.hidden_size // config.num_attention_heads
     layers = [
         Block(

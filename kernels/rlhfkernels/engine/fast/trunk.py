@@ -51,7 +51,7 @@ class FastTrunk(PlainTrunk):
 
 def make_fast_trunk(case: Case, model: LoadedModel, adapters: Adapters) -> PlainTrunk:
     """The fast path where it covers the model and the case's options, else the plain one; ``name`` says which."""
-    if case.options.engine.attn_implementation == "sdpa" and case.options.engine.cache_implementation == "static":
+    if model.attention == "sdpa" and case.options.engine.cache_implementation == "static":
         blocks = read_blocks(model.trunk, kernels_of(case))
         if blocks is not None:
             return FastTrunk(case, model, adapters, blocks)
