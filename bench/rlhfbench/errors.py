@@ -1,9 +1,9 @@
 """The errors of rlhfbench.
 
 RlhfBenchError
-├── SweepError        what was asked for cannot be run: every problem, one sentence each
-├── RunFolderError    an output folder that cannot be used
-├── RecordsError      records, or timelines beside them, that cannot be read or written
+├── SweepError        a sweep or an option of its run breaks a rule: every problem, one sentence each
+├── RunFolderError    an output folder cannot be used
+├── RecordsError      records or timelines cannot be read or written
 └── ForkServerError   the process that cases are forked from did not start
 """
 
@@ -17,7 +17,7 @@ class RlhfBenchError(Exception):
 
 
 class SweepError(RlhfBenchError):
-    """A sweep, or a setting of its run, that is wrong.
+    """A sweep, or an option of its run, that breaks a rule.
 
     Attributes:
         problems: one sentence a problem, each naming the field, the value and the rule.
@@ -28,7 +28,7 @@ class SweepError(RlhfBenchError):
         super().__init__("\n".join(self.problems))
 
     def __reduce__(self) -> tuple[type[SweepError], tuple[tuple[str, ...]]]:
-        """An exception is pickled by its message; this one is made of its problems."""
+        """Pickles the problems, where an exception would pickle its message."""
         return type(self), (self.problems,)
 
 
@@ -41,4 +41,4 @@ class RecordsError(RlhfBenchError):
 
 
 class ForkServerError(RlhfBenchError):
-    """The process that cases are forked from did not start; the message has its last words."""
+    """The process that cases are forked from did not start; the message has the last line of its log."""

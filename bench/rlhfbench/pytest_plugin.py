@@ -133,13 +133,14 @@ class Measurer:
         from rlhfbench.records.file import RecordsFile
         from rlhfbench.runs.folder import RunFolder
         from rlhfbench.runs.forkserver import ForkServer
-        from rlhfbench.runs.runner import Runner, RunSettings
+        from rlhfbench.runs.options import RunOptions
+        from rlhfbench.runs.runner import Runner
 
         folder = RunFolder(self._opened.enter_context(tempfile.TemporaryDirectory(prefix="rlhfbench-")))
         folder.prepare(self._sweep, resume=False)
         records = self._opened.enter_context(RecordsFile(folder.path))
         server = self._opened.enter_context(ForkServer())
-        runner = Runner(folder, RunSettings(time_budget_s=self._time_budget_s), records, server, _Silent())
+        runner = Runner(folder, RunOptions(time_budget_s=self._time_budget_s), records, server, _Silent())
 
         def run(case: Case) -> dict[str, Any]:
             runner.run([case])

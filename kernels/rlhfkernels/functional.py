@@ -8,7 +8,7 @@ from rlhfkernels.algorithms.common import masked_mean, sequence_logprobs
 from rlhfkernels.algorithms.dpo import dpo_loss
 from rlhfkernels.algorithms.ppo import policy_loss, value_loss
 from rlhfkernels.algorithms.sft import nll_loss
-from rlhfkernels.ops.logprobs import token_logprobs
+from rlhfkernels.ops.token_logprobs import token_logprobs
 
 __all__ = [
     "best_index",

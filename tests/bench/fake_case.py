@@ -1,4 +1,4 @@
-"""A case that needs no model: does what its ``prompt_field`` says. As a program it is a harness around such cases."""
+"""Fake cases: each behaves as its ``data.prompt_field`` says. As a program: the command line with fake cases."""
 
 import functools
 import os
@@ -8,7 +8,14 @@ import time
 from pathlib import Path
 
 from rlhfbench.runs import runner, worker
+from rlhfbench.runs.forkserver import ForkServer
 from rlhfbench.runs.progress import LineProgress
+
+
+def make_server(models=(), *, preload=()):
+    """A fork server of fake cases, in place of ``runner.make_server``."""
+    return ForkServer(target="fake_case:run_case", preload=preload)
+
 
 SOME_MEMORY = {"model_bytes": 3, "activation_bytes": 2, "rollout_bytes": 1, "total_bytes": 6, "peak_phase": "score"}
 
@@ -131,7 +138,7 @@ PLANS = {"plan-fails": _unplannable, "plan-dies": _die_between_messages}
 
 
 class EchoProgress(LineProgress):
-    """Says on standard output what a case is doing, for a test that waits for it."""
+    """Prints the stage of a case to standard output, for a test that waits for it."""
 
     def __init__(self):
         super().__init__(sys.stderr)
@@ -143,9 +150,8 @@ class EchoProgress(LineProgress):
 if __name__ == "__main__":
     from rlhfbench.cli import main as cli
 
-    preload = tuple(sys.argv[1].split(",")) if sys.argv[1] else ()
-    runner.run_sweep = functools.partial(
-        runner.run_sweep, target="fake_case:run_case", preload=preload, progress=EchoProgress()
-    )
+    modules = tuple(sys.argv[1].split(",")) if sys.argv[1] else ()
+    runner.make_server = functools.partial(make_server, preload=modules)
+    runner.make_progress = EchoProgress
     sys.argv[1:] = sys.argv[2:]
     cli.main()

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -310,8 +309,8 @@ def test_the_timer_replays_its_samples():
     assert found == samples_s
 
 
+@pytest.mark.usefixtures("fake_case_path")
 def test_the_measurer_runs_a_case_in_a_process_of_its_own(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
     server = partial(forkserver.ForkServer, target="fake_case:run_case", preload=())
     monkeypatch.setattr(forkserver, "ForkServer", server)
     cases = [dataclasses.replace(CASE, options=Options.of({"data.prompt_field": kind})) for kind in ("ok", "echo")]

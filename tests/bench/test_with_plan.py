@@ -10,14 +10,15 @@ import pytest
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.records.timelines import read_timeline
 from rlhfbench.runs.drawing import draw_run
+from rlhfbench.runs.options import RunOptions
 from rlhfbench.runs.progress import LineProgress
-from rlhfbench.runs.runner import RunSettings, run_sweep
+from rlhfbench.runs.runner import run_sweep
 
 
 def test_a_plan_and_a_measurement_of_a_real_case_agree(tmp_path: Path) -> None:
     spec = {"methods": ["full", "joined-hydra", "hydra"], "models": "tiny", "seq_lens": 8, "batch_sizes": 2}
-    settings = RunSettings(with_plan=True, time_budget_s=0.01)
-    result = run_sweep(Sweep.from_spec(spec), tmp_path / "run", settings, progress=LineProgress(io.StringIO()))
+    options = RunOptions(with_plan=True, time_budget_s=0.01)
+    result = run_sweep(Sweep.from_spec(spec), tmp_path / "run", options, progress=LineProgress(io.StringIO()))
     assert result.num_ok == 3
     for record in result.records:
         assert record["plan"]["error"] is None

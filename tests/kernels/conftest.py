@@ -10,7 +10,7 @@ import torch
 
 from rlhfkernels import Batch, Observer, TrainingStep
 from rlhfkernels.engine.engine import Engine
-from rlhfkernels.ops.native import build, causal_attention, product
+from rlhfkernels.ops.native import build, causal_attention, matmul
 
 
 @pytest.fixture
@@ -43,27 +43,27 @@ def generated() -> Callable[[TrainingStep], Batch]:
 @pytest.fixture(scope="session")
 def library() -> ctypes.CDLL:
     """The compiled ops."""
-    failure = build.why_not()
-    if failure is not None:
-        pytest.skip(f"the C cannot be compiled here: {failure}")
+    reason = build.unavailable_reason()
+    if reason is not None:
+        pytest.skip(f"the C cannot be compiled here: {reason}")
     return build.library()
 
 
 @pytest.fixture
-def run_in_c(monkeypatch: pytest.MonkeyPatch, library: ctypes.CDLL) -> list[str]:
-    """Has every product in C, of however few numbers; notes each, and each attention over whole sequences."""
-    run: list[str] = []
+def native_calls(monkeypatch: pytest.MonkeyPatch, library: ctypes.CDLL) -> list[str]:
+    """Runs every matmul in C, however small; lists the calls of it and of causal attention by name."""
+    calls: list[str] = []
 
-    def noted(name: str, form: Callable[..., object]) -> Callable[..., object]:
-        def note(*arguments: object, **options: object) -> object:
-            run.append(name)
-            return form(*arguments, **options)
+    def recorded(name: str, function: Callable[..., object]) -> Callable[..., object]:
+        def record(*arguments: object, **options: object) -> object:
+            calls.append(name)
+            return function(*arguments, **options)
 
-        return note
+        return record
 
-    for module, name in ((product, "multiply"), (causal_attention, "forward"), (causal_attention, "backward")):
-        monkeypatch.setattr(module, name, noted(name, getattr(module, name)))
-    monkeypatch.setattr(product, "beats_library", lambda: True)
-    monkeypatch.setattr(product, "_LEAST_WORK", 0)
-    monkeypatch.setattr(product, "_FEWEST_ROWS", 0)
-    return run
+    for module, name in ((matmul, "matmul"), (causal_attention, "forward"), (causal_attention, "backward")):
+        monkeypatch.setattr(module, name, recorded(name, getattr(module, name)))
+    monkeypatch.setattr(matmul, "beats_torch", lambda: True)
+    monkeypatch.setattr(matmul, "_MIN_MULTIPLY_ADDS", 0)
+    monkeypatch.setattr(matmul, "_MIN_ROWS", 0)
+    return calls

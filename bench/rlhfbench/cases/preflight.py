@@ -1,4 +1,4 @@
-"""What can be known to fail before anything is started: models, lengths, devices and prompts. Imports no torch."""
+"""Checks before a run starts: models, lengths, devices, packages and prompts. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import re
 import socket
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +19,28 @@ from rlhfbench.cases.sweep import Sweep
 from rlhfbench.errors import SweepError
 from rlhfkernels.config.case import vocabulary_problem
 from rlhfkernels.config.options import OPTION_PACKAGES
-from rlhfkernels.data.files import read_prompts
+from rlhfkernels.data.files import READERS, Text
 from rlhfkernels.errors import DataError, ModelError
+from rlhfkernels.methods.table import METHODS
 from rlhfkernels.models.presets import PRESETS
 from rlhfkernels.naming import unknown
-from rlhfkernels.ops.native.build import BuildError, compiled
+from rlhfkernels.ops.native.build import BuildError, library_path
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length")
-# Words of /proc/cpuinfo, of x86 and of Arm, any of which says that the dtype is the processor's own.
+# Flags in /proc/cpuinfo, of x86 and Arm; any of them means that the CPU computes in the dtype.
 _INSTRUCTIONS = {"bfloat16": {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}}
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ModelFacts:
-    """What is known of a model without loading it.
+    """Facts about a model that are known without loading it.
 
     Attributes:
-        model_type: the architecture's name in ``transformers``, ``None`` where only the loader knows.
-        max_positions: the longest sequence it takes, ``None`` where only the loader knows.
-        vocab_size: its tokens, ``None`` where only the loader knows.
+        model_type: name of the architecture in ``transformers``; ``None`` if only the loader knows.
+        max_positions: length of the longest sequence; ``None`` if only the loader knows.
+        vocab_size: number of tokens; ``None`` if only the loader knows.
     """
 
     model_type: str | None
@@ -48,7 +49,7 @@ class ModelFacts:
 
 
 def check(sweep: Sweep) -> dict[str, ModelFacts]:
-    """The facts of every model of ``sweep``, once everything that it asks for has been looked at.
+    """Checks everything that ``sweep`` needs, and returns the facts of its models by name.
 
     Raises:
         SweepError: every problem, one sentence each.
@@ -61,25 +62,40 @@ def check(sweep: Sweep) -> dict[str, ModelFacts]:
             problems += _check_package(option, value, packages.get(value))
     if any(case.options.engine.backend == "native" for case in sweep.cases):
         problems += _check_compiler()
-    for path, field in dict.fromkeys(
-        (case.options.data.prompts, case.options.data.prompt_field) for case in sweep.cases
+    for source, model, data in dict.fromkeys(
+        (METHODS[case.method].source, case.model, case.options.data) for case in sweep.cases if case.data_file
     ):
-        if path is not None:
-            try:
-                read_prompts(path, field)
-            except DataError as error:
-                problems.append(str(error))
+        try:
+            check_chat_template(model, READERS[source](data))
+        except DataError as error:
+            problems.append(str(error))
     if problems:
         raise SweepError(problems)
     return facts
 
 
+def check_chat_template(model: str, rows: Iterable[Text | tuple[Text, ...]]) -> None:
+    """Checks that chat messages have a template, for the folder of a checkpoint; other models show it when loaded.
+
+    Prompts alone may be joined without a template; a completion needs one, which marks where it ends.
+
+    Raises:
+        DataError: rows hold messages with completions, and the tokenizer has no chat template.
+    """
+    config = Path(model).expanduser() / "tokenizer_config.json"
+    if not config.is_file() or (config.parent / "chat_template.jinja").is_file():
+        return
+    is_chat = any(isinstance(row, tuple) and not isinstance(row[0], str) for row in rows)
+    if is_chat and '"chat_template"' not in config.read_text(encoding="utf-8", errors="replace"):
+        raise DataError(f"model '{model}': the data holds messages, and its tokenizer has no chat template.")
+
+
 def notices(sweep: Sweep, cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
-    """What can be run and should be known beforehand, one sentence each.
+    """Warnings about a sweep that can run, one sentence each.
 
     Args:
         sweep: the cases.
-        cpuinfo: what Linux tells of the processor; where it is absent nothing is known of dtypes.
+        cpuinfo: Linux's description of the CPU; without it there is no warning.
     """
     dtypes = dict.fromkeys(case.dtype for case in sweep.cases if case.device == "cpu")
     try:
@@ -87,15 +103,15 @@ def notices(sweep: Sweep, cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
     except OSError:
         return []
     return [
-        f"dtype {dtype} on cpu: this processor has no instructions for it and emulates it, up to hundreds of times "
-        "slower than float32: its times say nothing of a device that has them."
+        f"dtype {dtype} on cpu: this CPU has no instructions for it and emulates it, up to hundreds of times slower "
+        "than float32. Do not compare its times with those of other devices."
         for dtype in dtypes
         if dtype in _INSTRUCTIONS and not words & _INSTRUCTIONS[dtype]
     ]
 
 
 def check_models(sweep: Sweep) -> None:
-    """What planning needs of a sweep: its models, and positions enough.
+    """Checks what planning needs: the models, and that every length fits them.
 
     Raises:
         SweepError: every problem, one sentence each.
@@ -117,10 +133,10 @@ def _inspect(sweep: Sweep) -> tuple[dict[str, ModelFacts], list[str]]:
 
 
 def inspect_model(model: str) -> ModelFacts:
-    """The facts of a preset, a checkpoint folder, a GGUF file or a hub id.
+    """Looks up a preset, a checkpoint folder, a GGUF file or a hub id.
 
     Raises:
-        ModelError: there is no such model; one sentence.
+        ModelError: there is no such model.
     """
     if model in PRESETS:
         preset = PRESETS[model]
@@ -163,9 +179,9 @@ def _inspect_hub(model: str) -> ModelFacts:
         RepositoryNotFoundError,
     )
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every retry, and this says the same once
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # no warning for every retry
     try:
-        path = hf_hub_download(model, "config.json", local_files_only=not _is_hub_in_reach())
+        path = hf_hub_download(model, "config.json", local_files_only=not _is_hub_reachable())
         return _facts(model, Path(path))
     except LocalEntryNotFoundError:
         reason = "it is not on this machine, and the hub cannot be reached: is there a network?"
@@ -180,12 +196,12 @@ def _inspect_hub(model: str) -> ModelFacts:
     raise ModelError(f"model '{model}': {reason}")
 
 
-def _is_hub_in_reach() -> bool:
-    """Whether it is worth asking: the hub's own client tries for half a minute before it says that it is not."""
+def _is_hub_reachable() -> bool:
+    """True if a connection opens within 5 s, or behind a proxy. The hub's client itself retries for half a minute."""
     from huggingface_hub.constants import ENDPOINT
 
     if urllib.request.getproxies():
-        return True  # the way there is not ours to know
+        return True  # a direct connection says nothing there
     address = urllib.parse.urlsplit(ENDPOINT)
     try:
         socket.create_connection((address.hostname or "", address.port or 443), timeout=5).close()
@@ -200,7 +216,7 @@ def _facts(model: str, config_path: Path) -> ModelFacts:
     except (OSError, ValueError) as error:
         raise ModelError(f"model '{model}': its config.json is not JSON.") from error
     if not isinstance(config, dict):
-        raise ModelError(f"model '{model}': its config.json is no object.")
+        raise ModelError(f"model '{model}': its config.json is not an object.")
     positions = next((config[key] for key in _POSITION_KEYS if isinstance(config.get(key), int)), None)
     model_type: Any = config.get("model_type")
     vocabulary: Any = config.get("vocab_size")
@@ -240,31 +256,31 @@ def _check_device(device: str) -> Iterator[str]:
     elif int(index or 0) >= number:
         yield f"device '{device}': this machine has {number} CUDA device{'s' if number > 1 else ''}, counted from 0."
     elif importlib.metadata.version("torch").endswith("+cpu"):
-        yield f"device '{device}': the installed torch is built for the CPU alone."
+        yield f"device '{device}': the installed torch is built for the CPU only."
 
 
 def _check_package(option: str, value: str, package: str | None) -> Iterator[str]:
     if package is not None and importlib.util.find_spec(package) is None:
         yield (
             f"{option} is {value!r}: it needs {package}, which is not installed "
-            f"(pip install {package}; planning does without it)."
+            f"(pip install {package}; planning does not need it)."
         )
 
 
 def _check_compiler() -> Iterator[str]:
     try:
-        compiled()
+        library_path()
     except BuildError as error:
-        yield f"engine.backend is 'native': its C cannot be compiled here ({error})."
+        yield f"engine.backend is 'native': its C code cannot be compiled here ({error})."
 
 
 def num_cuda_devices() -> int:
-    """How many there are, asked of the driver: torch is not imported for it."""
+    """Number of CUDA devices according to the driver, without torch."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
-    except Exception:  # any failure of the library means the same: look where the driver lists its devices
+    except Exception:  # NVML fails in many ways; Linux lists the devices here too
         listing = Path("/proc/driver/nvidia/gpus")
         return sum(1 for _ in listing.iterdir()) if listing.is_dir() else 0
     try:

@@ -1,4 +1,4 @@
-"""The named setting that a case's options belong to."""
+"""The named setting of a case, derived from its options."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from rlhfkernels.config.settings import SETTINGS
 CUSTOM = "custom"
 
 _DEFAULTS = Options().flat()
-# Not telling: the rank is the machine's to choose, as the dtype is, and stands beside the setting in every report.
-_QUIET = ("lora.r",)
-_TELLING = tuple(
-    dict.fromkeys(name for setting in SETTINGS.values() for name in setting.get("options", {}) if name not in _QUIET)
+# The rank often differs from the setting's to fit a machine, as the dtype does. Reports name both beside the setting.
+_IGNORED = ("lora.r",)
+_DECIDING = tuple(
+    dict.fromkeys(name for setting in SETTINGS.values() for name in setting.get("options", {}) if name not in _IGNORED)
 )
 
 
 def flat_options(options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The options of a record, by group, as values by dotted name."""
+    """The options of a record by dotted name, from tables by group."""
     return {f"{group}.{field}": value for group, table in options.items() for field, value in table.items()}
 
 
 def setting_of(options: Mapping[str, Mapping[str, Any]]) -> str:
-    """The setting whose options ``options`` has; ``custom`` where none matches.
+    """The name of the setting that ``options`` matches, or ``custom``.
 
     Args:
-        options: the options of a case by group, as in a record. One that an older record lacks counts as the default.
+        options: the options of a case by group, as in a record. An option that an old record lacks has its default.
     """
     given = flat_options(options)
     for name, setting in SETTINGS.items():
         values = {**_DEFAULTS, **setting.get("options", {})}
-        if all(given.get(field, _DEFAULTS[field]) == values[field] for field in _TELLING):
+        if all(given.get(field, _DEFAULTS[field]) == values[field] for field in _DECIDING):
             return name
     return CUSTOM
 
 
 def changed_options(options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The options, by dotted name, that are not as their setting has them; the LoRA rank is never among them."""
+    """The options, by dotted name, that differ from their setting, without the LoRA rank."""
     usual = {**_DEFAULTS, **SETTINGS.get(setting_of(options), {}).get("options", {})}
     return {
         name: value
         for name, value in sorted(flat_options(options).items())
-        if name not in _QUIET and (name not in usual or value != usual[name])
+        if name not in _IGNORED and (name not in usual or value != usual[name])
     }

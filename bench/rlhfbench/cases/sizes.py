@@ -1,4 +1,4 @@
-"""Sizes as people write them: ``4GiB``, ``80GB``, ``500M``, a number of bytes."""
+"""Sizes in bytes: ``4GiB``, ``80GB``, ``500M``, a number of bytes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _UNITS |= {letter: 1000**n for n, letter in enumerate("KMGT", start=1)}
 
 
 def parse_size(field: str, text: str) -> int:
-    """Bytes of a size.
+    """Parses a size into bytes.
 
     Raises:
-        SweepError: ``text`` is no size; the message names ``field``.
+        SweepError: ``text`` is not a size; the message names ``field``.
     """
     match = _SIZE.fullmatch(text.strip())
     if match is None:

@@ -1,7 +1,7 @@
-"""Sweeps: an ordered list of cases, from a grid or a TOML file, and back into a file.
+"""Sweeps: ordered lists of cases, made from a grid or a TOML file, and written back to a file.
 
-A *spec* is what both are made of: a mapping with the keys of a sweep file. Explicit flags of the command line replace
-the file's values before the cases are made, so one set of rules checks all of them.
+A *spec* is a mapping with the keys of a sweep file. Options of the command line are merged into the file's spec before
+any case is made, so that the same rules check both.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from rlhfkernels.config.options import RENAMED_OPTIONS, Options
 from rlhfkernels.config.rules import accepts
 from rlhfkernels.config.settings import SETTINGS
 from rlhfkernels.errors import CaseError
-from rlhfkernels.methods.table import METHODS, families
+from rlhfkernels.methods.table import METHODS, select
 from rlhfkernels.naming import unknown
 
 Spec = Mapping[str, Any]
 
-# What `rlhfbench run` runs with no flag at all: small enough for a laptop with two cores.
+# The sweep of `rlhfbench run` without options: under three minutes on a laptop with two cores.
 DEFAULT_GRID: dict[str, Any] = {
-    "methods": families()["PPO"],
+    "methods": ["ppo"],
     "models": ["tiny"],
     "seq_lens": [32, 64, 128],
     "batch_sizes": [1, 4],
@@ -39,29 +39,38 @@ SETTING_KEYS = ("settings", "setting")
 FIELD_KEYS = ("device", "dtype", "seed")
 SHARED_KEYS = (*FIELD_KEYS, "prompt_fraction", "options")
 _SINGULAR = {key.removesuffix("s"): key for key in GRID_KEYS}
-_CASE_NEEDS = ("methods", "models", "batch_sizes")
+_REQUIRED_KEYS = ("methods", "models", "batch_sizes")
 _NONE = "none"  # TOML has no null
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Sweep:
-    """An ordered list of cases without repetitions."""
+    """An ordered list of cases without repetitions.
+
+    Attributes:
+        cases: in the order in which they run.
+    """
 
     cases: tuple[Case, ...]
 
     @classmethod
     def from_spec(cls, spec: Spec) -> Self:
-        """The sweep that ``spec`` describes, smaller cases first.
+        """Makes the cases that ``spec`` describes, smaller ones first.
 
-        Keys: ``methods``, ``models``, ``seq_lens`` (prompt and completion together) or ``prompt_lens`` and
-        ``completion_lens`` (taken in pairs), ``batch_sizes``: one value or a list each; every combination is a case.
-        ``device``, ``dtype``, ``seed``, ``prompt_fraction``, ``options`` (a table for each group of ``Options``, or
-        dotted names): one value for all. ``settings``: names of settings, under each of which every case stands once; what the spec says
-        itself wins. ``cases``: tables of the same keys, added at the end in their order. What is absent takes the
-        default; where ``cases`` stands without a grid, the default grid is left out.
+        Args:
+            spec: a mapping with these keys, all optional:
+
+                - ``methods`` (rows, families, ``all``), ``models``, ``batch_sizes``, and either ``seq_lens`` (prompt
+                  and completion together) or ``prompt_lens`` and ``completion_lens`` (taken in pairs): one value or a
+                  list each. Every combination is a case.
+                - ``device``, ``dtype``, ``seed``, ``prompt_fraction``, ``options`` (a table for each group of
+                  ``Options``, or dotted names): one value for all cases.
+                - ``settings``: names of settings. Every case is made once under each; other keys win over a setting.
+                - ``cases``: tables of the same keys, added after the grid. With them and no key of the grid, the
+                  default grid is left out.
 
         Raises:
-            SweepError: every problem of it, one sentence each.
+            SweepError: every problem, one sentence each.
         """
         if any(key in spec for key in SETTING_KEYS):
             return cls._under_settings(spec)
@@ -78,7 +87,7 @@ class Sweep:
             where = f"cases[{number}]: "
             table = _plural(table)
             problems += _check_keys(where, table, (*GRID_KEYS, *SHARED_KEYS))
-            missing = [key.removesuffix("s") for key in _CASE_NEEDS if key not in table]
+            missing = [key.removesuffix("s") for key in _REQUIRED_KEYS if key not in table]
             missing += [] if any(key in table for key in LENGTH_KEYS) else ["prompt_len and completion_len"]
             if missing:
                 problems.append(f"cases[{number}] lacks {', '.join(missing)}.")
@@ -90,7 +99,7 @@ class Sweep:
 
     @classmethod
     def _under_settings(cls, spec: Spec) -> Self:
-        """The sweep of a ``spec`` that names settings."""
+        """The sweep of a spec that names settings."""
         rest = {key: value for key, value in spec.items() if key not in SETTING_KEYS}
         problems: list[str] = []
         named = {"settings": next(spec[key] for key in SETTING_KEYS if key in spec)}
@@ -108,21 +117,21 @@ class Sweep:
 
     @classmethod
     def joined(cls, sweeps: Iterable[Sweep]) -> Self:
-        """The cases of ``sweeps`` in turn, the first of each and then the second: what compares is run together."""
+        """Interleaves the cases of ``sweeps``, so that cases that are compared run one after the other."""
         turns = itertools.zip_longest(*(sweep.cases for sweep in sweeps))
         return cls(cases=tuple({case.id: case for turn in turns for case in turn if case is not None}.values()))
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
-        """The sweep in a TOML file. See ``from_spec`` for its keys.
+        """Reads a sweep from a TOML file. See ``from_spec`` for its keys.
 
         Raises:
-            SweepError: the file cannot be read, is not TOML or describes no sweep.
+            SweepError: the file cannot be read, is not TOML, or breaks a rule.
         """
         return cls.from_spec(read_spec(path))
 
     def to_spec(self) -> dict[str, Any]:
-        """A spec of exactly these cases in this order: what they share at its top, then a table for each."""
+        """A spec of exactly these cases in this order: shared values first, then a table for each case."""
         if not self.cases:
             return {}
         first = self.cases[0]
@@ -131,7 +140,7 @@ class Sweep:
         return {**shared, "cases": [_case_table(case, shared) for case in self.cases]}
 
     def to_toml(self) -> str:
-        """A sweep file that loads back to the identical cases."""
+        """The text of a sweep file that loads to the same cases."""
         import tomli_w
 
         return tomli_w.dumps(self.to_spec())
@@ -152,10 +161,10 @@ def read_spec(path: str | Path) -> dict[str, Any]:
 
 
 def override(spec: Spec, flags: Spec) -> dict[str, Any]:
-    """``spec`` with what ``flags`` set put in its place, in its ``cases`` too.
+    """Merges ``flags`` into ``spec`` and its ``cases``; flags win.
 
     Raises:
-        SweepError: a flag of the grid where the file lists its cases one by one.
+        SweepError: a key of the grid is in ``flags``, and ``spec`` lists its cases one by one.
     """
     merged = dict(_plural(spec))
     tables = merged.get("cases")
@@ -170,7 +179,7 @@ def override(spec: Spec, flags: Spec) -> dict[str, Any]:
 
 
 def _joined(under: Spec, over: Spec) -> dict[str, Any]:
-    """Both specs as one; what ``over`` says wins, option by option."""
+    """Merges two specs; ``over`` wins, option by option."""
     merged = {**under, **over}
     tables = [spec["options"] for spec in (under, over) if "options" in spec]
     if tables and all(isinstance(table, Mapping) for table in tables):
@@ -179,7 +188,7 @@ def _joined(under: Spec, over: Spec) -> dict[str, Any]:
 
 
 def _dotted(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Options by dotted name, from tables by group and dotted names alike."""
+    """Options by dotted name. A spec may give them as tables by group, as dotted names, or both."""
     found: dict[str, Any] = {}
     for name, value in table.items():
         found |= (
@@ -189,7 +198,7 @@ def _dotted(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _nested(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Options by group, from dotted names."""
+    """Options by group."""
     groups: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
         group, field = name.split(".")
@@ -198,7 +207,7 @@ def _nested(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _storable(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that a TOML file must hold: ``None`` is written as a word, and left out where it is the default."""
+    """Options in the form of TOML: ``None`` becomes "none", or is left out if it is the default."""
     defaults = Options().flat()
     return {
         name: _NONE if value is None else value
@@ -208,12 +217,12 @@ def _storable(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_option(text: str) -> tuple[str, Any]:
-    """``KEY=VALUE`` of the command line, with the value in the type of that field of ``Options``.
+    """Parses ``KEY=VALUE`` of the command line into the dotted name and a value of the option's type.
 
-    A value that is not of the type stays a text, for the case's rules to name.
+    A value that cannot be converted stays a string; the rules of the case report it.
 
     Raises:
-        SweepError: there is no ``=`` in it, or no such option.
+        SweepError: ``text`` has no ``=``, or there is no such option.
     """
     name, equals, value = text.partition("=")
     if not equals:
@@ -235,21 +244,21 @@ def parse_option(text: str) -> tuple[str, Any]:
 
 
 def _unknown_option(name: str) -> str:
-    """The sentence for a name that is no option; it says the new name of an old one."""
+    """The message for an unknown option, with the new name of one that was renamed."""
     if name in RENAMED_OPTIONS:
         return f"option {name!r} is now called {RENAMED_OPTIONS[name]!r}."
     return unknown("option", name, option_annotations())
 
 
 def split_length(seq_len: int, prompt_fraction: float) -> tuple[int, int]:
-    """(prompt, completion) of a sequence length. Of an odd length the completion gets the larger half."""
-    # The tiny addend: 0.7 * 10 is 6.999… in binary and means 7.
+    """(prompt, completion) tokens of a sequence. The completion gets the larger half of an odd length."""
+    # 0.7 * 10 is 6.999… in binary and must give 7.
     prompt_len = min(max(math.floor(seq_len * prompt_fraction + 1e-9), 1), seq_len - 1)
     return prompt_len, seq_len - prompt_len
 
 
 def _plural(spec: Spec) -> dict[str, Any]:
-    """``spec`` with ``model`` for ``models`` and the like brought to one form."""
+    """``spec`` with plural keys: ``models`` for ``model``."""
     return {_SINGULAR.get(key, key): value for key, value in spec.items()}
 
 
@@ -265,38 +274,55 @@ def _check_keys(where: str, spec: Spec, valid: Iterable[str]) -> list[str]:
 
 
 def _default_lengths(spec: Spec) -> dict[str, Any]:
-    """The default grid, without its lengths where ``spec`` has some."""
+    """The default grid, without its lengths if ``spec`` has any."""
     has_lengths = any(key in spec for key in LENGTH_KEYS)
     return {key: value for key, value in DEFAULT_GRID.items() if not (has_lengths and key in LENGTH_KEYS)}
 
 
 def _grid(where: str, spec: Spec, problems: list[str]) -> list[Case]:
-    """Every combination in ``spec`` by model, batch size, length, method; what is wrong goes to ``problems``."""
+    """Every combination in ``spec``, ordered by model, batch size, length, method; appends to ``problems``."""
     found: list[str] = []
-    methods = _names(where, spec, "methods", found)
+    methods = _select(_names(where, spec, "methods", found), found)
     models = _names(where, spec, "models", found)
     lengths = _lengths(where, spec, found)
     batch_sizes = _integers(where, spec, "batch_sizes", 1, found)
     options = _options(where, spec.get("options", {}), found)
     shared = {key: spec[key] for key in FIELD_KEYS if key in spec}
-    # What needs no length and no batch size is checked even where those are wrong: every problem at once.
+    # A case of stand-in sizes: rules that need no size are checked even if the sizes are wrong.
     for method in methods or list(METHODS)[:1]:
-        found += _try_case(method, "-", (1, 1), _least_batch(options), shared, options)[1]
+        own = _data_of(method, options, methods)
+        found += _try_case(method, "-", (1, 1), _smallest_batch(options), shared, own)[1]
     cases: list[Case] = []
     if not found:
         for model in models:
             for batch_size in sorted(batch_sizes):
                 for length in sorted(lengths, key=sum):
                     for method in methods:
-                        case, wrong = _try_case(method, model, length, batch_size, shared, options)
+                        own = _data_of(method, options, methods)
+                        case, wrong = _try_case(method, model, length, batch_size, shared, own)
                         found += wrong
                         cases += [case] if case else []
     problems += found
     return cases
 
 
-def _least_batch(options: Spec) -> int:
-    """A batch that divides as ``options`` want it; what is wrong with them is for the case's own rules to say."""
+def _select(names: list[str], problems: list[str]) -> list[str]:
+    """The methods that ``names`` mean; see ``rlhfkernels.methods.table.select``."""
+    try:
+        return select(names)
+    except CaseError as error:
+        problems += error.problems
+        return []
+
+
+def _data_of(method: str, options: Spec, methods: list[str]) -> dict[str, Any]:
+    """``options`` without the data files that only other methods of the sweep take."""
+    taken = {METHODS[name].source for name in methods} - {METHODS[method].source}
+    return {name: value for name, value in options.items() if name not in {f"data.{source}" for source in taken}}
+
+
+def _smallest_batch(options: Spec) -> int:
+    """The smallest batch that divides into the mini- and micro-batches of ``options``."""
     parts = (options.get("ppo.num_mini_batches"), options.get("engine.micro_batch_size"))
     return math.prod(part for part in parts if isinstance(part, int) and part > 0)
 
@@ -304,7 +330,7 @@ def _least_batch(options: Spec) -> int:
 def _try_case(
     method: str, model: str, length: tuple[int, int], batch_size: int, shared: Spec, options: Spec
 ) -> tuple[Case | None, list[str]]:
-    """The case, or what is wrong with it."""
+    """(case, no problems) or (``None``, problems)."""
     try:
         return (
             Case(
@@ -336,24 +362,24 @@ def _names(where: str, spec: Spec, key: str, problems: list[str]) -> list[str]:
     return [v for v in values if isinstance(v, str) and v]
 
 
-def _integers(where: str, spec: Spec, key: str, least: int, problems: list[str]) -> list[int]:
+def _integers(where: str, spec: Spec, key: str, minimum: int, problems: list[str]) -> list[int]:
     values = _values(where, spec, key, problems)
-    good = [v for v in values if isinstance(v, int) and not isinstance(v, bool) and v >= least]
+    good = [v for v in values if isinstance(v, int) and not isinstance(v, bool) and v >= minimum]
     problems += [
-        f"{where}{key} has {v!r}: it must be a whole number of at least {least}." for v in values if v not in good
+        f"{where}{key} has {v!r}: it must be a whole number of at least {minimum}." for v in values if v not in good
     ]
     return good
 
 
 def _lengths(where: str, spec: Spec, problems: list[str]) -> list[tuple[int, int]]:
-    """(prompt, completion) pairs."""
+    """(prompt, completion) tokens of each length."""
     fraction = spec.get("prompt_fraction", 0.5)
     if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
         problems.append(f"{where}prompt_fraction is {fraction!r}: it must be a number between 0 and 1.")
         fraction = 0.5
     if "seq_lens" in spec:
         if "prompt_lens" in spec or "completion_lens" in spec:
-            problems.append(f"{where}seq_lens stands beside prompt_lens or completion_lens: give one or the other.")
+            problems.append(f"{where}seq_lens is given with prompt_lens or completion_lens: give one or the other.")
         seq_lens = _integers(where, spec, "seq_lens", 2, problems)
         return list(dict.fromkeys(split_length(seq_len, fraction) for seq_len in seq_lens))
     prompts = _integers(where, spec, "prompt_lens", 1, problems)
@@ -361,19 +387,18 @@ def _lengths(where: str, spec: Spec, problems: list[str]) -> list[tuple[int, int
     if len(prompts) != len(completions) and 1 not in (len(prompts), len(completions)):
         problems.append(
             f"{where}prompt_lens has {len(prompts)} values and completion_lens {len(completions)}: "
-            "they are taken in pairs, so both need the same number, or one of them a single value."
+            "they are taken in pairs, so both must have as many values, or one of them a single value."
         )
         return []
-    number = max(len(prompts), len(completions))
-    return list(zip(_stretched(prompts, number), _stretched(completions, number), strict=False))
-
-
-def _stretched(values: list[int], number: int) -> list[int]:
-    return values * number if len(values) == 1 else values
+    if len(prompts) == 1:
+        prompts *= len(completions)
+    elif len(completions) == 1:
+        completions *= len(prompts)
+    return list(zip(prompts, completions, strict=True))
 
 
 def _options(where: str, table: object, problems: list[str]) -> dict[str, Any]:
-    """The options of a spec by dotted name, with "none" read as ``None``; their values are for the case to check."""
+    """The options of a spec by dotted name, with "none" as ``None``. The case checks their values."""
     if not isinstance(table, Mapping):
         problems.append(f"{where}options is {table!r}: it must be a table.")
         return {}
@@ -381,7 +406,7 @@ def _options(where: str, table: object, problems: list[str]) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for name, value in _dotted(table).items():
         if name not in annotations:
-            problems.append(_unknown_option(name))
+            problems.append(f"{where}{_unknown_option(name)}")
         elif value == _NONE and accepts(annotations[name], type(None)):
             options[name] = None
         else:
@@ -390,7 +415,7 @@ def _options(where: str, table: object, problems: list[str]) -> dict[str, Any]:
 
 
 def _case_table(case: Case, shared: Spec) -> dict[str, Any]:
-    """What a ``[[cases]]`` table must say of ``case`` beside what it shares with the others."""
+    """The ``[[cases]]`` table of ``case``, without the values in ``shared``."""
     table = {key: getattr(case, key) for key in ("method", "model", "prompt_len", "completion_len", "batch_size")}
     table |= {key: getattr(case, key) for key in FIELD_KEYS if getattr(case, key) != shared[key]}
     values = {name: _NONE if value is None else value for name, value in case.options.flat().items()}
@@ -399,9 +424,9 @@ def _case_table(case: Case, shared: Spec) -> dict[str, Any]:
     return {**table, **({"options": _nested(differing)} if differing else {})}
 
 
-def differences(asked: Iterable[Case], there: Iterable[Case]) -> str:
-    """What tells two sets of cases apart, field by field, in a phrase."""
-    rows = [[_flat(case) for case in cases] for cases in (asked, there)]
+def differences(new_cases: Iterable[Case], old_cases: Iterable[Case]) -> str:
+    """A phrase that names the fields in which two sets of cases differ, with their values."""
+    rows = [[_flat(case) for case in cases] for cases in (new_cases, old_cases)]
     phrases = []
     for field in rows[0][0] if rows[0] else ():
         new, old = (sorted({str(row[field]) for row in side}) for side in rows)

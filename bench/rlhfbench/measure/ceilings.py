@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from rlhfkernels.ops.native import build
-from rlhfkernels.ops.native import product as native
+from rlhfkernels.ops.native import matmul as native
 
 _Matmul = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]
 _MATMUL_BUDGET_S = 0.1
@@ -43,8 +43,8 @@ def _matmul_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
 def _matmuls(device: torch.device, dtype: torch.dtype) -> list[_Matmul]:
     """Returns torch's matmul, and the native backend's where it is faster."""
     found: list[_Matmul] = [lambda left, right, out: torch.mm(left, right, out=out)]
-    if device.type == "cpu" and dtype == torch.float32 and build.why_not() is None and native.beats_library():
-        found.append(native.multiply)
+    if device.type == "cpu" and dtype == torch.float32 and build.unavailable_reason() is None and native.beats_torch():
+        found.append(native.matmul)
     return found
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhfbench.errors import RecordsError
-from rlhfbench.runs.folder import write_atomically
+from rlhfbench.files import write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd

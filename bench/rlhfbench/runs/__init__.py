@@ -1,1 +1,1 @@
-"""Running a sweep: fork server, worker, runner, progress, environment, run folder."""
+"""Running a sweep: runner, fork server, worker, progress, environment, run folder."""

@@ -1,4 +1,4 @@
-"""The environment of a run: everything beside the cases that its numbers depend on."""
+"""The environment of a run: software, hardware and options that its results depend on."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _PACKAGES = ("rlhfbench", "torch", "transformers", "peft", "numpy", "triton")
 
 
 def now() -> str:
-    """UTC, ISO 8601, to the millisecond."""
+    """The current time in UTC, ISO 8601 with milliseconds."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
 
 
 def describe(*, argv: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]:
-    """The content of ``environment.json``; what this machine does not tell is ``None``.
+    """The content of ``environment.json``; unknown values are ``None``.
 
     Args:
         argv: the command line.
-        settings: what the run was told beside its cases.
+        settings: the fields of ``RunOptions``.
     """
     return {
         "started_at": now(),
@@ -50,7 +50,7 @@ def describe(*, argv: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]
 
 
 def source(folder: Path) -> dict[str, Any]:
-    """``{"commit", "dirty"}`` of the checkout that ``folder`` belongs to; both ``None`` where it is installed."""
+    """``{"commit", "dirty"}`` of the git checkout that tracks ``folder``; both ``None`` for an installed package."""
     commit = dirty = None
     # A package installed into an environment inside somebody's checkout is not part of that checkout.
     if _git(folder, "ls-files", "--error-unmatch", "__init__.py") is not None:
@@ -61,12 +61,12 @@ def source(folder: Path) -> dict[str, Any]:
 
 
 def gpus() -> list[dict[str, Any]] | None:
-    """Name, driver and memory of every device, ``None`` without NVML."""
+    """Name, driver version and memory of every GPU; ``None`` without NVML."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
-    except Exception:  # the package or the driver's library is absent, in one of many ways
+    except Exception:  # without the package or the driver NVML fails in many ways
         return None
     try:
         driver = _text(pynvml.nvmlSystemGetDriverVersion())
@@ -97,7 +97,7 @@ def _version(name: str) -> str | None:
 
 
 def _num_usable_cores() -> int | None:
-    """Those that this process may run on, which a container or taskset can make fewer."""
+    """Number of cores that this process may use; a container or taskset can restrict them."""
     if sys.platform == "linux":
         return len(os.sched_getaffinity(0))
     return os.cpu_count()
@@ -113,7 +113,7 @@ def _cpu_model() -> str | None:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """What git says, ``None`` where it fails."""
+    """Output of a git command; ``None`` if it fails."""
     try:
         done = subprocess.run(
             ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True

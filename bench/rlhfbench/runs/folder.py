@@ -1,14 +1,14 @@
-"""A run's folder: what is in it, when it may be used, and how a run in it is resumed."""
+"""The folder of a run: its files, and the checks before a run starts or resumes in it."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from rlhfbench.cases.sweep import Sweep, differences
 from rlhfbench.errors import RunFolderError, SweepError
+from rlhfbench.files import write_atomically
 from rlhfbench.records.file import RECORDS_NAME
 
 SWEEP_NAME = "sweep.toml"
@@ -17,7 +17,7 @@ TIMELINES_NAME = "timelines"
 
 
 class RunFolder:
-    """The paths of a run. Its files appear in the order sweep, environment, records: with the sweep it is a run.
+    """The paths of a run. Its files are written in the order sweep, environment, records.
 
     Attributes:
         path: the folder.
@@ -28,33 +28,33 @@ class RunFolder:
 
     @property
     def sweep_path(self) -> Path:
-        """The resolved sweep."""
+        """File of the sweep, with every default written out."""
         return self.path / SWEEP_NAME
 
     @property
     def traces_dir(self) -> Path:
-        """Where the profiler's traces go."""
+        """Folder of the profiler's traces."""
         return self.path / "traces"
 
     @property
     def is_run(self) -> bool:
-        """Whether it holds a run, finished or not."""
+        """True if the folder holds a run, finished or not."""
         return self.sweep_path.is_file() or (self.path / RECORDS_NAME).is_file()
 
     @property
     def timelines_dir(self) -> Path:
-        """Where the timelines of the cases go, one file each."""
+        """Folder of the timelines, one file a case."""
         return self.path / TIMELINES_NAME
 
     def log_path(self, case_id: str) -> Path:
-        """What a case printed, and the traceback of its failure."""
+        """Log of a case: its output, and the traceback if it failed."""
         return self.path / "logs" / f"{case_id}.log"
 
     def prepare(self, sweep: Sweep, *, resume: bool) -> None:
-        """Makes the folder ready for a run of ``sweep``, or looks whether it is the one to resume.
+        """Creates the folder for a run of ``sweep``, or checks that it holds the run to resume.
 
         Raises:
-            RunFolderError: it holds something else, holds another run, or cannot be written.
+            RunFolderError: it holds other files or another run, or cannot be written.
         """
         try:
             if self.path.is_dir() and any(self.path.iterdir()):
@@ -68,22 +68,22 @@ class RunFolder:
 
     def _check_present(self, sweep: Sweep, *, resume: bool) -> None:
         if not self.is_run:
-            raise RunFolderError(f"out '{self.path}' holds files that are no run: name an empty or a new folder.")
+            raise RunFolderError(f"out '{self.path}' holds files of something else: name an empty or a new folder.")
         if not resume:
             raise RunFolderError(
-                f"out '{self.path}' holds another run: add --resume to go on with it, or name a new folder."
+                f"out '{self.path}' holds another run: add --resume to continue it, or name a new folder."
             )
-        there = self.load_sweep()
-        if {case.id for case in there.cases} != {case.id for case in sweep.cases}:
+        recorded = self.load_sweep()
+        if {case.id for case in recorded.cases} != {case.id for case in sweep.cases}:
             raise RunFolderError(
-                f"out '{self.path}' holds a run of a different sweep: {differences(sweep.cases, there.cases)}."
+                f"out '{self.path}' holds a run of a different sweep: {differences(sweep.cases, recorded.cases)}."
             )
 
     def load_sweep(self) -> Sweep:
         """The sweep of the run in this folder.
 
         Raises:
-            RunFolderError: there is none that can be read.
+            RunFolderError: its sweep cannot be read.
         """
         try:
             return Sweep.from_file(self.sweep_path)
@@ -91,7 +91,7 @@ class RunFolder:
             raise RunFolderError(f"out '{self.path}' holds no run that can be resumed: {error.problems[0]}") from error
 
     def write_environment(self, environment: dict[str, Any]) -> None:
-        """Keeps ``environment``: as the run's own, or under ``resumed`` where the run was started before.
+        """Writes the environment of a run; that of a resumed run is added under ``resumed``.
 
         Raises:
             RunFolderError: it cannot be written.
@@ -108,16 +108,3 @@ class RunFolder:
             raise RunFolderError(f"'{path}' is not JSON: move it away to resume.") from error
         except OSError as error:
             raise RunFolderError(f"out '{self.path}' cannot be written: {error.strerror}.") from error
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes ``text`` so that nobody finds half of it, whenever the writer is killed."""
-    draft = path.with_name(path.name + ".tmp")
-    try:
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)

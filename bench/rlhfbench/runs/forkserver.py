@@ -1,11 +1,11 @@
-"""The fork server: imports the heavy packages once, and forks a fresh, clean process from them for every case.
+"""The client of the fork server, which imports heavy packages once and forks a fresh process for every case.
 
-``multiprocessing`` has one too, but it runs the caller's ``__main__`` again (a script without a guard would start
-itself over and over), tells no exit status with the resource usage, and leaves processes behind a killed harness.
+The fork server of ``multiprocessing`` does not fit: it runs the caller's ``__main__`` again, so a script without a
+guard starts itself over and over; it reports no resource usage; and it leaves processes behind a killed harness.
 
-Client and server share a socket: requests, the two descriptors of a case (its result pipe and its log) and exit
-statuses pass there. A case writes its messages, one JSON line each, to a pipe of its own, so that a case that is
-killed in the middle of a line garbles nothing but that line.
+Client and server share a socket for requests, exit statuses and the two file descriptors of a case: its result pipe
+and its log. Each case writes its messages to its own pipe, one JSON line each: a case that is killed while it writes
+spoils only its own last line.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from rlhfbench.runs.forkserver_process import Lines, Message
 
 WORKER = "rlhfbench.runs.worker:run_case"
 PRELOAD = ("torch", "transformers", "peft", "rlhfkernels.training.step", "rlhfbench.measure.measurements")
-_DIED: Message = {"exit": None, "max_rss_bytes": None}  # stands for the server's last message when it had none
-_KILL_WAIT_S = 10.0  # how long a killed process may take to vanish before the server itself is ended
+_DIED: Message = {"exit": None, "max_rss_bytes": None}  # the exit status when the server died with the case
+_KILL_WAIT_S = 10.0  # seconds that a killed process may take to exit before the server is killed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Exit:
-    """How a case's process ended.
+    """The end of a case's process.
 
     Attributes:
-        pid: its process id, ``None`` where it was never started.
-        code: exit code, negative for the signal that killed it; ``None`` where the server died with it.
-        max_rss_bytes: its largest resident set. It starts at what the server held when it forked, not at 0.
-        timed_out: the client killed it because its time was over.
+        pid: process id; ``None`` if it was never started.
+        code: exit code, negative for the signal that killed it; ``None`` if the server died with it.
+        max_rss_bytes: largest resident set. It includes what the server held when it forked.
+        timed_out: the client killed it at its timeout.
     """
 
     pid: int | None
@@ -50,12 +50,12 @@ class Exit:
 
 
 class ForkServer:
-    """Starts the server and has cases run by it, one at a time. Everything it started dies with this process.
+    """Starts the server and runs cases in it, one at a time. The server and its case die with this process.
 
     Args:
         target: ``module:function`` that a forked process calls with (request, send).
         preload: modules that the server imports before it forks.
-        optional: modules that it imports too where they exist.
+        optional: modules that it also imports if they exist.
     """
 
     def __init__(self, *, target: str = WORKER, preload: Sequence[str] = PRELOAD, optional: Sequence[str] = ()) -> None:
@@ -74,14 +74,14 @@ class ForkServer:
 
     @property
     def pid(self) -> int | None:
-        """The server's process id while it lives."""
+        """Process id of the server; ``None`` unless it is alive."""
         return self._process.pid if self._process is not None and self._process.poll() is None else None
 
     def start(self) -> None:
-        """Starts the server where none is alive, and waits until it has imported everything.
+        """Starts the server unless it is alive, and waits until it has imported everything.
 
         Raises:
-            ForkServerError: it did not come up.
+            ForkServerError: the server did not start.
         """
         if self.pid is not None:
             return
@@ -90,8 +90,8 @@ class ForkServer:
         self._control, self._lines = ours, Lines()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 -- closed in close()
         config = json.dumps({**self._config, "fd": theirs.fileno(), "parent_pid": os.getpid()})
-        # -P keeps the current folder out of sys.path: a user's random.py there is not ours to import.
-        # A session of its own keeps the terminal's Ctrl-C from the cases: the harness ends them.
+        # -P: a random.py in the user's folder must not replace the standard library's.
+        # A session of its own: Ctrl-C in the terminal reaches the harness only, which then ends the case.
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "rlhfbench.runs.forkserver_process", config],
             pass_fds=[theirs.fileno()],
@@ -104,17 +104,17 @@ class ForkServer:
         ready = None
         try:
             ready = self._receive_one()
-            words = self._last_words()
+            last_line_of_log = self._last_line_of_log()
         finally:
             if ready is None:
                 self.close()
         if ready is None:
-            raise ForkServerError(f"the fork server did not start: {words}")
+            raise ForkServerError(f"the fork server did not start: {last_line_of_log}")
 
     def close(self) -> None:
-        """Ends the server, and with it a case that still runs."""
+        """Ends the server and a case that still runs."""
         if self._control is not None:
-            self._control.close()  # the server reads the end of the file, kills its case and exits
+            self._control.close()  # at the end of the socket the server kills its case and exits
             self._control = None
         if self._process is not None:
             try:
@@ -135,22 +135,22 @@ class ForkServer:
         timeout_s: float | None = None,
         on_message: Callable[[Message], None] = lambda message: None,
     ) -> Exit:
-        """Runs one case to its end, whatever the end is.
+        """Runs one case until it exits, crashes or is killed.
 
         Args:
-            request: what the target gets; anything that JSON holds.
-            log_path: the file that gets everything the case prints.
-            timeout_s: when the case is killed, counted from here.
-            on_message: called with each message of the case, as it comes.
+            request: JSON object for the target.
+            log_path: receives standard output and standard error of the case.
+            timeout_s: seconds from now after which the case is killed.
+            on_message: called with each message of the case at once.
         """
         self.start()
         read_end, write_end = os.pipe()
         try:
             with log_path.open("ab") as log:
-                died = not self._send({"run": request}, [write_end, log.fileno()])
+                server_died = not self._send({"run": request}, [write_end, log.fileno()])
             os.close(write_end)
             write_end = -1
-            if died:
+            if server_died:
                 return Exit(pid=None, code=None, max_rss_bytes=None)
             return self._watch(read_end, timeout_s, on_message)
         except BaseException:
@@ -162,7 +162,7 @@ class ForkServer:
                 os.close(write_end)
 
     def _watch(self, pipe: int, timeout_s: float | None, on_message: Callable[[Message], None]) -> Exit:
-        """Waits, asleep, for messages and for the end of the case; kills it when its time is over."""
+        """Waits for messages and for the end of the case, without polling; kills the case at its timeout."""
         assert self._control is not None
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         timed_out = False
@@ -175,7 +175,7 @@ class ForkServer:
                 left_s = None if deadline is None else max(deadline - time.monotonic(), 0.0)
                 ready = {key.fileobj for key, _ in selector.select(left_s)}
                 if pipe in ready and not _pump(pipe, messages, on_message):
-                    selector.unregister(pipe)  # the case closed it; its exit status follows
+                    selector.unregister(pipe)  # closed by the case; the exit status follows
                 if self._control in ready:
                     for message in self._receive() or [_DIED]:
                         pid = message.get("pid", pid)
@@ -193,7 +193,7 @@ class ForkServer:
         return Exit(pid=pid, code=message["exit"], max_rss_bytes=message["max_rss_bytes"], timed_out=timed_out)
 
     def _send(self, message: Message, fds: Sequence[int] = ()) -> bool:
-        """Whether the server got ``message`` and the descriptors with it."""
+        """Sends a message with file descriptors; returns False if the server is gone."""
         assert self._control is not None
         data = json.dumps(message).encode() + b"\n"
         try:
@@ -204,7 +204,7 @@ class ForkServer:
         return True
 
     def _receive(self) -> list[Message] | None:
-        """The messages of one read from the server, ``None`` at its end."""
+        """The messages of one read from the server; ``None`` if it is gone."""
         assert self._control is not None
         try:
             data = self._control.recv(65536)
@@ -218,20 +218,20 @@ class ForkServer:
                 return messages[0]
         return None
 
-    def _last_words(self) -> str:
+    def _last_line_of_log(self) -> str:
         assert self._log is not None
         self._log.seek(0)
-        return last_line(self._log.read().decode(errors="replace")) or "it said nothing."
+        return last_line(self._log.read().decode(errors="replace")) or "its log is empty."
 
 
 def last_line(text: str) -> str:
-    """The last line of ``text`` that is not blank, cut to 300 characters."""
+    """The last line of ``text`` that is not blank, at most 300 characters."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1][:300] if lines else ""
 
 
 def _pump(pipe: int, lines: Lines, on_message: Callable[[Message], None]) -> bool:
-    """Passes on what one read of ``pipe`` gives; False at its end, or where a non-blocking pipe is empty."""
+    """Passes on the messages of one read; returns False at the end of the pipe, or if a non-blocking pipe is empty."""
     try:
         data = os.read(pipe, 65536)
     except BlockingIOError:
@@ -242,7 +242,7 @@ def _pump(pipe: int, lines: Lines, on_message: Callable[[Message], None]) -> boo
 
 
 def _drain(pipe: int, lines: Lines, on_message: Callable[[Message], None]) -> None:
-    """Passes on what is left in ``pipe``, and does not wait: something that the case started may hold its other end."""
+    """Passes on the rest of ``pipe`` without waiting: a process that the case started may keep it open."""
     os.set_blocking(pipe, False)
     while _pump(pipe, lines, on_message):
         pass

@@ -1,12 +1,11 @@
-"""The fork server's own process: imports once, then forks on request. See ``rlhfbench.runs.forkserver`` for its client.
+"""The process of the fork server: imports once, then forks on request. ``rlhfbench.runs.forkserver`` is its client.
 
-It touches no device, runs no parallel op and starts no thread (BLAS libraries start theirs, and know how to be forked),
-so what it forks is as good as freshly started.
+It touches no device, runs no parallel op and starts no thread (BLAS libraries start theirs and handle a fork), so a
+forked process behaves like a freshly started one.
 """
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import gc
 import importlib
@@ -22,26 +21,26 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from rlhfbench.processes import die_with_parent
+
 Message = dict[str, Any]
 Target = Callable[[Message, Callable[[Message], None]], None]
 
-_PR_SET_PDEATHSIG = 1
-
 
 class Lines:
-    """Bytes in, complete JSON lines out."""
+    """Splits a stream of bytes into JSON lines."""
 
     def __init__(self) -> None:
         self._rest = b""
 
     def feed(self, data: bytes) -> list[Message]:
-        """The lines that ``data`` completes."""
+        """Adds ``data`` and returns the lines that are now complete."""
         *lines, self._rest = (self._rest + data).split(b"\n")
         return [json.loads(line) for line in lines]
 
 
 class _Server:
-    """The server's side: one thread, one select over the client's socket and the signals."""
+    """The server: one thread that selects over the client's socket and the signals."""
 
     def __init__(self, control: socket.socket, target: Target) -> None:
         self._control, self._target = control, target
@@ -50,12 +49,12 @@ class _Server:
         self._child: int | None = None
 
     def serve(self) -> None:
-        """Forks on request until the client is gone or SIGTERM comes; then kills what runs."""
+        """Forks on request until the client is gone or SIGTERM arrives; then kills the running case."""
         wake_read, wake_write = os.pipe()
         os.set_blocking(wake_read, False)
         os.set_blocking(wake_write, False)
         for number in (signal.SIGCHLD, signal.SIGTERM):
-            signal.signal(number, lambda *_: None)  # the wakeup descriptor only speaks of signals with a handler
+            signal.signal(number, lambda *_: None)  # only signals with a handler reach the wakeup descriptor
         signal.set_wakeup_fd(wake_write)
         with selectors.DefaultSelector() as selector:
             selector.register(self._control, selectors.EVENT_READ)
@@ -111,8 +110,7 @@ class _Server:
     def _reap(self) -> None:
         if self._child is None:
             return
-        # Looked at without reaping first: while it is a zombie its group's number cannot be given to anybody else,
-        # so whatever it started can be killed with it.
+        # WNOWAIT leaves a zombie, whose process group cannot be reused: killing the group hits only its own processes.
         if os.waitid(os.P_PID, self._child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             return
         self._kill()
@@ -127,12 +125,12 @@ class _Server:
                 os.killpg(self._child, signal.SIGKILL)
 
     def _tell(self, message: Message) -> None:
-        with suppress(OSError):  # a client that is gone is seen at the next read
+        with suppress(OSError):  # a client that is gone is noticed at the next read
             self._control.sendall(json.dumps(message).encode() + b"\n")
 
 
 def _become_case(server_pid: int, log: int) -> None:
-    """Makes the forked process one that dies alone, dies first and dies with its server."""
+    """Resets signals and isolates the forked process: it dies alone, before the harness, and with its server."""
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGCHLD, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
@@ -143,17 +141,9 @@ def _become_case(server_pid: int, log: int) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     faulthandler.enable(file=2)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # writing gigabytes of core would outlast the case
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # writing gigabytes of core dump takes longer than the case
     with suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")  # the kernel takes the case, not the harness
-
-
-def die_with_parent(parent_pid: int, number: int) -> None:
-    """Has the kernel send signal ``number`` to this process when its parent dies (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number))
-    if os.getppid() != parent_pid:  # it died before we asked
-        os._exit(1)
+        Path("/proc/self/oom_score_adj").write_text("1000")  # Linux kills the case before the harness
 
 
 def _write_line(fd: int, message: Message) -> None:
@@ -163,7 +153,7 @@ def _write_line(fd: int, message: Message) -> None:
 
 
 def _flush_and_exit(code: int) -> None:
-    """Ends a forked process without the server's clean-up, which is not its to do."""
+    """Exits a forked process without the clean-up of the server."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(Exception):
             stream.flush()
@@ -171,14 +161,14 @@ def _flush_and_exit(code: int) -> None:
 
 
 def main(argument: str) -> None:
-    """The server's process: imports, then serves. Touches no device and starts no thread."""
+    """Runs the server: imports, then serves."""
     config = json.loads(argument)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent(config["parent_pid"], signal.SIGTERM)
     control = socket.socket(fileno=config["fd"])
     control.set_inheritable(False)
-    # Without this torch.cuda.is_available(), which packages call while they are imported, starts the CUDA runtime,
-    # and a process forked after that cannot use the device.
+    # Packages call torch.cuda.is_available() when imported. Without this variable it initialises CUDA, and a process
+    # that is forked afterwards cannot use the device.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     for name in config["preload"]:
         importlib.import_module(name)
@@ -188,7 +178,7 @@ def main(argument: str) -> None:
     module, _, function = config["target"].partition(":")
     target = getattr(importlib.import_module(module), function)
     gc.collect()
-    gc.freeze()  # a collection in a case leaves the shared pages of what was imported alone
+    gc.freeze()  # a collection in a case does not copy the shared pages of imported modules
     _Server(control, target).serve()
 
 

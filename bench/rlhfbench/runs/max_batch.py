@@ -1,4 +1,4 @@
-"""The largest batch that really runs: found by trying, each try a case of its own, with what was planned beside it."""
+"""The largest batch that runs: a search whose tries are cases of a run, beside the batch that was predicted."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 from rlhfbench.cases.settings import setting_of
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.errors import RunFolderError, SweepError
+from rlhfbench.files import write_atomically
 from rlhfbench.planning.devices import Accelerator
 from rlhfbench.records.file import Record
 from rlhfbench.runs import runner
-from rlhfbench.runs.folder import write_atomically
-from rlhfbench.runs.runner import Runner, RunResult, RunSettings
+from rlhfbench.runs.options import RunOptions
+from rlhfbench.runs.progress import Progress
+from rlhfbench.runs.runner import Runner, RunResult
 from rlhfkernels.config.case import Case
 from rlhfkernels.errors import RlhfKernelsError
 
@@ -25,20 +27,18 @@ if TYPE_CHECKING:
 RESULT_NAME = "max_batch.json"
 _GIB = 2**30
 
-Try = Callable[[Case], Record]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Found:
-    """What the search for one kind of case found.
+class MaxBatchResult:
+    """The result of the search for one case.
 
     Attributes:
-        case: the kind, with the batch that was tried first.
-        largest_ok: the largest batch that ran; 0 where not even one sequence did, ``None`` where nothing is known.
-        smallest_failing: the smallest batch that was out of memory, ``None`` where none was.
-        stopped_because: why the search ended, in a sentence.
-        planned: the largest batch by the plan, at most the limit; ``None`` where no memory to plan for is known.
-        tries: (batch size, case id, outcome) in the order of the tries.
+        case: the case, with the batch that was tried first.
+        largest_ok: the largest batch that ran; 0 if batch 1 was out of memory, ``None`` if nothing is known.
+        smallest_failing: the smallest batch that was out of memory, ``None`` if none was.
+        stopped_because: one sentence.
+        planned: the largest batch that a plan predicts to fit, at most the limit; ``None`` without a prediction.
+        tries: (batch size, case id, outcome) of each try, in order.
     """
 
     case: Case
@@ -65,14 +65,14 @@ class Found:
         }
 
 
-class Search:
+class MaxBatchSearch:
     """Doubles the batch until one is out of memory, then bisects.
 
     Args:
-        case: the kind of case, with the batch to try first.
+        case: the case, with the batch to try first.
         limit: the largest batch to try.
-        available_bytes: what the measured totals may grow to: a batch that would take more by a straight line through
-            them is not tried, as the kernel would end more than the case. ``None``: the device itself says no.
+        available_bytes: memory of the host. A batch that would exceed it, by a straight line through the totals
+            measured so far, is not tried: Linux might kill other processes. ``None`` on a device with its own memory.
     """
 
     def __init__(self, case: Case, *, limit: int, available_bytes: int | None) -> None:
@@ -82,8 +82,8 @@ class Search:
         self._low: int = 0
         self._high: int | None = None
 
-    def run(self, try_case: Try, *, planned: int | None = None) -> Found:
-        """Tries batches with ``try_case``, and says what came of it."""
+    def run(self, try_case: Callable[[Case], Record], *, planned: int | None = None) -> MaxBatchResult:
+        """Searches with ``try_case``, which runs a case and returns its record."""
         reason = None
         guess: int = min(self._case.batch_size, self._limit)
         while reason is None:
@@ -93,7 +93,7 @@ class Search:
             reason = self._learn(guess, record)
             if reason is None:
                 guess, reason = self._next()
-        return Found(
+        return MaxBatchResult(
             case=self._case,
             largest_ok=self._low or (0 if self._high == 1 else None),
             smallest_failing=self._high,
@@ -103,7 +103,7 @@ class Search:
         )
 
     def _learn(self, batch_size: int, record: Record) -> str | None:
-        """Takes what became of a try; a reason where it ends the search."""
+        """Notes the record of a try; returns a sentence if it ends the search."""
         if record["outcome"] == "ok":
             self._low = batch_size
             memory = record["memory"]
@@ -118,7 +118,7 @@ class Search:
         return f"the limit of {self._limit} was reached." if self._low == self._limit else None
 
     def _next(self) -> tuple[int, str | None]:
-        """The batch to try next, or a reason to try none."""
+        """(batch to try next, ``None``), or a sentence in the second place if there is none."""
         guess = min(2 * self._low, self._limit) if self._high is None else (self._low + self._high) // 2
         while guess > self._low and (needed := self._over(guess)):
             if guess - self._low == 1:
@@ -128,43 +128,52 @@ class Search:
         return guess, None
 
     def _over(self, batch_size: int) -> float | None:
-        """The predicted total of ``batch_size`` where it is more than there is."""
+        """Bytes that ``batch_size`` would take, if more than are available."""
         if self._available_bytes is None or not self._totals:
             return None
         (b1, (t1, model)), *rest = sorted(self._totals.items(), reverse=True)
         if rest:
             b0, (t0, _) = rest[0]
-            per_sequence = (t1 - t0) / (b1 - b0)
-        else:  # of one measurement all but the model grows with the batch
-            per_sequence = (t1 - model) / b1
-        needed = t1 + per_sequence * (batch_size - b1)
+            bytes_per_row = (t1 - t0) / (b1 - b0)
+        else:  # with one measurement: all but the model grows with the batch
+            bytes_per_row = (t1 - model) / b1
+        needed = t1 + bytes_per_row * (batch_size - b1)
         return needed if needed > self._available_bytes else None
 
 
 def _is_out_of_memory(case: Case, record: Record) -> bool:
-    """Whether a try was too large. On a host a kill that nobody explains is the kernel's: its counter may be hidden."""
+    """True if the batch was too large. On a CPU an unexplained SIGKILL counts: a container may hide Linux's counter."""
     killed = record["outcome"] == "crashed" and record["error"]["kind"] == "SIGKILL" and case.device == "cpu"
     return record["outcome"] == "oom" or killed
 
 
 def find_max_batches(
-    sweep: Sweep, out_dir: Path, settings: RunSettings, *, limit: int, resume: bool = False
-) -> tuple[RunResult, list[Found]]:
-    """Finds the largest batch that runs for everything in ``sweep`` but its batch sizes, and keeps it with the run.
+    sweep: Sweep,
+    out_dir: Path,
+    options: RunOptions | None = None,
+    *,
+    limit: int = 512,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> tuple[RunResult, list[MaxBatchResult]]:
+    """Finds the largest batch that runs, for all cases of ``sweep`` that differ in more than the batch size.
 
-    Every try is a record of the run. A resumed search takes the tries that are recorded as made.
+    Every try is a record of the run; a resumed search does not repeat recorded tries. The results are also written to
+    ``max_batch.json``.
 
     Args:
-        sweep: its smallest batch sizes are tried first, where no device's memory is known to plan for.
-        out_dir: the run's folder, as for ``run_sweep``.
-        settings: how each try is run.
+        sweep: the cases. Without a memory limit the smallest batch size of a case is tried first, else the predicted.
+        out_dir: folder of the run, as for ``run_sweep``.
+        options: how each try is run.
         limit: the largest batch that is tried.
-        resume: go on with the search in ``out_dir``.
+        resume: continue the search in ``out_dir``.
+        progress: receives what happens; by default it is written to standard error.
 
     Raises:
-        SweepError: the limit is no limit, or an option splits the batch.
+        SweepError: ``limit`` is below 1, or an option splits the batch.
         RunFolderError: the folder cannot be used.
     """
+    options = options or RunOptions()
     problems = [f"max-batch-limit is {limit}: it must be a whole number of at least 1."] if limit < 1 else []
     if any(case.options.engine.micro_batch_size or case.options.ppo.num_mini_batches > 1 for case in sweep.cases):
         problems.append(
@@ -172,23 +181,23 @@ def find_max_batches(
         )
     if problems:
         raise SweepError(problems)
-    found: list[Found] = []
+    found: list[MaxBatchResult] = []
 
-    def drive(cases: Runner) -> None:
-        for case in _kinds(sweep):
-            usable_bytes, available_bytes = _room(case, settings)
+    def search(cases: Runner) -> None:
+        for case in _smallest_batches(sweep):
+            usable_bytes, available_bytes = _memory_limits(case, options)
             planned = None if usable_bytes is None else _planned(case, usable_bytes, limit)
-            if planned and (case.device != "cpu" or settings.memory_limit_bytes is not None):
+            if planned and (case.device != "cpu" or options.memory_limit_bytes is not None):
                 case = dataclasses.replace(case, batch_size=planned)
-            search = Search(case, limit=limit, available_bytes=available_bytes)
-            found.append(search.run(cases.try_case, planned=planned))
+            searched = MaxBatchSearch(case, limit=limit, available_bytes=available_bytes)
+            found.append(searched.run(cases.try_case, planned=planned))
             _write(out_dir, found)
 
-    return runner.run_sweep(sweep, out_dir, settings, resume=resume, drive=drive), found
+    return runner.run_cases(search, sweep, out_dir, options, resume=resume, progress=progress), found
 
 
-def _kinds(sweep: Sweep) -> Iterator[Case]:
-    """The cases of ``sweep`` that differ in more than the batch, each with its smallest batch."""
+def _smallest_batches(sweep: Sweep) -> Iterator[Case]:
+    """The cases of ``sweep`` that differ in more than the batch size, each with its smallest."""
     smallest: dict[Case, int] = {}
     for case in sweep.cases:
         kind = dataclasses.replace(case, batch_size=1)
@@ -197,9 +206,9 @@ def _kinds(sweep: Sweep) -> Iterator[Case]:
         yield dataclasses.replace(kind, batch_size=batch_size)
 
 
-def _room(case: Case, settings: RunSettings) -> tuple[int | None, int | None]:
-    """(what a plan may count on, what tries may grow to): a host's memory is also everybody else's."""
-    limit = settings.memory_limit_bytes
+def _memory_limits(case: Case, options: RunOptions) -> tuple[int | None, int | None]:
+    """(bytes that a predicted batch must fit into, bytes that a try must not exceed), each ``None`` if unknown."""
+    limit = options.memory_limit_bytes
     if case.device == "cpu":
         available_bytes = host_available_bytes()
         return min(available_bytes, limit or available_bytes), available_bytes
@@ -211,7 +220,7 @@ def _room(case: Case, settings: RunSettings) -> tuple[int | None, int | None]:
 
 
 def _planned(case: Case, usable_bytes: int, limit: int) -> int | None:
-    """The largest batch by the plan, at most ``limit``; ``None`` where it cannot be planned."""
+    """The largest batch that is predicted to fit, at most ``limit``; ``None`` if the case cannot be planned."""
     from rlhfbench.planning.max_batch import BatchSearch
     from rlhfbench.planning.zero import Zero
 
@@ -222,20 +231,20 @@ def _planned(case: Case, usable_bytes: int, limit: int) -> int | None:
 
 
 def host_available_bytes() -> int:
-    """What the host can give without swapping, and no more than what this process's control group may still take."""
+    """Memory that is available without swapping, within the limit of this process's control group."""
     import psutil
 
     available = int(psutil.virtual_memory().available)
     group = Path("/sys/fs/cgroup")
     try:
-        most, now = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
     except OSError:
         return available
-    return available if most == "max" else max(0, min(available, int(most) - int(now)))
+    return available if limit == "max" else max(0, min(available, int(limit) - int(used)))
 
 
 def device_bytes(device: str) -> int | None:
-    """The whole memory of a CUDA device, asked of the driver; ``None`` where it does not say."""
+    """The whole memory of a CUDA device as the driver states it; ``None`` without a driver."""
     try:
         import pynvml
 
@@ -245,12 +254,12 @@ def device_bytes(device: str) -> int | None:
             return int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
         finally:
             pynvml.nvmlShutdown()
-    except Exception:  # whatever the library says: its answer is not there
+    except Exception:  # NVML fails in many ways, and all of them mean that the size is unknown
         return None
 
 
-def max_batch_frame(found: list[Found]) -> pd.DataFrame:
-    """The table that crosses to the reports: see ``rlhfreports.max_batch``."""
+def max_batch_frame(found: list[MaxBatchResult]) -> pd.DataFrame:
+    """The data frame that ``rlhfreports.max_batch`` draws: one row a result."""
     import pandas as pd
 
     return pd.DataFrame(
@@ -268,7 +277,7 @@ def max_batch_frame(found: list[Found]) -> pd.DataFrame:
     )
 
 
-def _write(out_dir: Path, found: list[Found]) -> None:
+def _write(out_dir: Path, found: list[MaxBatchResult]) -> None:
     try:
         write_atomically(out_dir / RESULT_NAME, json.dumps([item.to_dict() for item in found], indent=1) + "\n")
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What a user sees of a run while it runs: on standard error, a bar in a terminal and a line a case elsewhere."""
+"""Progress of a run on standard error: a bar in a terminal, one line a case elsewhere."""
 
 from __future__ import annotations
 
@@ -18,49 +18,49 @@ if TYPE_CHECKING:
 
 
 class Progress(Protocol):
-    """Is told how a run goes."""
+    """Receives the events of a run."""
 
     def begin(self, cases: list[Case], num_recorded: int) -> None:
-        """``cases`` are to run; ``num_recorded`` more were recorded earlier."""
+        """The run starts with ``cases``; ``num_recorded`` others were recorded earlier."""
 
     def start_case(self, case: Case) -> None:
-        """``case`` is next."""
+        """``case`` starts."""
 
     def doing(self, what: str) -> None:
-        """What the case is doing now."""
+        """The case enters the stage ``what``, such as ``timing``."""
 
     def finish_case(self, case: Case, record: dict[str, Any]) -> None:
-        """What became of it."""
+        """``case`` ended with ``record``."""
 
     def notice(self, text: str) -> None:
-        """Something that a user should know once."""
+        """A message for the user."""
 
     def end(self) -> None:
-        """Nothing more comes."""
+        """The run ended."""
 
 
 def make_progress(stream: TextIO | None = None) -> Progress:
-    """The progress that fits ``stream`` (standard error by default)."""
+    """The progress for ``stream``, standard error by default."""
     stream = stream or sys.stderr
     return BarProgress(stream) if stream.isatty() else LineProgress(stream)
 
 
 def title(case: Case) -> str:
-    """A case in a few words; the setting where it is a named one and not the default."""
+    """Short description of a case; names its setting unless that is the default or ``custom``."""
     setting = setting_of(dataclasses.asdict(case.options))
     named = f" {setting}" if setting in list(SETTINGS)[1:] else ""
     return f"{case.method}{named} {case.model} {case.prompt_len}+{case.completion_len} x{case.batch_size}"
 
 
 def clock(seconds: float) -> str:
-    """1:05 or 2:03:04."""
+    """Seconds as 1:05 or 2:03:04."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
 class TimeLeft:
-    """Estimates the time left from the cases that have run, each weighted by its tokens."""
+    """Estimates the time left from seconds per token of the cases that have run."""
 
     def __init__(self) -> None:
         self._left: dict[str, int] = {}
@@ -68,11 +68,11 @@ class TimeLeft:
         self._spent_s = 0.0
 
     def begin(self, cases: list[Case]) -> None:
-        """``cases`` are all that is to run."""
+        """Sets the cases of the run."""
         self._left = {case.id: case.seq_len * case.batch_size for case in cases}
 
     def finish(self, case: Case, spent_s: float, *, ran: bool) -> None:
-        """``case`` took ``spent_s``; one that did not run teaches nothing."""
+        """Notes that ``case`` ended after ``spent_s``. A case that did not run changes no estimate."""
         tokens = self._left.pop(case.id, 0)
         if ran:
             self._done += tokens
@@ -80,14 +80,14 @@ class TimeLeft:
 
     @property
     def seconds(self) -> float | None:
-        """``None`` before the first case is done."""
+        """Estimated seconds left; ``None`` before the first case has run."""
         if not self._done:
             return None
         return self._spent_s / self._done * sum(self._left.values())
 
 
 class _Counting:
-    """What both kinds of progress keep: counts, and the clock of the case that runs."""
+    """Base of both kinds of progress: counts outcomes and times the current case."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -97,16 +97,16 @@ class _Counting:
         self._started_s = 0.0
 
     def begin(self, cases: list[Case], num_recorded: int) -> None:
-        """Keeps the cases that are to run."""
+        """Notes the cases of the run."""
         self._num_cases = len(cases)
         self._time_left.begin(cases)
 
     def start_case(self, case: Case) -> None:
-        """Starts the clock of ``case``."""
+        """Starts timing ``case``."""
         self._started_s = time.monotonic()
 
     def finish_case(self, case: Case, record: dict[str, Any]) -> None:
-        """Counts what became of ``case``."""
+        """Counts the outcome of ``case``."""
         self._outcomes[record["outcome"]] += 1
         self._time_left.finish(case, time.monotonic() - self._started_s, ran=record["outcome"] != "skipped")
 
@@ -119,19 +119,19 @@ class _Counting:
 
 
 class LineProgress(_Counting):
-    """One plain line a case, for logs and pipes."""
+    """One line a case, for logs and pipes."""
 
     def begin(self, cases: list[Case], num_recorded: int) -> None:
-        """Keeps the cases that are to run."""
+        """Notes the cases of the run."""
         super().begin(cases, num_recorded)
         recorded = f", {num_recorded} already recorded" if num_recorded else ""
         self._print(f"{len(cases)} {'case' if len(cases) == 1 else 'cases'} to run{recorded}")
 
     def doing(self, what: str) -> None:
-        """A log does not need it."""
+        """Prints nothing."""
 
     def finish_case(self, case: Case, record: dict[str, Any]) -> None:
-        """Counts what became of ``case``."""
+        """Counts the outcome of ``case``."""
         super().finish_case(case, record)
         number = self._outcomes.total()
         words = [f"[{number}/{self._num_cases}]", title(case), record["outcome"], f"{record['wall_s']:.1f} s"]
@@ -146,14 +146,14 @@ class LineProgress(_Counting):
         self._print(text)
 
     def end(self) -> None:
-        """Nothing to tidy up."""
+        """Prints nothing."""
 
     def _print(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
 
 
 class BarProgress(_Counting):
-    """A bar with what runs, what is done and the time left."""
+    """A bar with the current case, the outcomes and the time left."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
@@ -161,13 +161,13 @@ class BarProgress(_Counting):
         self._task: TaskID | None = None
 
     def begin(self, cases: list[Case], num_recorded: int) -> None:
-        """Keeps the cases that are to run."""
+        """Notes the cases of the run."""
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as RichProgress
 
         super().begin(cases, num_recorded)
-        # Drawn once a second: on a small machine the drawing would otherwise take its share from what is timed.
+        # Drawn once a second: on a machine with few cores the drawing would slow down what is timed.
         self._bar = RichProgress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
@@ -185,17 +185,17 @@ class BarProgress(_Counting):
         self._bar.start()
 
     def start_case(self, case: Case) -> None:
-        """Starts the clock of ``case``."""
+        """Starts timing ``case``."""
         super().start_case(case)
         self._case_title = title(case)
         self._update(description=self._case_title)
 
     def doing(self, what: str) -> None:
-        """Shows what the case is doing."""
+        """Shows the stage of the case."""
         self._update(description=f"{self._case_title} · {what}")
 
     def finish_case(self, case: Case, record: dict[str, Any]) -> None:
-        """Counts what became of ``case``."""
+        """Counts the outcome of ``case``."""
         super().finish_case(case, record)
         self._update(advance=1, left=self._left(), counts=self._counts())
         if record["error"] is not None and record["outcome"] != "skipped":
@@ -209,7 +209,7 @@ class BarProgress(_Counting):
             self._bar.console.print(text, markup=False, highlight=False)
 
     def end(self) -> None:
-        """Takes the bar away."""
+        """Removes the bar."""
         if self._bar is not None:
             self._bar.stop()
 

@@ -1,4 +1,4 @@
-"""The run: every case of a sweep through the fork server, and what became of each into the records."""
+"""Runs the cases of a sweep through the fork server and records the outcome of each."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 from rlhfbench.cases import preflight
 from rlhfbench.cases.preflight import ModelFacts
 from rlhfbench.cases.sweep import Sweep
-from rlhfbench.errors import SweepError
 from rlhfbench.records.file import Record, RecordsFile, make_plan, make_record
 from rlhfbench.records.timelines import write_timeline
 from rlhfbench.runs import environment
 from rlhfbench.runs.folder import RunFolder
-from rlhfbench.runs.forkserver import PRELOAD, WORKER, Exit, ForkServer, last_line
+from rlhfbench.runs.forkserver import Exit, ForkServer, last_line
+from rlhfbench.runs.options import RunOptions
 from rlhfbench.runs.progress import Progress, make_progress, title
 from rlhfbench.runs.worker import PHASE_PREFIX
 from rlhfkernels.config.case import Case
@@ -28,48 +28,13 @@ _AXES = ("prompt_len", "completion_len", "batch_size")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class RunSettings:
-    """How a sweep is run. None of it defines a case.
-
-    Attributes:
-        time_budget_s: seconds that the timing pass of a case may take.
-        precision: relative error of the median at which it stops earlier.
-        num_threads: threads of each case; ``None`` leaves it to torch.
-        profile: whether each case's phases are traced too, into ``traces/``.
-        with_plan: whether each case's memory is predicted too, in a process of its own before the case's.
-        case_timeout_s: when a case is killed, whatever it does.
-        memory_limit_bytes: what a case may allocate before it counts as out of memory; ``None``: what there is.
-
-    Raises:
-        SweepError: some field breaks its rule; every problem is named.
-    """
-
-    time_budget_s: float = 2.0
-    precision: float = 0.02
-    num_threads: int | None = None
-    profile: bool = False
-    with_plan: bool = False
-    case_timeout_s: float = 600.0
-    memory_limit_bytes: int | None = None
-
-    def __post_init__(self) -> None:
-        problems = [
-            f"{name} is {getattr(self, name)!r}: it must be above 0."
-            for name in ("time_budget_s", "precision", "num_threads", "case_timeout_s", "memory_limit_bytes")
-            if getattr(self, name) is not None and not getattr(self, name) > 0
-        ]
-        if problems:
-            raise SweepError(problems)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RunResult:
-    """What a run left.
+    """The result of a run.
 
     Attributes:
-        run_dir: its folder.
-        records: one a case that was reached, in the order in which they were made.
-        interrupted: Ctrl-C ended it before its last case.
+        run_dir: folder of the run.
+        records: one per case that was reached, in the order in which they were made.
+        interrupted: Ctrl-C ended the run before its last case.
     """
 
     run_dir: Path
@@ -78,40 +43,55 @@ class RunResult:
 
     @property
     def num_ok(self) -> int:
-        """How many cases were measured."""
+        """Number of cases that were measured."""
         return sum(record["outcome"] == "ok" for record in self.records)
 
 
 def run_sweep(
     sweep: Sweep,
     out_dir: str | Path,
-    settings: RunSettings | None = None,
+    options: RunOptions | None = None,
     *,
     resume: bool = False,
     progress: Progress | None = None,
-    target: str = WORKER,
-    preload: tuple[str, ...] = PRELOAD,
-    drive: Callable[[Runner], None] | None = None,
 ) -> RunResult:
-    """Runs every case of ``sweep`` that is not recorded yet.
+    """Runs every case of ``sweep`` that is not recorded yet, each in a process of its own.
 
     Args:
         sweep: the cases, in their order.
-        out_dir: the run's folder: a new or an empty one, or with ``resume`` one with a run of the same sweep.
-        settings: how it is run.
-        resume: go on with the run in ``out_dir``.
-        progress: is told how it goes; by default it writes to standard error.
-        target: ``module:function`` that runs one case in the forked process.
-        preload: modules that the fork server imports first.
-        drive: chooses what to run, case by case, in place of the sweep's cases in their order.
+        out_dir: folder of the run: new or empty, or with ``resume`` the folder of a run of the same sweep.
+        options: how the cases are run.
+        resume: continue the run in ``out_dir``.
+        progress: receives what happens; by default it is written to standard error.
+
+    Returns:
+        The records of all cases that were reached.
 
     Raises:
-        SweepError: what is asked for cannot be run on this machine.
+        SweepError: this machine cannot run the sweep; every problem is named.
         RunFolderError: the folder cannot be used.
-        RecordsError: the records cannot be read, or not be written any more (a full disk).
+        RecordsError: the records cannot be read, or cannot be written (a full disk).
         ForkServerError: the process that cases are forked from does not start.
     """
-    settings = settings or RunSettings()
+    return run_cases(
+        lambda runner: runner.run_missing(sweep.cases), sweep, out_dir, options, resume=resume, progress=progress
+    )
+
+
+def run_cases(
+    run: Callable[[Runner], None],
+    sweep: Sweep,
+    out_dir: str | Path,
+    options: RunOptions | None,
+    *,
+    resume: bool,
+    progress: Progress | None,
+) -> RunResult:
+    """Opens the folder of a run, calls ``run`` with a runner in it, and returns what was recorded.
+
+    Arguments and errors are those of ``run_sweep``. ``run`` chooses the cases.
+    """
+    options = options or RunOptions()
     progress = progress or make_progress()
     facts = preflight.check(sweep)
     for notice in preflight.notices(sweep):
@@ -119,31 +99,25 @@ def run_sweep(
     folder = RunFolder(out_dir)
     folder.prepare(sweep, resume=resume)
     with RecordsFile(folder.path) as records:
-        folder.write_environment(environment.describe(argv=sys.argv, settings=dataclasses.asdict(settings)))
-        recorded = {record["case"]["id"] for record in records.records}
-        cases = [case for case in sweep.cases if case.id not in recorded]
+        folder.write_environment(environment.describe(argv=sys.argv, settings=dataclasses.asdict(options)))
         interrupted = False
-        if cases or drive is not None:
-            # A model's own module builds on what is preloaded, and is worth half a second a case.
-            optional = _model_modules(facts.values()) if preload else []
-            server = ForkServer(target=target, preload=preload, optional=optional)
-            try:
-                if drive is None:
-                    progress.begin(cases, len(recorded))
-                with server:
-                    cases_runner = Runner(folder, settings, records, server, progress)
-                    cases_runner.run(cases) if drive is None else drive(cases_runner)
-            except KeyboardInterrupt:
-                interrupted = True
-            finally:
-                progress.end()
+        try:
+            with closing(make_server(facts.values())) as server:
+                run(Runner(folder, options, records, server, progress))
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            progress.end()
         return RunResult(run_dir=folder.path, records=records.records, interrupted=interrupted)
 
 
-def _model_modules(facts: Iterable[ModelFacts]) -> list[str]:
-    """The modules of ``transformers`` that hold the architectures in ``facts``."""
-    types = dict.fromkeys(fact.model_type for fact in facts if fact.model_type)
-    return [f"transformers.models.{name}.modeling_{name}" for name in types]
+def make_server(models: Iterable[ModelFacts]) -> ForkServer:
+    """The fork server of a run, not started.
+
+    It imports the module of each architecture too, which saves half a second a case.
+    """
+    types = dict.fromkeys(model.model_type for model in models if model.model_type)
+    return ForkServer(optional=[f"transformers.models.{name}.modeling_{name}" for name in types])
 
 
 class _Sampler(Protocol):
@@ -154,28 +128,37 @@ class Runner:
     """Runs cases one after the other through a fork server and records each.
 
     Args:
-        folder: where logs and traces go.
-        settings: how cases are run.
-        records: what every case's record is appended to by ``run``.
-        server: started, and ended by whoever made it.
-        progress: is told how it goes.
+        folder: receives logs, traces and timelines.
+        options: how the cases are run.
+        records: receive a record per case.
+        server: forks the cases. It is started with the first case; the caller closes it.
+        progress: receives what happens.
     """
 
     def __init__(
         self,
         folder: RunFolder,
-        settings: RunSettings,
+        options: RunOptions,
         records: RecordsFile,
         server: ForkServer,
         progress: Progress,
     ) -> None:
-        self._folder, self._settings, self._records = folder, settings, records
+        self._folder, self._options, self._records = folder, options, records
         self._server, self._progress = server, progress
         self._nvml_is_missing = False
         self._ceilings: dict[tuple[str, str], dict[str, float]] = {}
 
+    def run_missing(self, cases: Iterable[Case]) -> None:
+        """Runs and records those of ``cases`` that have no record yet."""
+        recorded = {record["case"]["id"] for record in self._records.records}
+        missing = [case for case in cases if case.id not in recorded]
+        if missing:
+            self._progress.begin(missing, len(recorded))
+            self.run(missing)
+
     def run(self, cases: Iterable[Case]) -> None:
-        """Runs and records ``cases``; one that dominates a case that was out of memory is skipped."""
+        """Runs and records ``cases``; skips one that is no smaller than a case that was out of memory."""
+        self._server.start()  # its imports are no part of the first case's time
         failed = [Case.from_dict(r["case"]) for r in self._records.records if r["outcome"] == "oom"]
         for case in cases:
             self._progress.start_case(case)
@@ -186,24 +169,25 @@ class Runner:
             self._progress.finish_case(case, record)
 
     def try_case(self, case: Case) -> Record:
-        """Runs and records ``case``, or gives the record that there is of it."""
+        """Runs and records ``case``, or returns its record from earlier."""
         record = next((r for r in self._records.records if r["case"]["id"] == case.id), None)
         if record is None:
+            self._server.start()
             self._progress.start_case(case)
             record = self._append(case)
             self._progress.notice(f"{title(case)} {record['outcome']} {record['wall_s']:.1f} s")
         return record
 
     def _append(self, case: Case, smaller: Case | None = None) -> Record:
-        """Runs and records ``case``, or records that it was skipped for a ``smaller`` one that was out of memory."""
-        plan = self.plan_case(case) if self._settings.with_plan else None
+        """Records ``case``: runs it, or skips it because ``smaller`` was out of memory."""
+        plan = self.plan_case(case) if self._options.with_plan else None
         record = self.run_case(case) if smaller is None else _skipped(case, smaller)
         record["plan"] = plan
         self._records.append(record)
         return record
 
     def run_case(self, case: Case) -> Record:
-        """Runs one case and says what became of it; it is not appended."""
+        """Runs one case and returns its record, which is not appended yet."""
         watch = _Watch(self._progress)
         log_path = self._folder.log_path(case.id)
         started_at, start_s, kills = environment.now(), time.monotonic(), num_oom_kills()
@@ -211,14 +195,14 @@ class Runner:
             end = self._server.run(
                 self._request(case),
                 log_path=log_path,
-                timeout_s=self._settings.case_timeout_s,
+                timeout_s=self._options.case_timeout_s,
                 on_message=watch,
             )
             driver_peak_bytes = sampler.peak_bytes(end.pid) if sampler is not None and end.pid is not None else None
         result = self._result(end, watch, log_path, oom_killed=num_oom_kills() > kills)
         if result.get("timeline"):
             write_timeline(self._folder.timelines_dir, case.id, result["timeline"])
-        if result.get("ceilings"):  # the device's, found by the first case that was measured on it
+        if result.get("ceilings"):  # measured once for a device and dtype
             self._ceilings[case.device, case.dtype] = result["ceilings"]
         record = make_record(
             case,
@@ -235,17 +219,17 @@ class Runner:
         return record
 
     def plan_case(self, case: Case) -> dict[str, Any]:
-        """Predicts the memory of ``case`` and returns the record's ``plan``; one that fails costs nothing else."""
+        """Predicts the memory of ``case`` and returns the ``plan`` of its record, which may be an error."""
         watch = _Watch(self._progress)
         log_path = self._folder.log_path(f"{case.id}-plan")
         request = {"case": case.to_dict(), "plan": True}
         kills = num_oom_kills()
-        end = self._server.run(request, log_path=log_path, timeout_s=self._settings.case_timeout_s, on_message=watch)
+        end = self._server.run(request, log_path=log_path, timeout_s=self._options.case_timeout_s, on_message=watch)
         result = self._result(end, watch, log_path, oom_killed=num_oom_kills() > kills)
         return make_plan(result.get("memory"), result["error"])
 
     def _result(self, end: Exit, watch: _Watch, log_path: Path, *, oom_killed: bool) -> dict[str, Any]:
-        """What the process said became of it, or what its end says; a log that says nothing is not kept."""
+        """The result that the process sent, or one made from its exit status; deletes an empty log."""
         result = watch.result
         if result is None or end.timed_out:
             log = log_path.read_text(errors="replace")
@@ -255,15 +239,15 @@ class Runner:
         return result
 
     def _request(self, case: Case) -> dict[str, Any]:
-        settings = self._settings
-        trace_dir = str((self._folder.traces_dir / case.id).absolute()) if settings.profile else None
+        options = self._options
+        trace_dir = str((self._folder.traces_dir / case.id).absolute()) if options.profile else None
         return {
             "case": case.to_dict(),
-            "memory_limit_bytes": settings.memory_limit_bytes,
+            "memory_limit_bytes": options.memory_limit_bytes,
             "settings": {
-                "time_budget_s": settings.time_budget_s,
-                "precision": settings.precision,
-                "num_threads": settings.num_threads,
+                "time_budget_s": options.time_budget_s,
+                "precision": options.precision,
+                "num_threads": options.num_threads,
                 "profile_dir": trace_dir,
                 "timeline": True,
                 "ceilings": self._ceilings.get((case.device, case.dtype)),
@@ -271,27 +255,27 @@ class Runner:
         }
 
     def _death(self, end: Exit, stage: str | None, *, oom_killed: bool, log: str) -> dict[str, Any]:
-        """The outcome of a case that did not tell its own."""
+        """The outcome of a case that died without sending one."""
         outcome = "crashed"
         if end.timed_out:
-            limit = f"{self._settings.case_timeout_s:g} s"
-            outcome, kind, message = "timeout", "Timeout", f"it was not done after {limit} and was ended."
+            limit = f"{self._options.case_timeout_s:g} s"
+            outcome, kind, message = "timeout", "Timeout", f"it was killed after {limit}."
         elif end.code is None:
-            kind, message = "ServerDied", "the process that it was forked from died."
+            kind, message = "ServerDied", "the fork server died."
         elif end.code < 0:
             kind = signal.Signals(-end.code).name
             message = f"it was killed by {kind}."
             if kind == "SIGKILL" and oom_killed:
-                outcome, message = "oom", "the kernel killed it because the machine's memory was out."
+                outcome, message = "oom", "the kernel killed it: the machine was out of memory."
         else:
             kind, message = "Exit", f"it exited with status {end.code} and left no result."
         said = last_line(log)
         if outcome == "crashed" and said:
-            message += f" Its last words: {said}"
+            message += f" Last line of its log: {said}"
         return {"outcome": outcome, "error": {"kind": kind, "message": message, "phase": stage}}
 
     def _sampler(self, case: Case) -> AbstractContextManager[_Sampler | None]:
-        """Samples the driver from here while ``case`` runs, where there is a driver to ask."""
+        """A sampler of the driver's view of ``case``; ``None`` on a CPU or without NVML."""
         kind, _, index = case.device.partition(":")
         if kind != "cuda" or self._nvml_is_missing:
             return nullcontext()
@@ -300,12 +284,12 @@ class Runner:
         sampler = NvmlSampler(int(index or 0))
         if not sampler.available:
             self._nvml_is_missing = True
-            self._progress.notice("NVML cannot be asked on this machine: driver_peak_bytes stays empty.")
+            self._progress.notice("NVML is not available on this machine: driver_peak_bytes stays empty.")
         return sampler
 
 
 class _Watch:
-    """Takes a case's messages: tells the progress, and keeps the stage and the result."""
+    """Receives the messages of a case: passes them to the progress, and keeps the last stage and the result."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -321,7 +305,7 @@ class _Watch:
 
 
 def dominates(case: Case, other: Case) -> bool:
-    """Whether ``case`` is the same as ``other`` in all but its axes and its seed, and no axis is smaller."""
+    """True if ``case`` equals ``other`` but for the seed, and lengths, batch size and LoRA rank that are no smaller."""
     options = case.options.replace({"lora.r": other.options.lora.r})
     axes = {axis: getattr(other, axis) for axis in _AXES}
     same = dataclasses.replace(case, seed=other.seed, options=options, **axes)
@@ -332,14 +316,14 @@ def dominates(case: Case, other: Case) -> bool:
 def _skipped(case: Case, smaller: Case) -> Record:
     message = (
         f"case {smaller.id} ({smaller.prompt_len} + {smaller.completion_len} tokens, "
-        f"batch {smaller.batch_size}, rank {smaller.options.lora.r}) is no larger and was out of memory."
+        f"batch {smaller.batch_size}, rank {smaller.options.lora.r}) is no larger, and was out of memory."
     )
     error = {"kind": "Dominates", "message": message, "phase": None}
     return make_record(case, outcome="skipped", error=error, measured={}, started_at=environment.now(), wall_s=0.0)
 
 
 def num_oom_kills() -> int:
-    """How often the kernel has killed for memory since the machine started; 0 where it does not tell."""
+    """Number of times that Linux killed a process for memory since boot; 0 on other systems."""
     try:
         lines = Path("/proc/vmstat").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""The forked process's side of a case: runs it, and says in one message what became of it."""
+"""The worker: runs one case in a forked process and sends its result as one message."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from rlhfkernels.config.case import Case
 from rlhfkernels.errors import RlhfKernelsError
 
 PHASE_PREFIX = "phase:"
-_MESSAGE_CHARS = 500
+MAX_MESSAGE_CHARS = 500
 
-# How libraries say that memory is out where they raise no type of its own: torch's CPU allocator in its words on Linux
-# and elsewhere, C++'s new, cuBLAS.
-_OUT_OF_MEMORY = (
+# Messages of errors without a type of their own: torch's CPU allocator on Linux and elsewhere, C++'s new, cuBLAS.
+_OUT_OF_MEMORY_MESSAGES = (
     "can't allocate memory",
     "cannot allocate memory",
     "not enough memory",
@@ -29,14 +28,14 @@ _OUT_OF_MEMORY = (
 
 
 class Stage:
-    """Where a case is: passes each notice on, and remembers it for the message of a failure."""
+    """The current stage of a case. Sends each change, and keeps the last for the message of a failure."""
 
     def __init__(self, send: Callable[[dict[str, Any]], None]) -> None:
         self._send = send
         self.name: str | None = None
 
     def notify(self, name: str) -> None:
-        """``name`` is a stage (``build``, ``timing``), or ``phase:`` and a phase's name."""
+        """Enters a stage: ``build``, ``timing`` and so on, or ``phase:`` and the name of a phase."""
         self.name = name.removeprefix(PHASE_PREFIX)
         self._send({"notify": name})
 
@@ -45,15 +44,15 @@ def run_case(request: dict[str, Any], send: Callable[[dict[str, Any]], None]) ->
     """Runs ``request["case"]`` and sends ``{"result": {"outcome", "error", ...}}``.
 
     Args:
-        request: ``case`` (as in a record) and either ``plan: True``, for its memory to be predicted, or what it takes
-            to measure it: ``settings`` (the fields of ``MeasurementOptions``) and ``memory_limit_bytes``.
-        send: takes one message.
+        request: ``case`` (as in a record), and either ``plan: True`` to predict its memory, or ``settings`` (the
+            fields of ``MeasurementOptions``) and ``memory_limit_bytes`` to measure it.
+        send: sends one message to the runner.
     """
     stage = Stage(send)
     try:
         case = Case.from_dict(request["case"])
         if request.get("plan"):
-            send({"result": {"outcome": "ok", "error": None, "memory": _predicted(case, stage)}})
+            send({"result": {"outcome": "ok", "error": None, "memory": _predict_memory(case, stage)}})
             return
         stage.notify("import")
         from rlhfbench.measure import MeasurementOptions, measure_case
@@ -68,15 +67,15 @@ def run_case(request: dict[str, Any], send: Callable[[dict[str, Any]], None]) ->
             step_done=lambda: None if limit_bytes is None else lift_memory_limit(case.device),
         )
     except BaseException as error:
-        lift_memory_limit("cpu")  # telling it takes memory too
+        lift_memory_limit("cpu")  # the message of a failure needs memory too
         traceback.print_exc()
         send({"result": failure(error, stage.name)})
     else:
         send({"result": {"outcome": "ok", "error": None, **result}})
 
 
-def _predicted(case: Case, stage: Stage) -> dict[str, Any]:
-    """The ``memory`` object of the plan of ``case``."""
+def _predict_memory(case: Case, stage: Stage) -> dict[str, Any]:
+    """The ``memory`` object of a plan of ``case``."""
     stage.notify("plan")
     from rlhfbench.planning.predict import plan_case
 
@@ -84,19 +83,19 @@ def _predicted(case: Case, stage: Stage) -> dict[str, Any]:
 
 
 def failure(error: BaseException, phase: str | None) -> dict[str, Any]:
-    """The ``outcome`` and ``error`` of a case that raised ``error`` while in ``phase``."""
+    """The ``outcome`` and ``error`` of a case that raised ``error`` in ``phase``."""
     if is_out_of_memory(error):
         outcome = "oom"
     elif isinstance(error, RlhfKernelsError):
         outcome = "invalid"
     else:
         outcome = "crashed"
-    message = " ".join(str(error).split())[:_MESSAGE_CHARS] or "it said nothing."
+    message = " ".join(str(error).split())[:MAX_MESSAGE_CHARS] or "no message."
     return {"outcome": outcome, "error": {"kind": type(error).__name__, "message": message, "phase": phase}}
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error``, or one that led to it, says that memory is out, on any device."""
+    """True if ``error``, or one that caused it, means out of memory on any device."""
     torch = sys.modules.get("torch")
     types: tuple[type[BaseException], ...] = (MemoryError,)
     if torch is not None:
@@ -104,7 +103,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     for link in _chain(error):
         if isinstance(link, types) or (isinstance(link, OSError) and link.errno == errno.ENOMEM):
             return True
-        if isinstance(link, RuntimeError) and any(words in str(link).lower() for words in _OUT_OF_MEMORY):
+        if isinstance(link, RuntimeError) and any(words in str(link).lower() for words in _OUT_OF_MEMORY_MESSAGES):
             return True
     return False
 
@@ -119,9 +118,9 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def limit_memory(device: str, limit_bytes: int) -> None:
-    """Has allocations of this process fail once it uses ``limit_bytes`` more than now (CPU), or in all (CUDA).
+    """Limits the memory of this process to ``limit_bytes`` above its current use (CPU) or in total (CUDA).
 
-    On the CPU it is the soft limit on private writable memory, which Linux enforces and macOS ignores.
+    On a CPU this sets the soft ``RLIMIT_DATA``, which Linux enforces and macOS ignores.
     """
     if device == "cpu":
         limit = _data_bytes() + limit_bytes
@@ -135,7 +134,7 @@ def limit_memory(device: str, limit_bytes: int) -> None:
 
 
 def lift_memory_limit(device: str) -> None:
-    """Takes back the limit of ``limit_memory``."""
+    """Removes the limit of ``limit_memory``."""
     if device == "cpu":
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
         resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
@@ -146,7 +145,7 @@ def lift_memory_limit(device: str) -> None:
 
 
 def _data_bytes() -> int:
-    """What the limit counts and this process already has."""
+    """Bytes that already count towards ``RLIMIT_DATA``; 0 on other systems than Linux."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:

@@ -1,15 +1,18 @@
-"""What the benchmarks of the ops share: two models' sizes, the forms that are compared, and the timing.
+"""Sizes, implementations and timing that the benchmarks of the ops share.
 
-``pytest benchmarks --benchmark`` times them (and the plugin's small sweep; ``-k test_`` leaves that out). Each file has
-``FORMS``: the op and its reference, with the same arguments. It may have ``LIGER``, which is compared too where
-liger-kernel is installed and the device is a CUDA device. On a processor with a C compiler the form in C is compared
-too, as ``native``: ``IN_C``, with the same arguments; and where a step of decoding is timed, which has no gradient, the
-function ``native``, which writes it on a tape.
+``pytest benchmarks --benchmark`` times them, beside the plugin's small sweep (``-k test_`` leaves that out). A file is
+named after its op in ``rlhfkernels.ops.table``, whose reference, dispatching function (``torch``; on CUDA it takes the
+Triton kernel if there is one) and C backend are compared. A file may define:
+
+- ``adapt``: wraps one of these functions, if the benchmark calls it with other arguments.
+- ``record_<benchmark>``: records the op in a ``Program``, which is how decode steps run it in C.
+- ``liger``: the same computation by liger-kernel, compared on CUDA if installed.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +22,8 @@ import pytest
 import torch
 
 from rlhfkernels.ops.native import build
-from rlhfkernels.ops.native.tape import Tape
+from rlhfkernels.ops.native.program import Program
+from rlhfkernels.ops.table import OPS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
@@ -28,7 +32,7 @@ WITH_LIGER = DEVICE == "cuda" and importlib.util.find_spec("liger_kernel") is no
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Size:
-    """The size of a model, and of what it is given: ``rows`` positions at full length, ``few`` rows in decoding."""
+    """Sizes of a model and of its inputs: ``rows`` positions of full sequences, ``decode_rows`` of a decode step."""
 
     hidden: int
     intermediate: int
@@ -37,7 +41,7 @@ class Size:
     head_size: int
     vocabulary: int
     rows: int = 512
-    few: int = 4
+    decode_rows: int = 4
     rank: int = 16
 
     @property
@@ -53,7 +57,7 @@ SIZES = {
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without ``--benchmark`` nothing is timed."""
+    """Skips the benchmarks without ``--benchmark``."""
     if not config.getoption("rlhfbench", False):
         skip = pytest.mark.skip(reason="these are benchmarks: add --benchmark")
         for item in items:
@@ -62,17 +66,46 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One benchmark a size and form; and a direction, where the op has a gradient."""
-    forms = dict(metafunc.module.FORMS)
-    if WITH_LIGER:
-        forms |= getattr(metafunc.module, "LIGER", {})
-    if DEVICE == "cpu" and metafunc.config.getoption("rlhfbench", False) and build.why_not() is None:
-        on_tape = None if "direction" in metafunc.fixturenames else getattr(metafunc.module, "native", None)
-        forms["native"] = on_tape or metafunc.module.IN_C
-    metafunc.parametrize("form", forms.values(), ids=forms, indirect=True)
+    """Makes one benchmark per implementation and size, and per direction if the op has a gradient."""
+    module, benchmark = metafunc.module, metafunc.function.__name__.removeprefix("test_")
+    name = Path(module.__file__).stem.removeprefix("test_")
+    op, adapt = OPS[name], getattr(module, "adapt", lambda function: function)
+    implementations = {"torch": adapt(op.function), "reference": adapt(op.reference)}
+    if WITH_LIGER and hasattr(module, "liger"):
+        implementations["liger"] = module.liger
+    is_timed = metafunc.config.getoption("rlhfbench", False)
+    if DEVICE == "cpu" and "native" in op.backends and is_timed and build.unavailable_reason() is None:
+        record = getattr(module, f"record_{benchmark}", None)
+        native = Recorded(record) if record else adapt(functools.partial(op.function, backend="native"))
+        implementations["native"] = native
+    metafunc.parametrize("run_op", implementations.values(), ids=implementations)
     metafunc.parametrize("size", SIZES.values(), ids=SIZES)
     if "direction" in metafunc.fixturenames:
         metafunc.parametrize("direction", ["forward", "forward+backward"])
+
+
+class Recorded:
+    """Records an op for given tensors at the first call and replays it at later calls, as decoding does.
+
+    Args:
+        record: called with an empty program and the op's arguments; records the op and returns its result and the
+            arguments of ``Program.run``.
+    """
+
+    def __init__(self, record: Callable[..., tuple[Any, dict[str, Any]]]) -> None:
+        self._record = record
+        # The arguments are kept, so that their ids stay theirs.
+        self._programs: dict[tuple[int, ...], tuple[Program, Any, dict[str, Any], Any]] = {}
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """Runs the op."""
+        key = tuple(map(id, arguments))
+        if key not in self._programs:
+            program = Program()
+            self._programs[key] = program, *self._record(program, *arguments, **options), arguments
+        program, out, step, _ = self._programs[key]
+        program.run(**step)
+        return out
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -81,44 +114,23 @@ def _one_seed() -> None:
 
 
 @pytest.fixture
-def form(request: pytest.FixtureRequest) -> Callable[..., Any]:
-    """The form, called with the arguments of the reference."""
-    written: Callable[..., Any] = request.param
-    if written is not getattr(request.module, "native", None):
-        return written
-    tapes: dict[tuple[int, ...], tuple[Tape, Any, dict[str, Any], Any]] = {}
-
-    def replay(*arguments: Any, **options: Any) -> Any:
-        """What is written down the first time is replayed for the same tensors, as in decoding."""
-        key = tuple(map(id, arguments))
-        if key not in tapes:
-            tape = Tape()
-            tapes[key] = tape, *written(tape, *arguments, **options), arguments
-        tape, out, state, _ = tapes[key]
-        tape.run(**state)
-        return out
-
-    return replay
-
-
-@pytest.fixture
 def draw() -> Callable[..., torch.Tensor]:
-    """Random numbers of a shape, of the size that products leave, on the device in the dtype."""
+    """Draws a random tensor of a shape, on the device in the dtype."""
     return lambda *shape: torch.randn(*shape).to(DEVICE, DTYPE)
 
 
 @pytest.fixture
 def timed(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
-    """Times a call with pytest-benchmark; its table stands the forms of an op beside each other.
+    """Times a call with pytest-benchmark, whose tables compare the implementations of an op.
 
-    ``timed(call, inputs)``: ``call`` takes no argument and gives one tensor or several; ``inputs`` are what their
-    gradient is asked for, from ones, where the direction is ``forward+backward``.
+    ``timed(call, inputs)``: ``call`` takes no argument and returns one tensor or several. If the direction is
+    ``forward+backward``, the gradient of ``inputs`` is timed too, for output gradients of ones.
     """
     parameters = request.node.callspec.params
     direction = parameters.get("direction", "forward")
     size = next(name for name, size in SIZES.items() if size is parameters["size"])
-    op = request.node.originalname.removeprefix("test_")
-    benchmark.group = f"{op} {size} {DEVICE} {str(DTYPE).removeprefix('torch.')} {direction}"
+    name = request.node.originalname.removeprefix("test_")
+    benchmark.group = f"{name} {size} {DEVICE} {str(DTYPE).removeprefix('torch.')} {direction}"
 
     def run(call: Callable[[], Any], inputs: list[torch.Tensor] | None = None) -> None:
         with_graph = direction != "forward"
@@ -134,7 +146,7 @@ def timed(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]
             if DEVICE == "cuda":
                 torch.cuda.synchronize()
 
-        once()  # kernels are compiled, memory is allocated
+        once()  # compiles kernels and allocates memory
         benchmark(once)
 
     return run

@@ -1,12 +1,6 @@
 from __future__ import annotations
 
-import functools
 from typing import Any
-
-from rlhfkernels.ops.rms_norm import rms_norm, rms_norm_reference
-
-FORMS = {"op": rms_norm, "reference": rms_norm_reference}
-IN_C = functools.partial(rms_norm, kernels="native")
 
 
 def liger(x: Any, weight: Any, eps: float) -> Any:
@@ -15,20 +9,17 @@ def liger(x: Any, weight: Any, eps: float) -> Any:
     return liger_rms_norm(x, weight, eps, in_place=False)
 
 
-LIGER = {"liger": liger}
-
-
-def native(tape: Any, x: Any, weight: Any, eps: float) -> tuple[Any, dict[str, Any]]:
+def record_rms_norm_decode(program: Any, x: Any, weight: Any, eps: float) -> tuple[Any, dict[str, Any]]:
     out = x.new_empty(x.shape)
-    tape.norm(x, weight, None, out, eps=eps, centred=False)
+    program.norm(x, weight, None, out, eps=eps, centered=False)
     return out, {}
 
 
-def test_rms_norm(timed: Any, draw: Any, size: Any, form: Any, direction: str) -> None:
+def test_rms_norm(timed: Any, draw: Any, size: Any, run_op: Any, direction: str) -> None:
     x, weight = draw(size.rows, size.hidden), draw(size.hidden)
-    timed(lambda: form(x, weight, 1e-5), [x])
+    timed(lambda: run_op(x, weight, 1e-5), [x])
 
 
-def test_rms_norm_of_few_rows(timed: Any, draw: Any, size: Any, form: Any) -> None:
-    x, weight = draw(size.few, size.hidden), draw(size.hidden)
-    timed(lambda: form(x, weight, 1e-5))
+def test_rms_norm_decode(timed: Any, draw: Any, size: Any, run_op: Any) -> None:
+    x, weight = draw(size.decode_rows, size.hidden), draw(size.hidden)
+    timed(lambda: run_op(x, weight, 1e-5))

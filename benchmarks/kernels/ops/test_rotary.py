@@ -1,44 +1,31 @@
-"""Queries and keys of a product [m, n] that holds the values too. All forms read a copy: the op turns it in place."""
+"""Rotation of queries and keys in the output of the QKV projection. All implementations read a copy."""
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 
-from rlhfkernels.ops.heads import RotaryPart
-from rlhfkernels.ops.rotary import rotary_, rotary_reference, signed
+from rlhfkernels.ops.qkv_layout import QkvLayout
+from rlhfkernels.ops.rotary import make_signed_sin
 
 
-def op(x: Any, cos: Any, sin: Any, size: Any, kernels: str = "auto") -> Any:
-    rotated = size.heads + size.kv_heads
-    return rotary_(x.clone(), cos, sin, RotaryPart(1, rotated + size.kv_heads, rotated), kernels=kernels)
+def adapt(function: Any) -> Any:
+    def run(x: Any, cos: Any, sin: Any, layout: QkvLayout) -> Any:
+        return function(x.clone(), cos, make_signed_sin(sin), layout.rotary_part)
+
+    return run
 
 
-def reference(x: Any, cos: Any, sin: Any, size: Any) -> Any:
-    heads = x.clone().view(len(x), -1, size.head_size)
-    query, key, _ = heads.split([size.heads, size.kv_heads, size.kv_heads], 1)
-    return rotary_reference(query, cos[0, :, None], sin[0, :, None]), rotary_reference(
-        key, cos[0, :, None], sin[0, :, None]
-    )
-
-
-def liger(x: Any, cos: Any, sin: Any, size: Any) -> Any:
+def liger(x: Any, cos: Any, sin: Any, layout: QkvLayout) -> Any:
     from liger_kernel.transformers.functional import liger_rope
 
-    heads = x.clone().view(1, len(x), -1, size.head_size).transpose(1, 2)
-    query, key, _ = heads.split([size.heads, size.kv_heads, size.kv_heads], 1)
+    query, key, _ = (part[None].transpose(1, 2) for part in layout.split(x.clone()))
     return liger_rope(query, key, cos, sin)
 
 
-FORMS = {"op": op, "reference": reference}
-IN_C = functools.partial(op, kernels="native")
-LIGER = {"liger": liger}
-
-
-def test_rotary(timed: Any, draw: Any, size: Any, form: Any, direction: str) -> None:
+def test_rotary(timed: Any, draw: Any, size: Any, run_op: Any, direction: str) -> None:
     x = draw(size.rows, sum(size.qkv))
     angles = torch.rand_like(draw(1, size.rows, size.head_size // 2)).repeat(1, 1, 2)
-    sin = signed(angles.sin()) if form in (op, IN_C) else angles.sin()
-    timed(lambda: form(x, angles.cos(), sin, size), [x])
+    layout = QkvLayout(size.heads, size.kv_heads, size.head_size)
+    timed(lambda: run_op(x, angles.cos(), angles.sin(), layout), [x])

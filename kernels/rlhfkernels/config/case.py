@@ -69,7 +69,7 @@ class Case:
                 yield problem
 
     def _check_options(self) -> Iterator[str]:
-        """Checks every option and puts the checked values in their place: an integer becomes a float, say."""
+        """Checks every option and converts integers that stand for floats."""
         values = {}
         for name, annotation in option_annotations().items():
             group, field = name.split(".")
@@ -183,7 +183,7 @@ def _check_data(case: Case) -> Iterator[str]:
     for kind in get_args(SourceName):
         path = getattr(case.options.data, kind)
         if path is not None and kind != method.source:
-            yield f"data.{kind} is {path!r}: method {case.method!r} takes {method.source}, so it must be absent."
+            yield f"data.{kind} is {path!r}: method {case.method!r} takes {method.source}, so it must be none."
 
 
 def _check_batches(case: Case) -> Iterator[str]:
@@ -220,12 +220,12 @@ def _check_reward_model(case: Case) -> Iterator[str]:
     if model is not None and "reward" not in METHODS[case.method].origins.values():
         yield (
             f"rollout.reward_model is {model!r}: method {case.method!r} has no base of its own for the reward, so it "
-            "must be absent."
+            "must be none."
         )
 
 
 def vocabulary_problem(sizes: dict[str, int]) -> str:
-    """The sentence for models of one case whose vocabularies differ: ``sizes`` by model, the policy's first."""
+    """The message for models whose vocabularies differ; ``sizes`` are tokens by model, the policy first."""
     (policy, own), (reward, other) = list(sizes.items())[:2]
     return (
         f"rollout.reward_model is {reward!r} with a vocabulary of {other}: it must have as many tokens as model "

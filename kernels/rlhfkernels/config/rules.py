@@ -1,4 +1,4 @@
-"""The rules that annotations state, checked by pydantic and worded as one sentence a problem."""
+"""Checks values against annotated types with pydantic, and words each broken rule as one sentence."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def _shown(value: object) -> str:
     try:
         text = repr(value)
     except ValueError:  # an integer of more digits than Python converts
-        return "a number of thousands of digits"
+        return "an integer of thousands of digits"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def literal_choices(annotation: Any) -> list[str]:
-    """The values that an annotation lists, ``none`` included where it may be absent; empty where it lists none."""
+    """The values of a ``Literal``, with ``none`` if the value may be absent; empty for other annotations."""
     parts = _alternatives(annotation)
     found = [str(choice) for part in parts if typing.get_origin(part) is Literal for choice in typing.get_args(part)]
     return [*found, *(["none"] if found and type(None) in parts else [])]
@@ -67,7 +67,7 @@ def literal_choices(annotation: Any) -> list[str]:
 def rule(annotation: Any) -> str:
     """The rule of an annotation in words, such as "a whole number of at least 1"."""
     words = [_rule_of(part) for part in _alternatives(annotation) if part is not type(None)]
-    return " or ".join([*words, *(["absent"] if type(None) in _alternatives(annotation) else [])])
+    return " or ".join([*words, *(["none"] if type(None) in _alternatives(annotation) else [])])
 
 
 def _rule_of(annotation: Any) -> str:
@@ -77,7 +77,7 @@ def _rule_of(annotation: Any) -> str:
     if base is bool:
         return "true or false"
     if base is str:
-        return "a text that is not empty" if any(isinstance(bound, MinLen) for bound in bounds) else "a text"
+        return "a non-empty string" if any(isinstance(bound, MinLen) for bound in bounds) else "a string"
     noun = "a whole number" if base is int else "a finite number"
     low = next((bound.ge for bound in bounds if isinstance(bound, Ge)), None)
     above = next((bound.gt for bound in bounds if isinstance(bound, Gt)), None)
@@ -93,7 +93,7 @@ def _rule_of(annotation: Any) -> str:
 
 
 def accepts(annotation: Any, kind: type) -> bool:
-    """True where the annotation accepts a value of type ``kind``."""
+    """True if the annotation is ``kind``, or a union with it."""
     return any(_split(part)[0] is kind for part in _alternatives(annotation))
 
 

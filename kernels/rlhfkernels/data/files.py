@@ -8,11 +8,13 @@ The shapes are those that TRL's documentation names: a prompt or a completion is
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from rlhfkernels.config.options import DataOptions
 from rlhfkernels.errors import DataError
+from rlhfkernels.methods.program import SourceName
 
 Message = dict[str, str]
 Text = str | list[Message]
@@ -72,6 +74,14 @@ def read_pairs(path: str | Path) -> tuple[list[Pair], int]:
     if not pairs:
         raise DataError(f"pairs '{path}': chosen equals rejected in every row, so no pair is left.")
     return pairs, len(found) - len(pairs)
+
+
+# The rows of the file that a source reads, checked.
+READERS: dict[SourceName, Callable[[DataOptions], Sequence[Any]]] = {
+    "prompts": lambda data: read_prompts(data.prompts or "", data.prompt_field),
+    "demonstrations": lambda data: read_demonstrations(data.demonstrations or ""),
+    "pairs": lambda data: read_pairs(data.pairs or "")[0],
+}
 
 
 def _read(kind: str, path: str | Path, parse: Callable[[str, Row], T]) -> list[T]:

@@ -16,6 +16,7 @@ from rlhfkernels.config.case import Case, vocabulary_problem
 from rlhfkernels.data.batch import Batch, empty_completions
 from rlhfkernels.data.sources import Prompts
 from rlhfkernels.engine.agreement import check_cache, check_model
+from rlhfkernels.engine.backends import select_backend
 from rlhfkernels.engine.fast.trunk import make_fast_trunk
 from rlhfkernels.engine.trunk import PlainTrunk, Trunk
 from rlhfkernels.errors import CaseError
@@ -24,9 +25,8 @@ from rlhfkernels.models.adapters import Adapters
 from rlhfkernels.models.heads import LmHead, ScalarHead
 from rlhfkernels.models.loading import LoadedModel, clone_module, load_model
 from rlhfkernels.observer import Observer
-from rlhfkernels.ops.forms import kernels_of
-from rlhfkernels.ops.logprobs import token_logprobs
 from rlhfkernels.ops.sample import sample
+from rlhfkernels.ops.token_logprobs import token_logprobs
 from rlhfkernels.seeding import seeded
 
 # Bases of one origin start from equal weights, bases of different origins do not.
@@ -55,7 +55,7 @@ class Engine:
         self.with_weights = with_weights
         self.method = case.role_table
         self.device = torch.device(case.device)
-        self.kernels = kernels_of(case)
+        self.backend = select_backend(case.options.engine.backend, case.device, case.dtype)
         self.models = self._load_models(with_weights)
         self.adapters = {base: self._attach(base) for base in self.method.bases}
         make_trunk = _TRUNKS[case.options.engine.trunk]
@@ -213,14 +213,16 @@ class Engine:
         """
         n, k = targets.shape
         states = hidden[:, -k - 1 : -1].reshape(n * k, -1)
+        head = self.lm_head(role)
         logprobs, entropies = token_logprobs(
             states,
-            self.lm_head(role),
+            head.weight,
+            head.bias,
             targets.reshape(-1),
-            temperature=self.case.options.rollout.temperature,
+            head.transform(self.case.options.rollout.temperature),
             chunk=self.case.options.engine.logprob_chunk_size,
             entropy=entropy,
-            kernels=self.kernels,
+            backend=self.backend,
         )
         return logprobs.view(n, k), None if entropies is None else entropies.view(n, k)
 
@@ -276,10 +278,10 @@ class Engine:
                 start = t - 1
             seen = None if batch.attention_mask is None else batch.attention_mask[:, :t]
             hidden = decoder.advance(batch.tokens[:, start:t], seen)
-            logits = head.of_few(hidden, kernels=self.kernels)
+            logits = head.decode_logits(hidden, backend=self.backend)
             if options.temperature != 1.0:
                 logits.div_(options.temperature)
-            token, logprob = sample(logits, generator, kernels=self.kernels)
+            token, logprob = sample(logits, generator, backend=self.backend)
             if ended is not None:
                 token, ended, done = _stop(batch, t, token, ended, options.stop_token_id)
                 if done:

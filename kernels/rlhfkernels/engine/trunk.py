@@ -1,4 +1,4 @@
-"""How a trunk is run: the contract that the engine knows, and the plain path through transformers and PEFT.
+"""Trunks: the interface that the engine uses, and the plain trunk through transformers and PEFT.
 
 Shapes: b = batch, t = positions of a sequence, q = new positions, d = hidden size.
 """
@@ -22,14 +22,14 @@ from rlhfkernels.observer import Observer
 
 
 class Decoder(Protocol):
-    """One generation in progress: it holds the keys and values of what it has seen."""
+    """One generation in progress, with its KV cache."""
 
     def advance(self, tokens: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """Reads the next tokens and returns the hidden states at the last of them.
+        """Reads the next tokens and returns the hidden states at the last one.
 
         Args:
-            tokens: [b, q], the prompt the first time, one token a row after that.
-            attention_mask: [b, seen + q], 0 on padding, or ``None`` where nothing is padded.
+            tokens: [b, q]: the prompt in the first call, one token a row in later ones.
+            attention_mask: [b, cached + q], 0 on padding, or ``None`` without padding.
 
         Returns:
             [b, d].
@@ -38,16 +38,16 @@ class Decoder(Protocol):
 
     @property
     def can_skip(self) -> bool:
-        """Whether ``skip_to`` is possible, once the prompt has been read."""
+        """Whether ``skip_to`` works, once the prompt has been read."""
         ...
 
     def skip_to(self, length: int) -> None:
-        """Acts as if ``length`` positions had been seen; what the cache holds of those in between is undefined."""
+        """Extends the cache to ``length`` positions without reading tokens; the new entries are undefined."""
         ...
 
 
 class Trunk(Protocol):
-    """A base with its adapter sets, run under one of them or bare."""
+    """A base with its adapter sets, which runs with one of them or bare."""
 
     name: str
 
@@ -60,27 +60,27 @@ class Trunk(Protocol):
         start: int = 0,
         train: bool = False,
     ) -> torch.Tensor:
-        """The last hidden states [b, t − start, d] under ``adapter``.
+        """Returns the last hidden states [b, t − start, d] with ``adapter``.
 
         Args:
-            adapter: the adapter set that is on, or ``None`` for the bare base.
+            adapter: the adapter set, or ``None`` for the bare base.
             tokens: [b, t].
-            attention_mask: [b, t], 0 on padding, or ``None`` where nothing is padded.
-            start: the first position that is asked for.
-            train: the result will be differentiated; its backward must run before another call of this trunk.
+            attention_mask: [b, t], 0 on padding, or ``None`` without padding.
+            start: first position of the result.
+            train: whether a backward follows, which must run before the next call of this trunk.
         """
         ...
 
     def decoder(self, adapter: str | None, max_len: int, observer: Observer) -> Decoder:
-        """Begins a generation under ``adapter`` of at most ``max_len`` positions; its cache is told to ``observer``."""
+        """Starts a generation of at most ``max_len`` positions with ``adapter``; tells ``observer`` of its cache."""
         ...
 
 
 class PlainTrunk:
-    """Transformers' own modules with PEFT's layers in them: any causal language model.
+    """Transformers' modules with PEFT's layers: supports any causal language model.
 
     Args:
-        case: its options say how.
+        case: its options select cache and checkpointing.
         model: the trunk.
         adapters: its adapter sets.
     """
@@ -106,7 +106,7 @@ class PlainTrunk:
         """See ``Trunk.hidden``."""
         self._adapters.activate(adapter)
         if self._options.engine.gradient_checkpointing:
-            # Dropout is 0 in the configuration: train mode only lets transformers checkpoint.
+            # Train mode makes transformers checkpoint; dropout is 0 in the configuration.
             self._module.train(train)
         output = self._module(
             input_ids=tokens, attention_mask=attention_mask, position_ids=positions(attention_mask), use_cache=False
@@ -122,7 +122,7 @@ class PlainTrunk:
 
 
 def _checkpoint_layers(module: torch.nn.Module) -> None:
-    """Has every layer of ``module`` checkpointed in train mode; the model's own switch has two names by version."""
+    """Checkpoints every layer of ``module`` in train mode; transformers' own switch has two names, by version."""
     layers = [layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)]
     if not layers:
         raise CaseError(
@@ -136,14 +136,14 @@ def _checkpoint_layers(module: torch.nn.Module) -> None:
 
 
 class CacheSkips:
-    """``Decoder``'s skipping, over the layers of a cache."""
+    """Implements the skipping of ``Decoder`` on the layers of a cache."""
 
     _cache: Cache
     _observer: Observer
 
     @property
     def can_skip(self) -> bool:
-        """See ``Decoder.can_skip``: a window's layers hold what they have seen in a way of their own."""
+        """See ``Decoder.can_skip``; sliding-window layers store their positions differently."""
         return all(type(layer) in (PreallocatedLayer, DynamicLayer) for layer in self._cache.layers)
 
     def skip_to(self, length: int) -> None:
@@ -174,5 +174,5 @@ class _PlainDecoder(CacheSkips):
 
 
 def positions(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """Position ids [b, t] that count real tokens only; ``None`` (the model's own 0, 1, 2…) where nothing is padded."""
+    """Returns position ids [b, t] that count real tokens, or ``None`` (the model's own 0, 1, 2…) without padding."""
     return None if attention_mask is None else (attention_mask.cumsum(-1) - 1).clamp_(min=0)

@@ -8,11 +8,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from rlhfkernels.ops.logit_transform import LogitTransform, scale_and_cap
 from rlhfkernels.ops.skinny_linear import skinny_linear
 
 
 class LmHead(nn.Module):
-    """The language-model head: ``softcap · tanh(scale · (h Wᵀ + bias) / softcap)``, or without the cap, unscaled.
+    """The language-model head: ``softcap · tanh(scale · (h Wᵀ + bias) / softcap)``, or ``scale · (h Wᵀ + bias)``.
 
     Args:
         weight: [v, d]; the very parameter of the model, so a tied head stays tied.
@@ -35,28 +36,21 @@ class LmHead(nn.Module):
         self.scale = scale
         self.softcap = softcap
 
+    def transform(self, temperature: float = 1.0) -> LogitTransform:
+        """Returns the transform from ``h Wᵀ + bias`` to logits divided by ``temperature``."""
+        return LogitTransform(self.scale, self.softcap, temperature)
+
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states [..., d] to logits [..., v], in float32 or wider."""
-        return shape_logits(nn.functional.linear(hidden, self.weight, self.bias), self.scale, self.softcap)
+        """Computes the logits [..., v] of hidden states [..., d], in float32 or wider."""
+        return scale_and_cap(nn.functional.linear(hidden, self.weight, self.bias), self.scale, self.softcap)
 
     @torch.no_grad()
-    def of_few(self, hidden: torch.Tensor, *, kernels: str = "auto") -> torch.Tensor:
-        """``forward`` for few rows [b, d], without a graph: bound by reading the weight once; see ``skinny_linear``."""
-        logits = skinny_linear(hidden, self.weight, kernels=kernels).t().contiguous()
+    def decode_logits(self, hidden: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
+        """Computes the logits [b, v] of a decode step, without a graph; see ``skinny_linear``."""
+        logits = skinny_linear(hidden, self.weight, backend=backend).t().contiguous()
         if self.bias is not None:
             logits += self.bias
-        return shape_logits(logits, self.scale, self.softcap)
-
-
-def shape_logits(logits: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:
-    """Raw products to logits: widened to at least float32, scaled, capped."""
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    logits = logits.to(wide)
-    if scale != 1.0:
-        logits = logits * scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    return logits
+        return scale_and_cap(logits, self.scale, self.softcap)
 
 
 class ScalarHead(nn.Module):

@@ -1,6 +1,6 @@
-"""The ops under the training step: one file an op, a plain reference beside every fast form.
+"""The ops under a training step: one file an op, with its reference and its torch backend, listed in ``ops.table``.
 
-What lies between the products has a Triton form too (``ops.triton``), which CUDA tensors take; the products themselves
-stay the library's (cuBLAS) there, and attention stays ``scaled_dot_product_attention``. Nearly every op has a form in C
-(``ops.native``) for float32 on a processor.
+``ops.triton`` and ``ops.native`` hold the Triton and C backends, in files of the same names. Ops know tensors only:
+nothing here imports configuration, models or methods. On CUDA, matmuls stay cuBLAS's and attention stays
+``scaled_dot_product_attention``.
 """

@@ -1,8 +1,8 @@
-"""Causal attention over whole sequences (arXiv:1706.03762, section 3.2), from rows of queries, keys and values.
+"""Causal attention over whole sequences (arXiv:1706.03762, section 3.2), on the output of the QKV projection.
 
-Kept for the backward are those rows and one number a query.
+The C backend keeps for the backward its input and one logsumexp a query.
 
-Shapes: b = sequences, t = positions, m = b t, n = numbers of a position, h = query heads, k = key-value heads,
+Shapes: b = sequences, t = positions, m = b t, n = outputs of the projection, h = query heads, k = key-value heads,
 e = head size.
 """
 
@@ -13,82 +13,83 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhfkernels.ops.forms import takes_native
-from rlhfkernels.ops.heads import Heads
+from rlhfkernels.ops.attention_mask import AttentionSpan, CausalMask
+from rlhfkernels.ops.dispatch import takes_native
 from rlhfkernels.ops.native import causal_attention as native
-from rlhfkernels.ops.sight import Reach, Sight
+from rlhfkernels.ops.qkv_layout import QkvLayout
 
 
-def causal_attention_reference(qkv: torch.Tensor, heads: Heads, sight: Sight, reach: Reach) -> torch.Tensor:
-    """The plain form: heads expanded, scores, softmax, sum.
+def causal_attention_reference(
+    qkv: torch.Tensor, layout: QkvLayout, mask: CausalMask, span: AttentionSpan
+) -> torch.Tensor:
+    """Computes attention by its formula: scores, softmax, weighted sum, with the key-value heads repeated.
 
     Args:
         qkv: [m, n], rotated.
-        heads: where its heads are.
-        sight: who sees whom.
-        reach: from where on.
+        layout: positions of the heads in ``qkv``.
+        mask: of the batch.
+        span: queries, window and scale.
 
     Returns:
         [b (t − start), h e].
     """
-    query, key, value = (part.view(sight.b, sight.t, *part.shape[1:]) for part in heads.split(qkv))
-    group = heads.num_queries // heads.num_keys
+    query, key, value = (part.view(mask.b, mask.t, *part.shape[1:]) for part in layout.split(qkv))
+    group = layout.num_heads // layout.num_kv_heads
     key, value = key.repeat_interleave(group, 2), value.repeat_interleave(group, 2)
-    scores = torch.einsum("bqhe,bphe->bhqp", query, key) * reach.scale
-    mask = sight.mask(reach.window)
-    weights = torch.softmax(scores.masked_fill(~(sight.causal() if mask is None else mask), float("-inf")), -1)
-    return torch.einsum("bhqp,bphe->bqhe", weights, value)[:, reach.start :].flatten(0, 1).flatten(1)
+    scores = torch.einsum("bqhe,bphe->bhqp", query, key) * span.scale
+    attended = mask.mask(span.window)
+    weights = torch.softmax(scores.masked_fill(~(mask.causal() if attended is None else attended), float("-inf")), -1)
+    return torch.einsum("bhqp,bphe->bqhe", weights, value)[:, span.start :].flatten(0, 1).flatten(1)
 
 
 def causal_attention(
-    qkv: torch.Tensor, heads: Heads, sight: Sight, reach: Reach, *, kernels: str = "auto"
+    qkv: torch.Tensor, layout: QkvLayout, mask: CausalMask, span: AttentionSpan, *, backend: str = "auto"
 ) -> torch.Tensor:
-    """The fast form of ``causal_attention_reference``, with the same gradient; ``kernels`` as in ``takes_native``."""
-    # In C a thread takes a key-value head of a sequence: with fewer of them than threads, a library divides it better.
-    if takes_native(kernels, qkv) and sight.b * heads.num_keys >= torch.get_num_threads():
+    """Computes ``causal_attention_reference`` and its gradient; ``backend`` as in ``takes_native``."""
+    # A thread of the C takes whole key-value heads: with fewer heads than threads, torch divides the work better.
+    if takes_native(backend, qkv) and mask.b * layout.num_kv_heads >= torch.get_num_threads():
         if torch.is_grad_enabled() and qkv.requires_grad:
-            attended: torch.Tensor = _CausalAttention.apply(qkv, heads, sight, reach)  # type: ignore[no-untyped-call]
-            return attended
-        return native.forward(qkv, heads, sight, reach, with_sums=False)[0]
-    return _attended(qkv, heads, sight, reach)
+            out: torch.Tensor = _CausalAttention.apply(qkv, layout, mask, span)  # type: ignore[no-untyped-call]
+            return out
+        return native.forward(qkv, layout, mask, span, with_logsumexp=False)[0]
+    return _torch(qkv, layout, mask, span)
 
 
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv: torch.Tensor, heads: Heads, sight: Sight, reach: Reach) -> torch.Tensor:
-        out, sums = native.forward(qkv, heads, sight, reach, with_sums=True)
-        ctx.save_for_backward(qkv, sums)
-        ctx.heads, ctx.sight, ctx.reach = heads, sight, reach
+    def forward(ctx: Any, qkv: torch.Tensor, layout: QkvLayout, mask: CausalMask, span: AttentionSpan) -> torch.Tensor:
+        out, logsumexp = native.forward(qkv, layout, mask, span, with_logsumexp=True)
+        ctx.save_for_backward(qkv, logsumexp)
+        ctx.arguments = layout, mask, span
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        qkv, sums = ctx.saved_tensors
-        return native.backward(grads[0], qkv, sums, ctx.heads, ctx.sight, ctx.reach), None, None, None
+        qkv, logsumexp = ctx.saved_tensors
+        return native.backward(grads[0], qkv, logsumexp, *ctx.arguments), None, None, None
 
 
-def _attended(qkv: torch.Tensor, heads: Heads, sight: Sight, reach: Reach) -> torch.Tensor:
-    """The library's kernel."""
-    b, t, start = sight.b, sight.t, reach.start
-    query, key, value = (part.view(b, t, *part.shape[1:]).transpose(1, 2) for part in heads.split(qkv))
-    mask = sight.mask(reach.window)
-    # A GPU's kernels without a mask are so much better that they may as well attend from every position.
-    first = start if mask is not None or _masks_are_cheap(query.device) else 0
+def _torch(qkv: torch.Tensor, layout: QkvLayout, mask: CausalMask, span: AttentionSpan) -> torch.Tensor:
+    b, t, start = mask.b, mask.t, span.start
+    query, key, value = (part.view(b, t, *part.shape[1:]).transpose(1, 2) for part in layout.split(qkv))
+    attended = mask.mask(span.window)
+    # On CUDA the kernels for plain causal attention are so much faster that all positions may attend.
+    first = start if attended is not None or _masks_are_cheap(query.device) else 0
     if first:
         query = query[:, :, first:]
-        mask = (sight.causal() if mask is None else mask)[:, :, first:]
-    attended = nn.functional.scaled_dot_product_attention(
+        attended = (mask.causal() if attended is None else attended)[:, :, first:]
+    out = nn.functional.scaled_dot_product_attention(
         query,
         key,
         value,
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=reach.scale,
-        enable_gqa=heads.num_queries != heads.num_keys,
+        attn_mask=attended,
+        is_causal=attended is None,
+        scale=span.scale,
+        enable_gqa=layout.num_heads != layout.num_kv_heads,
     )
-    return attended[:, :, start - first :].transpose(1, 2).reshape(b * (t - start), -1)
+    return out[:, :, start - first :].transpose(1, 2).reshape(b * (t - start), -1)
 
 
 def _masks_are_cheap(device: torch.device) -> bool:
-    """Whether attention with a mask of its own is about as fast as causal attention."""
+    """Returns whether attention with an explicit mask is about as fast as plain causal attention."""
     return device.type == "cpu"

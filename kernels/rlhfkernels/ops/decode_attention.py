@@ -1,6 +1,8 @@
-"""Attention of one new query a row over the keys and values so far, each group of heads reading its own once.
+"""Attention of one new query a row over the KV cache. The query heads of a group read their keys and values once.
 
-Shapes: b = batch, h = query heads, k = key-value heads, g = h / k, n = positions so far, e = head size.
+The C backend is ``Program.decode_attention``, which also rotates and writes the cache.
+
+Shapes: b = batch, h = query heads, k = key-value heads, g = h / k, n = cached positions, e = head size.
 """
 
 from __future__ import annotations
@@ -12,14 +14,14 @@ from torch import nn
 def decode_attention_reference(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, scale: float, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The plain form: heads expanded, scores, softmax, sum.
+    """Computes attention by its formula: scores, softmax, weighted sum, with the key-value heads repeated.
 
     Args:
         query: [b, h, e]; head j reads key-value head j // g.
         keys: [b, k, n, e].
         values: [b, k, n, e].
         scale: multiplies the scores.
-        mask: [b, n] bool, true on positions that are seen; ``None`` is all.
+        mask: [b, n] bool, true on attended positions; ``None`` is all.
 
     Returns:
         [b, h, e].
@@ -35,10 +37,10 @@ def decode_attention_reference(
 def decode_attention(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, scale: float, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The fast form; arguments and result as ``decode_attention_reference``, no gradient."""
+    """Computes ``decode_attention_reference``, without a gradient."""
     b, h, e = query.shape
     k = keys.shape[1]
-    # The products below would round scores to the inputs' precision, the library's kernel keeps them in float32.
+    # bmm would round the scores to bfloat16; scaled_dot_product_attention keeps them in float32.
     if not query.is_cpu or query.dtype.itemsize < 4:
         attended = nn.functional.scaled_dot_product_attention(
             query[:, :, None],
@@ -49,14 +51,9 @@ def decode_attention(
             enable_gqa=h != k,
         )
         return attended.squeeze(2)
-    # On a processor the library's kernel for one query costs more than these products.
+    # On the CPU, scaled_dot_product_attention of one query costs more than two bmm.
     g, n = h // k, keys.shape[2]
-    scores = torch.bmm((query * scale).view(b * k, g, e), _rows(keys).transpose(1, 2))
+    scores = torch.bmm((query * scale).view(b * k, g, e), keys.flatten(0, 1).transpose(1, 2))
     if mask is not None:
         scores.view(b, h, n).masked_fill_(~mask[:, None], float("-inf"))
-    return torch.bmm(torch.softmax(scores, -1), _rows(values)).view(b, h, e)
-
-
-def _rows(states: torch.Tensor) -> torch.Tensor:
-    """[b, k, n, e] to [b k, n, e]: a view of a cache's states."""
-    return states.flatten(0, 1)
+    return torch.bmm(torch.softmax(scores, -1), values.flatten(0, 1)).view(b, h, e)

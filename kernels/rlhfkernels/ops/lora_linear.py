@@ -1,8 +1,8 @@
-"""Several linear layers that read the same input, each with its low-rank adapter (arXiv:2106.09685), as one op.
+"""Linear layers that read the same input, each with its LoRA adapter (arXiv:2106.09685), as one op.
 
-The base weights lie in adjacent rows and are one product; so are the adapters' A. The input is kept once for all of
-them, and the low-rank projection is recomputed in the backward. Frozen weights get no gradient. An adapter in a wider
-dtype than the input works in its own, as PEFT does, but no wide copy of the input is kept.
+The base weights are adjacent in memory and take one matmul, and so do the adapters' A. The input is kept once for all
+layers, and the backward recomputes x Aᵀ. Frozen weights get no gradient. An adapter of a wider dtype than the input
+computes in its own dtype, as in PEFT, but no wide copy of the input is kept.
 
 Shapes: m = rows, k = inputs, n = outputs of all layers, r = rank.
 """
@@ -16,18 +16,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhfkernels.ops.product import Pair, product, runs_in_c
+from rlhfkernels.ops.matmul import LowRankTerm, matmul, runs_native
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class LoraPart:
-    """The adapter of one of the layers.
+    """Adapter of one of the layers.
 
     Attributes:
         down: A, [r, k].
         up: B, [n of this layer, r].
-        start: where this layer's outputs begin among the n.
-        scaling: multiplier of the low-rank product.
+        start: first of this layer's outputs among the n.
+        scaling: multiplies the low-rank term.
     """
 
     down: nn.Parameter
@@ -37,23 +37,23 @@ class LoraPart:
 
     @property
     def columns(self) -> slice:
-        """This layer's outputs."""
+        """Outputs of this layer."""
         return slice(self.start, self.start + self.up.shape[0])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class LinearGroup:
-    """The layers of one ``lora_linear`` under one adapter set.
+    """Layers of one ``lora_linear`` with one adapter set.
 
     Attributes:
-        weight: [n, k], all layers' weights in adjacent rows; its storage is that of ``weights``.
-        bias: [n], likewise, or ``None``.
-        weights: each layer's parameter, [n of the layer, k], or [k, n of the layer] where ``transposed``.
-        biases: each layer's parameter, or none at all.
+        weight: [n, k], all layers' weights in adjacent rows; shares the storage of ``weights``.
+        bias: [n], all layers' biases, or ``None``; shares the storage of ``biases``.
+        weights: parameter of each layer, [n of the layer, k], or [k, n of the layer] if ``transposed``.
+        biases: parameter of each layer, or empty.
         transposed: the parameters are stored as inputs by outputs (GPT-2's Conv1D).
-        down: [Σ r, k], all adapters' A in adjacent rows, its storage that of the parts'; ``None`` without adapters.
-        up: [Σ n, r], all adapters' B in adjacent rows, likewise.
-        parts: the adapters, in the order of the rows of both.
+        down: [Σ r, k], all adapters' A in adjacent rows, or ``None``; shares the storage of ``parts``.
+        up: [Σ n, r], all adapters' B in adjacent rows, or ``None``; shares the storage of ``parts``.
+        parts: the adapters, in the order of the rows of ``down`` and ``up``.
     """
 
     weight: torch.Tensor
@@ -65,8 +65,8 @@ class LinearGroup:
     up: torch.Tensor | None = None
     parts: tuple[LoraPart, ...] = ()
 
-    def pieces(self, low: torch.Tensor) -> Iterator[tuple[slice, Pair | None]]:
-        """All outputs in order: those of a layer with an adapter, with its low-rank part; and those in between.
+    def column_blocks(self, low: torch.Tensor) -> Iterator[tuple[slice, LowRankTerm | None]]:
+        """Yields all outputs in order, in blocks with one low-rank term or none.
 
         Args:
             low: [m, Σ r], all adapters' x Aᵀ.
@@ -76,18 +76,18 @@ class LinearGroup:
             if part.start > at:
                 yield slice(at, part.start), None
             stop = rank + part.down.shape[0]
-            yield part.columns, Pair(low[:, rank:stop], part.up.t(), part.scaling)
+            yield part.columns, LowRankTerm(low[:, rank:stop], part.up.t(), part.scaling)
             at, rank = part.columns.stop, stop
         if at < self.weight.shape[0]:
             yield slice(at, self.weight.shape[0]), None
 
     def parameters(self) -> tuple[nn.Parameter, ...]:
-        """Everything that may be trained: weights, biases, every A, every B."""
+        """Returns all parameters: weights, biases, every A, every B."""
         return (*self.weights, *self.biases, *(p.down for p in self.parts), *(p.up for p in self.parts))
 
 
 def lora_linear_reference(x: torch.Tensor, group: LinearGroup) -> torch.Tensor:
-    """The plain form: every layer by itself, as PEFT runs it.
+    """Computes every layer by itself, as PEFT does.
 
     Args:
         x: [..., k].
@@ -110,56 +110,56 @@ def lora_linear_reference(x: torch.Tensor, group: LinearGroup) -> torch.Tensor:
     return torch.cat(outputs, dim=-1)
 
 
-def lora_linear(x: torch.Tensor, group: LinearGroup, *, kernels: str = "auto") -> torch.Tensor:
-    """The fast form of ``lora_linear_reference``, with the same gradients; ``kernels`` as ``product`` takes it."""
+def lora_linear(x: torch.Tensor, group: LinearGroup, *, backend: str = "auto") -> torch.Tensor:
+    """Computes ``lora_linear_reference`` and its gradients; ``backend`` as in ``matmul``."""
     if torch.is_grad_enabled():
         parameters = group.parameters()
         if x.requires_grad or any(p.requires_grad for p in parameters):
-            y: torch.Tensor = _LoraLinear.apply(x, group, kernels, *parameters)  # type: ignore[no-untyped-call]
+            y: torch.Tensor = _LoraLinear.apply(x, group, backend, *parameters)  # type: ignore[no-untyped-call]
             return y
-    return _forward(x, group, kernels)
+    return _forward(x, group, backend)
 
 
-def _forward(x: torch.Tensor, group: LinearGroup, kernels: str) -> torch.Tensor:
+def _forward(x: torch.Tensor, group: LinearGroup, backend: str) -> torch.Tensor:
     with torch.no_grad():
         rows = x.reshape(-1, x.shape[-1])
-        # Made in its last shape: a view of something else could not be changed in place by the op that comes next.
-        whole = x.new_empty(*x.shape[:-1], group.weight.shape[0])
-        y = whole.view(rows.shape[0], -1)
-        low = None if group.down is None else _low_rank(rows, group.down, kernels)
-        if low is not None and runs_in_c(rows, group.weight.t(), y, low, kernels=kernels):
-            for columns, pair in group.pieces(low):
-                product(rows, group.weight[columns].t(), out=y[:, columns], also=pair, kernels=kernels)
+        # Allocated in its final shape: the op that follows may not change a view in place.
+        result = x.new_empty(*x.shape[:-1], group.weight.shape[0])
+        y = result.view(rows.shape[0], -1)
+        low = None if group.down is None else _low_rank(rows, group.down, backend)
+        if low is not None and runs_native(rows, group.weight.t(), y, low, backend=backend):
+            for columns, term in group.column_blocks(low):
+                matmul(rows, group.weight[columns].t(), out=y[:, columns], low_rank=term, backend=backend)
         else:
-            product(rows, group.weight.t(), out=y, kernels=kernels)
-            for columns, pair in group.pieces(low) if low is not None else ():
-                if pair is not None:
-                    _add_product_(y[:, columns], pair)
+            matmul(rows, group.weight.t(), out=y, backend=backend)
+            for columns, term in group.column_blocks(low) if low is not None else ():
+                if term is not None:
+                    _add_low_rank_(y[:, columns], term)
         if group.bias is not None:
             y.add_(group.bias)
-        return whole
+        return result
 
 
-def _low_rank(x: torch.Tensor, down: torch.Tensor, kernels: str) -> torch.Tensor:
-    """x Aᵀ, [m, Σ r], in the adapters' dtype."""
-    return product(x.to(down.dtype), down.t(), kernels=kernels)
+def _low_rank(x: torch.Tensor, down: torch.Tensor, backend: str) -> torch.Tensor:
+    """Returns x Aᵀ, [m, Σ r], in the adapters' dtype."""
+    return matmul(x.to(down.dtype), down.t(), backend=backend)
 
 
-def _add_product_(target: torch.Tensor, pair: Pair) -> None:
-    """target += scale · left right, in the wider of the dtypes."""
-    if target.dtype == pair.left.dtype:
-        target.addmm_(pair.left, pair.right, alpha=pair.scale)
+def _add_low_rank_(target: torch.Tensor, term: LowRankTerm) -> None:
+    """Computes target += scale · left right, in the adapters' dtype."""
+    if target.dtype == term.left.dtype:
+        target.addmm_(term.left, term.right, alpha=term.scale)
     else:
-        target.copy_(torch.addmm(target.to(pair.left.dtype), pair.left, pair.right, alpha=pair.scale))
+        target.copy_(torch.addmm(target.to(term.left.dtype), term.left, term.right, alpha=term.scale))
 
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: LinearGroup, kernels: str, *parameters: nn.Parameter) -> torch.Tensor:
-        # The weights are kept by the group: only the input is something that would not live anyway.
-        ctx.group, ctx.kernels = group, kernels
+    def forward(ctx: Any, x: torch.Tensor, group: LinearGroup, backend: str, *parameters: nn.Parameter) -> torch.Tensor:
+        # The group keeps the weights alive; only the input must be saved.
+        ctx.group, ctx.backend = group, backend
         ctx.save_for_backward(x if any(ctx.needs_input_grad[3:]) else None)
-        return _forward(x, group, kernels)
+        return _forward(x, group, backend)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
@@ -170,12 +170,12 @@ class _LoraLinear(torch.autograd.Function):
         rows = None if x is None else x.reshape(-1, x.shape[-1])
         grad_x = grad.new_empty(grad.shape[0], group.weight.shape[1]) if ctx.needs_input_grad[0] else None
         if grad_x is not None and group.down is None:
-            product(grad, group.weight, out=grad_x, kernels=ctx.kernels)
+            matmul(grad, group.weight, out=grad_x, backend=ctx.backend)
         bases = _base_gradients(group, grad, rows, ctx.needs_input_grad[3:])
         adapters: tuple[torch.Tensor | None, ...] = ()
         if group.down is not None:
             adapters = _adapter_gradients(
-                group, grad, rows, grad_x, ctx.needs_input_grad[3 + len(bases) :], ctx.kernels
+                group, grad, rows, grad_x, ctx.needs_input_grad[3 + len(bases) :], ctx.backend
             )
         return None if grad_x is None else grad_x.view(*shape[:-1], -1), None, None, *bases, *adapters
 
@@ -183,19 +183,19 @@ class _LoraLinear(torch.autograd.Function):
 def _base_gradients(
     group: LinearGroup, grad: torch.Tensor, x: torch.Tensor | None, needed: tuple[bool, ...]
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of the layers' weights, then of their biases; ``None`` where frozen."""
+    """Returns the gradients of the layers' weights, then of their biases; ``None`` for frozen ones."""
     sizes = [weight.shape[1 if group.transposed else 0] for weight in group.weights]
     parts = torch.split(grad, sizes, dim=-1)
-    found: list[torch.Tensor | None] = []
-    for part, wanted in zip(parts, needed, strict=False):
-        if not wanted:
-            found.append(None)
+    gradients: list[torch.Tensor | None] = []
+    for part, is_needed in zip(parts, needed, strict=False):
+        if not is_needed:
+            gradients.append(None)
         else:
             assert x is not None
-            found.append(x.t() @ part if group.transposed else part.t() @ x)
-    wants_bias = needed[len(parts) : len(parts) + len(group.biases)]
-    found += [part.sum(0) if wanted else None for part, wanted in zip(parts, wants_bias, strict=False)]
-    return tuple(found)
+            gradients.append(x.t() @ part if group.transposed else part.t() @ x)
+    biases_needed = needed[len(parts) : len(parts) + len(group.biases)]
+    gradients += [part.sum(0) if is_needed else None for part, is_needed in zip(parts, biases_needed, strict=False)]
+    return tuple(gradients)
 
 
 def _adapter_gradients(
@@ -204,35 +204,35 @@ def _adapter_gradients(
     x: torch.Tensor | None,
     grad_x: torch.Tensor | None,
     needed: tuple[bool, ...],
-    kernels: str,
+    backend: str,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of every A, then of every B; fills in ``grad_x``, the base's share and the adapters'."""
+    """Returns the gradients of every A, then of every B; writes ``grad_x``, of the base and the adapters."""
     assert group.down is not None
-    wide = group.down.dtype
+    dtype = group.down.dtype
     count = len(group.parts)
-    low = None if x is None or not any(needed[count:]) else _low_rank(x, group.down, kernels)
-    grad_low = grad.new_empty(grad.shape[0], group.down.shape[0], dtype=wide)
+    low = None if x is None or not any(needed[count:]) else _low_rank(x, group.down, backend)
+    grad_low = grad.new_empty(grad.shape[0], group.down.shape[0], dtype=dtype)
     ups: list[torch.Tensor | None] = []
     start = 0
-    for part, wanted in zip(group.parts, needed[count:], strict=True):
+    for part, is_needed in zip(group.parts, needed[count:], strict=True):
         stop = start + part.down.shape[0]
-        wider = grad[:, part.columns].to(wide)
-        product(wider, part.up, out=grad_low[:, start:stop], scale=part.scaling, kernels=kernels)
+        grad_part = grad[:, part.columns].to(dtype)
+        matmul(grad_part, part.up, out=grad_low[:, start:stop], scale=part.scaling, backend=backend)
         up = None
-        if wanted and low is not None:
-            up = product(wider.t(), low[:, start:stop], scale=part.scaling, kernels=kernels)
+        if is_needed and low is not None:
+            up = matmul(grad_part.t(), low[:, start:stop], scale=part.scaling, backend=backend)
         ups.append(up)
         start = stop
     if grad_x is not None:
-        pair = Pair(grad_low, group.down, 1.0)
-        if runs_in_c(grad, group.weight, grad_x, grad_low, kernels=kernels):
-            product(grad, group.weight, out=grad_x, also=pair, kernels=kernels)
+        term = LowRankTerm(grad_low, group.down, 1.0)
+        if runs_native(grad, group.weight, grad_x, grad_low, backend=backend):
+            matmul(grad, group.weight, out=grad_x, low_rank=term, backend=backend)
         else:
-            product(grad, group.weight, out=grad_x, kernels=kernels)
-            _add_product_(grad_x, pair)
+            matmul(grad, group.weight, out=grad_x, backend=backend)
+            _add_low_rank_(grad_x, term)
     downs: list[torch.Tensor | None] = [None] * count
     if x is not None and any(needed[:count]):
-        whole = product(grad_low.t(), x.to(wide), kernels=kernels)
-        pieces = torch.split(whole, [part.down.shape[0] for part in group.parts])
-        downs = [piece if wanted else None for piece, wanted in zip(pieces, needed[:count], strict=True)]
+        gradient = matmul(grad_low.t(), x.to(dtype), backend=backend)
+        pieces = torch.split(gradient, [part.down.shape[0] for part in group.parts])
+        downs = [piece if is_needed else None for piece, is_needed in zip(pieces, needed[:count], strict=True)]
     return (*downs, *ups)

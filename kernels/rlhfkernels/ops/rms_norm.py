@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation (arXiv:1910.07467) that keeps its input and one number a row, nothing else.
+"""RMS norm (arXiv:1910.07467). Keeps for the backward its input and one float a row.
 
 Shapes: n = rows, d = hidden size.
 """
@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rlhfkernels.ops.forms import takes_native, takes_triton
+from rlhfkernels.ops.dispatch import takes_native, takes_triton
 from rlhfkernels.ops.native import rms_norm as native
 
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """The plain form, as Llama rounds it: normalised in float32 or wider, rounded to the input's dtype, then scaled.
+    """Normalizes in float32 or wider, rounds to the input's dtype, then scales, as Llama does.
 
     Args:
         x: [..., d].
@@ -29,52 +29,47 @@ def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tor
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, kernels: str = "auto") -> torch.Tensor:
-    """The fast form of ``rms_norm_reference``, with the same gradients; ``kernels`` as in ``takes_triton``."""
-    form = _form(x, weight, kernels)
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, backend: str = "auto") -> torch.Tensor:
+    """Computes ``rms_norm_reference`` and its gradients; ``backend`` as in ``takes_triton`` and ``takes_native``."""
+    kernels = _kernels(x, weight, backend)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        normalised: torch.Tensor = _RmsNorm.apply(x, weight, eps, form)  # type: ignore[no-untyped-call]
-        return normalised
-    return form.forward(x, weight, eps)[0]
+        y: torch.Tensor = _RmsNorm.apply(x, weight, eps, kernels)  # type: ignore[no-untyped-call]
+        return y
+    return kernels.forward(x, weight, eps)[0]
 
 
-class _Form(NamedTuple):
-    """How it is computed.
+class _Kernels(NamedTuple):
+    """Functions of a backend.
 
     Attributes:
         forward: (x, weight, eps) to the result and to 1 / √(mean x² + eps), [..., 1].
-        backward: (gradient, x, weight, what ``forward`` gave beside the result, whether the gradients of x and of
-            weight are needed) to these two.
+        backward: (gradient, x, weight, inverse, whether x and weight need gradients) to the two gradients.
     """
 
     forward: Callable[[torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]
     backward: Callable[..., tuple[torch.Tensor | None, torch.Tensor | None]]
 
 
-def _form(x: torch.Tensor, weight: torch.Tensor, kernels: str) -> _Form:
-    if takes_triton(x, kernels):
-        from rlhfkernels.ops.triton import rms_norm as form
+def _kernels(x: torch.Tensor, weight: torch.Tensor, backend: str) -> _Kernels:
+    if takes_triton(x, backend):
+        from rlhfkernels.ops.triton import rms_norm as triton
 
-        if form.covers(x):
-            return _Form(form.forward, form.backward)
-    return _NATIVE if takes_native(kernels, x, weight) else _TORCH
+        if triton.supports(x):
+            return _Kernels(triton.forward, triton.backward)
+    return _NATIVE if takes_native(backend, x, weight) else _TORCH
 
 
 def _inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
-    """1 / √(mean x² + eps), [..., 1], in float32 or wider and without a tensor of the input's size."""
+    """Returns 1 / √(mean x² + eps), [..., 1], in float32 or wider, without a temporary of the input's size."""
     wide = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
     return torch.addcmul(norm.new_full((), eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
 
 
-def _scaled(x: torch.Tensor, inverse: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    normalised = x * inverse  # float32 where x is narrower
-    return (normalised if normalised.dtype == x.dtype else normalised.to(x.dtype)).mul_(weight)
-
-
 def _forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     inverse = _inverse_rms(x, eps)
-    return _scaled(x, inverse, weight), inverse
+    normalized = x * inverse  # float32 where x is narrower
+    return (normalized if normalized.dtype == x.dtype else normalized.to(x.dtype)).mul_(weight), inverse
 
 
 def _backward(
@@ -84,25 +79,25 @@ def _backward(
     if needed[1]:
         grad_weight = (x * inverse).to(x.dtype).mul_(grad).flatten(0, -2).sum(0)
     if needed[0]:
-        # With u = x · inverse: dx = inverse · (g − u · mean(g · u)), g = grad · weight.
+        # With u = x · inverse and g = grad · weight: dx = inverse · (g − u · mean(g · u)).
         scaled = (grad * weight).to(inverse.dtype)
         mean = torch.linalg.vecdot(scaled, x.to(inverse.dtype))[..., None].mul_(inverse.square()).div_(x.shape[-1])
         grad_x = scaled.addcmul_(mean, x.to(inverse.dtype), value=-1).mul_(inverse).to(x.dtype)
     return grad_x, grad_weight
 
 
-_TORCH = _Form(_forward, _backward)
-_NATIVE = _Form(native.forward, native.backward)
+_TORCH = _Kernels(_forward, _backward)
+_NATIVE = _Kernels(native.forward, native.backward)
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, form: _Form) -> torch.Tensor:
-        normalised, inverse = form.forward(x, weight, eps)
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, kernels: _Kernels) -> torch.Tensor:
+        y, inverse = kernels.forward(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
-        ctx.form = form
-        return normalised
+        ctx.kernels = kernels
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        return *ctx.form.backward(grads[0], *ctx.saved_tensors, ctx.needs_input_grad[:2]), None, None
+        return *ctx.kernels.backward(grads[0], *ctx.saved_tensors, ctx.needs_input_grad[:2]), None, None

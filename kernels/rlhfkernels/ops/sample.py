@@ -1,37 +1,56 @@
-"""Sampling of a token from its logits, with its log-probability, without sorting and without a wait for the device."""
+"""Sampling of a token from its logits, with its log-probability, without a sort and without a device synchronization.
+
+Shapes: b = rows, v = vocabulary.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from rlhfkernels.ops.forms import takes_native
+from rlhfkernels.ops.dispatch import takes_native
 from rlhfkernels.ops.native import sample as native
 
 
-def sample(
-    logits: torch.Tensor, generator: torch.Generator | None, *, kernels: str = "auto"
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token a row from softmax(logits): where one uniform number falls among the summed probabilities.
-
-    Noise for every token of the vocabulary, as an exponential race asks for, costs more than everything else here. A
-    uniform number has 24 bits, so probabilities are met to 2⁻²⁴.
+def sample_reference(logits: torch.Tensor, generator: torch.Generator | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inverts the cumulative distribution of softmax(logits) in float64.
 
     Args:
-        logits: [b, v], float32 or wider, temperature applied. Overwritten.
-        generator: the randomness; the same state and logits give the same tokens on a device.
-        kernels: as in ``takes_native``.
+        logits: [b, v], float32 or wider, divided by the temperature.
+        generator: source of one uniform number a row.
+
+    Returns:
+        Tokens [b] int64, and their log-probabilities [b] float64.
+    """
+    uniform = torch.rand(logits.shape[0], 1, generator=generator, dtype=logits.dtype, device=logits.device)
+    logprobs = torch.log_softmax(logits.double(), -1)
+    tokens = (logprobs.exp().cumsum(-1) <= uniform).sum(-1, keepdim=True).clamp_(max=logits.shape[1] - 1)
+    return tokens.squeeze(-1), logprobs.gather(-1, tokens).squeeze(-1)
+
+
+def sample(
+    logits: torch.Tensor, generator: torch.Generator | None, *, backend: str = "auto"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Computes ``sample_reference`` in the dtype of the logits.
+
+    One uniform number a row is cheaper than noise for every token of the vocabulary, as in the Gumbel-max trick. Its 24
+    bits meet probabilities to 2⁻²⁴.
+
+    Args:
+        logits: [b, v], overwritten.
+        generator: source of randomness; the same state and logits give the same tokens on a device.
+        backend: as in ``takes_native``.
 
     Returns:
         Tokens [b] int64, and their log-probabilities [b].
     """
-    if takes_native(kernels, logits):
+    if takes_native(backend, logits):
         uniform = torch.rand(logits.shape[0], generator=generator, dtype=logits.dtype)
         return native.draw(logits.contiguous(), uniform)
     probabilities = torch.softmax(logits, -1)
     sums = torch.cumsum(probabilities, -1, out=logits)
-    # The sums end near 1, not at it. Strictly below that and to the right of equals: no token of probability 0.
+    # The last sum is near 1, not 1. Strictly below it and to the right of equals: no token of probability 0.
     ends = sums[:, -1:]
     uniform = torch.rand(ends.shape, generator=generator, dtype=sums.dtype, device=sums.device)
-    points = torch.minimum(uniform * ends, torch.nextafter(ends, torch.zeros_like(ends)))
-    tokens = torch.searchsorted(sums, points, right=True)
+    thresholds = torch.minimum(uniform * ends, torch.nextafter(ends, torch.zeros_like(ends)))
+    tokens = torch.searchsorted(sums, thresholds, right=True)
     return tokens.squeeze(-1), probabilities.gather(-1, tokens).log_().squeeze(-1)

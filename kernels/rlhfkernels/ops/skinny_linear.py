@@ -1,7 +1,7 @@
-"""A product of a few rows with a large weight, as every step of decoding asks for: bound by reading the weight once.
+"""Linear layer of a few rows, as every decode step needs: bound by reading the weight once.
 
-On a processor the plain ``x Wᵀ`` of two to eight rows runs several times below the memory's bandwidth, and a single row
-no better; ``W xᵀ`` with the rows untouched in memory runs at it. So the result is handed out transposed.
+On the CPU, torch's ``x Wᵀ`` of one to eight rows runs several times below the memory bandwidth; ``W xᵀ`` reaches it. So
+the result is transposed.
 
 Shapes: b = rows, i = inputs, o = outputs.
 """
@@ -13,16 +13,16 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from rlhfkernels.ops.forms import takes_native
+from rlhfkernels.ops.dispatch import takes_native
 from rlhfkernels.ops.lora_linear import LinearGroup
-from rlhfkernels.ops.native.tape import tape_for
+from rlhfkernels.ops.native.program import make_program
 
-# Above it the weights are not what is waited for, and a library's products are better than those in C.
-MOST_NATIVE_ROWS = 64
+# With more rows, computing costs more than reading the weight, and torch's matmul is faster than the C.
+MAX_NATIVE_ROWS = 64
 
 
 def skinny_linear_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The plain form: ``(x Wᵀ)ᵀ``.
+    """Computes ``(x Wᵀ)ᵀ``.
 
     Args:
         x: [b, i].
@@ -34,63 +34,56 @@ def skinny_linear_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tens
     return nn.functional.linear(x, weight).t()
 
 
-def skinny_linear(x: torch.Tensor, weight: torch.Tensor, *, kernels: str = "auto") -> torch.Tensor:
-    """The form for few rows; arguments and result as ``skinny_linear_reference``, no gradient.
-
-    ``kernels`` as in ``takes_native``; the form in C is ``Tape.skinny_linear``.
-    """
-    few = x.shape[0] <= MOST_NATIVE_ROWS
-    if few and takes_native(kernels, x, weight) and weight.is_contiguous():
+def skinny_linear(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
+    """Computes ``skinny_linear_reference``, without a gradient; ``backend`` as in ``takes_native``."""
+    if x.shape[0] <= MAX_NATIVE_ROWS and takes_native(backend, x, weight) and weight.is_contiguous():
         y = x.new_empty(x.shape[0], weight.shape[0])
-        tape = tape_for(x)
-        if tape is not None:
-            tape.skinny_linear(x.contiguous(), weight, y)
-            tape.run()
+        program = make_program(x)
+        if program is not None:
+            program.skinny_linear(x.contiguous(), weight, y)
+            program.run()
         return y.t()
     if not x.is_cpu:
         return skinny_linear_reference(x, weight)
     if x.shape[0] == 1:
-        # One row goes through a matrix-vector product that is slower than a matrix product of two.
+        # torch takes gemv for one row, which is slower than gemm of two.
         return torch.mm(weight, x.expand(2, -1).contiguous().t())[:, :1]
     return torch.mm(weight, x.t())
 
 
 class SkinnyLoraLinear:
-    """``lora_linear`` for a few rows at a time, again and again: every view is made once, and results reuse memory.
+    """``lora_linear`` for the rows of decode steps. Views are made once, and results share buffers.
 
     Args:
         group: the layers.
         rows: b of every call.
-        buffers: results by their number of outputs, shared with other layers: a result is read before the next call.
+        buffers: results by number of outputs, shared with other layers: a result is read before the next call.
     """
 
     def __init__(self, group: LinearGroup, rows: int, buffers: dict[int, torch.Tensor]) -> None:
         self._weight = group.weight
         n = group.weight.shape[0]
-        self._twice = rows == 1 and group.weight.is_cpu
+        # torch takes gemv for one row, which is slower than gemm of two.
+        self._doubles_row = rows == 1 and group.weight.is_cpu
         if n not in buffers:
-            buffers[n] = group.weight.new_empty(n, 2 if self._twice else rows)
-        self._whole = buffers[n]
-        self._out = self._whole[:, :rows]
+            buffers[n] = group.weight.new_empty(n, 2 if self._doubles_row else rows)
+        self._buffer = buffers[n]
+        self.out = self._buffer[:, :rows]
         self._bias = None if group.bias is None else group.bias[:, None]
-        self._add_low_rank: Callable[[torch.Tensor], None] | None = None
-        if group.down is not None:
-            adapter = _adapter_of(group, rows, self._out)
-            self._add_low_rank = adapter
+        self._add_low_rank = None if group.down is None else _low_rank_adder(group, rows, self.out)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """[b, k] to [n, b], without a graph; the next call that shares the result's memory overwrites it."""
-        # One row goes through a matrix-vector product that is slower than a matrix product of two.
-        torch.mm(self._weight, (x.expand(2, -1).contiguous() if self._twice else x).t(), out=self._whole)
+        """Computes [n, b] of [b, k], without a graph, in a buffer that later calls overwrite."""
+        torch.mm(self._weight, (x.expand(2, -1).contiguous() if self._doubles_row else x).t(), out=self._buffer)
         if self._bias is not None:
-            self._out.add_(self._bias)
+            self.out.add_(self._bias)
         if self._add_low_rank is not None:
             self._add_low_rank(x)
-        return self._out
+        return self.out
 
 
-def _adapter_of(group: LinearGroup, rows: int, out: torch.Tensor) -> Callable[[torch.Tensor], None]:
-    """What adds Σ scaling · B A xᵀ to ``out``: one batch of products where the layers are alike, else one a layer."""
+def _low_rank_adder(group: LinearGroup, rows: int, out: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    """Returns a function that adds Σ scaling · B A xᵀ to ``out``, by one bmm if the layers have equal sizes."""
     assert group.down is not None
     down_t = group.down.t()
     first, count = group.parts[0], len(group.parts)
@@ -98,35 +91,35 @@ def _adapter_of(group: LinearGroup, rows: int, out: torch.Tensor) -> Callable[[t
     if group.down.dtype != group.weight.dtype:
         return lambda x: _add_wide(group, x, out)
     low = group.down.new_empty(rows, down_t.shape[1])
-    alike = all(part.up.shape == (n, r) and part.scaling == first.scaling for part in group.parts)
-    if alike and group.up is not None and count * n == out.shape[0]:
+    are_equal = all(part.up.shape == (n, r) and part.scaling == first.scaling for part in group.parts)
+    if are_equal and group.up is not None and count * n == out.shape[0]:
         ups = group.up.view(count, n, r)
         lows = low.view(rows, count, r).permute(1, 2, 0)
-        target = torch.unflatten(out, 0, (count, n))
+        outs = torch.unflatten(out, 0, (count, n))
 
         def add_batch(x: torch.Tensor) -> None:
             torch.mm(x, down_t, out=low)
-            target.baddbmm_(ups, lows, alpha=first.scaling)
+            outs.baddbmm_(ups, lows, alpha=first.scaling)
 
         return add_batch
     ranks = torch.split(low, [part.down.shape[0] for part in group.parts], dim=1)
-    pieces = [
-        (out[part.columns].t(), piece, part.up.detach().t(), part.scaling)
-        for part, piece in zip(group.parts, ranks, strict=True)
+    terms = [
+        (out[part.columns].t(), columns, part.up.detach().t(), part.scaling)
+        for part, columns in zip(group.parts, ranks, strict=True)
     ]
 
     def add_each(x: torch.Tensor) -> None:
         torch.mm(x, down_t, out=low)
-        for columns, piece, up_t, scaling in pieces:
-            columns.addmm_(piece, up_t, alpha=scaling)
+        for columns, low_columns, up_t, scaling in terms:
+            columns.addmm_(low_columns, up_t, alpha=scaling)
 
     return add_each
 
 
 def _add_wide(group: LinearGroup, x: torch.Tensor, out: torch.Tensor) -> None:
-    """Adapters in another dtype than the base work in their own."""
+    """Adds adapters whose dtype differs from the base's, computed in their own dtype."""
     assert group.down is not None
     low = x.to(group.down.dtype) @ group.down.t()
-    pieces = torch.split(low, [part.down.shape[0] for part in group.parts], dim=1)
-    for part, piece in zip(group.parts, pieces, strict=True):
-        out[part.columns] += (piece @ part.up.t()).mul_(part.scaling).t()
+    ranks = torch.split(low, [part.down.shape[0] for part in group.parts], dim=1)
+    for part, columns in zip(group.parts, ranks, strict=True):
+        out[part.columns] += (columns @ part.up.t()).mul_(part.scaling).t()

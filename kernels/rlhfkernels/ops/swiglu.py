@@ -1,4 +1,4 @@
-"""The gated activation of Llama's MLP (arXiv:2002.05202), silu(gate) · up, from one product that holds both.
+"""SwiGLU (arXiv:2002.05202), silu(gate) · up, of one tensor that holds both.
 
 Shapes: i = intermediate size.
 """
@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import silu
 
-from rlhfkernels.ops.forms import takes_native, takes_triton
+from rlhfkernels.ops.dispatch import takes_native, takes_triton
 from rlhfkernels.ops.native import swiglu as native
 
 
 def swiglu_reference(gate_up: torch.Tensor) -> torch.Tensor:
-    """The plain form.
+    """Computes silu(gate) · up.
 
     Args:
         gate_up: [..., 2 i]: gates, then ups.
@@ -28,38 +28,38 @@ def swiglu_reference(gate_up: torch.Tensor) -> torch.Tensor:
     return silu(gate) * up
 
 
-def swiglu(gate_up: torch.Tensor, *, kernels: str = "auto") -> torch.Tensor:
-    """The fast form of ``swiglu_reference``, with the same gradients: it keeps its input only.
+def swiglu(gate_up: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
+    """Computes ``swiglu_reference`` and its gradient; keeps its input only.
 
     Args:
         gate_up: [..., 2 i].
-        kernels: as in ``takes_triton``.
+        backend: as in ``takes_triton`` and ``takes_native``.
     """
-    form = _form(gate_up, kernels)
+    kernels = _kernels(gate_up, backend)
     if torch.is_grad_enabled() and gate_up.requires_grad:
-        gated: torch.Tensor = _Swiglu.apply(gate_up, form)  # type: ignore[no-untyped-call]
-        return gated
-    return form.forward(gate_up)
+        y: torch.Tensor = _Swiglu.apply(gate_up, kernels)  # type: ignore[no-untyped-call]
+        return y
+    return kernels.forward(gate_up)
 
 
-class _Form(NamedTuple):
-    """How it is computed.
+class _Kernels(NamedTuple):
+    """Functions of a backend.
 
     Attributes:
         forward: gates and ups to the result.
-        backward: (gradient, gates and ups) to their gradient.
+        backward: (gradient, gates and ups) to the gradient of gates and ups.
     """
 
     forward: Callable[[torch.Tensor], torch.Tensor]
     backward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def _form(gate_up: torch.Tensor, kernels: str) -> _Form:
-    if takes_triton(gate_up, kernels):
-        from rlhfkernels.ops.triton import swiglu as form
+def _kernels(gate_up: torch.Tensor, backend: str) -> _Kernels:
+    if takes_triton(gate_up, backend):
+        from rlhfkernels.ops.triton import swiglu as triton
 
-        return _Form(form.forward, form.backward)
-    return _NATIVE if takes_native(kernels, gate_up) else _TORCH
+        return _Kernels(triton.forward, triton.backward)
+    return _NATIVE if takes_native(backend, gate_up) else _TORCH
 
 
 def _forward(gate_up: torch.Tensor) -> torch.Tensor:
@@ -77,17 +77,17 @@ def _backward(grad: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
     return grad_gate_up
 
 
-_TORCH = _Form(_forward, _backward)
-_NATIVE = _Form(native.forward, native.backward)
+_TORCH = _Kernels(_forward, _backward)
+_NATIVE = _Kernels(native.forward, native.backward)
 
 
 class _Swiglu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_up: torch.Tensor, form: _Form) -> torch.Tensor:
+    def forward(ctx: Any, gate_up: torch.Tensor, kernels: _Kernels) -> torch.Tensor:
         ctx.save_for_backward(gate_up)
-        ctx.form = form
-        return form.forward(gate_up)
+        ctx.kernels = kernels
+        return kernels.forward(gate_up)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        return ctx.form.backward(grads[0], *ctx.saved_tensors), None
+        return ctx.kernels.backward(grads[0], *ctx.saved_tensors), None

@@ -161,7 +161,7 @@ class TrainingStep:
     @property
     def backend_taken(self) -> str:
         """The backend of the ops: ``triton``, ``native`` or ``torch``."""
-        return self.engine.kernels
+        return self.engine.backend
 
     @property
     def sequences_per_row(self) -> int:

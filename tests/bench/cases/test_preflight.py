@@ -74,7 +74,7 @@ def test_files_and_paths(tmp_path):
     assert "does not exist" in sentence("./absent")
 
 
-def test_an_unknown_name_has_its_nearest():
+def test_an_unknown_model_suggests_the_nearest_preset():
     assert "model 'tinny' is unknown: did you mean 'tiny'?" in sentence("tinny")
 
 
@@ -86,14 +86,14 @@ def test_an_unknown_name_has_its_nearest():
         ("OSError", "the hub does not answer (OSError)"),
     ],
 )
-def test_a_hub_id_that_cannot_be_had(monkeypatch, error, says):
+def test_a_hub_id_that_cannot_be_downloaded(monkeypatch, error, says):
     import huggingface_hub
     from huggingface_hub import errors
 
     def download(*_, **__):
         raise getattr(errors, error, OSError)("long\ntext")
 
-    monkeypatch.setattr(preflight, "_is_hub_in_reach", lambda: True)
+    monkeypatch.setattr(preflight, "_is_hub_reachable", lambda: True)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     text = sentence("some-org/some-model")
     assert says in text
@@ -114,16 +114,16 @@ def test_a_hub_id_without_a_network(monkeypatch):
     )
 
 
-def test_a_proxy_is_trusted_to_know_the_way(monkeypatch):
+def test_behind_a_proxy_no_direct_connection_is_tried(monkeypatch):
     monkeypatch.setattr(preflight.urllib.request, "getproxies", lambda: {"https": "http://proxy"})
     monkeypatch.setattr(preflight.socket, "create_connection", lambda *_, **__: pytest.fail("asked the hub"))
-    assert preflight._is_hub_in_reach()
+    assert preflight._is_hub_reachable()
 
 
 def test_a_hub_id(monkeypatch, checkpoint):
     import huggingface_hub
 
-    monkeypatch.setattr(preflight, "_is_hub_in_reach", lambda: True)
+    monkeypatch.setattr(preflight, "_is_hub_reachable", lambda: True)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(checkpoint / "config.json"))
     assert preflight.inspect_model("some-org/some-model").max_positions == 16
 
@@ -135,10 +135,10 @@ def test_a_length_beyond_the_positions(checkpoint):
     assert "it has 16 positions" in problem
 
 
-def test_a_reward_model_is_looked_at_too(checkpoint):
+def test_a_reward_model_is_checked_too(checkpoint):
     def told(reward, **config):
         (checkpoint / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_positions": 16, **config}))
-        return problems(methods=["lora"], options={"reward_model": reward}, seq_lens=[18])
+        return problems(methods=["lora"], options={"rollout.reward_model": reward}, seq_lens=[18])
 
     assert "model 'tinny' is unknown" in told("tinny")[0]
     assert told(str(checkpoint), vocab_size=50) == (
@@ -150,16 +150,16 @@ def test_a_reward_model_is_looked_at_too(checkpoint):
     assert set(preflight.check(Sweep.from_spec({**GRID, "methods": ["lora"]}))) == {"tiny"}
 
 
-def test_cuda_where_there_is_none(monkeypatch):
+def test_cuda_without_a_cuda_device(monkeypatch):
     monkeypatch.setattr(preflight, "num_cuda_devices", lambda: 0)
     assert problems(device="cuda") == ("device 'cuda': this machine has no CUDA device.",)
 
 
-def test_a_cuda_device_that_is_not_there(monkeypatch):
+def test_a_cuda_index_out_of_range(monkeypatch):
     monkeypatch.setattr(preflight, "num_cuda_devices", lambda: 2)
     assert problems(device="cuda:2") == ("device 'cuda:2': this machine has 2 CUDA devices, counted from 0.",)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.11.0+cpu")
-    assert problems(device="cuda:1") == ("device 'cuda:1': the installed torch is built for the CPU alone.",)
+    assert problems(device="cuda:1") == ("device 'cuda:1': the installed torch is built for the CPU only.",)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.11.0+cu128")
     assert preflight.check(Sweep.from_spec({**GRID, "device": "cuda:1"}))
 
@@ -173,64 +173,65 @@ def test_devices_are_counted_by_nvml(monkeypatch):
     assert calls == ["nvmlInit", "nvmlDeviceGetCount", "nvmlShutdown"]
 
 
-def test_an_optimizer_of_a_package_that_is_not_installed(monkeypatch):
+def test_an_optimizer_whose_package_is_not_installed(monkeypatch):
     monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
-    assert problems(options={"optimizer": "adamw8bit"}) == (
+    assert problems(options={"optimizer.name": "adamw8bit"}) == (
         "optimizer.name is 'adamw8bit': it needs bitsandbytes, which is not installed "
-        "(pip install bitsandbytes; planning does without it).",
+        "(pip install bitsandbytes; planning does not need it).",
     )
-    preflight.check_models(Sweep.from_spec({**GRID, "options": {"optimizer": "adamw8bit"}}))
+    preflight.check_models(Sweep.from_spec({**GRID, "options": {"optimizer.name": "adamw8bit"}}))
 
 
-def test_kernels_of_a_package_that_is_not_installed(monkeypatch):
+def test_a_backend_whose_package_is_not_installed(monkeypatch):
     monkeypatch.setattr(preflight, "num_cuda_devices", lambda: 1)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.11.0+cu128")
     monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
-    spec = {"device": "cuda", "options": {"kernels": "triton"}}
+    spec = {"device": "cuda", "options": {"engine.backend": "triton"}}
     assert problems(**spec) == (
         "engine.backend is 'triton': it needs triton, which is not installed "
-        "(pip install triton; planning does without it).",
+        "(pip install triton; planning does not need it).",
     )
     preflight.check_models(Sweep.from_spec({**GRID, **spec}))
     assert preflight.check(Sweep.from_spec({**GRID, "device": "cuda"}))  # ``auto`` asks for nothing
 
 
-def test_kernels_in_c_without_a_compiler(monkeypatch, tmp_path):
+def test_the_native_backend_without_a_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", "/nonexistent")
-    assert problems(options={"kernels": "native"}) == (
-        "engine.backend is 'native': its C cannot be compiled here (CC is '/nonexistent', which is no command).",
+    assert problems(options={"engine.backend": "native"}) == (
+        "engine.backend is 'native': its C code cannot be compiled here (CC is '/nonexistent', which is no command).",
     )
-    preflight.check_models(Sweep.from_spec({**GRID, "options": {"kernels": "native"}}))
+    preflight.check_models(Sweep.from_spec({**GRID, "options": {"engine.backend": "native"}}))
     assert preflight.check(Sweep.from_spec(GRID))  # ``auto`` asks for nothing
 
 
 def test_prompts_are_read_before_anything_runs(tmp_path):
-    (problem,) = problems(options={"prompts": str(tmp_path / "absent.jsonl")})
+    (problem,) = problems(options={"data.prompts": str(tmp_path / "absent.jsonl")})
     assert "cannot be read: No such file" in problem
 
 
-def test_every_problem_is_told_at_once(tmp_path, monkeypatch):
+def test_every_problem_is_reported_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "num_cuda_devices", lambda: 0)
-    found = problems(models=["tinny", "gpt2"], seq_lens=[1025], device="cuda", options={"prompts": str(tmp_path)})
+    found = problems(models=["tinny", "gpt2"], seq_lens=[1025], device="cuda", options={"data.prompts": str(tmp_path)})
     assert len(found) == 4
 
 
-def test_looking_ahead_imports_no_torch():
+def test_preflight_imports_no_torch():
     code = (
-        "import sys\nfrom rlhfbench.cases import preflight\nfrom rlhfbench.cli import main\nfrom rlhfbench.runs import runner\n"
+        "import sys\nfrom rlhfbench.cases import preflight\nfrom rlhfbench.cli import main\n"
+        "from rlhfbench.runs import runner\n"
         "from rlhfbench.cases.sweep import Sweep\n"
         "preflight.check(Sweep.from_spec({}))\nsys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_dtype_that_the_processor_emulates_is_told_once(tmp_path):
+def test_a_dtype_that_the_cpu_emulates_gives_one_warning(tmp_path):
     cpuinfo = tmp_path / "cpuinfo"
     sweep = Sweep.from_spec({**GRID, "batch_sizes": [1, 2], "dtype": "bfloat16"})
     cpuinfo.write_text("flags\t\t: fpu avx2 avx512f\n")
     (notice,) = preflight.notices(sweep, cpuinfo)
-    assert notice.startswith("dtype bfloat16 on cpu: this processor has no instructions for it and emulates it")
+    assert notice.startswith("dtype bfloat16 on cpu: this CPU has no instructions for it and emulates it")
     assert preflight.notices(Sweep.from_spec(GRID), cpuinfo) == []
     assert preflight.notices(Sweep.from_spec({**GRID, "dtype": "bfloat16", "device": "cuda"}), cpuinfo) == []
     assert preflight.notices(sweep, tmp_path / "absent") == []

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 import tomllib
 
 import pytest
@@ -8,8 +9,8 @@ from hypothesis import strategies as st
 from rlhfbench.cases.settings import setting_of
 from rlhfbench.cases.sweep import Sweep, differences, override, parse_option, read_spec, split_length
 from rlhfbench.errors import SweepError
-from rlhfkernels.config.case import Case
-from rlhfkernels.config.options import Options
+from rlhfkernels.config.case import Case, option_annotations
+from rlhfkernels.config.options import RENAMED_OPTIONS, Options
 from rlhfkernels.methods.table import METHODS
 
 GRID = {"methods": ["hydra"], "models": ["tiny"], "seq_lens": [8], "batch_sizes": [1]}
@@ -21,16 +22,31 @@ def problems(spec):
     return caught.value.problems
 
 
-def test_the_default_sweep_is_all_methods_at_three_lengths_and_two_batch_sizes():
+PPO_METHODS = ["full", "lora", "dynamic-lora", "joined-hydra", "hydra"]
+
+
+def test_the_default_sweep_is_ppo_at_three_lengths_and_two_batch_sizes():
     cases = Sweep.from_spec({}).cases
-    assert {case.method for case in cases} == set(METHODS)
+    assert {case.method for case in cases} == set(PPO_METHODS)
     assert {case.model for case in cases} == {"tiny"}
     assert len({case.seq_len for case in cases}) >= 3
     assert len({case.batch_size for case in cases}) >= 2
-    assert len(cases) == len(METHODS) * len({c.seq_len for c in cases}) * len({c.batch_size for c in cases})
+    assert len(cases) == len(PPO_METHODS) * len({c.seq_len for c in cases}) * len({c.batch_size for c in cases})
 
 
-def test_smaller_cases_come_first_and_the_methods_of_one_size_stand_together():
+def test_methods_are_selected_by_row_family_and_all():
+    def methods_of(*names):
+        return [case.method for case in Sweep.from_spec({**GRID, "methods": list(names)}).cases]
+
+    assert methods_of("ppo") == PPO_METHODS
+    assert methods_of("all") == list(METHODS)
+    assert methods_of("hydra", "ppo", "lora") == ["hydra", "full", "lora", "dynamic-lora", "joined-hydra"]
+    table = {"method": "ppo", "model": "tiny", "seq_len": 8, "batch_size": 1}
+    assert [case.method for case in Sweep.from_spec({"cases": [table]}).cases] == PPO_METHODS
+    assert "method 'dp' is unknown" in problems({**GRID, "methods": ["ppo", "dp"]})[0]
+
+
+def test_cases_are_ordered_by_batch_size_length_and_method():
     spec = {"methods": ["lora", "full"], "models": "tiny", "seq_lens": [16, 8], "batch_sizes": [4, 1]}
     rows = [(case.batch_size, case.seq_len, case.method) for case in Sweep.from_spec(spec).cases]
     assert rows == [(b, s, m) for b in (1, 4) for s in (8, 16) for m in ("lora", "full")]
@@ -52,7 +68,7 @@ def test_a_length_is_split(seq_len, fraction, expected):
 
 
 @given(st.integers(2, 10_000), st.floats(0.001, 0.999))
-def test_a_split_loses_nothing_and_leaves_no_half_empty(seq_len, fraction):
+def test_both_parts_of_a_split_have_tokens_and_sum_to_the_length(seq_len, fraction):
     prompt_len, completion_len = split_length(seq_len, fraction)
     assert prompt_len + completion_len == seq_len
     assert min(prompt_len, completion_len) >= 1
@@ -72,20 +88,20 @@ def test_singular_keys_and_single_values():
     assert Sweep.from_spec(spec) == Sweep.from_spec(GRID)
 
 
-def test_a_repeated_case_stands_once():
+def test_a_repeated_case_is_kept_once():
     assert len(Sweep.from_spec({**GRID, "seq_lens": [8, 8], "batch_sizes": [1, 1]}).cases) == 1
 
 
 def test_explicit_cases_come_after_the_grid_and_inherit_what_is_shared():
-    table = {"method": "lora", "model": "gpt2", "seq_len": 4, "batch_size": 2, "options": {"kl_coef": 1}}
-    spec = {"dtype": "bfloat16", "options": {"gamma": 0.5, "kl_coef": 0.5}, "cases": [table]}
+    table = {"method": "lora", "model": "gpt2", "seq_len": 4, "batch_size": 2, "options": {"ppo.kl_coef": 1}}
+    spec = {"dtype": "bfloat16", "options": {"ppo": {"gamma": 0.5, "kl_coef": 0.5}}, "cases": [table]}
     (case,) = Sweep.from_spec(spec).cases
     assert (case.method, case.model, case.dtype, case.seq_len) == ("lora", "gpt2", "bfloat16", 4)
     assert (case.options.ppo.gamma, case.options.ppo.kl_coef) == (0.5, 1.0)
     assert [c.method for c in Sweep.from_spec({**spec, **GRID}).cases] == ["hydra", "lora"]
 
 
-def test_every_problem_is_told_at_once_with_the_nearest_names():
+def test_every_problem_is_reported_at_once_with_the_nearest_names():
     found = "\n".join(
         problems(
             {
@@ -96,8 +112,7 @@ def test_every_problem_is_told_at_once_with_the_nearest_names():
                 "devcie": "cpu",
                 "device": "gpu",
                 "dtype": "float23",
-                "lora_rank": 0,
-                "options": {"gama": 1.0},
+                "options": {"lora": {"r": 0}, "ppo.gama": 1.0},
             }
         )
     )
@@ -109,8 +124,7 @@ def test_every_problem_is_told_at_once_with_the_nearest_names():
         "sweep key 'devcie' is unknown: did you mean 'device'",
         "device 'gpu' is unknown",
         "dtype 'float23' is unknown: did you mean 'float32'",
-        "lora_rank is 0: it must be a whole number of at least 1.",
-        "option 'gama' is unknown: did you mean 'gamma'",
+        "option 'ppo.gama' is unknown: did you mean 'ppo.gamma'",
     ):
         assert text in found
     assert len(found.splitlines()) == len(set(found.splitlines()))
@@ -125,20 +139,23 @@ def test_every_problem_is_told_at_once_with_the_nearest_names():
         ({"batch_sizes": [True]}, "batch_sizes has True: it must be a whole number of at least 1."),
         ({"batch_sizes": [1.5]}, "batch_sizes has 1.5: it must be a whole number of at least 1."),
         ({"seq_lens": [1]}, "seq_lens has 1: it must be a whole number of at least 2."),
-        ({"prompt_lens": [4]}, "seq_lens stands beside prompt_lens or completion_lens: give one or the other."),
+        ({"prompt_lens": [4]}, "seq_lens is given with prompt_lens or completion_lens: give one or the other."),
         ({"prompt_fraction": 1}, "prompt_fraction is 1: it must be a number between 0 and 1."),
         ({"prompt_fraction": "half"}, "prompt_fraction is 'half': it must be a number between 0 and 1."),
         ({"options": 3}, "options is 3: it must be a table."),
-        ({"options": {"lora_targets": 3}}, "lora.target_modules is 3: it must be a text."),
-        ({"options": {"gradient_checkpointing": 1}}, "engine.gradient_checkpointing is 1: it must be true or false."),
-        ({"options": {"gamma": "x"}}, "ppo.gamma is 'x': it must be a number from 0 to 1."),
-        ({"options": {"num_mini_batches": 3}, "batch_sizes": [2]}, "it must divide batch_size 2."),
+        ({"options": {"lora.target_modules": 3}}, "lora.target_modules is 3: it must be a non-empty string."),
+        (
+            {"options": {"engine": {"gradient_checkpointing": 1}}},
+            "engine.gradient_checkpointing is 1: it must be true or false.",
+        ),
+        ({"options": {"ppo.gamma": "x"}}, "ppo.gamma is 'x': it must be a finite number from 0 to 1."),
+        ({"options": {"ppo.num_mini_batches": 3}, "batch_sizes": [2]}, "it must divide batch_size 2."),
         ({"cases": 3}, "cases must be tables: write each below a line [[cases]]."),
         ({"cases": [{"method": "hydra"}]}, "cases[1] lacks model, batch_size, prompt_len and completion_len."),
         ({"cases": [{"metod": "hydra"}]}, "cases[1]: sweep key 'metod' is unknown: did you mean 'methods'"),
     ],
 )
-def test_a_wrong_spec_is_told_in_a_sentence(change, says):
+def test_a_wrong_spec_is_reported_in_one_sentence(change, says):
     assert any(says in problem for problem in problems({**GRID, **change}))
 
 
@@ -146,7 +163,7 @@ def settings_of(cases):
     return [(setting_of(dataclasses.asdict(case.options)), case.method, case.batch_size) for case in cases]
 
 
-def test_every_case_stands_under_every_setting_and_loads_back(tmp_path):
+def test_every_case_is_made_under_every_setting_and_loads_back(tmp_path):
     spec = {**GRID, "methods": ["lora", "hydra"], "batch_sizes": [1, 2], "settings": ["paper", "modern", "paper"]}
     sweep = Sweep.from_spec(spec)
     assert settings_of(sweep.cases) == [
@@ -160,9 +177,9 @@ def test_every_case_stands_under_every_setting_and_loads_back(tmp_path):
     assert Sweep.from_file(tmp_path / "sweep.toml") == sweep
 
 
-def test_what_a_spec_says_itself_wins_over_its_settings():
-    table = {"method": "full", "model": "tiny", "seq_len": 4, "batch_size": 1, "lora_rank": 3}
-    spec = {**GRID, "setting": "paper", "dtype": "float32", "options": {"warmup_steps": 7}, "cases": [table]}
+def test_keys_of_a_spec_win_over_its_settings():
+    table = {"method": "full", "model": "tiny", "seq_len": 4, "batch_size": 1, "options": {"lora.r": 3}}
+    spec = {**GRID, "setting": "paper", "dtype": "float32", "options": {"optimizer.warmup_steps": 7}, "cases": [table]}
     one, two = Sweep.from_spec(spec).cases
     for case in (one, two):
         assert (case.dtype, case.options.engine.attn_implementation, case.options.optimizer.warmup_steps) == (
@@ -182,7 +199,7 @@ def test_what_a_spec_says_itself_wins_over_its_settings():
         ({"setings": ["paper"]}, "sweep key 'setings' is unknown: did you mean 'settings'"),
     ],
 )
-def test_a_wrong_setting_is_told_once_with_everything_else(change, says):
+def test_a_wrong_setting_is_reported_once_beside_other_problems(change, says):
     found = problems({**GRID, **change, "dtype": "float23"})
     assert sum(says in problem for problem in found) == 1
     assert sum("float23" in problem for problem in found) == 1
@@ -193,20 +210,29 @@ def test_pairs_of_different_lengths():
     assert "3 values and completion_lens 2" in problems(spec)[0]
 
 
-def option_strategies():
-    return {
-        "lora_scaling": st.floats(-10, 10),
-        "adapter_dtype": st.sampled_from([None, "float32", "bfloat16"]),
-        "critic_head": st.sampled_from(["trained", "frozen"]),
-        "gradient_checkpointing": st.booleans(),
-        "logprob_chunk": st.integers(0, 512),
-        "actor_lr": st.floats(0, 1),
-        "reward_clip": st.none() | st.floats(0.1, 5),
-        "stop_token": st.none() | st.integers(0, 100),
-        "prompts": st.none() | st.text("abc'\"\\\n /é", min_size=1),
-    }
+# Options whose value must fit another field of the case.
+TIED = (
+    "ppo.num_mini_batches",
+    "engine.micro_batch_size",
+    "engine.backend",
+    "rollout.reward_model",
+    "data.prompts",
+    "data.demonstrations",
+    "data.pairs",
+)
 
 
+def is_storable(value):
+    """True if a sweep file can hold the value: infinity breaks a rule, and "none" stands for ``None``."""
+    return value != "none" and not (isinstance(value, float) and not math.isfinite(value))
+
+
+ANY_OPTIONS = st.fixed_dictionaries(
+    {},
+    optional={
+        name: st.from_type(kind).filter(is_storable) for name, kind in option_annotations().items() if name not in TIED
+    },
+)
 CASES = st.builds(
     Case,
     method=st.sampled_from(sorted(METHODS)),
@@ -216,9 +242,8 @@ CASES = st.builds(
     batch_size=st.integers(1, 9),
     device=st.sampled_from(["cpu", "cuda:1"]),
     dtype=st.sampled_from(["float32", "bfloat16"]),
-    lora_rank=st.integers(1, 64),
     seed=st.integers(0, 9),
-    options=st.builds(Options, **option_strategies()),
+    options=ANY_OPTIONS.map(Options.of),
 )
 
 
@@ -235,7 +260,7 @@ def test_a_sweep_file(tmp_path):
     path = tmp_path / "sweep.toml"
     path.write_text(
         'methods = ["hydra", "lora"]\nmodel = "tiny"\nseq_lens = [8]\nbatch_sizes = [1]\n'
-        '[options]\nreward_clip = "none"\nkl_coef = 1\n'
+        '[options.ppo]\nreward_clip = "none"\nkl_coef = 1\n'
         '[[cases]]\nmethod = "full"\nmodel = "tiny"\nseq_len = 4\nbatch_size = 1\n'
     )
     cases = Sweep.from_file(path).cases
@@ -243,7 +268,7 @@ def test_a_sweep_file(tmp_path):
     assert all(case.options.ppo.reward_clip is None and repr(case.options.ppo.kl_coef) == "1.0" for case in cases)
 
 
-def test_a_sweep_file_that_is_absent_or_no_toml(tmp_path):
+def test_a_sweep_file_that_is_absent_or_not_toml(tmp_path):
     with pytest.raises(SweepError, match="cannot be read: No such file"):
         read_spec(tmp_path / "absent.toml")
     (tmp_path / "sweep.toml").write_text("methods = [")
@@ -251,18 +276,18 @@ def test_a_sweep_file_that_is_absent_or_no_toml(tmp_path):
         read_spec(tmp_path / "sweep.toml")
 
 
-def test_flags_replace_what_a_file_says():
-    spec = {**GRID, "prompt_lens": [4], "completion_lens": [4], "options": {"gamma": 0.5, "lam": 0.5}}
-    merged = override(spec, {"seq_lens": [16], "device": "cuda", "options": {"lam": 0.9}})
+def test_flags_win_over_keys_of_a_file():
+    spec = {**GRID, "prompt_lens": [4], "completion_lens": [4], "options": {"ppo": {"gamma": 0.5, "lam": 0.5}}}
+    merged = override(spec, {"seq_lens": [16], "device": "cuda", "options": {"ppo.lam": 0.9}})
     assert merged["seq_lens"] == [16]
     assert "prompt_lens" not in merged
-    assert merged["options"] == {"gamma": 0.5, "lam": 0.9}
+    assert merged["options"] == {"ppo.gamma": 0.5, "ppo.lam": 0.9}
     assert merged["device"] == "cuda"
 
 
-def test_flags_replace_what_listed_cases_say_but_give_them_no_grid():
+def test_flags_win_over_listed_cases_but_add_no_grid():
     spec = Sweep.from_spec({**GRID, "methods": ["hydra", "lora"]}).to_spec()
-    merged = Sweep.from_spec(override(spec, {"device": "cuda", "options": {"gamma": 0.5}}))
+    merged = Sweep.from_spec(override(spec, {"device": "cuda", "options": {"ppo.gamma": 0.5}}))
     assert {(case.device, case.options.ppo.gamma) for case in merged.cases} == {("cuda", 0.5)}
     assert len(merged.cases) == 2
     with pytest.raises(SweepError, match="methods cannot be given for a sweep file that lists its"):
@@ -272,15 +297,15 @@ def test_flags_replace_what_listed_cases_say_but_give_them_no_grid():
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("gamma=1", ("gamma", 1.0)),
-        ("logprob_chunk=64", ("logprob_chunk", 64)),
-        ("logprob_chunk=6.5", ("logprob_chunk", "6.5")),
-        ("gradient_checkpointing=True", ("gradient_checkpointing", True)),
-        ("reward_clip=none", ("reward_clip", None)),
-        ("stop_token=5", ("stop_token", 5)),
-        ("lora_targets=q_proj,v_proj", ("lora_targets", "q_proj,v_proj")),
-        ("lora_targets=none", ("lora_targets", "none")),
-        ("prompts=a=b", ("prompts", "a=b")),
+        ("ppo.gamma=1", ("ppo.gamma", 1.0)),
+        ("engine.logprob_chunk_size=64", ("engine.logprob_chunk_size", 64)),
+        ("engine.logprob_chunk_size=6.5", ("engine.logprob_chunk_size", "6.5")),
+        ("engine.gradient_checkpointing=True", ("engine.gradient_checkpointing", True)),
+        ("ppo.reward_clip=none", ("ppo.reward_clip", None)),
+        ("rollout.stop_token_id=5", ("rollout.stop_token_id", 5)),
+        ("lora.target_modules=q_proj,v_proj", ("lora.target_modules", "q_proj,v_proj")),
+        ("lora.target_modules=none", ("lora.target_modules", "none")),
+        ("data.prompts=a=b", ("data.prompts", "a=b")),
     ],
 )
 def test_an_option_of_the_command_line_has_the_type_of_its_field(text, expected):
@@ -289,25 +314,78 @@ def test_an_option_of_the_command_line_has_the_type_of_its_field(text, expected)
     assert type(value) is type(expected[1])
 
 
-def test_options_that_are_none():
+def test_malformed_options():
     with pytest.raises(SweepError, match="write it as KEY=VALUE"):
-        parse_option("gamma")
-    with pytest.raises(SweepError, match="did you mean 'gamma'"):
-        parse_option("gama=1")
+        parse_option("ppo.gamma")
+    with pytest.raises(SweepError, match=r"did you mean 'ppo\.gamma'"):
+        parse_option("ppo.gama=1")
 
 
-def test_what_differs_between_two_sweeps():
+@pytest.mark.parametrize(("old", "new"), RENAMED_OPTIONS.items())
+def test_an_old_name_of_an_option_reports_the_new_name(old, new, tmp_path):
+    sentence = f"option {old!r} is now called {new!r}."
+    with pytest.raises(SweepError) as caught:
+        parse_option(f"{old}=1")
+    assert caught.value.problems == (sentence,)
+    (tmp_path / "sweep.toml").write_text(f"[options]\n{old} = 1\n")
+    assert problems(read_spec(tmp_path / "sweep.toml")) == (sentence,)
+    table = {"method": "hydra", "model": "tiny", "seq_len": 8, "batch_size": 1, "options": {old: 1}}
+    assert problems({"cases": [table]}) == (f"cases[1]: {sentence}",)
+
+
+def test_a_sweep_key_that_became_an_option_reports_its_name():
+    assert problems({**GRID, "lora_rank": 4}) == ("sweep key 'lora_rank' is now the option 'lora.r'.",)
+    table = {"method": "hydra", "model": "tiny", "seq_len": 8, "batch_size": 1, "lora_rank": 4}
+    assert problems({"cases": [table]}) == ("cases[1]: sweep key 'lora_rank' is now the option 'lora.r'.",)
+
+
+def test_differences_between_two_sweeps():
     asked = Sweep.from_spec({**GRID, "batch_sizes": [1, 8]}).cases
-    there = Sweep.from_spec({**GRID, "options": {"gamma": 0.5}}).cases
-    assert differences(asked, there) == "batch_size 1, 8 instead of 1; options.ppo.gamma 1.0 instead of 0.5"
-    pair = [dataclasses.replace(asked[0], lora_rank=rank, batch_size=size) for rank, size in ((1, 1), (2, 2))]
-    other = [dataclasses.replace(asked[0], lora_rank=rank, batch_size=size) for rank, size in ((1, 2), (2, 1))]
+    there = Sweep.from_spec({**GRID, "options": {"ppo.gamma": 0.5}}).cases
+    assert differences(asked, there) == "batch_size 1, 8 instead of 1; ppo.gamma 1.0 instead of 0.5"
+    pair = [
+        dataclasses.replace(asked[0], options=Options.of({"lora.r": rank}), batch_size=size)
+        for rank, size in ((1, 1), (2, 2))
+    ]
+    other = [
+        dataclasses.replace(asked[0], options=Options.of({"lora.r": rank}), batch_size=size)
+        for rank, size in ((1, 2), (2, 1))
+    ]
     assert differences(pair, other) == "other combinations of the same values"
 
 
 def test_micro_batches_are_given_for_all_batch_sizes_that_they_divide():
     spec = {"methods": "hydra", "models": "tiny", "seq_lens": [8], "batch_sizes": [4, 8]}
-    options = {"micro_batch_size": 2, "num_mini_batches": 2}
+    options = {"engine.micro_batch_size": 2, "ppo.num_mini_batches": 2}
     assert [case.micro_batch_size for case in Sweep.from_spec({**spec, "options": options}).cases] == [2, 2]
     with pytest.raises(SweepError, match=r"engine.micro_batch_size is 3: it must divide the mini-batch of 4"):
-        Sweep.from_spec({**spec, "options": {"micro_batch_size": 3}})
+        Sweep.from_spec({**spec, "options": {"engine.micro_batch_size": 3}})
+
+
+DATA = {"data.prompts": "p.jsonl", "data.pairs": "x.jsonl"}
+
+
+def test_each_method_of_a_grid_takes_its_own_data_file_and_loads_back():
+    sweep = Sweep.from_spec({**GRID, "methods": ["hydra", "dpo-lora", "sft"], "options": DATA})
+    files = [(case.method, case.data_file) for case in sweep.cases]
+    assert files == [("hydra", "p.jsonl"), ("dpo-lora", "x.jsonl"), ("sft", None)]
+    assert Sweep.from_spec(tomllib.loads(sweep.to_toml())) == sweep
+
+
+def test_a_data_file_that_no_method_of_the_grid_takes_is_one_sentence():
+    assert problems({**GRID, "methods": ["sft", "dpo"], "options": {"data.prompts": "p.jsonl"}}) == (
+        "data.prompts is 'p.jsonl': method 'sft' takes demonstrations, so it must be none.",
+        "data.prompts is 'p.jsonl': method 'dpo' takes pairs, so it must be none.",
+    )
+
+
+def test_methods_are_rows_families_and_all():
+    def methods(*names):
+        return [case.method for case in Sweep.from_spec({**GRID, "methods": list(names)}).cases]
+
+    assert methods("PPO", "hydra") == methods("ppo") == ["full", "lora", "dynamic-lora", "joined-hydra", "hydra"]
+    assert methods("sft") == ["sft"]
+    assert methods("SFT") == ["sft", "sft-lora"]
+    assert methods("all") == list(METHODS)
+    (sentence,) = problems({**GRID, "methods": ["hydr"]})
+    assert sentence.startswith("method 'hydr' is unknown: did you mean 'hydra'")

@@ -1,5 +1,7 @@
-import functools
+import dataclasses
+import inspect
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -10,11 +12,17 @@ import pytest
 import rlhfbench
 import rlhfbench.runs.drawing
 from rlhfbench.cases.sizes import parse_size
+from rlhfbench.cases.sweep import DEFAULT_GRID
 from rlhfbench.cli import main as cli
 from rlhfbench.errors import ForkServerError, RecordsError, SweepError
 from rlhfbench.records.file import read_records
 from rlhfbench.records.frame import records_frame
 from rlhfbench.runs import runner
+from rlhfbench.runs.max_batch import find_max_batches
+from rlhfbench.runs.options import RunOptions
+from rlhfkernels.config.case import Case
+from rlhfkernels.config.options import Options
+from rlhfkernels.config.settings import SETTINGS
 from rlhfkernels.methods.table import METHODS
 from rlhfkernels.models.presets import PRESETS
 
@@ -23,22 +31,19 @@ SMALL = ("--methods", "hydra", "--seq-lens", "8", "--batch-sizes", "1")
 
 
 @pytest.fixture(autouse=True)
-def in_an_empty_folder(monkeypatch, tmp_path):
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
+def in_an_empty_folder(monkeypatch, tmp_path, fake_case_path):
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
-def fake(monkeypatch):
-    """Has ``run`` run fake cases, and draw a table of one word."""
-    whole = functools.partial(runner.run_sweep, target="fake_case:run_case", preload=())
-    monkeypatch.setattr(runner, "run_sweep", whole)
+def fake(monkeypatch, fake_server):
+    """Has ``run`` run fake cases and draw a table of one line."""
     monkeypatch.setattr(rlhfbench.runs.drawing, "draw_run", lambda run_dir, **_: f"table of {run_dir}")
 
 
 @pytest.fixture
 def call(capsys, monkeypatch):
-    """Calls the command; gives (exit code, standard output, standard error)."""
+    """Calls the command; returns (exit code, standard output, standard error)."""
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["rlhfbench", *arguments])
@@ -50,11 +55,11 @@ def call(capsys, monkeypatch):
 
 
 def kind(name):
-    return ("--option", f"prompt_field={name}")
+    return ("--option", f"data.prompt_field={name}")
 
 
 @pytest.mark.usefixtures("fake")
-def test_run_prints_the_table_and_where_the_run_is(call, tmp_path):
+def test_run_prints_the_table_and_the_folder(call, tmp_path):
     code, out, err = call("run", *SMALL, *kind("ok"), "--out", "here")
     assert (code, out) == (0, "table of here\n")
     assert err.splitlines()[-1] == "The run is in here."
@@ -70,16 +75,17 @@ def test_every_flag_reaches_the_case_and_the_settings(call, tmp_path):
     code, out, _ = call(
         "run", "--model", "gpt2", "--methods", "lora", "--seq-lens", "10", "--batch-sizes", "4", "--prompts", "p.jsonl",
         "--prompt-field", "q", "--prompt-fraction", "0.2", "--device", "cpu", "--dtype", "bfloat16", "--lora-rank", "4",
-        "--seed", "3", "--option", "gamma=0.5", "--option", "num_mini_batches=2", "--time-budget-s", "1.5",
+        "--seed", "3",
+        "--option", "ppo.gamma=0.5", "--option", "ppo.num_mini_batches=2", "--time-budget-s", "1.5",
         "--case-timeout-s", "9", "--memory-limit", "1GiB", "--threads", "1", "--profile", "--with-plan", "--json",
     )  # fmt: skip
     assert code == 3  # the fake has no behaviour called q
     (record,) = json.loads(out)
     case, options = record["case"], record["case"]["options"]
     assert (case["model"], case["method"], case["prompt_len"], case["completion_len"]) == ("gpt2", "lora", 2, 8)
-    assert (case["batch_size"], case["dtype"], case["lora_rank"], case["seed"]) == (4, "bfloat16", 4, 3)
-    assert (options["prompts"], options["prompt_field"]) == ("p.jsonl", "q")
-    assert (options["gamma"], options["num_mini_batches"]) == (0.5, 2)
+    assert (case["batch_size"], case["dtype"], options["lora"]["r"], case["seed"]) == (4, "bfloat16", 4, 3)
+    assert options["data"] == {"prompts": "p.jsonl", "prompt_field": "q", "demonstrations": None, "pairs": None}
+    assert (options["ppo"]["gamma"], options["ppo"]["num_mini_batches"]) == (0.5, 2)
     (folder,) = tmp_path.glob("rlhfbench-run-*Z")
     settings = json.loads((folder / "environment.json").read_text())["settings"]
     assert settings["time_budget_s"] == 1.5
@@ -95,15 +101,15 @@ def test_every_flag_reaches_the_case_and_the_settings(call, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (("--device", "cuda"), "it is a processor's, so device must be 'cpu'."),
+        (("--device", "cuda"), "it runs on a CPU, so device must be 'cpu'."),
         (("--dtype", "bfloat16"), "it has no bfloat16, so dtype must be float32."),
-        ((), "its C cannot be compiled here (CC is '/nonexistent', which is no command)."),
+        ((), "its C code cannot be compiled here (CC is '/nonexistent', which is no command)."),
     ],
     ids=["on a GPU", "in bfloat16", "without a compiler"],
 )
-def test_kernels_that_cannot_be_had_are_told_before_anything_is_measured(call, monkeypatch, tmp_path, flags, sentence):
+def test_a_backend_that_cannot_run_is_reported_before_any_case(call, monkeypatch, tmp_path, flags, sentence):
     monkeypatch.setenv("CC", "/nonexistent")
-    code, out, err = call("run", *SMALL, *kind("ok"), *flags, "--option", "kernels=native", "--out", "here")
+    code, out, err = call("run", *SMALL, *kind("ok"), *flags, "--option", "engine.backend=native", "--out", "here")
     assert (code, out, err) == (2, "", f"engine.backend is 'native': {sentence}\n")
     assert not (tmp_path / "here").exists()
 
@@ -111,7 +117,7 @@ def test_kernels_that_cannot_be_had_are_told_before_anything_is_measured(call, m
 @pytest.mark.usefixtures("fake")
 def test_flags_win_over_a_sweep_file(call, tmp_path):
     (tmp_path / "s.toml").write_text(
-        'methods = ["hydra", "lora"]\nseq_lens = [8]\nbatch_sizes = [1]\noptions.prompt_field = "ok"\n'
+        'methods = ["hydra", "lora"]\nseq_lens = [8]\nbatch_sizes = [1]\noptions.data.prompt_field = "ok"\n'
     )
     assert call("run", "--sweep", "s.toml", "--methods", "full", "--dtype", "bfloat16", "--out", "a")[0] == 0
     (record,) = read_records("a")
@@ -119,7 +125,7 @@ def test_flags_win_over_a_sweep_file(call, tmp_path):
 
 
 @pytest.mark.usefixtures("fake")
-def test_both_settings_run_side_by_side_and_are_resumed(call, tmp_path):
+def test_cases_of_two_settings_are_interleaved_and_resumed(call, tmp_path):
     arguments = ("run", *SMALL, *kind("ok"), "--setting", "paper,modern", "--lora-rank", "4", "--out", "a")
     assert call(*arguments)[0] == 0
     records = read_records("a")
@@ -131,16 +137,16 @@ def test_both_settings_run_side_by_side_and_are_resumed(call, tmp_path):
     assert call(*arguments, "--resume")[0] == 0
     assert read_records("a") == records
     # A sweep file can name them too, and a flag beside it wins.
-    (tmp_path / "s.toml").write_text('settings = ["paper", "modern"]\nlora_rank = 2\n')
+    (tmp_path / "s.toml").write_text('settings = ["paper", "modern"]\n[options.lora]\nr = 2\n')
     assert call("run", "--sweep", "s.toml", *SMALL, *kind("ok"), "--out", "b")[0] == 0
     assert records_frame(read_records("b"))["setting"].tolist() == ["paper", "modern"]
     assert call("run", "--sweep", "s.toml", "--setting", "paper", *SMALL, *kind("ok"), "--out", "c")[0] == 0
     (record,) = read_records("c")
-    assert (records_frame([record]).loc[0, "setting"], record["case"]["lora_rank"]) == ("paper", 128)
+    assert (records_frame([record]).loc[0, "setting"], record["case"]["options"]["lora"]["r"]) == ("paper", 128)
 
 
 @pytest.mark.usefixtures("fake")
-def test_nothing_measured_is_exit_code_3(call):
+def test_a_run_without_an_ok_case_exits_with_3(call):
     code, out, err = call("run", *SMALL, *kind("segfault"), "--out", "here")
     assert code == 3
     assert out == "table of here\n"
@@ -155,11 +161,11 @@ def test_a_run_is_resumed_by_the_same_command_or_by_its_folder_alone(call):
     assert call("run", "--resume", "--out", "here")[0] == 0
     assert len(read_records("here")) == 1
     code, _, err = call(*arguments, "--lora-rank", "2", "--resume")
-    assert (code, err) == (2, "out 'here' holds a run of a different sweep: lora_rank 2 instead of 16.\n")
+    assert (code, err) == (2, "out 'here' holds a run of a different sweep: lora.r 2 instead of 16.\n")
 
 
 @pytest.mark.usefixtures("fake")
-def test_an_interrupt_says_how_to_go_on(call, monkeypatch):
+def test_an_interrupt_prints_the_command_that_resumes(call, monkeypatch):
     def interrupted(*arguments, **keywords):
         keywords["progress"] = None
         return runner.RunResult(run_dir=Path("a folder"), records=[{}, {}], interrupted=True)
@@ -169,11 +175,11 @@ def test_an_interrupt_says_how_to_go_on(call, monkeypatch):
     assert (code, out) == (130, "")
     assert err.splitlines() == [
         "Interrupted: 2 cases are recorded in a folder.",
-        "To go on: rlhfbench run --methods hydra --seq-lens 8 --batch-sizes 1 --out 'a folder' --resume",
+        "To resume: rlhfbench run --methods hydra --seq-lens 8 --batch-sizes 1 --out 'a folder' --resume",
     ]
 
 
-def test_a_full_disk_says_how_to_go_on(call, monkeypatch):
+def test_a_full_disk_prints_the_command_that_resumes(call, monkeypatch):
     def full(*arguments, **keywords):
         raise RecordsError("records file 'x' cannot be written: No space left on device.")
 
@@ -184,7 +190,7 @@ def test_a_full_disk_says_how_to_go_on(call, monkeypatch):
     assert err.splitlines()[1].endswith("--out=x --resume")
 
 
-def test_a_server_that_does_not_start_is_exit_code_3(call, monkeypatch):
+def test_a_fork_server_that_does_not_start_exits_with_3(call, monkeypatch):
     def broken(*arguments, **keywords):
         raise ForkServerError("the fork server did not start: ImportError")
 
@@ -209,11 +215,11 @@ WRONG = [
         ("run", "--seq-lens", "9999"),
         "a length of 9999 (4999 + 5000) is too long for model 'tiny': it has 4096 positions.",
     ),
-    (("run", "--lora-rank", "0"), "lora_rank is 0: it must be a whole number of at least 1."),
+    (("run", "--lora-rank", "0"), "lora.r is 0: it must be a whole number of at least 1."),
     (("run", "--lora-rank", "x"), "--lora-rank is 'x': it must be a whole number."),
     (("run", "--time-budget-s", "x"), "--time-budget-s is 'x': it must be a number."),
     (("run", "--time-budget-s", "nan"), "time_budget_s is nan: it must be above 0."),
-    (("run", "--seed", "-1"), "seed is -1: it must be a whole number of at least 0."),
+    (("run", "--seed", "-1"), "seed is -1: it must be a whole number of at least 0 and below 9223372036854775808."),
     (("run", "--prompt-fraction", "2"), "prompt_fraction is 2.0: it must be a number between 0 and 1."),
     (("run", "--prompts", "absent.jsonl"), "prompts 'absent.jsonl' cannot be read: No such file or directory."),
     (("run", "--prompts", "bad.jsonl"), "prompts 'bad.jsonl', line 2: it is not JSON."),
@@ -222,21 +228,22 @@ WRONG = [
         ("run", "--prompts", "good.jsonl", "--prompt-field", "q"),
         "line 1: there is no field 'q'; its fields are 'prompt'.",
     ),
-    (("run", "--option", "gama=1"), "option 'gama' is unknown: did you mean 'gamma'"),
-    (("run", "--option", "gamma"), "option 'gamma' has no value: write it as KEY=VALUE."),
-    (("run", "--option", "gamma=2"), "ppo.gamma is 2.0: it must be a number from 0 to 1."),
+    (("run", "--option", "ppo.gama=1"), "option 'ppo.gama' is unknown: did you mean 'ppo.gamma'"),
+    (("run", "--option", "ppo.gamma"), "option 'ppo.gamma' has no value: write it as KEY=VALUE."),
+    (("run", "--option", "ppo.gamma=2"), "ppo.gamma is 2.0: it must be a finite number from 0 to 1."),
+    (("run", "--option", "gamma=1"), "option 'gamma' is now called 'ppo.gamma'."),
     (("run", "--sweep", "absent.toml"), "sweep file 'absent.toml' cannot be read: No such file or directory."),
     (("run", "--sweep", "typo.toml"), "sweep key 'metods' is unknown: did you mean 'methods'"),
     (("run", "--time-budget-s", "0"), "time_budget_s is 0.0: it must be above 0."),
     (("run", "--memory-limit", "much"), "--memory-limit is 'much': it must be a size like 4GiB"),
     (("run", "--resume"), "--resume needs --out"),
-    (("run", "--out", "full"), "out 'full' holds files that are no run: name an empty or a new folder."),
+    (("run", "--out", "full"), "out 'full' holds files of something else: name an empty or a new folder."),
     (("run", "--out", "good.jsonl/x"), "out 'good.jsonl/x' cannot be written: Not a directory."),
-    (("run", "--out", "old"), "out 'old' holds another run: add --resume to go on with it, or name a new folder."),
+    (("run", "--out", "old"), "out 'old' holds another run: add --resume to continue it, or name a new folder."),
     (("run", "--sed", "1"), "No such option: --sed"),
     (("rum",), "No such command 'rum'"),
     (("report", "absent"), "records file 'absent' cannot be read: No such file or directory."),
-    (("report", "future"), "its schema is 99 and this rlhfbench reads up to 1: a newer one wrote it."),
+    (("report", "future"), "its schema is 99 and this rlhfbench reads up to 2: a newer one wrote it."),
     (("report", "old"), "run 'old' holds no records yet: there is nothing to draw."),
     (("report",), "Missing argument 'RUN'."),
 ]
@@ -266,7 +273,7 @@ def test_a_mistake_is_one_clear_sentence_and_exit_code_2(call, tmp_path, argumen
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_cuda_where_there_is_none(call, monkeypatch):
+def test_cuda_without_a_cuda_device(call, monkeypatch):
     from rlhfbench.cases import preflight
 
     monkeypatch.setattr(preflight, "num_cuda_devices", lambda: 0)
@@ -283,7 +290,7 @@ def test_ctrl_c_and_sigterm_leave_a_run_that_can_be_resumed(tmp_path):
             _, err = harness.communicate(timeout=60)
         assert harness.returncode == 130
         assert "Traceback" not in err
-        assert err.splitlines()[-1].startswith("To go on: rlhfbench run ")
+        assert err.splitlines()[-1].startswith("To resume: rlhfbench run ")
         assert read_records(out) == []
 
 
@@ -344,16 +351,90 @@ def test_version_and_help(call):
     assert "--seq-lens" in out
 
 
-@pytest.mark.parametrize("verb", [(), ("run",), ("report",), ("methods",), ("models",)])
-def test_help_imports_nothing_heavy(verb):
+VERBS = ("run", "plan", "report", "methods", "models")
+
+
+@pytest.mark.parametrize("arguments", [(), *((verb,) for verb in VERBS)])
+def test_help_imports_nothing_heavy(arguments):
+    """Keeps ``--help`` under half a second. Newer versions of typer import pydantic to parse any command."""
     code = (
         "import sys\nfrom rlhfbench.cli import main as cli\n"
-        f"cli.invoke([*{verb!r}, '--help'])\n"
-        "heavy = {'torch', 'transformers', 'pandas', 'numpy', 'matplotlib', 'psutil', 'rich.progress'}\n"
-        "sys.exit(bool(heavy & set(sys.modules)))"
+        "heavy = {'torch', 'transformers', 'pandas', 'numpy', 'matplotlib', 'psutil', 'rich', 'multiprocessing'}\n"
+        "assert not (heavy | {'pydantic'}) & set(sys.modules), 'importing the verbs'\n"
+        f"code = cli.invoke([*{arguments!r}, '--help'])\n"
+        "sys.exit(code or sorted(heavy & set(sys.modules)) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_ends_with_examples_that_parse_and_exit_codes(call, verb):
+    code, out, _ = call(verb, "--help")
+    assert code == 0
+    *_, examples, exit_codes = out.strip().split("\n\n")
+    assert exit_codes.split()[:2] == ["Exit", "codes:"]
+    title, *lines = examples.splitlines()
+    assert title.strip() == "Examples:"
+    for line in lines:
+        words = line.split()
+        assert words[:2] == ["rlhfbench", verb]
+        assert {word for word in words if word.startswith("--")} <= set(out.split())
+
+
+def help_by_option(text):
+    """The help of each option, on one line."""
+    parts = re.split(r"^  (--[\w-]+)", text, flags=re.MULTILINE)
+    return {flag: " ".join(part.split()) for flag, part in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+def test_help_lists_options_in_sections(call):
+    out = call("run", "--help")[1]
+    titles = [line for line in out.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert titles == ["Cases:", "Training data:", "Device and weights:", "Measurement:", "Output:", "Other:"]
+
+
+def test_help_states_the_real_defaults(call):
+    helps = help_by_option(call("run", "--help")[1])
+    options, flat, case = RunOptions(), Options().flat(), {f.name: f.default for f in dataclasses.fields(Case)}
+    limit = inspect.signature(find_max_batches).parameters["limit"].default
+    for flag, default in {
+        "--time-budget-s": f"{options.time_budget_s:g}",
+        "--case-timeout-s": f"{options.case_timeout_s:g}",
+        "--max-batch-limit": limit,
+        "--lora-rank": flat["lora.r"],
+        "--prompt-field": flat["data.prompt_field"],
+        "--seed": case["seed"],
+        "--dtype": case["dtype"],
+        "--methods": DEFAULT_GRID["methods"][0],
+        "--setting": next(iter(SETTINGS)),
+    }.items():
+        assert f"[default: {default}]" in helps[flag]
+
+
+def test_plan_takes_every_option_of_run_that_defines_a_case(call):
+    def options(verb):
+        return set(help_by_option(call(verb, "--help")[1]))
+
+    only_run = {
+        "--time-budget-s", "--case-timeout-s", "--memory-limit", "--threads", "--profile", "--with-plan",
+        "--max-batch", "--max-batch-limit", "--resume",
+    }  # fmt: skip
+    assert options("run") - options("plan") == only_run
+    assert options("plan") - options("run") == {"--gpu", "--zero-stage", "--world-size", "--global-batch"}
+
+
+def test_methods_lists_the_options_by_group_with_default_rule_and_meaning(call):
+    code, out, _ = call("methods", "--options")
+    assert code == 0
+    assert "  ppo.kl_coef=0.02  (a finite number of at least 0)\n      β of the per-token penalty" in out
+    assert "  engine.gradient_checkpointing=false  (true or false)\n" in out
+    assert [line for line in out.splitlines() if line and not line.startswith(" ")] == [
+        group.name for group in dataclasses.fields(Options)
+    ]
+    rows = json.loads(call("methods", "--options", "--json")[1])
+    assert {row["name"]: row["default"] for row in rows} == Options().flat()
+    assert all(set(row) == {"name", "default", "rule", "meaning"} for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -373,25 +454,65 @@ def test_sizes(text, expected):
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "-1", "4 Gib ibs", "4XB", "nan"])
-def test_no_sizes(text):
+def test_invalid_sizes(text):
     with pytest.raises(SweepError, match="must be a size like 4GiB"):
         parse_size("--memory-limit", text)
 
 
-def test_the_public_face_is_what_it_says():
+def test_the_public_names():
     assert sorted(rlhfbench.__all__) == [
         "ForkServerError",
         "Ledger",
         "RecordsError",
         "RlhfBenchError",
         "RunFolderError",
-        "RunSettings",
+        "RunOptions",
         "Sweep",
         "SweepError",
         "__version__",
+        "plan",
         "read_records",
+        "records_frame",
         "run_sweep",
     ]
     assert all(getattr(rlhfbench, name) is not None for name in rlhfbench.__all__)
     with pytest.raises(AttributeError, match="no attribute 'absent'"):
         rlhfbench.absent  # noqa: B018
+
+
+@pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize(
+    ("method", "flag", "text", "sentence"),
+    [
+        ("dpo", "--pairs", None, "pairs 'x.jsonl' cannot be read: No such file or directory."),
+        ("dpo", "--pairs", "", "pairs 'x.jsonl' is empty: it must hold at least one row."),
+        ("dpo", "--pairs", '{"prompt": "a",\n', "pairs 'x.jsonl', line 1: it is not JSON."),
+        (
+            "dpo",
+            "--pairs",
+            '{"prompt": "a", "chosen": "b"}\n',
+            "pairs 'x.jsonl', line 1: there is no field 'rejected'; its fields are 'prompt', 'chosen'.",
+        ),
+        (
+            "sft",
+            "--demonstrations",
+            '{"prompt": "a", "completion": ""}\n',
+            "demonstrations 'x.jsonl', line 1: field 'completion' must be a text that is not empty, or a list of "
+            "messages (role, content).",
+        ),
+        (
+            "dpo",
+            "--pairs",
+            '{"prompt": "a", "chosen": "b", "rejected": "b"}\n',
+            "pairs 'x.jsonl': chosen equals rejected in every row, so no pair is left.",
+        ),
+        ("hydra", "--pairs", "", "data.pairs is 'x.jsonl': method 'hydra' takes prompts, so it must be none."),
+    ],
+)
+def test_a_bad_data_file_is_one_sentence_and_starts_nothing(call, tmp_path, method, flag, text, sentence):
+    if text is not None:
+        (tmp_path / "x.jsonl").write_text(text)
+    small = ("--model", "tiny", "--seq-lens", "8", "--batch-sizes", "1")
+    code, out, err = call("run", "--methods", method, *small, flag, "x.jsonl", "--out", "here")
+    assert (code, out, err) == (2, "", sentence + "\n")
+    assert not (tmp_path / "here").exists()

@@ -18,7 +18,7 @@ def seconds(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_a_rate_is_work_over_time(seconds, monkeypatch, dtype):
     monkeypatch.setitem(ceilings._BUFFER_BYTES, "cpu", 1000)
-    monkeypatch.setattr(ceilings.native, "beats_library", lambda: False)
+    monkeypatch.setattr(ceilings.native, "beats_torch", lambda: False)
     assert measure_ceilings("cpu", dtype) == {
         "matmul_flops_per_s": 2 * 256**3,  # a matmul of one second is long enough: no larger one is tried
         "copy_bytes_per_s": 2 * 1000,  # read and written
@@ -49,8 +49,8 @@ def test_the_ceiling_is_the_rate_of_the_faster_matmul(monkeypatch):
     ],
 )
 def test_the_native_matmul_is_tried_only_where_it_is_faster(monkeypatch, dtype, failure, beats, num_matmuls):
-    monkeypatch.setattr(ceilings.build, "why_not", lambda: failure)
-    monkeypatch.setattr(ceilings.native, "beats_library", lambda: beats)
+    monkeypatch.setattr(ceilings.build, "unavailable_reason", lambda: failure)
+    monkeypatch.setattr(ceilings.native, "beats_torch", lambda: beats)
     assert len(ceilings._matmuls(torch.device("cpu"), dtype)) == num_matmuls
 
 

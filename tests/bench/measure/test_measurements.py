@@ -101,7 +101,18 @@ def test_the_measurements_in_their_order(fake, tmp_path):
     phases = [f"phase:{phase.name}" for phase in PHASES]
     assert notices == ["build", "warm-up", *phases, "timing", "memory", *phases, "profile", *phases, "ceilings"]
     assert json.loads(json.dumps(result)) == result
-    objects = {"memory", "latency", "work", "stats", "prompts", "engine", "attention", "kernels", "ceilings", "timeline"}
+    objects = {
+        "memory",
+        "latency",
+        "work",
+        "stats",
+        "prompts",
+        "engine",
+        "attention",
+        "kernels",
+        "ceilings",
+        "timeline",
+    }
     assert set(result) == objects
     assert result["prompts"] == step.data_summary()
     assert result["ceilings"] == CEILINGS

@@ -12,7 +12,7 @@ def git(folder, *arguments):
     subprocess.run(["git", "-C", folder, *identity, *arguments], check=True, capture_output=True)
 
 
-def test_everything_is_named_and_fits_into_json():
+def test_the_environment_is_complete_and_survives_json():
     found = environment.describe(argv=["rlhfbench", "run"], settings={"num_threads": 3})
     assert json.loads(json.dumps(found)) == found
     assert found["argv"] == ["rlhfbench", "run"]
@@ -76,7 +76,7 @@ class FakeNvml:
         return type("Info", (), {"total": 2**33})
 
 
-def test_gpus_are_told_by_nvml(monkeypatch):
+def test_gpus_are_listed_by_nvml(monkeypatch):
     nvml = FakeNvml()
     monkeypatch.setitem(__import__("sys").modules, "pynvml", nvml)
     assert environment.gpus() == [
@@ -86,6 +86,6 @@ def test_gpus_are_told_by_nvml(monkeypatch):
     assert nvml.open is False
 
 
-def test_without_nvml_there_is_nothing_to_tell(monkeypatch):
+def test_without_nvml_gpus_are_unknown(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pynvml", None)
     assert environment.gpus() is None

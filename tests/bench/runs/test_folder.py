@@ -21,7 +21,7 @@ def test_a_new_folder_gets_its_sweep_and_can_be_resumed(tmp_path):
     folder.prepare(SWEEP, resume=True)
 
 
-def test_an_empty_folder_is_as_good_as_none_even_to_resume(tmp_path):
+def test_an_empty_folder_is_treated_as_a_new_one_even_with_resume(tmp_path):
     RunFolder(tmp_path).prepare(SWEEP, resume=True)
     assert RunFolder(tmp_path).load_sweep() == SWEEP
 
@@ -34,7 +34,7 @@ def test_a_folder_with_another_run(tmp_path):
 
 def test_a_folder_with_something_else(tmp_path):
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(RunFolderError, match="holds files that are no run"):
+    with pytest.raises(RunFolderError, match="holds files of something else: name an empty or a new folder"):
         RunFolder(tmp_path).prepare(SWEEP, resume=True)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -60,7 +60,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
         RunFolder(tmp_path / "file").prepare(SWEEP, resume=False)
 
 
-def test_the_environments_of_all_starts_are_kept(tmp_path):
+def test_the_environment_of_every_start_is_kept(tmp_path):
     folder = RunFolder(tmp_path)
     for number in range(3):
         folder.write_environment({"started_at": number})

@@ -14,9 +14,7 @@ from rlhfbench.runs.forkserver_process import Lines
 HERE = Path(__file__).parents[1]
 
 
-@pytest.fixture(autouse=True)
-def fake_case_can_be_imported(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
+pytestmark = pytest.mark.usefixtures("fake_case_path")
 
 
 @pytest.fixture
@@ -27,7 +25,7 @@ def server():
 
 @pytest.fixture
 def run(server, tmp_path):
-    """Runs one fake case; gives (its exit, its messages, its log)."""
+    """Runs one fake case; returns (exit, messages, log)."""
 
     def run(kind, *, timeout_s=60.0, on_message=lambda message: None, **request):
         messages = []
@@ -38,7 +36,7 @@ def run(server, tmp_path):
 
         log = tmp_path / "log"
         log.unlink(missing_ok=True)
-        request = {"case": {"options": {"prompt_field": kind}}, **request}
+        request = {"case": {"options": {"data": {"prompt_field": kind}}}, **request}
         end = server.run(request, log_path=log, timeout_s=timeout_s, on_message=take)
         return end, messages, log.read_text()
 
@@ -81,7 +79,7 @@ def test_messages_larger_than_a_pipe_and_a_log(run):
     assert log == "said on stdout\n"
 
 
-def test_what_a_case_says_last_is_heard_even_where_its_end_is_heard_first(run, server, monkeypatch, tmp_path):
+def test_the_last_message_arrives_even_if_the_exit_status_arrives_first(run, server, monkeypatch, tmp_path):
     os.mkfifo(tmp_path / "fifo")
     receive = server._receive
 
@@ -114,7 +112,7 @@ def test_a_case_that_raises_past_its_target_exits_with_1_and_a_traceback(run):
     assert "KeyError" in log
 
 
-def test_a_case_killed_in_the_middle_of_a_line_garbles_only_that(run):
+def test_an_incomplete_line_is_no_message(run):
     lines = Lines()
     assert lines.feed(b'{"a": 1}\n{"b"') == [{"a": 1}]
     assert lines.feed(b": 2}\n") == [{"b": 2}]
@@ -141,7 +139,7 @@ def test_a_case_killed_from_outside(run):
     assert (end.code, end.timed_out) == (-signal.SIGKILL, False)
 
 
-def test_a_server_that_dies_takes_its_case_along_and_is_started_again(run, server):
+def test_a_server_that_dies_ends_its_case_and_is_started_again(run, server):
     seen = []
 
     def kill_server(message):
@@ -208,7 +206,7 @@ def wait_until_hanging(harness):
     raise AssertionError(harness.stderr.read())
 
 
-HANG = ("--methods", "hydra", "--seq-lens", "8", "--batch-sizes", "1", "--option", "prompt_field=hang")
+HANG = ("--methods", "hydra", "--seq-lens", "8", "--batch-sizes", "1", "--option", "data.prompt_field=hang")
 
 
 def test_a_harness_killed_with_kill_9_leaves_nothing_behind(tmp_path):
@@ -218,7 +216,7 @@ def test_a_harness_killed_with_kill_9_leaves_nothing_behind(tmp_path):
         assert all(is_gone(pid, within_s=3.0) for pid in pids)
 
 
-def test_a_harness_killed_while_its_server_imports_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_a_harness_killed_while_its_server_imports_leaves_nothing_behind(tmp_path, monkeypatch, fake_case_path):
     os.mkfifo(tmp_path / "pid")
     (tmp_path / "slow_to_import.py").write_text(
         "import os, time\n"
@@ -226,9 +224,11 @@ def test_a_harness_killed_while_its_server_imports_leaves_nothing_behind(tmp_pat
         "    f.write(str(os.getpid()))\n"
         "time.sleep(600)\n"
     )
-    monkeypatch.setenv("PYTHONPATH", f"{HERE}:{tmp_path}")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{fake_case_path}")
     with start_harness(tmp_path / "run", *HANG, preload="slow_to_import") as harness:
-        server = int((tmp_path / "pid").read_text())
+        with open(tmp_path / "pid", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as pid:
+            assert select.select([pid], [], [], 60)[0], "the server did not import the module"
+            server = int(pid.read())
         harness.kill()
         assert is_gone(server, within_s=3.0)
 
@@ -240,14 +240,14 @@ def test_a_script_without_a_main_guard_is_not_started_over(tmp_path):
         "from rlhfbench.runs.forkserver import ForkServer\n"
         "print('once')\n"
         "with ForkServer(target='fake_case:run_case', preload=()) as server:\n"
-        "    request = {'case': {'options': {'prompt_field': 'ok'}}}\n"
+        "    request = {'case': {'options': {'data': {'prompt_field': 'ok'}}}}\n"
         f"    print(server.run(request, log_path=Path({str(tmp_path / 'log')!r})).code)\n"
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.split() == ["once", "0"]
 
 
-def test_the_last_line_that_says_something():
+def test_the_last_line_that_is_not_blank():
     assert last_line("a\n  b \n\n \n") == "b"
     assert last_line("") == ""
     assert len(last_line("x" * 1000)) == 300

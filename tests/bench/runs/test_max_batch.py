@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +12,9 @@ from hypothesis import strategies as st
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.errors import SweepError
 from rlhfbench.records.file import make_record, read_records
-from rlhfbench.runs import max_batch as maxbatch
-from rlhfbench.runs import runner
-from rlhfbench.runs.max_batch import Found, Search, find_max_batches, max_batch_frame
-from rlhfbench.runs.runner import RunSettings
+from rlhfbench.runs import max_batch
+from rlhfbench.runs.max_batch import MaxBatchResult, MaxBatchSearch, find_max_batches, max_batch_frame
+from rlhfbench.runs.options import RunOptions
 from rlhfkernels import Case, Options
 
 CASE = Case(method="hydra", model="tiny", prompt_len=4, completion_len=4, batch_size=1)
@@ -30,8 +28,8 @@ def record(case: Case, outcome: str, total_bytes: int | None = None) -> dict[str
     return make_record(case, outcome=outcome, error=error, measured={"memory": memory}, started_at="", wall_s=0.0)
 
 
-def search(fits: int, *, start: int = 1, limit: int = 512, available_gib: float | None = None) -> Found:
-    """A device on which ``fits`` sequences have room; a step takes 1 GiB, and 1 GiB a sequence."""
+def search(fits: int, *, start: int = 1, limit: int = 512, available_gib: float | None = None) -> MaxBatchResult:
+    """Searches a device that fits ``fits`` rows; a step takes 1 GiB, and 1 GiB for each row."""
 
     def try_case(case: Case) -> dict[str, object]:
         size = case.batch_size
@@ -39,10 +37,10 @@ def search(fits: int, *, start: int = 1, limit: int = 512, available_gib: float 
 
     available_bytes = None if available_gib is None else int(available_gib * GIB)
     case = dataclasses.replace(CASE, batch_size=start)
-    return Search(case, limit=limit, available_bytes=available_bytes).run(try_case, planned=7)
+    return MaxBatchSearch(case, limit=limit, available_bytes=available_bytes).run(try_case, planned=7)
 
 
-def sizes(found: Found) -> list[int]:
+def sizes(found: MaxBatchResult) -> list[int]:
     return [size for size, _, _ in found.tries]
 
 
@@ -53,7 +51,7 @@ def test_the_batch_is_doubled_and_then_bisected() -> None:
     assert found.stopped_because == "batch 12 was out of memory."
 
 
-def test_a_good_start_needs_two_tries_more() -> None:
+def test_a_start_at_the_answer_needs_few_more_tries() -> None:
     assert sizes(search(11, start=11)) == [11, 22, 16, 13, 12]
     assert sizes(search(3, start=8)) == [8, 4, 2, 3]
 
@@ -67,14 +65,14 @@ def test_the_answer_is_the_largest_that_fits_up_to_the_limit(fits: int, start: i
     assert max(sizes(found)) <= limit
 
 
-def test_the_limit_ends_it() -> None:
+def test_the_limit_ends_the_search() -> None:
     found = search(1000, limit=6)
     assert sizes(found) == [1, 2, 4, 6]
     assert found.stopped_because == "the limit of 6 was reached."
 
 
 @given(available_gib=st.integers(3, 60), start=st.integers(1, 2))
-def test_no_batch_is_tried_that_the_host_could_not_hold(available_gib: int, start: int) -> None:
+def test_no_batch_beyond_the_memory_of_the_host_is_tried(available_gib: int, start: int) -> None:
     found = search(10_000, start=start, available_gib=available_gib)
     assert found.largest_ok == max(sizes(found)) == available_gib - 1
     assert found.smallest_failing is None
@@ -85,34 +83,31 @@ def test_no_batch_is_tried_that_the_host_could_not_hold(available_gib: int, star
 
 
 @pytest.mark.parametrize("outcome", ["timeout", "invalid", "crashed"])
-def test_another_failure_ends_the_search_and_is_no_size(outcome: str) -> None:
+def test_another_failure_ends_the_search_and_is_not_out_of_memory(outcome: str) -> None:
     def try_case(case: Case) -> dict[str, object]:
         return record(case, "ok" if case.batch_size < 4 else outcome, GIB)
 
-    found = Search(CASE, limit=512, available_bytes=None).run(try_case)
+    found = MaxBatchSearch(CASE, limit=512, available_bytes=None).run(try_case)
     assert (found.largest_ok, found.smallest_failing) == (2, None)
     assert found.stopped_because == f"batch 4 ended as {outcome}: it says why."
-    at_once = Search(dataclasses.replace(CASE, batch_size=4), limit=512, available_bytes=None).run(try_case)
+    at_once = MaxBatchSearch(dataclasses.replace(CASE, batch_size=4), limit=512, available_bytes=None).run(try_case)
     assert at_once.largest_ok is None
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has tries be fake cases, on a host of 64 GiB for which 5 sequences are planned."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
-    whole = functools.partial(runner.run_sweep, target="fake_case:run_case", preload=())
-    monkeypatch.setattr(runner, "run_sweep", whole)
-    monkeypatch.setattr(maxbatch, "host_available_bytes", lambda: 64 * GIB)
-    monkeypatch.setattr(maxbatch, "_planned", lambda case, usable_bytes, limit: min(5, limit))
+def fake(monkeypatch: pytest.MonkeyPatch, fake_server: None) -> None:
+    """Makes every try a fake case, on a host of 64 GiB with a predicted batch of 5."""
+    monkeypatch.setattr(max_batch, "host_available_bytes", lambda: 64 * GIB)
+    monkeypatch.setattr(max_batch, "_planned", lambda case, usable_bytes, limit: min(5, limit))
 
 
-def find(out: Path, kind: str, *, limit: int = 512, resume: bool = False, **settings: object) -> list[Found]:
-    sweep = Sweep.from_spec({**SPEC, "options": {"prompt_field": kind}})
-    return find_max_batches(sweep, out, RunSettings(**settings), limit=limit, resume=resume)[1]
+def find(out: Path, kind: str, *, limit: int = 512, resume: bool = False, **options: object) -> list[MaxBatchResult]:
+    sweep = Sweep.from_spec({**SPEC, "options": {"data.prompt_field": kind}})
+    return find_max_batches(sweep, out, RunOptions(**options), limit=limit, resume=resume)[1]
 
 
 @pytest.mark.usefixtures("fake")
-def test_every_try_is_a_record_and_the_answer_is_kept(tmp_path: Path) -> None:
+def test_every_try_is_recorded_and_the_result_is_written(tmp_path: Path) -> None:
     found = find(tmp_path / "run", "oom-from-batch-4")
     assert [(f.case.method, f.largest_ok, f.smallest_failing, f.planned) for f in found] == [
         ("hydra", 3, 4, 5),
@@ -135,19 +130,19 @@ def test_every_try_is_a_record_and_the_answer_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("fake")
-def test_a_kill_that_nobody_explains_is_too_large_on_a_host(tmp_path: Path) -> None:
+def test_an_unexplained_kill_on_a_cpu_counts_as_out_of_memory(tmp_path: Path) -> None:
     (hydra, _) = find(tmp_path / "run", "die")
     assert (hydra.largest_ok, hydra.smallest_failing) == (0, 1)
 
 
 @pytest.mark.usefixtures("fake")
-def test_where_memory_is_limited_the_plan_is_tried_first(tmp_path: Path) -> None:
+def test_with_a_memory_limit_the_predicted_batch_is_tried_first(tmp_path: Path) -> None:
     (hydra, _) = find(tmp_path / "run", "oom-from-batch-4", memory_limit_bytes=GIB)
     assert sizes(hydra) == [5, 2, 3, 4]
 
 
 @pytest.mark.usefixtures("fake")
-def test_a_resumed_search_takes_the_tries_that_are_recorded(tmp_path: Path) -> None:
+def test_a_resumed_search_does_not_repeat_recorded_tries(tmp_path: Path) -> None:
     first = find(tmp_path / "run", "oom-from-batch-4")
     path = tmp_path / "run" / "records.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
@@ -164,34 +159,34 @@ def test_a_resumed_search_takes_the_tries_that_are_recorded(tmp_path: Path) -> N
     [
         ({}, 0, "max-batch-limit is 0: it must be a whole number of at least 1."),
         (
-            {"batch_sizes": [4], "options": {"micro_batch_size": 2}},
+            {"batch_sizes": [4], "options": {"engine.micro_batch_size": 2}},
             512,
-            "--max-batch tries each batch whole: leave out options.engine.micro_batch_size and num_mini_batches.",
+            "--max-batch tries each batch whole: leave out engine.micro_batch_size and ppo.num_mini_batches.",
         ),
     ],
 )
-def test_what_cannot_be_searched_is_said(tmp_path: Path, spec: dict[str, object], limit: int, sentence: str) -> None:
+def test_options_that_the_search_rejects(tmp_path: Path, spec: dict[str, object], limit: int, sentence: str) -> None:
     with pytest.raises(SweepError) as caught:
-        find_max_batches(Sweep.from_spec({**SPEC, **spec}), tmp_path / "run", RunSettings(), limit=limit)
+        find_max_batches(Sweep.from_spec({**SPEC, **spec}), tmp_path / "run", RunOptions(), limit=limit)
     assert caught.value.problems == (sentence,)
     assert not (tmp_path / "run").exists()
 
 
-def test_what_is_planned_is_the_plans_answer_up_to_the_limit(make_case: Callable[..., Case]) -> None:
+def test_the_predicted_batch_is_the_largest_that_fits_up_to_the_limit(make_case: Callable[..., Case]) -> None:
     from rlhfbench.planning.predict import plan_case
 
     case = make_case("hydra", dtype="float32")
     room = plan_case(dataclasses.replace(case, batch_size=9)).total_bytes + 10
-    assert maxbatch._planned(case, room, 512) == 9
-    assert maxbatch._planned(case, room, 4) == 4
+    assert max_batch._planned(case, room, 512) == 9
+    assert max_batch._planned(case, room, 4) == 4
     assert (
-        maxbatch._planned(dataclasses.replace(case, options=Options.of({"lora.target_modules": "absent"})), room, 4)
+        max_batch._planned(dataclasses.replace(case, options=Options.of({"lora.target_modules": "absent"})), room, 4)
         is None
     )
 
 
-def test_a_host_gives_what_its_control_group_leaves() -> None:
+def test_available_memory_is_within_the_memory_of_the_host() -> None:
     import psutil
 
-    assert 0 < maxbatch.host_available_bytes() <= psutil.virtual_memory().total
-    assert maxbatch.device_bytes("cuda:77") is None
+    assert 0 < max_batch.host_available_bytes() <= psutil.virtual_memory().total
+    assert max_batch.device_bytes("cuda:77") is None

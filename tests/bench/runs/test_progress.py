@@ -46,7 +46,7 @@ def test_a_line_a_case():
     ]
 
 
-def test_a_bar_shows_what_runs_and_tells_of_failures(monkeypatch):
+def test_a_bar_shows_the_current_case_and_failures(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("TERM", "xterm")
     stream = Terminal()
@@ -64,7 +64,7 @@ def test_a_bar_shows_what_runs_and_tells_of_failures(monkeypatch):
     assert "1 oom" in stream.getvalue()
 
 
-def test_a_bar_that_was_never_begun_can_be_ended_and_told():
+def test_a_bar_accepts_notices_and_its_end_before_it_begins():
     stream = Terminal()
     progress = BarProgress(stream)
     progress.notice("hello")
@@ -72,7 +72,7 @@ def test_a_bar_that_was_never_begun_can_be_ended_and_told():
     assert stream.getvalue() == "hello\n"
 
 
-def test_the_time_left_goes_by_tokens():
+def test_the_time_left_is_estimated_by_tokens():
     left = TimeLeft()
     left.begin([SMALL, LARGE])
     assert left.seconds is None
@@ -82,7 +82,7 @@ def test_the_time_left_goes_by_tokens():
     assert left.seconds == 0
 
 
-def test_a_skipped_case_teaches_no_time():
+def test_a_skipped_case_gives_no_estimate():
     left = TimeLeft()
     left.begin([SMALL, LARGE])
     left.finish(SMALL, 0.0, ran=False)
@@ -94,7 +94,7 @@ def test_clock(seconds, text):
     assert clock(seconds) == text
 
 
-def test_a_title_names_what_tells_cases_apart():
+def test_a_title_names_the_fields_that_vary():
     assert title(LARGE) == "lora tiny 8+8 x2"
     paper = dataclasses.replace(LARGE, options=Options.of(SETTINGS["paper"]["options"]))
     assert title(paper) == "lora paper tiny 8+8 x2"

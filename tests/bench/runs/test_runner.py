@@ -3,7 +3,6 @@ import io
 import itertools
 import json
 import os
-from pathlib import Path
 
 import pytest
 
@@ -12,21 +11,20 @@ from rlhfbench.errors import RecordsError, RunFolderError, SweepError
 from rlhfbench.records.file import RecordsFile, read_records
 from rlhfbench.records.timelines import read_timeline
 from rlhfbench.runs import runner
+from rlhfbench.runs.options import RunOptions
 from rlhfbench.runs.progress import LineProgress
-from rlhfbench.runs.runner import RunSettings, dominates, run_sweep
+from rlhfbench.runs.runner import dominates, run_sweep
 from rlhfkernels.config.case import Case
 from rlhfkernels.config.options import Options
 
 CASE = Case(method="hydra", model="tiny", prompt_len=4, completion_len=4, batch_size=2)
 
 
-@pytest.fixture(autouse=True)
-def fake_case_can_be_imported(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+pytestmark = pytest.mark.usefixtures("fake_server")
 
 
 class Watching(LineProgress):
-    """Keeps what it is told, and raises where a test says so."""
+    """Keeps the stages of the cases; raises KeyboardInterrupt at one."""
 
     def __init__(self, interrupt_at=None):
         super().__init__(io.StringIO())
@@ -44,27 +42,18 @@ class Watching(LineProgress):
 
 
 def sweep_of(*kinds, **changes):
-    """One case a kind of fake, told apart by it."""
+    """One fake case of each kind; the kind is its ``data.prompt_field``."""
     base = dataclasses.replace(CASE, **changes)
     return Sweep(
         cases=tuple(dataclasses.replace(base, options=Options.of({"data.prompt_field": kind})) for kind in kinds)
     )
 
 
-def run(sweep, out, progress=None, **settings):
-    resume = settings.pop("resume", False)
-    return run_sweep(
-        sweep,
-        out,
-        RunSettings(**settings),
-        resume=resume,
-        progress=progress or Watching(),
-        target="fake_case:run_case",
-        preload=(),
-    )
+def run(sweep, out, progress=None, *, resume=False, **options):
+    return run_sweep(sweep, out, RunOptions(**options), resume=resume, progress=progress or Watching())
 
 
-def test_a_run_leaves_a_record_a_case_and_its_folder(tmp_path):
+def test_a_run_writes_a_record_per_case_and_its_folder(tmp_path):
     sweep = sweep_of("ok", "chatter")
     result = run(sweep, tmp_path / "run", num_threads=3)
     assert [r["case"]["id"] for r in result.records] == [case.id for case in sweep.cases]
@@ -83,7 +72,7 @@ def test_a_run_leaves_a_record_a_case_and_its_folder(tmp_path):
     assert [path.name for path in (tmp_path / "run" / "logs").iterdir()] == [f"{sweep.cases[1].id}.log"]
 
 
-def test_a_case_gets_its_settings_and_the_ceilings_that_an_earlier_one_found(tmp_path):
+def test_a_case_receives_its_options_and_the_ceilings_of_an_earlier_one(tmp_path):
     result = run(sweep_of("echo", "ok", "echo2"), tmp_path / "a")  # echo2 is no behaviour: it crashes
     assert [r["outcome"] for r in result.records] == ["ok", "ok", "crashed"]
     assert result.records[0]["prompts"]["settings"]["ceilings"] is None
@@ -94,7 +83,7 @@ def test_a_case_gets_its_settings_and_the_ceilings_that_an_earlier_one_found(tmp
     assert asked["case"] == cases.cases[1].to_dict()
     assert asked["settings"] == {
         "time_budget_s": 3.0,
-        "precision": RunSettings().precision,
+        "precision": RunOptions().precision,
         "num_threads": None,
         "profile_dir": str(tmp_path / "b" / "traces" / cases.cases[1].id),
         "ceilings": {"matmul_flops_per_s": 1.0},
@@ -102,7 +91,7 @@ def test_a_case_gets_its_settings_and_the_ceilings_that_an_earlier_one_found(tmp
     }
 
 
-def test_a_plan_stands_in_every_record_whatever_becomes_of_the_case(tmp_path):
+def test_every_record_has_a_plan_whatever_the_outcome(tmp_path):
     sweep = sweep_of("ok", "segfault", "oom-from-batch-4", batch_size=4)
     larger = dataclasses.replace(sweep.cases[-1], batch_size=8)
     result = run(Sweep(cases=(*sweep.cases, larger)), tmp_path / "run", with_plan=True)
@@ -113,6 +102,7 @@ def test_a_plan_stands_in_every_record_whatever_becomes_of_the_case(tmp_path):
             "activation_bytes": 2,
             "rollout_bytes": 1,
             "total_bytes": 7,
+            "persistent_model_bytes": None,
             "peak_phase": "score",
             "parts": {},
             "phases": {},
@@ -121,7 +111,7 @@ def test_a_plan_stands_in_every_record_whatever_becomes_of_the_case(tmp_path):
     assert result.records[0]["memory"]["total_bytes"] == 6
 
 
-def test_a_plan_that_fails_is_a_note_and_costs_no_measurement(tmp_path):
+def test_a_plan_that_fails_leaves_the_measurement_intact(tmp_path):
     result = run(sweep_of("plan-fails", "plan-dies"), tmp_path / "run", with_plan=True)
     assert [r["outcome"] for r in result.records] == ["ok", "ok"]
     assert [r["error"] for r in result.records] == [None, None]
@@ -132,7 +122,7 @@ def test_a_plan_that_fails_is_a_note_and_costs_no_measurement(tmp_path):
     assert failed["total_bytes"] is died["total_bytes"] is None
 
 
-def test_nothing_is_predicted_where_nobody_asked(tmp_path):
+def test_without_with_plan_nothing_is_predicted(tmp_path):
     (record,) = run(sweep_of("plan-dies"), tmp_path / "run").records
     assert record["plan"] is None
 
@@ -146,9 +136,9 @@ def test_a_timeline_is_kept_in_a_file_of_its_own(tmp_path):
     assert "timeline" not in timed
 
 
-def test_every_way_to_die_is_an_outcome_and_the_run_goes_on(tmp_path):
+def test_every_way_to_die_is_an_outcome_and_the_run_continues(tmp_path):
     result = run(sweep_of("segfault", "exit", "die", "hang", "unknown", "ok"), tmp_path / "run", case_timeout_s=1.0)
-    by_kind = {r["case"]["options"]["prompt_field"]: r for r in result.records}
+    by_kind = {r["case"]["options"]["data"]["prompt_field"]: r for r in result.records}
     assert {kind: r["outcome"] for kind, r in by_kind.items()} == {
         "segfault": "crashed",
         "exit": "crashed",
@@ -160,10 +150,10 @@ def test_every_way_to_die_is_an_outcome_and_the_run_goes_on(tmp_path):
     assert by_kind["segfault"]["error"]["kind"] == "SIGSEGV"
     assert by_kind["segfault"]["error"]["phase"] == "score"
     assert by_kind["exit"]["error"]["message"] == (
-        "it exited with status 7 and left no result. Its last words: before the end"
+        "it exited with status 7 and left no result. Last line of its log: before the end"
     )
     assert by_kind["die"]["error"]["kind"] == "SIGKILL"
-    assert by_kind["hang"]["error"]["message"] == "it was not done after 1 s and was ended."
+    assert by_kind["hang"]["error"]["message"] == "it was killed after 1 s."
     assert "KeyError: 'unknown'" in by_kind["unknown"]["error"]["message"]
     log = tmp_path / "run" / "logs" / f"{by_kind['unknown']['case']['id']}.log"
     assert "Traceback" in log.read_text()
@@ -174,7 +164,7 @@ def test_a_kill_by_the_kernel_for_memory_is_oom(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "num_oom_kills", lambda: next(counter))
     result = run(sweep_of("die", "segfault"), tmp_path / "run")
     assert [r["outcome"] for r in result.records] == ["oom", "crashed"]
-    assert "memory was out" in result.records[0]["error"]["message"]
+    assert "it: the machine was out of memory." in result.records[0]["error"]["message"]
 
 
 def test_a_case_over_its_memory_limit_is_oom(tmp_path):
@@ -194,13 +184,13 @@ def test_a_server_that_dies_costs_one_case(tmp_path):
     assert result.records[0]["error"]["kind"] == "ServerDied"
 
 
-def test_cases_that_dominate_one_without_memory_are_skipped_and_name_it(tmp_path):
+def test_cases_that_dominate_an_oom_case_are_skipped_and_name_it(tmp_path):
     spec = {
         "methods": ["hydra", "lora"],
         "models": "tiny",
         "seq_lens": [4, 8],
         "batch_sizes": [2, 4],
-        "options": {"prompt_field": "oom-from-batch-4"},
+        "options": {"data.prompt_field": "oom-from-batch-4"},
     }
     result = run(Sweep.from_spec(spec), tmp_path / "run")
     outcomes = {(r["case"]["method"], r["case"]["batch_size"], r["case"]["prompt_len"]): r for r in result.records}
@@ -219,11 +209,11 @@ def test_cases_that_dominate_one_without_memory_are_skipped_and_name_it(tmp_path
     [
         ({}, True),
         ({"prompt_len": 5}, True),
-        ({"completion_len": 5, "batch_size": 3, "lora_rank": 17}, True),
+        ({"completion_len": 5, "batch_size": 3, "options": Options.of({"lora.r": 17})}, True),
         ({"seed": 1}, True),
         ({"prompt_len": 3}, False),
         ({"completion_len": 9, "batch_size": 1}, False),
-        ({"lora_rank": 8}, False),
+        ({"options": Options.of({"lora.r": 8})}, False),
         ({"method": "lora"}, False),
         ({"model": "gpt2"}, False),
         ({"device": "cuda"}, False),
@@ -268,7 +258,7 @@ def test_a_torn_last_line_is_run_again(tmp_path):
     assert "1 case to run, 1 already recorded" in progress.text
 
 
-def test_a_resumed_run_still_knows_what_had_no_memory(tmp_path):
+def test_a_resumed_run_skips_by_recorded_oom_cases(tmp_path):
     small, large = (sweep_of("oom-from-batch-4", batch_size=size).cases[0] for size in (4, 8))
     sweep = Sweep(cases=(small, large))
     run(sweep, tmp_path / "run")
@@ -277,7 +267,7 @@ def test_a_resumed_run_still_knows_what_had_no_memory(tmp_path):
     assert [r["outcome"] for r in run(sweep, tmp_path / "run", resume=True).records] == ["oom", "skipped"]
 
 
-def test_a_full_disk_ends_the_run_in_a_sentence_and_it_is_resumed(tmp_path, monkeypatch):
+def test_a_full_disk_ends_the_run_and_it_is_resumed(tmp_path, monkeypatch):
     sweep = sweep_of("ok", "chatter")
     whole = RecordsFile.append
 
@@ -289,8 +279,7 @@ def test_a_full_disk_ends_the_run_in_a_sentence_and_it_is_resumed(tmp_path, monk
     monkeypatch.setattr(RecordsFile, "append", full)
     with pytest.raises(RecordsError):
         run(sweep, tmp_path / "run")
-    monkeypatch.undo()
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    monkeypatch.setattr(RecordsFile, "append", whole)
     assert run(sweep, tmp_path / "run", resume=True).num_ok == 2
 
 
@@ -307,9 +296,9 @@ def test_a_folder_in_use(tmp_path):
         run(sweep, tmp_path / "run", resume=True)
 
 
-def test_every_wrong_setting_is_told():
+def test_every_wrong_run_option_is_reported():
     with pytest.raises(SweepError) as caught:
-        RunSettings(time_budget_s=0, case_timeout_s=-1.0, num_threads=0, memory_limit_bytes=0)
+        RunOptions(time_budget_s=0, case_timeout_s=-1.0, num_threads=0, memory_limit_bytes=0)
     assert caught.value.problems == (
         "time_budget_s is 0: it must be above 0.",
         "num_threads is 0: it must be above 0.",
@@ -342,27 +331,27 @@ def on_cuda(monkeypatch):
     monkeypatch.setattr(rlhfbench.measure.nvml, "NvmlSampler", FakeSampler)
 
 
-def test_the_drivers_peak_is_sampled_from_outside(tmp_path, monkeypatch):
+def test_the_peak_of_the_driver_is_sampled_from_outside_the_process(tmp_path, monkeypatch):
     on_cuda(monkeypatch)
     result = run(sweep_of("ok", device="cuda:1"), tmp_path / "run")
     assert result.records[0]["memory"]["views"]["driver_peak_bytes"] == 1001
 
 
-def test_absent_nvml_is_null_and_one_notice(tmp_path, monkeypatch):
+def test_without_nvml_the_driver_peak_is_null_and_one_notice_says_so(tmp_path, monkeypatch):
     on_cuda(monkeypatch)
     monkeypatch.setattr(FakeSampler, "available", False)
     monkeypatch.setattr(FakeSampler, "peak_bytes", lambda self, pid: None)
     progress = Watching()
     result = run(sweep_of("ok", "chatter", device="cuda"), tmp_path / "run", progress)
     assert [r["memory"]["views"]["driver_peak_bytes"] for r in result.records] == [None, None]
-    assert progress.text.count("NVML cannot be asked") == 1
+    assert progress.text.count("NVML is not available") == 1
 
 
-def test_oom_kills_are_counted_where_the_kernel_tells():
+def test_oom_kills_are_counted():
     assert runner.num_oom_kills() >= 0
 
 
-def test_what_should_be_known_beforehand_is_said_before_the_first_case(tmp_path, monkeypatch):
+def test_warnings_come_before_the_first_case(tmp_path, monkeypatch):
     monkeypatch.setattr("rlhfbench.cases.preflight.notices", lambda sweep: ["This is slow."])
     progress = Watching()
     run(sweep_of("ok"), tmp_path / "run", progress)

@@ -7,7 +7,7 @@ import torch
 import rlhfbench.measure
 from rlhfbench.runs import worker
 from rlhfkernels.config.case import Case
-from rlhfkernels.errors import CaseError, ModelError, NumericalError, PromptsError
+from rlhfkernels.errors import CaseError, DataError, ModelError, NumericalError
 
 CASE = Case(method="hydra", model="tiny", prompt_len=4, completion_len=4, batch_size=1)
 SETTINGS = {"time_budget_s": 1.0, "precision": 0.1, "num_threads": 1, "profile_dir": None, "ceilings": None}
@@ -15,7 +15,7 @@ SETTINGS = {"time_budget_s": 1.0, "precision": 0.1, "num_threads": 1, "profile_d
 
 @pytest.fixture
 def run(monkeypatch):
-    """Runs a case whose measurement is ``measure``; gives the messages."""
+    """Runs a case with ``measure`` in place of ``measure_case``; returns the messages."""
 
     def run(measure, case=CASE):
         monkeypatch.setattr(rlhfbench.measure, "measure_case", measure)
@@ -35,7 +35,7 @@ def failing(error):
     return measure
 
 
-def test_what_was_measured_is_the_result(run):
+def test_the_measurement_is_the_result(run):
     def measure(case, settings, notify, step_done):
         notify("build")
         assert case == CASE
@@ -76,7 +76,7 @@ def test_a_plan_that_fails_says_why(capsys):
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "oom"),
         (CaseError(["prompt_len is 9: too long."]), "invalid"),
         (ModelError("no such model"), "invalid"),
-        (PromptsError("empty"), "invalid"),
+        (DataError("empty"), "invalid"),
         (NumericalError("the loss is nan"), "invalid"),
         (RuntimeError("shapes do not match"), "crashed"),
         (ValueError("out of memory"), "crashed"),
@@ -94,7 +94,7 @@ def test_every_error_is_an_outcome_that_names_its_phase(run, capsys, error, outc
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_torchs_own_words_for_no_memory_on_the_cpu(run, capsys):
+def test_torchs_message_for_out_of_memory_on_a_cpu_is_oom(run, capsys):
     def measure(case, settings, notify, step_done):
         torch.empty(2**50, dtype=torch.uint8)
 
@@ -102,7 +102,7 @@ def test_torchs_own_words_for_no_memory_on_the_cpu(run, capsys):
     assert "RuntimeError" in capsys.readouterr().err
 
 
-def test_an_error_that_came_from_no_memory_is_oom(run):
+def test_an_error_caused_by_out_of_memory_is_oom(run):
     def measure(case, settings, notify, step_done):
         try:
             bytearray(2**62)
@@ -127,13 +127,13 @@ def test_a_message_is_one_line_of_bounded_length():
     assert len(error["message"]) == 500
 
 
-def test_a_chain_of_errors_that_ends_in_itself():
+def test_a_cyclic_chain_of_errors():
     first, second = RuntimeError("a"), RuntimeError("b")
     first.__context__, second.__context__ = second, first
     assert not worker.is_out_of_memory(first)
 
 
-def test_the_limit_holds_for_the_step_and_not_for_what_measures_the_device(monkeypatch):
+def test_the_memory_limit_covers_the_step_but_not_the_ceilings(monkeypatch):
     seen = []
 
     def measure(case, settings, notify, step_done):

@@ -17,8 +17,8 @@ def test_it_equals_the_reference_in_float64(
     generator = torch.Generator().manual_seed(heads)
     b, n, e = 3, 7, 8
     query = torch.randn(b, heads, e, generator=generator).to(dtype)
-    room = torch.randn(2, b, kv_heads, n + 4, e, generator=generator).to(dtype)
-    keys, values = room[0, :, :, :n], room[1, :, :, :n]  # views into a longer cache, as in decoding
+    cache = torch.randn(2, b, kv_heads, n + 4, e, generator=generator).to(dtype)
+    keys, values = cache[0, :, :, :n], cache[1, :, :, :n]  # views, as in decoding
     mask = torch.arange(n) >= torch.tensor([0, 2, 6])[:, None] if masked else None
     found = decode_attention(query, keys, values, scale=0.3, mask=mask)
     expected = decode_attention_reference(query.double(), keys.double(), values.double(), scale=0.3, mask=mask)

@@ -20,7 +20,7 @@ def make_group(
     transposed: bool = False,
     trained: tuple[str, ...] = ("adapter",),
 ) -> LinearGroup:
-    """Layers of the given sizes, of which some have adapters; everything in one storage, as the blocks keep it."""
+    """Makes layers of the given sizes, some with adapters, in one storage as in ``Projection``."""
     torch.manual_seed(len(sizes) + 7)
     wide = wide or dtype
     n = sum(sizes)
@@ -71,12 +71,12 @@ KINDS = {
 def test_values_and_gradients_equal_the_reference(layers: str, kind: str) -> None:
     group = make_group(*GROUPS[layers], **KINDS[kind])
     found: list[list[torch.Tensor | None]] = []
-    for form in (lora_linear, lora_linear_reference):
+    for function in (lora_linear, lora_linear_reference):
         torch.manual_seed(0)
         x = torch.randn(9, K, dtype=torch.float64, requires_grad=True)
         for parameter in group.parameters():
             parameter.grad = None
-        y = form(x, group)
+        y = function(x, group)
         (y * torch.randn_like(y)).sum().backward()
         found.append([y.detach(), x.grad, *(p.grad for p in group.parameters())])
     for a, b in zip(*found, strict=True):
@@ -87,18 +87,18 @@ def test_values_and_gradients_equal_the_reference(layers: str, kind: str) -> Non
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layers", GROUPS)
-def test_in_c_values_and_gradients_equal_the_reference_in_float64(layers: str, kind: str, run_in_c: list[str]) -> None:
+def test_native_values_and_gradients_equal_float64(layers: str, kind: str, native_calls: list[str]) -> None:
     narrow, exact = (make_group(*GROUPS[layers], **KINDS[kind], dtype=d) for d in (torch.float32, torch.float64))
     for a, b in zip(exact.parameters(), narrow.parameters(), strict=True):
         a.data.copy_(b.data.double())
     torch.manual_seed(0)
     x = torch.randn(30, K, requires_grad=True)
     wide_x = x.detach().double().requires_grad_()
-    y, expected = lora_linear(x, narrow, kernels="native"), lora_linear_reference(wide_x, exact)
+    y, expected = lora_linear(x, narrow, backend="native"), lora_linear_reference(wide_x, exact)
     grad = torch.randn(y.shape)
-    num_forward = len(run_in_c)
+    num_forward = len(native_calls)
     y.backward(grad)
-    assert 0 < num_forward < len(run_in_c)
+    assert 0 < num_forward < len(native_calls)
     expected.backward(grad.double())
     pairs = [(y, expected), (x.grad, wide_x.grad)]
     pairs += [(a.grad, b.grad) for a, b in zip(narrow.parameters(), exact.parameters(), strict=True)]
@@ -108,13 +108,13 @@ def test_in_c_values_and_gradients_equal_the_reference_in_float64(layers: str, k
             assert (found.double() - reference).norm() < 1e-6 * reference.norm()
 
 
-def test_in_c_the_base_and_its_adapter_are_one_product(run_in_c: list[str]) -> None:
+def test_native_adds_adapters_in_the_matmul_of_the_base(native_calls: list[str]) -> None:
     with torch.no_grad():
-        lora_linear(torch.randn(30, K), make_group([8, 4, 4], [0, 2], dtype=torch.float32), kernels="native")
-    assert len(run_in_c) == 1 + 3  # every A; two layers with an adapter and what is between them
+        lora_linear(torch.randn(30, K), make_group([8, 4, 4], [0, 2], dtype=torch.float32), backend="native")
+    assert len(native_calls) == 1 + 3  # every A; two layers with an adapter, and the one between them
 
 
-def test_the_first_layers_input_gets_no_gradient_and_its_adapters_do() -> None:
+def test_adapters_get_gradients_if_the_input_needs_none() -> None:
     group = make_group([8, 8], [0, 1])
     x = torch.randn(5, K, dtype=torch.float64)
     lora_linear(x, group).sum().backward()
@@ -127,13 +127,13 @@ def test_the_first_layers_input_gets_no_gradient_and_its_adapters_do() -> None:
         torch.testing.assert_close(mine, parameter.grad)
 
 
-def test_it_keeps_its_input_alone() -> None:
+def test_it_saves_only_its_input() -> None:
     group = make_group([8, 8], [0, 1])
-    kept: list[torch.Tensor] = []
+    saved: list[torch.Tensor] = []
     x = torch.randn(5, K, dtype=torch.float64, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         lora_linear(x, group)
-    assert [t.data_ptr() for t in kept] == [x.data_ptr()]
+    assert [t.data_ptr() for t in saved] == [x.data_ptr()]
 
 
 @pytest.mark.parametrize(("dtype", "wide"), [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)])
@@ -160,19 +160,19 @@ def test_narrow_dtypes_are_near_float64(dtype: torch.dtype, wide: torch.dtype) -
 @pytest.mark.parametrize("rows", [1, 2, 5])
 @pytest.mark.parametrize("kind", ["frozen base", "bias", "conv1d"])
 @pytest.mark.parametrize("layers", GROUPS)
-def test_the_form_for_few_rows_equals_the_reference(layers: str, kind: str, rows: int) -> None:
+def test_skinny_lora_linear_equals_the_reference(layers: str, kind: str, rows: int) -> None:
     group = make_group(*GROUPS[layers], **KINDS[kind])
     buffers: dict[int, torch.Tensor] = {}
-    few = SkinnyLoraLinear(group, rows, buffers)
+    linear = SkinnyLoraLinear(group, rows, buffers)
     with torch.no_grad():
-        for seed in range(2):  # the second call finds the memory of the first
+        for seed in range(2):  # the second call reuses the buffer of the first
             torch.manual_seed(seed)
             x = torch.randn(rows, K, dtype=torch.float64)
-            torch.testing.assert_close(few(x), lora_linear_reference(x, group).t())
+            torch.testing.assert_close(linear(x), lora_linear_reference(x, group).t())
     assert list(buffers) == [group.weight.shape[0]]
 
 
-def test_few_rows_of_adapters_in_a_wider_dtype() -> None:
+def test_skinny_lora_linear_with_adapters_in_a_wider_dtype() -> None:
     group = make_group([8, 4], [0, 1], dtype=torch.bfloat16, wide=torch.float32)
     x = torch.randn(4, K).bfloat16()
     with torch.no_grad():

@@ -10,11 +10,11 @@ from rlhfkernels.ops.rms_norm import rms_norm, rms_norm_reference
 @pytest.mark.parametrize("trained", [(True, True), (True, False), (False, True)])
 def test_values_and_gradients_equal_the_reference(shape: tuple[int, ...], trained: tuple[bool, bool]) -> None:
     found = []
-    for form in (rms_norm, rms_norm_reference):
+    for function in (rms_norm, rms_norm_reference):
         torch.manual_seed(0)
         x = torch.randn(shape, dtype=torch.float64, requires_grad=trained[0])
         weight = torch.randn(16, dtype=torch.float64, requires_grad=trained[1])
-        y = form(x, weight, 1e-2)
+        y = function(x, weight, 1e-2)
         (y * torch.randn_like(y)).sum().backward()
         found.append((y.detach(), x.grad, weight.grad))
     for a, b in zip(*found, strict=True):
@@ -38,7 +38,7 @@ def test_other_dtypes_are_near_float64(dtype: torch.dtype, tolerance: float) -> 
     assert (x.grad.double() - exact.grad).norm() < tolerance * exact.grad.norm()
 
 
-def test_without_a_graph_nothing_changes() -> None:
+def test_no_grad_gives_the_same_values() -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(4, 8, requires_grad=True), torch.randn(8)
     with_graph = rms_norm(x, weight, 1e-5)

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
-from rlhfkernels.ops.sample import sample
+from rlhfkernels.ops.sample import sample, sample_reference
 
 
 def test_frequencies_are_the_softmax() -> None:
@@ -11,19 +12,22 @@ def test_frequencies_are_the_softmax() -> None:
     tokens, _ = sample(logits.repeat(draws, 1), torch.Generator().manual_seed(0))
     found = torch.bincount(tokens, minlength=4) / draws
     expected = torch.softmax(logits, 0)
-    # Five standard deviations of a frequency over these draws.
+    # Five standard deviations of a frequency.
     bound = 5 * (expected * (1 - expected) / draws).sqrt()
     assert ((found - expected).abs() < bound).all()
 
 
-def test_the_log_probability_is_that_of_the_sampled_token() -> None:
-    logits = torch.randn(50, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    expected = torch.log_softmax(logits, -1)
+@pytest.mark.parametrize("size", [1, 5, 300])
+def test_tokens_and_logprobs_equal_the_reference(size: int) -> None:
+    logits = 2 * torch.randn(64, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    expected = sample_reference(logits, torch.Generator().manual_seed(2))
     tokens, logprobs = sample(logits.clone(), torch.Generator().manual_seed(2))
-    torch.testing.assert_close(logprobs, expected.gather(1, tokens[:, None]).squeeze(1))
+    assert torch.equal(tokens, expected[0])
+    torch.testing.assert_close(logprobs, expected[1])
+    torch.testing.assert_close(logprobs, torch.log_softmax(logits, -1).gather(1, tokens[:, None]).squeeze(1))
 
 
-def test_the_same_seed_gives_the_same_tokens() -> None:
+def test_the_seed_determines_the_tokens() -> None:
     logits = torch.randn(20, 9, generator=torch.Generator().manual_seed(1))
     first, _ = sample(logits.clone(), torch.Generator().manual_seed(3))
     second, _ = sample(logits.clone(), torch.Generator().manual_seed(3))
@@ -32,7 +36,7 @@ def test_the_same_seed_gives_the_same_tokens() -> None:
     assert not torch.equal(first, other)
 
 
-def test_a_token_of_probability_0_is_never_taken() -> None:
+def test_a_token_of_probability_0_is_never_sampled() -> None:
     logits = torch.full((4000, 6), float("-inf"))
     logits[:, 2] = 0.0
     logits[:, 4] = 1.0

@@ -8,10 +8,10 @@ from rlhfkernels.ops.swiglu import swiglu, swiglu_reference
 
 def test_values_and_gradients_equal_the_reference() -> None:
     found = []
-    for form in (swiglu, swiglu_reference):
+    for function in (swiglu, swiglu_reference):
         torch.manual_seed(0)
         x = torch.randn(6, 20, dtype=torch.float64, requires_grad=True)
-        y = form(x)
+        y = function(x)
         (y * torch.randn_like(y)).sum().backward()
         found.append((y.detach(), x.grad))
     for a, b in zip(*found, strict=True):
@@ -32,9 +32,9 @@ def test_other_dtypes_are_near_float64(dtype: torch.dtype, tolerance: float) -> 
     assert (x.grad.double() - exact.grad).norm() < tolerance * exact.grad.norm()
 
 
-def test_it_keeps_its_input_alone() -> None:
-    kept: list[torch.Tensor] = []
+def test_it_saves_only_its_input() -> None:
+    saved: list[torch.Tensor] = []
     x = torch.randn(6, 20, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         swiglu(x)
-    assert [t.data_ptr() for t in kept] == [x.data_ptr()]
+    assert [t.data_ptr() for t in saved] == [x.data_ptr()]

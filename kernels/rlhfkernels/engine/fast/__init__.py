@@ -1,1 +1,1 @@
-"""The fast path: known architectures run by their products, without the general modules around them."""
+"""The fast trunk: known architectures as a loop over their matmuls, without transformers' modules around them."""

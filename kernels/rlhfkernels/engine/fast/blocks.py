@@ -1,7 +1,7 @@
-"""What the fast path knows of an architecture: which weights of which modules a layer is made of, and how it uses them.
+"""Architectures of the fast trunk: the weights that a layer is made of, and how it uses them.
 
-Nothing is copied. Products over the same input become one: their weights are moved into one storage, of which each
-module keeps its slice as its own parameter, so modules, adapters and optimizers go on as before.
+Linear layers that read the same input become one matmul: their weights move into one storage, of which each module
+keeps its slice as its parameter. Modules, adapters and optimizers work as before.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from transformers.activations import GELUActivation, NewGELUActivation, SiLUActi
 from transformers.pytorch_utils import Conv1D
 
 from rlhfkernels.models.loading import LENGTH_DEPENDENT_ROTARY
-from rlhfkernels.ops.heads import Heads
 from rlhfkernels.ops.lora_linear import LinearGroup, LoraPart, lora_linear
+from rlhfkernels.ops.qkv_layout import QkvLayout
 from rlhfkernels.ops.rms_norm import rms_norm
-from rlhfkernels.ops.rotary import signed
+from rlhfkernels.ops.rotary import make_signed_sin
 from rlhfkernels.ops.skinny_linear import SkinnyLoraLinear
 
 
 class Projection:
-    """Linear layers that read the same input, as one product each for the base and for the adapters' first halves.
+    """Linear layers that read the same input, as one matmul for the bases and one for all adapters' A.
 
     Args:
-        modules: the layers, each plain or with PEFT's adapters around it; their outputs stand one after the other.
+        modules: the layers, each plain or wrapped by PEFT; their outputs are concatenated.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
@@ -45,13 +45,13 @@ class Projection:
         self._groups = {name: self._group(bases, name) for name in names}
 
     def _group(self, bases: Sequence[Any], adapter: str | None) -> LinearGroup:
-        """The layers under one adapter set, for products of many rows."""
-        chosen = [(layer, start) for layer, start in zip(self._lora, self._starts, strict=True) if layer is not None]
-        chosen = [(layer, start) for layer, start in chosen if adapter in layer.lora_A]
+        """Makes the group of one adapter set, or of the bare layers."""
+        adapted = [(layer, start) for layer, start in zip(self._lora, self._starts, strict=True) if layer is not None]
+        adapted = [(layer, start) for layer, start in adapted if adapter in layer.lora_A]
         down = up = None
-        if chosen:
-            down = _fuse([layer.lora_A[adapter] for layer, _ in chosen], "weight")
-            up = _fuse([layer.lora_B[adapter] for layer, _ in chosen], "weight")
+        if adapted:
+            down = _fuse([layer.lora_A[adapter] for layer, _ in adapted], "weight")
+            up = _fuse([layer.lora_B[adapter] for layer, _ in adapted], "weight")
         return LinearGroup(
             weight=self._weight.t() if self._transposed else self._weight,
             bias=self._bias,
@@ -67,55 +67,55 @@ class Projection:
                     start=start,
                     scaling=float(layer.scaling[adapter]),
                 )
-                for layer, start in chosen
+                for layer, start in adapted
             ),
         )
 
     def under(self, adapter: str | None) -> LinearGroup:
-        """The layers under an adapter set, or bare."""
+        """Returns the layers with an adapter set, or bare."""
         return self._bare if adapter is None else self._groups.get(adapter, self._bare)
 
-    def many(self, x: torch.Tensor, adapter: str | None, kernels: str) -> torch.Tensor:
-        """[m, k] to [m, n] under ``adapter``, with a graph where one is asked for; ``kernels`` as in ``product``."""
-        return lora_linear(x, self.under(adapter), kernels=kernels)
+    def forward(self, x: torch.Tensor, adapter: str | None, backend: str) -> torch.Tensor:
+        """Computes [m, n] of [m, k] with ``adapter``; ``backend`` as in ``matmul``."""
+        return lora_linear(x, self.under(adapter), backend=backend)
 
-    def few(self, adapter: str | None, rows: int, buffers: dict[int, torch.Tensor]) -> SkinnyLoraLinear:
-        """The layers under ``adapter`` for ``rows`` rows a call, without a graph."""
+    def for_decode(self, adapter: str | None, rows: int, buffers: dict[int, torch.Tensor]) -> SkinnyLoraLinear:
+        """Returns the layers with ``adapter`` for ``rows`` rows a call, without a graph."""
         return SkinnyLoraLinear(self.under(adapter), rows, buffers)
 
 
 def _fuse(modules: Sequence[Any], name: str) -> torch.Tensor:
-    """Moves the parameter ``name`` of every module into one storage, along the first dimension; returns the whole."""
+    """Concatenates the parameter ``name`` of all modules in one storage, which each keeps a slice of; returns it."""
     parameters: list[nn.Parameter] = [getattr(module, name) for module in modules]
     if len(parameters) == 1:
         return parameters[0].detach()
     with torch.no_grad():
-        whole = torch.cat([p.detach() for p in parameters])
+        fused = torch.cat([p.detach() for p in parameters])
     start = 0
     for module, parameter in zip(modules, parameters, strict=True):
         end = start + parameter.shape[0]
-        setattr(module, name, nn.Parameter(whole[start:end], requires_grad=parameter.requires_grad))
+        setattr(module, name, nn.Parameter(fused[start:end], requires_grad=parameter.requires_grad))
         start = end
-    return whole
+    return fused
 
 
 class Norm:
-    """A root-mean-square norm, without the copies that transformers' makes and keeps, or a layer norm.
+    """An RMS norm, without the copies that transformers' makes and keeps, or a layer norm.
 
     Args:
         module: holds the weights.
-        kernels: see ``Blocks``.
+        backend: see ``Blocks``.
 
     Attributes:
         eps: added to the mean square, or to the variance.
-        centred: the mean is taken off: a layer norm.
+        centered: whether it is a layer norm.
     """
 
-    def __init__(self, module: nn.Module, kernels: str) -> None:
+    def __init__(self, module: nn.Module, backend: str) -> None:
         self._module: Any = module
-        self._kernels = kernels
-        self.centred = isinstance(module, nn.LayerNorm)
-        self.eps: float = getattr(module, "eps" if self.centred else "variance_epsilon")
+        self._backend = backend
+        self.centered = isinstance(module, nn.LayerNorm)
+        self.eps: float = getattr(module, "eps" if self.centered else "variance_epsilon")
 
     @property
     def weight(self) -> torch.Tensor | None:
@@ -125,15 +125,15 @@ class Norm:
 
     @property
     def bias(self) -> torch.Tensor | None:
-        """[d], of a layer norm that has one."""
+        """[d], or ``None``."""
         return getattr(self._module, "bias", None)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., d] to [..., d]."""
-        if self.centred:
+        """Normalizes [..., d]."""
+        if self.centered:
             y: torch.Tensor = self._module(x)
             return y
-        return rms_norm(x, self._module.weight, self.eps, kernels=self._kernels)
+        return rms_norm(x, self._module.weight, self.eps, backend=self._backend)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,22 +141,22 @@ class Block:
     """One layer.
 
     Attributes:
-        norm_1: before attention; [..., d] to [..., d].
-        qkv: d to the queries, keys and values.
-        heads: how the outputs of ``qkv`` are heads.
-        out: the attention's output projection.
-        norm_2: before the feed-forward part.
-        up: d to the feed-forward width; gate first, then up, where it is gated.
-        activation: of the gate, or of what ``up`` gives.
+        norm_1: before attention.
+        qkv: projection to queries, keys and values.
+        layout: of the heads in the output of ``qkv``.
+        out: output projection of attention.
+        norm_2: before the MLP.
+        up: projection to the MLP's width; gate, then up, if gated.
+        activation: of the gate, or of the output of ``up``.
         gated: whether the activated gate multiplies the rest.
-        down: back to d.
-        parallel: both parts read the layer's input (GPT-NeoX).
-        window: how many positions a query sees, itself included; ``None`` is all.
+        down: projection back to d.
+        parallel: attention and MLP both read the layer's input (GPT-NeoX).
+        window: positions that a query sees, itself included; ``None`` is all.
     """
 
     norm_1: Norm
     qkv: Projection
-    heads: Heads
+    layout: QkvLayout
     out: Projection
     norm_2: Norm
     up: Projection
@@ -177,12 +177,12 @@ class Blocks:
     """A whole trunk.
 
     Attributes:
-        embed: token ids [...] and position ids that broadcast to them to [..., d].
-        rotary: the module that gives cosines and sines, or ``None`` for learned positions.
+        embed: (token ids [...], position ids that broadcast to them) to [..., d].
+        rotary: module that computes cosines and sines, or ``None`` for learned positions.
         layers: the layers.
         norm: after the last layer.
         scale: of the attention scores.
-        kernels: how ops are computed, as in ``takes_triton`` and ``takes_native``.
+        backend: of the ops, as in ``takes_triton`` and ``takes_native``.
     """
 
     embed: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -190,19 +190,19 @@ class Blocks:
     layers: list[Block]
     norm: Norm
     scale: float
-    kernels: str
+    backend: str
 
-    def turns(self, x: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Cosines and signed sines, [1 or b, t, s] each, of position ids [1 or b, t] for states like ``x``."""
+    def rotary_at(self, x: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Returns cosines and signed sines, [1 or b, t, s] each, of position ids [1 or b, t] in the dtype of ``x``."""
         if self.rotary is None:
             return None
         cos, sin = self.rotary(x, ids)
-        return cos, signed(sin)
+        return cos, make_signed_sin(sin)
 
-    def turn_table(self, x: torch.Tensor, max_len: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """``turns`` of every position below ``max_len``, [max_len, s] each."""
-        turns = self.turns(x, torch.arange(max_len, device=x.device)[None])
-        return None if turns is None else (turns[0][0], turns[1][0])
+    def rotary_table(self, x: torch.Tensor, max_len: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Returns cosines and signed sines of all positions below ``max_len``, [max_len, s] each."""
+        tables = self.rotary_at(x, torch.arange(max_len, device=x.device)[None])
+        return None if tables is None else (tables[0][0], tables[1][0])
 
 
 gelu_tanh = functools.partial(nn.functional.gelu, approximate="tanh")
@@ -212,22 +212,22 @@ def _head_size(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _llama(trunk: Any, kernels: str) -> Blocks | None:
+def _llama(trunk: Any, backend: str) -> Blocks | None:
     config = trunk.config
     if getattr(trunk.rotary_emb, "rope_type", "default") in LENGTH_DEPENDENT_ROTARY:
         return None
     size = _head_size(config)
-    heads = Heads(config.num_attention_heads, config.num_key_value_heads, size)
+    layout = QkvLayout(config.num_attention_heads, config.num_key_value_heads, size)
     layers = []
     for layer in trunk.layers:
         attention, mlp = layer.self_attn, layer.mlp
         layers.append(
             Block(
-                norm_1=Norm(layer.input_layernorm, kernels),
+                norm_1=Norm(layer.input_layernorm, backend),
                 qkv=Projection([attention.q_proj, attention.k_proj, attention.v_proj]),
-                heads=heads,
+                layout=layout,
                 out=Projection([attention.o_proj]),
-                norm_2=Norm(layer.post_attention_layernorm, kernels),
+                norm_2=Norm(layer.post_attention_layernorm, backend),
                 up=Projection([mlp.gate_proj, mlp.up_proj]),
                 activation=_activation(mlp.act_fn),
                 gated=True,
@@ -239,20 +239,19 @@ def _llama(trunk: Any, kernels: str) -> Blocks | None:
         embed=lambda tokens, positions: trunk.embed_tokens(tokens),
         rotary=trunk.rotary_emb,
         layers=layers,
-        norm=Norm(trunk.norm, kernels),
+        norm=Norm(trunk.norm, backend),
         scale=size**-0.5,
-        kernels=kernels,
+        backend=backend,
     )
 
 
 def _window(attention: Any, config: Any) -> int | None:
-    """A layer's own window where layers differ (Qwen2), else the configuration's for all (Mistral)."""
-    if hasattr(attention, "sliding_window"):
-        return attention.sliding_window  # type: ignore[no-any-return]
-    return config.sliding_window if config.model_type == "mistral" else None
+    """Returns the layer's own window where layers differ (Qwen2), else the configuration's (Mistral alone reads it)."""
+    owner = config if config.model_type == "mistral" else attention
+    return getattr(owner, "sliding_window", None)
 
 
-# Modules by the function that they are; GPT-2's is spelt as eight small ops there, all of them kept for the backward.
+# Activation modules and equal functions. GPT-2's module is eight small ops, all kept for the backward.
 _FUNCTIONS: dict[type[nn.Module], Callable[[torch.Tensor], torch.Tensor]] = {
     nn.SiLU: nn.functional.silu,
     SiLUActivation: nn.functional.silu,
@@ -263,22 +262,21 @@ _FUNCTIONS: dict[type[nn.Module], Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def _activation(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The module's activation."""
     return _FUNCTIONS.get(type(module), module)
 
 
-def _gpt_neox(trunk: Any, kernels: str) -> Blocks | None:
+def _gpt_neox(trunk: Any, backend: str) -> Blocks | None:
     config = trunk.config
     if trunk.rotary_emb.rope_type in LENGTH_DEPENDENT_ROTARY:
         return None
     size = config.hidden_size // config.num_attention_heads
     layers = [
         Block(
-            norm_1=Norm(layer.input_layernorm, kernels),
+            norm_1=Norm(layer.input_layernorm, backend),
             qkv=Projection([layer.attention.query_key_value]),
-            heads=Heads(config.num_attention_heads, config.num_attention_heads, size, interleaved=True),
+            layout=QkvLayout(config.num_attention_heads, config.num_attention_heads, size, interleaved=True),
             out=Projection([layer.attention.dense]),
-            norm_2=Norm(layer.post_attention_layernorm, kernels),
+            norm_2=Norm(layer.post_attention_layernorm, backend),
             up=Projection([layer.mlp.dense_h_to_4h]),
             activation=_activation(layer.mlp.act),
             gated=False,
@@ -291,29 +289,29 @@ def _gpt_neox(trunk: Any, kernels: str) -> Blocks | None:
         embed=lambda tokens, positions: trunk.embed_in(tokens),
         rotary=trunk.rotary_emb,
         layers=layers,
-        norm=Norm(trunk.final_layer_norm, kernels),
+        norm=Norm(trunk.final_layer_norm, backend),
         scale=size**-0.5,
-        kernels=kernels,
+        backend=backend,
     )
 
 
-def _opt(trunk: Any, kernels: str) -> Blocks | None:
+def _opt(trunk: Any, backend: str) -> Blocks | None:
     decoder, config = trunk.decoder, trunk.config
     if not config.do_layer_norm_before or decoder.project_in is not None or decoder.final_layer_norm is None:
         return None
     size = config.hidden_size // config.num_attention_heads
-    heads = Heads(config.num_attention_heads, config.num_attention_heads, size)
+    layout = QkvLayout(config.num_attention_heads, config.num_attention_heads, size)
     learned = decoder.embed_positions
     layers = []
     for layer in decoder.layers:
         attention = layer.self_attn
         layers.append(
             Block(
-                norm_1=Norm(layer.self_attn_layer_norm, kernels),
+                norm_1=Norm(layer.self_attn_layer_norm, backend),
                 qkv=Projection([attention.q_proj, attention.k_proj, attention.v_proj]),
-                heads=heads,
+                layout=layout,
                 out=Projection([attention.out_proj]),
-                norm_2=Norm(layer.final_layer_norm, kernels),
+                norm_2=Norm(layer.final_layer_norm, backend),
                 up=Projection([layer.fc1]),
                 activation=_activation(layer.activation_fn),
                 gated=False,
@@ -326,24 +324,24 @@ def _opt(trunk: Any, kernels: str) -> Blocks | None:
         ),
         rotary=None,
         layers=layers,
-        norm=Norm(decoder.final_layer_norm, kernels),
+        norm=Norm(decoder.final_layer_norm, backend),
         scale=size**-0.5,
-        kernels=kernels,
+        backend=backend,
     )
 
 
-def _gpt2(trunk: Any, kernels: str) -> Blocks | None:
+def _gpt2(trunk: Any, backend: str) -> Blocks | None:
     config = trunk.config
     if not config.scale_attn_weights or config.scale_attn_by_inverse_layer_idx or config.add_cross_attention:
         return None
     size = config.n_embd // config.n_head
     layers = [
         Block(
-            norm_1=Norm(layer.ln_1, kernels),
+            norm_1=Norm(layer.ln_1, backend),
             qkv=Projection([layer.attn.c_attn]),
-            heads=Heads(config.n_head, config.n_head, size),
+            layout=QkvLayout(config.n_head, config.n_head, size),
             out=Projection([layer.attn.c_proj]),
-            norm_2=Norm(layer.ln_2, kernels),
+            norm_2=Norm(layer.ln_2, backend),
             up=Projection([layer.mlp.c_fc]),
             activation=_activation(layer.mlp.act),
             gated=False,
@@ -355,13 +353,13 @@ def _gpt2(trunk: Any, kernels: str) -> Blocks | None:
         embed=lambda tokens, positions: trunk.wte(tokens) + trunk.wpe(positions),
         rotary=None,
         layers=layers,
-        norm=Norm(trunk.ln_f, kernels),
+        norm=Norm(trunk.ln_f, backend),
         scale=size**-0.5,
-        kernels=kernels,
+        backend=backend,
     )
 
 
-# How each architecture that the fast path covers is read. ``None`` from a reader: this configuration it does not know.
+# By ``model_type``. A reader returns ``None`` for a configuration that it does not support.
 READERS: dict[str, Callable[[Any, str], Blocks | None]] = {
     "llama": _llama,
     "mistral": _llama,
@@ -372,12 +370,12 @@ READERS: dict[str, Callable[[Any, str], Blocks | None]] = {
 }
 
 
-def read_blocks(trunk: Any, kernels: str) -> Blocks | None:
-    """The layers of ``trunk`` for the fast path, or ``None`` where it does not cover the model.
+def read_blocks(trunk: Any, backend: str) -> Blocks | None:
+    """Returns the blocks of ``trunk``, or ``None`` if the fast trunk does not support the model.
 
     Args:
         trunk: the model.
-        kernels: see ``Blocks``.
+        backend: see ``Blocks``.
     """
     reader = READERS.get(trunk.config.model_type)
-    return None if reader is None else reader(trunk, kernels)
+    return None if reader is None else reader(trunk, backend)

@@ -1,28 +1,28 @@
-"""The fast path of a trunk: every pass by a lean loop over the layers' products, on the modules' own weights."""
+"""The fast trunk: forward passes and decoding as loops over the layers' matmuls, on the modules' own weights."""
 
 from __future__ import annotations
 
 import torch
 
 from rlhfkernels.config.case import Case
+from rlhfkernels.engine.backends import select_backend
 from rlhfkernels.engine.fast.blocks import Blocks, read_blocks
 from rlhfkernels.engine.fast.decoding import FastDecoder
-from rlhfkernels.engine.fast.passes import run_blocks
+from rlhfkernels.engine.fast.forward_pass import run_blocks
 from rlhfkernels.engine.trunk import Decoder, PlainTrunk
 from rlhfkernels.models.adapters import Adapters
 from rlhfkernels.models.loading import LoadedModel
 from rlhfkernels.observer import Observer
-from rlhfkernels.ops.forms import kernels_of
 
 
 class FastTrunk(PlainTrunk):
-    """A trunk whose architecture the fast path covers.
+    """A trunk of an architecture that ``read_blocks`` supports.
 
     Args:
-        case: its options say how.
+        case: its options select attention, cache and checkpointing.
         model: the trunk.
         adapters: its adapter sets.
-        blocks: what the fast path read of the trunk.
+        blocks: the layers of the trunk.
     """
 
     name = "fast"
@@ -50,9 +50,9 @@ class FastTrunk(PlainTrunk):
 
 
 def make_fast_trunk(case: Case, model: LoadedModel, adapters: Adapters) -> PlainTrunk:
-    """The fast path where it covers the model and the case's options, else the plain one; ``name`` says which."""
+    """Returns a fast trunk if it supports the model and the case's options, else a plain one; see ``name``."""
     if model.attention == "sdpa" and case.options.engine.cache_implementation == "static":
-        blocks = read_blocks(model.trunk, kernels_of(case))
+        blocks = read_blocks(model.trunk, select_backend(case.options.engine.backend, case.device, case.dtype))
         if blocks is not None:
             return FastTrunk(case, model, adapters, blocks)
     return PlainTrunk(case, model, adapters)

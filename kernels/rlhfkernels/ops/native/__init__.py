@@ -1,5 +1,5 @@
-"""Ops of decoding in C, for float32 on a processor: compiled on the machine that runs them, when first asked for.
+"""Ops in C for float32 on the CPU, compiled on the machine that runs them when first used.
 
-A step of decoding is a few hundred small ops on the same memory as the step before. ``Tape`` writes them down once,
-with their addresses, and a step replays them in one call; each op has a file of its own here.
+A file of C holds one op, and the Python file of its name calls it on torch's tensors. ``Program`` records the ops of a
+decode step with the addresses of their operands; every step replays them in one call.
 """

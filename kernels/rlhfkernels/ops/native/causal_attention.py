@@ -1,71 +1,71 @@
-"""The form in C of ``rlhfkernels.ops.causal_attention``."""
+"""Causal attention in C, forward and backward."""
 
 from __future__ import annotations
 
-import ctypes
-import functools
-
 import torch
 
-from rlhfkernels.ops.heads import Heads
-from rlhfkernels.ops.native.build import library
-from rlhfkernels.ops.native.launch import launch
+from rlhfkernels.ops.attention_mask import AttentionSpan, CausalMask
+from rlhfkernels.ops.native.launch import check_shape, launch, scratch_size
 from rlhfkernels.ops.native.structures import CausalAttention
-from rlhfkernels.ops.sight import Reach, Sight
+from rlhfkernels.ops.qkv_layout import QkvLayout
 
 
 def forward(
-    qkv: torch.Tensor, heads: Heads, sight: Sight, reach: Reach, *, with_sums: bool
+    qkv: torch.Tensor, layout: QkvLayout, mask: CausalMask, span: AttentionSpan, *, with_logsumexp: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What is attended, [b (t − start), h e]; and the logarithms of the scores' sums, [b, h, t], where asked for."""
-    out = qkv.new_empty(sight.b * (sight.t - reach.start), heads.num_queries * heads.size)
-    sums = qkv.new_empty(sight.b, heads.num_queries, sight.t) if with_sums else None
-    _run("causal_attention", qkv, heads, sight, reach, out=out, sums=sums)
-    return out, sums
+    """Returns the attention output [b (t − start), h e], and the logsumexp of the scores [b, h, t] where asked for."""
+    out = qkv.new_empty(mask.b * (mask.t - span.start), layout.num_heads * layout.head_size)
+    logsumexp = qkv.new_empty(mask.b, layout.num_heads, mask.t) if with_logsumexp else None
+    _run("causal_attention", qkv, layout, mask, span, out=out, logsumexp=logsumexp)
+    return out, logsumexp
 
 
 def backward(
-    grad: torch.Tensor, qkv: torch.Tensor, sums: torch.Tensor, heads: Heads, sight: Sight, reach: Reach
+    grad: torch.Tensor,
+    qkv: torch.Tensor,
+    logsumexp: torch.Tensor,
+    layout: QkvLayout,
+    mask: CausalMask,
+    span: AttentionSpan,
 ) -> torch.Tensor:
-    """The gradient of ``qkv``, [m, n]."""
+    """Returns the gradient of ``qkv``, [m, n]."""
     grad_qkv = torch.empty_like(qkv)
-    given = {"sums": sums, "grad_out": grad.contiguous(), "grad_qkv": grad_qkv}
-    _run("causal_attention_backward", qkv, heads, sight, reach, **given)
+    tensors = {"logsumexp": logsumexp, "grad_out": grad.contiguous(), "grad_qkv": grad_qkv}
+    _run("causal_attention_backward", qkv, layout, mask, span, **tensors)
     return grad_qkv
 
 
 def _run(
-    function: str, qkv: torch.Tensor, heads: Heads, sight: Sight, reach: Reach, **given: torch.Tensor | None
+    op: str,
+    qkv: torch.Tensor,
+    layout: QkvLayout,
+    mask: CausalMask,
+    span: AttentionSpan,
+    **tensors: torch.Tensor | None,
 ) -> None:
-    num_groups = sight.b * heads.num_keys
-    scratch_size = _scratch_size(sight.t, heads.size, "grad_qkv" in given)
+    check_shape("qkv", qkv, mask.b * mask.t, layout.width)
+    check_shape("mask", mask.padding, mask.b, mask.t)
+    num_groups = mask.b * layout.num_kv_heads
+    size = scratch_size("causal_attention", mask.t, layout.head_size, int("grad_qkv" in tensors))
     launch(
-        function,
+        op,
         CausalAttention,
         num_groups,
         qkv=qkv,
-        mask=None if sight.padding is None else sight.padding.contiguous(),
-        scratch=qkv.new_empty(min(num_groups, torch.get_num_threads()) * scratch_size),
-        **given,
-        batch=sight.b,
-        length=sight.t,
-        stride=qkv.shape[1],
-        heads=heads.num_queries,
-        kv_heads=heads.num_keys,
-        size=heads.size,
-        start=reach.start,
-        window=reach.window or 0,
-        head_stride=heads.head_stride,
-        key_start=heads.key_start,
-        value_start=heads.value_start,
-        scratch_size=scratch_size,
-        scale=reach.scale,
+        mask=None if mask.padding is None else mask.padding.contiguous(),
+        scratch=qkv.new_empty(min(num_groups, torch.get_num_threads()) * size),
+        **tensors,
+        batch=mask.b,
+        length=mask.t,
+        stride=layout.width,
+        heads=layout.num_heads,
+        kv_heads=layout.num_kv_heads,
+        size=layout.head_size,
+        start=span.start,
+        window=span.window or 0,
+        head_stride=layout.head_stride,
+        key_start=layout.key_start,
+        value_start=layout.value_start,
+        scratch_size=size,
+        scale=span.scale,
     )
-
-
-@functools.cache
-def _scratch_size(length: int, size: int, backward: bool) -> int:
-    """Numbers that one thread needs."""
-    function = library().causal_attention_scratch
-    function.restype = ctypes.c_int64
-    return int(function(ctypes.c_int64(length), ctypes.c_int64(size), ctypes.c_int64(backward)))

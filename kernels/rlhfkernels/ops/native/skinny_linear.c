@@ -1,118 +1,116 @@
-/* y = scale x Wᵀ + bias, or added to y, for a few rows: bound by reading W once, so every row is served as it passes.
-
-   With the low-rank second half: where a segment has `up`, B low is part of the same sums. */
-#include "tape.h"
+/* y = scale (x Wᵀ + low Bᵀ) + bias, or y += that, for the few rows of a decode step. Reading W is the bound: it is read
+   once, for all rows. low Bᵀ is the second half of an adapter, in segments of outputs that have one. */
+#include "program.h"
 #include "vectors.h"
 
-/* Outputs and rows of a tile: as many sums as stay in registers beside what they are made of. */
+/* Outputs and rows of a tile: as many accumulators as fit into the registers beside their operands. */
 #if defined(__AVX512F__) || defined(__aarch64__)
-#define TALL 4
+#define TILE_OUTPUTS 4
 #else
-#define TALL 2
+#define TILE_OUTPUTS 2
 #endif
-#define WIDE 4
-/* Tiles whose weights are asked for beforehand, in the order in which they lie, and into the second cache: the first has
-   places for too few that are on their way. */
-#define AHEAD 4
+#define TILE_ROWS 4
+/* Prefetch distance in tiles, into L2: L1 has too few fill buffers. */
+#define PREFETCH_TILES 4
 
-/* Outputs [start, stop) and what is theirs alone. */
+/* Outputs [start, stop) that share a scale and an adapter. */
 struct segment {
     const float *up; /* [stop - start, rank], or null */
     int64_t start, stop;
-    int64_t low_offset; /* where its columns of `low` begin */
+    int64_t low_offset; /* first of its columns of `low` */
     int64_t rank;
     float scale;
 };
 
 struct skinny_linear {
-    run_op *run;
     const float *x;      /* [rows, inputs] */
-    const float *weight; /* [outputs, inputs]; [inputs, outputs] where transposed; null: low-rank part alone */
+    const float *weight; /* [outputs, inputs], or [inputs, outputs] if transposed; null: low Bᵀ alone */
     const float *bias;   /* [outputs], or null */
     float *out;          /* [rows, outputs] */
     const float *low;    /* [rows, low_stride], or null */
     const struct segment *segments;
     int64_t num_segments, rows, inputs, outputs, low_stride;
-    int64_t adds; /* to what `out` holds */
+    int64_t accumulate; /* add to out */
 };
 
-/* sums[o][r] += w[o] x[r] over `inputs`; what comes after these weights in memory is asked for early. */
-INLINE void add_products(int tall, int wide, vec sums[TALL][WIDE], const float *w, const float *x, int64_t inputs,
-                         int64_t x_stride) {
+/* sums[o][r] += w[o] x[r] over `inputs`. Prefetches the weights that follow. */
+INLINE void accumulate_dots(int outputs, int rows, vec sums[TILE_OUTPUTS][TILE_ROWS], const float *w, const float *x,
+                            int64_t inputs, int64_t x_stride) {
     int64_t i = 0;
     for (; i + LANES <= inputs; i += LANES) {
-        vec weights[TALL];
-        for (int o = 0; o < tall; o++) {
+        vec weights[TILE_OUTPUTS];
+        for (int o = 0; o < outputs; o++) {
             weights[o] = load(w + o * inputs + i);
-            __builtin_prefetch(w + AHEAD * tall * inputs + i * tall + o * LANES, 0, 2);
+            __builtin_prefetch(w + PREFETCH_TILES * outputs * inputs + i * outputs + o * LANES, 0, 2);
         }
-        for (int r = 0; r < wide; r++) {
+        for (int r = 0; r < rows; r++) {
             const vec row = load(x + r * x_stride + i);
-            for (int o = 0; o < tall; o++) sums[o][r] += weights[o] * row;
+            for (int o = 0; o < outputs; o++) sums[o][r] += weights[o] * row;
         }
     }
     if (i == inputs) return;
-    for (int r = 0; r < wide; r++) {
-        const vec row = load_some(x + r * x_stride + i, inputs - i, 0);
-        for (int o = 0; o < tall; o++) sums[o][r] += load_some(w + o * inputs + i, inputs - i, 0) * row;
+    for (int r = 0; r < rows; r++) {
+        const vec row = load_partial(x + r * x_stride + i, inputs - i, 0);
+        for (int o = 0; o < outputs; o++) sums[o][r] += load_partial(w + o * inputs + i, inputs - i, 0) * row;
     }
 }
 
-INLINE void run_tile(int tall, int wide, const struct skinny_linear *op, const struct segment *segment, int64_t o,
+INLINE void run_tile(int outputs, int rows, const struct skinny_linear *op, const struct segment *segment, int64_t o,
                      int64_t r) {
-    vec sums[TALL][WIDE];
-    for (int a = 0; a < tall; a++)
-        for (int b = 0; b < wide; b++) sums[a][b] = (vec){0};
+    vec sums[TILE_OUTPUTS][TILE_ROWS];
+    for (int a = 0; a < outputs; a++)
+        for (int b = 0; b < rows; b++) sums[a][b] = (vec){0};
     if (op->weight)
-        add_products(tall, wide, sums, op->weight + o * op->inputs, op->x + r * op->inputs, op->inputs, op->inputs);
+        accumulate_dots(outputs, rows, sums, op->weight + o * op->inputs, op->x + r * op->inputs, op->inputs,
+                        op->inputs);
     if (segment->up)
-        add_products(tall, wide, sums, segment->up + (o - segment->start) * segment->rank,
-                     op->low + r * op->low_stride + segment->low_offset, segment->rank, op->low_stride);
-    for (int b = 0; b < wide; b++)
-        for (int a = 0; a < tall; a++) {
-            float y = total(sums[a][b]) * segment->scale;
+        accumulate_dots(outputs, rows, sums, segment->up + (o - segment->start) * segment->rank,
+                        op->low + r * op->low_stride + segment->low_offset, segment->rank, op->low_stride);
+    for (int b = 0; b < rows; b++)
+        for (int a = 0; a < outputs; a++) {
+            float y = sum_lanes(sums[a][b]) * segment->scale;
             if (op->bias) y += op->bias[o + a];
-            float *to = op->out + (r + b) * op->outputs + o + a;
-            *to = op->adds ? *to + y : y;
+            float *out = op->out + (r + b) * op->outputs + o + a;
+            *out = op->accumulate ? *out + y : y;
         }
 }
 
-INLINE void run_outputs(int tall, const struct skinny_linear *op, const struct segment *segment, int64_t o) {
+INLINE void run_outputs(int outputs, const struct skinny_linear *op, const struct segment *segment, int64_t o) {
     int64_t r = 0;
-    for (; r + WIDE <= op->rows; r += WIDE) run_tile(tall, WIDE, op, segment, o, r);
+    for (; r + TILE_ROWS <= op->rows; r += TILE_ROWS) run_tile(outputs, TILE_ROWS, op, segment, o, r);
     switch (op->rows - r) {
-    case 3: run_tile(tall, 3, op, segment, o, r); break;
-    case 2: run_tile(tall, 2, op, segment, o, r); break;
-    case 1: run_tile(tall, 1, op, segment, o, r); break;
+    case 3: run_tile(outputs, 3, op, segment, o, r); break;
+    case 2: run_tile(outputs, 2, op, segment, o, r); break;
+    case 1: run_tile(outputs, 1, op, segment, o, r); break;
     }
 }
 
-/* A thread's part of `count`, in whole multiples of `unit` but for the last. */
-INLINE void part_of(int64_t count, int64_t unit, int64_t thread, int64_t threads, int64_t *start, int64_t *stop) {
+/* This thread's share of `count`, divided at multiples of `unit`. */
+INLINE void share_of(int64_t count, int64_t unit, int64_t thread, int64_t num_threads, int64_t *start, int64_t *stop) {
     const int64_t units = (count + unit - 1) / unit;
-    *start = units * thread / threads * unit;
-    *stop = units * (thread + 1) / threads * unit;
+    *start = units * thread / num_threads * unit;
+    *stop = units * (thread + 1) / num_threads * unit;
     if (*stop > count) *stop = count;
 }
 
-void run_skinny_linear(const void *data, const struct call *call, int64_t thread, int64_t threads) {
-    const struct skinny_linear *op = data;
-    (void)call;
+void run_skinny_linear(const void *operands, const struct step *step, int64_t thread, int64_t num_threads) {
+    const struct skinny_linear *op = operands;
+    (void)step;
     for (int64_t i = 0; i < op->num_segments; i++) {
         const struct segment *segment = op->segments + i;
         int64_t o, stop;
-        part_of(segment->stop - segment->start, TALL, thread, threads, &o, &stop);
+        share_of(segment->stop - segment->start, TILE_OUTPUTS, thread, num_threads, &o, &stop);
         o += segment->start;
         stop += segment->start;
-        for (; o + TALL <= stop; o += TALL) run_outputs(TALL, op, segment, o);
+        for (; o + TILE_OUTPUTS <= stop; o += TILE_OUTPUTS) run_outputs(TILE_OUTPUTS, op, segment, o);
         for (; o < stop; o++) run_outputs(1, op, segment, o);
     }
 }
 
 /* Columns [o, o + 4 LANES) of x W for up to four rows, W stored as inputs by outputs. */
-INLINE void run_columns(int wide, const struct skinny_linear *op, int64_t o, int64_t r) {
-    vec sums[WIDE][4];
-    for (int b = 0; b < wide; b++)
+INLINE void run_columns(int rows, const struct skinny_linear *op, int64_t o, int64_t r) {
+    vec sums[TILE_ROWS][4];
+    for (int b = 0; b < rows; b++)
         for (int c = 0; c < 4; c++) sums[b][c] = (vec){0};
     const float *w = op->weight + o;
     for (int64_t i = 0; i < op->inputs; i++, w += op->outputs) {
@@ -121,16 +119,16 @@ INLINE void run_columns(int wide, const struct skinny_linear *op, int64_t o, int
             weights[c] = load(w + c * LANES);
             __builtin_prefetch(w + 8 * op->outputs + c * LANES, 0, 3);
         }
-        for (int b = 0; b < wide; b++)
+        for (int b = 0; b < rows; b++)
             for (int c = 0; c < 4; c++) sums[b][c] += weights[c] * op->x[(r + b) * op->inputs + i];
     }
-    for (int b = 0; b < wide; b++)
+    for (int b = 0; b < rows; b++)
         for (int c = 0; c < 4; c++) {
-            float *to = op->out + (r + b) * op->outputs + o + c * LANES;
+            float *out = op->out + (r + b) * op->outputs + o + c * LANES;
             vec y = sums[b][c];
             if (op->bias) y += load(op->bias + o + c * LANES);
-            if (op->adds) y += load(to);
-            store(to, y);
+            if (op->accumulate) y += load(out);
+            store(out, y);
         }
 }
 
@@ -138,24 +136,24 @@ static void run_column(const struct skinny_linear *op, int64_t o) {
     for (int64_t r = 0; r < op->rows; r++) {
         float y = op->bias ? op->bias[o] : 0;
         for (int64_t i = 0; i < op->inputs; i++) y += op->weight[i * op->outputs + o] * op->x[r * op->inputs + i];
-        float *to = op->out + r * op->outputs + o;
-        *to = op->adds ? *to + y : y;
+        float *out = op->out + r * op->outputs + o;
+        *out = op->accumulate ? *out + y : y;
     }
 }
 
-/* Unscaled, without segments. */
-void run_skinny_linear_transposed(const void *data, const struct call *call, int64_t thread, int64_t threads) {
-    const struct skinny_linear *op = data;
-    (void)call;
+/* Without scale and segments. */
+void run_skinny_linear_transposed(const void *operands, const struct step *step, int64_t thread, int64_t num_threads) {
+    const struct skinny_linear *op = operands;
+    (void)step;
     int64_t o, stop;
-    part_of(op->outputs, 4 * LANES, thread, threads, &o, &stop);
+    share_of(op->outputs, 4 * LANES, thread, num_threads, &o, &stop);
     for (; o + 4 * LANES <= stop; o += 4 * LANES) {
         int64_t r = 0;
-        for (; r + WIDE <= op->rows; r += WIDE) run_columns(WIDE, op, o, r);
+        for (; r + TILE_ROWS <= op->rows; r += TILE_ROWS) run_columns(TILE_ROWS, op, o, r);
         for (; r < op->rows; r++) run_columns(1, op, o, r);
     }
     for (; o < stop; o++) run_column(op, o);
 }
 
-int64_t size_of_segment(void) { return sizeof(struct segment); }
-int64_t size_of_skinny_linear(void) { return sizeof(struct skinny_linear); }
+EXPORT_SIZE(segment)
+EXPORT_SIZE(skinny_linear)

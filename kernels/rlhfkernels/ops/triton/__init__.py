@@ -1,5 +1,5 @@
-"""The Triton form of an op, in the file of its name; imported where it is first run, as the package may be absent.
+"""Triton kernels of ops, in the files of their names; imported when first run, as the package may be absent.
 
-Every kernel computes in float32 and rounds where its op's reference rounds, or less often. Kernels run compiled on a
-CUDA device, and as they stand in Triton's interpreter (``TRITON_INTERPRET=1``) on processor tensors.
+Kernels compute in float32 and round where the reference rounds, or less often. They run compiled on a CUDA device, and
+in Triton's interpreter (``TRITON_INTERPRET=1``) on CPU tensors.
 """

@@ -10,7 +10,7 @@ from rlhfkernels.engine.engine import Engine
 from rlhfkernels.methods.table import families
 
 Generated = Callable[[TrainingStep], Batch]
-# Transformers' RMS norm rounds to float32 even in float64, the fast path's does not.
+# Transformers' RMS norm rounds to float32 even in float64; the fast trunk's does not.
 NEAR = {"rtol": 1e-5, "atol": 1e-5}
 COVERED = ["llama", "mistral", "opt", "gpt_neox", "gpt2", "qwen2"]
 
@@ -18,7 +18,7 @@ COVERED = ["llama", "mistral", "opt", "gpt_neox", "gpt2", "qwen2"]
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("adapter", ["actor", None])
 @pytest.mark.parametrize("architecture", COVERED)
-def test_decoding_equals_the_plain_path(
+def test_decoding_equals_the_plain_trunk(
     make_case: Callable[..., Case],
     architecture: str,
     adapter: str | None,
@@ -40,7 +40,7 @@ def test_decoding_equals_the_plain_path(
 
 
 @pytest.mark.parametrize("architecture", COVERED)
-def test_decoding_from_padded_prompts_equals_the_plain_path(
+def test_decoding_from_padded_prompts_equals_the_plain_trunk(
     make_case: Callable[..., Case], architecture: str, shake: Callable[[Engine], None]
 ) -> None:
     engines = [Engine(make_case(architecture=architecture, engine__trunk=engine)) for engine in ("fast", "plain")]
@@ -73,7 +73,7 @@ def test_the_same_seed_samples_the_same_tokens_and_trains_the_same_weights(
 
 
 @pytest.mark.parametrize("adapter_dtype", [None, "float32"])
-def test_bfloat16_decoding_is_as_near_to_float64_as_the_plain_path(
+def test_bfloat16_decoding_is_as_near_to_float64_as_the_plain_trunk(
     make_case: Callable[..., Case], adapter_dtype: str | None
 ) -> None:
     def decoded(engine: str, dtype: str, adapters: str | None, seed: int) -> torch.Tensor:
@@ -98,7 +98,7 @@ def test_bfloat16_decoding_is_as_near_to_float64_as_the_plain_path(
     assert errors["plain"] < 0.1 * size
 
 
-def test_one_storage_for_products_over_one_input_takes_no_more_memory(make_case: Callable[..., Case]) -> None:
+def test_fused_weights_take_no_more_memory(make_case: Callable[..., Case]) -> None:
     def weights(engine: str) -> int:
         storages = {
             tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
@@ -118,7 +118,5 @@ def test_one_storage_for_products_over_one_input_takes_no_more_memory(make_case:
     ],
     ids=str,
 )
-def test_what_the_fast_path_does_not_cover_takes_the_plain_one(
-    make_case: Callable[..., Case], changes: dict[str, str]
-) -> None:
+def test_unsupported_cases_take_the_plain_trunk(make_case: Callable[..., Case], changes: dict[str, str]) -> None:
     assert Engine(make_case(**changes)).trunks["hydra"].name == "plain"

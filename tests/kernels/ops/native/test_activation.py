@@ -1,4 +1,4 @@
-"""The form in C against plain arithmetic in float64."""
+"""Activations in C against their formulas in float64."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from rlhfkernels.ops.native.tape import ACTIVATIONS, Tape
+from rlhfkernels.ops.native.program import ACTIVATIONS, Program
 
 pytestmark = pytest.mark.usefixtures("library")
 
@@ -45,14 +45,14 @@ def test_activation(
     x[0, :9] = LARGE
     x[-1, :9] = -LARGE if rows > 1 else LARGE
     expected = IN_FLOAT64[kind](x[:, :size].double()) * (x[:, size:].double() if gated else 1)
-    tape = Tape()
-    tape.activation(x, out, kind=kind, gated=gated)
-    tape.run()
+    program = Program()
+    program.activation(x, out, kind=kind, gated=gated)
+    program.run()
     torch.testing.assert_close(out.double(), expected, rtol=2e-6, atol=2e-6)
     assert_untouched_around(out)
 
 
-TORCHS = {
+IN_TORCH = {
     "silu": nn.functional.silu,
     "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
     "gelu": nn.functional.gelu,
@@ -61,12 +61,12 @@ TORCHS = {
 
 
 @pytest.mark.parametrize("kind", ACTIVATIONS)
-def test_what_is_no_finite_number_comes_out_as_torchs_does(
+def test_infinities_and_nan_equal_torchs(
     kind: str, blank: Callable[..., torch.Tensor], placed: Callable[..., torch.Tensor]
 ) -> None:
     x = placed(torch.tensor([[math.inf, -math.inf, math.nan, 1e38, -1e38, 0.0, -0.0]]))
     out = blank(*x.shape)
-    tape = Tape()
-    tape.activation(x, out, kind=kind, gated=False)
-    tape.run()
-    torch.testing.assert_close(out, TORCHS[kind](x.double()).float(), equal_nan=True)
+    program = Program()
+    program.activation(x, out, kind=kind, gated=False)
+    program.run()
+    torch.testing.assert_close(out, IN_TORCH[kind](x.double()).float(), equal_nan=True)

@@ -1,4 +1,4 @@
-"""The form in C against plain arithmetic in float64."""
+"""Decode attention in C against its formula in float64."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from rlhfkernels.ops.heads import Heads
-from rlhfkernels.ops.native.tape import Tape
+from rlhfkernels.ops.native.program import Program
+from rlhfkernels.ops.qkv_layout import QkvLayout
 
 pytestmark = pytest.mark.usefixtures("library")
 
@@ -19,7 +19,7 @@ NEAR = {"rtol": 1e-5, "atol": 1e-5}
 def attended_in_float64(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, seen: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """[h, e] of one row, head by head, from its queries [h, e] and what [k, n, e] its cache holds."""
+    """Computes [h, e] of one row, head by head, from queries [h, e] and cached keys and values [k, n, e]."""
     h, k = query.shape[0], keys.shape[0]
     heads = []
     for head in range(h):
@@ -29,8 +29,8 @@ def attended_in_float64(
     return torch.stack(heads)
 
 
-def turned_in_float64(x: torch.Tensor, angles: torch.Tensor | None) -> torch.Tensor:
-    """[heads, e]: of the first numbers of each, those i and i + half as a complex number, turned by its angle."""
+def rotated_in_float64(x: torch.Tensor, angles: torch.Tensor | None) -> torch.Tensor:
+    """Rotates [heads, e]: elements i and i + half are a complex number, multiplied by e^(i angle)."""
     wide = x.double().clone()
     if angles is not None:
         half = angles.shape[0]
@@ -70,21 +70,21 @@ def test_decode_attention(
     assert_untouched_around: Callable[..., None],
 ) -> None:
     torch.manual_seed(0)
-    capacity, written, scale = 24, 18, 0.3
-    n = written + 1
+    capacity, cache_len, scale = 24, 18, 0.3
+    n = cache_len + 1
     qkv = draw(rows, (heads + 2 * kv_heads) * size)
     keys, values = (draw(rows, kv_heads, capacity, size) for _ in range(2))
-    # What the cache does not hold yet must not be read.
-    keys[:, :, written:], values[:, :, written:] = math.nan, math.nan
+    # Positions beyond the cache length must not be read.
+    keys[:, :, cache_len:], values[:, :, cache_len:] = math.nan, math.nan
     out, scores = blank(rows, heads * size), blank(rows, heads, capacity)
     num_padding = torch.tensor([0, 5, 17][:rows] if masked else [0] * rows)
     mask = (torch.arange(n) >= num_padding[:, None]).long() if masked else None
-    positions = written - num_padding
+    positions = cache_len - num_padding
     angles = torch.rand(capacity, rotated // 2, dtype=torch.float64) * 6 if rotated else None
-    turns = None
+    rotary = None
     if angles is not None:
         cos, sin = angles.cos().float(), angles.sin().float()
-        turns = placed(torch.cat((cos, cos), 1)), placed(torch.cat((-sin, sin), 1))
+        rotary = placed(torch.cat((cos, cos), 1)), placed(torch.cat((-sin, sin), 1))
 
     if interleaved:
         query, key, value = qkv.view(rows, heads, 3, size).unbind(2)
@@ -93,48 +93,50 @@ def test_decode_attention(
     expected, expected_keys, expected_values = [], keys.double(), values.double()
     for row in range(rows):
         angle = None if angles is None else angles[positions[row]]
-        expected_keys[row, :, written] = turned_in_float64(key[row], angle)
-        expected_values[row, :, written] = value[row].double()
+        expected_keys[row, :, cache_len] = rotated_in_float64(key[row], angle)
+        expected_values[row, :, cache_len] = value[row].double()
         at = torch.arange(n)
-        seen = (at >= num_padding[row]) & (at > written - (window or n))
+        seen = (at >= num_padding[row]) & (at > cache_len - (window or n))
         past = expected_keys[row, :, :n], expected_values[row, :, :n]
-        expected.append(attended_in_float64(turned_in_float64(query[row], angle), *past, seen, scale))
+        expected.append(attended_in_float64(rotated_in_float64(query[row], angle), *past, seen, scale))
 
-    layout = Heads(heads, kv_heads, size, interleaved)
-    tape = Tape()
-    tape.decode_attention(qkv, out, keys, values, scores, heads=layout, turns=turns, window=window, scale=scale)
-    tape.run(written=written, positions=positions, mask=mask)
+    layout = QkvLayout(heads, kv_heads, size, interleaved)
+    program = Program()
+    program.decode_attention(qkv, out, keys, values, scores, layout=layout, rotary=rotary, window=window, scale=scale)
+    program.run(cache_len=cache_len, positions=positions, mask=mask)
     torch.testing.assert_close(out.view(rows, heads, size).double(), torch.stack(expected), **NEAR)
     for found, wanted in ((keys, expected_keys), (values, expected_values)):
         torch.testing.assert_close(found.double(), wanted, **NEAR, equal_nan=True)
     assert_untouched_around(out, keys, values, scores, qkv)
 
 
-def test_a_mask_that_is_part_of_a_longer_one(
+def test_a_mask_that_is_a_view_of_a_longer_one(
     draw: Callable[..., torch.Tensor], blank: Callable[..., torch.Tensor]
 ) -> None:
-    """The step's mask is a view of the rollout's: its rows lie further apart than they are long."""
+    """The mask of a step is a view of the rollout's, so its rows are not adjacent."""
     keys, values = draw(2, 1, 8, 4), draw(2, 1, 8, 4)
     qkv, out, scores = draw(2, 12), blank(2, 4), blank(2, 1, 8)
     whole = torch.ones(2, 8, dtype=torch.int64)
     whole[1, :3] = 0
-    tape = Tape()
-    tape.decode_attention(qkv, out, keys, values, scores, heads=Heads(1, 1, 4), turns=None, window=None, scale=1.0)
-    tape.run(written=5, positions=torch.tensor([5, 2]), mask=whole[:, :6])
+    program = Program()
+    program.decode_attention(
+        qkv, out, keys, values, scores, layout=QkvLayout(1, 1, 4), rotary=None, window=None, scale=1.0
+    )
+    program.run(cache_len=5, positions=torch.tensor([5, 2]), mask=whole[:, :6])
     for row, start in ((0, 0), (1, 3)):
         seen = torch.arange(6) >= start
         expected = attended_in_float64(qkv[row, None, :4], keys[row, :, :6], values[row, :, :6], seen, 1.0)
         torch.testing.assert_close(out[row, None].double(), expected, **NEAR)
 
 
-def test_a_full_cache_is_not_written_beyond(
+def test_a_full_cache_is_refused(
     draw: Callable[..., torch.Tensor], assert_untouched_around: Callable[..., None]
 ) -> None:
     keys, values = draw(1, 1, 3, 4), draw(1, 1, 3, 4)
-    tape = Tape()
+    program = Program()
     operands = draw(1, 12), draw(1, 4), keys, values, draw(1, 1, 3)
-    tape.decode_attention(*operands, heads=Heads(1, 1, 4), turns=None, window=None, scale=1.0)
-    tape.run(written=2)
-    with pytest.raises(AssertionError, match="3 positions fill the cache"):
-        tape.run(written=3)
+    program.decode_attention(*operands, layout=QkvLayout(1, 1, 4), rotary=None, window=None, scale=1.0)
+    program.run(cache_len=2)
+    with pytest.raises(ValueError, match="the KV cache holds 3 positions"):
+        program.run(cache_len=3)
     assert_untouched_around(keys)

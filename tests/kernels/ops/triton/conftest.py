@@ -1,4 +1,4 @@
-"""Where the Triton forms are tested: compiled on a GPU, else by Triton's interpreter on the processor."""
+"""Device for tests of the Triton kernels: a GPU, or the CPU by Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -9,15 +9,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-WITH_KERNELS = ("launch", "logprobs", "rms_norm", "rotary", "swiglu")
+WITH_KERNELS = ("launch", "token_logprobs", "rms_norm", "rotary", "swiglu")
 
 
 @pytest.fixture(scope="package")
 def device() -> Iterator[str]:
-    """The device whose tensors the Triton forms take here.
-
-    Whether a kernel is interpreted is decided where it is defined: they are defined anew for these tests.
-    """
+    """Returns ``cuda``, or ``cpu`` after a new import of the kernels, which decides that they are interpreted."""
     triton = pytest.importorskip("triton", reason="triton is not installed")
     if torch.cuda.is_available():
         yield "cuda"

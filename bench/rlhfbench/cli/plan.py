@@ -1,0 +1,100 @@
+"""``rlhfbench plan``: predicts the memory of a sweep's cases."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlhfbench.cli import common
+from rlhfbench.cli.common import case_spec, epilog, given, make_sweep, number, print_table
+
+DIVISION, OUTPUT = "Accelerator and ranks", "Output"
+EPILOG = epilog(
+    "rlhfbench plan --model gpt2 --gpu a100-80gb",
+    "rlhfbench plan --model tiny --device cpu --methods hydra --json",
+    "rlhfbench plan --model ./llama-7b --dtype bfloat16 --gpu 24GiB --zero-stage 3 --world-size 8",
+)
+
+
+def plan(
+    ctx: typer.Context,
+    model: common.Model = None,
+    methods: common.Methods = None,
+    seq_lens: common.SeqLens = None,
+    batch_sizes: common.BatchSizes = None,
+    sweep: common.SweepFile = None,
+    setting: common.Setting = None,
+    prompt_fraction: common.PromptFraction = None,
+    seed: common.Seed = None,
+    option: common.Option = None,
+    prompts: common.Prompts = None,
+    prompt_field: common.PromptField = None,
+    demonstrations: common.Demonstrations = None,
+    pairs: common.Pairs = None,
+    device: common.Device = None,
+    dtype: common.Dtype = None,
+    lora_rank: common.LoraRank = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", rich_help_panel=DIVISION, help="An accelerator (a100-80gb) or a size: 24GiB."),
+    ] = None,
+    zero_stage: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            parser=number("--zero-stage", int),
+            rich_help_panel=DIVISION,
+            help="Stage of DeepSpeed's ZeRO, 0 to 3.  [default: 0]",
+        ),
+    ] = None,
+    world_size: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            parser=number("--world-size", int),
+            rich_help_panel=DIVISION,
+            help="Number of ranks.  [default: 1]",
+        ),
+    ] = None,
+    global_batch: Annotated[
+        bool,
+        typer.Option(
+            "--global-batch", rich_help_panel=DIVISION, help="Batch sizes are over all ranks, not of one rank."
+        ),
+    ] = False,
+    out: Annotated[
+        str | None, typer.Option(metavar="DIR", rich_help_panel=OUTPUT, help="Folder for the picture and the JSON.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", rich_help_panel=OUTPUT, help="Print the plans as a JSON list.")
+    ] = False,
+) -> None:
+    """Predict memory, with no device and no weights.
+
+    Runs one training step on fake tensors, which have shapes and no contents.
+    """
+    from rlhfbench.cli import plan_output
+    from rlhfbench.planning import plans as planning
+
+    # A plan is for an accelerator unless the command says otherwise; a sweep file usually names the device of a run.
+    cases = make_sweep(case_spec(ctx.params) | {"device": device or "cuda"}, sweep, setting)
+    planned = planning.plan(
+        cases,
+        gpu=gpu,
+        global_batch=global_batch,
+        with_timeline=out is not None,
+        **given(zero_stage=zero_stage, world_size=world_size),
+    )
+    objects = planning.plan_objects(planned, gpu)
+    if as_json:
+        print(json.dumps(objects))
+    else:
+        print_table(plan_output.table(objects, gpu))
+        for sentence in plan_output.advice(objects):
+            print(sentence)
+    if out is not None:
+        timelines = {item.plan.case.id: item.plan.timeline for item in planned if item.plan.timeline is not None}
+        plan_output.write(objects, gpu, Path(out), timelines)

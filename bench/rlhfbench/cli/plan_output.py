@@ -1,0 +1,106 @@
+"""The outputs of ``rlhfbench plan``: a table, a picture, JSON and advice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhfbench.cases.settings import setting_of
+from rlhfbench.errors import RunFolderError
+from rlhfbench.planning.devices import find_accelerator
+from rlhfbench.records.timelines import write_timeline
+from rlhfbench.runs.folder import TIMELINES_NAME
+from rlhfkernels.methods.table import METHODS
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.table import Table
+
+
+def frame(plans: list[dict[str, Any]]) -> pd.DataFrame:
+    """The data frame that ``rlhfreports.plans`` draws: one row a plan."""
+    import pandas as pd
+
+    return pd.DataFrame(
+        [
+            {
+                "title": METHODS[plan["case"]["method"]].title,
+                "setting": setting_of(plan["case"]["options"]),
+                "seq_len": plan["case"]["prompt_len"] + plan["case"]["completion_len"],
+                "batch_size": plan["case"]["batch_size"],
+                **{f"{part}_part_bytes": size for part, size in plan["memory"]["parts"].items()},
+                **{f"{name}_bytes": plan["memory"][f"{name}_bytes"] for name in ("model", "activation", "total")},
+                "bucket_bytes": plan["zero"]["bucket_bytes"],
+                "peak_phase": plan["memory"]["peak_phase"],
+                "fits": plan["fits"],
+                "max_batch_size": plan["max_batch_size"],
+                "floor_s_per_sample": plan["floor"]["total_s_per_sample"],
+            }
+            for plan in plans
+        ]
+    )
+
+
+def table(plans: list[dict[str, Any]], gpu: str | None) -> Table:
+    """The plans as a table for the terminal."""
+    from rlhfreports.plans import plan_table
+
+    return plan_table(frame(plans), caption=_caption(plans, gpu))
+
+
+def advice(plans: list[dict[str, Any]]) -> list[str]:
+    """The advice for cases that do not fit even with one data row, each sentence once."""
+    return list(dict.fromkeys(plan["advice"] for plan in plans if plan["advice"] is not None))
+
+
+def write(
+    plans: list[dict[str, Any]], gpu: str | None, folder: Path, timelines: dict[str, dict[str, Any]] | None = None
+) -> None:
+    """Writes ``plan.json``, ``plan.png``, ``plan.svg`` and a folder of timelines.
+
+    Args:
+        plans: from ``plan_objects``.
+        gpu: the accelerator that they were made for; its memory is drawn as a line.
+        folder: where they go.
+        timelines: bytes over time, by case id.
+
+    Raises:
+        RunFolderError: the folder cannot be written.
+        RecordsError: a timeline cannot be written.
+    """
+    from rlhfbench.records.frame import records_frame
+    from rlhfbench.runs.drawing import draw_timelines
+    from rlhfreports.plans import draw_plan
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "plan.json").write_text(json.dumps(plans, indent=1) + "\n", encoding="utf-8")
+        limit = None if gpu is None else find_accelerator(gpu)
+        draw_plan(
+            frame(plans),
+            folder / "plan",
+            caption=_caption(plans, gpu),
+            limit_bytes=None if limit is None else limit.memory_bytes,
+        )
+        for case_id, timeline in (timelines or {}).items():
+            write_timeline(folder / TIMELINES_NAME, case_id, timeline)
+        draw_timelines(records_frame(plans), folder / TIMELINES_NAME)
+    except OSError as error:
+        raise RunFolderError(f"out '{folder}' cannot be written: {error.strerror}.") from error
+
+
+def _caption(plans: list[dict[str, Any]], gpu: str | None) -> str:
+    from rlhfbench.records.frame import records_frame
+    from rlhfreports.columns import shared_axes_text
+
+    # Left out: in a plan the device only decides the block size of storages.
+    words = [shared_axes_text(records_frame(plans).assign(device=""))]
+    stage, num_ranks = (plans[0]["zero"][key] for key in ("stage", "world_size"))
+    if stage or num_ranks > 1:
+        words.append(f"ZeRO-{stage}, one rank of {num_ranks}")
+    if gpu is not None:
+        limit = find_accelerator(gpu)
+        gib, reserve = limit.memory_bytes / 2**30, limit.reserve_bytes / 2**30
+        words.append(f"{limit.name}: {gib:.0f} GiB, {reserve:.1f} of it reserved (an estimate)")
+    return " · ".join(word for word in words if word)

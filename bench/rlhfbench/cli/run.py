@@ -1,0 +1,216 @@
+"""``rlhfbench run``: runs a sweep and draws its report."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rlhfbench.cli import common
+from rlhfbench.cli.common import (
+    DONE,
+    INTERRUPTED,
+    NOTHING,
+    case_spec,
+    draw,
+    epilog,
+    given,
+    make_sweep,
+    number,
+    print_table,
+)
+from rlhfbench.errors import RecordsError, SweepError
+from rlhfbench.runs.options import RunOptions
+
+if TYPE_CHECKING:
+    from rlhfbench.cases.sweep import Sweep
+    from rlhfbench.runs.max_batch import MaxBatchResult
+    from rlhfbench.runs.runner import RunResult
+
+MEASUREMENT, OUTPUT = "Measurement", "Output"
+EPILOG = epilog(
+    "rlhfbench run",
+    "rlhfbench run --model gpt2 --methods lora,hydra --seq-lens 256,512",
+    "rlhfbench run --sweep sweep.toml --option engine.gradient_checkpointing=true",
+    "rlhfbench run --resume --out rlhfbench-run-20260101T120000Z",
+)
+_DEFAULTS = RunOptions()
+
+
+def run(
+    ctx: typer.Context,
+    model: common.Model = None,
+    methods: common.Methods = None,
+    seq_lens: common.SeqLens = None,
+    batch_sizes: common.BatchSizes = None,
+    sweep: common.SweepFile = None,
+    setting: common.Setting = None,
+    prompt_fraction: common.PromptFraction = None,
+    seed: common.Seed = None,
+    option: common.Option = None,
+    prompts: common.Prompts = None,
+    prompt_field: common.PromptField = None,
+    demonstrations: common.Demonstrations = None,
+    pairs: common.Pairs = None,
+    device: common.Device = None,
+    dtype: common.Dtype = None,
+    lora_rank: common.LoraRank = None,
+    time_budget_s: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            parser=number("--time-budget-s", float),
+            rich_help_panel=MEASUREMENT,
+            help=f"Seconds for timing the steps of a case.  [default: {_DEFAULTS.time_budget_s:g}]",
+        ),
+    ] = None,
+    case_timeout_s: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            parser=number("--case-timeout-s", float),
+            rich_help_panel=MEASUREMENT,
+            help=f"Seconds after which a case is killed.  [default: {_DEFAULTS.case_timeout_s:g}]",
+        ),
+    ] = None,
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", rich_help_panel=MEASUREMENT, help="Memory that a case may allocate: 4GiB."),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            parser=number("--threads", int),
+            rich_help_panel=MEASUREMENT,
+            help="Threads of torch in a case; torch chooses by default.",
+        ),
+    ] = None,
+    profile: Annotated[
+        bool,
+        typer.Option("--profile", rich_help_panel=MEASUREMENT, help="Trace each phase, into the folder DIR/traces."),
+    ] = False,
+    with_plan: Annotated[
+        bool, typer.Option("--with-plan", rich_help_panel=MEASUREMENT, help="Predict the memory of each case too.")
+    ] = False,
+    max_batch: Annotated[
+        bool,
+        typer.Option(
+            "--max-batch",
+            rich_help_panel=MEASUREMENT,
+            help="Find the largest batch that runs, for every method and length.",
+        ),
+    ] = False,
+    max_batch_limit: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            parser=number("--max-batch-limit", int),
+            rich_help_panel=MEASUREMENT,
+            help="Largest batch that --max-batch tries.  [default: 512]",
+        ),
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", rich_help_panel=OUTPUT, help="Folder of the run; a new one by default."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", rich_help_panel=OUTPUT, help="Continue the run in --out.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", rich_help_panel=OUTPUT, help="Print the records as a JSON list.")
+    ] = False,
+) -> int:
+    """Run a sweep and draw its report.
+
+    Without options: the PPO methods on a tiny model, in under three minutes.
+    """
+    from rlhfbench.cases.sizes import parse_size
+    from rlhfbench.runs import runner
+
+    spec = case_spec(ctx.params)
+    values = given(
+        time_budget_s=time_budget_s,
+        case_timeout_s=case_timeout_s,
+        num_threads=threads,
+        memory_limit_bytes=None if memory_limit is None else parse_size("--memory-limit", memory_limit),
+    )
+    options = RunOptions(profile=profile, with_plan=with_plan, **values)
+    if resume and out is None:
+        raise SweepError(["--resume needs --out: name the folder of the run to continue."])
+    if max_batch_limit is not None and not max_batch:
+        raise SweepError(["--max-batch-limit needs --max-batch."])
+    out_dir = Path(out or f"rlhfbench-run-{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%SZ}")
+    cases = _recorded_sweep(out_dir) if resume and not spec and sweep is None and setting is None else None
+    cases = cases or make_sweep(spec, sweep, setting)
+    # SIGTERM ends a run as Ctrl-C does: the records are whole, and the command that resumes is printed.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        if max_batch:
+            return _find_max_batches(cases, out_dir, options, max_batch_limit, resume=resume, as_json=as_json)
+        result = runner.run_sweep(cases, out_dir, options, resume=resume)
+    except RecordsError as error:
+        raise RecordsError(f"{error}\nTo resume: {_resume_command(out_dir)}") from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return _finish(result, as_json=as_json)
+
+
+def _recorded_sweep(run_dir: Path) -> Sweep | None:
+    """The sweep of the run in ``run_dir``; ``None`` where there is no run."""
+    from rlhfbench.runs.folder import RunFolder
+
+    folder = RunFolder(run_dir)
+    return folder.load_sweep() if folder.is_run else None
+
+
+def _find_max_batches(
+    sweep: Sweep, out_dir: Path, options: RunOptions, limit: int | None, *, resume: bool, as_json: bool
+) -> int:
+    from rlhfbench.runs.max_batch import find_max_batches
+
+    result, found = find_max_batches(sweep, out_dir, options, resume=resume, **given(limit=limit))
+    return _finish(result, found, as_json=as_json)
+
+
+def _finish(result: RunResult, found: list[MaxBatchResult] | None = None, *, as_json: bool) -> int:
+    """Draws a run, prints its table or JSON, and returns the exit code.
+
+    Args:
+        result: the run.
+        found: the largest batches, printed in place of the records.
+        as_json: print JSON and not a table.
+    """
+    if result.interrupted:
+        print(f"Interrupted: {len(result.records)} cases are recorded in {result.run_dir}.", file=sys.stderr)
+        print(f"To resume: {_resume_command(result.run_dir)}", file=sys.stderr)
+        return INTERRUPTED
+    table = draw(result.run_dir)
+    if as_json:
+        print(json.dumps(result.records if found is None else [entry.to_dict() for entry in found]))
+    elif found is None:
+        print_table(table)
+    else:
+        from rlhfbench.runs.max_batch import max_batch_frame
+        from rlhfreports.max_batch import max_batch_table
+
+        print_table(max_batch_table(max_batch_frame(found)))
+    print(f"The run is in {result.run_dir}.", file=sys.stderr)
+    if not result.num_ok:
+        print("Nothing could be measured: no case is ok.", file=sys.stderr)
+        return NOTHING
+    return DONE
+
+
+def _resume_command(out_dir: Path) -> str:
+    """This command with --resume and the folder that it used."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
+    if not any(argument == "--out" or argument.startswith("--out=") for argument in arguments):
+        arguments += ["--out", str(out_dir)]
+    return shlex.join(["rlhfbench", *arguments, "--resume"])

@@ -1,0 +1,79 @@
+"""Plans of a case or of a sweep: memory predicted by a step on fake tensors, with no device and no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rlhfbench.cases import preflight
+from rlhfbench.cases.sweep import Sweep
+from rlhfbench.planning.devices import find_accelerator
+from rlhfbench.planning.max_batch import Planned, plan_kinds
+from rlhfkernels.config.case import Case
+
+
+def plan(
+    cases: Case | Sweep,
+    *,
+    gpu: str | None = None,
+    zero_stage: int = 0,
+    world_size: int = 1,
+    global_batch: bool = False,
+    with_timeline: bool = False,
+) -> list[Planned]:
+    """Predicts the memory of one training step of each case.
+
+    Args:
+        cases: a case, or the cases of a sweep.
+        gpu: an accelerator such as ``a100-80gb``, or a size such as ``24GiB``. With it the largest batch that fits is
+            found too, for every case.
+        zero_stage: stage of DeepSpeed's ZeRO, 0 to 3.
+        world_size: number of ranks.
+        global_batch: batch sizes are over all ranks, and not of one rank.
+        with_timeline: keep the bytes over time of each step.
+
+    Returns:
+        One plan per case, in their order, of one rank. ``plan.memory`` is the ``memory`` object of a record, in bytes.
+
+    Raises:
+        SweepError: a model, a length, the accelerator or the division among ranks is wrong; every problem is named.
+        CaseError: an option does not fit the model.
+
+    Example:
+        >>> (planned,) = rlhfbench.plan(case, gpu="24GiB")  # doctest: +SKIP
+        >>> planned.plan.memory["total_bytes"], planned.max_batch_size  # doctest: +SKIP
+    """
+    from rlhfbench.planning.zero import Zero, cases_of_a_rank
+
+    accelerator = None if gpu is None else find_accelerator(gpu)
+    zero = Zero(stage=zero_stage, world_size=world_size)
+    sweep = cases if isinstance(cases, Sweep) else Sweep(cases=(cases,))
+    preflight.check_models(sweep)
+    return plan_kinds(
+        cases_of_a_rank(sweep.cases, world_size) if global_batch else sweep.cases,
+        zero,
+        usable_bytes=None if accelerator is None else accelerator.usable_bytes,
+        with_timeline=with_timeline,
+    )
+
+
+def plan_objects(plans: Sequence[Planned], gpu: str | None = None) -> list[dict[str, Any]]:
+    """The plans as JSON objects, with the keys of ``rlhfbench.planning.predict.plan_object``.
+
+    Args:
+        plans: from ``plan``.
+        gpu: the accelerator that they were made for.
+    """
+    from rlhfbench.planning.advice import advice
+    from rlhfbench.planning.predict import plan_object
+
+    accelerator = None if gpu is None else find_accelerator(gpu)
+    return [
+        plan_object(
+            planned.plan,
+            accelerator,
+            planned.max_batch_size,
+            None if accelerator is None or planned.of_one is None else advice(planned.of_one, accelerator),
+        )
+        for planned in plans
+    ]

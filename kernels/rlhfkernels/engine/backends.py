@@ -1,0 +1,47 @@
+"""Selects the backend of a case's ops on this machine."""
+
+from __future__ import annotations
+
+from rlhfkernels.errors import CaseError
+from rlhfkernels.ops.dispatch import is_installed, triton_unavailable_reason
+from rlhfkernels.ops.native import build
+
+
+def select_backend(backend: str, device: str, dtype: str) -> str:
+    """Resolves ``engine.backend``.
+
+    Args:
+        backend: ``auto``, ``torch``, ``triton`` or ``native``. ``auto`` is C on the CPU and Triton on CUDA, or torch
+            where these cannot run.
+        device: of the case.
+        dtype: of the case.
+
+    Returns:
+        ``torch``, ``triton`` or ``native``.
+
+    Raises:
+        CaseError: the requested backend cannot run on this machine.
+    """
+    if backend == "torch":
+        return backend
+    is_cpu = device == "cpu"
+    reason = _native_unavailable_reason(dtype) if is_cpu else _triton_unavailable_reason(device)
+    if reason is None:
+        return "native" if is_cpu else "triton"
+    if backend == "auto":
+        return "torch"
+    raise CaseError([f"engine.backend is {backend!r}: {reason}"])
+
+
+def _native_unavailable_reason(dtype: str) -> str | None:
+    if dtype != "float32":
+        return f"it has no {dtype}."
+    reason = build.unavailable_reason()
+    return None if reason is None else f"its C cannot be compiled here ({reason})."
+
+
+def _triton_unavailable_reason(device: str) -> str | None:
+    if not is_installed("triton"):
+        return "it needs triton, which is not installed."
+    reason = triton_unavailable_reason(device)
+    return None if reason is None else f"no kernel of it can be compiled and started here ({reason})."

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import rlhfbench
+from rlhfbench.cases.sweep import Sweep
+from rlhfbench.cli import main as cli
+from rlhfbench.planning import devices
+from rlhfbench.planning.max_batch import MOST_SEQUENCES
+from rlhfbench.planning.plans import plan_objects
+from rlhfbench.records.timelines import read_timeline
+from rlhfkernels import Case
+
+SMALL = ("--seq-lens", "12", "--batch-sizes", "1,2", "--methods", "joined-hydra", "--dtype", "bfloat16")
+
+
+def test_json_is_one_object_a_case(
+    make_case: Callable[..., Case], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    model = make_case().model
+    code = cli.invoke(["plan", "--model", model, *SMALL, "--gpu", "a100-80gb", "--json", "--out", str(tmp_path / "p")])
+    assert code == 0
+    plans = json.loads(capsys.readouterr().out)
+    assert [plan["case"]["batch_size"] for plan in plans] == [1, 2]
+    for plan in plans:
+        assert set(plan) == {"case", "memory", "zero", "fits", "max_batch_size", "advice", "floor"}
+        assert (plan["fits"], plan["advice"]) == (True, None)
+        assert plan["memory"]["total_bytes"] == sum(plan["memory"]["parts"].values())
+        assert plan["floor"]["total_s_per_sample"] > 0
+    assert plans[0]["max_batch_size"] == plans[1]["max_batch_size"] == MOST_SEQUENCES
+    assert {path.name for path in (tmp_path / "p").iterdir()} == {"plan.json", "plan.png", "plan.svg", "timelines"}
+    for plan in plans:
+        timeline = read_timeline(tmp_path / "p" / "timelines", plan["case"]["id"])
+        assert timeline["peak"]["total_bytes"] == plan["memory"]["total_bytes"]
+        assert timeline["peak"]["phase"] == plan["memory"]["peak_phase"]
+        assert (tmp_path / "p" / "timelines" / f"{plan['case']['id']}.png").is_file()
+
+
+def test_a_case_that_does_not_fit_comes_with_advice(
+    make_case: Callable[..., Case], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "_CONTEXT_BYTES", 0)
+    asked = ["plan", "--model", make_case().model, "--methods", "lora", "--seq-lens", "4", "--batch-sizes", "1,2"]
+    asked += ["--lora-rank", "2", "--gpu", "10kB"]
+    assert cli.invoke(asked) == 0
+    # Of both batch sizes it is the same answer, and given once.
+    (told,) = [line for line in capsys.readouterr().out.splitlines() if "does not fit" in line]
+    assert told.startswith(
+        "LoRA-PPO at 4 tokens does not fit on 10kB even at batch 1: its largest part is base with 0.000"
+    )
+    assert told.endswith(
+        "GiB, and what would help is a method with fewer bases (dynamic-lora, joined-hydra, hydra), --dtype bfloat16, "
+        "--zero-stage 3 over several ranks or a smaller model."
+    )
+    assert cli.invoke([*asked, "--json"]) == 0
+    plans = json.loads(capsys.readouterr().out)
+    assert [(plan["fits"], plan["max_batch_size"], plan["advice"]) for plan in plans] == [(False, 0, told)] * 2
+
+
+def test_a_device_smaller_than_its_reserve(make_case: Callable[..., Case], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.invoke(["plan", "--model", make_case().model, *SMALL, "--gpu", "100MB"]) == 0
+    assert "its largest part is device reserve with 0.752 GiB, and what would help is a larger device." in (
+        capsys.readouterr().out.replace("\n", " ")
+    )
+
+
+def test_batch_sizes_over_all_ranks_are_divided(
+    make_case: Callable[..., Case], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--zero-stage", "1", "--world-size", "2", "--global-batch", "--batch-sizes", "4", "--json"]
+    assert cli.invoke(["plan", "--model", make_case().model, *SMALL, *flags]) == 0
+    (plan,) = json.loads(capsys.readouterr().out)
+    assert (plan["case"]["batch_size"], plan["zero"]["global_batch_size"]) == (2, 4)
+
+
+def test_plans_of_two_settings_are_interleaved(
+    make_case: Callable[..., Case], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
+    asked = ["plan", "--model", make_case().model, *SMALL, "--setting", "paper,modern", "--lora-rank", "4"]
+    assert cli.invoke(asked) == 0
+    text = capsys.readouterr().out
+    rows = [line.split()[:4] for line in text.splitlines() if "J-Hydra-PPO" in line]
+    assert rows == [["J-Hydra-PPO", setting, "12", batch] for batch in "12" for setting in ("paper", "modern")]
+    assert "bfloat16 · LoRA rank 4" in text
+    assert cli.invoke([*asked, "--json"]) == 0
+    options = [plan["case"]["options"] for plan in json.loads(capsys.readouterr().out)]
+    assert [given["engine"]["attn_implementation"] for given in options] == ["eager", "sdpa"] * 2
+
+
+def test_the_device_is_cuda_by_default_and_can_be_the_cpu(
+    make_case: Callable[..., Case], capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["plan", "--model", make_case().model, "--methods", "hydra", "--seq-lens", "8", "--batch-sizes", "1"]
+    asked += ["--seed", "3", "--json"]
+    totals = {}
+    for device in ("cuda", "cpu"):
+        assert cli.invoke([*asked, *(["--device", device] if device == "cpu" else [])]) == 0
+        (plan,) = json.loads(capsys.readouterr().out)
+        assert (plan["case"]["device"], plan["case"]["seed"]) == (device, 3)
+        totals[device] = plan["memory"]["total_bytes"]
+    assert totals["cpu"] < totals["cuda"]  # CUDA's allocator rounds every storage up to a block
+    assert cli.invoke([*asked, "--option", "engine.backend=native"]) == 2
+    assert "so device must be 'cpu'." in capsys.readouterr().err
+
+
+def test_a_case_and_a_sweep_are_planned_from_python(make_case: Callable[..., Case]) -> None:
+    case = make_case("hydra", device="cuda", dtype="float32")
+    (planned,) = rlhfbench.plan(case, gpu="24GiB", zero_stage=1, world_size=2, with_timeline=True)
+    assert planned.plan.case == case
+    assert planned.plan.zero.world_size == 2
+    assert planned.plan.timeline is not None
+    assert planned.max_batch_size >= case.batch_size
+    other = dataclasses.replace(case, method="lora")
+    plans = rlhfbench.plan(rlhfbench.Sweep(cases=(case, other)))
+    assert [item.plan.case for item in plans] == [case, other]
+    assert {item.max_batch_size for item in plans} == {None}
+    with pytest.raises(rlhfbench.SweepError, match="too long for model"):
+        rlhfbench.plan(dataclasses.replace(case, prompt_len=5000))
+
+
+def test_without_a_gpu_no_plan_states_whether_it_fits(make_case: Callable[..., Case]) -> None:
+    sweep = Sweep.from_spec(
+        {"models": make_case().model, "methods": ["hydra"], "seq_lens": [8], "batch_sizes": [1], "device": "cuda"}
+    )
+    (plan,) = plan_objects(rlhfbench.plan(sweep))
+    assert (plan["fits"], plan["max_batch_size"], plan["floor"]["gpu"]) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--gpu", "a1000"), "gpu 'a1000' is unknown: did you mean 'a10'"),
+        (("--gpu", "-3GiB"), "gpu '-3GiB' is unknown"),
+        (("--zero-stage", "4"), "zero-stage is 4: it must be 0, 1, 2 or 3."),
+        (("--world-size", "0"), "world-size is 0: it must be a whole number of at least 1."),
+        (("--world-size", "two"), "--world-size is 'two': it must be a whole number."),
+        (("--world-size", "2", "--global-batch"), "batch_sizes has 1: with --global-batch it must be a multiple of"),
+        (("--setting", "papr"), "setting 'papr' is unknown: did you mean 'paper'? Valid: modern, paper."),
+        (("--setting", "modern,"), "setting '' is unknown: Valid: modern, paper."),
+        (("--seq-lens", "9999"), "positions"),
+        (("--methods", "hydr"), "method 'hydr' is unknown: did you mean 'hydra'"),
+    ],
+)
+def test_each_mistake_is_one_sentence_and_exit_code_2(
+    flags: tuple[str, str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.invoke(["plan", "--model", "tiny", "--seq-lens", "8", "--batch-sizes", "1", *flags]) == 2
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert "Traceback" not in said
