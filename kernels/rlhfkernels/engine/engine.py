@@ -5,6 +5,7 @@ Shapes: b = data rows, n = sequences, p = prompt length, c = completion length, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from rlhfkernels.engine.agreement import check_cache, check_model
 from rlhfkernels.engine.backends import select_backend
 from rlhfkernels.engine.fast.trunk import make_fast_trunk
 from rlhfkernels.engine.trunk import PlainTrunk, Trunk
-from rlhfkernels.errors import CaseError
+from rlhfkernels.errors import CaseError, NumericalError
 from rlhfkernels.methods.program import HEADS, Origin, WeightSet
 from rlhfkernels.models.adapters import Adapters
 from rlhfkernels.models.heads import LmHead, ScalarHead
@@ -255,6 +256,9 @@ class Engine:
 
         Returns:
             A batch with its tokens, masks and the column ``old_logprobs`` [n, c].
+
+        Raises:
+            NumericalError: a token was sampled from logits that are not finite.
         """
         case, options = self.case, self.case.options.rollout
         tokens, mask = (
@@ -291,6 +295,8 @@ class Engine:
             start = t
         if options.stop_token_id is not None:
             batch["old_logprobs"].mul_(batch.mask)
+        if self.with_weights and not math.isfinite(float(batch["old_logprobs"].sum())):
+            raise NumericalError(f"{role} sampled from logits that are not finite: every logit must be a number.")
         return batch
 
     def save(self, folder: Path) -> None:
