@@ -79,6 +79,7 @@ _REWARDS: dict[str, Callable[[], object]] = {
 _GATED = {**_shape(32), "intermediate_size": 64, "num_key_value_heads": 2, "initializer_range": 0.2}
 _NEOX = {**_shape(32), "intermediate_size": 64, "initializer_range": 0.2}
 _GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 48, "initializer_range": 0.2}
+_DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 _LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "rope_theta": 10000.0}
 _OTHERS: dict[str, dict[str, object]] = {
     "gemma2": {**_GATED, "head_dim": 8, "final_logit_softcapping": 3.0},
@@ -105,7 +106,7 @@ _OTHERS: dict[str, dict[str, object]] = {
     "phimoe": {**_GATED, "num_local_experts": 4, "router_jitter_noise": 0.3, "input_jitter_noise": 0.3},
     "phi3": {**_GATED, "original_max_position_embeddings": 16, "rope_parameters": _LONG},
     "stray-window llama": {**_GATED, "sliding_window": 4},
-    "dynamic gpt_neox": {**_NEOX, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}},
+    "dynamic gpt_neox": {**_NEOX, "rope_parameters": _DYNAMIC},
     "longrope gpt_neox": {**_NEOX, "rope_parameters": {**_LONG, "original_max_position_embeddings": 16}},
     "recurrent_gemma": {**_GATED, "num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 16},
     "xlstm": {"hidden_size": 32, "num_blocks": 2, "num_heads": 4, "vocab_size": 48},
