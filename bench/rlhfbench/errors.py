@@ -28,7 +28,7 @@ class SweepError(RlhfBenchError):
         super().__init__("\n".join(self.problems))
 
     def __reduce__(self) -> tuple[type[SweepError], tuple[tuple[str, ...]]]:
-        """Pickles the problems, where an exception would pickle its message."""
+        # Pickles the problems, where an exception would pickle its message.
         return type(self), (self.problems,)
 
 

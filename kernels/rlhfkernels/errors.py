@@ -28,7 +28,7 @@ class CaseError(RlhfKernelsError):
         super().__init__(" ".join(self.problems))
 
     def __reduce__(self) -> tuple[type[CaseError], tuple[tuple[str, ...]]]:
-        """An exception is pickled by its message; this one is made of its problems."""
+        # Pickles the problems, where an exception would pickle its message.
         return type(self), (self.problems,)
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from rlhfkernels.config.options import Options
 from rlhfkernels.config.settings import SETTINGS
+from rlhfkernels.methods.program import SourceName
 
 CUSTOM = "custom"
 
 _DEFAULTS = Options().flat()
 # The rank often differs from the setting's to fit a machine, as the dtype does. Reports name both beside the setting.
 _IGNORED = ("lora.r",)
+# A data file belongs to its kind of method. Beside others it would split one size of a table into a block a method.
+_UNNAMED = (*_IGNORED, *(f"data.{source}" for source in get_args(SourceName)))
 _DECIDING = tuple(
     dict.fromkeys(name for setting in SETTINGS.values() for name in setting.get("options", {}) if name not in _IGNORED)
 )
@@ -38,10 +41,10 @@ def setting_of(options: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def changed_options(options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The options, by dotted name, that differ from their setting, without the LoRA rank."""
+    """The options, by dotted name, that differ from their setting, without the LoRA rank and the data files."""
     usual = {**_DEFAULTS, **SETTINGS.get(setting_of(options), {}).get("options", {})}
     return {
         name: value
         for name, value in sorted(flat_options(options).items())
-        if name not in _IGNORED and (name not in usual or value != usual[name])
+        if name not in _UNNAMED and (name not in usual or value != usual[name])
     }

@@ -138,6 +138,7 @@ METHODS: dict[str, Method] = {
         ),
     )
 }
+"""Every method by name, in the order of reports."""
 
 
 def find_method(name: str) -> Method:

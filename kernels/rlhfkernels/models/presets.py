@@ -147,3 +147,4 @@ PRESETS: dict[str, Preset] = {
         ),
     )
 }
+"""Every preset by name."""
