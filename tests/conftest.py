@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ with pytest.MonkeyPatch.context() as _patch, contextlib.suppress(ImportError):
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GPT2Config,
     GPTNeoXConfig,
@@ -73,7 +75,60 @@ _REWARDS: dict[str, Callable[[], object]] = {
     "other-words": lambda: LlamaConfig(**_shape(16) | _SMALL | {"vocab_size": 50}),
     "short-reward": lambda: LlamaConfig(**_shape(16) | _SMALL | {"max_position_embeddings": 8}),
 }
-CONFIGS = _REWARDS | _configs(32) | {f"wide-{name}": make for name, make in _configs(128).items()}
+# Architectures in which something differs from Llama that a wrong forward pass would miss.
+_GATED = {**_shape(32), "intermediate_size": 64, "num_key_value_heads": 2, "initializer_range": 0.2}
+_NEOX = {**_shape(32), "intermediate_size": 64, "initializer_range": 0.2}
+_GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 48, "initializer_range": 0.2}
+_DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+_LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "rope_theta": 10000.0}
+_OTHERS: dict[str, dict[str, object]] = {
+    "gemma2": {**_GATED, "head_dim": 8, "final_logit_softcapping": 3.0},
+    "gemma3_text": {
+        **_GATED,
+        "head_dim": 8,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "gptj": {**_GPT, "rotary_dim": 4, "bos_token_id": 1, "eos_token_id": 2},
+    "bloom": {
+        "hidden_size": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "vocab_size": 48,
+        "initializer_range": 0.2,
+        "hidden_dropout": 0.3,
+        "attention_dropout": 0.3,
+    },
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": 48, "max_seq_len": 64, "logit_scale": 0.5},
+    "cohere": {**_GATED, "logit_scale": 0.25},
+    "hyperclovax": {**_GATED, "logits_scaling": 0.25},
+    "mixtral": {**_GATED, "num_local_experts": 4, "router_jitter_noise": 0.3},
+    "phimoe": {**_GATED, "num_local_experts": 4, "router_jitter_noise": 0.3, "input_jitter_noise": 0.3},
+    "phi3": {**_GATED, "original_max_position_embeddings": 16, "rope_parameters": _LONG},
+    "stray-window llama": {**_GATED, "sliding_window": 4},
+    "dynamic gpt_neox": {**_NEOX, "rope_parameters": _DYNAMIC},
+    "longrope gpt_neox": {**_NEOX, "rope_parameters": {**_LONG, "original_max_position_embeddings": 16}},
+    "recurrent_gemma": {**_GATED, "num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 16},
+    "xlstm": {"hidden_size": 32, "num_blocks": 2, "num_heads": 4, "vocab_size": 48},
+    "falcon_h1": {**_GATED, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
+    "lfm2": {**_GATED, "layer_types": ["conv", "full_attention"]},
+    "gemma3": {
+        "text_config": {**_GATED, "head_dim": 8},
+        "vision_config": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+    },
+}
+
+
+def _config(name: str) -> object:
+    return AutoConfig.for_model(name.split()[-1], **_OTHERS[name])
+
+
+CONFIGS = (
+    _REWARDS
+    | _configs(32)
+    | {name: functools.partial(_config, name) for name in _OTHERS}
+    | {f"wide-{name}": make for name, make in _configs(128).items()}
+)
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +143,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]
             for name, parameter in model.named_parameters():
                 if name.endswith("bias"):
                     torch.nn.init.normal_(parameter, std=0.1)
-            folders[architecture] = tmp_path_factory.mktemp(architecture)
+            folders[architecture] = tmp_path_factory.mktemp(architecture.replace(" ", "-"))
             model.save_pretrained(folders[architecture])
         return str(folders[architecture])
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from rlhfbench.cases.sweep import Sweep
 
-DONE, WRONG, NOTHING, INTERRUPTED = 0, 2, 3, 130
+DONE, NO, WRONG, NOTHING, INTERRUPTED = 0, 1, 2, 3, 130
 EXIT_CODES = "Exit codes: 0 done, 2 the command is wrong, 3 nothing could be measured, 130 interrupted."
 
 CASES, MODEL_INPUT, HARDWARE = "Cases", "Training data", "Device and weights"
@@ -49,9 +49,9 @@ class SectionedCommand(TyperCommand):
                 formatter.write_dl(rows)
 
 
-def epilog(*examples: str) -> str:
+def epilog(*examples: str, codes: str = EXIT_CODES) -> str:
     r"""The end of a verb's help: examples and exit codes. ``\b`` keeps click from joining the lines."""
-    return "\b\nExamples:\n" + "".join(f"  {example}\n" for example in examples) + f"\n{EXIT_CODES}"
+    return "\b\nExamples:\n" + "".join(f"  {example}\n" for example in examples) + f"\n{codes}"
 
 
 def number(flag: str, kind: type[int] | type[float]) -> Callable[[Any], int | float]:

@@ -22,6 +22,7 @@ from rlhfbench.measure.stopping import Reason, StoppingRule
 from rlhfbench.measure.timeline import Timeline
 from rlhfbench.measure.workspaces import workspace_bytes
 from rlhfkernels.config.case import Case
+from rlhfkernels.errors import ModelError
 from rlhfkernels.methods.program import Phase
 from rlhfkernels.observer import Observer
 from rlhfkernels.training.step import build_step
@@ -37,6 +38,14 @@ OUTER_VIEWS = (
     "driver_peak_bytes",
     "host_peak_bytes",
 )
+
+
+# Largest magnitude of a statistic of the first step that rounding explains, by dtype. ``ratio_error`` is a maximum over
+# tokens, ``kl`` their mean. In bfloat16 a rare token's logits are off by some hundredths of a large number.
+AGREEMENT = {
+    "ratio_error": {"float64": 1e-4, "float32": 1e-2, "bfloat16": 1.0},
+    "kl": {"float64": 1e-5, "float32": 1e-3, "bfloat16": 0.1},
+}
 
 
 class Stats(Protocol):
@@ -71,6 +80,10 @@ class Step(Protocol):
     @property
     def trunk_taken(self) -> str:
         """The trunk that the actor runs on: ``fast`` or ``plain``."""
+
+    @property
+    def attention_taken(self) -> str:
+        """The attention implementation of the actor's trunk: ``sdpa`` or ``eager``."""
 
     @property
     def backend_taken(self) -> str:
@@ -131,7 +144,7 @@ def run_measurements(
     notify("build")
     step = build_step(case)
     with _manual_gc():
-        timing = time_steps(step, case.device, options, notify)
+        timing = time_steps(step, case, options, notify)
         notify("memory")
         timeline = Timeline() if options.timeline else None
         ledger = measure_memory(step, case.device, notify, timeline)
@@ -142,7 +155,7 @@ def run_measurements(
             step.run(Announcer(notify, profiler)).check_finite()
     latency = latency_object(step.phases, timing.steps_s, case.batch_size, timing.reason)
     work, prompts = phase_work(step), step.data_summary()
-    engine, kernels = step.trunk_taken, step.backend_taken
+    engine, attention, kernels = step.trunk_taken, step.attention_taken, step.backend_taken
     notify("ceilings")
     del step
     step_done()
@@ -157,20 +170,21 @@ def run_measurements(
         "stats": timing.stats,
         "prompts": prompts,
         "engine": engine,
+        "attention": attention,
         "kernels": kernels,
         "ceilings": ceilings,
         "timeline": None if timeline is None else timeline.to_dict(ledger.peaks),
     }
 
 
-def time_steps(step: Step, device: str, options: MeasurementOptions, notify: Notify) -> Timing:
+def time_steps(step: Step, case: Case, options: MeasurementOptions, notify: Notify) -> Timing:
     """Warms up, then times steps until the stopping rule ends it.
 
     The peaks that the CUDA allocator and the kernel keep by themselves are read here too: they cost nothing, and no
     instrument adds to them.
     """
     rule = StoppingRule(precision=options.precision, budget_s=options.time_budget_s)
-    clock = StepClock(device)
+    clock = StepClock(case.device)
     started_s = time.perf_counter()
     notify("warm-up")
     warm_up_s: list[float] = []
@@ -179,13 +193,15 @@ def time_steps(step: Step, device: str, options: MeasurementOptions, notify: Not
     while not rule.is_warm(warm_up_s):
         stats = step.run(observer)
         stats.check_finite()
-        first = first or stats.to_dict()
+        if not first:
+            first = stats.to_dict()
+            check_agreement(first, case.dtype)
         warm_up_s.append(sum(clock.take().values()))
         observer = clock
     notify("timing")
     steps_s: list[dict[str, float]] = []
     reason: Reason | None = None
-    with _named_failure(clock, notify), _outer_peaks(device) as views:
+    with _named_failure(clock, notify), _outer_peaks(case.device) as views:
         while reason is None:
             step.run(clock).check_finite()
             steps_s.append(clock.take())
@@ -193,6 +209,29 @@ def time_steps(step: Step, device: str, options: MeasurementOptions, notify: Not
             totals_s = [sum(phases.values()) for phases in steps_s]
             reason = rule.reason_to_stop(totals_s, time.perf_counter() - started_s)
     return Timing(steps_s=steps_s, reason=reason, views=views, stats=first)
+
+
+def check_agreement(stats: Mapping[str, float | None], dtype: str) -> None:
+    """Refuses a first step whose decoding and full forward passes give different log-probabilities.
+
+    Both read the initial weights, those of the reference, so the probability ratio is 1 and KL is 0 but for rounding.
+
+    Args:
+        stats: Of the first step. Those of a method without ``ratio_error`` are not checked.
+        dtype: Of the weights.
+
+    Raises:
+        ModelError: They disagree.
+    """
+    if "ratio_error" not in stats:
+        return
+    for name, limits in AGREEMENT.items():
+        value = stats.get(name)
+        if value is not None and abs(value) > limits[dtype]:
+            raise ModelError(
+                f"decoding and the full forward disagree by {abs(value):.2g} ({name} of the first step), and {dtype} "
+                f"explains {limits[dtype]:.2g}."
+            )
 
 
 def measure_memory(step: Step, device: str, notify: Notify, timeline: Timeline | None = None) -> Ledger:

@@ -207,6 +207,7 @@ _MEASURED: tuple[Field, ...] = (
     # The rest.
     Field("stats", "map", "losses, KL and ratio error of the first step"),
     Field("engine", "object", "trunk that ran: fast or plain"),
+    Field("attention", "object", "attention implementation that ran: sdpa or eager"),
     Field("kernels", "object", "backend that ran: torch, triton or native"),
     Field("prompts", "object", "source and sizes of the training data"),
     Field(
@@ -318,6 +319,8 @@ def upgraded_case(case: dict[str, Any]) -> dict[str, Any]:
         options["lora_scaling"] = None if scaling == 1 else scaling * rank
     if "critic_lr" in options and options["critic_lr"] == options.get("actor_lr"):
         options["critic_lr"] = None
+    if options.get("attention") == "sdpa":
+        options["attention"] = "auto"
     if "kv_cache" in options:
         options["kv_cache"] = {"preallocated": "static", "growing": "dynamic"}.get(options["kv_cache"])
     groups: dict[str, dict[str, Any]] = {}

@@ -58,7 +58,8 @@ class EngineOptions:
             it covers the architecture, else ``plain``.
         backend: the backend of ops that have several: ``torch``; ``triton`` (CUDA); ``native`` (C, on a CPU in
             float32); ``auto`` takes ``triton`` or ``native`` where it can run, else ``torch``.
-        attn_implementation: ``sdpa``, or ``eager``, which materialises the attention matrices.
+        attn_implementation: ``sdpa``; ``eager``, which materialises the attention matrices; ``auto`` takes ``sdpa``
+            where the architecture has it, else ``eager``.
         cache_implementation: KV cache: ``static`` is allocated once at full length, ``dynamic`` grows by concatenation.
         gradient_checkpointing: keep each layer's input only, and recompute the layer in the backward pass.
         logprob_chunk_size: completion positions whose logits exist at one time; 0 keeps the logits of all of them.
@@ -67,7 +68,7 @@ class EngineOptions:
 
     trunk: Literal["fast", "plain"] = "fast"
     backend: Literal["auto", "torch", "triton", "native"] = "auto"
-    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+    attn_implementation: Literal["auto", "sdpa", "eager"] = "auto"
     cache_implementation: Literal["static", "dynamic"] = "static"
     gradient_checkpointing: bool = False
     logprob_chunk_size: Annotated[int, Ge(0)] = 128

@@ -5,6 +5,7 @@ Shapes: b = data rows, n = sequences, p = prompt length, c = completion length, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,10 +16,11 @@ from torch import nn
 from rlhfkernels.config.case import Case, vocabulary_problem
 from rlhfkernels.data.batch import Batch, empty_completions
 from rlhfkernels.data.sources import Prompts
+from rlhfkernels.engine.agreement import check_cache, check_model
 from rlhfkernels.engine.backends import select_backend
 from rlhfkernels.engine.fast.trunk import make_fast_trunk
 from rlhfkernels.engine.trunk import PlainTrunk, Trunk
-from rlhfkernels.errors import CaseError
+from rlhfkernels.errors import CaseError, NumericalError
 from rlhfkernels.methods.program import HEADS, Origin, WeightSet
 from rlhfkernels.models.adapters import Adapters
 from rlhfkernels.models.heads import LmHead, ScalarHead
@@ -41,13 +43,14 @@ class Engine:
     Args:
         case: the case to build.
         with_weights: load real weights. Without, weights are random and only configurations are read.
+        check: refuse models that this engine would run wrongly.
 
     Raises:
         ModelError: the model cannot be loaded or is too short.
         CaseError: an option does not fit the model.
     """
 
-    def __init__(self, case: Case, *, with_weights: bool = True) -> None:
+    def __init__(self, case: Case, *, with_weights: bool = True, check: bool = True) -> None:
         self.case = case
         # Without weights only shapes matter: generation skips decode steps, and optimizers need not compute.
         self.with_weights = with_weights
@@ -60,6 +63,8 @@ class Engine:
         self.trunks: dict[str, Trunk] = {
             base: make_trunk(case, self.models[base], self.adapters[base]) for base in self.method.bases
         }
+        if check:
+            self._check_models()
         self.scalar_heads = self._make_scalar_heads()
         self.parameters_of_role = self._declare_trained()
 
@@ -85,6 +90,16 @@ class Engine:
         sizes = {self.case.model_of(self.method.origins[base]): model.vocab_size for base, model in models.items()}
         if len(set(sizes.values())) > 1:
             raise CaseError([vocabulary_problem(sizes)])
+
+    def _check_models(self) -> None:
+        """Refuses models that this engine would run wrongly, before anything is measured."""
+        generates = self.method.generate is not None
+        for base, model in self.models.items():
+            name = self.case.model_of(self.method.origins[base])
+            if generates and model.lm_head is not None:
+                check_cache(name, model, self.case.seq_len)
+            if model.probe is not None:
+                check_model(name, model, self.trunks[base], self.case.dtype, generates=generates)
 
     @property
     def vocab_size(self) -> int:
@@ -241,6 +256,9 @@ class Engine:
 
         Returns:
             A batch with its tokens, masks and the column ``old_logprobs`` [n, c].
+
+        Raises:
+            NumericalError: a token was sampled from logits that are not finite.
         """
         case, options = self.case, self.case.options.rollout
         tokens, mask = (
@@ -277,6 +295,8 @@ class Engine:
             start = t
         if options.stop_token_id is not None:
             batch["old_logprobs"].mul_(batch.mask)
+        if self.with_weights and not math.isfinite(float(batch["old_logprobs"].sum())):
+            raise NumericalError(f"{role} sampled from logits that are not finite: every logit must be a number.")
         return batch
 
     def save(self, folder: Path) -> None:

@@ -90,13 +90,16 @@ class Adapters:
     def parameters(self, name: str | None = None) -> list[nn.Parameter]:
         """The weights of adapter set ``name``, or of all sets: A, then B, layer by layer."""
         names = self.names if name is None else (name,)
-        return [
-            weights[each].weight
-            for each in names
-            for _, layer in self._named_layers
-            for weights in (layer.lora_A, layer.lora_B)
-            if each in weights
-        ]
+        return [parameter for each in names for parameter in self.named_parameters(each).values()]
+
+    def named_parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """The weights of adapter set ``name`` by the trunk's module and ``lora_A`` or ``lora_B``."""
+        return {
+            f"{layer_name}.{kind}": weights[name].weight
+            for layer_name, layer in self._named_layers
+            for kind, weights in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B))
+            if name in weights
+        }
 
     def train(self, names: Iterable[str]) -> None:
         """Declares the trained adapter sets, independent of which one is active."""
@@ -138,9 +141,8 @@ class Adapters:
         folder.mkdir(parents=True, exist_ok=True)
         owner = "base_model.model." + (f"{prefix}." if prefix else "")
         state = {
-            f"{owner}{layer_name}.{kind}.weight": weights[name].weight.detach().cpu().contiguous()
-            for layer_name, layer in self._named_layers
-            for kind, weights in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B))
+            f"{owner}{key}.weight": parameter.detach().cpu().contiguous()
+            for key, parameter in self.named_parameters(name).items()
         }
         save_file(state, folder / "adapter_model.safetensors")
         config = self._config.to_dict()
@@ -164,7 +166,13 @@ def _is_json(value: object) -> bool:
 
 def _target_names(trunk: nn.Module, targets: str) -> list[str]:
     """Last components of the module names of the linear layers that get an adapter."""
-    linear = {name for name, module in trunk.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    # A router of experts is a linear layer with a forward of its own, which PEFT's layer cannot wrap.
+    plain = (nn.Linear.forward, Conv1D.forward)
+    linear = {
+        name
+        for name, module in trunk.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and type(module).forward in plain
+    }
     names = sorted({name.rsplit(".", 1)[-1] for name in linear})
     if targets == "all-linear":
         return names

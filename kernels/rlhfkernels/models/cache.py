@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, LinearAttentionCacheLayerMixin
 
 
 class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -108,3 +108,9 @@ def skip_cache_to(cache: Cache, length: int) -> None:
 def _lengthened(states: torch.Tensor, length: int) -> torch.Tensor:
     b, heads, _, size = states.shape
     return states.new_empty(b, heads, length, size)
+
+
+def has_other_states(model: Any) -> bool:
+    """Returns whether generation with ``model`` keeps more than the keys and values of every layer."""
+    layers = DynamicCache(config=model.config).layers
+    return model._is_stateful or any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)

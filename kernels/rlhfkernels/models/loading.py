@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,13 +16,32 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from rlhfkernels.config.case import Case
 from rlhfkernels.errors import ModelError
+from rlhfkernels.models.cache import has_other_states
 from rlhfkernels.models.heads import LmHead
 from rlhfkernels.models.presets import PRESETS
 from rlhfkernels.seeding import seeded
 
 M = TypeVar("M", bound=nn.Module)
 _POSITION_FIELDS = ("max_position_embeddings", "n_positions", "max_sequence_length")
-_DROPOUT_FIELDS = ("dropout", "pdrop", "layerdrop")
+# Parts of the names of configuration fields that make a forward pass in train mode random.
+_NOISE_FIELDS = ("dropout", "pdrop", "layerdrop", "jitter")
+_NUM_PROBE_TOKENS = 8
+# Rotary embeddings whose frequencies depend on the sequence length.
+LENGTH_DEPENDENT_ROTARY = ("dynamic", "longrope")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Probe:
+    """The output of transformers' own forward on a few tokens.
+
+    Attributes:
+        tokens: [1, t].
+        output: the logits [1, t, v] of the causal language model, or the hidden states [1, t, d] of its trunk where
+            the head was not asked for.
+    """
+
+    tokens: torch.Tensor
+    output: torch.Tensor
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -33,6 +54,7 @@ class LoadedModel:
         hidden_size: d, the width that heads read.
         vocab_size: v.
         prefix: the trunk's name inside the causal language model, as checkpoints and adapters spell it.
+        probe: for the check of the engine; ``None`` once checked, and for a clone.
     """
 
     trunk: PreTrainedModel
@@ -40,12 +62,18 @@ class LoadedModel:
     hidden_size: int
     vocab_size: int
     prefix: str
+    probe: Probe | None = None
+
+    @property
+    def attention(self) -> str:
+        """The attention implementation that runs: ``sdpa`` or ``eager``."""
+        return str(self.trunk.config._attn_implementation)
 
     def clone(self) -> LoadedModel:
         """The same model in storage of its own; a tied head stays tied to its own trunk."""
         pair = nn.ModuleList([self.trunk] if self.lm_head is None else [self.trunk, self.lm_head])
         twins: list[Any] = list(clone_module(pair))
-        return dataclasses.replace(self, trunk=twins[0], lm_head=twins[1] if len(twins) > 1 else None)
+        return dataclasses.replace(self, trunk=twins[0], lm_head=twins[1] if len(twins) > 1 else None, probe=None)
 
 
 def load_model(
@@ -63,23 +91,106 @@ def load_model(
     Raises:
         ModelError: the model is unknown, cannot be loaded, or is too short for the case.
     """
-    device = torch.device(case.device)
-    dtype = getattr(torch, case.dtype)
     name = name or case.model
+    model = load_causal_lm(case, name, seed=seed, with_lm_head=with_lm_head, with_weights=with_weights)
+    loaded = _split(model, with_lm_head)
+    if with_weights:
+        loaded.probe = _make_probe(name, model, case, with_lm_head)
+    return loaded
+
+
+def load_causal_lm(
+    case: Case, name: str, *, seed: int, with_lm_head: bool = True, with_weights: bool = True
+) -> PreTrainedModel:
+    """Loads transformers' own causal language model; arguments as in ``load_model``.
+
+    Raises:
+        ModelError: as in ``load_model``; or the checkpoint lacks weights that the case reads.
+    """
+    device = torch.device(case.device)
     config, source = _read_config(name)
+    _check_architecture(name, config)
     _check_positions(case, name, config)
-    for field in list(vars(config)):
-        if any(field.endswith(ending) for ending in _DROPOUT_FIELDS) and isinstance(getattr(config, field), float):
+    for field, value in list(vars(config).items()):
+        if any(part in field for part in _NOISE_FIELDS) and type(value) in (int, float):
             setattr(config, field, 0.0)
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": case.options.engine.attn_implementation}
+    options: dict[str, Any] = {"dtype": getattr(torch, case.dtype), "asked": case.options.engine.attn_implementation}
     if source is None or not with_weights:
         with seeded(device, seed), device:
-            model = _loading(name, AutoModelForCausalLM.from_config, config, **options)
+            model = _with_attention(name, AutoModelForCausalLM.from_config, config, **options)
     else:
         load = AutoModelForCausalLM.from_pretrained
-        model = _loading(name, load, *source.args, config=config, **source.kwargs, **options).to(device)
+        options |= {"config": config, **source.kwargs, "output_loading_info": True}
+        model, info = _with_attention(name, load, *source.args, **options)
+        _check_weights(name, model, info["missing_keys"], with_lm_head)
+        model = model.to(device)
+    if has_other_states(model):
+        raise ModelError(
+            f"model {name!r} keeps states beside keys and values ({config.model_type}), which padding and the KV cache "
+            "of generation would spoil: it must have attention layers alone."
+        )
     model.eval().requires_grad_(False)
-    return _split(model, with_lm_head)
+    return model
+
+
+def _with_attention(name: str, load: Any, *args: Any, asked: str, **kwargs: Any) -> Any:
+    """Loads with the attention that the case asks for; ``auto`` is sdpa if the architecture has it, else eager."""
+    for implementation in ("sdpa", "eager") if asked == "auto" else (asked,):
+        try:
+            return _loading(name, load, *args, attn_implementation=implementation, **kwargs)
+        except _AttentionError:
+            if asked != "auto" or implementation == "eager":
+                raise
+    raise AssertionError("the last attention returns or raises")
+
+
+def _check_architecture(model: str, config: Any) -> None:
+    """Refuses what is no decoder of text alone."""
+    if config.get_text_config() is not config:
+        raise ModelError(f"model {model!r} is multimodal ({config.model_type}): it must read text alone.")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"model {model!r} has an encoder ({config.model_type}): it must be a decoder alone.")
+
+
+def _check_weights(name: str, model: Any, missing: Iterable[str], with_lm_head: bool) -> None:
+    """Refuses a checkpoint without some weights, which transformers would initialise at random."""
+    head = model.get_output_embeddings()
+    unread = set() if with_lm_head or head is None else {id(parameter) for parameter in head.parameters()}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    lacking = sorted(key for key in missing if key not in parameters or id(parameters[key]) not in unread)
+    if lacking:
+        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+        raise ModelError(f"model {name!r} lacks weights: its checkpoint has no {', '.join(lacking[:3])}{more}.")
+
+
+@torch.no_grad()
+def _make_probe(name: str, model: Any, case: Case, with_lm_head: bool) -> Probe:
+    """Runs transformers' own forward on a few tokens that differ."""
+    size = min(_NUM_PROBE_TOKENS, case.seq_len)
+    vocab_size = model.get_output_embeddings().weight.shape[0]
+    tokens = (torch.arange(size, device=case.device) * 7 + 3).remainder_(vocab_size)[None]
+    with forward_errors(name, type(model).__name__):
+        if with_lm_head:
+            output = model(input_ids=tokens, use_cache=False).logits
+        else:
+            output = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    return Probe(tokens=tokens, output=output)
+
+
+@contextmanager
+def forward_errors(name: str, class_name: str) -> Iterator[None]:
+    """Turns an error of a forward pass into a ModelError. An out-of-memory error stays its cause.
+
+    Args:
+        name: of the model, as the case has it.
+        class_name: the architecture.
+    """
+    try:
+        yield
+    except (TypeError, AttributeError, LookupError, ValueError, RuntimeError) as error:
+        raise ModelError(
+            f"model {name!r} cannot be run: {class_name} raised {type(error).__name__} ({_first_line(error)})."
+        ) from error
 
 
 def clone_module(module: M) -> M:
@@ -116,6 +227,24 @@ def max_positions(config: Any) -> int | None:
     return next((int(value) for value in found if isinstance(value, int)), None)
 
 
+def read_max_positions(model: str) -> int | None:
+    """Reads the longest sequence that a model allows, or ``None`` where its configuration states none.
+
+    Raises:
+        ModelError: the model is unknown.
+    """
+    return max_positions(_read_config(model)[0])
+
+
+def rotary_limit(config: Any) -> int | None:
+    """Returns the longest sequence for which the rotary embedding stays the same; ``None`` if it always does."""
+    rotary = getattr(config, "rope_parameters", None) or {}
+    kinds = [each for each in (rotary, *rotary.values()) if isinstance(each, dict)]  # some have one for each layer type
+    changing = [each for each in kinds if each.get("rope_type") in LENGTH_DEPENDENT_ROTARY]
+    limits = [each.get("original_max_position_embeddings") or max_positions(config) for each in changing]
+    return min((int(limit) for limit in limits if limit), default=None)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Source:
     """The arguments with which ``from_pretrained`` finds a model that is no preset."""
@@ -139,6 +268,10 @@ def _read_config(model: str) -> tuple[Any, _Source | None]:
     return _loading(model, AutoConfig.from_pretrained, *source.args, **source.kwargs), source
 
 
+class _AttentionError(ModelError):
+    """The architecture lacks an attention implementation."""
+
+
 def _loading(model: str, load: Any, *args: Any, **kwargs: Any) -> Any:
     """Calls ``load``; what goes wrong in it is the user's model or network, said in one sentence."""
     noise = logging.getLogger("transformers")
@@ -151,7 +284,7 @@ def _loading(model: str, load: Any, *args: Any, **kwargs: Any) -> Any:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if "attention implementation" in str(error):
             asked = kwargs.get("attn_implementation")
-            raise ModelError(
+            raise _AttentionError(
                 f"model {model!r} has no {asked} attention: set engine.attn_implementation to another (eager always "
                 "works)."
             ) from error
@@ -183,22 +316,25 @@ def _split(model: Any, with_lm_head: bool) -> LoadedModel:
     if trunk is model or getattr(embedding, "weight", None) is None:
         raise ModelError(f"architecture {type(model).__name__} has no linear language-model head over a trunk.")
     vocab_size, hidden_size = embedding.weight.shape
-    config = model.config
     head = None
     if with_lm_head:
-        head = LmHead(
-            embedding.weight,
-            getattr(embedding, "bias", None),
-            scale=_logit_scale(config),
-            softcap=getattr(config, "final_logit_softcapping", None),
-        )
+        bias = getattr(embedding, "bias", None)
+        softcap = getattr(model.config, "final_logit_softcapping", None)
+        head = LmHead(embedding.weight, bias, scale=_logit_scale(model.config), softcap=softcap)
     return LoadedModel(
         trunk=trunk, lm_head=head, hidden_size=hidden_size, vocab_size=vocab_size, prefix=model.base_model_prefix
     )
 
 
 def _logit_scale(config: Any) -> float:
-    """What multiplies the logits after the head: Cohere's ``logit_scale``, one over Granite's ``logits_scaling``."""
-    if getattr(config, "logits_scaling", None):
-        return 1.0 / float(config.logits_scaling)
-    return float(getattr(config, "logit_scale", None) or 1.0)
+    """Returns the factor of the logits after the head.
+
+    The configuration's fields mean different things by architecture. The engine's check at loading refuses those that
+    this function does not know.
+    """
+    kind = config.model_type
+    if kind == "mpt":  # has the field; its model does not read it
+        return 1.0
+    scaling = float(getattr(config, "logits_scaling", None) or 1.0)  # Granite divides by it, MiniCPM3 too
+    scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
+    return scale * (scaling if kind == "hyperclovax" else 1.0 / scaling)

@@ -41,7 +41,7 @@ def sample(
         backend: as in ``takes_native``.
 
     Returns:
-        Tokens [b] int64, and their log-probabilities [b].
+        Tokens [b] int64, and their log-probabilities [b], NaN for a row whose probabilities are.
     """
     if takes_native(backend, logits):
         uniform = torch.rand(logits.shape[0], generator=generator, dtype=logits.dtype)
@@ -52,5 +52,6 @@ def sample(
     ends = sums[:, -1:]
     uniform = torch.rand(ends.shape, generator=generator, dtype=sums.dtype, device=sums.device)
     thresholds = torch.minimum(uniform * ends, torch.nextafter(ends, torch.zeros_like(ends)))
-    tokens = torch.searchsorted(sums, thresholds, right=True)
+    # Only a NaN can lie beyond the last sum. Unclamped, its index would abort the CUDA context in the gather.
+    tokens = torch.searchsorted(sums, thresholds, right=True).clamp_(max=sums.shape[1] - 1)
     return tokens.squeeze(-1), probabilities.gather(-1, tokens).log_().squeeze(-1)

@@ -154,6 +154,11 @@ class TrainingStep:
         return self.engine.trunks[self.method.bases[0]].name
 
     @property
+    def attention_taken(self) -> str:
+        """The attention implementation of the actor's trunk: ``sdpa`` or ``eager``."""
+        return self.engine.models[self.method.bases[0]].attention
+
+    @property
     def backend_taken(self) -> str:
         """The backend of the ops: ``triton``, ``native`` or ``torch``."""
         return self.engine.backend

@@ -90,7 +90,7 @@ def test_plans_of_two_settings_are_interleaved(
     assert "bfloat16 · LoRA rank 4" in text
     assert cli.invoke([*asked, "--json"]) == 0
     options = [plan["case"]["options"] for plan in json.loads(capsys.readouterr().out)]
-    assert [given["engine"]["attn_implementation"] for given in options] == ["eager", "sdpa"] * 2
+    assert [given["engine"]["attn_implementation"] for given in options] == ["eager", "auto"] * 2
 
 
 def test_the_device_is_cuda_by_default_and_can_be_the_cpu(

@@ -1,3 +1,4 @@
+import contextlib
 import gc
 import json
 
@@ -8,7 +9,8 @@ from rlhfbench.measure import MeasurementOptions, measure_case, measurements
 from rlhfbench.measure.ledger import Ledger
 from rlhfkernels.config.case import Case
 from rlhfkernels.config.options import Options
-from rlhfkernels.errors import NumericalError
+from rlhfkernels.engine.engine import Engine
+from rlhfkernels.errors import ModelError, NumericalError
 from rlhfkernels.methods.program import Phase
 from rlhfkernels.methods.table import METHODS
 from rlhfkernels.observer import PARTS, Observer
@@ -19,15 +21,15 @@ PHASES = (Phase(name="think", kind="inference"), Phase(name="learn", kind="updat
 
 
 class FakeStats:
-    def __init__(self, finite, num_runs):
-        self.finite, self.num_runs = finite, num_runs
+    def __init__(self, finite, num_runs, more):
+        self.finite, self.num_runs, self.more = finite, num_runs, more
 
     def check_finite(self):
         if not self.finite:
             raise NumericalError("kl is nan: the step's numbers must be finite.")
 
     def to_dict(self):
-        return {"num_runs": self.num_runs, "kl": None}
+        return {"num_runs": self.num_runs, "kl": None, **self.more}
 
 
 class FakeStep:
@@ -40,6 +42,7 @@ class FakeStep:
         self.moment = torch.zeros(8, 8)
         self.fails_in_run, self.finite = fails_in_run, finite
         self.observers = []
+        self.first_stats = {}
 
     def run(self, observer):
         self.observers.append(observer)
@@ -58,7 +61,7 @@ class FakeStep:
             self.moment.add_(self.weight.grad)
             self.weight.sub_(self.moment, alpha=1e-3)
             self.weight.grad = None
-        return FakeStats(self.finite, len(self.observers))
+        return FakeStats(self.finite, len(self.observers), self.first_stats)
 
     def persistent_tensors(self):
         return [("base", self.weight), ("optimizer", self.moment)]
@@ -67,6 +70,7 @@ class FakeStep:
         return [self.weight]
 
     trunk_taken = "fast"
+    attention_taken = "sdpa"
     backend_taken = "torch"
 
     def data_summary(self):
@@ -100,7 +104,19 @@ def test_the_measurements_in_their_order(fake, tmp_path):
     phases = [f"phase:{phase.name}" for phase in PHASES]
     assert notices == ["build", "warm-up", *phases, "timing", "memory", *phases, "profile", *phases, "ceilings"]
     assert json.loads(json.dumps(result)) == result
-    assert set(result) == {"memory", "latency", "work", "stats", "prompts", "engine", "kernels", "ceilings", "timeline"}
+    objects = {
+        "memory",
+        "latency",
+        "work",
+        "stats",
+        "prompts",
+        "engine",
+        "attention",
+        "kernels",
+        "ceilings",
+        "timeline",
+    }
+    assert set(result) == objects
     assert result["prompts"] == step.data_summary()
     assert result["ceilings"] == CEILINGS
     assert result["timeline"] is None
@@ -308,3 +324,45 @@ def test_the_rest_is_the_allocators_peak_without_ledger_and_workspaces(fake):
     total = measurements.memory_object(ledger, views)["total_bytes"]
     views |= {"allocator_peak_bytes": total + 100, "workspace_bytes": 30}
     assert measurements.memory_object(ledger, views)["views"]["allocator_rest_bytes"] == 70
+
+
+@pytest.mark.parametrize(
+    ("stats", "dtype", "sentence"),
+    [
+        (
+            {"ratio_error": 0.02},
+            "float32",
+            r"disagree by 0\.02 \(ratio_error of the first step\), and float32 explains 0\.01",
+        ),
+        ({"ratio_error": 0.001, "kl": -0.5}, "float64", r"disagree by 0\.001 \(ratio_error"),
+        ({"ratio_error": 0.5, "kl": -0.5}, "bfloat16", r"disagree by 0\.5 \(kl of the first step\), and bfloat16"),
+        ({"ratio_error": 0.009, "kl": 0.0009}, "float32", None),
+        ({"ratio_error": None, "kl": None}, "float32", None),
+        ({"kl": 9.0, "score": 5.0}, "float32", None),
+    ],
+)
+def test_decoding_and_the_full_forward_must_agree(stats, dtype, sentence):
+    with pytest.raises(ModelError, match=sentence) if sentence else contextlib.nullcontext():
+        measurements.check_agreement(stats, dtype)
+
+
+def test_a_case_whose_decoding_is_wrong_is_not_timed(fake):
+    step = fake(FakeStep())
+    step.first_stats = {"ratio_error": 0.5}
+    with pytest.raises(ModelError, match="decoding and the full forward disagree"):
+        measure_case(CASE, options(), lambda text: None)
+    assert len(step.observers) == 1
+
+
+def test_the_check_of_loaded_models_changes_no_memory_figure(monkeypatch):
+    case = Case(method="lora", model="tiny", prompt_len=4, completion_len=4, batch_size=2)
+
+    def memory():
+        views = dict.fromkeys(measurements.OUTER_VIEWS)
+        return measurements.memory_object(
+            measurements.measure_memory(build_step(case), "cpu", lambda text: None), views
+        )
+
+    checked = memory()
+    monkeypatch.setattr(Engine, "_check_models", lambda engine: None)
+    assert memory() == checked

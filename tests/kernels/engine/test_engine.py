@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModel, AutoModelForCausalLM
 
-from rlhfkernels import METHODS, Case, CaseError, ModelError, Observer, build_step
+from rlhfkernels import METHODS, Case, CaseError, ModelError, NumericalError, Observer, build_step
 from rlhfkernels.data.batch import Batch
 from rlhfkernels.engine.engine import Engine
 from rlhfkernels.methods.program import WeightSet
@@ -238,3 +238,18 @@ def test_generation_ends_when_every_row_has(make_case: Callable[..., Case], gene
     rollout = generated(step)
     ends = rollout.mask.sum(1)
     assert (ends >= 1).all()
+
+
+@pytest.mark.parametrize(
+    ("trunk", "backend", "dtype"),
+    [("plain", "torch", "float64"), ("fast", "torch", "float32"), ("fast", "auto", "float32")],
+)
+@pytest.mark.parametrize("stop", [None, 7])
+def test_sampling_from_logits_that_are_not_finite_is_one_error(
+    make_case: Callable[..., Case], trunk: str, backend: str, dtype: str, stop: int | None
+) -> None:
+    options = {"engine__trunk": trunk, "engine__backend": backend, "rollout__stop_token_id": stop}
+    step = build_step(make_case(dtype=dtype, **options))
+    step.engine.lm_head("actor").weight.data[5, 0] = float("nan")
+    with pytest.raises(NumericalError, match=r"^actor sampled from logits that are not finite"):
+        step.run()

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, GraniteConfig
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlhfkernels import PRESETS, Case, ModelError, Options
+from rlhfkernels import PRESETS, Case, ModelError, build_step
+from rlhfkernels.models import loading
 from rlhfkernels.models.loading import load_model, load_tokenizer, max_positions
 
 # What the models' publishers state, in parameters.
@@ -59,61 +63,98 @@ def test_trunk_and_head_together_are_the_model(make_case: Callable[..., Case], a
         torch.testing.assert_close(logits, whole(input_ids=tokens).logits)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        Gemma2Config(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            vocab_size=48,
-            max_position_embeddings=64,
-            final_logit_softcapping=3.0,
-            initializer_range=0.3,
-        ),
-        GraniteConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            vocab_size=48,
-            max_position_embeddings=64,
-            logits_scaling=4.0,
-            initializer_range=0.3,
-        ),
-    ],
-    ids=["softcap", "scaling"],
-)
-def test_what_a_model_does_after_its_head_is_kept(config: object, tmp_path: Path) -> None:
-    whole = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation="eager").eval()
-    whole.save_pretrained(tmp_path)
-    case = Case(
-        method="hydra",
-        model=str(tmp_path),
-        prompt_len=4,
-        completion_len=4,
-        batch_size=1,
-        dtype="float64",
-        options=Options.of({"engine.attn_implementation": "eager"}),
-    )
+@pytest.mark.parametrize("architecture", ["gemma2", "granite", "cohere", "hyperclovax", "mpt"])
+def test_what_a_model_does_after_its_head_is_kept(make_case: Callable[..., Case], architecture: str) -> None:
+    case = make_case(architecture=architecture)
     loaded = load_model(case, seed=0, with_lm_head=True)
+    whole = AutoModelForCausalLM.from_pretrained(case.model, dtype=torch.float64).eval()
     tokens = torch.randint(48, (2, 8))
     with torch.no_grad():
         logits = loaded.lm_head(loaded.trunk(input_ids=tokens).last_hidden_state)
         torch.testing.assert_close(logits, whole(input_ids=tokens).logits)
 
 
-def test_an_attention_that_the_architecture_lacks_is_one_sentence(tmp_path: Path) -> None:
-    config = Gemma2Config(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=48
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    case = Case(method="hydra", model=str(tmp_path), prompt_len=4, completion_len=4, batch_size=1)
+def test_an_attention_that_the_architecture_lacks_is_one_sentence(make_case: Callable[..., Case]) -> None:
+    case = make_case(architecture="gemma2", engine__attn_implementation="sdpa")
     with pytest.raises(ModelError, match=r"has no sdpa attention: set engine\.attn_implementation to another"):
         load_model(case, seed=0, with_lm_head=True)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "asked", "taken"),
+    [
+        ("gemma2", "auto", "eager"),
+        ("gptj", "auto", "eager"),
+        ("bloom", "auto", "eager"),
+        ("llama", "auto", "sdpa"),
+        ("llama", "eager", "eager"),
+    ],
+)
+def test_auto_is_sdpa_where_the_architecture_has_it(
+    make_case: Callable[..., Case], architecture: str, asked: str, taken: str
+) -> None:
+    step = build_step(make_case(architecture=architecture, engine__attn_implementation=asked))
+    assert step.attention_taken == taken
+    step.run().check_finite()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_takes_sdpa(name: str) -> None:
+    preset = PRESETS[name]
+    config = AutoConfig.for_model(preset.model_type, **preset.config)
+    for field in ("num_hidden_layers", "n_layer"):
+        if hasattr(config, field):
+            setattr(config, field, 1)
+    with torch.device("meta"):
+        model = loading._with_attention(name, AutoModelForCausalLM.from_config, config, asked="auto")
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("architecture", ["recurrent_gemma", "xlstm", "falcon_h1", "lfm2"])
+@pytest.mark.parametrize("with_weights", [True, False])
+def test_recurrent_states_are_refused(make_case: Callable[..., Case], architecture: str, with_weights: bool) -> None:
+    with pytest.raises(ModelError, match=r"keeps states beside keys and values") as caught:
+        load_model(make_case(architecture=architecture), seed=0, with_lm_head=True, with_weights=with_weights)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_multimodal_model_is_refused(make_case: Callable[..., Case]) -> None:
+    with pytest.raises(ModelError, match=r"is multimodal \(gemma3\): it must read text alone\."):
+        load_model(make_case(architecture="gemma3"), seed=0, with_lm_head=True)
+
+
+def without(folder: str, to: Path, *names: str) -> str:
+    """Copies a checkpoint without the named tensors."""
+    shutil.copytree(folder, to)
+    weights = load_file(to / "model.safetensors")
+    save_file({name: t for name, t in weights.items() if name not in names}, to / "model.safetensors", {"format": "pt"})
+    return str(to)
+
+
+def test_a_checkpoint_without_some_weights_is_refused(make_case: Callable[..., Case], tmp_path: Path) -> None:
+    case = make_case()
+    lacking = [f"model.layers.{layer}.self_attn.{name}_proj.weight" for layer in (0, 1) for name in ("k", "q")]
+    case = dataclasses.replace(case, model=without(case.model, tmp_path / "some", *lacking))
+    sentence = rf"lacks weights: its checkpoint has no {', '.join(lacking[:3])} and 1 more\."
+    with pytest.raises(ModelError, match=sentence):
+        load_model(case, seed=0, with_lm_head=True)
+    load_model(case, seed=0, with_lm_head=True, with_weights=False)
+
+
+def test_a_head_may_be_absent_where_nothing_reads_it(make_case: Callable[..., Case], tmp_path: Path) -> None:
+    case = make_case()
+    case = dataclasses.replace(case, model=without(case.model, tmp_path / "headless", "lm_head.weight"))
+    load_model(case, seed=0, with_lm_head=False)
+    with pytest.raises(ModelError, match=r"lacks weights: its checkpoint has no lm_head\.weight\."):
+        load_model(case, seed=0, with_lm_head=True)
+
+
+def test_an_error_of_a_forward_pass_is_one_sentence() -> None:
+    with (
+        pytest.raises(ModelError, match=r"^model 'm' cannot be run: Net raised TypeError \(no such argument\)\.$"),
+        loading.forward_errors("m", "Net"),
+    ):
+        raise TypeError("no such argument\nand more")
 
 
 def test_random_weights_depend_on_the_seed_alone() -> None:
@@ -124,15 +165,23 @@ def test_random_weights_depend_on_the_seed_alone() -> None:
     assert not torch.equal(weights[0], weights[2])
 
 
-def test_dropout_is_off_in_train_mode_too(tmp_path: Path) -> None:
-    config = AutoConfig.for_model("gpt2", n_embd=32, n_layer=2, n_head=4, n_positions=64, vocab_size=48)
-    assert config.resid_pdrop > 0
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    case = Case(method="hydra", model=str(tmp_path), prompt_len=4, completion_len=4, batch_size=1)
-    trunk = load_model(case, seed=0, with_lm_head=True).trunk
+@pytest.mark.parametrize("architecture", ["gpt2", "bloom", "mixtral", "phimoe"])
+def test_train_mode_is_not_random(make_case: Callable[..., Case], architecture: str) -> None:
+    case = make_case(architecture=architecture, dtype="float32")
+    trunk = load_model(case, seed=0, with_lm_head=True).trunk.train()
     tokens = torch.randint(48, (2, 8))
     with torch.no_grad():
-        assert torch.equal(trunk.train()(tokens).last_hidden_state, trunk.eval()(tokens).last_hidden_state)
+        first, second = (trunk(input_ids=tokens).last_hidden_state for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_a_models_own_train_mode_is_random(checkpoint: Callable[[str], str]) -> None:
+    """The checkpoints of the test above have noise that loading turns off."""
+    tokens = torch.randint(48, (2, 8))
+    for architecture in ("gpt2", "bloom", "mixtral"):
+        trunk = AutoModelForCausalLM.from_pretrained(checkpoint(architecture), dtype=torch.float32).train()
+        with torch.no_grad():
+            assert not torch.equal(trunk(input_ids=tokens).logits, trunk(input_ids=tokens).logits)
 
 
 def test_a_length_beyond_the_positions_is_one_sentence(make_case: Callable[..., Case]) -> None:

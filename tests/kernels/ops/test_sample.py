@@ -43,3 +43,15 @@ def test_a_token_of_probability_0_is_never_sampled() -> None:
     tokens, logprobs = sample(logits, torch.Generator().manual_seed(0))
     assert set(tokens.tolist()) == {2, 4}
     assert logprobs.isfinite().all()
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("backend", ["torch", "native"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", [0, 37, 99])
+def test_logits_that_are_not_finite_give_a_token_and_no_number(backend: str, bad: float, where: int) -> None:
+    logits = torch.randn(3, 100, generator=torch.Generator().manual_seed(1))
+    logits[1, where] = bad
+    tokens, logprobs = sample(logits, torch.Generator().manual_seed(2), backend=backend)
+    assert ((tokens >= 0) & (tokens < 100)).all()
+    assert logprobs.isnan().tolist() == [False, True, False]

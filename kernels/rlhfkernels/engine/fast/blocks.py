@@ -17,6 +17,7 @@ from torch import nn
 from transformers.activations import GELUActivation, NewGELUActivation, SiLUActivation
 from transformers.pytorch_utils import Conv1D
 
+from rlhfkernels.models.loading import LENGTH_DEPENDENT_ROTARY
 from rlhfkernels.ops.lora_linear import LinearGroup, LoraPart, lora_linear
 from rlhfkernels.ops.qkv_layout import QkvLayout
 from rlhfkernels.ops.rms_norm import rms_norm
@@ -205,8 +206,6 @@ class Blocks:
 
 
 gelu_tanh = functools.partial(nn.functional.gelu, approximate="tanh")
-# Rotary embeddings whose frequencies depend on the sequence length.
-_LENGTH_DEPENDENT_ROTARY = ("dynamic", "longrope")
 
 
 def _head_size(config: Any) -> int:
@@ -215,7 +214,7 @@ def _head_size(config: Any) -> int:
 
 def _llama(trunk: Any, backend: str) -> Blocks | None:
     config = trunk.config
-    if getattr(trunk.rotary_emb, "rope_type", "default") in _LENGTH_DEPENDENT_ROTARY:
+    if getattr(trunk.rotary_emb, "rope_type", "default") in LENGTH_DEPENDENT_ROTARY:
         return None
     size = _head_size(config)
     layout = QkvLayout(config.num_attention_heads, config.num_key_value_heads, size)
@@ -247,8 +246,8 @@ def _llama(trunk: Any, backend: str) -> Blocks | None:
 
 
 def _window(attention: Any, config: Any) -> int | None:
-    """Returns the layer's own window where layers differ (Qwen2), else the configuration's (Mistral)."""
-    owner = attention if hasattr(attention, "sliding_window") else config
+    """Returns the layer's own window where layers differ (Qwen2), else the configuration's (Mistral alone reads it)."""
+    owner = config if config.model_type == "mistral" else attention
     return getattr(owner, "sliding_window", None)
 
 
@@ -268,6 +267,8 @@ def _activation(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def _gpt_neox(trunk: Any, backend: str) -> Blocks | None:
     config = trunk.config
+    if trunk.rotary_emb.rope_type in LENGTH_DEPENDENT_ROTARY:
+        return None
     size = config.hidden_size // config.num_attention_heads
     layers = [
         Block(

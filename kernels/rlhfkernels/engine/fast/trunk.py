@@ -51,7 +51,7 @@ class FastTrunk(PlainTrunk):
 
 def make_fast_trunk(case: Case, model: LoadedModel, adapters: Adapters) -> PlainTrunk:
     """Returns a fast trunk if it supports the model and the case's options, else a plain one; see ``name``."""
-    if case.options.engine.attn_implementation == "sdpa" and case.options.engine.cache_implementation == "static":
+    if model.attention == "sdpa" and case.options.engine.cache_implementation == "static":
         blocks = read_blocks(model.trunk, select_backend(case.options.engine.backend, case.device, case.dtype))
         if blocks is not None:
             return FastTrunk(case, model, adapters, blocks)

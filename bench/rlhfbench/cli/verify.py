@@ -1,0 +1,73 @@
+"""``rlhfbench verify``: compares a model's numbers here with those of transformers and PEFT."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rlhfbench.cli import common
+from rlhfbench.cli.common import DONE, NO, epilog, print_table
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.table import Table
+
+    from rlhfkernels.engine.verify import Check
+
+EPILOG = epilog(
+    "rlhfbench verify --model tiny",
+    "rlhfbench verify --model ./my-model --dtype bfloat16 --device cuda",
+    codes="Exit codes: 0 all is within the tolerance or refused, 1 something is not, 2 the command is wrong.",
+)
+
+
+def verify(
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", rich_help_panel=common.CASES, help="Preset, checkpoint folder, .gguf file or hub id."
+        ),
+    ],
+    device: common.Device = None,
+    dtype: common.Dtype = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the checks as a JSON list.")] = False,
+) -> int:
+    """Compare a model's numbers here with those of transformers and PEFT.
+
+    A few tokens go through every trunk and backend: log-probabilities, left-padded rows, cached decoding, adapters and
+    their gradients.
+    """
+    from rlhfbench.cases import preflight
+    from rlhfbench.cases.sweep import Sweep
+
+    spec = {"models": [model], "methods": ["sft-lora"], "seq_lens": [2], "batch_sizes": [1]}
+    chosen = common.given(device=device, dtype=dtype)
+    preflight.check(Sweep.from_spec(spec | chosen))
+    from transformers.utils import logging
+
+    from rlhfkernels.engine import verify as engine
+
+    logging.disable_progress_bar()
+    checks = engine.verify(model, **chosen)
+    if as_json:
+        print(json.dumps([dataclasses.asdict(check) for check in checks]))
+    else:
+        print_table(table(checks))
+        for note in dict.fromkeys(check.note for check in checks if check.note is not None):
+            print(note)
+    return NO if any(check.outcome == "wrong" for check in checks) else DONE
+
+
+def table(checks: Sequence[Check]) -> Table:
+    """One row a check."""
+    from rich.table import Table
+
+    shown = Table("check", "largest error", "tolerance", "outcome", box=None)
+    for check in checks:
+        numbers = ("" if value is None else f"{value:.1e}" for value in (check.error, check.tolerance))
+        shown.add_row(check.name, *numbers, check.outcome)
+    return shown

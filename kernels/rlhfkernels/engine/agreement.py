@@ -1,0 +1,124 @@
+"""The check of a loaded model: the engine's trunk, head and decoding against transformers' own forward.
+
+Shapes: b = batch, t = positions, d = hidden size, v = vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from rlhfkernels.engine.trunk import Trunk
+from rlhfkernels.errors import ModelError, NumericalError
+from rlhfkernels.models.loading import LoadedModel, forward_errors, rotary_limit
+from rlhfkernels.observer import Observer
+
+# Largest error as a fraction of the range of the compared values. Rounding reaches a tenth of it in deep models.
+TOLERANCES = {"float64": 1e-5, "float32": 3e-4, "bfloat16": 0.05}
+_NUM_DECODED = 2
+
+
+def tolerance(reference: torch.Tensor, dtype: str) -> float:
+    """Returns the largest error that ``dtype`` explains.
+
+    Log-probabilities of a model with random weights differ little among themselves, so their range gives the scale:
+    with a constant tolerance, a wrong head would pass.
+
+    Args:
+        reference: [..., n], the correct values. The range is over the last dimension.
+        dtype: of the weights.
+    """
+    span = float((reference.amax(-1) - reference.amin(-1)).max())
+    return TOLERANCES[dtype] * max(span, 0.01 * float(reference.abs().max()))
+
+
+def largest_error(found: torch.Tensor, reference: torch.Tensor) -> float:
+    """Returns max |found − reference|; not finite where either is not."""
+    return float((found - reference).abs().max())
+
+
+def wide_log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities [..., v] in float32 or wider."""
+    return torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
+
+
+@torch.no_grad()
+def check_model(name: str, model: LoadedModel, trunk: Trunk, dtype: str, *, generates: bool) -> None:
+    """Compares trunk, head and, if the method generates, decoding with the probe of ``model``, and drops the probe.
+
+    Args:
+        name: of the model, as the case has it.
+        model: one with a probe.
+        trunk: of the model, its adapters fresh.
+        dtype: of the weights.
+        generates: whether the method decodes with a KV cache.
+
+    Raises:
+        ModelError: they disagree, or a forward pass fails.
+        NumericalError: transformers' own output is not finite.
+    """
+    probe, model.probe = model.probe, None
+    assert probe is not None
+    expected = wide_log_softmax(probe.output) if model.lm_head is not None else probe.output
+    if not bool(expected.isfinite().all()):
+        raise NumericalError(f"model {name!r} gives values that are not finite in {dtype}.")
+    with forward_errors(name, type(model.trunk).__name__):
+        found = {"the full forward": _read(model, trunk.hidden(None, probe.tokens, None))}
+        if generates and model.lm_head is not None and probe.tokens.shape[1] > _NUM_DECODED:
+            found["decoding"] = _read(model, decode(trunk, probe.tokens, None, num_decoded=_NUM_DECODED))
+    for what, output in found.items():
+        reference = expected[:, -output.shape[1] :]
+        error, limit = largest_error(output, reference), tolerance(reference, dtype)
+        if not error <= limit:
+            raise ModelError(
+                f"model {name!r} is run wrongly: {what} ({trunk.name} trunk) and transformers' own forward disagree by "
+                f"{_shown(error)}, and {dtype} explains {limit:.2g}."
+            )
+
+
+def check_cache(name: str, model: LoadedModel, seq_len: int) -> None:
+    """Refuses lengths at which cached keys go stale.
+
+    Args:
+        name: of the model, as the case has it.
+        model: the model.
+        seq_len: prompt and completion.
+
+    Raises:
+        ModelError: the rotary embedding changes within ``seq_len`` positions.
+    """
+    limit = rotary_limit(model.trunk.config)
+    if limit is not None and seq_len > limit:
+        raise ModelError(
+            f"prompt_len + completion_len is {seq_len}: the rotary embedding of model {name!r} changes beyond {limit} "
+            "positions, where cached keys would be stale."
+        )
+
+
+def _read(model: LoadedModel, hidden: torch.Tensor) -> torch.Tensor:
+    return hidden if model.lm_head is None else wide_log_softmax(model.lm_head(hidden))
+
+
+def _shown(error: float) -> str:
+    return f"{error:.2g}" if math.isfinite(error) else "values that are not finite"
+
+
+def decode(
+    trunk: Trunk, tokens: torch.Tensor, attention_mask: torch.Tensor | None, *, num_decoded: int
+) -> torch.Tensor:
+    """Hidden states [b, 1 + num_decoded, d] of the bare base, the last ``num_decoded`` from decode steps.
+
+    Args:
+        trunk: the trunk.
+        tokens: [b, t].
+        attention_mask: [b, t], 0 on padding, or ``None``.
+        num_decoded: tokens that are read one at a time, after a prefill of the others.
+    """
+    t = tokens.shape[1]
+    decoder = trunk.decoder(None, t, Observer())
+    states = []
+    for start, end in [(0, t - num_decoded), *((at, at + 1) for at in range(t - num_decoded, t))]:
+        mask = None if attention_mask is None else attention_mask[:, :end]
+        states.append(decoder.advance(tokens[:, start:end], mask).clone())  # the next step may overwrite it
+    return torch.stack(states, 1)
