@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -47,6 +48,8 @@ def verify(
     spec = {"models": [model], "methods": ["sft-lora"], "seq_lens": [2], "batch_sizes": [1]}
     chosen = common.given(device=device, dtype=dtype)
     preflight.check(Sweep.from_spec(spec | chosen))
+    # Read when tqdm is imported: loading a GGUF file draws a bar that transformers cannot switch off.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     from transformers.utils import logging
 
     from rlhfkernels.engine import verify as engine
