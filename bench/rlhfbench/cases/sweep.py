@@ -118,8 +118,8 @@ class Sweep:
     @classmethod
     def joined(cls, sweeps: Iterable[Sweep]) -> Self:
         """Interleaves the cases of ``sweeps``, so that cases that are compared run one after the other."""
-        turns = itertools.zip_longest(*(sweep.cases for sweep in sweeps))
-        return cls(cases=tuple({case.id: case for turn in turns for case in turn if case is not None}.values()))
+        rounds = itertools.zip_longest(*(sweep.cases for sweep in sweeps))
+        return cls(cases=tuple({case.id: case for cases in rounds for case in cases if case is not None}.values()))
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:

@@ -1,4 +1,4 @@
-"""What verbs share: exit codes, the options that define cases, and the sweep that they make."""
+"""Shared by the verbs: exit codes, the options that define cases, and the sweep made from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The largest batch that fits: plans of several kinds of case at once, and the search among a kind's batches."""
+"""The largest batch that a plan says fits: a search over plans, with the kinds of case planned in parallel.
+
+Cases that differ in their batch size alone are of one kind.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +17,22 @@ if TYPE_CHECKING:
     from rlhfbench.planning.predict import Plan
     from rlhfbench.planning.zero import Zero
 
-# No larger batch is looked for: a plan's own time grows with the chunks that its log-probabilities come in.
-MOST_SEQUENCES = 512
-_MARGIN = 1.01  # how far over the device a batch must be predicted to lie for it not to be planned
-_PLANNING = "rlhfbench.planning.predict"  # imports torch: here only once something is planned
+# The search stops here: the time of a plan grows with the number of log-probability chunks.
+MAX_BATCH_SIZE = 512
+# A batch is skipped without a plan if the line through two smaller ones puts it 1 % over the device.
+_MARGIN = 1.01
+_PLANNING = "rlhfbench.planning.predict"  # imports torch, so it is imported where something is planned
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Planned:
-    """What is known of a case once the device it should fit on is known too.
+    """The plan of a case, and the largest batch of its kind.
 
     Attributes:
-        plan: of the case.
-        max_batch_size: the largest batch of its kind that fits, 0 where not even one sequence does; ``None`` where no
-            device was named.
-        of_one: the plan of one sequence, where not even that fits.
+        plan: the plan.
+        max_batch_size: the largest batch that fits on the device, in data rows; 0 if not even one row fits; ``None``
+            if no device was named.
+        of_one: the plan of one data row, if not even that fits.
     """
 
     plan: Plan
@@ -39,23 +43,23 @@ class Planned:
 def plan_kinds(
     cases: Sequence[Case], zero: Zero, *, usable_bytes: int | None = None, with_timeline: bool = False
 ) -> list[Planned]:
-    """Plans ``cases`` and finds the largest batch of each kind of case among them, the kinds on several cores.
+    """Plans ``cases`` and finds the largest batch of each kind, one kind per process.
 
     Args:
-        cases: what to plan; those that differ in their batch alone are of one kind.
-        zero: how each is divided among ranks.
-        usable_bytes: what a step may take; ``None`` looks for no largest batch.
-        with_timeline: keep each step's timeline too.
+        cases: the cases to plan.
+        zero: the division among ranks.
+        usable_bytes: memory that a step may take; ``None`` searches for no largest batch.
+        with_timeline: keep the timeline of each step.
 
     Raises:
         ModelError, CaseError: as for ``plan_case``.
-        ForkServerError: a process that planned died.
+        ForkServerError: a worker process died.
     """
     kinds: dict[Case, list[Case]] = {}
     for case in cases:
         kinds.setdefault(with_batch(case, 1), []).append(case)
     one = functools.partial(_plan_kind, zero=zero, usable_bytes=usable_bytes, with_timeline=with_timeline)
-    # Long ones first, so that no core is left with one at the end.
+    # Longest first: the last process to finish then has a short kind.
     longest_first = sorted(kinds.values(), key=_num_ops, reverse=True)
     planned = map_parallel(one, longest_first, preload=(_PLANNING,))
     by_case = {item.plan.case: item for kind in planned for item in kind}
@@ -63,7 +67,7 @@ def plan_kinds(
 
 
 def _num_ops(cases: list[Case]) -> int:
-    """How long a kind is planned, roughly and in no unit: a pass with an adapter has about three times the ops."""
+    """Relative planning time of a kind: a forward pass with an adapter has about three times the ops."""
     method = cases[0].role_table
     passes = (*method.score_passes, *method.update_passes)
     return len(cases) * sum(1 if p.weights.adapter is None else 3 for p in passes)
@@ -84,11 +88,11 @@ def _plan_kind(cases: list[Case], *, zero: Zero, usable_bytes: int | None, with_
 
 
 class BatchSearch:
-    """Finds the largest batch that fits, from as few plans as it can: totals are nearly linear in the batch.
+    """Searches for the largest batch that fits with few plans: totals are nearly affine in the batch.
 
     Args:
-        usable_bytes: what a step may take.
-        zero: how it is divided among ranks.
+        usable_bytes: memory that a step may take.
+        zero: the division among ranks.
     """
 
     def __init__(self, usable_bytes: int, zero: Zero) -> None:
@@ -96,26 +100,26 @@ class BatchSearch:
         self._plans: dict[Case, dict[int, Plan]] = {}
 
     def note(self, plan: Plan) -> None:
-        """Takes a plan that was made anyway, where it is one that would be tried."""
+        """Keeps a plan that exists already, if the search could ask for it."""
         if plan.case == with_batch(plan.case, plan.case.batch_size):
             self._of(plan.case)[plan.case.batch_size] = plan
 
     def of_one(self, case: Case) -> Plan:
-        """The plan of one sequence of ``case``'s kind."""
+        """The plan of one data row of ``case``'s kind."""
         return self._plan(case, 1)
 
     def largest(self, case: Case) -> int:
-        """The largest batch of ``case``'s kind that fits, up to ``MOST_SEQUENCES``; 0 where not even one does.
+        """The largest batch of ``case``'s kind that fits, up to ``MAX_BATCH_SIZE``; 0 if not even one row fits.
 
         Each batch is tried as one micro-batch in one mini-batch.
         """
         low: int = 0
         high: int | None = None
-        guess = min(case.batch_size, MOST_SEQUENCES)
+        guess = min(case.batch_size, MAX_BATCH_SIZE)
         while (high is None or high - low > 1) and not self._is_over(case, low + 1):
             if self._plan(case, guess).total_bytes <= self._usable_bytes:
                 low = guess
-                if low == MOST_SEQUENCES:
+                if low == MAX_BATCH_SIZE:
                     break
             else:
                 high = guess
@@ -123,11 +127,11 @@ class BatchSearch:
         return low
 
     def _is_over(self, case: Case, batch_size: int) -> bool:
-        """Whether the two largest plans that fit leave no doubt that ``batch_size``, which is larger, does not.
+        """True if the two largest plans that fit prove that ``batch_size`` does not fit.
 
-        A phase takes a straight line over the batch, and a step the highest of its phases: that bends upwards only, so
-        the line through two plans is under what comes after them. What does not grow along (a chunk's logits, from the
-        chunk's size on) and a block's rounding are less than the margin.
+        The memory of a phase is affine in the batch, and that of a step is the maximum over its phases, so it is
+        convex: the line through two plans lies below every larger batch. Parts that stop growing (the logits of one
+        chunk) and block rounding stay within the margin.
         """
         fits = [(size, plan.total_bytes) for size, plan in sorted(self._of(case).items()) if size < batch_size]
         if len(fits) < 2 or fits[-1][1] > self._usable_bytes:
@@ -138,13 +142,13 @@ class BatchSearch:
     def _next_guess(self, case: Case, low: int, high: int | None) -> int:
         known = sorted((batch_size, plan.total_bytes) for batch_size, plan in self._of(case).items())
         if len(known) < 2:
-            return min(2 * low, MOST_SEQUENCES) if low else 1
+            return min(2 * low, MAX_BATCH_SIZE) if low else 1
         (b0, t0), (b1, t1) = known[0], known[-1]
-        slope = max(1.0, (t1 - t0) / (b1 - b0))
-        guess = int(b1 + (self._usable_bytes - t1) / slope)
+        bytes_per_row = max(1.0, (t1 - t0) / (b1 - b0))
+        guess = int(b1 + (self._usable_bytes - t1) / bytes_per_row)
         if high is None:
-            return min(max(low + 1, guess), MOST_SEQUENCES)
-        # Near the end the guess repeats a bound: then the neighbour of that bound decides, or the middle.
+            return min(max(low + 1, guess), MAX_BATCH_SIZE)
+        # Near the end the guess repeats a bound; its neighbour is tried instead.
         return min(max(guess, low + 1), high - 1)
 
     def _of(self, case: Case) -> dict[int, Plan]:

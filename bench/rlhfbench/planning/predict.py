@@ -1,7 +1,7 @@
-"""Memory known beforehand: the engine itself, run on fake tensors under the ledger, with no device and no weights.
+"""Predicted memory: the engine, run on fake tensors under the ledger, without a device and without weights.
 
-There is no second formula for memory that could drift from the code: a plan is a step whose tensors have shapes and no
-contents. A long completion is not stepped through; the steps left out have no larger tensor than those that are run.
+No second formula for memory exists that could drift from the code. Most decode steps of a long completion are skipped:
+they have no larger tensor than the first and the last.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ _NO_VIEWS = dict.fromkeys(OUTER_VIEWS)
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What a case will need.
+    """The prediction for a case.
 
     Attributes:
-        case: as it was asked for.
+        case: the case.
         memory: the ``memory`` object of a record, on one rank.
         work: the least work of each phase.
-        zero: how it is divided among ranks.
-        buckets: bytes by phase of what ZeRO holds beside the step's tensors; none of them is in ``memory``.
-        timeline: of the step on one rank, where it was asked for; see ``Timeline.to_dict``. Decodes that were not
-            stepped through are not in it.
+        zero: the division among ranks.
+        buckets: bytes of ZeRO's own buffers by phase; they are not part of ``memory``.
+        timeline: the timeline of the step on one rank, if it was asked for; see ``Timeline.to_dict``. It lacks the
+            decode steps that were skipped.
     """
 
     case: Case
@@ -79,7 +79,7 @@ class Plan:
 def plan_case(case: Case, zero: Zero | None = None, *, with_timeline: bool = False) -> Plan:
     """Runs one step of ``case`` on fake tensors.
 
-    The step runs as on a processor, since fake tensors of another device need that device's build of torch for their
+    The step runs with CPU tensors: fake tensors of another device need that device's build of torch for their
     backward; storages are counted in the blocks of the device that was asked for.
 
     Args:

@@ -33,7 +33,7 @@ _REDUCE_BUCKET, _MAX_LIVE = 500_000_000, 1_000_000_000
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Zero:
-    """How DeepSpeed's ZeRO divides a step.
+    """The division of a step by DeepSpeed's ZeRO.
 
     Two simplifications, both small: in stage 3 DeepSpeed keeps tensors below 100,000 elements whole on every rank, and
     here they are divided like the rest; alignment of the partitions is not counted.

@@ -9,7 +9,7 @@ from rlhfbench.errors import SweepError
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RunOptions:
-    """How a sweep is run.
+    """Options of a run.
 
     Attributes:
         time_budget_s: seconds for timing the steps of a case.

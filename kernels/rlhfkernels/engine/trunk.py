@@ -38,7 +38,7 @@ class Decoder(Protocol):
 
     @property
     def can_skip(self) -> bool:
-        """Whether ``skip_to`` works, once the prompt has been read."""
+        """True if ``skip_to`` works, once the prompt has been read."""
         ...
 
     def skip_to(self, length: int) -> None:

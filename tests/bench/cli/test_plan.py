@@ -11,7 +11,7 @@ import rlhfbench
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.cli import main as cli
 from rlhfbench.planning import devices
-from rlhfbench.planning.max_batch import MOST_SEQUENCES
+from rlhfbench.planning.max_batch import MAX_BATCH_SIZE
 from rlhfbench.planning.plans import plan_objects
 from rlhfbench.records.timelines import read_timeline
 from rlhfkernels import Case
@@ -32,7 +32,7 @@ def test_json_is_one_object_a_case(
         assert (plan["fits"], plan["advice"]) == (True, None)
         assert plan["memory"]["total_bytes"] == sum(plan["memory"]["parts"].values())
         assert plan["floor"]["total_s_per_sample"] > 0
-    assert plans[0]["max_batch_size"] == plans[1]["max_batch_size"] == MOST_SEQUENCES
+    assert plans[0]["max_batch_size"] == plans[1]["max_batch_size"] == MAX_BATCH_SIZE
     assert {path.name for path in (tmp_path / "p").iterdir()} == {"plan.json", "plan.png", "plan.svg", "timelines"}
     for plan in plans:
         timeline = read_timeline(tmp_path / "p" / "timelines", plan["case"]["id"])

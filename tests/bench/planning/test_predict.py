@@ -103,7 +103,7 @@ def test_8_bit_states_are_planned_without_their_library(make_case: Callable[...,
     assert states[1] == pytest.approx(states[0] / 4 * (1 + 4 / 256), rel=0.03)
 
 
-def test_kernels_of_a_device_that_is_not_here_change_no_plan(make_case: Callable[..., Case]) -> None:
+def test_the_backend_of_an_absent_device_changes_no_plan(make_case: Callable[..., Case]) -> None:
     plans = [plan_case(make_case(device="cuda", dtype="float32", engine__backend=name)) for name in ("torch", "triton")]
     assert plans[0].memory == plans[1].memory
     assert plans[1].case.options.engine.backend == "triton"

@@ -28,7 +28,7 @@ StoreKv = Callable[[int, torch.Tensor, torch.Tensor], object]
 
 
 class _Context(NamedTuple):
-    """What all layers of a forward pass share.
+    """Inputs that all layers of a forward pass share.
 
     Attributes:
         mask: attention mask of the batch.
