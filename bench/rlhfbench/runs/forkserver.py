@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, Self
 
@@ -99,6 +99,7 @@ class ForkServer:
             stdout=self._log,
             stderr=self._log,
             start_new_session=True,
+            env=worker_environment(os.environ),
         )
         theirs.close()
         ready = None
@@ -222,6 +223,19 @@ class ForkServer:
         assert self._log is not None
         self._log.seek(0)
         return last_line(self._log.read().decode(errors="replace")) or "its log is empty."
+
+
+def worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment of the fork server, which sets how long idle threads of GNU OpenMP spin before they sleep.
+
+    The library's default spins for milliseconds, which is harmless on idle cores and ruinous beside another process.
+    A Hydra-PPO step on ``tiny`` (64 + 64 tokens, batch 4, 2 threads on 2 cores): 0.31 s by default, 0.32 s with 1000
+    spins and 0.56 s with ``OMP_WAIT_POLICY=passive`` on idle cores; 8 to 15 s, 2.0 to 2.7 s and 2.9 to 3.4 s beside
+    other jobs. A user's own setting wins.
+    """
+    if {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & environment.keys():
+        return dict(environment)
+    return {**environment, "GOMP_SPINCOUNT": "1000"}
 
 
 def last_line(text: str) -> str:

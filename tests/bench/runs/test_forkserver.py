@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlhfbench.errors import ForkServerError
-from rlhfbench.runs.forkserver import ForkServer, last_line
+from rlhfbench.runs.forkserver import ForkServer, last_line, worker_environment
 from rlhfbench.runs.forkserver_process import Lines
 
 HERE = Path(__file__).parents[1]
@@ -251,3 +251,9 @@ def test_the_last_line_that_is_not_blank():
     assert last_line("a\n  b \n\n \n") == "b"
     assert last_line("") == ""
     assert len(last_line("x" * 1000)) == 300
+
+
+def test_idle_threads_of_a_case_spin_briefly_unless_the_user_says_otherwise():
+    assert worker_environment({"HOME": "/h"}) == {"HOME": "/h", "GOMP_SPINCOUNT": "1000"}
+    assert worker_environment({"OMP_WAIT_POLICY": "active"}) == {"OMP_WAIT_POLICY": "active"}
+    assert worker_environment({"GOMP_SPINCOUNT": "5"}) == {"GOMP_SPINCOUNT": "5"}
