@@ -158,6 +158,7 @@ def run_measurements(
         "prompts": prompts,
         "engine": engine,
         "kernels": kernels,
+        "num_threads": torch.get_num_threads(),
         "ceilings": ceilings,
         "timeline": None if timeline is None else timeline.to_dict(ledger.peaks),
     }

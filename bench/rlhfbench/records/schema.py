@@ -225,6 +225,10 @@ FIELDS: tuple[Field, ...] = (
         if row.in_plan and row.column and isinstance(row.source, str)
     ),
     Field("plan.error.message", "string", "why the prediction failed, in one sentence", name="plan_error"),
+    Field("run.id", "string", "id of the run, the same in all its segments", name="run_id"),
+    Field("run.segment", "Int64", "0 for the first start of the run, n for its n-th resumption", name="run_segment"),
+    Field("run.host", "string", "name of the machine", name="host"),
+    Field("num_threads", "Int64", "threads within an op that the case used"),
     Field("started_at", "string", "start of the case, UTC, ISO 8601"),
     Field("wall_s", "Float64", "seconds of the whole case"),
 )

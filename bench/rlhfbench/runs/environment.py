@@ -8,13 +8,26 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from rlhfbench.records.schema import at
+
 _PACKAGES = ("rlhfbench", "torch", "transformers", "peft", "numpy", "triton")
+# What times depend on, by the name that a notice uses: its place in an environment.
+_COMPARED = {
+    "commit": "source.commit",
+    "Python": "python",
+    **{name: f"versions.{name}" for name in _PACKAGES},
+    "host": "host",
+    "CPU": "cpu.model",
+    "usable cores": "cpu.num_usable_cores",
+    "GPUs": "gpus",
+    "threads": "num_threads",
+}
 
 
 def now() -> str:
@@ -33,6 +46,7 @@ def describe(*, argv: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]
         "started_at": now(),
         "argv": [Path(argv[0]).name, *argv[1:]] if argv else [],
         "settings": settings,
+        "host": platform.node(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {name: _version(name) for name in _PACKAGES},
@@ -47,6 +61,29 @@ def describe(*, argv: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]
         "num_threads": settings.get("num_threads") or _num_usable_cores(),
         "gpus": gpus(),
     }
+
+
+def changes(now: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> str | None:
+    """One sentence that names what differs between ``now`` and the environments of ``earlier`` segments of a run.
+
+    A value that an earlier segment did not record is not compared. ``None`` if nothing differs.
+    """
+    phrases = []
+    for name, path in _COMPARED.items():
+        value = _shown(at(now, path))
+        others = dict.fromkeys(_shown(at(segment, path)) for segment in earlier if at(segment, path) is not None)
+        others.pop(value, None)
+        if others:
+            phrases.append(f"{name} {value} instead of {', '.join(others)}")
+    if not phrases:
+        return None
+    return f"Resumed under other conditions: {'; '.join(phrases)}. Times before and after do not compare."
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):  # of GPUs
+        return " + ".join(str(at(gpu, "name")) for gpu in value) or "none"
+    return "unknown" if value is None else str(value)
 
 
 def source(folder: Path) -> dict[str, Any]:

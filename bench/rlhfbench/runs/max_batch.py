@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from rlhfbench.files import write_atomically
 from rlhfbench.planning.devices import Accelerator
 from rlhfbench.records.file import Record
 from rlhfbench.runs import runner
+from rlhfbench.runs.folder import RunFolder
 from rlhfbench.runs.options import RunOptions
 from rlhfbench.runs.progress import Progress
 from rlhfbench.runs.runner import Runner, RunResult
@@ -154,6 +155,7 @@ def find_max_batches(
     *,
     limit: int = 512,
     resume: bool = False,
+    retry: Collection[str] = (),
     progress: Progress | None = None,
 ) -> tuple[RunResult, list[MaxBatchResult]]:
     """Finds the largest batch that runs, for all cases of ``sweep`` that differ in more than the batch size.
@@ -164,16 +166,18 @@ def find_max_batches(
     Args:
         sweep: the cases. Without a memory limit the smallest batch size of a case is tried first, else the predicted.
         out_dir: folder of the run, as for ``run_sweep``.
-        options: how each try is run.
+        options: how each try is run; by default as ``run_sweep`` chooses.
         limit: the largest batch that is tried.
         resume: continue the search in ``out_dir``.
+        retry: outcomes whose recorded tries are repeated when resumed.
         progress: receives what happens; by default it is written to standard error.
 
     Raises:
         SweepError: ``limit`` is below 1, or an option splits the batch.
         RunFolderError: the folder cannot be used.
     """
-    options = options or RunOptions()
+    if options is None:
+        options = RunOptions.recorded(RunFolder(out_dir).settings() if resume else {})
     problems = [f"max-batch-limit is {limit}: it must be a whole number of at least 1."] if limit < 1 else []
     if any(case.options.engine.micro_batch_size or case.options.ppo.num_mini_batches > 1 for case in sweep.cases):
         problems.append(
@@ -193,7 +197,10 @@ def find_max_batches(
             found.append(searched.run(cases.try_case, planned=planned))
             _write(out_dir, found)
 
-    return runner.run_cases(search, sweep, out_dir, options, resume=resume, progress=progress), found
+    result = runner.run_cases(
+        search, sweep, out_dir, options, resume=resume, retry=retry, progress=progress, max_batch_limit=limit
+    )
+    return result, found
 
 
 def _smallest_batches(sweep: Sweep) -> Iterator[Case]:

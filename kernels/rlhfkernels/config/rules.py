@@ -89,6 +89,8 @@ def _rule_of(annotation: Any) -> str:
         return f"{noun} of at least {low} and below {below}"
     if low is not None:
         return f"{noun} of at least {low}"
+    if above is not None and high is not None:
+        return f"{noun} above {above} and at most {high}"
     return noun if above is None else f"{noun} above {above}"
 
 
