@@ -17,6 +17,8 @@ import psutil
 from rlhfbench.records.schema import at
 
 _PACKAGES = ("rlhfbench", "torch", "transformers", "peft", "numpy", "triton")
+# Environment variables that change speed, memory or the visible devices.
+_VARIABLES = ("OMP_", "MKL_", "KMP_", "GOMP_", "MALLOC_", "CUDA_", "PYTORCH_")
 # What times depend on, by the name that a notice uses: its place in an environment.
 _COMPARED = {
     "commit": "source.commit",
@@ -27,6 +29,8 @@ _COMPARED = {
     "usable cores": "cpu.num_usable_cores",
     "GPUs": "gpus",
     "threads": "num_threads",
+    "revisions": "revisions",
+    "variables": "variables",
 }
 
 
@@ -35,12 +39,15 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
 
 
-def describe(*, argv: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]:
+def describe(
+    *, argv: Sequence[str], settings: dict[str, Any], revisions: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """The content of ``environment.json``; unknown values are ``None``.
 
     Args:
         argv: the command line.
         settings: the fields of ``RunOptions``.
+        revisions: commit on the hub of each model that is loaded from a snapshot.
     """
     return {
         "started_at": now(),
@@ -60,6 +67,9 @@ def describe(*, argv: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]
         },
         "num_threads": settings.get("num_threads") or _num_usable_cores(),
         "gpus": gpus(),
+        "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)},
+        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "revisions": dict(revisions or {}),
     }
 
 
@@ -81,6 +91,8 @@ def changes(now: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> str
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{key}={item}" for key, item in value.items()) or "none"
     if isinstance(value, list):  # of GPUs
         return " + ".join(str(at(gpu, "name")) for gpu in value) or "none"
     return "unknown" if value is None else str(value)

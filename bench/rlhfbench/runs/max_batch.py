@@ -12,6 +12,7 @@ from rlhfbench.cases.settings import setting_of
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.errors import RunFolderError, SweepError
 from rlhfbench.files import write_atomically
+from rlhfbench.measure.nvml import device_handle
 from rlhfbench.planning.devices import Accelerator
 from rlhfbench.records.file import Record
 from rlhfbench.runs import runner
@@ -257,8 +258,8 @@ def device_bytes(device: str) -> int | None:
 
         pynvml.nvmlInit()
         try:
-            handle = pynvml.nvmlDeviceGetHandleByIndex(int(device.partition(":")[2] or 0))
-            return int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
+            handle = device_handle(pynvml, int(device.partition(":")[2] or 0))
+            return None if handle is None else int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
         finally:
             pynvml.nvmlShutdown()
     except Exception:  # NVML fails in many ways, and all of them mean that the size is unknown

@@ -113,7 +113,8 @@ def run_cases(
     folder.prepare(sweep, resume=resume)
     with RecordsFile(folder.path) as records:
         settings = {**dataclasses.asdict(options), "max_batch_limit": max_batch_limit}
-        present = environment.describe(argv=sys.argv, settings=settings)
+        revisions = {name: model.revision for name, model in facts.items() if model.revision is not None}
+        present = environment.describe(argv=sys.argv, settings=settings, revisions=revisions)
         changed = environment.changes(present, folder.environments())
         if changed is not None:
             progress.notice(changed)

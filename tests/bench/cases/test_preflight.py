@@ -1,5 +1,6 @@
 import importlib.metadata
 import json
+import shutil
 import subprocess
 import sys
 
@@ -118,6 +119,19 @@ def test_behind_a_proxy_no_direct_connection_is_tried(monkeypatch):
     monkeypatch.setattr(preflight.urllib.request, "getproxies", lambda: {"https": "http://proxy"})
     monkeypatch.setattr(preflight.socket, "create_connection", lambda *_, **__: pytest.fail("asked the hub"))
     assert preflight._is_hub_reachable()
+
+
+def test_the_revision_of_a_hub_snapshot_is_known(monkeypatch, checkpoint, tmp_path):
+    import huggingface_hub
+
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "0123abc"
+    shutil.copytree(checkpoint, snapshot)
+    monkeypatch.setattr(preflight, "_is_hub_reachable", lambda: True)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(snapshot / "config.json"))
+    assert preflight.inspect_model("org/name").revision == "0123abc"
+    assert preflight.inspect_model(str(snapshot)).revision == "0123abc"
+    assert preflight.inspect_model(str(checkpoint)).revision is None
+    assert preflight.inspect_model("tiny").revision is None
 
 
 def test_a_hub_id(monkeypatch, checkpoint):

@@ -100,7 +100,19 @@ def test_the_measurements_in_their_order(fake, tmp_path):
     phases = [f"phase:{phase.name}" for phase in PHASES]
     assert notices == ["build", "warm-up", *phases, "timing", "memory", *phases, "profile", *phases, "ceilings"]
     assert json.loads(json.dumps(result)) == result
-    assert set(result) == {"memory", "latency", "work", "stats", "prompts", "engine", "kernels", "ceilings", "timeline"}
+    assert set(result) == {
+        "memory",
+        "latency",
+        "work",
+        "stats",
+        "prompts",
+        "engine",
+        "kernels",
+        "num_threads",
+        "ceilings",
+        "timeline",
+    }
+    assert result["num_threads"] == torch.get_num_threads()
     assert result["prompts"] == step.data_summary()
     assert result["ceilings"] == CEILINGS
     assert result["timeline"] is None

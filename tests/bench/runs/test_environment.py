@@ -33,6 +33,25 @@ def test_the_threads_are_the_usable_cores_unless_they_are_set():
     assert found["num_threads"] == len(os.sched_getaffinity(0))
 
 
+def test_variables_load_and_revisions_are_kept(monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
+    monkeypatch.setenv("HF_TOKEN", "hidden")
+    found = environment.describe(argv=[], settings={}, revisions={"org/name": "abc"})
+    assert found["variables"].items() >= {
+        "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": "1", "MALLOC_ARENA_MAX": "2",
+    }.items()  # fmt: skip
+    assert all(
+        name.startswith(("OMP_", "MKL_", "KMP_", "GOMP_", "MALLOC_", "CUDA_", "PYTORCH_"))
+        for name in found["variables"]
+    )
+    assert "hidden" not in json.dumps(found)
+    assert all(load >= 0 for load in found["load_average"])
+    assert len(found["load_average"]) == 3
+    assert found["revisions"] == {"org/name": "abc"}
+
+
 HERE = {"host": "a", "num_threads": 2, "python": "3.12.1", "versions": {"torch": "2.11"}, "source": {"commit": "abc"}}
 
 
@@ -47,6 +66,8 @@ HERE = {"host": "a", "num_threads": 2, "python": "3.12.1", "versions": {"torch":
         ({"source": {"commit": None}}, [{}], "commit unknown instead of abc."),
         ({"source": {"commit": "abc"}}, [{"source": {"commit": None}}], None),
         ({"gpus": [{"name": "H100"}]}, [{"gpus": [{"name": "T4"}] * 2}], "GPUs H100 instead of T4 + T4."),
+        ({"variables": {"OMP_NUM_THREADS": "2"}}, [{"variables": {}}], "variables OMP_NUM_THREADS=2 instead of none."),
+        ({"revisions": {"m": "b"}}, [{"revisions": {"m": "a"}}], "revisions m=b instead of m=a."),
         ({}, [{"host": 3, "gpus": [1], "versions": []}], "host a instead of 3; GPUs unknown instead of None."),
     ],
 )
