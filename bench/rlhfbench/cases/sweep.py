@@ -12,7 +12,7 @@ import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from rlhfbench.errors import SweepError
 from rlhfkernels.config.case import Case, option_annotations
@@ -20,7 +20,9 @@ from rlhfkernels.config.options import RENAMED_OPTIONS, Options
 from rlhfkernels.config.rules import accepts
 from rlhfkernels.config.settings import SETTINGS
 from rlhfkernels.errors import CaseError
+from rlhfkernels.methods.program import SourceName
 from rlhfkernels.methods.table import METHODS, select
+from rlhfkernels.models.presets import PRESETS
 from rlhfkernels.naming import unknown
 
 Spec = Mapping[str, Any]
@@ -121,6 +123,19 @@ class Sweep:
         turns = itertools.zip_longest(*(sweep.cases for sweep in sweeps))
         return cls(cases=tuple({case.id: case for turn in turns for case in turn if case is not None}.values()))
 
+    def absolute(self) -> Self:
+        """These cases with the absolute paths of their data files and local models, for use in any folder."""
+        cases = []
+        for case in self.cases:
+            names = {name: getattr(case.options.data, name) for name in get_args(SourceName)}
+            paths = {f"data.{name}": str(Path(path).absolute()) for name, path in names.items() if path is not None}
+            reward_model = case.options.rollout.reward_model
+            if reward_model is not None:
+                paths["rollout.reward_model"] = _absolute_model(reward_model)
+            options = case.options.replace(paths)
+            cases.append(dataclasses.replace(case, model=_absolute_model(case.model), options=options))
+        return type(self)(cases=tuple({case.id: case for case in cases}.values()))
+
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
         """Reads a sweep from a TOML file. See ``from_spec`` for its keys.
@@ -144,6 +159,12 @@ class Sweep:
         import tomli_w
 
         return tomli_w.dumps(self.to_spec())
+
+
+def _absolute_model(model: str) -> str:
+    """The absolute path of a model on this machine; the name of any other."""
+    path = Path(model).expanduser()
+    return str(path.absolute()) if model not in PRESETS and path.exists() else model
 
 
 def read_spec(path: str | Path) -> dict[str, Any]:

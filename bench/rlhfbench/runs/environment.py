@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 
+from rlhfbench.errors import RunFolderError
 from rlhfbench.records.schema import at
 
 _PACKAGES = ("rlhfbench", "torch", "transformers", "peft", "numpy", "triton")
@@ -40,7 +41,11 @@ def now() -> str:
 
 
 def describe(
-    *, argv: Sequence[str], settings: dict[str, Any], revisions: Mapping[str, str] | None = None
+    *,
+    argv: Sequence[str],
+    settings: dict[str, Any],
+    revisions: Mapping[str, str] | None = None,
+    data_files: Mapping[str, str | None] | None = None,
 ) -> dict[str, Any]:
     """The content of ``environment.json``; unknown values are ``None``.
 
@@ -48,6 +53,7 @@ def describe(
         argv: the command line.
         settings: the fields of ``RunOptions``.
         revisions: commit on the hub of each model that is loaded from a snapshot.
+        data_files: hash of the content of each data file.
     """
     return {
         "started_at": now(),
@@ -70,7 +76,21 @@ def describe(
         "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)},
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         "revisions": dict(revisions or {}),
+        "data_files": dict(data_files or {}),
     }
+
+
+def check_data_files(now: Mapping[str, str | None], earlier: Sequence[Mapping[str, Any]]) -> None:
+    """Checks that no data file has changed since an earlier segment of the run: its cases would be other cases.
+
+    Raises:
+        RunFolderError: a file has changed.
+    """
+    for path, content in now.items():
+        for segment in earlier:
+            recorded = segment.get("data_files")
+            if isinstance(recorded, dict) and recorded.get(path, content) != content:
+                raise RunFolderError(f"data file '{path}' has changed since the run started: name a new folder.")
 
 
 def changes(now: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> str | None:

@@ -188,8 +188,8 @@ def find_max_batches(
         raise SweepError(problems)
     found: list[MaxBatchResult] = []
 
-    def search(cases: Runner) -> None:
-        for case in _smallest_batches(sweep):
+    def search(cases: Runner, absolute: Sweep) -> None:
+        for case in _smallest_batches(absolute):
             usable_bytes, available_bytes = _memory_limits(case, options)
             planned = None if usable_bytes is None else _planned(case, usable_bytes, limit)
             if planned and (case.device != "cpu" or options.memory_limit_bytes is not None):

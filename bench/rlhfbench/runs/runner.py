@@ -23,6 +23,7 @@ from rlhfbench.runs.options import RunOptions
 from rlhfbench.runs.progress import Progress, make_progress, title
 from rlhfbench.runs.worker import PHASE_PREFIX
 from rlhfkernels.config.case import Case
+from rlhfkernels.config.content import content_hash
 
 _AXES = ("prompt_len", "completion_len", "batch_size")
 
@@ -76,7 +77,7 @@ def run_sweep(
         ForkServerError: the process that cases are forked from does not start.
     """
     return run_cases(
-        lambda runner: runner.run_missing(sweep.cases),
+        lambda runner, absolute: runner.run_missing(absolute.cases),
         sweep,
         out_dir,
         options,
@@ -87,7 +88,7 @@ def run_sweep(
 
 
 def run_cases(
-    run: Callable[[Runner], None],
+    run: Callable[[Runner, Sweep], None],
     sweep: Sweep,
     out_dir: str | Path,
     options: RunOptions | None,
@@ -99,7 +100,8 @@ def run_cases(
 ) -> RunResult:
     """Opens the folder of a run, calls ``run`` with a runner in it, and returns what was recorded.
 
-    Arguments and errors are those of ``run_sweep``. ``run`` chooses the cases. ``max_batch_limit`` is recorded for
+    Arguments and errors are those of ``run_sweep``. ``run`` chooses the cases; it receives the sweep with absolute
+    paths, so that a folder can be resumed from anywhere. ``max_batch_limit`` is recorded for
     the search that resumes this one.
     """
     folder = RunFolder(out_dir)
@@ -110,19 +112,24 @@ def run_cases(
     facts = preflight.check(sweep)
     for notice in preflight.notices(sweep):
         progress.notice(notice)
+    sweep = sweep.absolute()
     folder.prepare(sweep, resume=resume)
     with RecordsFile(folder.path) as records:
         settings = {**dataclasses.asdict(options), "max_batch_limit": max_batch_limit}
         revisions = {name: model.revision for name, model in facts.items() if model.revision is not None}
-        present = environment.describe(argv=sys.argv, settings=settings, revisions=revisions)
-        changed = environment.changes(present, folder.environments())
+        files = dict.fromkeys(case.data_file for case in sweep.cases if case.data_file is not None)
+        data_files = {file: content_hash(file) for file in files}
+        earlier = folder.environments()
+        environment.check_data_files(data_files, earlier)
+        present = environment.describe(argv=sys.argv, settings=settings, revisions=revisions, data_files=data_files)
+        changed = environment.changes(present, earlier)
         if changed is not None:
             progress.notice(changed)
         segment = folder.write_environment(present)
         interrupted = False
         try:
             with closing(make_server(facts.values())) as server:
-                run(Runner(folder, options, records, server, progress, segment=segment, retry=retry))
+                run(Runner(folder, options, records, server, progress, segment=segment, retry=retry), sweep)
         except KeyboardInterrupt:
             interrupted = True
         finally:

@@ -84,7 +84,12 @@ def test_every_flag_reaches_the_case_and_the_settings(call, tmp_path):
     case, options = record["case"], record["case"]["options"]
     assert (case["model"], case["method"], case["prompt_len"], case["completion_len"]) == ("gpt2", "lora", 2, 8)
     assert (case["batch_size"], case["dtype"], options["lora"]["r"], case["seed"]) == (4, "bfloat16", 4, 3)
-    assert options["data"] == {"prompts": "p.jsonl", "prompt_field": "q", "demonstrations": None, "pairs": None}
+    assert options["data"] == {
+        "prompts": str(tmp_path / "p.jsonl"),
+        "prompt_field": "q",
+        "demonstrations": None,
+        "pairs": None,
+    }
     assert (options["ppo"]["gamma"], options["ppo"]["num_mini_batches"]) == (0.5, 2)
     (folder,) = tmp_path.glob("rlhfbench-run-*Z")
     settings = json.loads((folder / "environment.json").read_text())["settings"]
@@ -188,6 +193,26 @@ def test_a_resumed_search_for_the_largest_batch_goes_on_searching(call):
     assert call("run", "--resume", "here", "--json")[1] == first[1]
     grown = json.loads(call("run", "--resume", "here", "--json", "--max-batch-limit", "8")[1])
     assert (grown[0]["largest_ok"], grown[0]["smallest_failing"]) == (3, 4)
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_run_with_data_and_a_local_model_is_resumed_from_any_folder(call, tmp_path, monkeypatch, checkpoint):
+    (tmp_path / "p.jsonl").write_text('{"ok": "hello"}\n')
+    (tmp_path / "m").symlink_to(checkpoint("llama"))
+    flags = ("--model", "./m", "--prompts", "p.jsonl", "--prompt-field", "ok")
+    assert call("run", *SMALL, *flags, "--out", "here")[0] == 0
+    (record,) = read_records("here")
+    assert record["case"]["model"] == str(tmp_path / "m")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    code, _, err = call("run", "--resume", "../here")
+    assert (code, err) == (0, "The run is in ../here.\n")
+    assert read_records("../here") == [record]
+    # Another content is another case.
+    (tmp_path / "p.jsonl").write_text('{"ok": "good bye"}\n')
+    code, _, err = call("run", "--resume", "../here")
+    file = tmp_path / "p.jsonl"
+    assert (code, err) == (2, f"data file '{file}' has changed since the run started: name a new folder.\n")
 
 
 def test_a_recorded_setting_that_breaks_its_rule_is_one_sentence(call, tmp_path):

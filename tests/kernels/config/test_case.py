@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -64,6 +65,25 @@ def test_the_id_depends_on_the_options() -> None:
 def test_the_id_never_changes(changes: dict[str, object], options: dict[str, object], expected: str) -> None:
     """Runs are resumed and compared by these ids."""
     assert Case(**{**GOOD, **changes}, options=Options.of(options)).id == expected
+
+
+def test_a_data_file_counts_in_the_id_by_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def of(path: object) -> str:
+        return Case(**GOOD, options=Options.of({"data.prompts": str(path)})).id
+
+    one, same = tmp_path / "one", tmp_path / "same"
+    assert of(one) != of(same)  # absent files differ by their names
+    one.write_bytes(b"1")
+    same.write_bytes(b"1")
+    before = of(one)
+    assert before == of(same) != Case(**GOOD).id
+    monkeypatch.chdir(tmp_path)
+    assert of("one") == before
+    one.write_bytes(b"2, and more")
+    assert of(one) != before
+    one.write_bytes(b"1")
+    assert of(one) == before
+    assert of(tmp_path) != of("\0")  # neither is a file
 
 
 def test_a_new_option_changes_no_id(monkeypatch: pytest.MonkeyPatch) -> None:
