@@ -101,6 +101,20 @@ def notices(sweep: Sweep, cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
         sweep: the cases.
         cpuinfo: Linux's description of the CPU; without it there is no warning.
     """
+    return [*_backend_notices(sweep), *_dtype_notices(sweep, cpuinfo)]
+
+
+def _backend_notices(sweep: Sweep) -> Iterator[str]:
+    """One sentence if ``engine.backend`` is auto and the ops in C, which it prefers, cannot be used."""
+    if any((c.options.engine.backend, c.device, c.dtype) == ("auto", "cpu", "float32") for c in sweep.cases):
+        try:
+            library_path()
+        except BuildError as error:
+            yield f"engine.backend is 'auto': torch runs in place of the ops in C ({error})."
+
+
+def _dtype_notices(sweep: Sweep, cpuinfo: Path) -> list[str]:
+    """One sentence for each dtype that the CPU emulates."""
     dtypes = dict.fromkeys(case.dtype for case in sweep.cases if case.device == "cpu")
     try:
         words = set(cpuinfo.read_text().split())

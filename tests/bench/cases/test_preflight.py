@@ -217,6 +217,10 @@ def test_the_native_backend_without_a_compiler(monkeypatch, tmp_path):
     )
     preflight.check_models(Sweep.from_spec({**GRID, "options": {"engine.backend": "native"}}))
     assert preflight.check(Sweep.from_spec(GRID))  # ``auto`` asks for nothing
+    assert preflight.notices(Sweep.from_spec(GRID)) == [
+        "engine.backend is 'auto': torch runs in place of the ops in C (CC is '/nonexistent', which is no command)."
+    ]
+    assert preflight.notices(Sweep.from_spec({**GRID, "options": {"engine.backend": "torch"}})) == []
 
 
 def test_prompts_are_read_before_anything_runs(tmp_path):
