@@ -16,8 +16,8 @@ from typing import Any, Self, get_args
 
 from rlhfbench.errors import SweepError
 from rlhfkernels.config.case import Case, option_annotations
-from rlhfkernels.config.options import RENAMED_OPTIONS, Options
-from rlhfkernels.config.rules import accepts
+from rlhfkernels.config.options import MAX_COUNT, RENAMED_OPTIONS, Options
+from rlhfkernels.config.rules import accepts, shown
 from rlhfkernels.config.settings import SETTINGS
 from rlhfkernels.errors import CaseError
 from rlhfkernels.methods.program import SourceName
@@ -177,8 +177,10 @@ def read_spec(path: str | Path) -> dict[str, Any]:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise SweepError([f"sweep file '{path}' cannot be read: {error.strerror}."]) from error
+    except RecursionError as error:
+        raise SweepError([f"sweep file '{path}' is nested too deeply."]) from error
     except ValueError as error:
-        raise SweepError([f"sweep file '{path}' is not TOML: {error}."]) from error
+        raise SweepError([f"sweep file '{path}' is not TOML: {' '.join(str(error).split())}."]) from error
 
 
 def override(spec: Spec, flags: Spec) -> dict[str, Any]:
@@ -379,16 +381,18 @@ def _values(where: str, spec: Spec, key: str, problems: list[str]) -> list[Any]:
 
 def _names(where: str, spec: Spec, key: str, problems: list[str]) -> list[str]:
     values = _values(where, spec, key, problems)
-    problems += [f"{where}{key} has {v!r}: it must be a name." for v in values if not isinstance(v, str) or not v]
+    problems += [f"{where}{key} has {shown(v)}: it must be a name." for v in values if not isinstance(v, str) or not v]
     return [v for v in values if isinstance(v, str) and v]
 
 
 def _integers(where: str, spec: Spec, key: str, minimum: int, problems: list[str]) -> list[int]:
     values = _values(where, spec, key, problems)
-    good = [v for v in values if isinstance(v, int) and not isinstance(v, bool) and v >= minimum]
-    problems += [
-        f"{where}{key} has {v!r}: it must be a whole number of at least {minimum}." for v in values if v not in good
-    ]
+    good = [v for v in values if isinstance(v, int) and not isinstance(v, bool) and minimum <= v <= MAX_COUNT]
+    for value in values:
+        if isinstance(value, int) and value > MAX_COUNT:
+            problems.append(f"{where}{key} has {shown(value)}: it must be at most {MAX_COUNT}.")
+        elif value not in good:
+            problems.append(f"{where}{key} has {shown(value)}: it must be a whole number of at least {minimum}.")
     return good
 
 
@@ -421,7 +425,7 @@ def _lengths(where: str, spec: Spec, problems: list[str]) -> list[tuple[int, int
 def _options(where: str, table: object, problems: list[str]) -> dict[str, Any]:
     """The options of a spec by dotted name, with "none" as ``None``. The case checks their values."""
     if not isinstance(table, Mapping):
-        problems.append(f"{where}options is {table!r}: it must be a table.")
+        problems.append(f"{where}options is {shown(table)}: it must be a table.")
         return {}
     annotations = option_annotations()
     options: dict[str, Any] = {}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from rlhfbench.errors import RecordsError, RunFolderError
-from rlhfbench.records.schema import OUTCOMES, SCHEMA, at, empty_plan, empty_record, filled, upgraded
+from rlhfbench.records.schema import OUTCOMES, SCHEMA, at, empty_plan, empty_record, filled, upgraded, wrong_type
 from rlhfkernels.config.case import Case
 
 Record = dict[str, Any]
@@ -109,7 +109,10 @@ def _parse(path: Path, number: int, line: bytes) -> Record:
     where = f"records file '{path}', line {number}"
     try:
         record = json.loads(line)
-    except ValueError as error:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise RecordsError(f"{where}: it holds a lone surrogate, which is no text.") from error
+    except (ValueError, RecursionError) as error:
         raise RecordsError(f"{where}: it is not JSON.") from error
     if not isinstance(record, dict) or not isinstance(record.get("schema"), int):
         raise RecordsError(f"{where}: it is not a record (an object with a schema number).")
@@ -119,7 +122,14 @@ def _parse(path: Path, number: int, line: bytes) -> Record:
         )
     if not isinstance(record.get("case"), dict) or "id" not in record["case"] or record.get("outcome") not in OUTCOMES:
         raise RecordsError(f"{where}: it is not a record (it lacks a case with an id, or a known outcome).")
-    return upgraded(record)
+    try:
+        record = upgraded(record)
+    except (TypeError, AttributeError, ValueError) as error:
+        raise RecordsError(f"{where}: it is not a record of schema {record['schema']}.") from error
+    problem = wrong_type(record)
+    if problem is not None:
+        raise RecordsError(f"{where}: {problem}")
+    return record
 
 
 class RecordsFile:

@@ -8,12 +8,12 @@ from typing import Annotated, Any, Self
 
 from annotated_types import Ge, Gt, Le
 
+from rlhfbench.cases.sizes import MAX_BYTES
 from rlhfbench.errors import SweepError
 from rlhfkernels.config.rules import checked, hints
 
 MAX_SECONDS = 1_000_000  # epoll waits 24 days at most
 MAX_THREADS = 1024
-MAX_BYTES = 2**60
 
 Seconds = Annotated[float, Gt(0), Le(MAX_SECONDS)]
 

@@ -274,7 +274,7 @@ WRONG = [
         ("run", "--seq-lens", "9999"),
         "a length of 9999 (4999 + 5000) is too long for model 'tiny': it has 4096 positions.",
     ),
-    (("run", "--lora-rank", "0"), "lora.r is 0: it must be a whole number of at least 1."),
+    (("run", "--lora-rank", "0"), "lora.r is 0: it must be a whole number from 1 to 2147483647."),
     (("run", "--lora-rank", "x"), "--lora-rank is 'x': it must be a whole number."),
     (("run", "--time-budget-s", "x"), "--time-budget-s is 'x': it must be a number."),
     (
