@@ -191,7 +191,7 @@ def override(spec: Spec, flags: Spec) -> dict[str, Any]:
     """
     merged = dict(_plural(spec))
     tables = merged.get("cases")
-    if tables:
+    if isinstance(tables, list) and tables:
         grid = [key for key in GRID_KEYS if key in flags]
         if grid:
             raise SweepError([f"{', '.join(grid)} cannot be given for a sweep file that lists its [[cases]]."])
