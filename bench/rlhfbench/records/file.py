@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -144,6 +143,8 @@ class RecordsFile:
     """
 
     def __init__(self, run_dir: Path) -> None:
+        import fcntl  # here, as Windows has none and can still read records
+
         self.path = run_dir / RECORDS_NAME
         try:
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -156,6 +157,9 @@ class RecordsFile:
         except BlockingIOError:
             os.close(self._fd)
             raise RunFolderError(f"out '{run_dir}' is in use: another rlhfbench is running in it.") from None
+        except OSError as error:
+            os.close(self._fd)
+            raise RunFolderError(f"out '{run_dir}' cannot be locked or read: {error.strerror}.") from error
         except BaseException:
             os.close(self._fd)
             raise

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from rlhfbench.errors import RunFolderError
+from rlhfbench.errors import ForkServerError, RunFolderError
 from rlhfbench.records.schema import at
 
 _PACKAGES = ("rlhfbench", "torch", "transformers", "peft", "numpy", "triton")
@@ -78,6 +78,18 @@ def describe(
         "revisions": dict(revisions or {}),
         "data_files": dict(data_files or {}),
     }
+
+
+def check_system() -> None:
+    """Checks that the system has what a run needs, before anything is written.
+
+    Raises:
+        ForkServerError: cases cannot be forked here.
+    """
+    if not hasattr(os, "fork"):
+        raise ForkServerError("run needs os.fork, which this system lacks: on Windows, use its subsystem for Linux.")
+    if not hasattr(os, "waitid"):
+        raise ForkServerError("run needs os.waitid, which Python has on macOS from 3.13 on: use a newer Python.")
 
 
 def check_data_files(now: Mapping[str, str | None], earlier: Sequence[Mapping[str, Any]]) -> None:

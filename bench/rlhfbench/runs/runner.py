@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from rlhfbench.cases import preflight
 from rlhfbench.cases.preflight import ModelFacts
 from rlhfbench.cases.sweep import Sweep
+from rlhfbench.errors import RunFolderError
 from rlhfbench.records.file import Record, RecordsFile, make_plan, make_record
 from rlhfbench.records.timelines import write_timeline
 from rlhfbench.runs import environment
@@ -104,6 +105,7 @@ def run_cases(
     paths, so that a folder can be resumed from anywhere. ``max_batch_limit`` is recorded for
     the search that resumes this one.
     """
+    environment.check_system()
     folder = RunFolder(out_dir)
     if resume:
         folder.check_is_run()
@@ -132,6 +134,8 @@ def run_cases(
                 run(Runner(folder, options, records, server, progress, segment=segment, retry=retry), sweep)
         except KeyboardInterrupt:
             interrupted = True
+        except OSError as error:  # such as a folder that was removed in mid-run
+            raise RunFolderError(f"out '{folder.path}' cannot be used any more: {error.strerror or error}.") from error
         finally:
             progress.end()
         return RunResult(run_dir=folder.path, records=records.records, interrupted=interrupted)

@@ -4,11 +4,12 @@ import itertools
 import json
 import os
 import platform
+import shutil
 
 import pytest
 
 from rlhfbench.cases.sweep import Sweep
-from rlhfbench.errors import RecordsError, RunFolderError, SweepError
+from rlhfbench.errors import ForkServerError, RecordsError, RunFolderError, SweepError
 from rlhfbench.records.file import RecordsFile, read_records
 from rlhfbench.records.timelines import read_timeline
 from rlhfbench.runs import runner
@@ -415,6 +416,38 @@ def test_without_nvml_the_driver_peak_is_null_and_one_notice_says_so(tmp_path, m
     result = run(sweep_of("ok", "chatter", device="cuda"), tmp_path / "run", progress)
     assert [r["memory"]["views"]["driver_peak_bytes"] for r in result.records] == [None, None]
     assert progress.text.count("NVML is not available") == 1
+
+
+@pytest.mark.parametrize(("name", "says"), [("fork", "on Windows"), ("waitid", "on macOS from 3.13")])
+def test_a_system_that_cannot_fork_cases_is_one_sentence_and_writes_nothing(tmp_path, monkeypatch, name, says):
+    monkeypatch.delattr(os, name)
+    with pytest.raises(ForkServerError, match=says):
+        run(sweep_of("ok"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_is_removed_in_mid_run_is_one_sentence(tmp_path):
+    class Removing(Watching):
+        def finish_case(self, case, record):
+            shutil.rmtree(tmp_path / "run")
+
+    with pytest.raises(RunFolderError, match="cannot be used any more: No such file or directory"):
+        run(sweep_of("ok", "chatter"), tmp_path / "run", Removing())
+
+
+def test_a_closed_stream_of_progress_ends_no_run(tmp_path):
+    progress = Watching()
+    progress._stream.close()
+    assert run(sweep_of("ok", "chatter"), tmp_path / "run", progress).num_ok == 2
+
+
+def test_a_file_system_without_locks_is_one_sentence(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with pytest.raises(RunFolderError, match="cannot be locked or read: Operation not supported"):
+        run(sweep_of("ok"), tmp_path / "run")
 
 
 def test_oom_kills_are_counted():
