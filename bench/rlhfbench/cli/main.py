@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from typing import Annotated
 
@@ -28,6 +29,13 @@ for _verb, _epilog in (
 
 def main() -> None:
     """Runs the command line and exits with its code."""
+    for descriptor in range(3):  # the next file to be opened would take the place of a closed stream
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 -- a descriptor, open to the end
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
     sys.exit(invoke(sys.argv[1:]))
 
 

@@ -157,6 +157,9 @@ def run(
     Without options: the PPO methods on a tiny model, in under three minutes.
     """
     from rlhfbench.cases.sizes import parse_size
+    from rlhfbench.runs import environment
+
+    environment.check_system()  # first: the runner imports modules that Windows lacks
     from rlhfbench.runs import runner
     from rlhfbench.runs.folder import RunFolder
 

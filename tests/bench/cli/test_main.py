@@ -350,6 +350,32 @@ def test_cuda_without_a_cuda_device(call, monkeypatch):
     assert call("run", "--device", "cuda") == (2, "", "device 'cuda': this machine has no CUDA device.\n")
 
 
+def test_a_system_without_fork_says_so_before_anything_is_imported_or_written(tmp_path):
+    code = (
+        "import os, sys, psutil\ndel os.fork\nsys.modules['resource'] = sys.modules['fcntl'] = None\n"
+        "from rlhfbench.cli import main as cli\nsys.exit(cli.invoke(['run', '--out', 'here']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, len(done.stderr.splitlines())) == (3, 1)
+    assert "run needs os.fork, which this system lacks" in done.stderr
+    assert not (tmp_path / "here").exists()
+
+
+@pytest.mark.parametrize("closing", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_error(closing):
+    code = "import sys; from rlhfbench.cli import main; sys.argv[1:] = ['methods']; main.main()"
+    command = f'"{sys.executable}" -c "{code}" {closing}'
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_ascii_terminal_gets_every_table(monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    code = "from rlhfbench.cli import main as cli; print('\u00b7') if cli.invoke(['models']) == 0 else 0"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr, done.stdout[-2:]) == (0, "", "?\n")
+
+
 def test_ctrl_c_and_sigterm_leave_a_run_that_can_be_resumed(tmp_path):
     for number in (signal.SIGINT, signal.SIGTERM):
         out = tmp_path / number.name
