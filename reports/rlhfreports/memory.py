@@ -98,7 +98,9 @@ def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
     # Words keep the order in which the sweep named them; only numbers are sorted by size.
     orders = {axis: frame[axis].drop_duplicates().tolist() for axis in axes if frame[axis].dtype == "string"}
     orders |= {"method": methods_in_order(frame)["method"].tolist(), "setting": setting_order(frame)}
-    placed = frame.assign(**{name: frame[name].map(orders[name].index).astype("Int64") for name in orders})
+    placed = frame.assign(
+        **{name: frame[name].map(orders[name].index, na_action="ignore").astype("Int64") for name in orders}
+    )
     keys = [*axes, "seq_len", "prompt_len", "batch_size", "method", "setting"]
     return frame.loc[placed.sort_values(keys, kind="stable").index].reset_index(drop=True)
 
@@ -139,7 +141,7 @@ def _notes(frame: pd.DataFrame, words: dict[str, list[str]]) -> tuple[str, ...]:
     rest = frame["allocator_rest_bytes"].dropna()
     if len(rest):
         low, high = (number_text(float(value) / GIB, 3) for value in (rest.min(), rest.max()))
-        most = number_text(float(frame["workspace_bytes"].max()) / GIB, 3)
+        most = number_text(float(frame["workspace_bytes"].fillna(0).max()) / GIB, 3)
         span = low if low == high else f"{low} to {high}"
         notes.append(
             f"At its own peak CUDA's allocator had handed out {span} GiB beyond these totals and up to {most} GiB of "

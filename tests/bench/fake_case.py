@@ -31,7 +31,7 @@ def run_case(request, send):
 
 
 def _ok(request, send):
-    result = {"memory": SOME_MEMORY, "ceilings": {"matmul_flops_per_s": 1.0}, "work": None}
+    result = {"memory": SOME_MEMORY, "ceilings": {"matmul_flops_per_s": 1.0}, "work": None, "num_threads": 5}
     send({"result": {"outcome": "ok", "error": None, **result}})
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.errors import SweepError
+from rlhfbench.measure.nvml import num_visible_devices, visible_devices
 from rlhfkernels.config.case import vocabulary_problem
 from rlhfkernels.config.options import OPTION_PACKAGES
 from rlhfkernels.data.files import READERS, Demonstration, Pair, Text
@@ -30,6 +31,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length")
 # Flags in /proc/cpuinfo, of x86 and Arm; any of them means that the CPU computes in the dtype.
 _INSTRUCTIONS = {"bfloat16": {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}}
+_DRIVER_GPUS = Path("/proc/driver/nvidia/gpus")
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
@@ -41,11 +43,13 @@ class ModelFacts:
         model_type: name of the architecture in ``transformers``; ``None`` if only the loader knows.
         max_positions: length of the longest sequence; ``None`` if only the loader knows.
         vocab_size: number of tokens; ``None`` if only the loader knows.
+        revision: commit of the hub's snapshot that the model is loaded from; ``None`` for other models.
     """
 
     model_type: str | None
     max_positions: int | None
     vocab_size: int | None = None
+    revision: str | None = None
 
 
 def check(sweep: Sweep) -> dict[str, ModelFacts]:
@@ -97,6 +101,20 @@ def notices(sweep: Sweep, cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
         sweep: the cases.
         cpuinfo: Linux's description of the CPU; without it there is no warning.
     """
+    return [*_backend_notices(sweep), *_dtype_notices(sweep, cpuinfo)]
+
+
+def _backend_notices(sweep: Sweep) -> Iterator[str]:
+    """One sentence if ``engine.backend`` is auto and the ops in C, which it prefers, cannot be used."""
+    if any((c.options.engine.backend, c.device, c.dtype) == ("auto", "cpu", "float32") for c in sweep.cases):
+        try:
+            library_path()
+        except BuildError as error:
+            yield f"engine.backend is 'auto': torch runs in place of the ops in C ({error})."
+
+
+def _dtype_notices(sweep: Sweep, cpuinfo: Path) -> list[str]:
+    """One sentence for each dtype that the CPU emulates."""
     dtypes = dict.fromkeys(case.dtype for case in sweep.cases if case.device == "cpu")
     try:
         words = set(cpuinfo.read_text().split())
@@ -224,6 +242,7 @@ def _facts(model: str, config_path: Path) -> ModelFacts:
         model_type=model_type if isinstance(model_type, str) else None,
         max_positions=positions,
         vocab_size=vocabulary if isinstance(vocabulary, int) else None,
+        revision=config_path.parent.name if config_path.parent.parent.name == "snapshots" else None,
     )
 
 
@@ -275,15 +294,21 @@ def _check_compiler() -> Iterator[str]:
 
 
 def num_cuda_devices() -> int:
-    """Number of CUDA devices according to the driver, without torch."""
+    """Number of devices that CUDA sees under ``CUDA_VISIBLE_DEVICES``, according to the driver, without torch."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
     except Exception:  # NVML fails in many ways; Linux lists the devices here too
-        listing = Path("/proc/driver/nvidia/gpus")
-        return sum(1 for _ in listing.iterdir()) if listing.is_dir() else 0
+        files = sorted(_DRIVER_GPUS.glob("*/information"))
+        return len(visible_devices(len(files), lambda: [_driver_uuid(file) for file in files]))
     try:
-        return int(pynvml.nvmlDeviceGetCount())
+        return num_visible_devices(pynvml)
     finally:
         pynvml.nvmlShutdown()
+
+
+def _driver_uuid(information: Path) -> str:
+    """The UUID in a device's file of the driver."""
+    lines = information.read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("GPU UUID")), "")

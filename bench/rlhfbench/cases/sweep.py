@@ -12,15 +12,17 @@ import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from rlhfbench.errors import SweepError
 from rlhfkernels.config.case import Case, option_annotations
-from rlhfkernels.config.options import RENAMED_OPTIONS, Options
-from rlhfkernels.config.rules import accepts
+from rlhfkernels.config.options import MAX_COUNT, RENAMED_OPTIONS, Options
+from rlhfkernels.config.rules import accepts, shown
 from rlhfkernels.config.settings import SETTINGS
 from rlhfkernels.errors import CaseError
+from rlhfkernels.methods.program import SourceName
 from rlhfkernels.methods.table import METHODS, select
+from rlhfkernels.models.presets import PRESETS
 from rlhfkernels.naming import unknown
 
 Spec = Mapping[str, Any]
@@ -121,6 +123,19 @@ class Sweep:
         rounds = itertools.zip_longest(*(sweep.cases for sweep in sweeps))
         return cls(cases=tuple({case.id: case for cases in rounds for case in cases if case is not None}.values()))
 
+    def absolute(self) -> Self:
+        """These cases with the absolute paths of their data files and local models, for use in any folder."""
+        cases = []
+        for case in self.cases:
+            names = {name: getattr(case.options.data, name) for name in get_args(SourceName)}
+            paths = {f"data.{name}": str(Path(path).absolute()) for name, path in names.items() if path is not None}
+            reward_model = case.options.rollout.reward_model
+            if reward_model is not None:
+                paths["rollout.reward_model"] = _absolute_model(reward_model)
+            options = case.options.replace(paths)
+            cases.append(dataclasses.replace(case, model=_absolute_model(case.model), options=options))
+        return type(self)(cases=tuple({case.id: case for case in cases}.values()))
+
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
         """Reads a sweep from a TOML file. See ``from_spec`` for its keys.
@@ -146,6 +161,12 @@ class Sweep:
         return tomli_w.dumps(self.to_spec())
 
 
+def _absolute_model(model: str) -> str:
+    """The absolute path of a model on this machine; the name of any other."""
+    path = Path(model).expanduser()
+    return str(path.absolute()) if model not in PRESETS and path.exists() else model
+
+
 def read_spec(path: str | Path) -> dict[str, Any]:
     """The content of a sweep file, unchecked.
 
@@ -156,8 +177,10 @@ def read_spec(path: str | Path) -> dict[str, Any]:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise SweepError([f"sweep file '{path}' cannot be read: {error.strerror}."]) from error
+    except RecursionError as error:
+        raise SweepError([f"sweep file '{path}' is nested too deeply."]) from error
     except ValueError as error:
-        raise SweepError([f"sweep file '{path}' is not TOML: {error}."]) from error
+        raise SweepError([f"sweep file '{path}' is not TOML: {' '.join(str(error).split())}."]) from error
 
 
 def override(spec: Spec, flags: Spec) -> dict[str, Any]:
@@ -168,7 +191,7 @@ def override(spec: Spec, flags: Spec) -> dict[str, Any]:
     """
     merged = dict(_plural(spec))
     tables = merged.get("cases")
-    if tables:
+    if isinstance(tables, list) and tables:
         grid = [key for key in GRID_KEYS if key in flags]
         if grid:
             raise SweepError([f"{', '.join(grid)} cannot be given for a sweep file that lists its [[cases]]."])
@@ -366,16 +389,18 @@ def _values(where: str, spec: Spec, key: str, problems: list[str]) -> list[Any]:
 
 def _names(where: str, spec: Spec, key: str, problems: list[str]) -> list[str]:
     values = _values(where, spec, key, problems)
-    problems += [f"{where}{key} has {v!r}: it must be a name." for v in values if not isinstance(v, str) or not v]
+    problems += [f"{where}{key} has {shown(v)}: it must be a name." for v in values if not isinstance(v, str) or not v]
     return [v for v in values if isinstance(v, str) and v]
 
 
 def _integers(where: str, spec: Spec, key: str, minimum: int, problems: list[str]) -> list[int]:
     values = _values(where, spec, key, problems)
-    good = [v for v in values if isinstance(v, int) and not isinstance(v, bool) and v >= minimum]
-    problems += [
-        f"{where}{key} has {v!r}: it must be a whole number of at least {minimum}." for v in values if v not in good
-    ]
+    good = [v for v in values if isinstance(v, int) and not isinstance(v, bool) and minimum <= v <= MAX_COUNT]
+    for value in values:
+        if isinstance(value, int) and value > MAX_COUNT:
+            problems.append(f"{where}{key} has {shown(value)}: it must be at most {MAX_COUNT}.")
+        elif value not in good:
+            problems.append(f"{where}{key} has {shown(value)}: it must be a whole number of at least {minimum}.")
     return good
 
 
@@ -408,7 +433,7 @@ def _lengths(where: str, spec: Spec, problems: list[str]) -> list[tuple[int, int
 def _options(where: str, table: object, problems: list[str]) -> dict[str, Any]:
     """The options of a spec by dotted name, with "none" as ``None``. The case checks their values."""
     if not isinstance(table, Mapping):
-        problems.append(f"{where}options is {table!r}: it must be a table.")
+        problems.append(f"{where}options is {shown(table)}: it must be a table.")
         return {}
     annotations = option_annotations()
     options: dict[str, Any] = {}

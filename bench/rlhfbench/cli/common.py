@@ -15,6 +15,7 @@ from typer.core import TyperCommand
 from rlhfbench.errors import RunFolderError, SweepError
 from rlhfkernels.config.case import Case
 from rlhfkernels.config.options import DataOptions, LoraOptions
+from rlhfkernels.config.rules import shown
 from rlhfkernels.naming import unknown
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ EXIT_CODES = "Exit codes: 0 done, 2 the command is wrong, 3 nothing could be mea
 
 CASES, MODEL_INPUT, HARDWARE = "Cases", "Training data", "Device and weights"
 
+_MAX_INTEGER = 2**64
 _CASE_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Case)}
 
 
@@ -58,11 +60,14 @@ def number(flag: str, kind: type[int] | type[float]) -> Callable[[Any], int | fl
     """The parser of a numeric option. typer's own message names the flag and not the value."""
 
     def parse(text: Any) -> int | float:
+        rule = "a whole number" if kind is int else "a number"
         try:
-            return kind(text)
-        except ValueError:
-            rule = "a whole number" if kind is int else "a number"
-            raise SweepError([f"{flag} is {text!r}: it must be {rule}."]) from None
+            value = kind(text)
+        except ValueError:  # also for integers of more digits than Python converts
+            raise SweepError([f"{flag} is {shown(text)}: it must be {rule}."]) from None
+        if kind is int and abs(value) > _MAX_INTEGER:
+            raise SweepError([f"{flag} is {shown(value)}: it must be {rule} of at most 64 bits."])
+        return value
 
     return parse
 
@@ -271,7 +276,7 @@ def _words(text: str | None) -> list[str] | None:
 def _numbers(flag: str, text: str | None) -> list[int] | None:
     """The whole numbers that commas join."""
     words = _words(text)
-    wrong = [word for word in words or () if not re.fullmatch(r"[+-]?\d+", word)]
+    wrong = [word for word in words or () if not re.fullmatch(r"[+-]?[0-9]{1,1000}", word)]
     if wrong:
-        raise SweepError(f"{flag} has {word!r}: it must be whole numbers, joined by commas." for word in wrong)
+        raise SweepError(f"{flag} has {shown(word)}: it must be whole numbers, joined by commas." for word in wrong)
     return None if words is None else [int(word) for word in words]

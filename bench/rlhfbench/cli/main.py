@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from typing import Annotated
 
@@ -11,6 +13,8 @@ from rlhfbench.cli import methods, models, plan, report, run, verify
 from rlhfbench.cli.common import DONE, INTERRUPTED, NOTHING, WRONG, SectionedCommand
 from rlhfbench.errors import ForkServerError, RlhfBenchError
 from rlhfkernels.errors import RlhfKernelsError
+
+_MAX_LINE_CHARS = 1000
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 for _verb, _epilog in (
@@ -26,15 +30,26 @@ for _verb, _epilog in (
 
 def main() -> None:
     """Runs the command line and exits with its code."""
+    for descriptor in range(3):  # the next file to be opened would take the place of a closed stream
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 -- a descriptor, open to the end
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
     sys.exit(invoke(sys.argv[1:]))
 
 
 def invoke(arguments: list[str]) -> int:
     """Runs ``rlhfbench`` with ``arguments`` and returns its exit code; prints a user's mistake to standard error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Paths that are no UTF-8 hold surrogates, and an ASCII terminal has no dots and lines.
+            stream.reconfigure(errors="replace")
     try:
         code = app(arguments, prog_name="rlhfbench", standalone_mode=False)
     except (RlhfBenchError, RlhfKernelsError) as error:
-        print(error, file=sys.stderr)
+        _complain(str(error))
         return NOTHING if isinstance(error, ForkServerError) else WRONG
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -45,9 +60,15 @@ def invoke(arguments: list[str]) -> int:
         # An error of click, recognised by its method: newer versions of typer carry a private copy of click.
         if not hasattr(error, "format_message"):
             raise
-        print(_sentence(error.format_message()), file=sys.stderr)
+        _complain(_sentence(error.format_message()))
         return WRONG
     return code if isinstance(code, int) else DONE
+
+
+def _complain(text: str) -> None:
+    """Prints the sentences of a mistake to standard error, each cut to a readable length."""
+    lines = [line if len(line) <= _MAX_LINE_CHARS else f"{line[:_MAX_LINE_CHARS]}..." for line in text.splitlines()]
+    print("\n".join(lines), file=sys.stderr)
 
 
 def _sentence(text: str) -> str:

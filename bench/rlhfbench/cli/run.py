@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import shlex
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,10 +27,11 @@ from rlhfbench.cli.common import (
     print_table,
 )
 from rlhfbench.errors import RecordsError, SweepError
+from rlhfbench.records.schema import OUTCOMES
 from rlhfbench.runs.options import RunOptions
+from rlhfkernels.naming import unknown
 
 if TYPE_CHECKING:
-    from rlhfbench.cases.sweep import Sweep
     from rlhfbench.runs.max_batch import MaxBatchResult
     from rlhfbench.runs.runner import RunResult
 
@@ -38,9 +40,10 @@ EPILOG = epilog(
     "rlhfbench run",
     "rlhfbench run --model gpt2 --methods lora,hydra --seq-lens 256,512",
     "rlhfbench run --sweep sweep.toml --option engine.gradient_checkpointing=true",
-    "rlhfbench run --resume --out rlhfbench-run-20260101T120000Z",
+    "rlhfbench run --resume rlhfbench-run-20260101T120000Z --retry crashed,timeout",
 )
-_DEFAULTS = RunOptions()
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(RunOptions)}
+_RETRIED = OUTCOMES[1:]  # all but ok
 
 
 def run(
@@ -67,7 +70,7 @@ def run(
             metavar="X",
             parser=number("--time-budget-s", float),
             rich_help_panel=MEASUREMENT,
-            help=f"Seconds for timing the steps of a case.  [default: {_DEFAULTS.time_budget_s:g}]",
+            help=f"Seconds for timing the steps of a case.  [default: {_DEFAULTS['time_budget_s']:g}]",
         ),
     ] = None,
     case_timeout_s: Annotated[
@@ -76,7 +79,7 @@ def run(
             metavar="X",
             parser=number("--case-timeout-s", float),
             rich_help_panel=MEASUREMENT,
-            help=f"Seconds after which a case is killed.  [default: {_DEFAULTS.case_timeout_s:g}]",
+            help=f"Seconds after which a case is killed.  [default: {_DEFAULTS['case_timeout_s']:g}]",
         ),
     ] = None,
     memory_limit: Annotated[
@@ -93,12 +96,21 @@ def run(
         ),
     ] = None,
     profile: Annotated[
-        bool,
-        typer.Option("--profile", rich_help_panel=MEASUREMENT, help="Trace each phase, into the folder DIR/traces."),
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--profile/--no-profile",
+            rich_help_panel=MEASUREMENT,
+            help="Trace each phase, into the folder DIR/traces.  [default: no]",
+        ),
+    ] = None,
     with_plan: Annotated[
-        bool, typer.Option("--with-plan", rich_help_panel=MEASUREMENT, help="Predict the memory of each case too.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--with-plan/--no-with-plan",
+            rich_help_panel=MEASUREMENT,
+            help="Predict the memory of each case too.  [default: no]",
+        ),
+    ] = None,
     max_batch: Annotated[
         bool,
         typer.Option(
@@ -121,8 +133,21 @@ def run(
         typer.Option(metavar="DIR", rich_help_panel=OUTPUT, help="Folder of the run; a new one by default."),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", rich_help_panel=OUTPUT, help="Continue the run in --out.")
-    ] = False,
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            rich_help_panel=OUTPUT,
+            help="Continue the run in DIR, with its cases and settings; options that are given win over these.",
+        ),
+    ] = None,
+    retry: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OUTCOMES",
+            rich_help_panel=OUTPUT,
+            help=f"With --resume, run cases of these outcomes again: {', '.join(_RETRIED)}.",
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", rich_help_panel=OUTPUT, help="Print the records as a JSON list.")
     ] = False,
@@ -132,29 +157,51 @@ def run(
     Without options: the PPO methods on a tiny model, in under three minutes.
     """
     from rlhfbench.cases.sizes import parse_size
-    from rlhfbench.runs import runner
+    from rlhfbench.runs import environment
 
+    environment.check_system()  # first: the runner imports modules that Windows lacks
+    from rlhfbench.runs import runner
+    from rlhfbench.runs.folder import RunFolder
+
+    if resume is not None and out is not None:
+        raise SweepError([f"--out is {out!r}: it must be left out, since --resume names the folder of the run."])
+    if retry is not None and resume is None:
+        raise SweepError([f"--retry is {retry!r}: it needs --resume DIR."])
+    retried = _outcomes(retry)
     spec = case_spec(ctx.params)
     values = given(
         time_budget_s=time_budget_s,
         case_timeout_s=case_timeout_s,
         num_threads=threads,
         memory_limit_bytes=None if memory_limit is None else parse_size("--memory-limit", memory_limit),
+        profile=profile,
+        with_plan=with_plan,
     )
-    options = RunOptions(profile=profile, with_plan=with_plan, **values)
-    if resume and out is None:
-        raise SweepError(["--resume needs --out: name the folder of the run to continue."])
+    out_dir = Path(resume or out or f"rlhfbench-run-{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%SZ}")
+    settings: dict[str, Any] = {}
+    if resume is not None:
+        folder = RunFolder(out_dir)
+        folder.check_is_run()
+        settings = folder.settings()
+    recorded_limit = settings.get("max_batch_limit")
+    max_batch = max_batch or recorded_limit is not None
     if max_batch_limit is not None and not max_batch:
         raise SweepError(["--max-batch-limit needs --max-batch."])
-    out_dir = Path(out or f"rlhfbench-run-{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%SZ}")
-    cases = _recorded_sweep(out_dir) if resume and not spec and sweep is None and setting is None else None
-    cases = cases or make_sweep(spec, sweep, setting)
+    options = RunOptions.recorded({**settings, **values})
+    if resume is not None and not spec and sweep is None and setting is None:
+        cases = folder.load_sweep()
+    else:
+        cases = make_sweep(spec, sweep, setting)
+    how: dict[str, Any] = {"resume": resume is not None, "retry": retried}
     # SIGTERM ends a run as Ctrl-C does: the records are whole, and the command that resumes is printed.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if max_batch:
-            return _find_max_batches(cases, out_dir, options, max_batch_limit, resume=resume, as_json=as_json)
-        result = runner.run_sweep(cases, out_dir, options, resume=resume)
+            from rlhfbench.runs.max_batch import find_max_batches
+
+            limit = recorded_limit if max_batch_limit is None else max_batch_limit
+            return _finish(*find_max_batches(cases, out_dir, options, **given(limit=limit), **how), as_json=as_json)
+        result = runner.run_sweep(cases, out_dir, options, **how)
     except RecordsError as error:
         raise RecordsError(f"{error}\nTo resume: {_resume_command(out_dir)}") from error
     finally:
@@ -162,21 +209,13 @@ def run(
     return _finish(result, as_json=as_json)
 
 
-def _recorded_sweep(run_dir: Path) -> Sweep | None:
-    """The sweep of the run in ``run_dir``; ``None`` where there is no run."""
-    from rlhfbench.runs.folder import RunFolder
-
-    folder = RunFolder(run_dir)
-    return folder.load_sweep() if folder.is_run else None
-
-
-def _find_max_batches(
-    sweep: Sweep, out_dir: Path, options: RunOptions, limit: int | None, *, resume: bool, as_json: bool
-) -> int:
-    from rlhfbench.runs.max_batch import find_max_batches
-
-    result, found = find_max_batches(sweep, out_dir, options, resume=resume, **given(limit=limit))
-    return _finish(result, found, as_json=as_json)
+def _outcomes(text: str | None) -> list[str]:
+    """The outcomes of --retry."""
+    names = [] if text is None else [name.strip() for name in text.split(",")]
+    wrong = [unknown("--retry", name, _RETRIED) for name in names if name not in _RETRIED]
+    if wrong:
+        raise SweepError(wrong)
+    return names
 
 
 def _finish(result: RunResult, found: list[MaxBatchResult] | None = None, *, as_json: bool) -> int:
@@ -209,8 +248,5 @@ def _finish(result: RunResult, found: list[MaxBatchResult] | None = None, *, as_
 
 
 def _resume_command(out_dir: Path) -> str:
-    """This command with --resume and the folder that it used."""
-    arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
-    if not any(argument == "--out" or argument.startswith("--out=") for argument in arguments):
-        arguments += ["--out", str(out_dir)]
-    return shlex.join(["rlhfbench", *arguments, "--resume"])
+    """The command that continues the run; its cases and settings are in the folder."""
+    return shlex.join(["rlhfbench", "run", "--resume", str(out_dir)])

@@ -34,9 +34,9 @@ def measure_case(
             case can be lifted here: the ceilings need buffers of their own.
 
     Returns:
-        The ``memory``, ``latency``, ``work``, ``stats``, ``prompts``, ``engine`` and ``kernels`` entries of the
-        record; ``ceilings``, which the options of the next case on the same device and dtype can reuse; and
-        ``timeline``, ``None`` unless requested.
+        The ``memory``, ``latency``, ``work``, ``stats``, ``prompts``, ``engine``, ``kernels`` and ``num_threads``
+        entries of the record; ``ceilings``, which the options of the next case on the same device and dtype can reuse;
+        and ``timeline``, ``None`` unless requested.
 
     Raises:
         RlhfKernelsError: The model or the prompts cannot be used, or a loss, gradient norm or KL is not finite.

@@ -172,6 +172,7 @@ def run_measurements(
         "engine": engine,
         "attention": attention,
         "kernels": kernels,
+        "num_threads": torch.get_num_threads(),
         "ceilings": ceilings,
         "timeline": None if timeline is None else timeline.to_dict(ledger.peaks),
     }

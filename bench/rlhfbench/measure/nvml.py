@@ -1,10 +1,78 @@
-"""Device memory as the driver sees it, sampled from outside the measured process."""
+"""The driver's view of the devices: which of them CUDA sees, and their memory, sampled from outside a process."""
 
 from __future__ import annotations
 
+import os
 import threading
+from collections.abc import Callable, Sequence
 from types import ModuleType, TracebackType
 from typing import Any, Self
+
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+def visible_devices(num_devices: int, uuids: Callable[[], Sequence[str]]) -> list[int | str]:
+    """The devices that CUDA sees, in its order, under ``CUDA_VISIBLE_DEVICES``.
+
+    As in CUDA, the first entry that names no device ends the list, and a device that is named twice empties it. NVML
+    orders devices by PCI bus. So does CUDA where they are alike, or where ``CUDA_DEVICE_ORDER`` says so.
+
+    Args:
+        num_devices: devices of the machine.
+        uuids: called for the UUID of each device, ``GPU-…``, if the variable has any.
+
+    Returns:
+        The driver's index of each, or the UUID of a MIG device.
+    """
+    value = os.environ.get(_VISIBLE)
+    if value is None:
+        return list(range(num_devices))
+    found: list[int | str] = []
+    for entry in map(str.strip, value.split(",")):
+        if entry.startswith("MIG-"):
+            found.append(entry)
+            continue
+        if entry.startswith("GPU-"):
+            matches = [index for index, uuid in enumerate(uuids()) if uuid.startswith(entry)]
+        else:
+            matches = [index for index in range(num_devices) if entry == str(index)]
+        if len(matches) != 1:
+            break
+        found.append(matches[0])
+    return found if len(set(found)) == len(found) else []
+
+
+def num_visible_devices(nvml: Any) -> int:
+    """Number of devices that CUDA sees, according to an initialised ``pynvml``."""
+    return len(_visible(nvml))
+
+
+def device_handle(nvml: Any, index: int) -> Any:
+    """NVML's handle of CUDA's device ``index``; ``None`` if CUDA sees no such device.
+
+    Raises:
+        NVMLError: the driver has no such device.
+    """
+    if _VISIBLE not in os.environ:
+        return nvml.nvmlDeviceGetHandleByIndex(index)
+    devices = _visible(nvml)
+    if index >= len(devices):
+        return None
+    device = devices[index]
+    by_uuid = isinstance(device, str)
+    return nvml.nvmlDeviceGetHandleByUUID(device) if by_uuid else nvml.nvmlDeviceGetHandleByIndex(device)
+
+
+def _visible(nvml: Any) -> list[int | str]:
+    num_devices = int(nvml.nvmlDeviceGetCount())
+
+    def uuids() -> list[str]:
+        handles = map(nvml.nvmlDeviceGetHandleByIndex, range(num_devices))
+        return [
+            uuid.decode() if isinstance(uuid, bytes) else str(uuid) for uuid in map(nvml.nvmlDeviceGetUUID, handles)
+        ]
+
+    return visible_devices(num_devices, uuids)
 
 
 class NvmlSampler:
@@ -13,7 +81,7 @@ class NvmlSampler:
     Without NVML it does nothing and its peaks are ``None``.
 
     Args:
-        device_index: NVML's index of the device.
+        device_index: CUDA's index of the device.
         interval_s: Seconds between two readings. A shorter peak may be missed.
     """
 
@@ -87,6 +155,7 @@ def _open(device_index: int) -> tuple[ModuleType | None, Any]:
         return None, None
     try:
         pynvml.nvmlInit()
-        return pynvml, pynvml.nvmlDeviceGetHandleByIndex(device_index)
+        handle = device_handle(pynvml, device_index)
     except pynvml.NVMLError:
         return None, None
+    return (None, None) if handle is None else (pynvml, handle)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
 from rlhfbench.errors import RecordsError, RunFolderError
-from rlhfbench.records.schema import OUTCOMES, SCHEMA, empty_plan, empty_record, filled, upgraded
+from rlhfbench.records.schema import OUTCOMES, SCHEMA, at, empty_plan, empty_record, filled, upgraded, wrong_type
 from rlhfkernels.config.case import Case
 
 Record = dict[str, Any]
@@ -34,8 +34,8 @@ def make_record(
         case: the case.
         outcome: one of ``OUTCOMES``.
         error: ``{"kind", "message", "phase"}``, ``None`` when ``ok``.
-        measured: the objects ``memory``, ``latency``, ``work``, ``stats``, ``world``, ``prompts``, ``engine`` and
-            ``kernels``, as far as they are known. Other keys are not kept.
+        measured: ``memory``, ``latency``, ``work``, ``stats``, ``world``, ``prompts``, ``engine``, ``kernels`` and
+            ``num_threads``, as far as they are known. Other keys are not kept.
         started_at: UTC, ISO 8601.
         wall_s: seconds from the request to the end of the case.
         plan: the result of ``make_plan``, ``None`` when nothing was predicted.
@@ -64,7 +64,8 @@ def make_plan(memory: dict[str, Any] | None, error: dict[str, Any] | None) -> di
 def read_records(path: str | Path) -> list[Record]:
     """Returns the records of a run folder or of a records file, oldest first, in the present schema.
 
-    A last line without a newline was cut off when the harness died, and is dropped.
+    Of a case that a run tried again, only the newest record is returned. A last line without a newline was cut off
+    when the harness died, and is dropped.
 
     Raises:
         RecordsError: the file cannot be read, or a line is malformed or of a newer rlhfbench.
@@ -77,7 +78,25 @@ def read_records(path: str | Path) -> list[Record]:
     except OSError as error:
         raise RecordsError(f"records file '{path}' cannot be read: {error.strerror}.") from error
     lines = data[: _whole_bytes(data)].splitlines()
-    return [_parse(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    return _newest(_parse(path, number, line) for number, line in enumerate(lines, start=1) if line.strip())
+
+
+def _newest(records: Iterable[Record]) -> list[Record]:
+    """``records`` without those that a later one of the same case and run replaces.
+
+    Records of older versions name no run. One of a run replaces them; among themselves they are all kept, since they
+    may come from several runs.
+    """
+    kept: dict[tuple[Any, ...], Record] = {}
+    for number, record in enumerate(records):
+        case_id, run_id = str(record["case"]["id"]), at(record, "run.id")
+        if run_id is None:
+            kept[case_id, None, number] = record
+            continue
+        for key in [key for key in kept if key[0] == case_id and key[1] in (None, run_id)]:
+            del kept[key]
+        kept[case_id, str(run_id), number] = record
+    return list(kept.values())
 
 
 def _whole_bytes(data: bytes) -> int:
@@ -89,7 +108,10 @@ def _parse(path: Path, number: int, line: bytes) -> Record:
     where = f"records file '{path}', line {number}"
     try:
         record = json.loads(line)
-    except ValueError as error:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise RecordsError(f"{where}: it holds a lone surrogate, which is no text.") from error
+    except (ValueError, RecursionError) as error:
         raise RecordsError(f"{where}: it is not JSON.") from error
     if not isinstance(record, dict) or not isinstance(record.get("schema"), int):
         raise RecordsError(f"{where}: it is not a record (an object with a schema number).")
@@ -99,7 +121,14 @@ def _parse(path: Path, number: int, line: bytes) -> Record:
         )
     if not isinstance(record.get("case"), dict) or "id" not in record["case"] or record.get("outcome") not in OUTCOMES:
         raise RecordsError(f"{where}: it is not a record (it lacks a case with an id, or a known outcome).")
-    return upgraded(record)
+    try:
+        record = upgraded(record)
+    except (TypeError, AttributeError, ValueError) as error:
+        raise RecordsError(f"{where}: it is not a record of schema {record['schema']}.") from error
+    problem = wrong_type(record)
+    if problem is not None:
+        raise RecordsError(f"{where}: {problem}")
+    return record
 
 
 class RecordsFile:
@@ -114,6 +143,8 @@ class RecordsFile:
     """
 
     def __init__(self, run_dir: Path) -> None:
+        import fcntl  # here, as Windows has none and can still read records
+
         self.path = run_dir / RECORDS_NAME
         try:
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -126,6 +157,9 @@ class RecordsFile:
         except BlockingIOError:
             os.close(self._fd)
             raise RunFolderError(f"out '{run_dir}' is in use: another rlhfbench is running in it.") from None
+        except OSError as error:
+            os.close(self._fd)
+            raise RunFolderError(f"out '{run_dir}' cannot be locked or read: {error.strerror}.") from error
         except BaseException:
             os.close(self._fd)
             raise
@@ -152,7 +186,7 @@ class RecordsFile:
         except OSError as error:
             os.ftruncate(self._fd, size)
             raise RecordsError(f"records file '{self.path}' cannot be written: {error.strerror}.") from error
-        self.records.append(record)
+        self.records = _newest([*self.records, record])
 
 
 def _finite(value: Any) -> Any:

@@ -7,16 +7,26 @@ is one row here. Bytes are integers, seconds floats; names end in their unit.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 from rlhfbench.cases.settings import changed_options, setting_of
 from rlhfkernels.config.options import RENAMED_OPTIONS
+from rlhfkernels.config.rules import shown
 from rlhfkernels.config.settings import SETTINGS
 from rlhfkernels.methods.table import METHODS
 from rlhfkernels.observer import PARTS
 
 SCHEMA = 2
+_CASE_ID = re.compile(r"[\w-]{1,64}")
+_MAX_FLOAT = 1e300  # sums and products of them are finite or infinite, and never an error
+_RULES = {
+    "string": "a text",
+    "Int64": "a whole number of at most 64 bits",
+    "Float64": "a finite number",
+    "map": "an object",
+}
 OUTCOMES = ("ok", "oom", "timeout", "crashed", "invalid", "skipped")
 
 
@@ -231,6 +241,10 @@ FIELDS: tuple[Field, ...] = (
         if row.in_plan and row.column and isinstance(row.source, str)
     ),
     Field("plan.error.message", "string", "why the prediction failed, in one sentence", name="plan_error"),
+    Field("run.id", "string", "id of the run, the same in all its segments", name="run_id"),
+    Field("run.segment", "Int64", "0 for the first start of the run, n for its n-th resumption", name="run_segment"),
+    Field("run.host", "string", "name of the machine", name="host"),
+    Field("num_threads", "Int64", "threads within an op that the case used"),
     Field("started_at", "string", "start of the case, UTC, ISO 8601"),
     Field("wall_s", "Float64", "seconds of the whole case"),
 )
@@ -289,6 +303,60 @@ def _empty(rows: Iterable[Field]) -> dict[str, Any]:
         if row.dtype in ("object", "map"):
             opaque.add(row.source)
     return tree
+
+
+def wrong_type(record: Mapping[str, Any]) -> str | None:
+    """One sentence that names the first field of ``record`` whose type is wrong; ``None`` if all are right."""
+    for row in FIELDS:
+        if isinstance(row.source, str):
+            problem = _wrong_value(record, row.source, row.dtype)
+            if problem is not None:
+                return problem
+    if not _CASE_ID.fullmatch(record["case"]["id"] or ""):
+        return f"case.id is {shown(record['case']['id'])}: it must be letters, digits, _ and -."
+    for section in ("latency", "memory", "work", "plan"):
+        for name, phase in (at(record, f"{section}.phases") or {}).items():
+            where = f"{section}.phases.{name}"
+            if not isinstance(phase, Mapping):
+                return f"{where} is {shown(phase)}: it must be an object."
+            samples = phase.get("samples_s") or []
+            if not isinstance(samples, list) or not all(_fits(value, "Float64") for value in samples):
+                return f"{where}.samples_s is {shown(samples)}: it must be a list of finite numbers."
+            for key, dtype in (("total_bytes", "Int64"), ("median_s", "Float64")):
+                if not _fits(phase.get(key), dtype):
+                    return f"{where}.{key} is {shown(phase[key])}: it must be {_RULES[dtype]}."
+    groups = at(record, "case.options") or {}
+    if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
+        return f"case.options is {shown(groups)}: it must be objects by group."
+    return None
+
+
+def _wrong_value(record: Mapping[str, Any], path: str, dtype: str) -> str | None:
+    """One sentence if the value at ``path`` has another type than ``dtype``, or what it is in is no object."""
+    node: Any = record
+    keys = path.split(".")
+    for place, key in enumerate(keys):
+        if node is None:
+            return None
+        if not isinstance(node, Mapping):
+            # ``error`` is an object with a column ``error.kind``; ``engine`` may be one or a text.
+            return f"{'.'.join(keys[:place])} is {shown(node)}: it must be an object."
+        node = node.get(key)
+    return None if _fits(node, dtype) else f"{path} is {shown(node)}: it must be {_RULES[dtype]}."
+
+
+def _fits(value: Any, dtype: str) -> bool:
+    if value is None or dtype == "object":
+        return True
+    if dtype == "map":
+        return isinstance(value, Mapping)
+    if dtype == "string":
+        return isinstance(value, str)
+    if isinstance(value, bool):
+        return False
+    if dtype == "Int64":
+        return isinstance(value, int) and abs(value) < 2**63
+    return isinstance(value, (int, float)) and abs(value) < _MAX_FLOAT
 
 
 def filled(empty: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlhfbench.errors import RecordsError
 from rlhfbench.records.file import read_records
+from rlhfbench.records.schema import at
 from rlhfbench.records.timelines import read_timeline, timeline_frames
 from rlhfbench.runs.folder import TIMELINES_NAME
 
@@ -14,6 +16,9 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from rlhfreports.tables import ReportTable
+
+
+_DRAWN_FIELDS = ("method", "model", "prompt_len", "completion_len", "batch_size", "device", "dtype")
 
 
 def draw_run(run_dir: Path, *, every_timeline: bool = False) -> RenderableType:
@@ -35,6 +40,10 @@ def draw_run(run_dir: Path, *, every_timeline: bool = False) -> RenderableType:
         OSError: the folder cannot be written.
     """
     records = read_records(run_dir)
+    for record in records:
+        missing = [f"case.{field}" for field in _DRAWN_FIELDS if at(record, f"case.{field}") is None]
+        if missing:
+            raise RecordsError(f"run '{run_dir}' cannot be drawn: record {record['case']['id']} lacks {missing[0]}.")
     # Imported here, as pandas and matplotlib take most of a second, and `--help` imports this module.
     from rich.console import Group
 

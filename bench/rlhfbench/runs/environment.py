@@ -8,13 +8,31 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from rlhfbench.errors import ForkServerError, RunFolderError
+from rlhfbench.records.schema import at
+
 _PACKAGES = ("rlhfbench", "torch", "transformers", "peft", "numpy", "triton")
+# Environment variables that change speed, memory or the visible devices.
+_VARIABLES = ("OMP_", "MKL_", "KMP_", "GOMP_", "MALLOC_", "CUDA_", "PYTORCH_")
+# What times depend on, by the name that a notice uses: its place in an environment.
+_COMPARED = {
+    "commit": "source.commit",
+    "Python": "python",
+    **{name: f"versions.{name}" for name in _PACKAGES},
+    "host": "host",
+    "CPU": "cpu.model",
+    "usable cores": "cpu.num_usable_cores",
+    "GPUs": "gpus",
+    "threads": "num_threads",
+    "revisions": "revisions",
+    "variables": "variables",
+}
 
 
 def now() -> str:
@@ -22,17 +40,26 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
 
 
-def describe(*, argv: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]:
+def describe(
+    *,
+    argv: Sequence[str],
+    settings: dict[str, Any],
+    revisions: Mapping[str, str] | None = None,
+    data_files: Mapping[str, str | None] | None = None,
+) -> dict[str, Any]:
     """The content of ``environment.json``; unknown values are ``None``.
 
     Args:
         argv: the command line.
         settings: the fields of ``RunOptions``.
+        revisions: commit on the hub of each model that is loaded from a snapshot.
+        data_files: hash of the content of each data file.
     """
     return {
         "started_at": now(),
         "argv": [Path(argv[0]).name, *argv[1:]] if argv else [],
         "settings": settings,
+        "host": platform.node(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {name: _version(name) for name in _PACKAGES},
@@ -46,7 +73,61 @@ def describe(*, argv: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]
         },
         "num_threads": settings.get("num_threads") or _num_usable_cores(),
         "gpus": gpus(),
+        "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)},
+        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "revisions": dict(revisions or {}),
+        "data_files": dict(data_files or {}),
     }
+
+
+def check_system() -> None:
+    """Checks that the system has what a run needs, before anything is written.
+
+    Raises:
+        ForkServerError: cases cannot be forked here.
+    """
+    if not hasattr(os, "fork"):
+        raise ForkServerError("run needs os.fork, which this system lacks: on Windows, use its subsystem for Linux.")
+    if not hasattr(os, "waitid"):
+        raise ForkServerError("run needs os.waitid, which Python has on macOS from 3.13 on: use a newer Python.")
+
+
+def check_data_files(now: Mapping[str, str | None], earlier: Sequence[Mapping[str, Any]]) -> None:
+    """Checks that no data file has changed since an earlier segment of the run: its cases would be other cases.
+
+    Raises:
+        RunFolderError: a file has changed.
+    """
+    for path, content in now.items():
+        for segment in earlier:
+            recorded = segment.get("data_files")
+            if isinstance(recorded, dict) and recorded.get(path, content) != content:
+                raise RunFolderError(f"data file '{path}' has changed since the run started: name a new folder.")
+
+
+def changes(now: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> str | None:
+    """One sentence that names what differs between ``now`` and the environments of ``earlier`` segments of a run.
+
+    A value that an earlier segment did not record is not compared. ``None`` if nothing differs.
+    """
+    phrases = []
+    for name, path in _COMPARED.items():
+        value = _shown(at(now, path))
+        others = dict.fromkeys(_shown(at(segment, path)) for segment in earlier if at(segment, path) is not None)
+        others.pop(value, None)
+        if others:
+            phrases.append(f"{name} {value} instead of {', '.join(others)}")
+    if not phrases:
+        return None
+    return f"Resumed under other conditions: {'; '.join(phrases)}. Times before and after do not compare."
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{key}={item}" for key, item in value.items()) or "none"
+    if isinstance(value, list):  # of GPUs
+        return " + ".join(str(at(gpu, "name")) for gpu in value) or "none"
+    return "unknown" if value is None else str(value)
 
 
 def source(folder: Path) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,25 @@ from rlhfbench.records.file import RECORDS_NAME
 SWEEP_NAME = "sweep.toml"
 ENVIRONMENT_NAME = "environment.json"
 TIMELINES_NAME = "timelines"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Segment:
+    """A run from its start, or from a resumption, to its end: the environment of its records.
+
+    Attributes:
+        run_id: of the whole run.
+        number: 0 for the first segment, n for the n-th entry of ``resumed`` in the environment.
+        host: name of the machine.
+    """
+
+    run_id: str
+    number: int
+    host: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The ``run`` object of a record."""
+        return {"id": self.run_id, "segment": self.number, "host": self.host}
 
 
 class RunFolder:
@@ -54,11 +75,13 @@ class RunFolder:
         """Creates the folder for a run of ``sweep``, or checks that it holds the run to resume.
 
         Raises:
-            RunFolderError: it holds other files or another run, or cannot be written.
+            RunFolderError: it holds other files or another run, holds none to resume, or cannot be written.
         """
         try:
             if self.path.is_dir() and any(self.path.iterdir()):
                 self._check_present(sweep, resume=resume)
+            elif resume:
+                self.check_is_run()
             for folder in (self.path, self.log_path("").parent, self.traces_dir):
                 folder.mkdir(parents=True, exist_ok=True)
             if not self.sweep_path.exists():
@@ -66,12 +89,21 @@ class RunFolder:
         except OSError as error:
             raise RunFolderError(f"out '{self.path}' cannot be written: {error.strerror}.") from error
 
+    def check_is_run(self) -> None:
+        """Checks that there is a run to resume.
+
+        Raises:
+            RunFolderError: there is none.
+        """
+        if not self.is_run:
+            raise RunFolderError(f"resume '{self.path}': there is no run in it, so there is nothing to resume.")
+
     def _check_present(self, sweep: Sweep, *, resume: bool) -> None:
         if not self.is_run:
             raise RunFolderError(f"out '{self.path}' holds files of something else: name an empty or a new folder.")
         if not resume:
             raise RunFolderError(
-                f"out '{self.path}' holds another run: add --resume to continue it, or name a new folder."
+                f"out '{self.path}' holds another run: continue it with --resume, or name a new folder."
             )
         recorded = self.load_sweep()
         if {case.id for case in recorded.cases} != {case.id for case in sweep.cases}:
@@ -90,21 +122,47 @@ class RunFolder:
         except SweepError as error:
             raise RunFolderError(f"out '{self.path}' holds no run that can be resumed: {error.problems[0]}") from error
 
-    def write_environment(self, environment: dict[str, Any]) -> None:
+    def write_environment(self, environment: dict[str, Any]) -> Segment:
         """Writes the environment of a run; that of a resumed run is added under ``resumed``.
 
         Raises:
             RunFolderError: it cannot be written.
         """
-        path = self.path / ENVIRONMENT_NAME
+        earlier = self.environments()
+        run_id = str(earlier[0].get("run_id") or secrets.token_hex(6)) if earlier else secrets.token_hex(6)
+        first, *resumed = [*earlier, environment]
+        written = {"run_id": run_id, **first, "resumed": resumed}
         try:
-            first = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-            if isinstance(first, dict):
-                environment = {**first, "resumed": [*first.get("resumed", []), environment]}
-            else:
-                environment = {**environment, "resumed": []}
-            write_atomically(path, json.dumps(environment, indent=2) + "\n")
-        except ValueError as error:
-            raise RunFolderError(f"'{path}' is not JSON: move it away to resume.") from error
+            write_atomically(self.path / ENVIRONMENT_NAME, json.dumps(written, indent=2) + "\n")
         except OSError as error:
             raise RunFolderError(f"out '{self.path}' cannot be written: {error.strerror}.") from error
+        return Segment(run_id=run_id, number=len(resumed), host=environment.get("host"))
+
+    def environments(self) -> list[dict[str, Any]]:
+        """The environments of the segments of the run: of its start, then of each time that it was resumed.
+
+        Raises:
+            RunFolderError: the file cannot be read, or holds something else.
+        """
+        path = self.path / ENVIRONMENT_NAME
+        try:
+            first = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise RunFolderError(f"'{path}' cannot be read: {error.strerror}.") from error
+        except (ValueError, RecursionError) as error:
+            raise RunFolderError(f"'{path}' is not JSON: move it away to resume.") from error
+        resumed = first.pop("resumed", []) if isinstance(first, dict) else None
+        if not isinstance(resumed, list) or not all(isinstance(segment, dict) for segment in resumed):
+            raise RunFolderError(f"'{path}' is no environment of a run: move it away to resume.")
+        return [first, *resumed]
+
+    def settings(self) -> dict[str, Any]:
+        """The settings of the run's last segment; empty where none are recorded.
+
+        Raises:
+            RunFolderError: the environment cannot be read.
+        """
+        last = (self.environments() or [{}])[-1].get("settings")
+        return last if isinstance(last, dict) else {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +12,11 @@ from rlhfbench.cases.settings import setting_of
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.errors import RunFolderError, SweepError
 from rlhfbench.files import write_atomically
+from rlhfbench.measure.nvml import device_handle
 from rlhfbench.planning.devices import Accelerator
 from rlhfbench.records.file import Record
 from rlhfbench.runs import runner
+from rlhfbench.runs.folder import RunFolder
 from rlhfbench.runs.options import RunOptions
 from rlhfbench.runs.progress import Progress
 from rlhfbench.runs.runner import Runner, RunResult
@@ -154,6 +156,7 @@ def find_max_batches(
     *,
     limit: int = 512,
     resume: bool = False,
+    retry: Collection[str] = (),
     progress: Progress | None = None,
 ) -> tuple[RunResult, list[MaxBatchResult]]:
     """Finds the largest batch that runs, for all cases of ``sweep`` that differ in more than the batch size.
@@ -164,16 +167,18 @@ def find_max_batches(
     Args:
         sweep: the cases. Without a memory limit the smallest batch size of a case is tried first, else the predicted.
         out_dir: folder of the run, as for ``run_sweep``.
-        options: how each try is run.
+        options: how each try is run; by default as ``run_sweep`` chooses.
         limit: the largest batch that is tried.
         resume: continue the search in ``out_dir``.
+        retry: outcomes whose recorded tries are repeated when resumed.
         progress: receives what happens; by default it is written to standard error.
 
     Raises:
         SweepError: ``limit`` is below 1, or an option splits the batch.
         RunFolderError: the folder cannot be used.
     """
-    options = options or RunOptions()
+    if options is None:
+        options = RunOptions.recorded(RunFolder(out_dir).settings() if resume else {})
     problems = [f"max-batch-limit is {limit}: it must be a whole number of at least 1."] if limit < 1 else []
     if any(case.options.engine.micro_batch_size or case.options.ppo.num_mini_batches > 1 for case in sweep.cases):
         problems.append(
@@ -183,8 +188,8 @@ def find_max_batches(
         raise SweepError(problems)
     found: list[MaxBatchResult] = []
 
-    def search(cases: Runner) -> None:
-        for case in _smallest_batches(sweep):
+    def search(cases: Runner, absolute: Sweep) -> None:
+        for case in _smallest_batches(absolute):
             usable_bytes, available_bytes = _memory_limits(case, options)
             planned = None if usable_bytes is None else _planned(case, usable_bytes, limit)
             if planned and (case.device != "cpu" or options.memory_limit_bytes is not None):
@@ -193,7 +198,10 @@ def find_max_batches(
             found.append(searched.run(cases.try_case, planned=planned))
             _write(out_dir, found)
 
-    return runner.run_cases(search, sweep, out_dir, options, resume=resume, progress=progress), found
+    result = runner.run_cases(
+        search, sweep, out_dir, options, resume=resume, retry=retry, progress=progress, max_batch_limit=limit
+    )
+    return result, found
 
 
 def _smallest_batches(sweep: Sweep) -> Iterator[Case]:
@@ -250,8 +258,8 @@ def device_bytes(device: str) -> int | None:
 
         pynvml.nvmlInit()
         try:
-            handle = pynvml.nvmlDeviceGetHandleByIndex(int(device.partition(":")[2] or 0))
-            return int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
+            handle = device_handle(pynvml, int(device.partition(":")[2] or 0))
+            return None if handle is None else int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
         finally:
             pynvml.nvmlShutdown()
     except Exception:  # NVML fails in many ways, and all of them mean that the size is unknown

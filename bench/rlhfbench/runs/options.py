@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
 
+from annotated_types import Ge, Gt, Le
+
+from rlhfbench.cases.sizes import MAX_BYTES
 from rlhfbench.errors import SweepError
+from rlhfkernels.config.rules import checked, hints
+
+MAX_SECONDS = 1_000_000  # epoll waits 24 days at most
+MAX_THREADS = 1024
+
+Seconds = Annotated[float, Gt(0), Le(MAX_SECONDS)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,19 +35,29 @@ class RunOptions:
         SweepError: some field breaks its rule; every problem is named.
     """
 
-    time_budget_s: float = 2.0
-    precision: float = 0.02
-    num_threads: int | None = None
+    time_budget_s: Seconds = 2.0
+    precision: Annotated[float, Gt(0), Le(1)] = 0.02
+    num_threads: Annotated[int, Ge(1), Le(MAX_THREADS)] | None = None
     profile: bool = False
     with_plan: bool = False
-    case_timeout_s: float = 600.0
-    memory_limit_bytes: int | None = None
+    case_timeout_s: Seconds = 600.0
+    memory_limit_bytes: Annotated[int, Ge(1), Le(MAX_BYTES)] | None = None
 
     def __post_init__(self) -> None:
-        problems = [
-            f"{name} is {getattr(self, name)!r}: it must be above 0."
-            for name in ("time_budget_s", "precision", "num_threads", "case_timeout_s", "memory_limit_bytes")
-            if getattr(self, name) is not None and not getattr(self, name) > 0
-        ]
+        problems = []
+        for name, annotation in hints(RunOptions).items():
+            value, problem = checked(name, getattr(self, name), annotation)
+            object.__setattr__(self, name, value)
+            problems += [] if problem is None else [problem]
         if problems:
             raise SweepError(problems)
+
+    @classmethod
+    def recorded(cls, settings: Mapping[str, Any]) -> Self:
+        """The options among the ``settings`` of an environment; other keys, of other versions, are ignored.
+
+        Raises:
+            SweepError: a recorded value breaks its rule.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in settings.items() if name in names})

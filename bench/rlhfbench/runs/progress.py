@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import sys
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from rlhfbench.cases.settings import setting_of
@@ -149,7 +150,8 @@ class LineProgress(_Counting):
         """Prints nothing."""
 
     def _print(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+        with suppress(OSError, ValueError):  # a closed standard error ends no run
+            print(text, file=self._stream, flush=True)
 
 
 class BarProgress(_Counting):

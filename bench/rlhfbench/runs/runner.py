@@ -6,7 +6,7 @@ import dataclasses
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,15 +14,17 @@ from typing import Any, Protocol
 from rlhfbench.cases import preflight
 from rlhfbench.cases.preflight import ModelFacts
 from rlhfbench.cases.sweep import Sweep
+from rlhfbench.errors import RunFolderError
 from rlhfbench.records.file import Record, RecordsFile, make_plan, make_record
 from rlhfbench.records.timelines import write_timeline
 from rlhfbench.runs import environment
-from rlhfbench.runs.folder import RunFolder
+from rlhfbench.runs.folder import RunFolder, Segment
 from rlhfbench.runs.forkserver import Exit, ForkServer, last_line
 from rlhfbench.runs.options import RunOptions
 from rlhfbench.runs.progress import Progress, make_progress, title
 from rlhfbench.runs.worker import PHASE_PREFIX
 from rlhfkernels.config.case import Case
+from rlhfkernels.config.content import content_hash
 
 _AXES = ("prompt_len", "completion_len", "batch_size")
 
@@ -53,6 +55,7 @@ def run_sweep(
     options: RunOptions | None = None,
     *,
     resume: bool = False,
+    retry: Collection[str] = (),
     progress: Progress | None = None,
 ) -> RunResult:
     """Runs every case of ``sweep`` that is not recorded yet, each in a process of its own.
@@ -60,8 +63,9 @@ def run_sweep(
     Args:
         sweep: the cases, in their order.
         out_dir: folder of the run: new or empty, or with ``resume`` the folder of a run of the same sweep.
-        options: how the cases are run.
+        options: how the cases are run; by default as the run to resume was, or with the defaults of ``RunOptions``.
         resume: continue the run in ``out_dir``.
+        retry: outcomes whose recorded cases are run again when resumed.
         progress: receives what happens; by default it is written to standard error.
 
     Returns:
@@ -74,38 +78,64 @@ def run_sweep(
         ForkServerError: the process that cases are forked from does not start.
     """
     return run_cases(
-        lambda runner: runner.run_missing(sweep.cases), sweep, out_dir, options, resume=resume, progress=progress
+        lambda runner, absolute: runner.run_missing(absolute.cases),
+        sweep,
+        out_dir,
+        options,
+        resume=resume,
+        retry=retry,
+        progress=progress,
     )
 
 
 def run_cases(
-    run: Callable[[Runner], None],
+    run: Callable[[Runner, Sweep], None],
     sweep: Sweep,
     out_dir: str | Path,
     options: RunOptions | None,
     *,
     resume: bool,
+    retry: Collection[str],
     progress: Progress | None,
+    max_batch_limit: int | None = None,
 ) -> RunResult:
     """Opens the folder of a run, calls ``run`` with a runner in it, and returns what was recorded.
 
-    Arguments and errors are those of ``run_sweep``. ``run`` chooses the cases.
+    Arguments and errors are those of ``run_sweep``. ``run`` chooses the cases; it receives the sweep with absolute
+    paths, so that a folder can be resumed from anywhere. ``max_batch_limit`` is recorded for
+    the search that resumes this one.
     """
-    options = options or RunOptions()
+    environment.check_system()
+    folder = RunFolder(out_dir)
+    if resume:
+        folder.check_is_run()
+    options = options or RunOptions.recorded(folder.settings() if resume else {})
     progress = progress or make_progress()
     facts = preflight.check(sweep)
     for notice in preflight.notices(sweep):
         progress.notice(notice)
-    folder = RunFolder(out_dir)
+    sweep = sweep.absolute()
     folder.prepare(sweep, resume=resume)
     with RecordsFile(folder.path) as records:
-        folder.write_environment(environment.describe(argv=sys.argv, settings=dataclasses.asdict(options)))
+        settings = {**dataclasses.asdict(options), "max_batch_limit": max_batch_limit}
+        revisions = {name: model.revision for name, model in facts.items() if model.revision is not None}
+        files = dict.fromkeys(case.data_file for case in sweep.cases if case.data_file is not None)
+        data_files = {file: content_hash(file) for file in files}
+        earlier = folder.environments()
+        environment.check_data_files(data_files, earlier)
+        present = environment.describe(argv=sys.argv, settings=settings, revisions=revisions, data_files=data_files)
+        changed = environment.changes(present, earlier)
+        if changed is not None:
+            progress.notice(changed)
+        segment = folder.write_environment(present)
         interrupted = False
         try:
             with closing(make_server(facts.values())) as server:
-                run(Runner(folder, options, records, server, progress))
+                run(Runner(folder, options, records, server, progress, segment=segment, retry=retry), sweep)
         except KeyboardInterrupt:
             interrupted = True
+        except OSError as error:  # such as a folder that was removed in mid-run
+            raise RunFolderError(f"out '{folder.path}' cannot be used any more: {error.strerror or error}.") from error
         finally:
             progress.end()
         return RunResult(run_dir=folder.path, records=records.records, interrupted=interrupted)
@@ -133,6 +163,8 @@ class Runner:
         records: receive a record per case.
         server: forks the cases. It is started with the first case; the caller closes it.
         progress: receives what happens.
+        segment: of the run, which records name.
+        retry: outcomes of recorded cases that are run again, once.
     """
 
     def __init__(
@@ -142,7 +174,12 @@ class Runner:
         records: RecordsFile,
         server: ForkServer,
         progress: Progress,
+        *,
+        segment: Segment | None = None,
+        retry: Collection[str] = (),
     ) -> None:
+        self._segment = segment
+        self._retried = {record["case"]["id"] for record in records.records if record["outcome"] in retry}
         self._folder, self._options, self._records = folder, options, records
         self._server, self._progress = server, progress
         self._nvml_is_missing = False
@@ -150,7 +187,7 @@ class Runner:
 
     def run_missing(self, cases: Iterable[Case]) -> None:
         """Runs and records those of ``cases`` that have no record yet."""
-        recorded = {record["case"]["id"] for record in self._records.records}
+        recorded = {record["case"]["id"] for record in self._recorded()}
         missing = [case for case in cases if case.id not in recorded]
         if missing:
             self._progress.begin(missing, len(recorded))
@@ -159,7 +196,7 @@ class Runner:
     def run(self, cases: Iterable[Case]) -> None:
         """Runs and records ``cases``; skips one that is no smaller than a case that was out of memory."""
         self._server.start()  # its imports are no part of the first case's time
-        failed = [Case.from_dict(r["case"]) for r in self._records.records if r["outcome"] == "oom"]
+        failed = [Case.from_dict(r["case"]) for r in self._recorded() if r["outcome"] == "oom"]
         for case in cases:
             self._progress.start_case(case)
             smaller = next((other for other in failed if dominates(case, other)), None)
@@ -170,7 +207,7 @@ class Runner:
 
     def try_case(self, case: Case) -> Record:
         """Runs and records ``case``, or returns its record from earlier."""
-        record = next((r for r in self._records.records if r["case"]["id"] == case.id), None)
+        record = next((r for r in self._recorded() if r["case"]["id"] == case.id), None)
         if record is None:
             self._server.start()
             self._progress.start_case(case)
@@ -178,12 +215,19 @@ class Runner:
             self._progress.notice(f"{title(case)} {record['outcome']} {record['wall_s']:.1f} s")
         return record
 
+    def _recorded(self) -> list[Record]:
+        """The records that stand: those of cases to be run again are left out."""
+        return [record for record in self._records.records if record["case"]["id"] not in self._retried]
+
     def _append(self, case: Case, smaller: Case | None = None) -> Record:
         """Records ``case``: runs it, or skips it because ``smaller`` was out of memory."""
         plan = self.plan_case(case) if self._options.with_plan else None
         record = self.run_case(case) if smaller is None else _skipped(case, smaller)
         record["plan"] = plan
+        if self._segment is not None:
+            record["run"] = self._segment.to_dict()
         self._records.append(record)
+        self._retried.discard(case.id)
         return record
 
     def run_case(self, case: Case) -> Record:

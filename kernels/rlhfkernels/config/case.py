@@ -12,6 +12,7 @@ from typing import Annotated, Any, Self, get_args
 
 from annotated_types import Ge, Lt
 
+from rlhfkernels.config.content import content_hash
 from rlhfkernels.config.options import Count, Dtype, Options, Text, option_fields
 from rlhfkernels.config.rules import checked, hints
 from rlhfkernels.errors import CaseError
@@ -82,7 +83,7 @@ class Case:
     def id(self) -> str:
         """Twelve hexadecimal digits of a hash over the fields that differ from their defaults.
 
-        A new option therefore changes no id.
+        A new option therefore changes no id. A data file counts by its content and not by its path.
         """
         text = json.dumps(self._distinct(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -95,7 +96,11 @@ class Case:
             if field.name != "options" and getattr(self, field.name) != field.default
         }
         defaults = Options().flat()
-        return fields | {name: value for name, value in self.options.flat().items() if value != defaults[name]}
+        options = {name: value for name, value in self.options.flat().items() if value != defaults[name]}
+        file = self.data_file
+        if file is not None:
+            options[f"data.{METHODS[self.method].source}"] = content_hash(file) or file
+        return fields | options
 
     @property
     def role_table(self) -> Method:

@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal, Self
 from annotated_types import Ge, Gt, Le, MinLen
 
 Dtype = Literal["float32", "bfloat16", "float64"]
-Count = Annotated[int, Ge(1)]
+MAX_COUNT = 2**31 - 1  # sizes of a step: tensors of their products must have sizes of 64 bits
+Count = Annotated[int, Ge(1), Le(MAX_COUNT)]
 Text = Annotated[str, MinLen(1)]
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]

@@ -38,7 +38,7 @@ def checked(field: str, value: object, annotation: Any) -> tuple[Any, str | None
         choices = literal_choices(annotation)
         if choices:
             return value, unknown(field, value, choices)
-        return value, f"{field} is {_shown(value)}: it must be {rule(annotation)}."
+        return value, f"{field} is {shown(value)}: it must be {rule(annotation)}."
 
 
 @functools.cache
@@ -48,7 +48,7 @@ def _adapter(annotation: Any) -> Any:
     return pydantic.TypeAdapter(annotation, config=pydantic.ConfigDict(allow_inf_nan=False))
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """The value as Python writes it, cut to 60 characters."""
     try:
         text = repr(value)
@@ -89,6 +89,8 @@ def _rule_of(annotation: Any) -> str:
         return f"{noun} of at least {low} and below {below}"
     if low is not None:
         return f"{noun} of at least {low}"
+    if above is not None and high is not None:
+        return f"{noun} above {above} and at most {high}"
     return noun if above is None else f"{noun} above {above}"
 
 

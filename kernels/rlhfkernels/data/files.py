@@ -22,6 +22,9 @@ Row = dict[str, Any]
 T = TypeVar("T")
 
 
+MAX_LINE_CHARS = 16_000_000  # far beyond any context
+
+
 class Demonstration(NamedTuple):
     """A prompt and the completion to learn, with the line of the file that holds them."""
 
@@ -107,6 +110,8 @@ def _read(kind: str, path: str | Path, parse: Callable[[str, int, Row], T]) -> l
         raise DataError(f"{kind} '{path}' is not UTF-8 text: it must be a file of JSON lines.") from error
     except OSError as error:
         raise DataError(f"{kind} '{path}' cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise DataError(f"{kind} {str(path)!r} is no path: it holds a null character.") from error
     # Lines end at line feeds only: JSON strings may hold other characters that str.splitlines splits at.
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):
@@ -119,6 +124,8 @@ def _read(kind: str, path: str | Path, parse: Callable[[str, int, Row], T]) -> l
 
 
 def _object(where: str, line: str) -> Row:
+    if len(line) > MAX_LINE_CHARS:
+        raise DataError(f"{where}: it has {len(line):,} characters, and a row may have {MAX_LINE_CHARS:,}.")
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:

@@ -1,5 +1,6 @@
 import importlib.metadata
 import json
+import shutil
 import subprocess
 import sys
 
@@ -120,6 +121,19 @@ def test_behind_a_proxy_no_direct_connection_is_tried(monkeypatch):
     assert preflight._is_hub_reachable()
 
 
+def test_the_revision_of_a_hub_snapshot_is_known(monkeypatch, checkpoint, tmp_path):
+    import huggingface_hub
+
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "0123abc"
+    shutil.copytree(checkpoint, snapshot)
+    monkeypatch.setattr(preflight, "_is_hub_reachable", lambda: True)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(snapshot / "config.json"))
+    assert preflight.inspect_model("org/name").revision == "0123abc"
+    assert preflight.inspect_model(str(snapshot)).revision == "0123abc"
+    assert preflight.inspect_model(str(checkpoint)).revision is None
+    assert preflight.inspect_model("tiny").revision is None
+
+
 def test_a_hub_id(monkeypatch, checkpoint):
     import huggingface_hub
 
@@ -203,6 +217,10 @@ def test_the_native_backend_without_a_compiler(monkeypatch, tmp_path):
     )
     preflight.check_models(Sweep.from_spec({**GRID, "options": {"engine.backend": "native"}}))
     assert preflight.check(Sweep.from_spec(GRID))  # ``auto`` asks for nothing
+    assert preflight.notices(Sweep.from_spec(GRID)) == [
+        "engine.backend is 'auto': torch runs in place of the ops in C (CC is '/nonexistent', which is no command)."
+    ]
+    assert preflight.notices(Sweep.from_spec({**GRID, "options": {"engine.backend": "torch"}})) == []
 
 
 def test_prompts_are_read_before_anything_runs(tmp_path):

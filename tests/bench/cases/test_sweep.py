@@ -389,3 +389,23 @@ def test_methods_are_rows_families_and_all():
     assert methods("all") == list(METHODS)
     (sentence,) = problems({**GRID, "methods": ["hydr"]})
     assert sentence.startswith("method 'hydr' is unknown: did you mean 'hydra'")
+
+
+def test_the_paths_of_data_files_and_local_models_are_made_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("tiny", "m", "org/name"):
+        (tmp_path / name).mkdir(parents=True)
+
+    def models(*names):
+        return [case.model for case in Sweep.from_spec({**GRID, "models": list(names)}).absolute().cases]
+
+    assert models("tiny", "gpt2", "absent", "org/other") == ["tiny", "gpt2", "absent", "org/other"]
+    assert models("./m") == models("~/m") == [str(tmp_path / "m")]
+    assert models("org/name") == [str(tmp_path / "org" / "name")]
+    options = {"rollout.reward_model": "./m", "data.prompts": "p.jsonl"}
+    (case,) = Sweep.from_spec({**GRID, "methods": ["lora"], "options": options}).absolute().cases
+    assert (case.options.rollout.reward_model, case.options.data.prompts) == (
+        str(tmp_path / "m"), str(tmp_path / "p.jsonl"),
+    )  # fmt: skip
+    assert Sweep.from_spec(GRID).absolute() == Sweep.from_spec(GRID)

@@ -84,7 +84,12 @@ def test_every_flag_reaches_the_case_and_the_settings(call, tmp_path):
     case, options = record["case"], record["case"]["options"]
     assert (case["model"], case["method"], case["prompt_len"], case["completion_len"]) == ("gpt2", "lora", 2, 8)
     assert (case["batch_size"], case["dtype"], options["lora"]["r"], case["seed"]) == (4, "bfloat16", 4, 3)
-    assert options["data"] == {"prompts": "p.jsonl", "prompt_field": "q", "demonstrations": None, "pairs": None}
+    assert options["data"] == {
+        "prompts": str(tmp_path / "p.jsonl"),
+        "prompt_field": "q",
+        "demonstrations": None,
+        "pairs": None,
+    }
     assert (options["ppo"]["gamma"], options["ppo"]["num_mini_batches"]) == (0.5, 2)
     (folder,) = tmp_path.glob("rlhfbench-run-*Z")
     settings = json.loads((folder / "environment.json").read_text())["settings"]
@@ -133,8 +138,8 @@ def test_cases_of_two_settings_are_interleaved_and_resumed(call, tmp_path):
         ["paper", "bfloat16", 4],
         ["modern", "float32", 4],
     ]
-    assert call("run", "--resume", "--out", "a")[0] == 0
-    assert call(*arguments, "--resume")[0] == 0
+    assert call("run", "--resume", "a")[0] == 0
+    assert call(*arguments[:-2], "--resume", "a")[0] == 0
     assert read_records("a") == records
     # A sweep file can name them too, and a flag beside it wins.
     (tmp_path / "s.toml").write_text('settings = ["paper", "modern"]\n[options.lora]\nr = 2\n')
@@ -155,13 +160,67 @@ def test_a_run_without_an_ok_case_exits_with_3(call):
 
 @pytest.mark.usefixtures("fake")
 def test_a_run_is_resumed_by_the_same_command_or_by_its_folder_alone(call):
-    arguments = ("run", *SMALL, *kind("ok"), "--out", "here")
-    assert call(*arguments)[0] == 0
-    assert call(*arguments, "--resume")[0] == 0
-    assert call("run", "--resume", "--out", "here")[0] == 0
+    arguments = ("run", *SMALL, *kind("ok"))
+    assert call(*arguments, "--out", "here")[0] == 0
+    assert call(*arguments, "--resume", "here")[0] == 0
+    assert call("run", "--resume", "here")[0] == 0
     assert len(read_records("here")) == 1
-    code, _, err = call(*arguments, "--lora-rank", "2", "--resume")
+    code, _, err = call(*arguments, "--lora-rank", "2", "--resume", "here")
     assert (code, err) == (2, "out 'here' holds a run of a different sweep: lora.r 2 instead of 16.\n")
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_resumed_run_takes_its_settings_from_the_folder_unless_they_are_given_again(call):
+    flags = ("--time-budget-s", "1.5", "--case-timeout-s", "9", "--memory-limit", "1GiB", "--threads", "1")
+    call("run", *SMALL, *kind("exit"), *flags, "--profile", "--with-plan", "--out", "here")
+    assert call("run", "--resume", "here", "--retry", "crashed")[0] == 3
+    given = ("--threads", "2", "--no-profile", "--time-budget-s", "1")
+    code, _, err = call("run", "--resume", "here", *given)
+    assert (code, "threads 2 instead of 1" in err) == (3, True)
+    environment = json.loads(Path("here/environment.json").read_text())
+    first, second, third = (e["settings"] for e in (environment, *environment["resumed"]))
+    assert (first["memory_limit_bytes"], first["profile"], first["with_plan"]) == (2**30, True, True)
+    assert second == first
+    assert third == {**first, "num_threads": 2, "profile": False, "time_budget_s": 1.0}
+    assert [r["run"]["segment"] for r in read_records("here")] == [1]
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_resumed_search_for_the_largest_batch_goes_on_searching(call):
+    arguments = ("run", *SMALL, *kind("oom-from-batch-4"), "--max-batch", "--max-batch-limit", "3", "--json")
+    first = call(*arguments, "--out", "here")
+    assert json.loads(first[1])[0]["largest_ok"] == 3
+    assert call("run", "--resume", "here", "--json")[1] == first[1]
+    grown = json.loads(call("run", "--resume", "here", "--json", "--max-batch-limit", "8")[1])
+    assert (grown[0]["largest_ok"], grown[0]["smallest_failing"]) == (3, 4)
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_run_with_data_and_a_local_model_is_resumed_from_any_folder(call, tmp_path, monkeypatch, checkpoint):
+    (tmp_path / "p.jsonl").write_text('{"ok": "hello"}\n')
+    (tmp_path / "m").symlink_to(checkpoint("llama"))
+    flags = ("--model", "./m", "--prompts", "p.jsonl", "--prompt-field", "ok")
+    assert call("run", *SMALL, *flags, "--out", "here")[0] == 0
+    (record,) = read_records("here")
+    assert record["case"]["model"] == str(tmp_path / "m")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    code, _, err = call("run", "--resume", "../here")
+    assert (code, err) == (0, "The run is in ../here.\n")
+    assert read_records("../here") == [record]
+    # Another content is another case.
+    (tmp_path / "p.jsonl").write_text('{"ok": "good bye"}\n')
+    code, _, err = call("run", "--resume", "../here")
+    file = tmp_path / "p.jsonl"
+    assert (code, err) == (2, f"data file '{file}' has changed since the run started: name a new folder.\n")
+
+
+def test_a_recorded_setting_that_breaks_its_rule_is_one_sentence(call, tmp_path):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "sweep.toml").write_text("seq_lens = [8]\n")
+    (tmp_path / "here" / "environment.json").write_text('{"settings": {"num_threads": "many", "later": 1}}')
+    code, _, err = call("run", "--resume", "here")
+    assert (code, err) == (2, "num_threads is 'many': it must be a whole number from 1 to 1024 or none.\n")
 
 
 @pytest.mark.usefixtures("fake")
@@ -175,7 +234,7 @@ def test_an_interrupt_prints_the_command_that_resumes(call, monkeypatch):
     assert (code, out) == (130, "")
     assert err.splitlines() == [
         "Interrupted: 2 cases are recorded in a folder.",
-        "To resume: rlhfbench run --methods hydra --seq-lens 8 --batch-sizes 1 --out 'a folder' --resume",
+        "To resume: rlhfbench run --resume 'a folder'",
     ]
 
 
@@ -187,7 +246,7 @@ def test_a_full_disk_prints_the_command_that_resumes(call, monkeypatch):
     code, _, err = call("run", *SMALL, "--out=x")
     assert code == 2
     assert err.splitlines()[0] == "records file 'x' cannot be written: No space left on device."
-    assert err.splitlines()[1].endswith("--out=x --resume")
+    assert err.splitlines()[1].endswith("rlhfbench run --resume x")
 
 
 def test_a_fork_server_that_does_not_start_exits_with_3(call, monkeypatch):
@@ -215,10 +274,13 @@ WRONG = [
         ("run", "--seq-lens", "9999"),
         "a length of 9999 (4999 + 5000) is too long for model 'tiny': it has 4096 positions.",
     ),
-    (("run", "--lora-rank", "0"), "lora.r is 0: it must be a whole number of at least 1."),
+    (("run", "--lora-rank", "0"), "lora.r is 0: it must be a whole number from 1 to 2147483647."),
     (("run", "--lora-rank", "x"), "--lora-rank is 'x': it must be a whole number."),
     (("run", "--time-budget-s", "x"), "--time-budget-s is 'x': it must be a number."),
-    (("run", "--time-budget-s", "nan"), "time_budget_s is nan: it must be above 0."),
+    (
+        ("run", "--time-budget-s", "nan"),
+        "time_budget_s is nan: it must be a finite number above 0 and at most 1000000.",
+    ),
     (("run", "--seed", "-1"), "seed is -1: it must be a whole number of at least 0 and below 9223372036854775808."),
     (("run", "--prompt-fraction", "2"), "prompt_fraction is 2.0: it must be a number between 0 and 1."),
     (("run", "--prompts", "absent.jsonl"), "prompts 'absent.jsonl' cannot be read: No such file or directory."),
@@ -234,12 +296,20 @@ WRONG = [
     (("run", "--option", "gamma=1"), "option 'gamma' is now called 'ppo.gamma'."),
     (("run", "--sweep", "absent.toml"), "sweep file 'absent.toml' cannot be read: No such file or directory."),
     (("run", "--sweep", "typo.toml"), "sweep key 'metods' is unknown: did you mean 'methods'"),
-    (("run", "--time-budget-s", "0"), "time_budget_s is 0.0: it must be above 0."),
+    (("run", "--time-budget-s", "0"), "time_budget_s is 0.0: it must be a finite number above 0 and at most 1000000."),
     (("run", "--memory-limit", "much"), "--memory-limit is 'much': it must be a size like 4GiB"),
-    (("run", "--resume"), "--resume needs --out"),
+    (("run", "--resume"), "Option '--resume' requires an argument."),
+    (("run", "--resume", "absent"), "resume 'absent': there is no run in it, so there is nothing to resume."),
+    (("run", "--resume", "full"), "resume 'full': there is no run in it"),
+    (("run", "--resume", "old", "--out", "old"), "--out is 'old': it must be left out, since --resume names"),
+    (("run", "--retry", "crashed"), "--retry is 'crashed': it needs --resume DIR."),
+    (("run", "--resume", "old", "--retry", "crash"), "--retry 'crash' is unknown: did you mean 'crashed'?"),
+    (("run", "--resume", "old", "--retry", "ok"), "--retry 'ok' is unknown"),
+    (("run", "--threads", "100000"), "num_threads is 100000: it must be a whole number from 1 to 1024"),
+    (("run", "--case-timeout-s", "inf"), "case_timeout_s is inf: it must be a finite number above 0 and at most"),
     (("run", "--out", "full"), "out 'full' holds files of something else: name an empty or a new folder."),
     (("run", "--out", "good.jsonl/x"), "out 'good.jsonl/x' cannot be written: Not a directory."),
-    (("run", "--out", "old"), "out 'old' holds another run: add --resume to continue it, or name a new folder."),
+    (("run", "--out", "old"), "out 'old' holds another run: continue it with --resume, or name a new folder."),
     (("run", "--sed", "1"), "No such option: --sed"),
     (("rum",), "No such command 'rum'"),
     (("report", "absent"), "records file 'absent' cannot be read: No such file or directory."),
@@ -278,6 +348,32 @@ def test_cuda_without_a_cuda_device(call, monkeypatch):
 
     monkeypatch.setattr(preflight, "num_cuda_devices", lambda: 0)
     assert call("run", "--device", "cuda") == (2, "", "device 'cuda': this machine has no CUDA device.\n")
+
+
+def test_a_system_without_fork_says_so_before_anything_is_imported_or_written(tmp_path):
+    code = (
+        "import os, sys, psutil\ndel os.fork\nsys.modules['resource'] = sys.modules['fcntl'] = None\n"
+        "from rlhfbench.cli import main as cli\nsys.exit(cli.invoke(['run', '--out', 'here']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, len(done.stderr.splitlines())) == (3, 1)
+    assert "run needs os.fork, which this system lacks" in done.stderr
+    assert not (tmp_path / "here").exists()
+
+
+@pytest.mark.parametrize("closing", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_error(closing):
+    code = "import sys; from rlhfbench.cli import main; sys.argv[1:] = ['methods']; main.main()"
+    command = f'"{sys.executable}" -c "{code}" {closing}'
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_ascii_terminal_gets_every_table(monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    code = "from rlhfbench.cli import main as cli; print('\u00b7') if cli.invoke(['models']) == 0 else 0"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr, done.stdout[-2:]) == (0, "", "?\n")
 
 
 def test_ctrl_c_and_sigterm_leave_a_run_that_can_be_resumed(tmp_path):
@@ -418,7 +514,7 @@ def test_plan_takes_every_option_of_run_that_defines_a_case(call):
 
     only_run = {
         "--time-budget-s", "--case-timeout-s", "--memory-limit", "--threads", "--profile", "--with-plan",
-        "--max-batch", "--max-batch-limit", "--resume",
+        "--max-batch", "--max-batch-limit", "--resume", "--retry",
     }  # fmt: skip
     assert options("run") - options("plan") == only_run
     assert options("plan") - options("run") == {"--gpu", "--zero-stage", "--world-size", "--global-batch"}

@@ -113,10 +113,12 @@ def test_the_measurements_in_their_order(fake, tmp_path):
         "engine",
         "attention",
         "kernels",
+        "num_threads",
         "ceilings",
         "timeline",
     }
     assert set(result) == objects
+    assert result["num_threads"] == torch.get_num_threads()
     assert result["prompts"] == step.data_summary()
     assert result["ceilings"] == CEILINGS
     assert result["timeline"] is None

@@ -4,7 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from rlhfbench.cases import preflight
 from rlhfbench.measure.nvml import NvmlSampler
+from rlhfbench.runs import max_batch
 
 MIB = 2**20
 
@@ -118,3 +120,87 @@ def test_a_device_that_stops_answering_is_no_error(nvml):
 def test_before_the_block_the_peak_is_none(nvml):
     nvml(FakeNvml())
     assert NvmlSampler(1).peak_bytes(7) is None
+
+
+class FourGpus:
+    """Stands in for pynvml on a machine of four devices, whose memory tells them apart."""
+
+    class NVMLError(Exception):
+        pass
+
+    UUIDS = ("GPU-aa11", "GPU-aa22", "GPU-bb33", "GPU-cc44")
+
+    def nvmlInit(self):  # noqa: N802
+        pass
+
+    def nvmlShutdown(self):  # noqa: N802
+        pass
+
+    def nvmlDeviceGetCount(self):  # noqa: N802
+        return 4
+
+    def nvmlDeviceGetHandleByIndex(self, index):  # noqa: N802
+        if index not in range(4):
+            raise self.NVMLError
+        return index
+
+    def nvmlDeviceGetHandleByUUID(self, uuid):  # noqa: N802
+        assert uuid == "MIG-1"
+        return 9
+
+    def nvmlDeviceGetUUID(self, handle):  # noqa: N802
+        return self.UUIDS[handle].encode() if handle else self.UUIDS[handle]
+
+    def nvmlDeviceGetMemoryInfo(self, handle):  # noqa: N802
+        return SimpleNamespace(total=handle + 1, used=handle + 1)
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle):  # noqa: N802
+        return [process(7, handle + 1)]
+
+
+@pytest.mark.parametrize(
+    ("visible", "devices"),
+    [
+        (None, [0, 1, 2, 3]),
+        ("2", [2]),
+        ("3,1", [3, 1]),
+        (" 3 , 0 ", [3, 0]),
+        ("GPU-bb33,GPU-aa1", [2, 0]),
+        ("1,GPU-cc44", [1, 3]),
+        ("GPU-aa", []),  # two devices begin so
+        ("0,9,1", [0]),  # what follows a wrong entry is ignored
+        ("0,-1,1", [0]),
+        ("0,0", []),
+        ("", []),
+        ("NoDevFiles", []),
+        ("9" * 5000, []),
+        ("MIG-1,2", [9, 2]),
+    ],
+)
+def test_cuda_visible_devices_maps_to_the_devices_of_the_driver_everywhere(nvml, monkeypatch, visible, devices):
+    nvml(FourGpus())
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert preflight.num_cuda_devices() == len(devices)
+    memory = [device + 1 for device in devices]
+    assert [max_batch.device_bytes(f"cuda:{index}") for index in range(4)] == memory + [None] * (4 - len(memory))
+    for index in range(4):
+        with NvmlSampler(index, interval_s=1000) as sampler:
+            pass
+        assert sampler.available == (index < len(devices))
+        assert sampler.peak_bytes(7) == (memory[index] if index < len(memory) else None)
+
+
+def test_without_nvml_the_files_of_the_driver_are_counted(nvml, monkeypatch, tmp_path):
+    nvml(None)
+    monkeypatch.setattr(preflight, "_DRIVER_GPUS", tmp_path / "gpus")
+    assert preflight.num_cuda_devices() == 0
+    for index, uuid in enumerate(FourGpus.UUIDS):
+        (tmp_path / "gpus" / f"0000:0{index}").mkdir(parents=True)
+        (tmp_path / "gpus" / f"0000:0{index}" / "information").write_text(f"Model: X\nGPU UUID: \t {uuid}\n")
+    assert preflight.num_cuda_devices() == 4
+    for visible, number in (("3,0", 2), ("GPU-cc44,GPU-zz", 1), ("", 0)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert preflight.num_cuda_devices() == number

@@ -28,7 +28,7 @@ def test_a_record_has_every_key_with_none_for_absent_values():
     made = record("oom")
     assert set(made) == {
         "schema", "case", "world", "outcome", "error", "memory", "latency", "work", "stats", "prompts", "engine",
-        "attention", "kernels", "plan", "started_at", "wall_s",
+        "attention", "kernels", "plan", "run", "num_threads", "started_at", "wall_s",
     }  # fmt: skip
     assert made["schema"] == 2
     assert set(made["case"]) == {
@@ -163,3 +163,22 @@ def test_a_run_has_one_writer(tmp_path):
     with RecordsFile(tmp_path), pytest.raises(RunFolderError, match="another rlhfbench is running in it"):
         RecordsFile(tmp_path)
     RecordsFile(tmp_path).__exit__()
+
+
+def test_of_a_case_that_a_run_tried_again_the_newest_record_is_read(tmp_path):
+    def of(run, outcome, batch_size=1):
+        case = dataclasses.replace(CASE, batch_size=batch_size)
+        made = make_record(case, outcome=outcome, error=None, measured={}, started_at="2026-01-01", wall_s=1.5)
+        return {**made, "run": {"id": run, "segment": 0, "host": None}}
+
+    written = [of(None, "oom"), of("a", "crashed"), of("a", "ok", 2), of("b", "timeout"), of("a", "ok")]
+    append(tmp_path, *written)
+    assert read_records(tmp_path) == written[2:]
+    with RecordsFile(tmp_path) as file:
+        file.append(of("b", "ok"))
+        assert file.records == [written[2], written[4], of("b", "ok")] == read_records(tmp_path)
+
+
+def test_records_that_name_no_run_are_all_kept(tmp_path):
+    append(tmp_path, record("oom"), record("ok"))
+    assert [r["outcome"] for r in read_records(tmp_path)] == ["oom", "ok"]

@@ -4,6 +4,8 @@ import os
 import platform
 import subprocess
 
+import pytest
+
 from rlhfbench.runs import environment
 
 
@@ -29,6 +31,52 @@ def test_the_environment_is_complete_and_survives_json():
 def test_the_threads_are_the_usable_cores_unless_they_are_set():
     found = environment.describe(argv=[], settings={"num_threads": None})
     assert found["num_threads"] == len(os.sched_getaffinity(0))
+
+
+def test_variables_load_and_revisions_are_kept(monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
+    monkeypatch.setenv("HF_TOKEN", "hidden")
+    found = environment.describe(argv=[], settings={}, revisions={"org/name": "abc"})
+    assert found["variables"].items() >= {
+        "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": "1", "MALLOC_ARENA_MAX": "2",
+    }.items()  # fmt: skip
+    assert all(
+        name.startswith(("OMP_", "MKL_", "KMP_", "GOMP_", "MALLOC_", "CUDA_", "PYTORCH_"))
+        for name in found["variables"]
+    )
+    assert "hidden" not in json.dumps(found)
+    assert all(load >= 0 for load in found["load_average"])
+    assert len(found["load_average"]) == 3
+    assert found["revisions"] == {"org/name": "abc"}
+
+
+HERE = {"host": "a", "num_threads": 2, "python": "3.12.1", "versions": {"torch": "2.11"}, "source": {"commit": "abc"}}
+
+
+@pytest.mark.parametrize(
+    ("now", "earlier", "says"),
+    [
+        ({}, [{}], None),
+        ({"started_at": 1}, [{}], None),
+        ({"host": "b", "num_threads": 1}, [{}], "host b instead of a; threads 1 instead of 2."),
+        ({"versions": {"torch": "2.12"}}, [{}, {"versions": {"torch": "2.10"}}], "torch 2.12 instead of 2.11, 2.10."),
+        ({}, [{}, {"source": {"commit": "old"}}], "commit abc instead of old."),
+        ({"source": {"commit": None}}, [{}], "commit unknown instead of abc."),
+        ({"source": {"commit": "abc"}}, [{"source": {"commit": None}}], None),
+        ({"gpus": [{"name": "H100"}]}, [{"gpus": [{"name": "T4"}] * 2}], "GPUs H100 instead of T4 + T4."),
+        ({"variables": {"OMP_NUM_THREADS": "2"}}, [{"variables": {}}], "variables OMP_NUM_THREADS=2 instead of none."),
+        ({"revisions": {"m": "b"}}, [{"revisions": {"m": "a"}}], "revisions m=b instead of m=a."),
+        ({}, [{"host": 3, "gpus": [1], "versions": []}], "host a instead of 3; GPUs unknown instead of None."),
+    ],
+)
+def test_the_changes_since_earlier_segments_are_one_sentence(now, earlier, says):
+    found = environment.changes({**HERE, **now}, [{**HERE, **segment} for segment in earlier])
+    if says is None:
+        assert found is None
+    else:
+        assert found == f"Resumed under other conditions: {says} Times before and after do not compare."
 
 
 def test_the_commit_of_a_checkout_and_whether_it_is_dirty(tmp_path):

@@ -21,14 +21,16 @@ def test_a_new_folder_gets_its_sweep_and_can_be_resumed(tmp_path):
     folder.prepare(SWEEP, resume=True)
 
 
-def test_an_empty_folder_is_treated_as_a_new_one_even_with_resume(tmp_path):
-    RunFolder(tmp_path).prepare(SWEEP, resume=True)
-    assert RunFolder(tmp_path).load_sweep() == SWEEP
+@pytest.mark.parametrize("name", [".", "absent"])
+def test_without_a_run_there_is_nothing_to_resume(tmp_path, name):
+    with pytest.raises(RunFolderError, match="there is no run in it, so there is nothing to resume"):
+        RunFolder(tmp_path / name).prepare(SWEEP, resume=True)
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_folder_with_another_run(tmp_path):
     RunFolder(tmp_path).prepare(SWEEP, resume=False)
-    with pytest.raises(RunFolderError, match="holds another run: add --resume"):
+    with pytest.raises(RunFolderError, match="holds another run: continue it with --resume"):
         RunFolder(tmp_path).prepare(SWEEP, resume=False)
 
 
@@ -62,9 +64,12 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 
 def test_the_environment_of_every_start_is_kept(tmp_path):
     folder = RunFolder(tmp_path)
-    for number in range(3):
-        folder.write_environment({"started_at": number})
+    segments = [folder.write_environment({"started_at": number, "host": f"h{number}"}) for number in range(3)]
     kept = json.loads((tmp_path / "environment.json").read_text())
+    assert len({segment.run_id for segment in segments} | {kept.pop("run_id")}) == 1
+    assert [(segment.number, segment.host) for segment in segments] == [(0, "h0"), (1, "h1"), (2, "h2")]
+    for environment in (kept, *kept["resumed"]):
+        del environment["host"]
     assert kept == {"started_at": 0, "resumed": [{"started_at": 1}, {"started_at": 2}]}
 
 

@@ -3,11 +3,13 @@ import io
 import itertools
 import json
 import os
+import platform
+import shutil
 
 import pytest
 
 from rlhfbench.cases.sweep import Sweep
-from rlhfbench.errors import RecordsError, RunFolderError, SweepError
+from rlhfbench.errors import ForkServerError, RecordsError, RunFolderError, SweepError
 from rlhfbench.records.file import RecordsFile, read_records
 from rlhfbench.records.timelines import read_timeline
 from rlhfbench.runs import runner
@@ -49,8 +51,9 @@ def sweep_of(*kinds, **changes):
     )
 
 
-def run(sweep, out, progress=None, *, resume=False, **options):
-    return run_sweep(sweep, out, RunOptions(**options), resume=resume, progress=progress or Watching())
+def run(sweep, out, progress=None, *, resume=False, retry=(), **options):
+    options = RunOptions(**options)
+    return run_sweep(sweep, out, options, resume=resume, retry=retry, progress=progress or Watching())
 
 
 def test_a_run_writes_a_record_per_case_and_its_folder(tmp_path):
@@ -258,6 +261,74 @@ def test_a_torn_last_line_is_run_again(tmp_path):
     assert "1 case to run, 1 already recorded" in progress.text
 
 
+def test_failed_cases_are_run_again_on_request_and_their_newest_record_wins(tmp_path):
+    sweep = sweep_of("ok", "segfault", "exit", "hang")
+    before = run(sweep, tmp_path / "run", case_timeout_s=0.5).records
+    progress = Watching()
+    result = run(sweep, tmp_path / "run", progress, resume=True, retry=["crashed"])
+    assert "2 cases to run, 2 already recorded" in progress.text
+    assert [r["outcome"] for r in result.records] == ["ok", "timeout", "crashed", "crashed"]
+    assert [r["run"]["segment"] for r in result.records] == [0, 0, 1, 1]
+    assert result.records[:2] == [before[0], before[3]]
+    assert read_records(tmp_path / "run") == result.records
+    assert len((tmp_path / "run" / "records.jsonl").read_text().splitlines()) == 6  # nothing is deleted
+
+
+def test_a_case_out_of_memory_that_is_run_again_skips_no_other(tmp_path):
+    small, large = (sweep_of("oom-from-batch-4", batch_size=size).cases[0] for size in (4, 8))
+    sweep = Sweep(cases=(small, large))
+    run(sweep, tmp_path / "run")
+    again = run(sweep, tmp_path / "run", resume=True, retry=["oom"])
+    assert {r["case"]["batch_size"]: (r["outcome"], r["run"]["segment"]) for r in again.records} == {
+        4: ("oom", 1),
+        8: ("skipped", 0),
+    }
+
+
+def test_a_record_names_its_run_segment_host_and_threads(tmp_path):
+    sweep = sweep_of("ok", "segfault")
+    first = run(Sweep(cases=sweep.cases), tmp_path / "run").records
+    again = run(sweep, tmp_path / "run", resume=True, retry=["crashed"]).records
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert [r["run"] for r in (*first, again[1])] == [
+        {"id": environment["run_id"], "segment": segment, "host": platform.node()} for segment in (0, 0, 1)
+    ]
+    assert [r["num_threads"] for r in again] == [5, None]
+
+
+def test_a_resumed_run_keeps_its_options_unless_they_are_given_again(tmp_path):
+    options = RunOptions(time_budget_s=3.0, num_threads=2, memory_limit_bytes=2**40, with_plan=True, case_timeout_s=9)
+    run_sweep(sweep_of("echo", "segfault"), tmp_path / "run", options, progress=Watching())
+    result = run_sweep(
+        sweep_of("echo", "segfault"), tmp_path / "run", resume=True, retry=["crashed"], progress=Watching()
+    )
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["resumed"][0]["settings"] == environment["settings"]
+    assert RunOptions.recorded(environment["settings"]) == options
+    assert result.records[1]["plan"]["total_bytes"] == 7
+
+
+@pytest.mark.parametrize("folder", [".", "absent"])
+def test_without_a_run_to_resume_nothing_starts(tmp_path, folder):
+    progress = Watching()
+    with pytest.raises(RunFolderError, match="there is no run in it"):
+        run(sweep_of("ok"), tmp_path / folder, progress, resume=True)
+    assert (progress.text, list(tmp_path.iterdir())) == ("", [])
+
+
+def test_a_resumed_run_says_what_changed(tmp_path, monkeypatch):
+    sweep = sweep_of("ok", "chatter")
+    run(sweep, tmp_path / "run")
+    monkeypatch.setattr("platform.node", lambda: "elsewhere")
+    progress = Watching()
+    run(sweep, tmp_path / "run", progress, resume=True, num_threads=7)
+    (line,) = progress.text.splitlines()
+    assert "host elsewhere instead of " in line
+    assert "threads 7 instead of " in line
+    hosts = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert [hosts["resumed"][0]["host"], hosts["host"] != "elsewhere"] == ["elsewhere", True]
+
+
 def test_a_resumed_run_skips_by_recorded_oom_cases(tmp_path):
     small, large = (sweep_of("oom-from-batch-4", batch_size=size).cases[0] for size in (4, 8))
     sweep = Sweep(cases=(small, large))
@@ -300,10 +371,10 @@ def test_every_wrong_run_option_is_reported():
     with pytest.raises(SweepError) as caught:
         RunOptions(time_budget_s=0, case_timeout_s=-1.0, num_threads=0, memory_limit_bytes=0)
     assert caught.value.problems == (
-        "time_budget_s is 0: it must be above 0.",
-        "num_threads is 0: it must be above 0.",
-        "case_timeout_s is -1.0: it must be above 0.",
-        "memory_limit_bytes is 0: it must be above 0.",
+        "time_budget_s is 0: it must be a finite number above 0 and at most 1000000.",
+        "num_threads is 0: it must be a whole number from 1 to 1024 or none.",
+        "case_timeout_s is -1.0: it must be a finite number above 0 and at most 1000000.",
+        "memory_limit_bytes is 0: it must be a whole number from 1 to 1152921504606846976 or none.",
     )
 
 
@@ -345,6 +416,38 @@ def test_without_nvml_the_driver_peak_is_null_and_one_notice_says_so(tmp_path, m
     result = run(sweep_of("ok", "chatter", device="cuda"), tmp_path / "run", progress)
     assert [r["memory"]["views"]["driver_peak_bytes"] for r in result.records] == [None, None]
     assert progress.text.count("NVML is not available") == 1
+
+
+@pytest.mark.parametrize(("name", "says"), [("fork", "on Windows"), ("waitid", "on macOS from 3.13")])
+def test_a_system_that_cannot_fork_cases_is_one_sentence_and_writes_nothing(tmp_path, monkeypatch, name, says):
+    monkeypatch.delattr(os, name)
+    with pytest.raises(ForkServerError, match=says):
+        run(sweep_of("ok"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_is_removed_in_mid_run_is_one_sentence(tmp_path):
+    class Removing(Watching):
+        def finish_case(self, case, record):
+            shutil.rmtree(tmp_path / "run")
+
+    with pytest.raises(RunFolderError, match="cannot be used any more: No such file or directory"):
+        run(sweep_of("ok", "chatter"), tmp_path / "run", Removing())
+
+
+def test_a_closed_stream_of_progress_ends_no_run(tmp_path):
+    progress = Watching()
+    progress._stream.close()
+    assert run(sweep_of("ok", "chatter"), tmp_path / "run", progress).num_ok == 2
+
+
+def test_a_file_system_without_locks_is_one_sentence(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with pytest.raises(RunFolderError, match="cannot be locked or read: Operation not supported"):
+        run(sweep_of("ok"), tmp_path / "run")
 
 
 def test_oom_kills_are_counted():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -66,6 +67,25 @@ def test_the_id_never_changes(changes: dict[str, object], options: dict[str, obj
     assert Case(**{**GOOD, **changes}, options=Options.of(options)).id == expected
 
 
+def test_a_data_file_counts_in_the_id_by_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def of(path: object) -> str:
+        return Case(**GOOD, options=Options.of({"data.prompts": str(path)})).id
+
+    one, same = tmp_path / "one", tmp_path / "same"
+    assert of(one) != of(same)  # absent files differ by their names
+    one.write_bytes(b"1")
+    same.write_bytes(b"1")
+    before = of(one)
+    assert before == of(same) != Case(**GOOD).id
+    monkeypatch.chdir(tmp_path)
+    assert of("one") == before
+    one.write_bytes(b"2, and more")
+    assert of(one) != before
+    one.write_bytes(b"1")
+    assert of(one) == before
+    assert of(tmp_path) != of("\0")  # neither is a file
+
+
 def test_a_new_option_changes_no_id(monkeypatch: pytest.MonkeyPatch) -> None:
     @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
     class NewPPOOptions(PPOOptions):
@@ -94,11 +114,11 @@ def test_an_integer_for_a_float_is_the_same_case() -> None:
         ({"method": "hydr"}, "method 'hydr' is unknown: did you mean 'hydra'"),
         ({"device": "gpu"}, "device 'gpu' is unknown"),
         ({"dtype": "float23"}, "dtype 'float23' is unknown: did you mean 'float32'"),
-        ({"prompt_len": 0}, "prompt_len is 0: it must be a whole number of at least 1"),
-        ({"completion_len": -3}, "completion_len is -3: it must be a whole number of at least 1"),
+        ({"prompt_len": 0}, "prompt_len is 0: it must be a whole number from 1 to 2147483647"),
+        ({"completion_len": -3}, "completion_len is -3: it must be a whole number from 1 to 2147483647"),
         ({"batch_size": True}, "batch_size is True: it must be a whole number"),
         ({"batch_size": "4"}, "batch_size is '4': it must be a whole number"),
-        ({"options": Options.of({"lora.r": 0})}, "lora.r is 0: it must be a whole number of at least 1"),
+        ({"options": Options.of({"lora.r": 0})}, "lora.r is 0: it must be a whole number from 1 to 2147483647"),
         ({"seed": -1}, "seed is -1: it must be a whole number of at least 0"),
         (
             {"options": Options.of({"rollout.temperature": 0.0})},

@@ -65,6 +65,35 @@ def test_a_missing_file_a_folder_and_bytes(tmp_path):
         read_prompts(tmp_path / "bytes", "q")
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"q": "a"}\n')
+    assert read_prompts(path, "q") == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"q": "\\ud800"}', "field 'q' must be a text"),
+        ("null", "line 1: it must be a JSON object."),
+        ('{"q": null}', "field 'q' must be a text"),
+        ("[" * 100_000, "line 1: it is not JSON."),
+        ('{"q": "' + "x" * 20_000_000 + '"}', "line 1: it has 20,000,009 characters, and a row may have 16,000,000."),
+    ],
+    ids=["lone surrogate", "null row", "null text", "deep", "long"],
+)
+def test_a_hostile_line_is_one_short_sentence(tmp_path, line, says):
+    with pytest.raises(DataError) as caught:
+        read_prompts(write(tmp_path / "p.jsonl", line + "\n"), "q")
+    assert says in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_a_path_with_a_null_character_is_one_sentence():
+    with pytest.raises(DataError, match="is no path: it holds a null character"):
+        read_prompts("a\0b", "q")
+
+
 def test_reading_prompts_imports_no_torch():
     code = "import sys, rlhfkernels.data.files; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -12,12 +12,14 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 _SOURCES = Path(__file__).parent
 _COMPILERS = ("cc", "gcc", "clang")
 _FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC")
 _TIMEOUT_S = 120
+_HASH_BYTES = hashlib.sha256().digest_size
 
 
 class BuildError(Exception):
@@ -36,21 +38,27 @@ def library() -> ctypes.CDLL:
     try:
         # A second OpenMP library would have its own thread pool, which competes with torch's.
         ctypes.CDLL(openmp, mode=ctypes.RTLD_GLOBAL)
-        return ctypes.CDLL(str(path))
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:
+            path.unlink(missing_ok=True)
+            return ctypes.CDLL(str(library_path()))
     except OSError as error:
         raise BuildError(f"the compiled library cannot be loaded: {error}") from None
 
 
 def library_path() -> Path:
-    """Returns the library's file, compiled if it does not exist yet. Does not import torch.
+    """Returns the library's file, compiled if it does not exist yet or is damaged. Does not import torch.
 
     Raises:
-        BuildError: no compiler, a compiler error, or no writable folder.
+        BuildError: no compiler, a compiler error, no writable folder, or a folder or file that others can write.
     """
     compiler = _compiler()
     try:
         path = _cache_folder() / f"{_key(compiler)}.so"
-        if not path.exists():
+        if path.is_symlink() or path.exists():
+            _check_owner(path, stat.S_ISREG)
+        if not _is_whole(path):
             _compile(compiler, path)
     except OSError as error:
         raise BuildError(f"the compiled library cannot be stored: {error}") from None
@@ -111,22 +119,41 @@ def _cache_folder() -> Path:
     """Returns the user's cache folder, or a folder of the user in the temporary directory if it is not writable."""
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhfbench"
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            return _temporary_folder()
     except (OSError, RuntimeError):  # RuntimeError: the user has no home
-        pass
-    return _temporary_folder()
+        return _temporary_folder()
+    _check_owner(folder.resolve(), stat.S_ISDIR)
+    return folder
 
 
 def _temporary_folder() -> Path:
     folder = Path(tempfile.gettempdir()) / f"rlhfbench-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    # Libraries are loaded from here, so no other user may write to it.
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
-        raise BuildError(f"other users can write to {folder}")
+    _check_owner(folder, stat.S_ISDIR)
     return folder
+
+
+def _check_owner(path: Path, is_kind: Callable[[int], bool]) -> None:
+    """Checks that ``path`` is of the right kind, and that no other user can write to it: code is loaded from there.
+
+    Raises:
+        BuildError: it is something else, belongs to another user, or has a mode that lets others write.
+    """
+    found = path.lstat()
+    if not is_kind(found.st_mode):
+        raise BuildError(f"{path} is in the way: move it elsewhere")
+    if found.st_uid != os.getuid():
+        raise BuildError(f"{path} belongs to another user")
+    if found.st_mode & 0o022:
+        raise BuildError(f"other users can write to {path}: chmod go-w it")
+
+
+def _is_whole(path: Path) -> bool:
+    """True if the file ends with the hash of the rest: a damaged library can kill the process that loads it."""
+    data = path.read_bytes() if path.exists() else b""
+    return data[-_HASH_BYTES:] == hashlib.sha256(data[:-_HASH_BYTES]).digest()
 
 
 def _compile(compiler: list[str], path: Path) -> None:
@@ -145,4 +172,7 @@ def _compile(compiler: list[str], path: Path) -> None:
             errors = [line for line in process.stderr.splitlines() if "error" in line]
             message = errors[0] if errors else f"exit {process.returncode}"
             raise BuildError(f"the C compiler failed: {message}")
+        data = output.read_bytes()
+        output.write_bytes(data + hashlib.sha256(data).digest())  # a loader ignores what follows the sections
+        output.chmod(0o700)
         output.replace(path)

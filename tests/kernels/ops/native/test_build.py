@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
 import stat
 import subprocess
@@ -156,7 +158,64 @@ def test_a_cache_folder_that_is_not_writable(
     assert num_calls(script) == 1
     # A folder that others can write to is refused.
     path.parent.chmod(0o777)
-    assert failure() == f"other users can write to {path.parent}"
+    assert failure() == f"other users can write to {path.parent}: chmod go-w it"
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o702, 0o777])
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_others_can_write_is_not_loaded(compiler: Callable[[str], Path], kind: str, mode: int) -> None:
+    script = compiler(COUNTING)
+    path = build.library_path()
+    assert (stat.S_IMODE(path.stat().st_mode), stat.S_IMODE(path.parent.stat().st_mode)) == (0o700, 0o700)
+    open_to_all = path if kind == "file" else path.parent
+    open_to_all.chmod(mode)
+    assert failure() == f"other users can write to {open_to_all}: chmod go-w it"
+    assert num_calls(script) == 1
+    open_to_all.chmod(0o755)  # others may read
+    assert build.library_path() == path
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_belongs_to_another_user_is_not_loaded(
+    compiler: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    compiler(COUNTING)
+    path = build.library_path()
+    theirs = path if kind == "file" else path.parent
+    whole = Path.lstat
+
+    class Stat:
+        def __init__(self, found: os.stat_result) -> None:
+            self.st_mode, self.st_uid = found.st_mode, found.st_uid + 1
+
+    monkeypatch.setattr(Path, "lstat", lambda self: Stat(whole(self)) if self == theirs else whole(self))
+    assert failure() == f"{theirs} belongs to another user"
+
+
+def test_a_link_in_place_of_the_library_is_not_followed(compiler: Callable[[str], Path], tmp_path: Path) -> None:
+    compiler(COUNTING)
+    path = build.library_path()
+    path.rename(tmp_path / "theirs.so")
+    path.symlink_to(tmp_path / "theirs.so")
+    assert failure() == f"{path} is in the way: move it elsewhere"
+
+
+@pytest.mark.parametrize("damage", ["truncated", "changed", "empty"])
+def test_a_damaged_library_is_built_again(compiler: Callable[[str], Path], damage: str) -> None:
+    script = compiler("#!/bin/sh\n" + COUNTING.partition("\n")[2].replace("cp /dev/null", 'cp "$0"'))
+    path = build.library_path()
+    whole = path.read_bytes()
+    path.write_bytes({"truncated": whole[:-9], "changed": b"x" + whole[1:], "empty": b""}[damage])
+    assert build.library_path() == path
+    assert path.read_bytes() == whole
+    assert num_calls(script) == 2
+
+
+def test_a_library_that_cannot_be_loaded_is_built_again(library: object) -> None:
+    path = build.library_path()
+    path.write_bytes(hashlib.sha256(b"").digest())  # whole, and no library
+    assert build.unavailable_reason() is None
+    assert path.stat().st_size > 1000
 
 
 def test_a_user_without_a_home(
