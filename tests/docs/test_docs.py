@@ -34,7 +34,7 @@ _TINY = "--model tiny --seq-lens 16 --batch-sizes 1 --time-budget-s 0.05 --threa
 # Commands that run, with flags that make them small.
 RUN = {
     "rlhfbench run --model smollm2-135m --methods lora,hydra --seq-lens 128,256 --batch-sizes 4 --out my-run": _TINY,
-    "rlhfbench run --resume --out my-run": "",
+    "rlhfbench run --resume my-run": "",
     "rlhfbench report my-run": "",
     "rlhfbench methods": "",
     "rlhfbench methods --options": "",

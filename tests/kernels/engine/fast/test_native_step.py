@@ -25,7 +25,7 @@ def stepped(case: Case, shake: Callable[[Engine], None], padded: bool) -> tuple[
     step = build_step(case)
     shake(step.engine)
     if padded:
-        step._source._prompts = PADDED
+        step._source._prompts, step._source._has_mask = PADDED, True
     step.optimizers = {}
     batch, stats = step.infer()
     step.update(batch, stats=stats).check_finite()
