@@ -1,4 +1,4 @@
-"""What tests share: small checkpoints, made once a session, and one thread, so that small work is fast anywhere."""
+"""Shared fixtures: small checkpoints, made once a session, and one thread, so that small work is fast anywhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests of the kernels share."""
+"""Shared fixtures of the kernels' tests."""
 
 from __future__ import annotations
 

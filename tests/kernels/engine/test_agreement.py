@@ -39,7 +39,7 @@ def test_wrong_decoding_is_never_run(make_case: Callable[..., Case], monkeypatch
 def test_a_base_without_a_language_model_head_is_checked_too(
     make_case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of method lora, the bases value and reward have scalar heads."""
+    """In the method ``lora``, the bases ``value`` and ``reward`` have scalar heads."""
     make_probe = loading._make_probe
 
     def spoil(name: str, model: object, case: Case, with_lm_head: bool) -> object:

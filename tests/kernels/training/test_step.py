@@ -78,7 +78,7 @@ def test_after_steps_exactly_the_declared_weights_have_changed(
 
 
 def declared_weights(step: TrainingStep) -> set[int]:
-    """What the role table says is trained, found without the engine's own list."""
+    """Ids of the weights that the role table trains, found without the engine's own list."""
     found: set[int] = set()
     for name, role in step.engine.method.roles.items():
         model = step.engine.models[role.base]

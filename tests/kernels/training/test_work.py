@@ -27,7 +27,7 @@ class FlopObserver(Observer):
 
 
 def attention_surplus(step: TrainingStep, phase: str) -> int:
-    """What eager attention computes beyond the causal half that ``phase_work`` counts."""
+    """FLOPs of eager attention beyond the causal half that ``phase_work`` counts."""
     case, config = step.case, step.engine.models[step.engine.method.bases[0]].trunk.config
     channels = (
         config.num_hidden_layers * config.num_attention_heads * (config.hidden_size // config.num_attention_heads)
