@@ -149,7 +149,7 @@ class Case:
         return file
 
     def _count(self, option: str | None) -> int:
-        return 1 if option is None else int(self.options.flat()[option])
+        return 1 if option is None else int(self.options.get(option))  # inside timed phases, where flat() takes 42 us
 
     def to_dict(self) -> dict[str, Any]:
         """The ``case`` object of a record."""

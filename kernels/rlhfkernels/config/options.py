@@ -242,6 +242,11 @@ class Options:
             self, **{group: dataclasses.replace(getattr(self, group), **fields) for group, fields in groups.items()}
         )
 
+    def get(self, name: str) -> Any:
+        """The option with a dotted name."""
+        group, _, field = name.partition(".")
+        return getattr(getattr(self, group), field)
+
     def flat(self) -> dict[str, Any]:
         """Every option by dotted name."""
         return {

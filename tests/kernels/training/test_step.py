@@ -54,7 +54,7 @@ def test_a_reward_model_of_another_size_is_what_critic_and_reward_read(
     for _ in range(2):
         stats = step.run()
         stats.check_finite()
-        assert float(stats["ratio_error"]) < 1e-5 or step.optimizers["actor"].num_steps > 1
+        assert float(stats["ratio_error"]) < 1e-5
     after = {id(tensor): tensor for part, tensor in step.persistent_tensors() if part != "optimizer"}
     assert {key for key, tensor in after.items() if not torch.equal(tensor, before[key])} == declared
     widths = {role: step.engine.models[spec.base].hidden_size for role, spec in step.engine.method.roles.items()}
