@@ -112,7 +112,10 @@ class Timed:
             num_threads=options.num_threads,
             case_timeout_s=options.case_timeout_s,
         )
-        extra = {**({"step": options.step} if options.step else {}), **({"injected": injected} if injected else {})}
+        extra = {
+            **({"step": options.step} if options.step else {}),
+            **({} if injected is None else {"injected": dict(injected)}),
+        }
         self._runner = Runner(run_folder, run_options, self.records, server, Silent(), extra_settings=extra)
 
     def block(self, case: Case) -> Record:
@@ -226,7 +229,7 @@ def findings_of(
             assert problem is not None
             findings.append(Finding(case=case, quantity="", verdict=problem[0], reason=problem[1]))
             continue
-        times += _times(case, base, head, level)
+        times += _times(case, base, head)
         findings += _sizes(case, base, head)
     verdicts = judge([found for *_, found in times], level, effects)
     for (case, quantity, base_s, head_s, found), verdict in zip(times, verdicts, strict=True):
@@ -247,7 +250,7 @@ def _problem(base: Record | None, head: Record | None) -> tuple[Verdict, str] | 
     return None
 
 
-def _times(case: Case, base: Record, head: Record, level: float) -> Iterator[tuple[Case, str, float, float, Estimate]]:
+def _times(case: Case, base: Record, head: Record) -> Iterator[tuple[Case, str, float, float, Estimate]]:
     """Yields every time that both sides have, as the means of the pairs that count."""
     counted = counted_pairs(list(zip(_loads(base), _loads(head), strict=False)), MAX_OTHER_CPU_SHARE)
     pairs = [
@@ -261,7 +264,7 @@ def _times(case: Case, base: Record, head: Record, level: float) -> Iterator[tup
         seconds = [(b[name], h[name]) for b, h in pairs]
         if all(b > 0 and h > 0 for b, h in seconds):
             base_s, head_s = (sum(side) / len(side) for side in zip(*seconds, strict=True))
-            yield case, f"{name} s", base_s, head_s, estimate([math.log(h / b) for b, h in seconds], level)
+            yield case, f"{name} s", base_s, head_s, estimate([math.log(h / b) for b, h in seconds])
 
 
 def _loads(record: Record) -> list[float]:

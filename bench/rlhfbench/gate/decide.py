@@ -3,10 +3,10 @@
 A pair is a block of the base and a block of the head that were timed one after the other, in random order. The ratio of
 a pair is free of what both share. The interval of a ratio is Student's t of the logarithms of the ratios of pairs.
 
-A time has changed if its p-value, corrected by Holm over the whole sweep, is below the significance level *and* its
-interval lies wholly beyond the smallest effect that counts. It is the same if its interval excludes every effect that
-the gate promises to find. Anything between is ambiguous: more pairs are timed. Each look spends a part of the
-significance level, so that looking again raises no false alarm.
+A time has changed if its p-value, corrected by Holm over the whole sweep, is below the level of this look *and* its
+95 % interval lies wholly beyond the smallest effect that counts. It is the same if its interval excludes every effect
+that the gate promises to find. Anything between is ambiguous: more pairs are timed. The levels of all looks add up to
+5 %, so that looking again raises no false alarm.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Estimate:
 
     Attributes:
         ratio: Geometric mean over the pairs.
-        low: Lower end of its interval.
+        low: Lower end of its 95 % interval.
         high: Upper end.
         p_value: Two-sided, of no change.
         num_pairs: Pairs behind it.
@@ -57,23 +57,18 @@ class Estimate:
     num_pairs: int
 
 
-def estimate(logs: Sequence[float], level: float) -> Estimate:
-    """Returns the estimate from the ratios of pairs.
-
-    Args:
-        logs: Logarithms of the ratios of at least two pairs.
-        level: Of significance: the interval covers with 1 - ``level``.
-    """
+def estimate(logs: Sequence[float]) -> Estimate:
+    """Returns the estimate from the logarithms of the ratios of at least two pairs."""
     from scipy.special import stdtr, stdtrit
 
     num = len(logs)
     mean, spread = statistics.fmean(logs), statistics.stdev(logs) / math.sqrt(num)
-    width = float(stdtrit(num - 1, 1 - level / 2)) * spread
+    width = float(stdtrit(num - 1, 1 - SIGNIFICANCE / 2)) * spread
     return _estimate(mean, width, 2 * float(stdtr(num - 1, -abs(mean) / spread)) if spread else float(mean == 0), num)
 
 
 def estimate_unpaired(base: Sequence[float], head: Sequence[float]) -> Estimate:
-    """Returns the estimate from blocks of two runs, which share no rounds: Welch's interval of logarithms, at 95 %.
+    """Returns the estimate from blocks of two runs, which share no rounds: Welch's interval of logarithms.
 
     Args:
         base: Seconds of at least two blocks.

@@ -126,7 +126,7 @@ def _compare(
             for _ in range(num_new):
                 for name, value in next(draws[place]).items():
                     kept[place].setdefault(name, []).append(value)
-        flat = [(place, estimate(logs, level)) for place, case in enumerate(kept) for logs in case.values()]
+        flat = [(place, estimate(logs)) for place, case in enumerate(kept) for logs in case.values()]
         judged = judge([found for _, found in flat], level, effects)
         verdicts = [
             {said for (of, _), said in zip(flat, judged, strict=True) if of == place} for place in range(len(cases))

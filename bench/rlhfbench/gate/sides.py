@@ -106,9 +106,9 @@ def checked_out(revision: str, root: Path, name: str, roots: Sequence[str]) -> I
     commit = commit_of(revision, root)
     with temporary_folder() as folder:
         # An archive and not a worktree: it leaves nothing in the repository, whatever ends this process.
-        archive = subprocess.Popen(["git", "archive", commit], cwd=root, stdout=subprocess.PIPE)
-        subprocess.run(["tar", "-x", "-C", str(folder)], stdin=archive.stdout, check=True)
-        if archive.wait() != 0:
+        with subprocess.Popen(["git", "archive", commit], cwd=root, stdout=subprocess.PIPE) as archive:
+            unpacked = subprocess.run(["tar", "-x", "-C", str(folder)], stdin=archive.stdout, check=False)
+        if archive.returncode or unpacked.returncode:
             raise GateError(f"revision '{revision}' cannot be checked out.")
         paths = [folder / Path(path).relative_to(root) for path in roots]
         present = tuple(str(path) for path in paths if path.is_dir())

@@ -162,7 +162,7 @@ def run_measurements(
         timing = time_steps(step, case, options.time_budget_s / num_blocks, options.precision, notify)
         if options.block == 0:
             result = _measure_once(step, case, options, timing, notify)
-    work = phase_work(step) if isinstance(step, TrainingStep) else {}
+    work = phase_work(cast(TrainingStep, step)) if options.step is None else {}
     if options.block == 0:
         result["latency"]["num_blocks"] = num_blocks
         result["work"] = {"phases": {name: dataclasses.asdict(item) for name, item in work.items()}}
