@@ -1,4 +1,4 @@
-"""Host memory of this process: resident set now, and its peak since the last reset."""
+"""Host memory of this process: its resident set now, and its peak."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from pathlib import Path
 import psutil
 
 _STATUS = Path("/proc/self/status")
-_CLEAR = Path("/proc/self/clear_refs")
-_RESET_PEAK = "5"
 
 
 def resident_bytes() -> int:
@@ -18,17 +16,8 @@ def resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def reset_peak() -> bool:
-    """Resets the peak to the current resident set; returns ``False`` where the system does not permit it."""
-    try:
-        _CLEAR.write_text(_RESET_PEAK)
-    except OSError:
-        return False
-    return True
-
-
 def peak_resident_bytes() -> int:
-    """Returns the largest resident set since the last reset, or since the process began if there was none."""
+    """Returns the largest resident set since this process began."""
     try:
         lines = _STATUS.read_text().splitlines()
     except OSError:

@@ -4,6 +4,7 @@ The resident set says as much as the ledger only if freed memory leaves the proc
 variables have it do so: allocations from 64 KiB on are mappings of their own, and the heap is trimmed.
 """
 
+import itertools
 import json
 import os
 import platform
@@ -14,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhfbench.measure import host
 from rlhfbench.measure.ledger import Ledger, block_bytes
 from rlhfbench.measure.measurements import Announcer, run_under_ledger
 from rlhfkernels import Case, Options
@@ -53,7 +53,7 @@ def views():
     """``views[batch][phase]["peak" or "end"]`` is (resident, ledger), in bytes above the start of the step."""
     if platform.libc_ver()[0] != "glibc":
         pytest.skip("only glibc's allocator can be told to give memory back at once")
-    if not host.reset_peak():
+    if not os.access("/proc/self/clear_refs", os.W_OK):
         pytest.skip("this system has no /proc/self/clear_refs, which resets the peak of the resident memory")
     child = Path(__file__).with_name("resident_child.py")
     process = subprocess.run(
@@ -75,7 +75,7 @@ def close(size):
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_what_a_larger_batch_adds_to_a_phase_is_resident(views, phase):
-    for small, large in zip(BATCH_SIZES, BATCH_SIZES[1:], strict=False):
+    for small, large in itertools.pairwise(BATCH_SIZES):
         resident, counted = (views[large][phase]["peak"][i] - views[small][phase]["peak"][i] for i in (0, 1))
         assert resident == close(counted), (small, large)
         if phase.startswith("update"):
@@ -124,7 +124,7 @@ def test_what_a_larger_batch_adds_is_what_the_cuda_allocator_hands_out():
         run_under_ledger(step, ledger, Announcer(lambda name: None, ledger, allocator))
         counted[batch_size] = {phase: peak.total_bytes for phase, peak in ledger.peaks.items()}
         allocated[batch_size] = allocator.peaks
-    for small, large in zip(BATCH_SIZES, BATCH_SIZES[1:], strict=False):
+    for small, large in itertools.pairwise(BATCH_SIZES):
         for phase in PHASES:
             added = counted[large][phase] - counted[small][phase]
             assert allocated[large][phase] - allocated[small][phase] == close(added), (phase, small, large)

@@ -75,6 +75,14 @@ def test_a_run_writes_a_record_per_case_and_its_folder(tmp_path):
     assert [path.name for path in (tmp_path / "run" / "logs").iterdir()] == [f"{sweep.cases[1].id}.log"]
 
 
+def test_the_resident_memory_means_the_same_for_every_outcome(tmp_path):
+    records = run(sweep_of("ok", "large", "large-then-fails", "large-then-dies"), tmp_path / "run").records
+    assert [r["outcome"] for r in records] == ["ok", "ok", "oom", "crashed"]
+    least, *peaks = (r["memory"]["views"]["host_peak_bytes"] for r in records)
+    assert min(peaks) > least + 250 * 2**20
+    assert peaks == pytest.approx([peaks[0]] * 3, rel=0.03)
+
+
 def test_a_case_receives_its_options_and_the_ceilings_of_an_earlier_one(tmp_path):
     result = run(sweep_of("echo", "ok", "echo2"), tmp_path / "a")  # echo2 is no behaviour: it crashes
     assert [r["outcome"] for r in result.records] == ["ok", "ok", "crashed"]
