@@ -132,10 +132,9 @@ def _numbers(frame: pd.DataFrame) -> dict[str, list[str]]:
     for name, heading, _ in NUMBERS:
         scale, ruler = (GIB, "total_bytes") if name.endswith("_bytes") else (1, "total_s_per_sample")
         absent = [outcome_word(outcome) if name == _OUTCOME_COLUMN else ABSENT for outcome in frame["outcome"]]
+        places = decimals.get(name, decimals[ruler])
         cells[heading] = [
-            (ABSENT if pd.isna(value) else number_text(float(value) / scale, decimals.get(name, decimals[ruler])))
-            if ok
-            else word
+            (ABSENT if pd.isna(value) else number_text(float(value) / scale, places)) if ok else word
             for value, ok, word in zip(frame[name], measured, absent, strict=True)
         ]
     return cells

@@ -165,6 +165,9 @@ class Runner:
         progress: receives what happens.
         segment: of the run, which records name.
         retry: outcomes of recorded cases that are run again, once.
+
+    Attributes:
+        memory_limit_bytes: bytes that a case may allocate; at first those of ``options``.
     """
 
     def __init__(
@@ -182,6 +185,7 @@ class Runner:
         self._retried = {record["case"]["id"] for record in records.records if record["outcome"] in retry}
         self._folder, self._options, self._records = folder, options, records
         self._server, self._progress = server, progress
+        self.memory_limit_bytes = options.memory_limit_bytes
         self._nvml_is_missing = False
         self._ceilings: dict[tuple[str, str], dict[str, float]] = {}
 
@@ -287,7 +291,7 @@ class Runner:
         trace_dir = str((self._folder.traces_dir / case.id).absolute()) if options.profile else None
         return {
             "case": case.to_dict(),
-            "memory_limit_bytes": options.memory_limit_bytes,
+            "memory_limit_bytes": self.memory_limit_bytes,
             "settings": {
                 "time_budget_s": options.time_budget_s,
                 "precision": options.precision,
