@@ -138,13 +138,14 @@ class Measurer:
         from rlhfbench.runs.folder import RunFolder
         from rlhfbench.runs.forkserver import ForkServer
         from rlhfbench.runs.options import RunOptions
+        from rlhfbench.runs.progress import Silent
         from rlhfbench.runs.runner import Runner
 
         folder = RunFolder(self._opened.enter_context(tempfile.TemporaryDirectory(prefix="rlhfbench-")))
         folder.prepare(self._sweep, resume=False)
         records = self._opened.enter_context(RecordsFile(folder.path))
         server = self._opened.enter_context(ForkServer())
-        runner = Runner(folder, RunOptions(time_budget_s=self._time_budget_s), records, server, _Silent())
+        runner = Runner(folder, RunOptions(time_budget_s=self._time_budget_s), records, server, Silent())
 
         def run(case: Case) -> dict[str, Any]:
             runner.run([case])
@@ -156,14 +157,6 @@ class Measurer:
     def close(self) -> None:
         """Ends the fork server and removes its files."""
         self._opened.close()
-
-
-class _Silent:
-    """Progress of a run that prints nothing: pytest prints its own."""
-
-    def _ignore(self, *args: object, **kwargs: object) -> None: ...
-
-    begin = start_case = doing = finish_case = begin_blocks = start_block = finish_block = notice = end = _ignore
 
 
 class _SweepModule(pytest.Module):
