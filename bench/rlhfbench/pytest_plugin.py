@@ -101,13 +101,17 @@ class _Benchmarks:
 def _load_sweep(path: str | None) -> Sweep:
     from rlhfbench.cases.preflight import check
     from rlhfbench.cases.sweep import Sweep
-    from rlhfbench.errors import SweepError
+    from rlhfbench.errors import ForkServerError, SweepError
+    from rlhfbench.runs.environment import check_system
 
     try:
+        check_system()
         sweep = Sweep.from_spec(SMALL_GRID) if path is None else Sweep.from_file(path)
         check(sweep)
     except SweepError as error:
         raise pytest.UsageError(*error.problems) from error
+    except ForkServerError as error:
+        raise pytest.UsageError(str(error)) from error
     return sweep
 
 

@@ -157,7 +157,33 @@ def _state(request, send):
     send({"result": {"outcome": "ok", "error": None, "prompts": {"defaults": handlers, "parent": os.getppid()}}})
 
 
+def _large(request, send):
+    """Takes 300 MiB for a moment and ends well."""
+    from rlhfbench.measure import host
+
+    _take_300_mib()
+    views = {"host_peak_bytes": host.peak_resident_bytes()}
+    send({"result": {"outcome": "ok", "error": None, "memory": {**SOME_MEMORY, "views": views}}})
+
+
+def _large_then_fails(request, send):
+    _take_300_mib()
+    send({"result": worker.failure(MemoryError("no room"), "score")})
+
+
+def _large_then_dies(request, send):
+    _take_300_mib()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _take_300_mib():
+    del [b"x" * (300 * 2**20)][:]
+
+
 BEHAVIOURS = {
+    "large": _large,
+    "large-then-fails": _large_then_fails,
+    "large-then-dies": _large_then_dies,
     "ok": _ok,
     "echo": _echo,
     "blocks": _in_blocks,

@@ -367,13 +367,13 @@ def _named_failure(clock: StepClock, notify: Notify) -> Iterator[None]:
 
 @contextmanager
 def _outer_peaks(device: str) -> Iterator[dict[str, int | None]]:
-    """Yields a dictionary that has, after the block, the peaks of the block as allocator and operating system saw them.
+    """Yields a dictionary that has, after the block, the peaks as allocator and operating system saw them.
 
-    The driver's view stays ``None``: it is sampled from outside this process.
+    The allocator's are of the block. The resident set's is since the process began, as it is for a case that fails. The
+    driver's view stays ``None``: it is sampled from outside this process.
     """
     views: dict[str, int | None] = dict.fromkeys(OUTER_VIEWS)
     on_cuda = torch.device(device).type == "cuda"
-    host.reset_peak()
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(device)
     yield views

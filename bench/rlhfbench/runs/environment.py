@@ -88,8 +88,6 @@ def check_system() -> None:
     """
     if not hasattr(os, "fork"):
         raise ForkServerError("run needs os.fork, which this system lacks: on Windows, use its subsystem for Linux.")
-    if not hasattr(os, "waitid"):
-        raise ForkServerError("run needs os.waitid, which Python has on macOS from 3.13 on: use a newer Python.")
 
 
 def check_data_files(now: Mapping[str, str | None], earlier: Sequence[Mapping[str, Any]]) -> None:

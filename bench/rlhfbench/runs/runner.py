@@ -167,6 +167,9 @@ class Runner:
         segment: of the run, which records name.
         retry: outcomes of recorded cases that are run again, once.
         extra_settings: further fields of ``MeasurementOptions`` for every case.
+
+    Attributes:
+        memory_limit_bytes: bytes that a case may allocate; at first those of ``options``.
     """
 
     def __init__(
@@ -186,6 +189,7 @@ class Runner:
         self._retried = {record["case"]["id"] for record in records.records if record["outcome"] in retry}
         self._folder, self._options, self._records = folder, options, records
         self._server, self._progress = server, progress
+        self.memory_limit_bytes = options.memory_limit_bytes
         self._nvml_is_missing = False
 
     def run_missing(self, cases: Iterable[Case]) -> None:
@@ -327,7 +331,7 @@ class Runner:
         trace_dir = str((self._folder.traces_dir / case.id).absolute()) if options.profile and block == 0 else None
         return {
             "case": case.to_dict(),
-            "memory_limit_bytes": options.memory_limit_bytes,
+            "memory_limit_bytes": self.memory_limit_bytes,
             "settings": {
                 "time_budget_s": options.time_budget_s,
                 "precision": options.precision,
