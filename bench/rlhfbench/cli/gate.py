@@ -249,14 +249,8 @@ def _bisect(ends: tuple[str, str], cases: Sweep, folder: Path, options: GateOpti
 
 def _baseline(baseline: Path, folder: Path, options: GateOptions, *, update: bool, memory_only: bool) -> int:
     from rlhfbench.gate import baseline as stored
-    from rlhfbench.runs.options import RunOptions
-    from rlhfbench.runs.runner import run_sweep
 
-    cases = stored.baseline_sweep(baseline)
-    run_sweep(cases, folder, RunOptions(num_threads=options.num_threads))
-    obstacle = None if memory_only else stored.time_obstacle(baseline, folder)
-    with_times = not memory_only and obstacle is None
-    findings = stored.baseline_findings(baseline, folder, options.effects, with_times=with_times)
+    findings, obstacle = stored.compare_with_run(baseline, folder, options, memory_only=memory_only)
     code = _finish(findings, f"the run in {baseline}", "this machine's run", None, as_json=False)
     if obstacle is not None:
         print(obstacle, file=sys.stderr)
