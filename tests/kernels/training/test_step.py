@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 
 import pytest
@@ -138,6 +139,34 @@ def test_mini_batches_take_every_row_once_an_epoch(make_case: Callable[..., Case
     step.run(recorder)
     assert recorder.events.count("+optimize") == 6
     assert step.optimizers["actor"].num_steps == 6
+
+
+@pytest.mark.parametrize("method", ["hydra", "lora"])
+@pytest.mark.parametrize("num_mini_batches", [1, 2, 4])
+def test_the_first_ratio_error_is_of_every_row(
+    make_case: Callable[..., Case], method: str, num_mini_batches: int
+) -> None:
+    """A row whose old log-probabilities are off by 0.5 shows, whichever mini-batch the shuffle puts it in."""
+    for row in range(4):
+        step = build_step(make_case(method, ppo__num_mini_batches=num_mini_batches, optimizer__learning_rate=0.5))
+        batch, stats = step.infer()
+        batch["old_logprobs"][row] -= 0.5
+        assert float(step.update(batch, stats=stats)["ratio_error"]) == pytest.approx(math.exp(0.5) - 1, rel=1e-5)
+
+
+def test_later_steps_run_no_forward_pass_for_statistics(make_case: Callable[..., Case]) -> None:
+    step = build_step(make_case(ppo__num_mini_batches=2))
+    trained: list[bool] = []
+    hidden = step.engine.hidden
+    step.engine.hidden = lambda *rest, train=False, **more: trained.append(train) or hidden(*rest, train=train, **more)
+    counts = []
+    for _ in range(3):
+        batch, _ = step.infer()
+        trained.clear()
+        step.update(batch)
+        counts.append((trained.count(False), trained.count(True)))
+    assert counts[1:] == [(0, 2 * len(step.method.trained_roles))] * 2
+    assert counts[0][0] > 0
 
 
 def test_the_same_seed_gives_the_same_step(make_case: Callable[..., Case]) -> None:
