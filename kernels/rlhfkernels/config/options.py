@@ -88,6 +88,9 @@ class OptimizerOptions:
         weight_decay: decoupled weight decay.
         adam_epsilon: ε of AdamW; it matters under bfloat16.
         max_grad_norm: the gradient norm of each parameter group is clipped to this.
+        grad_accum_dtype: dtype in which gradients are added up over micro-batches and over chunks of positions, at
+            least that of the weight; DeepSpeed has this name. ``None`` is float32 where there are several to add, else
+            the dtype of the weight.
     """
 
     name: Literal["adamw", "adamw8bit", "sgd"] = "adamw"
@@ -97,6 +100,7 @@ class OptimizerOptions:
     weight_decay: NonNegative = 0.0
     adam_epsilon: Positive = 1e-8
     max_grad_norm: Positive = 1.0
+    grad_accum_dtype: Dtype | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -224,6 +224,7 @@ class Engine:
             chunk=self.case.options.engine.logprob_chunk_size,
             entropy=entropy,
             backend=self.backend,
+            grad_dtype=getattr(torch, self.case.options.optimizer.grad_accum_dtype or "float32"),
         )
         return logprobs.view(n, k), None if entropies is None else entropies.view(n, k)
 

@@ -129,12 +129,22 @@ class TrainingStep:
         self._generator = generator
         self._order = random.Random(case.seed)
         self._is_first = True
+        self._set_gradient_dtypes()
         self.optimizers = {
             stage.role: self._make_optimizer(stage, engine.parameters_of_role[stage.role])
             for phase in self.phases
             for stage in phase.stages
             if isinstance(stage, Optimize) and engine.parameters_of_role[stage.role]
         }
+
+    def _set_gradient_dtypes(self) -> None:
+        """Sets the dtype in which each trained weight's gradient is kept and added up; see ``grad_accum_dtype``."""
+        passes = [p.weights for p in self.method.update_passes]
+        has_several = self.case.micro_batch_size < self.case.mini_batch_size or len(set(passes)) < len(passes)
+        name = self.case.options.optimizer.grad_accum_dtype or ("float32" if has_several else None)
+        if name is not None:
+            for parameter in self.trained_parameters():
+                parameter.grad_dtype = torch.promote_types(parameter.dtype, getattr(torch, name))
 
     def _make_optimizer(self, stage: Optimize, parameters: list[nn.Parameter]) -> Optimizer:
         options = self.case.options.optimizer

@@ -50,6 +50,21 @@ def test_the_plan_is_what_the_ledger_measures(
             assert plan[name] == memory[name], (name, length, batch_size)
 
 
+@pytest.mark.parametrize("method", ["full", "hydra", "sft", "sft-lora", "dpo-lora"])
+@pytest.mark.parametrize(("asked", "width"), [(None, 4), ("float32", 4), ("bfloat16", 2)])
+def test_gradients_that_add_up_in_another_dtype_are_planned_to_the_byte(
+    make_case: Callable[..., Case], method: str, asked: str | None, width: int
+) -> None:
+    options = {"engine__micro_batch_size": 1, "optimizer__grad_accum_dtype": asked, "engine__logprob_chunk_size": 8}
+    case = make_case(method, "wide-llama", dtype="bfloat16", prompt_len=16, completion_len=16, **options)
+    plan, memory = plan_case(case).memory, measured(case)
+    assert {name: plan[name] for name in NAMES} == {name: memory[name] for name in NAMES}
+    assert plan["phases"] == memory["phases"]
+    owned = [sum(p.numel() for p in each) for each in build_step(case).engine.parameters_of_role.values()]
+    held = max(phase["parts"]["gradients"] for phase in memory["phases"].values())
+    assert held in {width * sum(owned), *(width * each for each in owned)}
+
+
 @pytest.mark.parametrize("method", ["full", "lora", "dynamic-lora"])
 def test_the_plan_of_a_reward_model_of_another_size_is_what_the_ledger_measures(
     make_case: Callable[..., Case], checkpoint: Callable[[str], str], method: str

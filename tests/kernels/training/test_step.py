@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -29,6 +30,10 @@ class Recorder(Observer):
 
     def tag(self, part: str, tensors: object) -> None:
         self.parts.add(part)
+
+
+def add_to(total: torch.Tensor, gradient: torch.Tensor) -> None:
+    total.add_(gradient)
 
 
 def snapshot(step: TrainingStep) -> dict[int, torch.Tensor]:
@@ -116,6 +121,46 @@ def test_the_objective_and_its_gradient_do_not_depend_on_the_micro_batch(
         assert losses == pytest.approx(whole_losses, rel=1e-5, abs=1e-7)
         for a, b in zip(parts, whole, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", ["full", "hydra", "sft", "dpo-lora"])
+@pytest.mark.parametrize(
+    ("micro", "asked", "taken"),
+    [
+        (None, None, torch.bfloat16),
+        (None, "float32", torch.float32),
+        (1, None, torch.float32),
+        (1, "bfloat16", torch.bfloat16),
+    ],
+)
+def test_gradients_of_micro_batches_add_up_in_float32(
+    make_case: Callable[..., Case], method: str, micro: int | None, asked: str | None, taken: torch.dtype
+) -> None:
+    options = {"engine__micro_batch_size": micro, "optimizer__grad_accum_dtype": asked}
+    step = build_step(make_case(method, dtype="bfloat16", batch_size=16, **options))
+    step.optimizers = {}  # gradients stay
+    parameters = step.trained_parameters()
+    sums = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
+    for parameter, total in zip(parameters, sums, strict=True):
+        parameter.register_hook(functools.partial(add_to, total))
+    step.run()
+    assert {p.grad.dtype for p in parameters} == {taken}
+    error = sum(float((p.grad - total).norm()) for p, total in zip(parameters, sums, strict=True))
+    relative = error / sum(float(total.norm()) for total in sums)
+    if micro is None or taken is torch.float32:
+        assert relative < 1e-6
+    else:  # what the default spares
+        assert relative > 1e-3
+
+
+@pytest.mark.parametrize(("dtype", "asked"), [("float64", "float32"), ("float32", "bfloat16")])
+def test_gradients_are_never_narrower_than_their_weights(
+    make_case: Callable[..., Case], dtype: str, asked: str
+) -> None:
+    step = build_step(make_case(dtype=dtype, engine__micro_batch_size=1, optimizer__grad_accum_dtype=asked))
+    step.optimizers = {}
+    step.run()
+    assert {p.grad.dtype for p in step.trained_parameters()} == {getattr(torch, dtype)}
 
 
 @pytest.mark.parametrize("method", METHODS)
