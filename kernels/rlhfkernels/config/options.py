@@ -148,7 +148,8 @@ class PPOOptions:
         cliprange_value: ε of the clipped value loss.
         vf_coef: multiplier of the value loss (Hydra-RLHF Tables 12 and 13, "Critic Loss Multiplier").
         entropy_coef: weight of the entropy bonus; 0 computes no entropy.
-        reward_clip: the reward model's score is clamped into (−c, c); ``None`` leaves it.
+        reward_clip: the reward model's score is clamped into (−c, c); ``None`` leaves it. Scores of a
+            ``reward_fn`` are never clamped.
         bootstrap_truncated: a completion cut by length is followed by V of its last token instead of 0.
         critic_head: ``trained``, or ``frozen``: the critic reads the reward head, as in Hydra-RLHF's code.
         critic_learning_rate: peak learning rate of the critic; ``None`` is ``optimizer.learning_rate``. Weights that

@@ -257,7 +257,16 @@ def read_max_positions(model: str) -> int | None:
     Raises:
         ModelError: the model is unknown.
     """
-    return max_positions(_read_config(model)[0])
+    return max_positions(read_config(model))
+
+
+def read_config(model: str) -> Any:
+    """Reads the configuration of a model.
+
+    Raises:
+        ModelError: the model is unknown.
+    """
+    return _read_config(model)[0]
 
 
 def rotary_limit(config: Any) -> int | None:

@@ -123,6 +123,8 @@ class TrainingStep:
         self.phases: tuple[Phase, ...] = self.method.phases
         self._reward_fn = reward_fn
         self._options = case.options.flat()
+        # The clipping is of a reward model's scores: those of a reward function are the user's own.
+        self._derive_options = case.options if reward_fn is None else case.options.replace({"ppo.reward_clip": None})
         with_rows = engine.with_weights
         tokenizer = load_tokenizer(case.model) if case.data_file is not None and with_rows else None
         self._source: Source = SOURCES[self.method.source](case, engine.vocab_size, tokenizer, with_rows=with_rows)
@@ -195,7 +197,7 @@ class TrainingStep:
             yield from (("optimizer", tensor) for tensor in optimizer.tensors())
 
     def save(self, folder: Path) -> None:
-        """Writes the adapter sets, as plain PEFT reads them, and the scalar heads."""
+        """Writes every trained weight: adapter sets as PEFT, whole models as transformers reads them, scalar heads."""
         self.engine.save(folder)
 
     def run(self, observer: Observer | None = None) -> StepStats:
@@ -256,7 +258,7 @@ class TrainingStep:
             batch[SCORES].copy_(self._reward_fn(batch))
         for stage in phase.stages:
             if isinstance(stage, Derive):
-                stats.metrics |= DERIVATIONS[stage.function](batch, self.case.options)
+                stats.metrics |= DERIVATIONS[stage.function](batch, self._derive_options)
         observer.tag("rollout", batch.tensors())
         return batch
 

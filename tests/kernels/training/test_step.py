@@ -258,6 +258,19 @@ def test_scores_are_clamped(make_case: Callable[..., Case]) -> None:
     assert rollout["scores"].abs().max() <= 0.25
 
 
+def test_scores_of_a_reward_function_are_not_clamped(make_case: Callable[..., Case]) -> None:
+    scores = torch.tensor([-7.0, 0.5, 3.0, 12.0])
+    step = build_step(
+        make_case(ppo__reward_clip=1.0, ppo__kl_coef=0.0, ppo__gamma=1.0, ppo__lam=1.0),
+        reward_fn=lambda rollout: scores,
+    )
+    rollout, stats = step.infer()
+    assert torch.equal(rollout["scores"], scores)
+    assert float(stats["score"]) == pytest.approx(float(scores.mean()))
+    # With γ = λ = 1 and no penalty, every return is the score.
+    torch.testing.assert_close(rollout["returns"], scores[:, None].expand(-1, 6))
+
+
 def test_a_reward_function_replaces_the_reward_model(make_case: Callable[..., Case]) -> None:
     scores = torch.tensor([0.1, 0.2, 0.3, 0.4])
     step = build_step(make_case("lora"), reward_fn=lambda rollout: scores)
