@@ -30,7 +30,7 @@ def by_outcome(checks: list[Check], outcome: str) -> list[str]:
     "architecture",
     [
         *("gemma2", "gemma3_text", "gptj", "bloom", "mpt", "cohere", "hyperclovax", "granite", "mixtral", "phimoe"),
-        "dynamic gpt_neox",
+        *("dynamic gpt_neox", "deepseek_v3"),
     ],
 )
 def test_architectures_of_the_plain_trunk_are_right(checkpoint: Callable[[str], str], architecture: str) -> None:
