@@ -17,9 +17,17 @@ from rlhfbench.planning.zero import Zero
 from rlhfkernels import METHODS, Case, Options, build_step
 from rlhfkernels.config.settings import SETTINGS
 from rlhfkernels.observer import PARTS
+from rlhfkernels.ops.native import build, matmul
 
 ARCHITECTURES = ["llama", "opt", "gpt_neox", "gpt2", "qwen2"]
 NAMES = ("model_bytes", "activation_bytes", "total_bytes")
+
+
+@pytest.fixture
+def library() -> None:
+    reason = build.unavailable_reason()
+    if reason is not None:
+        pytest.skip(f"the C cannot be compiled here: {reason}")
 
 
 def measured(case: Case) -> dict[str, object]:
@@ -63,6 +71,16 @@ def test_gradients_that_add_up_in_another_dtype_are_planned_to_the_byte(
     owned = [sum(p.numel() for p in each) for each in build_step(case).engine.parameters_of_role.values()]
     held = max(phase["parts"]["gradients"] for phase in memory["phases"].values())
     assert held in {width * sum(owned), *(width * each for each in owned)}
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("beats", [True, False])
+def test_the_plan_counts_the_matmul_that_runs(
+    make_case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch, beats: bool
+) -> None:
+    monkeypatch.setattr(matmul, "beats_torch", lambda: beats)
+    case = make_case("sft", "wide-llama", dtype="float32", prompt_len=24, completion_len=24, engine__backend="native")
+    assert plan_case(case).memory["phases"] == measured(case)["phases"]
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "dynamic-lora"])
