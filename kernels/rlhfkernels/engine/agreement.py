@@ -16,7 +16,7 @@ from rlhfkernels.observer import Observer
 
 # Largest error as a fraction of the range of the compared values. In bfloat16, over 16 models (13 small ones of 2
 # layers, tiny, SmolLM2-135M with random and with real weights) and 2 to 5 seeds, values are off by 0.038 at most (the
-# real weights, padded rows) and gradients by 0.125. There our gradient and PEFT's are equally far from float32's.
+# real weights, padded rows) and gradients by 0.125, where ours is off float32's by 0.077 and PEFT's by 0.066.
 TOLERANCES = {"float64": 1e-5, "float32": 3e-4, "bfloat16": 0.1}
 GRADIENT_TOLERANCES = {**TOLERANCES, "bfloat16": 0.25}
 _NUM_DECODED = 2
