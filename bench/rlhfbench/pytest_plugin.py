@@ -101,13 +101,17 @@ class _Benchmarks:
 def _load_sweep(path: str | None) -> Sweep:
     from rlhfbench.cases.preflight import check
     from rlhfbench.cases.sweep import Sweep
-    from rlhfbench.errors import SweepError
+    from rlhfbench.errors import ForkServerError, SweepError
+    from rlhfbench.runs.environment import check_system
 
     try:
+        check_system()
         sweep = Sweep.from_spec(SMALL_GRID) if path is None else Sweep.from_file(path)
         check(sweep)
     except SweepError as error:
         raise pytest.UsageError(*error.problems) from error
+    except ForkServerError as error:
+        raise pytest.UsageError(str(error)) from error
     return sweep
 
 
@@ -134,13 +138,14 @@ class Measurer:
         from rlhfbench.runs.folder import RunFolder
         from rlhfbench.runs.forkserver import ForkServer
         from rlhfbench.runs.options import RunOptions
+        from rlhfbench.runs.progress import Silent
         from rlhfbench.runs.runner import Runner
 
         folder = RunFolder(self._opened.enter_context(tempfile.TemporaryDirectory(prefix="rlhfbench-")))
         folder.prepare(self._sweep, resume=False)
         records = self._opened.enter_context(RecordsFile(folder.path))
         server = self._opened.enter_context(ForkServer())
-        runner = Runner(folder, RunOptions(time_budget_s=self._time_budget_s), records, server, _Silent())
+        runner = Runner(folder, RunOptions(time_budget_s=self._time_budget_s), records, server, Silent())
 
         def run(case: Case) -> dict[str, Any]:
             runner.run([case])
@@ -152,14 +157,6 @@ class Measurer:
     def close(self) -> None:
         """Ends the fork server and removes its files."""
         self._opened.close()
-
-
-class _Silent:
-    """Progress of a run that prints nothing: pytest prints its own."""
-
-    def _ignore(self, *args: object, **kwargs: object) -> None: ...
-
-    begin = start_case = doing = finish_case = begin_blocks = start_block = finish_block = notice = end = _ignore
 
 
 class _SweepModule(pytest.Module):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -217,6 +218,13 @@ def test_without_pytest_benchmark_one_sentence_says_what_to_install(bench, measu
     result = bench("--benchmark", "-p", "no:benchmark")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["*--benchmark needs pytest-benchmark: install rlhfbench[[]pytest[]].*"])
+
+
+def test_a_system_that_cannot_fork_is_one_sentence(bench, measured, monkeypatch):
+    monkeypatch.delattr(os, "fork")
+    result = bench("--benchmark")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*run needs os.fork, which this system lacks*"])
 
 
 def test_without_pytest_benchmark_other_tests_run(pytester, measured):

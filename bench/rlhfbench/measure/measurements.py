@@ -8,13 +8,14 @@ import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
 from rlhfbench.measure import host
 from rlhfbench.measure.ceilings import measure_ceilings
 from rlhfbench.measure.clock import StepClock
+from rlhfbench.measure.injection import InjectedStep
 from rlhfbench.measure.interference import Interference
 from rlhfbench.measure.ledger import ACTIVATION_PARTS, MODEL_PARTS, Ledger, block_bytes
 from rlhfbench.measure.options import MeasurementOptions
@@ -22,12 +23,13 @@ from rlhfbench.measure.profile import PhaseProfiler
 from rlhfbench.measure.statistic import DEFAULT_BLOCKS
 from rlhfbench.measure.stopping import Reason, StoppingRule
 from rlhfbench.measure.timeline import Timeline
+from rlhfbench.measure.user_step import load_step
 from rlhfbench.measure.workspaces import workspace_bytes
 from rlhfkernels.config.case import Case
 from rlhfkernels.errors import ModelError
 from rlhfkernels.methods.program import Phase
 from rlhfkernels.observer import Observer
-from rlhfkernels.training.step import build_step
+from rlhfkernels.training.step import TrainingStep, build_step
 from rlhfkernels.training.work import phase_work
 
 Notify = Callable[[str], None]
@@ -153,7 +155,7 @@ def run_measurements(
         torch.set_num_threads(options.num_threads)
     started_at, started_s = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.perf_counter()
     notify("build")
-    step = build_step(case)
+    step = _build(case, options)
     build_s = time.perf_counter() - started_s
     num_blocks = options.num_blocks or (DEFAULT_BLOCKS if build_s <= MAX_BUILD_S else 1)
     result: dict[str, Any] = {}
@@ -161,7 +163,7 @@ def run_measurements(
         timing = time_steps(step, case, options.time_budget_s / num_blocks, options.precision, notify)
         if options.block == 0:
             result = _measure_once(step, case, options, timing, notify)
-    work = phase_work(step)
+    work = phase_work(cast(TrainingStep, step)) if options.step is None else {}
     if options.block == 0:
         result["latency"]["num_blocks"] = num_blocks
         result["work"] = {"phases": {name: dataclasses.asdict(item) for name, item in work.items()}}
@@ -182,6 +184,11 @@ def run_measurements(
         "error": None,
     }
     return result
+
+
+def _build(case: Case, options: MeasurementOptions) -> Step:
+    step: Step = build_step(case) if options.step is None else load_step(options.step, case)
+    return step if options.injected is None else cast(Step, InjectedStep(step, case.device, **options.injected))
 
 
 def _measure_once(
@@ -361,13 +368,13 @@ def _named_failure(clock: StepClock, notify: Notify) -> Iterator[None]:
 
 @contextmanager
 def _outer_peaks(device: str) -> Iterator[dict[str, int | None]]:
-    """Yields a dictionary that has, after the block, the peaks of the block as allocator and operating system saw them.
+    """Yields a dictionary that has, after the block, the peaks as allocator and operating system saw them.
 
-    The driver's view stays ``None``: it is sampled from outside this process.
+    The allocator's are of the block. The resident set's is since the process began, as it is for a case that fails. The
+    driver's view stays ``None``: it is sampled from outside this process.
     """
     views: dict[str, int | None] = dict.fromkeys(OUTER_VIEWS)
     on_cuda = torch.device(device).type == "cuda"
-    host.reset_peak()
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(device)
     yield views

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from rlhfbench.measure import MeasurementOptions, measure_case, measurements
+from rlhfbench.measure import MeasurementOptions, host, measure_case, measurements
 from rlhfbench.measure.ledger import Ledger
 from rlhfkernels.config.case import Case
 from rlhfkernels.config.options import Options
@@ -165,6 +165,15 @@ def test_memory_by_hand(fake):
     absent = ("allocator_peak", "allocator_reserved", "allocator_rest", "workspace", "driver_peak")
     assert {views[f"{name}_bytes"] for name in absent} == {None}
     assert set(memory["largest_tensor"]) == {"bytes", "shape", "op"}
+
+
+def test_the_resident_peak_includes_what_was_taken_before_the_timed_steps(fake):
+    before = host.peak_resident_bytes()
+    taken = b"x" * (before + 64 * 2**20)
+    del taken
+    fake(FakeStep())
+    views = measure_case(CASE, options(), lambda text: None)["memory"]["views"]
+    assert views["host_peak_bytes"] >= before + 64 * 2**20
 
 
 def test_the_first_block_has_every_step_by_phase_and_the_record_its_kinds(fake):
