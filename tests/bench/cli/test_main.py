@@ -705,6 +705,8 @@ def test_a_gate_against_a_stored_run(call, fake, monkeypatch, tmp_path):
     assert code == 0
     assert out.startswith("**No regression.**")
     assert read_records("stored") == read_records("new")
+    assert call("gate", "--baseline", "stored")[0] == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"stored", "new"}  # without --out nothing is kept
     path = tmp_path / "stored" / "environment.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "host": "another"}))
     code, _, err = call("gate", "--baseline", "stored", "--out", "later")
