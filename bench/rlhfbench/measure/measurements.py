@@ -15,18 +15,20 @@ import torch
 from rlhfbench.measure import host
 from rlhfbench.measure.ceilings import measure_ceilings
 from rlhfbench.measure.clock import StepClock
-from rlhfbench.measure.ledger import ACTIVATION_PARTS, MODEL_PARTS, Ledger, block_bytes
+from rlhfbench.measure.ledger import ACTIVATION_PARTS, Ledger, block_bytes
 from rlhfbench.measure.options import MeasurementOptions
 from rlhfbench.measure.profile import PhaseProfiler
 from rlhfbench.measure.stopping import Reason, StoppingRule
+from rlhfbench.measure.tally import MODEL_PARTS, Tally
 from rlhfbench.measure.timeline import Timeline
 from rlhfbench.measure.workspaces import workspace_bytes
 from rlhfkernels.config.case import Case
 from rlhfkernels.errors import ModelError
 from rlhfkernels.methods.program import Phase
 from rlhfkernels.observer import Observer
+from rlhfkernels.training.roofline import Work
 from rlhfkernels.training.step import build_step
-from rlhfkernels.training.work import Work, phase_work
+from rlhfkernels.training.work import phase_work
 
 Notify = Callable[[str], None]
 
@@ -263,7 +265,7 @@ def persistent_model_bytes(phases: Iterable[Mapping[str, int]]) -> int:
     return max(sum(parts[part] for part in MODEL_PARTS) for parts in phases)
 
 
-def memory_object(ledger: Ledger, views: dict[str, int | None]) -> dict[str, Any]:
+def memory_object(ledger: Ledger | Tally, views: dict[str, int | None]) -> dict[str, Any]:
     """Returns the record's ``memory`` object.
 
     Args:
