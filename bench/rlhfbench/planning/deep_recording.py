@@ -8,7 +8,7 @@ from rlhfbench.measure.ledger import block_bytes
 from rlhfbench.measure.tally import Change
 from rlhfbench.planning.depth import deepen
 from rlhfbench.planning.optimizer_steps import deepen_trained, record_optimizer_steps
-from rlhfbench.planning.recording import Recording, fake_tensors, record_step
+from rlhfbench.planning.recording import Recording, record_step
 from rlhfkernels.config.case import Case
 from rlhfkernels.models.depth import Layers, alike_layers
 
@@ -83,7 +83,6 @@ def _optimizer_stretch(
         return None
     boundary, *changes = deeper.stretches[index]
     options, block = case.options.optimizer, block_bytes(case.device)
-    with fake_tensors():
-        if record_optimizer_steps(options, deeper.trained[index], block) != changes:
-            return None
-        return [boundary, *record_optimizer_steps(options, trained, block)]
+    if record_optimizer_steps(options, deeper.trained[index], block) != changes:
+        return None
+    return [boundary, *record_optimizer_steps(options, trained, block)]

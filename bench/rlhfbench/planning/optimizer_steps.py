@@ -1,4 +1,4 @@
-"""Optimizer steps at any depth: the real optimizers, on fake weights of the shapes that a deep model trains.
+"""Optimizer steps at any depth: the real optimizers, on meta tensors of the shapes that a deep model trains.
 
 An optimizer goes through the weights in chunks of some bytes, which need not end where a layer ends. So its changes at
 a depth are recorded at that depth; only the list of its weights and gradients is extrapolated.
@@ -21,6 +21,8 @@ from rlhfkernels.methods.program import Optimize
 from rlhfkernels.observer import Observer
 from rlhfkernels.training.optimizers import Optimizer, make_optimizer
 from rlhfkernels.training.step import TrainingStep
+
+_META = "meta"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -123,7 +125,9 @@ def deepen_trained(shallow: Trained, deeper: Trained, times: int) -> Trained | N
 
 @functools.lru_cache(maxsize=4)  # cases that differ in their batch size alone share these
 def record_optimizer_steps(options: OptimizerOptions, trained: Trained, block_bytes: int) -> list[Change]:
-    """Returns the changes of one step of each optimizer. Call it among fake tensors.
+    """Returns the changes of one step of each optimizer.
+
+    Meta tensors take a fifth of the time of fake ones, and these ops take the same memory on every device.
 
     Args:
         options: of the case.
@@ -132,7 +136,7 @@ def record_optimizer_steps(options: OptimizerOptions, trained: Trained, block_by
     """
     optimizers = [make_optimizer(options, _weights_of(weights), computes=False) for _, weights in trained]
     recorder = Recorder()
-    with Ledger("cpu", block_bytes=block_bytes, tally=recorder) as ledger:
+    with Ledger(_META, block_bytes=block_bytes, tally=recorder) as ledger:
         for optimizer in optimizers:
             ledger.tag("base", optimizer.parameters)  # no weight comes or goes: any part will do
             ledger.tag("gradients", [p.grad for p in optimizer.parameters if p.grad is not None])
@@ -148,7 +152,7 @@ def _weights_of(trained: tuple[TrainedWeight, ...]) -> list[nn.Parameter]:
     weights: list[nn.Parameter] = []
     for i, each in enumerate(trained):
         layout = each.weight
-        weight = nn.Parameter(torch.empty_strided(layout.shape, layout.stride, dtype=layout.dtype))
+        weight = nn.Parameter(torch.empty_strided(layout.shape, layout.stride, dtype=layout.dtype, device=_META))
         gradient = each.gradient
         if gradient is not None:
             if each.shared_with:
@@ -156,7 +160,7 @@ def _weights_of(trained: tuple[TrainedWeight, ...]) -> list[nn.Parameter]:
                 assert shared is not None
                 storage = shared
             else:
-                storage = torch.empty(each.storage_bytes // gradient.dtype.itemsize, dtype=gradient.dtype)
+                storage = torch.empty(each.storage_bytes // gradient.dtype.itemsize, dtype=gradient.dtype, device=_META)
             weight.grad = storage.as_strided(gradient.shape, gradient.stride, gradient.offset)
         weights.append(weight)
     return weights

@@ -57,7 +57,7 @@ def record_step(case: Case, num_layers: int | None = None) -> Recording:
     stand_in = dataclasses.replace(case, device="cpu", options=options)
     recorder = Recorder()
     ledger = Ledger("cpu", block_bytes=block_bytes(case.device), tally=recorder)
-    with fake_tensors(), _no_collection():
+    with _fake_tensors(), _no_collection():
         step = build_step(stand_in, with_weights=False, num_layers=num_layers)
         watch = GradientsWatch(step, ledger)
         run_under_ledger(step, ledger, watch)
@@ -70,7 +70,7 @@ def record_step(case: Case, num_layers: int | None = None) -> Recording:
 
 
 @contextmanager
-def fake_tensors() -> Iterator[None]:
+def _fake_tensors() -> Iterator[None]:
     """Tensors made inside have shapes and no contents."""
     # Transformers looks into position ids for packed sequences, and where it cannot look, it makes a mask that it would
     # not make of real ones. This engine packs nothing.

@@ -75,7 +75,7 @@ def assert_equals_the_whole(case: Case) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_few_layers_plan_what_all_layers_plan(make_deep: MakeCase, method: str) -> None:
+def test_few_layers_plan_what_all_layers_do(make_deep: MakeCase, method: str) -> None:
     assert_equals_the_whole(make_deep(method))
 
 
