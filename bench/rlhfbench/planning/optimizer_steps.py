@@ -161,6 +161,7 @@ def _weights_of(trained: tuple[TrainedWeight, ...]) -> list[nn.Parameter]:
                 storage = shared
             else:
                 storage = torch.empty(each.storage_bytes // gradient.dtype.itemsize, dtype=gradient.dtype, device=_META)
+            weight.grad_dtype = gradient.dtype
             weight.grad = storage.as_strided(gradient.shape, gradient.stride, gradient.offset)
         weights.append(weight)
     return weights

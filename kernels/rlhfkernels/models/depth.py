@@ -45,7 +45,7 @@ def alike_layers(case: Case, name: str) -> Layers | None:
     Raises:
         ModelError: the model is unknown, or lacks the attention implementation.
     """
-    config, _ = read_config(name)
+    config = read_config(name)
     count = getattr(config, "num_hidden_layers", None)
     if not isinstance(count, int):
         return None

@@ -1,7 +1,8 @@
 """The roofline of a step: the FLOPs and bytes that each phase cannot avoid.
 
-Counted are matmuls with weights, causal attention (half of the square), the head at the positions that a stage reads,
-and every weight, cached key and cached value once for each forward that needs it. Outputs of the last layer that no
+Counted are matmuls with weights, causal attention (half of the square, less what a sliding window hides), the head at
+the positions that a stage reads, and every weight, cached key and cached value once for each forward that needs it.
+Outputs of the last layer that no
 head reads are not counted. Work that a better kernel could avoid is not counted either: activations that travel through
 memory, norms, padding, recomputation.
 """
@@ -66,12 +67,12 @@ class _Counter:
         """
         shape, unread = self._shapes[base], self._case.prompt_len - 1
         weights = base_products * shape.unread + adapter_products * adapter // shape.num_layers
-        attention = 2 * adapter_products * shape.query_channels // shape.num_layers * unread
-        return (2 * weights + attention) * unread * self._num_sequences
+        attention = adapter_products * shape.last_attention_flops(unread)
+        return (2 * weights * unread + attention) * self._num_sequences
 
     def _attention_flops(self, base: str, length: int) -> int:
-        """Both attention matmuls of one causal forward over the batch: q kᵀ and p v, half of the square each."""
-        return 2 * self._shapes[base].query_channels * length * length * self._num_sequences
+        """Both attention matmuls of one causal forward over the batch."""
+        return self._shapes[base].attention_flops(length) * self._num_sequences
 
     def _head_flops(self, role: Role, positions: int) -> int:
         """The head's matmul at ``positions`` of every sequence."""
@@ -94,9 +95,10 @@ class _Counter:
         flops += self._attention_flops(role.base, seen) + self._head_flops(role, case.completion_len)
         flops -= self._unread_flops(role.base, adapter)
         weights = (shape.matmul_bytes + adapter_bytes + shape.head_bytes) * case.completion_len
-        cached_reads = sum(range(case.prompt_len, seen))
         kv_item = 2 * shape.kv_channels * shape.matmul_item * self._num_sequences
-        return Work(flops, weights + kv_item * (cached_reads + seen))
+        written = kv_item * seen * shape.num_layers
+        read = kv_item * shape.cached_positions(case.prompt_len, seen)
+        return Work(flops, weights + read + written, written)
 
     def score(self, phase: Phase) -> Work:
         """Every pass forward once; a base that several passes read is read once."""
@@ -120,7 +122,7 @@ class _Counter:
         for p in phase.passes:
             one += self._differentiate(p)
         num_passes = case.num_epochs * (case.batch_size // case.micro_batch_size)
-        return Work(one.flops * case.num_epochs, one.bytes * num_passes)
+        return Work(one.flops * case.num_epochs, one.bytes * num_passes, one.written_bytes * num_passes)
 
     def _differentiate(self, p: ForwardPass) -> Work:
         """Forward and backward: a weight's matmul again for its input, and again for itself where it is trained."""
@@ -135,18 +137,25 @@ class _Counter:
         if not reads_prompt:
             flops -= self._unread_flops(p.weights.base, adapter, base_products, 3)
         moved = base_products * shape.matmul_bytes + 3 * adapter_bytes
+        written = (base_products - 2) * shape.matmul_bytes + adapter_bytes  # the gradients
         positions = case.seq_len - 1 if reads_prompt else case.completion_len
         for role in roles:
             head_products = 3 if "head" in role.trains else 2
             flops += head_products * self._head_flops(role, positions)
             moved += head_products * self._head_bytes(role)
-        return Work(flops, moved)
+            written += (head_products - 2) * self._head_bytes(role)
+        return Work(flops, moved, written)
 
     def optimize(self, phase: Phase) -> Work:
         """Every trained weight, its gradient and the optimizer's tensors: read, and all but the gradient written."""
         trained, held = self._sizes.trained, self._sizes.optimizer_bytes
+        weights = trained.num_bytes
         times = self._case.num_epochs * (self._case.batch_size // self._case.mini_batch_size)
-        return Work(_ADAMW_FLOPS * trained.count * times, (3 * trained.num_bytes + 2 * held) * times)
+        return Work(
+            _ADAMW_FLOPS * trained.count * times,
+            (3 * weights + 2 * held) * times,
+            (weights + held) * times,
+        )
 
 
 _COUNTS: dict[type[Stage], Callable[[_Counter, Phase], Work]] = {
