@@ -6,8 +6,10 @@ Shapes: n = sequences, b = data rows, p = prompt length, c = completion length.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,18 +17,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhfkernels.algorithms import DERIVATIONS, OBJECTIVES
+from rlhfkernels.algorithms import DERIVATIONS
 from rlhfkernels.algorithms.common import Counts
 from rlhfkernels.config.case import Case
 from rlhfkernels.data.batch import Batch, Rows
 from rlhfkernels.data.sources import SOURCES, Prompts, Source
 from rlhfkernels.engine.engine import Engine
 from rlhfkernels.errors import NumericalError
-from rlhfkernels.methods.program import Derive, ForwardPass, Generate, Optimize, Phase, Read, Update
+from rlhfkernels.methods.program import Derive, ForwardPass, Generate, Optimize, Phase, Read
 from rlhfkernels.models.loading import load_tokenizer
 from rlhfkernels.observer import Observer
+from rlhfkernels.training.gradients import PassForm, add_gradients
 from rlhfkernels.training.optimizers import OPTIMIZERS, STAND_INS, Optimizer
-from rlhfkernels.training.quantities import QUANTITIES, GraphReader
+from rlhfkernels.training.quantities import QUANTITIES
 
 RewardFunction = Callable[[Batch], torch.Tensor]
 
@@ -109,7 +112,7 @@ class TrainingStep:
     Attributes:
         case: what is run.
         engine: the models.
-        phases: the phases of a step, in order.
+        phases: the phases, in order: ``prepare``, where there is one, then those of every step.
         optimizers: one for each trained role that owns weights.
     """
 
@@ -126,6 +129,11 @@ class TrainingStep:
         tokenizer = load_tokenizer(case.model) if case.data_file is not None and with_rows else None
         self._source: Source = SOURCES[self.method.source](case, engine.vocab_size, tokenizer, with_rows=with_rows)
         self._generator = generator
+        self._prepared: dict[str, torch.Tensor] = {}
+        self._is_prepared = self.method.prepare is None
+        for p in self.method.update_passes if with_rows else ():
+            if PassForm(p, case.options).packs:
+                engine.check_packing(p.weights.base)
         self._order = random.Random(case.seed)
         self.optimizers = {
             stage.role: self._make_optimizer(stage, engine.parameters_of_role[stage.role])
@@ -177,14 +185,63 @@ class TrainingStep:
         return [p for parameters in self.engine.parameters_of_role.values() for p in parameters]
 
     def persistent_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(part, tensor) of all that lives between steps: weights, master copies, moments."""
+        """(part, tensor) of all that lives between steps: weights, master copies, moments, prepared columns."""
         yield from self.engine.persistent_tensors()
         for optimizer in self.optimizers.values():
             yield from (("optimizer", tensor) for tensor in optimizer.tensors())
+        yield from (("rollout", tensor) for tensor in (*self._source.tensors(), *self._prepared.values()))
 
     def save(self, folder: Path) -> None:
         """Writes the adapter sets, as plain PEFT reads them, and the scalar heads."""
         self.engine.save(folder)
+
+    def sequence_lengths(self) -> Counter[tuple[int, int]]:
+        """Tokens of prompt and completion of the data set's sequences, counted; those of the case without a file."""
+        return self._source.lengths() or Counter([(self.case.prompt_len, self.case.completion_len)])
+
+    @property
+    def num_data_rows(self) -> int:
+        """Data rows of the data set, which ``prepare`` reads."""
+        return self._source.num_rows
+
+    @torch.no_grad()
+    def prepare(self, observer: Observer | None = None, *, num_batches: int | None = None) -> None:
+        """Phase ``prepare``: reads the columns that a step does not read itself, for every row of the data set.
+
+        Bases that no step reads are freed then. ``run`` calls it where it has not been called.
+
+        Args:
+            observer: told of the phase.
+            num_batches: read only so many batches, and free nothing; ``None`` is all.
+        """
+        phase, observer = self.method.prepare, observer or Observer()
+        if phase is None:
+            return
+        stages = [stage for stage in phase.stages if isinstance(stage, Read)]
+        with observer.phase(phase.name):
+            for batch in itertools.islice(self._source.data_set(self._generator), num_batches):
+                self._read(phase.passes, batch, observer)
+                for stage in stages:
+                    self._keep(stage.into, batch)
+                observer.tag("rollout", self._prepared.values())
+            if num_batches is None:
+                self._is_prepared = True
+                for base in set(self.engine.models) - self.method.bases_of_steps:
+                    self.engine.release(base)
+
+    def _keep(self, name: str, batch: Batch) -> None:
+        """Copies a column of ``batch`` to its rows of the data set's."""
+        column = batch[name]
+        if name not in self._prepared:
+            num_entries = self.num_data_rows * (len(column) // batch.num_rows)
+            self._prepared[name] = column.new_zeros(num_entries, *column.shape[1:])
+        self._prepared[name][self._entries(name, batch)] = column
+
+    def _entries(self, name: str, batch: Batch) -> list[int]:
+        """Places of a batch's entries in a prepared column."""
+        assert batch.rows is not None, "the rows of a data set have places"
+        count = len(self._prepared[name]) // self.num_data_rows
+        return [row * count + i for row in batch.rows for i in range(count)]
 
     def run(self, observer: Observer | None = None) -> StepStats:
         """One complete step on the next batch of data."""
@@ -198,9 +255,14 @@ class TrainingStep:
         observer = observer or Observer()
         stats = StepStats()
         batch: Batch | None = None
+        if not self._is_prepared:
+            self.prepare(observer)
         if self.method.generate is None:
-            with observer.phase(self.phases[0].name):
+            first = next(phase.name for phase in self.phases if phase.kind != "prepare")
+            with observer.phase(first):
                 batch = self._next_batch()
+                for name, column in self._prepared.items():
+                    batch[name] = column[self._entries(name, batch)]
                 observer.tag("rollout", batch.tensors())
         for phase in self.phases:
             if phase.kind == "inference":
@@ -227,19 +289,7 @@ class TrainingStep:
     def _score(self, phase: Phase, batch: Batch | None, stats: StepStats, observer: Observer) -> Batch:
         """Phase ``score``: reads the columns of all forward passes, then derives the rest."""
         assert batch is not None
-        for stage in phase.stages:
-            if isinstance(stage, Read):
-                batch[stage.into] = QUANTITIES[stage.quantity].new_column(batch)
-        observer.tag("rollout", batch.tensors())
-        passes = [p for p in map(self._without_reward, phase.passes) if p.stages]
-        for rows in self._micro_batches(range(batch.num_rows)):
-            part = batch.select(rows)
-            for p in passes:
-                hidden = self._hidden(p, part, start=part.prompt_len - 1)
-                for stage in p.stages:
-                    assert isinstance(stage, Read)
-                    part[stage.into].copy_(QUANTITIES[stage.quantity].read(self.engine, stage.role, hidden, part))
-                del hidden
+        self._read(phase.passes, batch, observer)
         if self._reward_fn is not None and SCORES in batch.columns:
             batch[SCORES].copy_(self._reward_fn(batch))
         for stage in phase.stages:
@@ -248,16 +298,27 @@ class TrainingStep:
         observer.tag("rollout", batch.tensors())
         return batch
 
+    def _read(self, passes: Sequence[ForwardPass], batch: Batch, observer: Observer) -> None:
+        """Fills the columns that the passes read, micro-batch by micro-batch."""
+        for read in [stage for p in passes for stage in p.stages if isinstance(stage, Read)]:
+            batch[read.into] = QUANTITIES[read.quantity].new_column(batch)
+        observer.tag("rollout", batch.tensors())
+        passes = [p for p in map(self._without_reward, passes) if p.stages]
+        for rows in self._micro_batches(range(batch.num_rows)):
+            part = batch.select(rows)
+            for p in passes:
+                hidden = self.engine.hidden(p.weights, part.tokens, part.attention_mask, start=part.prompt_len - 1)
+                for stage in p.stages:
+                    assert isinstance(stage, Read)
+                    part[stage.into].copy_(QUANTITIES[stage.quantity].read(self.engine, stage.role, hidden, part))
+                del hidden
+
     def _without_reward(self, p: ForwardPass) -> ForwardPass:
         """The pass without what a reward function gives."""
         if self._reward_fn is None:
             return p
         kept = tuple(stage for stage in p.stages if isinstance(stage, Read) and stage.into != SCORES)
         return dataclasses.replace(p, stages=kept)
-
-    def _hidden(self, p: ForwardPass, part: Batch, *, start: int, train: bool = False) -> torch.Tensor:
-        """The pass's hidden states [n, p + c − start, d]: nothing reads those before ``start``."""
-        return self.engine.hidden(p.weights, part.tokens, part.attention_mask, start=start, train=train)
 
     def update(self, batch: Batch, observer: Observer | None = None, stats: StepStats | None = None) -> StepStats:
         """The update phases: every epoch's mini-batches, one graph at a time, and an optimizer step after each."""
@@ -295,20 +356,12 @@ class TrainingStep:
         metrics: dict[str, torch.Tensor],
     ) -> None:
         """Adds the gradient of one pass over one mini-batch; each micro-batch's graph ends before the next begins."""
-        stages = [stage for stage in p.stages if isinstance(stage, Update)]
-        objectives = [OBJECTIVES[stage.objective] for stage in stages]
-        reads_prompt = any(objective.reads_prompt(self.case.options) for objective in objectives)
-        if reads_prompt:
+        form = PassForm(p, self.case.options)
+        if form.reads_prompt:
             counts = counts._replace(tokens=batch.select(_rows(indices)).predicted_mask.sum())
         for rows in self._micro_batches(indices):
-            part = batch.select(rows)
-            hidden = self._hidden(p, part, start=0 if reads_prompt else part.prompt_len - 1, train=True)
-            losses = [
-                objective.function(GraphReader(self.engine, stage.role, hidden, part), part, self.case.options, counts)
-                for stage, objective in zip(stages, objectives, strict=True)
-            ]
-            torch.stack([loss.value for loss in losses]).sum().backward()  # type: ignore[no-untyped-call]
-            for stage, loss in zip(stages, losses, strict=True):
+            losses = add_gradients(self.engine, p, batch.select(rows), self.case.options, counts)
+            for stage, loss in zip(form.stages, losses, strict=True):
                 stats.losses[stage.role] = stats.losses.get(stage.role, 0) + loss.value.detach()
                 for name, found in loss.sums.items():
                     metrics[name] = metrics[name] + found if name in metrics else found

@@ -1,0 +1,100 @@
+"""The gradient of one forward pass over one micro-batch: jointly, packed, or in two passes.
+
+Shapes: n = sequences, b = data rows, c = completion length.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from rlhfkernels.algorithms import OBJECTIVES, Objective
+from rlhfkernels.algorithms.common import Counts, Loss, Reader
+from rlhfkernels.config.options import Options
+from rlhfkernels.data.batch import Batch
+from rlhfkernels.engine.engine import Engine
+from rlhfkernels.methods.program import ForwardPass, Update
+from rlhfkernels.training.quantities import GraphReader, LeafReader, PackedReader
+
+
+class PassForm:
+    """How a pass is differentiated, as its objectives declare it under the options.
+
+    Args:
+        p: a pass of ``Update`` stages.
+        options: of the case.
+
+    Attributes:
+        stages: the stages of the pass.
+        objectives: their objectives, in the same order.
+        reads_prompt: the loss covers the prompt's tokens too.
+        packs: the sequences are one row without padding.
+        in_two_passes: the sequences of a data row have one graph each.
+    """
+
+    def __init__(self, p: ForwardPass, options: Options) -> None:
+        self.stages = tuple(stage for stage in p.stages if isinstance(stage, Update))
+        self.objectives: tuple[Objective, ...] = tuple(OBJECTIVES[stage.objective] for stage in self.stages)
+        self.reads_prompt = any(objective.reads_prompt(options) for objective in self.objectives)
+        self.packs = any(objective.packs(options) for objective in self.objectives)
+        self.in_two_passes = any(objective.in_two_passes(options) for objective in self.objectives)
+
+
+def add_gradients(engine: Engine, p: ForwardPass, part: Batch, options: Options, counts: Counts) -> list[Loss]:
+    """Adds the gradients of a pass over a micro-batch to the weights; its graph is gone on return.
+
+    Args:
+        engine: the models.
+        p: a pass of ``Update`` stages.
+        part: the micro-batch.
+        options: of the case.
+        counts: the divisors, of the whole mini-batch.
+
+    Returns:
+        The loss of every stage of the pass, in order.
+    """
+    form = PassForm(p, options)
+    if form.in_two_passes:
+        return _add_in_two_passes(engine, p, form, part, options, counts)
+    readers: list[Reader]
+    if form.packs:
+        row = part.packed(reads_prompt=form.reads_prompt)
+        hidden = engine.packed_hidden(p.weights, row, train=True)
+        readers = [PackedReader(engine, stage.role, hidden, row, part) for stage in form.stages]
+    else:
+        start = 0 if form.reads_prompt else part.prompt_len - 1
+        hidden = engine.hidden(p.weights, part.tokens, part.attention_mask, start=start, train=True)
+        readers = [GraphReader(engine, stage.role, hidden, part) for stage in form.stages]
+    return _backward(form, readers, part, options, counts)
+
+
+def _backward(form: PassForm, readers: list[Reader], part: Batch, options: Options, counts: Counts) -> list[Loss]:
+    losses = [
+        objective.function(reader, part, options, counts)
+        for objective, reader in zip(form.objectives, readers, strict=True)
+    ]
+    torch.stack([loss.value for loss in losses]).sum().backward()  # type: ignore[no-untyped-call]
+    return losses
+
+
+def _add_in_two_passes(
+    engine: Engine, p: ForwardPass, form: PassForm, part: Batch, options: Options, counts: Counts
+) -> list[Loss]:
+    """Reads all log-probabilities without a graph, then the sequences of a data row one after the other with one.
+
+    The loss is differentiated by the log-probabilities of the first pass, and the second passes that gradient on. A
+    graph holds the activations of one sequence for each data row of the micro-batch.
+    """
+    with torch.no_grad():
+        hidden = engine.hidden(p.weights, part.tokens, part.attention_mask, start=part.prompt_len - 1)
+        leaves = [LeafReader(engine.logprobs(stage.role, hidden, part.completions)[0]) for stage in form.stages]
+        del hidden
+    losses = _backward(form, list(leaves), part, options, counts)
+    per_row = part.num_sequences // part.num_rows
+    for i in range(per_row):
+        one = part.sequence_of_rows(i)
+        hidden = engine.hidden(p.weights, one.tokens, one.attention_mask, start=part.prompt_len - 1, train=True)
+        logprobs = [engine.logprobs(stage.role, hidden, one.completions)[0] for stage in form.stages]
+        del hidden
+        torch.autograd.backward(logprobs, [leaf.gradient[i::per_row] for leaf in leaves])
+        del logprobs
+    return losses
