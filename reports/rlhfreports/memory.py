@@ -19,11 +19,13 @@ NUMBERS = (
     ("activation_bytes", "activation GiB", "activ.\nGiB"),
     ("rollout_bytes", "rollout GiB", "rollout\nGiB"),
     ("total_bytes", "total GiB", "total\nGiB"),
+    ("prepare_s_per_sample", "prepare s", "prep.\ns"),
     ("inference_s_per_sample", "inference s", "infer.\ns"),
     ("update_s_per_sample", "update s", "update\ns"),
     ("total_s_per_sample", "total s/sample", "total\ns"),
 )
 _OUTCOME_COLUMN = "total_bytes"  # has the outcome in place of a number where nothing was measured
+_OPTIONAL = ("prepare_s_per_sample",)  # columns that a table has only where a row has a number in them
 _SHORT_HEADINGS = {heading: short for _, heading, short in NUMBERS}
 _AXIS_HEADINGS = {"lora_rank": "LoRA rank"}
 _MAX_TERMINAL_NOTES = 8
@@ -122,6 +124,8 @@ def _numbers(frame: pd.DataFrame) -> dict[str, list[str]]:
     }
     cells = {}
     for name, heading, _ in NUMBERS:
+        if name in _OPTIONAL and frame[name].isna().all():
+            continue
         scale, unit = (GIB, "GiB") if name.endswith("_bytes") else (1, "s")
         absent = [outcome_word(outcome) if name == _OUTCOME_COLUMN else ABSENT for outcome in frame["outcome"]]
         cells[heading] = [

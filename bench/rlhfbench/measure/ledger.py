@@ -253,6 +253,12 @@ class Ledger(Observer):
         """The highest moment of each phase, over all its stretches."""
         return {name: peak.snapshot() for name, peak in self._peaks.items()}
 
+    def add_phases(self, earlier: Ledger) -> None:
+        """Adds the phases of a ledger whose block ended before this one's began, and its largest tensor."""
+        self._peaks = earlier._peaks | self._peaks
+        largest = [each for each in (earlier._largest, self._largest) if each is not None]
+        self._largest = max(largest, key=lambda each: each.num_bytes, default=None)
+
     @property
     def peak(self) -> Snapshot:
         """The highest moment, inside phases and outside."""

@@ -41,11 +41,17 @@ OUTER_VIEWS = (
 
 
 # Largest magnitude of a statistic of the first step that rounding explains, by dtype. ``ratio_error`` is a maximum over
-# tokens, ``kl`` their mean. In bfloat16 a rare token's logits are off by some hundredths of a large number.
+# tokens, ``kl`` their mean, ``reference_error`` a maximum over the means of sequences. In bfloat16 a rare token's
+# logits are off by some hundredths of a large number.
 AGREEMENT = {
+    "reference_error": {"float64": 1e-4, "float32": 1e-2, "bfloat16": 1.0},
     "ratio_error": {"float64": 1e-4, "float32": 1e-2, "bfloat16": 1.0},
     "kl": {"float64": 1e-5, "float32": 1e-3, "bfloat16": 0.1},
 }
+
+
+# What disagrees, where it is not decoding and the full forward.
+_READINGS = {"reference_error": "the policy and the reference's log-probabilities"}
 
 
 class Stats(Protocol):
@@ -64,6 +70,13 @@ class Step(Protocol):
     @property
     def phases(self) -> tuple[Phase, ...]:
         """The phases in the order in which they run."""
+
+    def prepare(self, observer: Observer, *, num_batches: int | None = None) -> None:
+        """Runs the phase ``prepare``, if there is one: over the data set, or so many batches of it."""
+
+    @property
+    def num_data_rows(self) -> int:
+        """Data rows of the data set."""
 
     def run(self, observer: Observer) -> Stats:
         """Runs one complete step on the next batch."""
@@ -143,18 +156,25 @@ def run_measurements(
         torch.set_num_threads(options.num_threads)
     notify("build")
     step = build_step(case)
+    work = phase_work(step)  # a prepared step has freed models that are counted here
     with _manual_gc():
+        prepared = prepare_step(step, case.device, notify)
         timing = time_steps(step, case, options, notify)
         notify("memory")
         timeline = Timeline() if options.timeline else None
         ledger = measure_memory(step, case.device, notify, timeline)
-        memory = memory_object(ledger, timing.views)
+        followed = None if timeline is None else timeline.to_dict(ledger.peaks)
+        if prepared.ledger is not None:
+            ledger.add_phases(prepared.ledger)
+        memory = memory_object(ledger, highest_views(prepared.views, timing.views))
         if options.profile_dir is not None:
             notify("profile")
             profiler = PhaseProfiler(options.profile_dir, case.id, case.device)
             step.run(Announcer(notify, profiler)).check_finite()
-    latency = latency_object(step.phases, timing.steps_s, case.batch_size, timing.reason)
-    work, prompts = phase_work(step), step.data_summary()
+    latency = latency_object(
+        step.phases, timing.steps_s, case.batch_size, timing.reason, prepare_s_per_sample=prepared.s_per_sample
+    )
+    prompts = step.data_summary()
     engine, attention, kernels = step.trunk_taken, step.attention_taken, step.backend_taken
     notify("ceilings")
     del step
@@ -174,8 +194,41 @@ def run_measurements(
         "kernels": kernels,
         "num_threads": torch.get_num_threads(),
         "ceilings": ceilings,
-        "timeline": None if timeline is None else timeline.to_dict(ledger.peaks),
+        "timeline": followed,
     }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """What the phase ``prepare`` took; nothing for a step without one.
+
+    Attributes:
+        ledger: Has seen the phase over one batch.
+        s_per_sample: Seconds of the phase over the data set, per data row.
+        views: Memory views from outside the ledger.
+    """
+
+    ledger: Ledger | None = None
+    s_per_sample: float | None = None
+    views: dict[str, int | None] = dataclasses.field(default_factory=dict)
+
+
+def prepare_step(step: Step, device: str, notify: Notify) -> Prepared:
+    """Runs the phase ``prepare`` over one batch under a ledger, which also warms it up, then over the data set."""
+    if all(phase.kind != "prepare" for phase in step.phases):
+        return Prepared()
+    ledger, clock = Ledger(device, block_bytes=block_bytes(device)), StepClock(device)
+    with _outer_peaks(device) as views:
+        with _ledger_of(step, ledger):
+            step.prepare(Announcer(notify, ledger), num_batches=1)
+        step.prepare(clock)
+    return Prepared(ledger=ledger, s_per_sample=sum(clock.take().values()) / step.num_data_rows, views=views)
+
+
+def highest_views(*found: Mapping[str, int | None]) -> dict[str, int | None]:
+    """The highest number of every view, ``None`` where none has one."""
+    given = {name: [views.get(name) for views in found] for name in OUTER_VIEWS}
+    return {name: max((n for n in numbers if n is not None), default=None) for name, numbers in given.items()}
 
 
 def time_steps(step: Step, case: Case, options: MeasurementOptions, notify: Notify) -> Timing:
@@ -213,25 +266,25 @@ def time_steps(step: Step, case: Case, options: MeasurementOptions, notify: Noti
 
 
 def check_agreement(stats: Mapping[str, float | None], dtype: str) -> None:
-    """Refuses a first step whose decoding and full forward passes give different log-probabilities.
+    """Refuses a first step in which two readings of the initial weights give different log-probabilities.
 
-    Both read the initial weights, those of the reference, so the probability ratio is 1 and KL is 0 but for rounding.
+    Decoding and the full forward pass: the probability ratio is 1 and KL is 0 but for rounding. The policy and the
+    columns that were read from the reference, perhaps once for the data set: they differ by rounding alone.
 
     Args:
-        stats: Of the first step. Those of a method without ``ratio_error`` are not checked.
+        stats: Of the first step. KL is checked only beside ``ratio_error``.
         dtype: Of the weights.
 
     Raises:
         ModelError: They disagree.
     """
-    if "ratio_error" not in stats:
-        return
     for name, limits in AGREEMENT.items():
-        value = stats.get(name)
+        readings = _READINGS.get(name, "decoding and the full forward")
+        value = stats.get(name) if name in _READINGS or "ratio_error" in stats else None
         if value is not None and abs(value) > limits[dtype]:
             raise ModelError(
-                f"decoding and the full forward disagree by {abs(value):.2g} ({name} of the first step), and {dtype} "
-                f"explains {limits[dtype]:.2g}."
+                f"{readings} disagree by {abs(value):.2g} ({name} of the first step), and {dtype} explains "
+                f"{limits[dtype]:.2g}."
             )
 
 
@@ -245,11 +298,18 @@ def measure_memory(step: Step, device: str, notify: Notify, timeline: Timeline |
 
 def run_under_ledger(step: Step, ledger: Ledger, observer: Observer) -> Stats:
     """Runs one step inside ``ledger``, after declaring everything that lives between steps."""
+    with _ledger_of(step, ledger):
+        return step.run(observer)
+
+
+@contextmanager
+def _ledger_of(step: Step, ledger: Ledger) -> Iterator[None]:
+    """Enters ``ledger`` and declares everything that lives between steps."""
     with ledger:
         for part, tensor in step.persistent_tensors():
             ledger.tag(part, (tensor,))
         ledger.track_gradients(step.trained_parameters())
-        return step.run(observer)
+        yield
 
 
 def persistent_model_bytes(phases: Iterable[Mapping[str, int]]) -> int:
@@ -302,16 +362,23 @@ def _allocator_rest_bytes(ledger_peak_bytes: int, views: dict[str, int | None]) 
 
 
 def latency_object(
-    phases: Sequence[Phase], steps_s: Sequence[dict[str, float]], batch_size: int, reason: Reason
+    phases: Sequence[Phase],
+    steps_s: Sequence[dict[str, float]],
+    batch_size: int,
+    reason: Reason,
+    *,
+    prepare_s_per_sample: float | None = None,
 ) -> dict[str, Any]:
     """Returns the record's ``latency`` object. Sums are sums of the phases' medians, so that they add up.
 
     Args:
-        phases: The step's phases; one that did not run took 0 s.
+        phases: The step's phases; one that did not run took 0 s. ``prepare`` is no part of a step and is left out.
         steps_s: Seconds by phase of each timed step.
         batch_size: Samples per step.
         reason: Why timing stopped.
+        prepare_s_per_sample: Seconds of the phase ``prepare`` per data row.
     """
+    phases = [phase for phase in phases if phase.kind != "prepare"]
     samples_s = {phase.name: [step_s.get(phase.name, 0.0) for step_s in steps_s] for phase in phases}
     medians_s = {name: statistics.median(samples) for name, samples in samples_s.items()}
     kinds_s = {
@@ -320,6 +387,7 @@ def latency_object(
     }
     kinds = {phase.kind for phase in phases}
     return {
+        "prepare_s_per_sample": prepare_s_per_sample,
         "inference_s_per_sample": kinds_s["inference"] if "inference" in kinds else None,
         "update_s_per_sample": kinds_s["update"] if "update" in kinds else None,
         "total_s_per_sample": kinds_s["inference"] + kinds_s["update"],
@@ -344,7 +412,7 @@ def work_object(work: dict[str, Work], ceilings: dict[str, float], latency: dict
         "phases": {
             name: {"flops": item.flops, "bytes": item.bytes, "floor_s": floors_s[name]} for name, item in work.items()
         },
-        "floor_fraction": sum(floors_s.values()) / measured_s,
+        "floor_fraction": sum(floor_s for name, floor_s in floors_s.items() if name in latency["phases"]) / measured_s,
     }
 
 

@@ -7,10 +7,13 @@ they have no larger tensor than the first and the last.
 from __future__ import annotations
 
 import dataclasses
+from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
 
+import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import masking_utils
 
 from rlhfbench.measure.ledger import MODEL_PARTS, Ledger, block_bytes
 from rlhfbench.measure.measurements import (
@@ -73,7 +76,8 @@ class Plan:
         rate = gpu.flops_per_s.get(self.case.dtype)
         if rate is None or gpu.bytes_per_s is None:
             return None
-        return sum(work.floor_s(rate, gpu.bytes_per_s) for work in self.work.values()) / self.case.batch_size
+        steps = [phase.name for phase in self.case.role_table.phases if phase.kind != "prepare"]
+        return sum(self.work[name].floor_s(rate, gpu.bytes_per_s) for name in steps) / self.case.batch_size
 
 
 def plan_case(case: Case, zero: Zero | None = None, *, with_timeline: bool = False) -> Plan:
@@ -83,8 +87,8 @@ def plan_case(case: Case, zero: Zero | None = None, *, with_timeline: bool = Fal
     backward; storages are counted in the blocks of the device that was asked for.
 
     Args:
-        case: what to plan. A stop token changes no shape and is left out. A data file stands for random rows with an
-            attention mask, as short prompts have one. Triton is not run.
+        case: what to plan. A stop token changes no shape and is left out. A data file stands for one batch of random
+            rows of full length with an attention mask, as short prompts have one. Triton is not run.
         zero: how the step is divided among ranks.
         with_timeline: keep the step's timeline too.
 
@@ -100,16 +104,27 @@ def plan_case(case: Case, zero: Zero | None = None, *, with_timeline: bool = Fal
     timeline = Timeline() if with_timeline else None
     ledger = Ledger("cpu", on_change=None if timeline is None else timeline.note, block_bytes=block_bytes(case.device))
     observer = Announcer(lambda _: None, ledger, timeline) if timeline else ledger
-    # Transformers looks into position ids for packed sequences, and where it cannot look, it makes a mask that it would
-    # not make of real ones. This engine packs nothing.
-    unpacked = mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None)
-    with unpacked, FakeTensorMode():
+    with _packed_by_length(case.seq_len), FakeTensorMode():
         step = build_step(stand_in, with_weights=False)
+        work, buckets = phase_work(step), zero.buckets(step)  # a step may free models that are counted here
         run_under_ledger(step, ledger, observer)
-        work, buckets = phase_work(step), zero.buckets(step)
     memory = _divided(memory_object(ledger, dict(_NO_VIEWS)), zero, buckets)
     kept = None if timeline is None else divided_timeline(timeline.to_dict(ledger.peaks), zero.divide)
     return Plan(case=case, memory=memory, work=work, zero=zero, buckets=buckets, timeline=kept)
+
+
+def _packed_by_length(seq_len: int) -> AbstractContextManager[object]:
+    """Tells transformers by its length whether a row is packed: longer than a sequence of the case.
+
+    It looks into position ids for that, and where it cannot look, it makes a mask that it would not make of real ones.
+    """
+    find = masking_utils.find_packed_sequence_indices
+
+    def found(position_ids: torch.Tensor) -> torch.Tensor | None:
+        packed: torch.Tensor | None = find(position_ids) if position_ids.shape[-1] > seq_len else None
+        return packed
+
+    return mock.patch.object(masking_utils, "find_packed_sequence_indices", found)
 
 
 def _divided(memory: dict[str, Any], zero: Zero, buckets: dict[str, int]) -> dict[str, Any]:

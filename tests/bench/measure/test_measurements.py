@@ -7,6 +7,7 @@ import torch
 
 from rlhfbench.measure import MeasurementOptions, measure_case, measurements
 from rlhfbench.measure.ledger import Ledger
+from rlhfbench.planning.predict import plan_case
 from rlhfkernels.config.case import Case
 from rlhfkernels.config.options import Options
 from rlhfkernels.engine.engine import Engine
@@ -172,6 +173,7 @@ def test_latency_adds_up():
     steps_s = [{"think": 1.0, "learn": 4.0}, {"think": 3.0, "learn": 2.0}, {"think": 2.0, "learn": 9.0}]
     latency = measurements.latency_object(PHASES, steps_s, 4, "budget")
     assert latency == {
+        "prepare_s_per_sample": None,
         "inference_s_per_sample": 0.5,
         "update_s_per_sample": 1.0,
         "total_s_per_sample": 1.5,
@@ -319,6 +321,34 @@ def test_a_real_case():
     assert 0 < result["work"]["floor_fraction"] < 1
 
 
+@pytest.mark.parametrize(("method", "num_bases"), [("dpo", 2), ("dpo-lora", 1)])
+def test_a_prepared_case(method, num_bases):
+    case = Case(method=method, **TINY, options=Options.of({"dpo.precompute_ref_log_probs": True}))
+    notices = []
+    result = measure_case(case, MeasurementOptions(time_budget_s=0.0, timeline=True), notices.append)
+    latency, memory, work = result["latency"], result["memory"], result["work"]
+    assert latency["prepare_s_per_sample"] > 0
+    assert latency["inference_s_per_sample"] is None
+    assert latency["total_s_per_sample"] == latency["update_s_per_sample"]
+    assert list(latency["phases"]) == ["update", "optimize"]
+    assert set(memory["phases"]) == set(work["phases"]) == {"prepare", "update", "optimize"}
+    assert memory["phases"] == plan_case(case).memory["phases"]
+    bases = {name: phase["parts"]["base"] for name, phase in memory["phases"].items()}
+    assert bases["prepare"] == num_bases * bases["update"]
+    floors = [phase["floor_s"] for name, phase in work["phases"].items() if name != "prepare"]
+    measured = sum(phase["median_s"] for phase in latency["phases"].values())
+    assert work["floor_fraction"] == pytest.approx(sum(floors) / measured)
+    assert result["stats"]["reference_error"] < 1e-5
+    assert {name for phase in result["timeline"]["phases"] for name in phase["names"]} == {"update", "optimize"}
+    assert notices.index("phase:prepare") < notices.index("warm-up")
+
+
+def test_the_highest_of_every_view():
+    one = {"host_peak_bytes": 5, "workspace_bytes": 0}
+    found = measurements.highest_views(one, {"host_peak_bytes": 3, "driver_peak_bytes": None, "workspace_bytes": None})
+    assert found == {**dict.fromkeys(measurements.OUTER_VIEWS), "host_peak_bytes": 5, "workspace_bytes": 0}
+
+
 def test_the_rest_is_the_allocators_peak_without_ledger_and_workspaces(fake):
     ledger = Ledger("cpu")
     measurements.run_under_ledger(FakeStep(), ledger, ledger)
@@ -341,6 +371,12 @@ def test_the_rest_is_the_allocators_peak_without_ledger_and_workspaces(fake):
         ({"ratio_error": 0.009, "kl": 0.0009}, "float32", None),
         ({"ratio_error": None, "kl": None}, "float32", None),
         ({"kl": 9.0, "score": 5.0}, "float32", None),
+        ({"reference_error": 0.009, "kl": 9.0}, "float32", None),
+        (
+            {"reference_error": 0.02},
+            "float32",
+            r"the policy and the reference's log-probabilities disagree by 0\.02 \(reference_error of the first step\)",
+        ),
     ],
 )
 def test_decoding_and_the_full_forward_must_agree(stats, dtype, sentence):

@@ -44,8 +44,8 @@ def test_a_record_has_every_key_with_none_for_absent_values():
         "host_peak_bytes", "allocator_rest_bytes", "workspace_bytes",
     }  # fmt: skip
     assert set(made["latency"]) == {
-        "inference_s_per_sample", "update_s_per_sample", "total_s_per_sample", "sequences_per_sample", "phases",
-        "stopped_because",
+        "inference_s_per_sample", "update_s_per_sample", "total_s_per_sample", "prepare_s_per_sample",
+        "sequences_per_sample", "phases", "stopped_because",
     }  # fmt: skip
     assert set(made["work"]) == {"phases", "floor_fraction"}
     leaves = [v for part in ("memory", "latency", "work") for v in made[part].values()]
