@@ -24,6 +24,8 @@ class PassForm:
         options: of the case.
 
     Attributes:
+        p: the pass.
+        options: of the case.
         stages: the stages of the pass.
         objectives: their objectives, in the same order.
         reads_prompt: the loss covers the prompt's tokens too.
@@ -32,6 +34,7 @@ class PassForm:
     """
 
     def __init__(self, p: ForwardPass, options: Options) -> None:
+        self.p, self.options = p, options
         self.stages = tuple(stage for stage in p.stages if isinstance(stage, Update))
         self.objectives: tuple[Objective, ...] = tuple(OBJECTIVES[stage.objective] for stage in self.stages)
         self.reads_prompt = any(objective.reads_prompt(options) for objective in self.objectives)
@@ -39,60 +42,58 @@ class PassForm:
         self.in_two_passes = any(objective.in_two_passes(options) for objective in self.objectives)
 
 
-def add_gradients(engine: Engine, p: ForwardPass, part: Batch, options: Options, counts: Counts) -> list[Loss]:
+def add_gradients(engine: Engine, form: PassForm, part: Batch, counts: Counts) -> list[Loss]:
     """Adds the gradients of a pass over a micro-batch to the weights; its graph is gone on return.
 
     Args:
         engine: the models.
-        p: a pass of ``Update`` stages.
+        form: the pass, and how it is differentiated.
         part: the micro-batch.
-        options: of the case.
         counts: the divisors, of the whole mini-batch.
 
     Returns:
         The loss of every stage of the pass, in order.
     """
-    form = PassForm(p, options)
     if form.in_two_passes:
-        return _add_in_two_passes(engine, p, form, part, options, counts)
+        return _add_in_two_passes(engine, form, part, counts)
+    weights = form.p.weights
     readers: list[Reader]
     if form.packs:
         row = part.packed(reads_prompt=form.reads_prompt)
-        hidden = engine.packed_hidden(p.weights, row, train=True)
+        hidden = engine.packed_hidden(weights, row, train=True)
         readers = [PackedReader(engine, stage.role, hidden, row, part) for stage in form.stages]
     else:
         start = 0 if form.reads_prompt else part.prompt_len - 1
-        hidden = engine.hidden(p.weights, part.tokens, part.attention_mask, start=start, train=True)
+        hidden = engine.hidden(weights, part.tokens, part.attention_mask, start=start, train=True)
         readers = [GraphReader(engine, stage.role, hidden, part) for stage in form.stages]
-    return _backward(form, readers, part, options, counts)
+    return _backward(form, readers, part, counts)
 
 
-def _backward(form: PassForm, readers: list[Reader], part: Batch, options: Options, counts: Counts) -> list[Loss]:
+def _backward(form: PassForm, readers: list[Reader], part: Batch, counts: Counts) -> list[Loss]:
     losses = [
-        objective.function(reader, part, options, counts)
+        objective.function(reader, part, form.options, counts)
         for objective, reader in zip(form.objectives, readers, strict=True)
     ]
     torch.stack([loss.value for loss in losses]).sum().backward()  # type: ignore[no-untyped-call]
     return losses
 
 
-def _add_in_two_passes(
-    engine: Engine, p: ForwardPass, form: PassForm, part: Batch, options: Options, counts: Counts
-) -> list[Loss]:
+def _add_in_two_passes(engine: Engine, form: PassForm, part: Batch, counts: Counts) -> list[Loss]:
     """Reads all log-probabilities without a graph, then the sequences of a data row one after the other with one.
 
     The loss is differentiated by the log-probabilities of the first pass, and the second passes that gradient on. A
     graph holds the activations of one sequence for each data row of the micro-batch.
     """
+    weights, start = form.p.weights, part.prompt_len - 1
     with torch.no_grad():
-        hidden = engine.hidden(p.weights, part.tokens, part.attention_mask, start=part.prompt_len - 1)
+        hidden = engine.hidden(weights, part.tokens, part.attention_mask, start=start)
         leaves = [LeafReader(engine.logprobs(stage.role, hidden, part.completions)[0]) for stage in form.stages]
         del hidden
-    losses = _backward(form, list(leaves), part, options, counts)
+    losses = _backward(form, list(leaves), part, counts)
     per_row = part.num_sequences // part.num_rows
     for i in range(per_row):
         one = part.sequence_of_rows(i)
-        hidden = engine.hidden(p.weights, one.tokens, one.attention_mask, start=part.prompt_len - 1, train=True)
+        hidden = engine.hidden(weights, one.tokens, one.attention_mask, start=start, train=True)
         logprobs = [engine.logprobs(stage.role, hidden, one.completions)[0] for stage in form.stages]
         del hidden
         torch.autograd.backward(logprobs, [leaf.gradient[i::per_row] for leaf in leaves])

@@ -360,7 +360,7 @@ class TrainingStep:
         if form.reads_prompt:
             counts = counts._replace(tokens=batch.select(_rows(indices)).predicted_mask.sum())
         for rows in self._micro_batches(indices):
-            losses = add_gradients(self.engine, p, batch.select(rows), self.case.options, counts)
+            losses = add_gradients(self.engine, form, batch.select(rows), counts)
             for stage, loss in zip(form.stages, losses, strict=True):
                 stats.losses[stage.role] = stats.losses.get(stage.role, 0) + loss.value.detach()
                 for name, found in loss.sums.items():
