@@ -320,16 +320,8 @@ class Engine:
         return batch
 
     def release(self, base: str) -> None:
-        """Frees the weights of a base that nothing reads any more.
-
-        Modules are in reference cycles, so their parameters are dropped one by one: the memory is free on return.
-        """
-        model = self.models.pop(base)
-        del self.trunks[base], self.adapters[base]
-        for module in (model.trunk, model.lm_head):
-            for each in () if module is None else module.modules():
-                each._parameters.clear()
-                each._buffers.clear()
+        """Frees the weights of a base that nothing reads any more."""
+        del self.models[base], self.trunks[base], self.adapters[base]
 
     def save(self, folder: Path) -> None:
         """Writes every adapter set, as plain PEFT reads it, and every scalar head under ``folder``."""

@@ -343,6 +343,18 @@ def test_a_prepared_case(method, num_bases):
     assert notices.index("phase:prepare") < notices.index("warm-up")
 
 
+def test_a_reference_model_is_gone_without_garbage_collection():
+    """Garbage is not collected within a measurement."""
+    step = build_step(Case(method="dpo", **TINY, options=Options.of({"dpo.precompute_ref_log_probs": True})))
+    with measurements._manual_gc(), Ledger("cpu") as ledger:
+        for part, tensor in step.persistent_tensors():
+            ledger.tag(part, (tensor,))
+        before = ledger.parts
+        step.prepare(ledger)
+        after = ledger.parts
+    assert (after["base"], after["heads"]) == (before["base"] / 2, before["heads"] / 2)
+
+
 def test_the_highest_of_every_view():
     one = {"host_peak_bytes": 5, "workspace_bytes": 0}
     found = measurements.highest_views(one, {"host_peak_bytes": 3, "driver_peak_bytes": None, "workspace_bytes": None})
