@@ -144,6 +144,7 @@ class Measurer:
 
         def run(case: Case) -> dict[str, Any]:
             runner.run([case])
+            runner.run_blocks([case])
             return records.records[-1]
 
         return run
@@ -158,7 +159,7 @@ class _Silent:
 
     def _ignore(self, *args: object, **kwargs: object) -> None: ...
 
-    begin = start_case = doing = finish_case = notice = end = _ignore
+    begin = start_case = doing = finish_case = begin_blocks = start_block = finish_block = notice = end = _ignore
 
 
 class _SweepModule(pytest.Module):
@@ -226,7 +227,7 @@ def _make_test(case: Case, timer: ReplayTimer, measurer: Measurer) -> Callable[[
             pytest.fail(str(error), pytrace=False)
         benchmark.extra_info.update(extra_info(record))
         _raise_unless_ok(record)
-        samples_s = step_samples_s(record)
+        samples_s = block_steps_s(record)
         timer.load(samples_s)
         benchmark.pedantic(timer.step, setup=timer.rewind, rounds=len(samples_s), iterations=1, warmup_rounds=0)
 
@@ -246,17 +247,18 @@ def _raise_unless_ok(record: dict[str, Any]) -> None:
     pytest.fail(sentence, pytrace=False)
 
 
-def step_samples_s(record: dict[str, Any]) -> list[float]:
-    """Returns the seconds of each timed step of ``record``: the sum of its phases."""
-    phases = record["latency"]["phases"].values()
-    return [math.fsum(step) for step in zip(*(phase["samples_s"] for phase in phases), strict=True)]
+def block_steps_s(record: dict[str, Any]) -> list[float]:
+    """Returns the seconds of one step by block of ``record``: their mean is the record's, as in every report."""
+    blocks = record["latency"]["total_block_s_per_sample"]
+    return [seconds * record["case"]["batch_size"] for seconds in blocks if seconds is not None]
 
 
 def extra_info(record: dict[str, Any]) -> dict[str, Any]:
     """Returns the ``extra_info`` of pytest-benchmark's JSON: the record's case, outcome, memory and latencies."""
     latency = dict(record["latency"] or {})
     phases = latency.pop("phases", None) or {}
-    latency["phases"] = {name: {"median_s": phase["median_s"]} for name, phase in phases.items()}
+    latency.pop("blocks", None)
+    latency["phases"] = {name: {"mean_s": phase["mean_s"]} for name, phase in phases.items()}
     return {
         "case_id": record["case"]["id"],
         "case": record["case"],

@@ -31,8 +31,24 @@ def run_case(request, send):
 
 
 def _ok(request, send):
-    result = {"memory": SOME_MEMORY, "ceilings": {"matmul_flops_per_s": 1.0}, "work": None, "num_threads": 5}
+    result = {"memory": SOME_MEMORY, "work": None, "num_threads": 5}
     send({"result": {"outcome": "ok", "error": None, **result}})
+
+
+def _in_blocks(request, send):
+    """Is timed in as many blocks as asked for, two by default; block n takes n + 1 seconds a step."""
+    number, num_blocks = request["settings"]["block"], request["settings"]["num_blocks"] or 2
+    block = {"phases": {"generate": [number + 1.0]}, "stopped_because": "budget", "error": None}
+    latency = {"phases": {"generate": {"kind": "inference"}}, "num_blocks": num_blocks}
+    once = {"memory": SOME_MEMORY, "latency": latency} if number == 0 else {}
+    send({"result": {"outcome": "ok", "error": None, **once, "block": block}})
+
+
+def _out_of_memory_in_block_1(request, send):
+    if request["settings"]["block"] == 1:
+        send({"result": worker.failure(MemoryError("no room"), "score")})
+    else:
+        _in_blocks(request, send)
 
 
 def _planned(request, send):
@@ -119,6 +135,8 @@ def _state(request, send):
 BEHAVIOURS = {
     "ok": _ok,
     "echo": _echo,
+    "blocks": _in_blocks,
+    "oom-in-block-1": _out_of_memory_in_block_1,
     "oom-from-batch-4": _oom_from_batch_4,
     "over-limit": _needs_more_than_its_limit,
     "hang": _hang,

@@ -45,17 +45,27 @@ class Work:
     Attributes:
         flops: floating-point operations; a multiply-add is two.
         bytes: bytes read from and written to device memory.
+        written_bytes: those of them that are written.
     """
 
     flops: int
     bytes: int
+    written_bytes: int = 0
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.flops + other.flops, self.bytes + other.bytes)
+        return Work(self.flops + other.flops, self.bytes + other.bytes, self.written_bytes + other.written_bytes)
 
-    def floor_s(self, flops_per_s: float, bytes_per_s: float) -> float:
-        """The larger of compute time and memory time, in seconds, at these two rates."""
-        return max(self.flops / flops_per_s, self.bytes / bytes_per_s)
+    def floor_s(self, flops_per_s: float, bytes_per_s: float, read_bytes_per_s: float | None = None) -> float:
+        """The larger of compute time and memory time, in seconds.
+
+        Args:
+            flops_per_s: rate of matmuls.
+            bytes_per_s: rate of a copy, both directions counted.
+            read_bytes_per_s: rate of reading alone, for the bytes read beyond those written; that of a copy by default.
+        """
+        only_read = max(self.bytes - 2 * self.written_bytes, 0)
+        memory_s = (self.bytes - only_read) / bytes_per_s + only_read / (read_bytes_per_s or bytes_per_s)
+        return max(self.flops / flops_per_s, memory_s)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,7 +157,7 @@ class _Counter:
         weights = (shape.trunk_bytes + adapter_bytes + shape.head_bytes) * case.completion_len
         cached_reads = sum(range(case.prompt_len, seen))
         kv_item = 2 * shape.kv_channels * shape.trunk_item * self._num_sequences
-        return Work(flops, weights + kv_item * (cached_reads + seen))
+        return Work(flops, weights + kv_item * (cached_reads + seen), kv_item * seen)
 
     def prepare(self, phase: Phase) -> Work:
         """The passes over every row of the data set; the weights are read again for each batch."""
@@ -179,7 +189,7 @@ class _Counter:
         for p in phase.passes:
             one += self._differentiate(p)
         num_passes = case.num_epochs * (case.batch_size // case.micro_batch_size)
-        return Work(one.flops * case.num_epochs, one.bytes * num_passes)
+        return Work(one.flops * case.num_epochs, one.bytes * num_passes, one.written_bytes * num_passes)
 
     def _differentiate(self, p: ForwardPass) -> Work:
         """Forward and backward: a weight's matmul again for its input, and again for itself where it is trained."""
@@ -193,11 +203,13 @@ class _Counter:
         shape, adapter_bytes = self._shapes[p.weights.base], self._adapter(p.weights)[1]
         moved = self._base_products(roles) * shape.trunk_bytes + 3 * adapter_bytes
         moved += sum(self._head_products(role) * self._head_bytes(role) for role in roles)
+        written = (self._base_products(roles) - 2) * shape.trunk_bytes + adapter_bytes  # the gradients
+        written += sum((self._head_products(role) - 2) * self._head_bytes(role) for role in roles)
         if form.in_two_passes:  # a graph for each sequence of a data row, and a forward of all before
             flops += self._forward_flops(p, roles) * self._num_sequences
-            moved *= self._step.sequences_per_row
+            moved, written = moved * self._step.sequences_per_row, written * self._step.sequences_per_row
             moved += shape.trunk_bytes + adapter_bytes + sum(map(self._head_bytes, roles))
-        return Work(flops, moved)
+        return Work(flops, moved, written)
 
     def _graph_flops(
         self, p: ForwardPass, form: PassForm, roles: list[Role], prompt_len: int, completion_len: int
@@ -228,7 +240,11 @@ class _Counter:
         held = sum(t.nbytes for optimizer in self._step.optimizers.values() for t in optimizer.tensors())
         weights = sum(p.nbytes for p in trained)
         times = self._case.num_epochs * (self._case.batch_size // self._case.mini_batch_size)
-        return Work(_ADAMW_FLOPS * sum(p.numel() for p in trained) * times, (3 * weights + 2 * held) * times)
+        return Work(
+            _ADAMW_FLOPS * sum(p.numel() for p in trained) * times,
+            (3 * weights + 2 * held) * times,
+            (weights + held) * times,
+        )
 
 
 _COUNTS: dict[type[Stage], Callable[[_Counter, Phase], Work]] = {

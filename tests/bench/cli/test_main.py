@@ -395,8 +395,8 @@ def test_report_draws_from_the_records(call, tmp_path):
     (tmp_path / "records.jsonl").write_text(record + "\n")
     drawn = []
 
-    def draw(run_dir, *, every_timeline):
-        drawn.append((run_dir, every_timeline))
+    def draw(run_dir, *, whole):
+        drawn.append((run_dir, whole))
         return "the table"
 
     with pytest.MonkeyPatch.context() as patch:
@@ -513,7 +513,7 @@ def test_plan_takes_every_option_of_run_that_defines_a_case(call):
         return set(help_by_option(call(verb, "--help")[1]))
 
     only_run = {
-        "--time-budget-s", "--case-timeout-s", "--memory-limit", "--threads", "--profile", "--with-plan",
+        "--time-budget-s", "--blocks", "--case-timeout-s", "--memory-limit", "--threads", "--profile", "--with-plan",
         "--max-batch", "--max-batch-limit", "--resume", "--retry",
     }  # fmt: skip
     assert options("run") - options("plan") == only_run

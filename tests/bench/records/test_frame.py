@@ -45,7 +45,14 @@ RECORD = {
         "update_s_per_sample": 0.25,
         "total_s_per_sample": 0.75,
         "sequences_per_sample": 2,
-        "phases": {"generate": {"median_s": 1.0, "samples_s": [1.0, 1.1, 0.9]}, "optimize": {"median_s": 0.5}},
+        "total_half_width_s_per_sample": 0.125,
+        "total_block_s_per_sample": [0.7, None, 0.8],
+        "phases": {"generate": {"mean_s": 1.0, "block_s": [0.9, None, 1.1]}, "optimize": {"mean_s": 0.5}},
+        "blocks": [
+            {"phases": {"generate": [1.0, 1.1]}},
+            {"error": {"outcome": "oom"}},
+            {"phases": {"generate": [1.0]}},
+        ],
         "stopped_because": "steady",
     },
     "work": {"phases": {}, "floor_fraction": 0.125},
@@ -59,7 +66,8 @@ def test_the_frame_has_every_column_of_the_schema_with_its_dtype():
     frame = records_frame([RECORD])
     found = {name: str(dtype) for name, dtype in frame.dtypes.items()}
     phases = ("generate", "optimize", "update_actor_critic")
-    assert found == {name: field.dtype for name, field in columns(phases).items()}
+    dtypes = {name: field.dtype for name, field in columns(phases).items()}
+    assert found == {name: "object" if dtype == "list" else dtype for name, dtype in dtypes.items()}
 
 
 def test_a_record_becomes_a_row():
@@ -90,8 +98,12 @@ def test_a_record_becomes_a_row():
         "num_prompts_truncated": 0,
         "generate_phase_peak_bytes": 111,
         "update_actor_critic_phase_peak_bytes": 182,
-        "generate_phase_median_s": 1.0,
-        "optimize_phase_median_s": 0.5,
+        "total_half_width_s_per_sample": 0.125,
+        "total_block_s_per_sample": [0.7, None, 0.8],
+        "num_timed_blocks": 2,
+        "generate_phase_s": 1.0,
+        "generate_phase_block_s": [0.9, None, 1.1],
+        "optimize_phase_s": 0.5,
         "wall_s": 9.5,
     }
     assert {name: row[name] for name in expected} == expected
@@ -132,10 +144,10 @@ def test_predictions_have_columns_of_their_own():
 
 def test_phases_of_other_methods_are_na():
     other = copy.deepcopy(RECORD)
-    other["latency"]["phases"] = {"train": {"median_s": 2.0, "samples_s": [2.0]}}
+    other["latency"]["phases"] = {"train": {"mean_s": 2.0}}
     frame = records_frame([RECORD, other])
-    assert frame["train_phase_median_s"].isna().tolist() == [True, False]
-    assert frame["optimize_phase_median_s"].isna().tolist() == [False, True]
+    assert frame["train_phase_s"].isna().tolist() == [True, False]
+    assert frame["optimize_phase_s"].isna().tolist() == [False, True]
 
 
 def test_no_records_give_an_empty_frame_with_all_columns():
