@@ -28,7 +28,7 @@ def summarize(record: dict[str, Any]) -> dict[str, Any]:
     favours no result.
 
     Sets the seconds of phases, kinds and total with their half-widths and their values by block, those of ``prepare``,
-    the floors and ``floor_fraction``, what disturbed the most disturbed block, and the least sure reason to stop of any block.
+    the floors and ``floor_fraction``, what disturbed the most disturbed block, and the least sure reason to stop.
     """
     blocks = record["latency"].get("blocks") or []
     whole = [block for block in blocks if block.get("error") is None]

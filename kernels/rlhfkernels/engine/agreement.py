@@ -100,7 +100,7 @@ def check_cache(name: str, model: LoadedModel, seq_len: int) -> None:
 
 
 @torch.no_grad()
-def check_packing(name: str, trunk: Trunk, dtype: str, *, device: str, max_length: int) -> None:
+def check_packing(name: str, trunk: Trunk, dtype: str, *, device: str, max_length: int, vocab_size: int) -> None:
     """Compares two sequences in a packed row with each alone, and with the row whose first sequence is another.
 
     Args:
@@ -109,15 +109,16 @@ def check_packing(name: str, trunk: Trunk, dtype: str, *, device: str, max_lengt
         dtype: of the weights.
         device: of the weights.
         max_length: of a sequence.
+        vocab_size: token ids are below it.
 
     Raises:
         CaseError: a sequence sees the one before it, has other positions than alone, or the model takes no packed row.
     """
     segments = [Segment(min(length, max_length)) for length in _PACKED_LENGTHS]
-    tokens = (torch.arange(sum(segment.length for segment in segments), device=device) * 7 + 3).remainder_(29)
+    tokens = (torch.arange(sum(segment.length for segment in segments), device=device) * 7 + 3) % vocab_size
     ids = torch.cat([torch.arange(segment.length, device=device) for segment in segments])
     other = tokens.clone()
-    other[: segments[0].length].add_(1)
+    other[: segments[0].length].add_(1).remainder_(vocab_size)
     try:
         packed, moved = (trunk.packed(None, row, ids, segments) for row in (tokens, other))
         parts = tokens.split_with_sizes([segment.length for segment in segments])

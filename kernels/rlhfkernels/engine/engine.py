@@ -108,7 +108,8 @@ class Engine:
             CaseError: see ``rlhfkernels.engine.agreement.check_packing``.
         """
         case, name = self.case, self.case.model_of(self.method.origins[base])
-        check_packing(name, self.trunks[base], case.dtype, device=case.device, max_length=case.seq_len)
+        size = {"max_length": case.seq_len, "vocab_size": self.vocab_size}
+        check_packing(name, self.trunks[base], case.dtype, device=case.device, **size)
 
     @property
     def vocab_size(self) -> int:
