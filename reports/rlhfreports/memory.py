@@ -13,14 +13,18 @@ from rlhfreports.tables import ABSENT, GIB, ReportTable, decimals_for, number_te
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-UNIT_LINE = "GiB = 2^30 bytes at the step's highest total; s = seconds per sample."
+UNIT_LINE = (
+    "GiB = 2^30 bytes at the step's highest total; process: the largest that the whole process took; s = seconds per "
+    "sample."
+)
 INTERVAL_LINE = "±: half of the 95 % interval of the total, from blocks."
 # Columns of numbers, bytes first: in the frame; heading in files; heading in a terminal of 80 columns.
 NUMBERS = (
     ("model_bytes", "model GiB", "model\nGiB"),
-    ("activation_bytes", "activation GiB", "activ.\nGiB"),
-    ("rollout_bytes", "rollout GiB", "rollout\nGiB"),
+    ("activation_bytes", "activation GiB", "act.\nGiB"),
+    ("rollout_bytes", "rollout GiB", "roll.\nGiB"),
     ("total_bytes", "total GiB", "total\nGiB"),
+    ("process_peak_bytes", "process GiB", "proc\nGiB"),
     ("prepare_s_per_sample", "prepare s", "prep.\ns"),
     ("inference_s_per_sample", "inference s", "infer.\ns"),
     ("update_s_per_sample", "update s", "update\ns"),
@@ -31,7 +35,11 @@ _INTERVAL_HEADING = "± s"
 _DISTURBED = "!"  # after the interval of a case beside which something else used the machine
 _OUTCOME_COLUMN = "total_bytes"  # has the outcome in place of a number where nothing was measured
 _OPTIONAL = ("prepare_s_per_sample",)  # columns that a table has only where a row has a number in them
-_SHORT_HEADINGS = {heading: short for _, heading, short in NUMBERS} | {_INTERVAL_HEADING: "±\ns"}
+_SHORT_HEADINGS = {
+    "length": "len.",
+    **{heading: short for _, heading, short in NUMBERS},
+    _INTERVAL_HEADING: "±\ns",
+}
 _AXIS_HEADINGS = {"lora_rank": "LoRA rank"}
 _MAX_TERMINAL_NOTES = 8
 _MAX_DECIMALS = 5
@@ -128,19 +136,23 @@ def _numbers(frame: pd.DataFrame) -> dict[str, list[str]]:
     """The columns of numbers. An unmeasured row has its outcome as its total and dashes elsewhere."""
     measured = _is_ok(frame)
     decimals = {
-        unit: decimals_for((frame.loc[measured, name].dropna() / scale).tolist(), least, most)
-        for unit, name, scale, least, most in (("GiB", "total_bytes", GIB, 1, 3), ("s", "total_s_per_sample", 1, 2, 4))
+        name: decimals_for((frame.loc[measured, name].dropna() / scale).tolist(), least, most)
+        for name, scale, least, most in (
+            ("total_bytes", GIB, 1, 3),
+            ("process_peak_bytes", GIB, 1, 2),
+            ("total_s_per_sample", 1, 2, 4),
+        )
     }
     cells = {}
     for name, heading, _ in NUMBERS:
         if name in _OPTIONAL and frame[name].isna().all():
             continue
-        scale, unit = (GIB, "GiB") if name.endswith("_bytes") else (1, "s")
-        rounded = [decimals[unit]] * len(frame)
-        if unit == "s" and name not in _OPTIONAL:
+        scale, ruler = (GIB, "total_bytes") if name.endswith("_bytes") else (1, "total_s_per_sample")
+        rounded = [decimals.get(name, decimals[ruler])] * len(frame)
+        if scale == 1 and name not in _OPTIONAL:
             half_width = name.replace("_s_", "_half_width_s_", 1)
             rounded = [
-                decimals[unit] if pd.isna(width) else _decimals(value, width)
+                decimals[ruler] if pd.isna(width) else _decimals(value, width)
                 for value, width in zip(frame[name], frame[half_width], strict=True)
             ]
         absent = [outcome_word(outcome) if name == _OUTCOME_COLUMN else ABSENT for outcome in frame["outcome"]]

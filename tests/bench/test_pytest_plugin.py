@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -10,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+import rlhfbench.gate
 from rlhfbench import pytest_plugin
 from rlhfbench.cases.sweep import Sweep
+from rlhfbench.errors import GateError
+from rlhfbench.gate.compare import Finding
 from rlhfbench.pytest_plugin import Measurer, ReplayTimer, block_steps_s, case_name, group_name
 from rlhfbench.records.blocks import summarize
 from rlhfbench.records.file import make_record
@@ -178,6 +182,31 @@ def test_a_slower_step_fails_the_comparison(bench, measured, monkeypatch):
     assert result.ret != pytest.ExitCode.OK
 
 
+def test_a_gate_fails_the_tests_of_cases_with_a_regression(bench, measured, monkeypatch):
+    asked = []
+
+    def compare_with(base, sweep, out):
+        asked.append(base)
+        verdicts = {"full": "larger", "hydra": "ambiguous"}
+        return [Finding(case=c, quantity="memory total", verdict=verdicts.get(c.method, "same")) for c in sweep.cases]
+
+    monkeypatch.setattr(rlhfbench.gate, "compare_with", compare_with)
+    result = bench("--benchmark", "--benchmark-gate=main", "-rs")
+    result.assert_outcomes(passed=3, failed=1, skipped=1)
+    result.stdout.fnmatch_lines(["*gate-full*", "*memory total*larger*", "*the gate cannot tell*"])
+    assert asked == ["main"]  # once for all cases
+
+
+def test_a_gate_that_cannot_compare_fails_its_tests_with_the_sentence(bench, measured, monkeypatch):
+    def compare_with(base, sweep, out):
+        raise GateError(f"revision '{base}' is no commit.")
+
+    monkeypatch.setattr(rlhfbench.gate, "compare_with", compare_with)
+    result = bench("--benchmark", "--benchmark-gate=nonsense", "-k", "hydra and not joined")
+    result.assert_outcomes(failed=1, deselected=4)
+    result.stdout.fnmatch_lines(["*revision 'nonsense' is no commit.*"])
+
+
 def test_a_sweep_file_says_what_is_measured(bench, pytester, measured):
     pytester.path.joinpath("mine.toml").write_text('methods = ["lora"]\nseq_lens = [8, 12]\nbatch_sizes = 3\n')
     bench("--benchmark", "--benchmark-sweep=mine.toml", "--benchmark-time-budget-s=0.5").assert_outcomes(passed=2)
@@ -217,6 +246,13 @@ def test_without_pytest_benchmark_one_sentence_says_what_to_install(bench, measu
     result = bench("--benchmark", "-p", "no:benchmark")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["*--benchmark needs pytest-benchmark: install rlhfbench[[]pytest[]].*"])
+
+
+def test_a_system_that_cannot_fork_is_one_sentence(bench, measured, monkeypatch):
+    monkeypatch.delattr(os, "fork")
+    result = bench("--benchmark")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*run needs os.fork, which this system lacks*"])
 
 
 def test_without_pytest_benchmark_other_tests_run(pytester, measured):

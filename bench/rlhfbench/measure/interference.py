@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -58,6 +57,8 @@ class Interference:
         }
 
     def _read(self) -> dict[str, float]:
+        import resource  # here, as Windows has none and plans with this package
+
         usage = resource.getrusage(resource.RUSAGE_SELF)
         own = {"own_s": usage.ru_utime + usage.ru_stime, "switches": float(usage.ru_nivcsw)}
         return {"wall_s": time.perf_counter(), **own, **_machine_s()}

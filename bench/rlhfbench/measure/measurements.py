@@ -8,13 +8,14 @@ import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
 from rlhfbench.measure import host
 from rlhfbench.measure.ceilings import measure_ceilings
 from rlhfbench.measure.clock import StepClock
+from rlhfbench.measure.injection import InjectedStep
 from rlhfbench.measure.interference import Interference
 from rlhfbench.measure.ledger import ACTIVATION_PARTS, MODEL_PARTS, Ledger, block_bytes
 from rlhfbench.measure.options import MeasurementOptions
@@ -22,12 +23,13 @@ from rlhfbench.measure.profile import PhaseProfiler
 from rlhfbench.measure.statistic import DEFAULT_BLOCKS
 from rlhfbench.measure.stopping import Reason, StoppingRule
 from rlhfbench.measure.timeline import Timeline
+from rlhfbench.measure.user_step import load_step
 from rlhfbench.measure.workspaces import workspace_bytes
 from rlhfkernels.config.case import Case
 from rlhfkernels.errors import ModelError
 from rlhfkernels.methods.program import Phase
 from rlhfkernels.observer import Observer
-from rlhfkernels.training.step import build_step
+from rlhfkernels.training.step import TrainingStep, build_step
 from rlhfkernels.training.work import phase_work
 
 Notify = Callable[[str], None]
@@ -48,12 +50,13 @@ RATES = ("matmul_flops_per_s", "copy_bytes_per_s", "read_bytes_per_s")
 MAX_BUILD_S = 10.0
 
 # Largest magnitude of a statistic of the first step that rounding explains, by dtype. ``ratio_error`` is a maximum over
-# tokens, ``kl`` their mean, ``reference_error`` a maximum over the means of sequences. In bfloat16 a rare token's
-# logits are off by some hundredths of a large number.
+# tokens, ``kl`` their mean, ``reference_error`` a maximum over the means of sequences. In bfloat16, over 16 models and
+# 2 to 5 seeds, the largest of the first two are 0.25 and 0.007 with real weights (SmolLM2-135M, 192 tokens), and 0.88
+# and 0.017 where rounding sends a token to another expert (Mixtral).
 AGREEMENT = {
     "reference_error": {"float64": 1e-4, "float32": 1e-2, "bfloat16": 1.0},
     "ratio_error": {"float64": 1e-4, "float32": 1e-2, "bfloat16": 1.0},
-    "kl": {"float64": 1e-5, "float32": 1e-3, "bfloat16": 0.1},
+    "kl": {"float64": 1e-5, "float32": 1e-3, "bfloat16": 0.05},
 }
 
 
@@ -77,13 +80,6 @@ class Step(Protocol):
     @property
     def phases(self) -> tuple[Phase, ...]:
         """The phases in the order in which they run."""
-
-    def prepare(self, observer: Observer, *, num_batches: int | None = None) -> None:
-        """Runs the phase ``prepare``, if there is one: over the data set, or so many batches of it."""
-
-    @property
-    def num_data_rows(self) -> int:
-        """Data rows of the data set."""
 
     def run(self, observer: Observer) -> Stats:
         """Runs one complete step on the next batch."""
@@ -165,12 +161,14 @@ def run_measurements(
         torch.set_num_threads(options.num_threads)
     started_at, started_s = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.perf_counter()
     notify("build")
-    step = build_step(case)
+    step = _build(case, options)
     build_s = time.perf_counter() - started_s
-    work = phase_work(step)  # a prepared step has freed models that are counted here
+    # Counted now: a prepared step has freed models.
+    work = phase_work(cast(TrainingStep, step)) if options.step is None else {}
     result: dict[str, Any] = {}
     with _manual_gc():
-        prepared = prepare_step(step, case.device, notify)
+        is_own = options.step is None
+        prepared = prepare_step(cast(TrainingStep, step), case.device, notify) if is_own else Prepared()
         is_short = build_s + prepared.data_set_s <= MAX_BUILD_S
         num_blocks = options.num_blocks or (DEFAULT_BLOCKS if is_short else 1)
         timing = time_steps(step, case, options.time_budget_s / num_blocks, options.precision, notify)
@@ -197,6 +195,11 @@ def run_measurements(
         "error": None,
     }
     return result
+
+
+def _build(case: Case, options: MeasurementOptions) -> Step:
+    step: Step = build_step(case) if options.step is None else load_step(options.step, case)
+    return step if options.injected is None else cast(Step, InjectedStep(step, case.device, **options.injected))
 
 
 def _measure_once(
@@ -244,7 +247,7 @@ class Prepared:
     views: dict[str, int | None] = dataclasses.field(default_factory=dict)
 
 
-def prepare_step(step: Step, device: str, notify: Notify) -> Prepared:
+def prepare_step(step: TrainingStep, device: str, notify: Notify) -> Prepared:
     """Runs the phase ``prepare`` over one batch under a ledger, which also warms it up, then over the data set."""
     if all(phase.kind != "prepare" for phase in step.phases):
         return Prepared()
@@ -423,13 +426,13 @@ def _named_failure(clock: StepClock, notify: Notify) -> Iterator[None]:
 
 @contextmanager
 def _outer_peaks(device: str) -> Iterator[dict[str, int | None]]:
-    """Yields a dictionary that has, after the block, the peaks of the block as allocator and operating system saw them.
+    """Yields a dictionary that has, after the block, the peaks as allocator and operating system saw them.
 
-    The driver's view stays ``None``: it is sampled from outside this process.
+    The allocator's are of the block. The resident set's is since the process began, as it is for a case that fails. The
+    driver's view stays ``None``: it is sampled from outside this process.
     """
     views: dict[str, int | None] = dict.fromkeys(OUTER_VIEWS)
     on_cuda = torch.device(device).type == "cuda"
-    host.reset_peak()
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(device)
     yield views

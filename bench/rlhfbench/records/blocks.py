@@ -51,7 +51,7 @@ def summarize(record: dict[str, Any]) -> dict[str, Any]:
     latency["stopped_because"] = max((block["stopped_because"] for block in counted), key=_REASONS.index)
     latency["num_disturbed_blocks"] = len(disturbed)
     latency["num_counted_blocks"] = len(counted)
-    worst: Mapping[str, Any] = max((block["interference"] for block in disturbed), key=_load, default={})
+    worst: Mapping[str, Any] = max((block["interference"] for block in disturbed), key=load_of, default={})
     latency["disturbed_by"] = disturbance(worst)
     return {**record, "latency": latency, "work": _work(record, whole, latency)}
 
@@ -103,13 +103,30 @@ def _sums(seconds: Sequence[Mapping[str, float] | None], names: Sequence[str], d
     return [None if block is None else math.fsum(block[name] for name in names) / divisor for block in seconds]
 
 
+def block_values(record: Mapping[str, Any]) -> list[dict[str, float] | None]:
+    """Returns seconds per sample of every block: ``total``, the kinds, and each phase; ``None`` for a failed block."""
+    kinds = {name: phase.get("kind") for name, phase in record["latency"]["phases"].items()}
+    size = record["case"]["batch_size"]
+    found: list[dict[str, float] | None] = []
+    for block in record["latency"]["blocks"] or ():
+        if block.get("error") is not None:
+            found.append(None)
+            continue
+        phases = {name: seconds / size for name, seconds in _midmean(block).items()}
+        sums = {kind: math.fsum(phases[name] for name in phases if kinds[name] == kind) for kind in KINDS}
+        sums = {kind: value for kind, value in sums.items() if kind in kinds.values()}
+        found.append({"total": math.fsum(sums.values()), **sums, **phases})
+    return found
+
+
+def load_of(interference: Mapping[str, Any]) -> float:
+    """Returns the share of the machine's CPU time that others took beside a block."""
+    return float((interference.get("other_cpu_share") or 0) + (interference.get("steal_share") or 0))
+
+
 def _estimate(values: Values) -> dict[str, Any]:
     whole = [value for value in values if value is not None]
     return {"mean_s": math.fsum(whole) / len(whole), "half_width_s": half_width(whole), "block_s": list(values)}
-
-
-def _load(interference: Mapping[str, Any]) -> float:
-    return (interference.get("other_cpu_share") or 0) + (interference.get("steal_share") or 0)
 
 
 def _work(record: Mapping[str, Any], blocks: Sequence[Block], latency: Mapping[str, Any]) -> dict[str, Any]:

@@ -231,7 +231,10 @@ class RecordsFile:
 
     def _write(self, entry: Record) -> None:
         line = json.dumps(_finite(entry), allow_nan=False).encode() + b"\n"
-        size = os.fstat(self._fd).st_size
+        status = os.fstat(self._fd)
+        if status.st_nlink == 0:
+            raise RecordsError(f"records file '{self.path}' cannot be written: it was removed.")
+        size = status.st_size
         try:
             rest = line
             while rest:

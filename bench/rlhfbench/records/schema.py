@@ -107,6 +107,12 @@ def _num_whole_blocks(record: Mapping[str, Any]) -> int | None:
     return None if blocks is None else sum(block.get("error") is None for block in blocks)
 
 
+def _process_peak_bytes(record: Mapping[str, Any]) -> int | None:
+    view = "host" if at(record, "case.device") == "cpu" else "driver"
+    peak: int | None = at(record, f"memory.views.{view}_peak_bytes")
+    return peak
+
+
 def _per_sequence(kind: str) -> Callable[[Mapping[str, Any]], float | None]:
     def read(record: Mapping[str, Any]) -> float | None:
         seconds, num = at(record, f"latency.{kind}_s_per_sample"), at(record, "latency.sequences_per_sample")
@@ -204,7 +210,17 @@ _MEASURED: tuple[Field, ...] = (
     Field("memory.views.allocator_rest_bytes", "Int64", "allocator_peak_bytes - ledger_peak_bytes - workspace_bytes"),
     Field("memory.views.workspace_bytes", "Int64", "CUDA memory that libraries hold as workspace"),
     Field("memory.views.driver_peak_bytes", "Int64", "NVML, sampled from another process"),
-    Field("memory.views.host_peak_bytes", "Int64", "resident set of the measured process"),
+    Field(
+        "memory.views.host_peak_bytes",
+        "Int64",
+        "largest resident set of the case's process until its last timed step, or until it failed",
+    ),
+    Field(
+        _process_peak_bytes,
+        "Int64",
+        "the process as a whole: driver_peak_bytes on CUDA, host_peak_bytes on a CPU",
+        name="process_peak_bytes",
+    ),
     # Time.
     Field(
         "latency.inference_s_per_sample",

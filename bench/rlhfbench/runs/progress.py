@@ -49,6 +49,14 @@ class Progress(Protocol):
         """The run ended."""
 
 
+class Silent:
+    """Progress that shows nothing."""
+
+    def _ignore(self, *args: object, **kwargs: object) -> None: ...
+
+    begin = start_case = doing = finish_case = begin_blocks = start_block = finish_block = notice = end = _ignore
+
+
 def make_progress(stream: TextIO | None = None) -> Progress:
     """The progress for ``stream``, standard error by default."""
     stream = stream or sys.stderr

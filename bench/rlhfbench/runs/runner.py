@@ -7,7 +7,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -166,6 +166,10 @@ class Runner:
         progress: receives what happens.
         segment: of the run, which records name.
         retry: outcomes of recorded cases that are run again, once.
+        extra_settings: further fields of ``MeasurementOptions`` for every case.
+
+    Attributes:
+        memory_limit_bytes: bytes that a case may allocate; at first those of ``options``.
     """
 
     def __init__(
@@ -178,11 +182,14 @@ class Runner:
         *,
         segment: Segment | None = None,
         retry: Collection[str] = (),
+        extra_settings: Mapping[str, Any] | None = None,
     ) -> None:
         self._segment = segment
+        self._extra_settings = dict(extra_settings or {})
         self._retried = {record["case"]["id"] for record in records.records if record["outcome"] in retry}
         self._folder, self._options, self._records = folder, options, records
         self._server, self._progress = server, progress
+        self.memory_limit_bytes = options.memory_limit_bytes
         self._nvml_is_missing = False
 
     def run_missing(self, cases: Iterable[Case]) -> None:
@@ -211,15 +218,16 @@ class Runner:
             self._server.start()
             self._progress.begin_blocks(number, max(r["latency"]["num_blocks"] for r in missing), len(behind))
             for record in behind:
-                self._append_block(ids[record["case"]["id"]], record, number)
+                self.add_block(ids[record["case"]["id"]], record)
 
     def _lacks_blocks(self, record: Record) -> bool:
         """True if blocks of ``record`` are to be timed. Blocks of different machines are never mixed."""
         here = self._segment is None or (record["run"] or {}).get("host") == self._segment.host
         return here and record["outcome"] == "ok" and 0 < _num_blocks(record) < (record["latency"]["num_blocks"] or 0)
 
-    def _append_block(self, case: Case, record: Record, number: int) -> None:
-        """Times and records block ``number`` of ``case``. A block that fails is recorded with its error."""
+    def add_block(self, case: Case, record: Record) -> None:
+        """Times and records one more block of ``case``. A block that fails is recorded with its error."""
+        number = _num_blocks(record)
         self._progress.start_block(case)
         result = self._run_process(case, number, record["latency"]["num_blocks"])[0]
         block = result.get("block") or {"error": {"outcome": result["outcome"], **(result["error"] or {})}}
@@ -323,7 +331,7 @@ class Runner:
         trace_dir = str((self._folder.traces_dir / case.id).absolute()) if options.profile and block == 0 else None
         return {
             "case": case.to_dict(),
-            "memory_limit_bytes": options.memory_limit_bytes,
+            "memory_limit_bytes": self.memory_limit_bytes,
             "settings": {
                 "time_budget_s": options.time_budget_s,
                 "precision": options.precision,
@@ -332,6 +340,7 @@ class Runner:
                 "timeline": block == 0,
                 "block": block,
                 "num_blocks": num_blocks,
+                **self._extra_settings,
             },
         }
 

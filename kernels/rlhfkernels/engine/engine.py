@@ -21,10 +21,11 @@ from rlhfkernels.engine.backends import select_backend
 from rlhfkernels.engine.fast.trunk import make_fast_trunk
 from rlhfkernels.engine.trunk import PlainTrunk, Trunk
 from rlhfkernels.errors import CaseError, NumericalError
-from rlhfkernels.methods.program import HEADS, Origin, WeightSet
+from rlhfkernels.methods.program import HEADS, Origin, Role, WeightSet
 from rlhfkernels.models.adapters import Adapters
 from rlhfkernels.models.heads import LmHead, ScalarHead
 from rlhfkernels.models.loading import LoadedModel, clone_module, load_model
+from rlhfkernels.models.saving import save_model
 from rlhfkernels.observer import Observer
 from rlhfkernels.ops.sample import sample
 from rlhfkernels.ops.token_logprobs import token_logprobs
@@ -246,6 +247,7 @@ class Engine:
             chunk=self.case.options.engine.logprob_chunk_size,
             entropy=entropy,
             backend=self.backend,
+            grad_dtype=getattr(torch, self.case.options.optimizer.grad_accum_dtype or "float32"),
         )
 
     def values(self, role: str, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -325,7 +327,14 @@ class Engine:
         del self.models[base], self.trunks[base], self.adapters[base]
 
     def save(self, folder: Path) -> None:
-        """Writes every adapter set, as plain PEFT reads it, and every scalar head under ``folder``."""
+        """Writes every trained weight under ``folder``, and every adapter set and scalar head.
+
+        An adapter set is a folder as plain PEFT reads it, a model whose own weights are trained one as transformers
+        reads it, under the name of its base, and a scalar head the file ``ROLE_head.safetensors`` with ``weight``
+        [1, d].
+        """
+        for base in self._trained_bases():
+            save_model(self.models[base], self.case.model_of(self.method.origins[base]), folder / base)
         for base, adapters in self.adapters.items():
             model = self.models[base]
             for name in adapters.names:
@@ -336,6 +345,15 @@ class Engine:
         for role, head in self.scalar_heads.items():
             folder.mkdir(parents=True, exist_ok=True)
             save_file({"weight": head.weight.detach().cpu().contiguous()}, folder / f"{role}_head.safetensors")
+
+    def _trained_bases(self) -> list[str]:
+        """The bases of which a weight of the trunk or of the language-model head is trained."""
+        roles = (self.method.roles[name] for name in self.method.trained_roles)
+        return list(dict.fromkeys(role.base for role in roles if "base" in role.trains or _trains_lm_head(role)))
+
+
+def _trains_lm_head(role: Role) -> bool:
+    return "head" in role.trains and HEADS[role.head].outputs == "vocabulary"
 
 
 def _stop(

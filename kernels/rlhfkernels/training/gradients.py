@@ -5,6 +5,8 @@ Shapes: n = sequences, b = data rows, c = completion length.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from rlhfkernels.algorithms import OBJECTIVES, Objective
@@ -56,24 +58,40 @@ def add_gradients(engine: Engine, form: PassForm, part: Batch, counts: Counts) -
     """
     if form.in_two_passes:
         return _add_in_two_passes(engine, form, part, counts)
+    return _differentiated(read_losses(engine, form, part, counts, train=True))
+
+
+def read_losses(engine: Engine, form: PassForm, part: Batch, counts: Counts, *, train: bool = False) -> list[Loss]:
+    """The loss of every stage of a pass over a micro-batch.
+
+    Args:
+        engine: the models.
+        form: the pass.
+        part: the micro-batch.
+        counts: the divisors, of the whole mini-batch.
+        train: whether a backward follows.
+    """
     weights = form.p.weights
     readers: list[Reader]
     if form.packs:
         row = part.packed(reads_prompt=form.reads_prompt)
-        hidden = engine.packed_hidden(weights, row, train=True)
+        hidden = engine.packed_hidden(weights, row, train=train)
         readers = [PackedReader(engine, stage.role, hidden, row, part) for stage in form.stages]
     else:
         start = 0 if form.reads_prompt else part.prompt_len - 1
-        hidden = engine.hidden(weights, part.tokens, part.attention_mask, start=start, train=True)
+        hidden = engine.hidden(weights, part.tokens, part.attention_mask, start=start, train=train)
         readers = [GraphReader(engine, stage.role, hidden, part) for stage in form.stages]
-    return _backward(form, readers, part, counts)
+    return _losses_of(form, readers, part, counts)
 
 
-def _backward(form: PassForm, readers: list[Reader], part: Batch, counts: Counts) -> list[Loss]:
-    losses = [
+def _losses_of(form: PassForm, readers: Sequence[Reader], part: Batch, counts: Counts) -> list[Loss]:
+    return [
         objective.function(reader, part, form.options, counts)
         for objective, reader in zip(form.objectives, readers, strict=True)
     ]
+
+
+def _differentiated(losses: list[Loss]) -> list[Loss]:
     torch.stack([loss.value for loss in losses]).sum().backward()  # type: ignore[no-untyped-call]
     return losses
 
@@ -89,7 +107,7 @@ def _add_in_two_passes(engine: Engine, form: PassForm, part: Batch, counts: Coun
         hidden = engine.hidden(weights, part.tokens, part.attention_mask, start=start)
         leaves = [LeafReader(engine.logprobs(stage.role, hidden, part.completions)[0]) for stage in form.stages]
         del hidden
-    losses = _backward(form, list(leaves), part, counts)
+    losses = _differentiated(_losses_of(form, leaves, part, counts))
     per_row = part.num_sequences // part.num_rows
     for i in range(per_row):
         one = part.sequence_of_rows(i)

@@ -1,6 +1,7 @@
 import dataclasses
 import inspect
 import json
+import os
 import re
 import signal
 import subprocess
@@ -369,6 +370,64 @@ def test_closed_streams_are_no_error(closing):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+WITH_FAKE_CASES = (
+    "import fake_case; from rlhfbench.runs import runner; runner.make_server = fake_case.make_server; "
+    "from rlhfbench.cli import main; main.main()"
+)
+
+
+@pytest.mark.parametrize("more", [(), ("--json",)])
+@pytest.mark.parametrize(("behaviour", "code"), [("ok", 0), ("exit", 3)])
+def test_a_pipe_that_closes_in_mid_run_loses_nothing(tmp_path, behaviour, code, more):
+    """As in ``rlhfbench run 2>&1 | head -1``: the reader has left before the first case ends."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, "-c", WITH_FAKE_CASES, "run", *SMALL, *kind(behaviour), "--out", "here", *more]
+    try:
+        done = subprocess.run(command, stdout=write_end, stderr=write_end, check=False)
+    finally:
+        os.close(write_end)
+    assert done.returncode == code
+    assert [record["outcome"] for record in read_records("here")] == ["ok" if code == 0 else "crashed"]
+    assert (tmp_path / "here" / "memory_table.md").is_file()
+
+
+def test_a_verb_whose_reader_has_left_ends_as_if_it_had_stayed():
+    code = "import sys; from rlhfbench.cli import main; sys.argv[1:] = ['methods']; main.main()"
+    command = f'"{sys.executable}" -c "{code}" | true; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+WINDOWS = (
+    "import os, sys, multiprocessing, psutil\n"
+    "del os.fork\n"
+    "sys.modules['resource'] = sys.modules['fcntl'] = None\n"
+    "multiprocessing.get_all_start_methods = lambda: ['spawn']\n"
+    "get_context = multiprocessing.get_context\n"
+    "multiprocessing.get_context = lambda method=None: get_context({None: None, 'spawn': 'spawn'}[method])\n"
+)
+
+
+def test_plan_runs_on_a_system_like_windows():
+    """One process plans everything there: no fork server can be had."""
+    flags = ["--methods", "hydra,lora", "--seq-lens", "8", "--batch-sizes", "1", "--json"]
+    code = f"{WINDOWS}from rlhfbench.cli import main as cli\nsys.exit(cli.invoke(['plan', *{flags}]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [plan["case"]["method"] for plan in json.loads(done.stdout)] == ["hydra", "lora"]
+
+
+def test_running_in_python_on_a_system_like_windows_is_one_sentence():
+    code = (
+        f"{WINDOWS}import rlhfbench\n"
+        "try: rlhfbench.run_sweep(rlhfbench.Sweep.from_spec({}), 'here')\n"
+        "except rlhfbench.RlhfBenchError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "run needs os.fork, which this system lacks: on Windows, use its subsystem for Linux.\n"
+
+
 def test_an_ascii_terminal_gets_every_table(monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     code = "from rlhfbench.cli import main as cli; print('\u00b7') if cli.invoke(['models']) == 0 else 0"
@@ -612,3 +671,45 @@ def test_a_bad_data_file_is_one_sentence_and_starts_nothing(call, tmp_path, meth
     code, out, err = call("run", "--methods", method, *small, flag, "x.jsonl", "--out", "here")
     assert (code, out, err) == (2, "", sentence + "\n")
     assert not (tmp_path / "here").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ((), "one of --base, --baseline, --self-test and --bisect must be given, and only one."),
+        (("--base", "a", "--self-test"), "one of --base, --baseline, --self-test and --bisect must be given"),
+        (("--base", "a", "--memory-only"), "--update-baseline and --memory-only need --baseline RUN."),
+        (("--base", "a", "--budget-s", "0"), "--budget-s is 0: it must be above 0 and at most 1000000."),
+        (("--base", "a", "--budget-s", "nan"), "--budget-s is nan"),
+        (("--base", "a", "--smallest-effect", "0.2"), "--promised-effect is 0.1: it must be above --smallest-effect"),
+        (("--base", "a", "--smallest-effect", "-1"), "--smallest-effect is -1: it must be above 0 and below 10."),
+        (("--base", "a", "--step", "mine"), "--step is 'mine': it must be MODULE:FUNCTION."),
+        (("--base", "a", "--threads", "0"), "--threads is 0: it must be from 1 to 1024."),
+        (("--base", "a"), "--base needs a git repository"),
+        (("--bisect", "a", "b"), "--base needs a git repository"),
+        (("--baseline", "nowhere"), "baseline 'nowhere' holds no run"),
+    ],
+)
+def test_a_wrong_gate_is_one_sentence(call, monkeypatch, tmp_path, arguments, sentence):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    code, out, err = call("gate", *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith(sentence) or sentence in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gate_against_a_stored_run(call, fake, monkeypatch, tmp_path):
+    assert call("run", *SMALL, *kind("steady"), "--blocks", "2", "--out", "stored")[0] == 0
+    code, out, _ = call("gate", "--baseline", "stored", "--out", "new", "--update-baseline")
+    assert code == 0
+    assert out.startswith("**No regression.**")
+    assert read_records("stored") == read_records("new")
+    assert call("gate", "--baseline", "stored")[0] == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"stored", "new"}  # without --out nothing is kept
+    path = tmp_path / "stored" / "environment.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "host": "another"}))
+    code, _, err = call("gate", "--baseline", "stored", "--out", "later")
+    assert code == 3
+    assert "Times are not judged: host" in err
+    assert call("gate", "--baseline", "stored", "--out", "last", "--memory-only")[0] == 0

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from rlhfbench.measure import MeasurementOptions, measure_case, measurements
+from rlhfbench.measure import MeasurementOptions, host, measure_case, measurements
 from rlhfbench.measure.ledger import Ledger
 from rlhfbench.planning.predict import plan_case
 from rlhfbench.records.file import make_record
@@ -167,6 +167,15 @@ def test_memory_by_hand(fake):
     absent = ("allocator_peak", "allocator_reserved", "allocator_rest", "workspace", "driver_peak")
     assert {views[f"{name}_bytes"] for name in absent} == {None}
     assert set(memory["largest_tensor"]) == {"bytes", "shape", "op"}
+
+
+def test_the_resident_peak_includes_what_was_taken_before_the_timed_steps(fake):
+    before = host.peak_resident_bytes()
+    taken = b"x" * (before + 64 * 2**20)
+    del taken
+    fake(FakeStep())
+    views = measure_case(CASE, options(), lambda text: None)["memory"]["views"]
+    assert views["host_peak_bytes"] >= before + 64 * 2**20
 
 
 def test_the_first_block_has_every_step_by_phase_and_the_record_its_kinds(fake):
@@ -400,6 +409,8 @@ def test_the_rest_is_the_allocators_peak_without_ledger_and_workspaces(fake):
         ({"ratio_error": 0.001, "kl": -0.5}, "float64", r"disagree by 0\.001 \(ratio_error"),
         ({"ratio_error": 0.5, "kl": -0.5}, "bfloat16", r"disagree by 0\.5 \(kl of the first step\), and bfloat16"),
         ({"ratio_error": 0.009, "kl": 0.0009}, "float32", None),
+        ({"ratio_error": 0.88, "kl": 0.017}, "bfloat16", None),
+        ({"ratio_error": 0.88, "kl": 0.06}, "bfloat16", r"disagree by 0\.06 \(kl of the first step\)"),
         ({"ratio_error": None, "kl": None}, "float32", None),
         ({"kl": 9.0, "score": 5.0}, "float32", None),
         ({"reference_error": 0.009, "kl": 9.0}, "float32", None),

@@ -90,6 +90,7 @@ def test_a_record_becomes_a_row():
         "temporary_part_bytes": 80,
         "peak_phase": "update_actor_critic",
         "host_peak_bytes": 5_000_000_000,
+        "process_peak_bytes": 5_000_000_000,
         "update_s_per_sample": 0.25,
         "total_s_per_sequence": 0.375,
         "num_timed_steps": 3,
@@ -242,3 +243,10 @@ def test_numbers_come_through_to_the_last_bit(rows):
     frame = records_frame(records)
     assert [None if pd.isna(x) else x for x in frame["model_bytes"]] == [row[0] for row in rows]
     assert [None if pd.isna(x) else x for x in frame["total_s_per_sample"]] == [row[1] for row in rows]
+
+
+@pytest.mark.parametrize(("device", "view"), [("cpu", "host"), ("cuda", "driver"), ("cuda:1", "driver")])
+def test_the_process_is_what_holds_the_memory_of_its_device(device, view):
+    views = {"host_peak_bytes": 3, "driver_peak_bytes": 4}
+    record = {**RECORD, "case": {**RECORD["case"], "device": device}, "memory": {"views": views}}
+    assert records_frame([record])["process_peak_bytes"].tolist() == [views[f"{view}_peak_bytes"]]

@@ -76,6 +76,14 @@ def test_a_run_writes_a_record_per_case_and_its_folder(tmp_path):
     assert [path.name for path in (tmp_path / "run" / "logs").iterdir()] == [f"{sweep.cases[1].id}.log"]
 
 
+def test_the_resident_memory_means_the_same_for_every_outcome(tmp_path):
+    records = run(sweep_of("ok", "large", "large-then-fails", "large-then-dies"), tmp_path / "run").records
+    assert [r["outcome"] for r in records] == ["ok", "ok", "oom", "crashed"]
+    least, *peaks = (r["memory"]["views"]["host_peak_bytes"] for r in records)
+    assert min(peaks) > least + 250 * 2**20
+    assert peaks == pytest.approx([peaks[0]] * 3, rel=0.03)
+
+
 def test_a_case_receives_its_options(tmp_path):
     result = run(sweep_of("echo", "ok", "echo2"), tmp_path / "a")  # echo2 is no behaviour: it crashes
     assert [r["outcome"] for r in result.records] == ["ok", "ok", "crashed"]
@@ -479,10 +487,9 @@ def test_without_nvml_the_driver_peak_is_null_and_one_notice_says_so(tmp_path, m
     assert progress.text.count("NVML is not available") == 1
 
 
-@pytest.mark.parametrize(("name", "says"), [("fork", "on Windows"), ("waitid", "on macOS from 3.13")])
-def test_a_system_that_cannot_fork_cases_is_one_sentence_and_writes_nothing(tmp_path, monkeypatch, name, says):
-    monkeypatch.delattr(os, name)
-    with pytest.raises(ForkServerError, match=says):
+def test_a_system_that_cannot_fork_cases_is_one_sentence_and_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "fork")
+    with pytest.raises(ForkServerError, match="on Windows"):
         run(sweep_of("ok"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -494,6 +501,28 @@ def test_a_folder_that_is_removed_in_mid_run_is_one_sentence(tmp_path):
 
     with pytest.raises(RunFolderError, match="cannot be used any more: No such file or directory"):
         run(sweep_of("ok", "chatter"), tmp_path / "run", Removing())
+
+
+def test_a_folder_that_is_removed_during_the_last_case_is_one_sentence(tmp_path):
+    class Removing(Watching):
+        def doing(self, what):
+            super().doing(what)
+            if self.told.count("score") == 2:
+                shutil.rmtree(tmp_path / "run")
+
+    with pytest.raises(RunFolderError, match="cannot be used any more: No such file or directory"):
+        run(sweep_of("ok", "chatter"), tmp_path / "run", Removing())
+
+
+def test_records_that_are_removed_during_the_last_case_are_one_sentence(tmp_path):
+    """The file stays open: without a check, records would go into a file that nobody can read."""
+
+    class Removing(Watching):
+        def doing(self, what):
+            (tmp_path / "run" / "records.jsonl").unlink(missing_ok=True)
+
+    with pytest.raises(RecordsError, match="cannot be written: it was removed"):
+        run(sweep_of("ok"), tmp_path / "run", Removing())
 
 
 def test_a_closed_stream_of_progress_ends_no_run(tmp_path):
