@@ -42,6 +42,8 @@ RUN = {
     "rlhfbench run --methods hydra,sft,dpo --prompts prompts.jsonl --demonstrations demonstrations.jsonl "
     "--pairs pairs.jsonl": f"--methods hydra,sft-lora,dpo-lora {_TINY}",
     "rlhfbench plan --model tiny --methods hydra --seq-lens 64 --batch-sizes 2 --gpu 24GiB": "",
+    "rlhfbench plan --model tiny --methods dpo-lora --seq-lens 64 --batch-sizes 2 --option dpo.forward=two-pass": "",
+    "rlhfbench plan --model tiny --methods dpo --seq-lens 64 --option dpo.precompute_ref_log_probs=true": "",
 }
 _GPU = "it needs a GPU"
 _LONG = "it takes minutes"
@@ -60,6 +62,8 @@ CHECKED = {
     "rlhfbench run --methods hydra --prompts prompts.jsonl --seq-lens 64": _SAME,
     "rlhfbench run --methods sft,sft-lora --demonstrations demonstrations.jsonl --seq-lens 64": _SAME,
     "rlhfbench run --methods dpo,dpo-lora --pairs pairs.jsonl --seq-lens 64": _SAME,
+    "rlhfbench run --methods sft-lora --demonstrations demonstrations.jsonl --option sft.packing=true "
+    "--seq-lens 64": _SAME,
     "rlhfbench run --sweep sweep.toml": _LONG,
     "rlhfbench run --sweep sweep.toml --batch-sizes 8 --option lora.r=64": _LONG,
     "rlhfbench run --sweep cases.toml": _SAME,

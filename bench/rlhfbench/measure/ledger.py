@@ -201,6 +201,10 @@ class Ledger(Observer):
         """The highest moment of each phase, over all its stretches."""
         return self._tally.peaks
 
+    def add_phases(self, earlier: Ledger) -> None:
+        """Adds the phases of a ledger whose block ended before this one's began, and its largest tensor."""
+        self._tally.add_phases(earlier._tally)
+
     @property
     def peak(self) -> Snapshot:
         """The highest moment, inside phases and outside."""

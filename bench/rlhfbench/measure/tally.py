@@ -111,6 +111,12 @@ class Tally:
         self.parts[part] += num_bytes
         self._changed()
 
+    def add_phases(self, earlier: Tally) -> None:
+        """Adds the phases of a tally that ended before this one began, and its largest storage."""
+        self.in_phases = earlier.in_phases | self.in_phases
+        largest = [each for each in (earlier.largest, self.largest) if each is not None]
+        self.largest = max(largest, key=lambda each: each.num_bytes, default=None)
+
     def refresh_peak(self) -> None:
         """Takes the peak's parts again: a tensor is named just after it was made, perhaps after it made the peak."""
         if self.total == self._peak.total:

@@ -106,6 +106,10 @@ REMEDIES: dict[str, tuple[Remedy, ...]] = {
             "--option engine.gradient_checkpointing=true",
             lambda case, zero: not case.options.engine.gradient_checkpointing,
         ),
+        Remedy(
+            "--option dpo.forward=two-pass",
+            lambda case, zero: METHODS[case.method].source == "pairs" and case.options.dpo.forward == "joint",
+        ),
         _SDPA,
         _NARROWER,
         _SHORTER,

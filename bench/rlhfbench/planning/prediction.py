@@ -52,7 +52,8 @@ class Plan:
         rate = gpu.flops_per_s.get(self.case.dtype)
         if rate is None or gpu.bytes_per_s is None:
             return None
-        return sum(work.floor_s(rate, gpu.bytes_per_s) for work in self.work.values()) / self.case.batch_size
+        steps = [phase.name for phase in self.case.role_table.phases if phase.kind != "prepare"]
+        return sum(self.work[name].floor_s(rate, gpu.bytes_per_s) for name in steps) / self.case.batch_size
 
 
 def plan_object(

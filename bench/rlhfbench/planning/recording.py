@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
 
+import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import masking_utils
 
 from rlhfbench.measure.ledger import Ledger, block_bytes
 from rlhfbench.measure.measurements import run_under_ledger
@@ -43,8 +45,8 @@ def record_step(case: Case, num_layers: int | None = None) -> Recording:
     backward; storages are counted in the blocks of the device that was asked for.
 
     Args:
-        case: what to plan. A stop token changes no shape and is left out. A data file stands for random rows with an
-            attention mask, as short prompts have one. Triton is not run.
+        case: what to plan. A stop token changes no shape and is left out. A data file stands for one batch of random
+            rows of full length with an attention mask, as short prompts have one. Triton is not run.
         num_layers: run the first layers of every model alone.
 
     Raises:
@@ -57,25 +59,33 @@ def record_step(case: Case, num_layers: int | None = None) -> Recording:
     stand_in = dataclasses.replace(case, device="cpu", options=options)
     recorder = Recorder()
     ledger = Ledger("cpu", block_bytes=block_bytes(case.device), tally=recorder)
-    with _fake_tensors(), _no_collection():
+    with _fake_tensors(case.seq_len), _no_collection():
         step = build_step(stand_in, with_weights=False, num_layers=num_layers)
+        sizes = StepSizes.of(step)  # a step may free models that are counted here
         watch = GradientsWatch(step, ledger)
         run_under_ledger(step, ledger, watch)
         return Recording(
             step=step,
             stretches=_stretches(recorder.changes),
             trained=watch.found,
-            sizes=StepSizes.of(step),
+            sizes=sizes,
         )
 
 
 @contextmanager
-def _fake_tensors() -> Iterator[None]:
-    """Tensors made inside have shapes and no contents."""
-    # Transformers looks into position ids for packed sequences, and where it cannot look, it makes a mask that it would
-    # not make of real ones. This engine packs nothing.
-    unpacked = mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None)
-    with unpacked, FakeTensorMode():
+def _fake_tensors(seq_len: int) -> Iterator[None]:
+    """Tensors made inside have shapes and no contents.
+
+    Transformers looks into position ids for packed sequences, and where it cannot look, it makes a mask that it would
+    not make of real ones. Here a row is packed if it is longer than ``seq_len``, the length of a sequence of the case.
+    """
+    find = masking_utils.find_packed_sequence_indices
+
+    def found(position_ids: torch.Tensor) -> torch.Tensor | None:
+        packed: torch.Tensor | None = find(position_ids) if position_ids.shape[-1] > seq_len else None
+        return packed
+
+    with mock.patch.object(masking_utils, "find_packed_sequence_indices", found), FakeTensorMode():
         yield
 
 

@@ -179,9 +179,12 @@ class SFTOptions:
 
     Attributes:
         completion_only_loss: the loss covers the completions only, not the prompts.
+        packing: the demonstrations of a micro-batch are read as one row without padding, each attending to itself
+            alone. Loss and gradients are those of padded rows.
     """
 
     completion_only_loss: bool = True
+    packing: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -190,9 +193,16 @@ class DPOOptions:
 
     Attributes:
         beta: β, the weight of the implicit KL penalty.
+        precompute_ref_log_probs: the reference's log-probabilities are read once for the data set, in a phase
+            ``prepare`` before the first step, and a reference model of its own is freed then. Without a file, the data
+            set is one random batch, which every step reads.
+        forward: ``joint`` keeps one graph of both sequences of a pair. ``two-pass`` reads both without a graph, then
+            each with a graph of its own: one forward more, half the activations, equal gradients.
     """
 
     beta: Positive = 0.1
+    precompute_ref_log_probs: bool = False
+    forward: Literal["joint", "two-pass"] = "joint"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rlhfkernels.config.case import Case, vocabulary_problem
-from rlhfkernels.data.batch import Batch, empty_completions
+from rlhfkernels.data.batch import Batch, PackedRow, empty_completions
 from rlhfkernels.data.sources import Prompts
-from rlhfkernels.engine.agreement import check_cache, check_model
+from rlhfkernels.engine.agreement import check_cache, check_model, check_packing
 from rlhfkernels.engine.backends import select_backend
 from rlhfkernels.engine.fast.trunk import make_fast_trunk
 from rlhfkernels.engine.trunk import PlainTrunk, Trunk
@@ -109,6 +109,16 @@ class Engine:
                 check_cache(name, model, self.case.seq_len)
             if model.probe is not None:
                 check_model(name, model, self.trunks[base], self.case.dtype, generates=generates)
+
+    def check_packing(self, base: str) -> None:
+        """Refuses a base that reads packed rows wrongly.
+
+        Raises:
+            CaseError: see ``rlhfkernels.engine.agreement.check_packing``.
+        """
+        case, name = self.case, self.case.model_of(self.method.origins[base])
+        size = {"max_length": case.seq_len, "vocab_size": self.vocab_size}
+        check_packing(name, self.trunks[base], case.dtype, device=case.device, **size)
 
     @property
     def vocab_size(self) -> int:
@@ -210,6 +220,11 @@ class Engine:
         """The trunk's last hidden states [n, t − start, d] under a weight set; see ``Trunk.hidden``."""
         return self.trunks[weights.base].hidden(weights.adapter, tokens, attention_mask, start=start, train=train)
 
+    def packed_hidden(self, weights: WeightSet, row: PackedRow, *, train: bool = False) -> torch.Tensor:
+        """The trunk's last hidden states [k, d] of a packed row's read positions; see ``Trunk.packed``."""
+        trunk = self.trunks[weights.base]
+        return trunk.packed(weights.adapter, row.tokens, row.positions, row.segments, train=train)
+
     def logprobs(
         self, role: str, hidden: torch.Tensor, targets: torch.Tensor, *, entropy: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -223,19 +238,25 @@ class Engine:
         """
         n, k = targets.shape
         states = hidden[:, -k - 1 : -1].reshape(n * k, -1)
+        logprobs, entropies = self.flat_logprobs(role, states, targets.reshape(-1), entropy=entropy)
+        return logprobs.view(n, k), None if entropies is None else entropies.view(n, k)
+
+    def flat_logprobs(
+        self, role: str, states: torch.Tensor, targets: torch.Tensor, *, entropy: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-probabilities [k] of ``targets``, [k] that the rows of ``states`` [k, d] predict; see ``logprobs``."""
         head = self.lm_head(role)
-        logprobs, entropies = token_logprobs(
+        return token_logprobs(
             states,
             head.weight,
             head.bias,
-            targets.reshape(-1),
+            targets,
             head.transform(self.case.options.rollout.temperature),
             chunk=self.case.options.engine.logprob_chunk_size,
             entropy=entropy,
             backend=self.backend,
             grad_dtype=getattr(torch, self.case.options.optimizer.grad_accum_dtype or "float32"),
         )
-        return logprobs.view(n, k), None if entropies is None else entropies.view(n, k)
 
     def values(self, role: str, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The scalar head's values [n, c]; the value of completion token t is read at position t − 1."""
@@ -308,6 +329,10 @@ class Engine:
         if self.with_weights and not math.isfinite(float(batch["old_logprobs"].sum())):
             raise NumericalError(f"{role} sampled from logits that are not finite: every logit must be a number.")
         return batch
+
+    def release(self, base: str) -> None:
+        """Frees the weights of a base that nothing reads any more."""
+        del self.models[base], self.trunks[base], self.adapters[base]
 
     def save(self, folder: Path) -> None:
         """Writes every trained weight under ``folder``, and every adapter set and scalar head.

@@ -8,12 +8,14 @@ e = head size.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from rlhfkernels.ops.attention_mask import AttentionSpan, CausalMask
+from rlhfkernels.ops.attention_mask import AttentionSpan, CausalMask, Segment
 from rlhfkernels.ops.dispatch import takes_native
 from rlhfkernels.ops.native import causal_attention as native
 from rlhfkernels.ops.qkv_layout import QkvLayout
@@ -53,6 +55,41 @@ def causal_attention(
             return out
         return native.forward(qkv, layout, mask, span, with_logsumexp=False)[0]
     return _torch(qkv, layout, mask, span)
+
+
+def packed_attention(
+    qkv: torch.Tensor,
+    layout: QkvLayout,
+    segments: Sequence[Segment],
+    *,
+    window: int | None,
+    scale: float,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Computes block-diagonal causal attention: every sequence of a packed row sees itself alone.
+
+    Each sequence is one call, and neighbours of equal lengths share one, so that no score between two sequences is
+    computed and no mask of the whole row exists.
+
+    Args:
+        qkv: [m, n], rotated; m is the sum of the segments' lengths.
+        layout: positions of the heads in ``qkv``.
+        segments: the sequences in their order.
+        window: positions that a query sees, itself included; ``None`` is all.
+        scale: multiplies the scores.
+        backend: as in ``takes_native``.
+
+    Returns:
+        [sum of length − start, h e].
+    """
+    runs = [(segment, len(list(equal))) for segment, equal in itertools.groupby(segments)]
+    parts = qkv.split_with_sizes([segment.length * count for segment, count in runs])
+    outs = []
+    for (segment, count), part in zip(runs, parts, strict=True):
+        mask = CausalMask(part[:, :1].view(count, segment.length), None)
+        span = AttentionSpan(start=segment.start, window=window, scale=scale)
+        outs.append(causal_attention(part, layout, mask, span, backend=backend))
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
 class _CausalAttention(torch.autograd.Function):

@@ -4,14 +4,15 @@ Counted are matmuls with weights, causal attention (half of the square, less wha
 the positions that a stage reads, and every weight, cached key and cached value once for each forward that needs it.
 Outputs of the last layer that no
 head reads are not counted. Work that a better kernel could avoid is not counted either: activations that travel through
-memory, norms, padding, recomputation.
+memory, norms, recomputation. Padding counts as tokens, except in packed rows, which have none: their lengths are the
+data set's mean.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 
-from rlhfkernels.algorithms import OBJECTIVES
 from rlhfkernels.methods.program import (
     HEADS,
     Derive,
@@ -19,12 +20,14 @@ from rlhfkernels.methods.program import (
     Generate,
     Optimize,
     Phase,
+    Prepare,
     Read,
     Role,
     Stage,
     Update,
     WeightSet,
 )
+from rlhfkernels.training.gradients import PassForm
 from rlhfkernels.training.roofline import Work
 from rlhfkernels.training.sizes import StepSizes
 from rlhfkernels.training.step import TrainingStep
@@ -46,6 +49,7 @@ def phase_work(step: TrainingStep, sizes: StepSizes | None = None) -> dict[str, 
 
 class _Counter:
     def __init__(self, step: TrainingStep, sizes: StepSizes) -> None:
+        self._step = step
         self._sizes = sizes
         self._method = step.method
         self._case = step.case
@@ -59,26 +63,28 @@ class _Counter:
         adapter = self._shapes[weights.base].adapters[weights.adapter]
         return adapter.count, adapter.num_bytes
 
-    def _unread_flops(self, base: str, adapter: int, base_products: int = 1, adapter_products: int = 1) -> int:
-        """Work of the last layer that nothing reads: that of the prompt, less its last position.
+    def _unread_flops(
+        self, base: str, adapter: int, base_products: int = 1, adapter_products: int = 1, prompt_len: int | None = None
+    ) -> int:
+        """Work of a sequence's last layer that nothing reads: that of the prompt, less its last position.
 
         Of an adapter set its share of one layer is taken, which is a little too much where it is on keys and values
         too: the least work errs on the low side.
         """
-        shape, unread = self._shapes[base], self._case.prompt_len - 1
+        shape, unread = self._shapes[base], (prompt_len or self._case.prompt_len) - 1
         weights = base_products * shape.unread + adapter_products * adapter // shape.num_layers
         attention = adapter_products * shape.last_attention_flops(unread)
-        return (2 * weights * unread + attention) * self._num_sequences
+        return 2 * weights * unread + attention
 
     def _attention_flops(self, base: str, length: int) -> int:
-        """Both attention matmuls of one causal forward over the batch."""
-        return self._shapes[base].attention_flops(length) * self._num_sequences
+        """Both attention matmuls of one causal forward of a sequence."""
+        return self._shapes[base].attention_flops(length)
 
     def _head_flops(self, role: Role, positions: int) -> int:
-        """The head's matmul at ``positions`` of every sequence."""
+        """The head's matmul at ``positions`` of a sequence."""
         shape = self._shapes[role.base]
         outputs = shape.hidden if HEADS[role.head].outputs == "scalar" else shape.head
-        return 2 * outputs * positions * self._num_sequences
+        return 2 * outputs * positions
 
     def _head_bytes(self, role: Role) -> int:
         return self._shapes[role.base].head_bytes if HEADS[role.head].outputs == "vocabulary" else 0
@@ -91,29 +97,38 @@ class _Counter:
         shape = self._shapes[role.base]
         adapter, adapter_bytes = self._adapter(role.weights)
         seen = case.seq_len - 1
-        flops = 2 * (shape.matmul + adapter) * self._num_sequences * seen
+        flops = 2 * (shape.matmul + adapter) * seen
         flops += self._attention_flops(role.base, seen) + self._head_flops(role, case.completion_len)
         flops -= self._unread_flops(role.base, adapter)
+        flops *= self._num_sequences
         weights = (shape.matmul_bytes + adapter_bytes + shape.head_bytes) * case.completion_len
         kv_item = 2 * shape.kv_channels * shape.matmul_item * self._num_sequences
         written = kv_item * seen * shape.num_layers
         read = kv_item * shape.cached_positions(case.prompt_len, seen)
         return Work(flops, weights + read + written, written)
 
+    def prepare(self, phase: Phase) -> Work:
+        """The passes over every row of the data set; the weights are read again for each batch."""
+        num_rows, batch_size = self._step.num_data_rows, self._case.batch_size
+        one = self.score(phase)
+        return Work(one.flops * num_rows // batch_size, one.bytes * -(-num_rows // batch_size))
+
     def score(self, phase: Phase) -> Work:
         """Every pass forward once; a base that several passes read is read once."""
         flops = 0
         moved = sum(self._shapes[base].matmul_bytes for base in dict.fromkeys(p.weights.base for p in phase.passes))
         for p in phase.passes:
-            base = p.weights.base
-            adapter, adapter_bytes = self._adapter(p.weights)
-            flops += 2 * (self._shapes[base].matmul + adapter) * self._num_sequences * self._case.seq_len
-            flops += self._attention_flops(base, self._case.seq_len) - self._unread_flops(base, adapter)
-            moved += adapter_bytes
-            for role in (self._method.roles[name] for name in p.roles):
-                flops += self._head_flops(role, self._case.completion_len)
-                moved += self._head_bytes(role)
+            roles = [self._method.roles[name] for name in p.roles]
+            flops += self._forward_flops(p, roles) * self._num_sequences
+            moved += self._adapter(p.weights)[1] + sum(map(self._head_bytes, roles))
         return Work(flops, moved)
+
+    def _forward_flops(self, p: ForwardPass, roles: list[Role]) -> int:
+        """One sequence forward, without a graph."""
+        base, adapter = p.weights.base, self._adapter(p.weights)[0]
+        flops = 2 * (self._shapes[base].matmul + adapter) * self._case.seq_len
+        flops += self._attention_flops(base, self._case.seq_len) - self._unread_flops(base, adapter)
+        return flops + sum(self._head_flops(role, self._case.completion_len) for role in roles)
 
     def update(self, phase: Phase) -> Work:
         """Every micro-batch of every epoch: a weight's bytes move once for each, its FLOPs are those of its rows."""
@@ -126,25 +141,46 @@ class _Counter:
 
     def _differentiate(self, p: ForwardPass) -> Work:
         """Forward and backward: a weight's matmul again for its input, and again for itself where it is trained."""
-        shape, case = self._shapes[p.weights.base], self._case
-        stages = [stage for stage in p.stages if isinstance(stage, Update)]
-        reads_prompt = any(OBJECTIVES[stage.objective].reads_prompt(case.options) for stage in stages)
-        roles = [self._method.roles[stage.role] for stage in stages]
-        adapter, adapter_bytes = self._adapter(p.weights)
-        base_products = 3 if any("base" in role.trains for role in roles) else 2
-        flops = 2 * (base_products * shape.matmul + 3 * adapter) * self._num_sequences * case.seq_len
-        flops += 3 * self._attention_flops(p.weights.base, case.seq_len)
-        if not reads_prompt:
-            flops -= self._unread_flops(p.weights.base, adapter, base_products, 3)
-        moved = base_products * shape.matmul_bytes + 3 * adapter_bytes
-        written = (base_products - 2) * shape.matmul_bytes + adapter_bytes  # the gradients
-        positions = case.seq_len - 1 if reads_prompt else case.completion_len
-        for role in roles:
-            head_products = 3 if "head" in role.trains else 2
-            flops += head_products * self._head_flops(role, positions)
-            moved += head_products * self._head_bytes(role)
-            written += (head_products - 2) * self._head_bytes(role)
+        form = PassForm(p, self._case.options)
+        roles = [self._method.roles[stage.role] for stage in form.stages]
+        lengths = {(self._case.prompt_len, self._case.completion_len): 1}
+        if form.packs:
+            lengths = dict(self._step.sequence_lengths())
+        total = sum(self._graph_flops(p, form, roles, *length) * count for length, count in lengths.items())
+        flops = int(Fraction(total, sum(lengths.values())) * self._num_sequences)
+        shape, adapter_bytes = self._shapes[p.weights.base], self._adapter(p.weights)[1]
+        moved = self._base_products(roles) * shape.matmul_bytes + 3 * adapter_bytes
+        moved += sum(self._head_products(role) * self._head_bytes(role) for role in roles)
+        written = (self._base_products(roles) - 2) * shape.matmul_bytes + adapter_bytes  # the gradients
+        written += sum((self._head_products(role) - 2) * self._head_bytes(role) for role in roles)
+        if form.in_two_passes:  # a graph for each sequence of a data row, and a forward of all before
+            flops += self._forward_flops(p, roles) * self._num_sequences
+            moved, written = moved * self._step.sequences_per_row, written * self._step.sequences_per_row
+            moved += shape.matmul_bytes + adapter_bytes + sum(map(self._head_bytes, roles))
         return Work(flops, moved, written)
+
+    def _graph_flops(
+        self, p: ForwardPass, form: PassForm, roles: list[Role], prompt_len: int, completion_len: int
+    ) -> int:
+        """One sequence forward and backward."""
+        base, length = p.weights.base, prompt_len + completion_len
+        adapter, base_products = self._adapter(p.weights)[0], self._base_products(roles)
+        flops = 2 * (base_products * self._shapes[base].matmul + 3 * adapter) * length
+        flops += 3 * self._attention_flops(base, length)
+        if not form.reads_prompt:
+            flops -= self._unread_flops(base, adapter, base_products, 3, prompt_len)
+        positions = length - 1 if form.reads_prompt else completion_len
+        return flops + sum(self._head_products(role) * self._head_flops(role, positions) for role in roles)
+
+    @staticmethod
+    def _base_products(roles: list[Role]) -> int:
+        """Matmuls with a trunk weight: forward, for the input's gradient, and for its own where it is trained."""
+        return 3 if any("base" in role.trains for role in roles) else 2
+
+    @staticmethod
+    def _head_products(role: Role) -> int:
+        """Matmuls with the head, likewise."""
+        return 3 if "head" in role.trains else 2
 
     def optimize(self, phase: Phase) -> Work:
         """Every trained weight, its gradient and the optimizer's tensors: read, and all but the gradient written."""
@@ -161,6 +197,7 @@ class _Counter:
 _COUNTS: dict[type[Stage], Callable[[_Counter, Phase], Work]] = {
     Generate: _Counter.generate,
     Read: _Counter.score,
+    Prepare: _Counter.prepare,
     Derive: _Counter.score,
     Update: _Counter.update,
     Optimize: _Counter.optimize,
