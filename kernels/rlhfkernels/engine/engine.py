@@ -255,10 +255,7 @@ class Engine:
             samples: completions per prompt, side by side in the batch.
 
         Returns:
-            A batch with its tokens, masks and the column ``old_logprobs`` [n, c].
-
-        Raises:
-            NumericalError: a token was sampled from logits that are not finite.
+            A batch with its tokens, masks and the column ``old_logprobs`` [n, c]; see ``check_sampled``.
         """
         case, options = self.case, self.case.options.rollout
         tokens, mask = (
@@ -271,6 +268,7 @@ class Engine:
         weights, head = self.method.roles[role].weights, self.lm_head(role)
         decoder = self.trunks[weights.base].decoder(weights.adapter, p + c - 1, observer)
         ended = torch.zeros(n, dtype=torch.bool, device=tokens.device) if options.stop_token_id is not None else None
+        check_every = _tokens_between_looks(self.device)
         start = 0
         for t in range(p, p + c):
             # Without weights only shapes matter: the prompt, the first step after it and the last step have the
@@ -287,17 +285,25 @@ class Engine:
                 logits.div_(options.temperature)
             token, logprob = sample(logits, generator, backend=self.backend)
             if ended is not None:
-                token, ended, done = _stop(batch, t, token, ended, options.stop_token_id)
-                if done:
+                if t > p and (t - p) % check_every == 0 and bool(ended.all()):
+                    batch.mask[:, t - p :] = 0
                     break
+                token, ended = _stop(batch, t, token, ended, options.stop_token_id)
             batch.tokens[:, t] = token
             batch["old_logprobs"][:, t - p] = logprob
             start = t
         if options.stop_token_id is not None:
             batch["old_logprobs"].mul_(batch.mask)
+        return batch
+
+    def check_sampled(self, role: str, batch: Batch) -> None:
+        """Checks the log-probabilities of a generation. It waits for the device, so it belongs behind the phase.
+
+        Raises:
+            NumericalError: a token was sampled from logits that are not finite.
+        """
         if self.with_weights and not math.isfinite(float(batch["old_logprobs"].sum())):
             raise NumericalError(f"{role} sampled from logits that are not finite: every logit must be a number.")
-        return batch
 
     def save(self, folder: Path) -> None:
         """Writes every adapter set, as plain PEFT reads it, and every scalar head under ``folder``."""
@@ -313,13 +319,18 @@ class Engine:
             save_file({"weight": head.weight.detach().cpu().contiguous()}, folder / f"{role}_head.safetensors")
 
 
+def _tokens_between_looks(device: torch.device) -> int:
+    """Returns after how many tokens a generation looks whether all sequences have ended.
+
+    A look waits for the device, which the CPU has done anyway. Steps that come too many compute masked tokens.
+    """
+    return 1 if device.type == "cpu" else 16
+
+
 def _stop(
     batch: Batch, t: int, token: torch.Tensor, ended: torch.Tensor, stop_token: int | None
-) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """Masks position ``t`` of the sequences that ended before it; the last result says whether all have."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Masks position ``t`` of the sequences that ended before it, whose token becomes 0."""
     batch.mask[:, t - batch.prompt_len] = (~ended).float()
-    if bool(ended.all()):
-        batch.mask[:, t - batch.prompt_len :] = 0
-        return token, ended, True
     token = torch.where(ended, torch.zeros_like(token), token)
-    return token, ended | (token == stop_token), False
+    return token, ended | (token == stop_token)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -253,3 +254,24 @@ def test_sampling_from_logits_that_are_not_finite_is_one_error(
     step.engine.lm_head("actor").weight.data[5, 0] = float("nan")
     with pytest.raises(NumericalError, match=r"^actor sampled from logits that are not finite"):
         step.run()
+
+
+@pytest.mark.parametrize("trunk", ["plain", "fast"])
+def test_looking_seldom_whether_all_have_ended_changes_no_batch(
+    make_case: Callable[..., Case],
+    generated: Callable[[TrainingStep], Batch],
+    monkeypatch: pytest.MonkeyPatch,
+    trunk: str,
+) -> None:
+    case = make_case(completion_len=40, batch_size=1, engine__trunk=trunk)
+    stop = int(generated(build_step(case)).completions[0, 3])
+    case = dataclasses.replace(case, options=case.options.replace({"rollout.stop_token_id": stop}))
+    every = generated(build_step(case))
+    assert 1 <= every.mask.sum() <= 4
+    looks: list[int] = []
+    monkeypatch.setattr("rlhfkernels.engine.engine._tokens_between_looks", lambda device: looks.append(1) or 16)
+    seldom = generated(build_step(case))
+    assert looks
+    for name in ("tokens", "mask"):
+        assert torch.equal(getattr(seldom, name), getattr(every, name))
+    assert torch.equal(seldom["old_logprobs"], every["old_logprobs"])
