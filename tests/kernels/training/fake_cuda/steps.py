@@ -25,7 +25,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 sys.path.insert(0, str(Path(__file__).parent))
-from watch import Watch
+from watch import Watch, caller
 
 from rlhfkernels import Case, build_step
 from rlhfkernels.engine.engine import Engine
@@ -65,6 +65,17 @@ def make_engine(reads_file: bool, case: Case, *, with_weights: bool) -> Engine:
     return engine
 
 
+def checked_attention(watch: Watch, attention: Any) -> Any:
+    """Wraps torch's attention: a mask with ``enable_gqa`` takes the math kernel on CUDA, which keeps all scores."""
+
+    def attend(*args: Any, attn_mask: Any = None, enable_gqa: bool = False, **kwargs: Any) -> Any:
+        if enable_gqa and attn_mask is not None:
+            watch.problems.append(f"math kernel: attention at {caller()}")
+        return attention(*args, attn_mask=attn_mask, enable_gqa=enable_gqa, **kwargs)
+
+    return attend
+
+
 def run(case: Case, *, reads_file: bool) -> Watch:
     """Runs one step of ``case`` without weights, with every decode step."""
     watch = Watch(torch.device(case.device), wide=case.dtype == "float64")
@@ -73,6 +84,9 @@ def run(case: Case, *, reads_file: bool) -> Watch:
             with_triton(stack, watch)
         stack.enter_context(mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None))
         stack.enter_context(FakeTensorMode())
+        functions = torch.nn.functional
+        attention = checked_attention(watch, functions.scaled_dot_product_attention)
+        stack.enter_context(mock.patch.object(functions, "scaled_dot_product_attention", attention))
         stack.enter_context(mock.patch("rlhfkernels.training.step.Engine", functools.partial(make_engine, reads_file)))
         step = build_step(case)
         step.engine.with_weights = True  # every decode step
