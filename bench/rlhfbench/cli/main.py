@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from rlhfbench.cli import methods, models, plan, report, run, verify
+from rlhfbench.cli import evidence, methods, models, plan, report, run, verify
 from rlhfbench.cli.common import DONE, INTERRUPTED, NOTHING, WRONG, SectionedCommand
 from rlhfbench.errors import ForkServerError, RlhfBenchError
 from rlhfkernels.errors import RlhfKernelsError
@@ -22,6 +22,7 @@ for _verb, _epilog in (
     (plan.plan, plan.EPILOG),
     (report.report, report.EPILOG),
     (verify.verify, verify.EPILOG),
+    (evidence.evidence, evidence.EPILOG),
     (methods.methods, methods.EPILOG),
     (models.models, models.EPILOG),
 ):

@@ -108,7 +108,7 @@ def load_causal_lm(
         ModelError: as in ``load_model``; or the checkpoint lacks weights that the case reads.
     """
     device = torch.device(case.device)
-    config, source = _read_config(name)
+    config, source = read_config(name)
     _check_architecture(name, config)
     _check_positions(case, name, config)
     for field, value in list(vars(config).items()):
@@ -233,7 +233,7 @@ def read_max_positions(model: str) -> int | None:
     Raises:
         ModelError: the model is unknown.
     """
-    return max_positions(_read_config(model)[0])
+    return max_positions(read_config(model)[0])
 
 
 def rotary_limit(config: Any) -> int | None:
@@ -260,7 +260,12 @@ def _source(model: str) -> _Source:
     return _Source((model,), {})
 
 
-def _read_config(model: str) -> tuple[Any, _Source | None]:
+def read_config(model: str) -> tuple[Any, _Source | None]:
+    """Returns the configuration of ``model``, and where it is loaded from; ``None`` for a preset.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
     if model in PRESETS:
         preset = PRESETS[model]
         return AutoConfig.for_model(preset.model_type, **preset.config), None
