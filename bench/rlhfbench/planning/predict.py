@@ -25,6 +25,7 @@ from rlhfbench.planning.devices import Accelerator
 from rlhfbench.planning.zero import Zero
 from rlhfbench.records.timelines import divided_timeline
 from rlhfkernels.config.case import Case
+from rlhfkernels.engine.engine import logprob_chunk_size
 from rlhfkernels.observer import PARTS
 from rlhfkernels.training.step import build_step
 from rlhfkernels.training.work import Work, phase_work
@@ -105,6 +106,7 @@ def plan_case(case: Case, zero: Zero | None = None, *, with_timeline: bool = Fal
     unpacked = mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None)
     with unpacked, FakeTensorMode():
         step = build_step(stand_in, with_weights=False)
+        step.engine.logprob_chunk = logprob_chunk_size(case, step.engine.vocab_size)  # of the device asked for
         run_under_ledger(step, ledger, observer)
         work, buckets = phase_work(step), zero.buckets(step)
     memory = _divided(memory_object(ledger, dict(_NO_VIEWS)), zero, buckets)

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rlhfkernels.config.case import Case, vocabulary_problem
+from rlhfkernels.config.options import CPU_LOGPROB_CHUNK
 from rlhfkernels.data.batch import Batch, empty_completions
 from rlhfkernels.data.sources import Prompts
 from rlhfkernels.engine.agreement import check_cache, check_model
@@ -33,6 +34,8 @@ from rlhfkernels.seeding import seeded
 # Bases of one origin start from equal weights, bases of different origins do not.
 _ORIGIN_SEED: dict[Origin, int] = {"policy": 0, "reward": 1}
 _ADAPTER_SEED, _HEAD_SEED = 1000, 2000
+# Float32 logits of a chunk on an accelerator, and the largest chunk.
+_LOGITS_BYTES, _MAX_LOGPROB_CHUNK = 2**28, 1024
 # By ``engine.trunk``.
 _TRUNKS: dict[str, Callable[[Case, LoadedModel, Adapters], Trunk]] = {"plain": PlainTrunk, "fast": make_fast_trunk}
 
@@ -58,6 +61,7 @@ class Engine:
         self.device = torch.device(case.device)
         self.backend = select_backend(case.options.engine.backend, case.device, case.dtype)
         self.models = self._load_models(with_weights)
+        self.logprob_chunk = logprob_chunk_size(case, self.vocab_size)
         self.adapters = {base: self._attach(base) for base in self.method.bases}
         make_trunk = _TRUNKS[case.options.engine.trunk]
         self.trunks: dict[str, Trunk] = {
@@ -221,7 +225,7 @@ class Engine:
             head.bias,
             targets.reshape(-1),
             head.transform(self.case.options.rollout.temperature),
-            chunk=self.case.options.engine.logprob_chunk_size,
+            chunk=self.logprob_chunk,
             entropy=entropy,
             backend=self.backend,
         )
@@ -317,6 +321,24 @@ class Engine:
         for role, head in self.scalar_heads.items():
             folder.mkdir(parents=True, exist_ok=True)
             save_file({"weight": head.weight.detach().cpu().contiguous()}, folder / f"{role}_head.safetensors")
+
+
+def logprob_chunk_size(case: Case, vocab_size: int) -> int:
+    """Returns ``engine.logprob_chunk_size`` of ``case``, or that of its device.
+
+    128 positions bound the head's matmul on an H100 by memory: each chunk reads the whole head, and a position is worth
+    128 multiply-adds for every weight read, where the H100 needs about 300. Not yet measured on a GPU.
+
+    Args:
+        case: the case; its device decides.
+        vocab_size: columns of the logits.
+    """
+    asked = case.options.engine.logprob_chunk_size
+    if asked is not None:
+        return asked
+    if case.device == "cpu":
+        return CPU_LOGPROB_CHUNK
+    return min(_MAX_LOGPROB_CHUNK, max(CPU_LOGPROB_CHUNK, _LOGITS_BYTES // (4 * vocab_size)))
 
 
 def _tokens_between_looks(device: torch.device) -> int:

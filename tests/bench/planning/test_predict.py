@@ -212,3 +212,10 @@ def test_the_plan_counts_the_masks_that_a_data_file_brings(tmp_path: Path, metho
     plan, memory = plan_case(case).memory, measured(case)
     for name in NAMES:
         assert plan[name] == memory[name], name
+
+
+def test_a_plan_takes_the_chunk_of_the_device_that_it_is_for() -> None:
+    size = {"model": "tiny", "prompt_len": 4, "completion_len": 44, "batch_size": 4}
+    for device, rows in (("cpu", 128), ("cuda", 4 * 44)):
+        plan = plan_case(Case(method="joined-hydra", device=device, **size))
+        assert plan.memory["largest_tensor"]["bytes"] == rows * 8192 * 4, device

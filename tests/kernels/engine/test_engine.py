@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from rlhfkernels import METHODS, Case, CaseError, ModelError, NumericalError, Observer, build_step
 from rlhfkernels.data.batch import Batch
-from rlhfkernels.engine.engine import Engine
+from rlhfkernels.engine.engine import Engine, logprob_chunk_size
 from rlhfkernels.methods.program import WeightSet
 from rlhfkernels.methods.table import families
 from rlhfkernels.training.step import TrainingStep
@@ -275,3 +275,22 @@ def test_looking_seldom_whether_all_have_ended_changes_no_batch(
     for name in ("tokens", "mask"):
         assert torch.equal(getattr(seldom, name), getattr(every, name))
     assert torch.equal(seldom["old_logprobs"], every["old_logprobs"])
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "vocab_size", "expected"),
+    [
+        ("cpu", None, 32000, 128),
+        ("cpu", 7, 32000, 7),
+        ("cuda", None, 32000, 1024),
+        ("cuda:1", None, 151936, 441),
+        ("cuda", None, 2**30, 128),
+        ("cuda", 0, 32000, 0),
+        ("cuda", 128, 32000, 128),
+    ],
+)
+def test_the_chunk_of_the_head_follows_the_device(
+    make_case: Callable[..., Case], device: str, asked: int | None, vocab_size: int, expected: int
+) -> None:
+    case = make_case(device=device, engine__logprob_chunk_size=asked)
+    assert logprob_chunk_size(case, vocab_size) == expected
