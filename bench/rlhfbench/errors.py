@@ -4,7 +4,8 @@ RlhfBenchError
 ├── SweepError        a sweep or an option of its run breaks a rule: every problem, one sentence each
 ├── RunFolderError    an output folder cannot be used
 ├── RecordsError      records or timelines cannot be read or written
-└── ForkServerError   the process that cases are forked from did not start
+├── ForkServerError   the process that cases are forked from did not start
+└── GateError         two revisions cannot be compared
 """
 
 from __future__ import annotations
@@ -42,3 +43,7 @@ class RecordsError(RlhfBenchError):
 
 class ForkServerError(RlhfBenchError):
     """The process that cases are forked from did not start; the message has the last line of its log."""
+
+
+class GateError(RlhfBenchError):
+    """Two revisions that cannot be compared: one does not exist, or the machine is not free."""

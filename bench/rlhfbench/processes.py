@@ -36,7 +36,7 @@ def map_parallel(
         ForkServerError: A process died.
     """
     num_processes = min(len(inputs), _num_cores(), MAX_PROCESSES)
-    if num_processes <= 1:
+    if num_processes <= 1 or "forkserver" not in multiprocessing.get_all_start_methods():  # Windows has no such server
         return [function(item) for item in inputs]
     # Imported here: the fork server imports this module, and needs no pool.
     from concurrent.futures import ProcessPoolExecutor

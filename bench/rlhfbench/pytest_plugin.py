@@ -101,13 +101,17 @@ class _Benchmarks:
 def _load_sweep(path: str | None) -> Sweep:
     from rlhfbench.cases.preflight import check
     from rlhfbench.cases.sweep import Sweep
-    from rlhfbench.errors import SweepError
+    from rlhfbench.errors import ForkServerError, SweepError
+    from rlhfbench.runs.environment import check_system
 
     try:
+        check_system()
         sweep = Sweep.from_spec(SMALL_GRID) if path is None else Sweep.from_file(path)
         check(sweep)
     except SweepError as error:
         raise pytest.UsageError(*error.problems) from error
+    except ForkServerError as error:
+        raise pytest.UsageError(str(error)) from error
     return sweep
 
 
@@ -134,16 +138,18 @@ class Measurer:
         from rlhfbench.runs.folder import RunFolder
         from rlhfbench.runs.forkserver import ForkServer
         from rlhfbench.runs.options import RunOptions
+        from rlhfbench.runs.progress import Silent
         from rlhfbench.runs.runner import Runner
 
         folder = RunFolder(self._opened.enter_context(tempfile.TemporaryDirectory(prefix="rlhfbench-")))
         folder.prepare(self._sweep, resume=False)
         records = self._opened.enter_context(RecordsFile(folder.path))
         server = self._opened.enter_context(ForkServer())
-        runner = Runner(folder, RunOptions(time_budget_s=self._time_budget_s), records, server, _Silent())
+        runner = Runner(folder, RunOptions(time_budget_s=self._time_budget_s), records, server, Silent())
 
         def run(case: Case) -> dict[str, Any]:
             runner.run([case])
+            runner.run_blocks([case])
             return records.records[-1]
 
         return run
@@ -151,14 +157,6 @@ class Measurer:
     def close(self) -> None:
         """Ends the fork server and removes its files."""
         self._opened.close()
-
-
-class _Silent:
-    """Progress of a run that prints nothing: pytest prints its own."""
-
-    def _ignore(self, *args: object, **kwargs: object) -> None: ...
-
-    begin = start_case = doing = finish_case = notice = end = _ignore
 
 
 class _SweepModule(pytest.Module):
@@ -226,7 +224,7 @@ def _make_test(case: Case, timer: ReplayTimer, measurer: Measurer) -> Callable[[
             pytest.fail(str(error), pytrace=False)
         benchmark.extra_info.update(extra_info(record))
         _raise_unless_ok(record)
-        samples_s = step_samples_s(record)
+        samples_s = block_steps_s(record)
         timer.load(samples_s)
         benchmark.pedantic(timer.step, setup=timer.rewind, rounds=len(samples_s), iterations=1, warmup_rounds=0)
 
@@ -246,17 +244,18 @@ def _raise_unless_ok(record: dict[str, Any]) -> None:
     pytest.fail(sentence, pytrace=False)
 
 
-def step_samples_s(record: dict[str, Any]) -> list[float]:
-    """Returns the seconds of each timed step of ``record``: the sum of its phases."""
-    phases = record["latency"]["phases"].values()
-    return [math.fsum(step) for step in zip(*(phase["samples_s"] for phase in phases), strict=True)]
+def block_steps_s(record: dict[str, Any]) -> list[float]:
+    """Returns the seconds of one step by block of ``record``: their mean is the record's, as in every report."""
+    blocks = record["latency"]["total_block_s_per_sample"]
+    return [seconds * record["case"]["batch_size"] for seconds in blocks if seconds is not None]
 
 
 def extra_info(record: dict[str, Any]) -> dict[str, Any]:
     """Returns the ``extra_info`` of pytest-benchmark's JSON: the record's case, outcome, memory and latencies."""
     latency = dict(record["latency"] or {})
     phases = latency.pop("phases", None) or {}
-    latency["phases"] = {name: {"median_s": phase["median_s"]} for name, phase in phases.items()}
+    latency.pop("blocks", None)
+    latency["phases"] = {name: {"mean_s": phase["mean_s"]} for name, phase in phases.items()}
     return {
         "case_id": record["case"]["id"],
         "case": record["case"],

@@ -3,11 +3,14 @@
 The harness documents and makes its columns (``rlhfbench.records_frame``). Reports rely on these::
 
     method, method_title, method_order, family          model, device, dtype, lora_rank, seed
+    same_work_as
     prompt_len, completion_len, seq_len, batch_size     setting, setting_order, options
     outcome, error, error_phase, plan_error             model_bytes, activation_bytes, rollout_bytes, total_bytes
     {part}_part_bytes, one for each part of memory      predicted_{model,activation,total}_bytes
-    {inference,update,total}_s_per_sample               sequences_per_sample
-    {phase}_phase_median_s, one for each phase          allocator_rest_bytes, workspace_bytes, num_prompts_truncated
+    {inference,update,total}_s_per_sample               sequences_per_sample, num_timed_blocks
+    {inference,update,total}_half_width_s_per_sample    num_{disturbed,counted}_blocks, disturbed_by
+    {inference,update,total}_block_s_per_sample         allocator_rest_bytes, workspace_bytes, num_prompts_truncated
+    {phase}_phase_s, {phase}_phase_block_s, one for each phase
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ method m and a baseline l of one family. Only measured batch sizes count; nothin
     whole gain         = t(l, b0) / t(m, b1)     = shared-pass gain x larger-batch gain
     share of a part    = log(part) / log(whole)
 
-The shares add up to 1. One is above 1 where the other part is a loss. Without a whole gain there are none.
+The shares add up to 1. One is above 1 where the other part is a loss. There are none unless the whole interval of the
+whole gain lies above 1.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import pandas as pd
 
 from rlhfreports.columns import AXES, axes_that_vary, axis_text, methods_in_order, setting_order, shared_axes_text
 from rlhfreports.panels import is_measured
+from rlhfreports.ratios import Ratio, ratio
 from rlhfreports.tables import ABSENT, GIB, ReportTable, outcome_word, terminal, text
 
 if TYPE_CHECKING:
@@ -47,9 +49,10 @@ _LEGEND = "≥: no larger batch was run: it may fit as well."
 EXPLANATION = (
     "Shared passes: the baseline's time over the method's, at the baseline's batch. Larger batch: the method's time at "
     "that batch over its time at the largest measured batch in the baseline's memory. Both multiply to the whole gain; "
-    "shares are of its logarithm."
+    "± is half of a 95 % interval. Shares are of the gain's logarithm, where its whole interval lies above 1."
 )
 
+_GAINS = ("shared_pass", "larger_batch", "whole")
 # The columns of the CSV. Gains and shares are ratios.
 _COLUMNS = {
     "method": "string",
@@ -61,7 +64,7 @@ _COLUMNS = {
     **dict.fromkeys(("baseline_batch_size", "memory_bytes", "batch_size", "batch_total_bytes"), "Int64"),
     "tried_larger": "boolean",
     **dict.fromkeys(("baseline_s_per_sample", "same_batch_s_per_sample", "larger_batch_s_per_sample"), "Float64"),
-    **dict.fromkeys(("shared_pass_gain", "larger_batch_gain", "whole_gain"), "Float64"),
+    **{f"{gain}_gain{end}": "Float64" for gain in _GAINS for end in ("", "_low", "_high")},
     **dict.fromkeys(("shared_pass_share", "larger_batch_share"), "Float64"),
 }
 
@@ -170,9 +173,11 @@ def _divide(base: pd.DataFrame, method: pd.DataFrame) -> dict[str, Any] | str:
         return f"no gain is divided: no batch stays within the baseline's {limit / GIB:.3g} GiB."
     at_b1 = fitting.iloc[-1]
     b1 = int(at_b1["batch_size"])
-    times = [float(row["total_s_per_sample"]) for row in (at_b0, same.iloc[0], at_b1)]
-    shared, larger, whole = times[0] / times[1], times[1] / times[2], times[0] / times[2]
-    share = math.log(shared) / math.log(whole) if whole > 1 else None
+    rows = (at_b0, same.iloc[0], at_b1)
+    times = [float(row["total_s_per_sample"]) for row in rows]
+    gains = [ratio(rows[i], rows[j]) for i, j in ((0, 1), (1, 2), (0, 2))]
+    whole = gains[-1]
+    shares = [math.log(gain.value) / math.log(whole.value) if whole.is_above_one else None for gain in gains[:2]]
     return {
         "baseline_batch_size": b0,
         "memory_bytes": limit,
@@ -182,16 +187,16 @@ def _divide(base: pd.DataFrame, method: pd.DataFrame) -> dict[str, Any] | str:
         "baseline_s_per_sample": times[0],
         "same_batch_s_per_sample": times[1],
         "larger_batch_s_per_sample": times[2],
-        "shared_pass_gain": shared,
-        "larger_batch_gain": larger,
-        "whole_gain": whole,
-        "shared_pass_share": share,
-        "larger_batch_share": None if share is None else math.log(larger) / math.log(whole),
+        **{f"{name}_gain": gain.value for name, gain in zip(_GAINS, gains, strict=True)},
+        **{f"{name}_gain_low": gain.low for name, gain in zip(_GAINS, gains, strict=True)},
+        **{f"{name}_gain_high": gain.high for name, gain in zip(_GAINS, gains, strict=True)},
+        "shared_pass_share": shares[0],
+        "larger_batch_share": shares[1],
     }
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    gains = [_times(row[name]) for name in ("shared_pass_gain", "larger_batch_gain", "whole_gain")]
+    gains = [str(Ratio(*(row[f"{name}_gain{end}"] for end in ("", "_low", "_high")))) for name in _GAINS]
     shares = [_percent(row[name]) for name in ("shared_pass_share", "larger_batch_share")]
     size = f"{row['memory_bytes'] / GIB:.4g}"
     largest = f"{'' if row['tried_larger'] else '≥'}{row['batch_size']}"
@@ -204,10 +209,6 @@ def _title(row: Mapping[Hashable, Any] | pd.Series[Any]) -> str:
 
 def _with_share(gain: str, share: str) -> str:
     return gain if share == ABSENT else f"{gain}, {share}"
-
-
-def _times(gain: float) -> str:
-    return f"{gain:.2f}x"
 
 
 def _percent(share: float | None) -> str:

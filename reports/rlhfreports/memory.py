@@ -7,26 +7,40 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from rlhfreports.columns import axes_that_vary, methods_in_order, setting_order, shared_axes_text
+from rlhfreports.ratios import interval_decimals, resolution
 from rlhfreports.tables import ABSENT, GIB, ReportTable, decimals_for, number_text, outcome_word, terminal, text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-UNIT_LINE = "GiB = 2^30 bytes at the step's highest total; s = seconds per sample."
+UNIT_LINE = (
+    "GiB = 2^30 bytes at the step's highest total; process: the largest that the whole process took; s = seconds per "
+    "sample."
+)
+INTERVAL_LINE = "±: half of the 95 % interval of the total, from blocks."
 # Columns of numbers, bytes first: in the frame; heading in files; heading in a terminal of 80 columns.
 NUMBERS = (
     ("model_bytes", "model GiB", "model\nGiB"),
-    ("activation_bytes", "activation GiB", "activ.\nGiB"),
-    ("rollout_bytes", "rollout GiB", "rollout\nGiB"),
+    ("activation_bytes", "activation GiB", "act.\nGiB"),
+    ("rollout_bytes", "rollout GiB", "roll.\nGiB"),
     ("total_bytes", "total GiB", "total\nGiB"),
+    ("process_peak_bytes", "process GiB", "proc\nGiB"),
     ("inference_s_per_sample", "inference s", "infer.\ns"),
     ("update_s_per_sample", "update s", "update\ns"),
     ("total_s_per_sample", "total s/sample", "total\ns"),
 )
+_HALF_WIDTH = "total_half_width_s_per_sample"
+_INTERVAL_HEADING = "± s"
+_DISTURBED = "!"  # after the interval of a case beside which something else used the machine
 _OUTCOME_COLUMN = "total_bytes"  # has the outcome in place of a number where nothing was measured
-_SHORT_HEADINGS = {heading: short for _, heading, short in NUMBERS}
+_SHORT_HEADINGS = {
+    "length": "len.",
+    **{heading: short for _, heading, short in NUMBERS},
+    _INTERVAL_HEADING: "±\ns",
+}
 _AXIS_HEADINGS = {"lora_rank": "LoRA rank"}
 _MAX_TERMINAL_NOTES = 8
+_MAX_DECIMALS = 5
 
 
 class MemoryTable(ReportTable):
@@ -79,11 +93,14 @@ def table(frame: pd.DataFrame) -> MemoryTable:
     elif lengths:
         caption.append(f"{lengths[0]} tokens")
     words["batch"] = [text(value, "") for value in ordered["batch_size"]]
+    has_intervals = bool(ordered[_HALF_WIDTH].notna().any())
     return MemoryTable(
         caption=" · ".join(word for word in caption if word),
-        cells=pd.DataFrame({**words, **_numbers(ordered)}, dtype="object"),
+        cells=pd.DataFrame(
+            {**words, **_numbers(ordered), **(_intervals(ordered) if has_intervals else {})}, dtype="object"
+        ),
         num_text_columns=len(words),
-        explanation=UNIT_LINE,
+        explanation=f"{UNIT_LINE} {INTERVAL_LINE}" if has_intervals else UNIT_LINE,
         notes=_notes(ordered, words),
         frame=ordered,
     )
@@ -117,22 +134,76 @@ def _numbers(frame: pd.DataFrame) -> dict[str, list[str]]:
     """The columns of numbers. An unmeasured row has its outcome as its total and dashes elsewhere."""
     measured = _is_ok(frame)
     decimals = {
-        unit: decimals_for((frame.loc[measured, name].dropna() / scale).tolist(), least, most)
-        for unit, name, scale, least, most in (("GiB", "total_bytes", GIB, 1, 3), ("s", "total_s_per_sample", 1, 2, 4))
+        name: decimals_for((frame.loc[measured, name].dropna() / scale).tolist(), least, most)
+        for name, scale, least, most in (
+            ("total_bytes", GIB, 1, 3),
+            ("process_peak_bytes", GIB, 1, 2),
+            ("total_s_per_sample", 1, 2, 4),
+        )
     }
     cells = {}
     for name, heading, _ in NUMBERS:
-        scale, unit = (GIB, "GiB") if name.endswith("_bytes") else (1, "s")
+        scale, ruler = (GIB, "total_bytes") if name.endswith("_bytes") else (1, "total_s_per_sample")
+        rounded = [decimals.get(name, decimals[ruler])] * len(frame)
+        if scale == 1:
+            half_width = name.replace("_s_", "_half_width_s_", 1)
+            rounded = [
+                decimals[ruler] if pd.isna(width) else _decimals(value, width)
+                for value, width in zip(frame[name], frame[half_width], strict=True)
+            ]
         absent = [outcome_word(outcome) if name == _OUTCOME_COLUMN else ABSENT for outcome in frame["outcome"]]
         cells[heading] = [
-            (ABSENT if pd.isna(value) else number_text(float(value) / scale, decimals[unit])) if ok else word
-            for value, ok, word in zip(frame[name], measured, absent, strict=True)
+            (ABSENT if pd.isna(value) else number_text(float(value) / scale, places)) if ok else word
+            for value, ok, word, places in zip(frame[name], measured, absent, rounded, strict=True)
         ]
     return cells
 
 
+def _intervals(frame: pd.DataFrame) -> dict[str, list[str]]:
+    """The column of half-widths, rounded as the totals are. Disturbed cases are marked."""
+    rows = zip(frame["total_s_per_sample"], frame[_HALF_WIDTH], _is_disturbed(frame), strict=True)
+    return {
+        _INTERVAL_HEADING: [
+            (ABSENT if pd.isna(width) else number_text(float(width), _decimals(value, width)))
+            + (_DISTURBED if disturbed else "")
+            for value, width, disturbed in rows
+        ]
+    }
+
+
+def _decimals(value: float, half_width: float) -> int:
+    return min(interval_decimals(float(value), float(half_width)), _MAX_DECIMALS)
+
+
+def _is_disturbed(frame: pd.DataFrame) -> pd.Series[bool]:
+    """True for rows whose seconds come from disturbed blocks too, since too few others were left."""
+    among = frame["num_counted_blocks"] > frame["num_timed_blocks"] - frame["num_disturbed_blocks"]
+    return among.fillna(False).astype(bool)
+
+
+def _disturbances(frame: pd.DataFrame) -> list[str]:
+    """One sentence on disturbed blocks that were set aside, and one on cases that had too few others."""
+    num_disturbed, counted = frame["num_disturbed_blocks"].fillna(0), _is_disturbed(frame)
+    if not num_disturbed.any():
+        return []
+    worst = frame["disturbed_by"].iloc[int(num_disturbed.to_numpy().argmax())]
+    found = []
+    if (num_disturbed > 0)[~counted].any():
+        found.append(f"{num_disturbed[~counted].sum()} disturbed blocks do not count: {worst}.")
+    if counted.any():
+        found.append(
+            f"{_DISTURBED}: {counted.sum()} of {len(frame)} cases are shown with disturbed blocks, as too few others "
+            f"are left: {worst}."
+        )
+    return found
+
+
 def _notes(frame: pd.DataFrame, words: dict[str, list[str]]) -> tuple[str, ...]:
-    notes: list[str] = []
+    notes: list[str] = [] if frame["num_timed_blocks"].isna().all() else [resolution(frame)]
+    notes += _disturbances(frame)
+    lost = int((frame["num_blocks"] - frame["num_timed_blocks"])[_is_ok(frame)].sum())
+    if lost:
+        notes.append(f"{lost} blocks are missing: they failed, or the run was ended before them.")
     num_cut = frame["num_prompts_truncated"].max()
     if not pd.isna(num_cut) and num_cut > 0:
         notes.append(

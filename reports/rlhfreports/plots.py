@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -46,6 +47,7 @@ LINE_STYLES: tuple[LineStyle, ...] = ("-", "--", "-.", ":")  # of settings
 _INK = "#333333"
 _FAINT = "#E4E4E4"
 _BAND = "#F5F2EC"
+_BAND_ALPHA = 0.2
 _MAX_COLUMNS = 3
 _WORD_ROW, _MAX_BAND = 0.055, 0.5  # shares of a panel's height
 _LEGEND_ROW_IN, _LEGEND_CHAR_IN, _LEGEND_HANDLE_IN = 0.23, 0.083, 0.6
@@ -242,7 +244,7 @@ def _draw_quantity(
 ) -> None:
     """Draws one quantity into its panels, all with the same limits."""
     lengths = sorted({int(x) for panel in panels for rows in (panel.points, panel.failures) for x in rows["seq_len"]})
-    values = [y for panel in panels for y in quantity.metric(panel.points)]
+    values = [y for panel in panels for ends in _band(panel.points, quantity) for y in ends]
     close = len(spaced(lengths, lengths[-1] / lengths[0])) < len(lengths)
     words = [_words(panel, styles, short=close) for panel in panels]
     bottom, top, band = _limits(values, max(map(len, words)))
@@ -279,6 +281,20 @@ def _draw_lines(axes: Axes, panel: Panel, quantity: _Quantity, styles: dict[Line
             linestyle=style.line,
             label=style.title,
         )
+        low, high = _band(rows, quantity)
+        axes.fill_between(x, low, high, color=style.color, alpha=_BAND_ALPHA, linewidth=0)
+        # A line of one point has no area.
+        axes.vlines(x, low, high, color=style.color, linewidth=1.2)
+
+
+def _band(rows: pd.DataFrame, quantity: _Quantity) -> tuple[list[float], list[float]]:
+    """The ends of the 95 % interval of each point; both are the point itself where there is none."""
+    seconds = rows["total_s_per_sample"].astype("float64")
+    width = rows["total_half_width_s_per_sample"].astype("float64").fillna(0.0)
+    # A logarithmic axis has no 0: an interval that reaches it ends at a tenth of the point.
+    fastest, slowest = (seconds - width).clip(lower=seconds / 10), seconds + width
+    one, other = (quantity.metric(rows.assign(total_s_per_sample=ends)).to_numpy() for ends in (fastest, slowest))
+    return np.minimum(one, other).tolist(), np.maximum(one, other).tolist()
 
 
 def _rows_of(line: Line, rows: pd.DataFrame) -> pd.DataFrame:

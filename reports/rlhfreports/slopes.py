@@ -1,8 +1,9 @@
 """Slopes of time against lengths and batch sizes: straight lines through log-log points.
 
 A slope of 1 is a time in proportion to the size, 0 a time that does not depend on it. A line goes through cases of one
-method that differ in one size alone, by least squares on the logarithms of the medians. Two points give a slope without
-an error, fewer give none.
+method that differ in one size alone, by least squares on the logarithms of the seconds. It needs two points.
+The interval of a slope comes from the blocks: a line is fitted through the blocks of each number. The standard error is
+that of one line through three points or more, and says how straight it is.
 
 Sequences grow in one of three ways, each with its own lines: the prompt alone (at one completion length), the
 completion alone, or both in proportion.
@@ -20,13 +21,20 @@ import pandas as pd
 
 from rlhfreports.columns import AXES, axes_that_vary, methods_in_order, setting_order, shared_axes_text
 from rlhfreports.panels import Metric, is_measured
+from rlhfreports.ratios import blocks_of, t_quantile
 from rlhfreports.tables import ReportTable, terminal, text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-GENERATE_COLUMN = "generate_phase_median_s"
+GENERATE_COLUMN = "generate_phase_s"
 MIN_POINTS_FOR_ERROR = 3
+# The column with the values by block of each time.
+_BLOCK_COLUMNS = {
+    GENERATE_COLUMN: "generate_phase_block_s",
+    "update_s_per_sample": "update_block_s_per_sample",
+    "total_s_per_sample": "total_block_s_per_sample",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,9 +133,9 @@ SIZES = {
 }
 _SHORT = dict(SIZES.values())
 EXPLANATION = (
-    "Slopes of log time against log size, by least squares on the medians; 1: in proportion. Decode: the generate "
-    "phase per token of one completion, for the whole batch, prefill included. Update: all update phases of a step. "
-    "Total: all phases."
+    "Slopes of log time against log size, by least squares; 1: in proportion. ±: half of the 95 % interval, from "
+    "blocks. Standard error: of a straight line. Decode: the generate phase per token of one completion, for the whole "
+    "batch, prefill included. Update: all update phases of a step. Total: all phases."
 )
 
 # The columns of the CSV, which has one row per line.
@@ -138,7 +146,7 @@ _COLUMNS = {
     **dict.fromkeys(("quantity", "against", "held"), "string"),
     "num_points": "Int64",
     **dict.fromkeys(("smallest", "largest"), "Int64"),
-    **dict.fromkeys(("slope", "standard_error", "r_squared"), "Float64"),
+    **dict.fromkeys(("slope", "half_width", "standard_error", "r_squared"), "Float64"),
 }
 _SHARED = ("method", "method_title", *AXES)
 
@@ -152,8 +160,8 @@ class SlopeTable(ReportTable):
         methods: the methods in the order of reports.
 
     The columns of ``frame`` are those of ``slopes.csv``: the method and its axes, ``quantity``, the size it is fitted
-    ``against``, the sizes that are ``held``, ``num_points``, the ``smallest`` and ``largest`` size, ``slope``, and from
-    three points on its ``standard_error`` and ``r_squared``.
+    ``against``, the sizes that are ``held``, ``num_points``, the ``smallest`` and ``largest`` size, ``slope``, from two
+    blocks on the ``half_width`` of its interval, and from three points on its ``standard_error`` and ``r_squared``.
     """
 
     axes: tuple[str, ...]
@@ -215,7 +223,12 @@ def slope_table(frame: pd.DataFrame) -> SlopeTable:
         "points": found["num_points"],
         **{
             heading: [None if pd.isna(value) else f"{value:.3f}" for value in found[name]]
-            for heading, name in (("slope", "slope"), ("standard error", "standard_error"), ("R²", "r_squared"))
+            for heading, name in (
+                ("slope", "slope"),
+                ("±", "half_width"),
+                ("standard error", "standard_error"),
+                ("R²", "r_squared"),
+            )
         },
     }
     return SlopeTable(
@@ -263,10 +276,37 @@ def _fit(line: Line, quantity: Quantity) -> dict[str, Any] | None:
         "smallest": int(min(sizes)),
         "largest": int(max(sizes)),
         "slope": float(fit.slope),
+        "half_width": _half_width(line.rows[usable], line.size, quantity),
         "standard_error": float(fit.stderr) if has_error else None,
         # Equal times have no variance to explain.
         "r_squared": float(fit.rvalue) ** 2 if has_error and np.ptp(logs) > 0 else None,
     }
+
+
+def _half_width(rows: pd.DataFrame, size: str, quantity: Quantity) -> float | None:
+    """Half the 95 % interval of the slope, from a fit for each block that every point has."""
+    logs = np.log(rows[size].to_numpy(dtype=float))
+    slopes = []
+    for of_block in _by_block(rows):
+        seconds = quantity.seconds(of_block).to_numpy(dtype=float)
+        if (seconds > 0).all():
+            slopes.append(float(np.polyfit(logs, np.log(seconds), 1)[0]))
+    if len(slopes) < 2:
+        return None
+    return float(t_quantile(len(slopes) - 1) * np.std(slopes, ddof=1) / math.sqrt(len(slopes)))
+
+
+def _by_block(rows: pd.DataFrame) -> Iterator[pd.DataFrame]:
+    """``rows`` with the seconds of one block in place of the means, for each block that all of them have."""
+    present = {mean: column for mean, column in _BLOCK_COLUMNS.items() if mean in rows}
+    found = {mean: [blocks_of(row, column) for row in rows.to_dict("records")] for mean, column in present.items()}
+    for number in range(min(map(len, found["total_s_per_sample"]), default=0)):
+        yield rows.assign(
+            **{
+                mean: pd.array([of[number] if number < len(of) else None for of in values], dtype="Float64")
+                for mean, values in found.items()
+            }
+        )
 
 
 def _longest(rows: pd.DataFrame) -> pd.Series[Any] | None:
@@ -279,6 +319,6 @@ def _longest(rows: pd.DataFrame) -> pd.Series[Any] | None:
 
 
 def _slope_text(row: pd.Series[Any], *, with_held: bool) -> str:
-    error = "" if pd.isna(row["standard_error"]) else f" ±{row['standard_error']:.2f}"
+    error = "" if pd.isna(row["half_width"]) else f" ±{row['half_width']:.2f}"
     held = f" ({row['held']})" if with_held else ""
     return f"{row['slope']:.2f}{error}{held}"

@@ -31,8 +31,49 @@ def run_case(request, send):
 
 
 def _ok(request, send):
-    result = {"memory": SOME_MEMORY, "ceilings": {"matmul_flops_per_s": 1.0}, "work": None, "num_threads": 5}
+    result = {"memory": SOME_MEMORY, "work": None, "num_threads": 5}
     send({"result": {"outcome": "ok", "error": None, **result}})
+
+
+def _in_blocks(request, send):
+    """Is timed in as many blocks as asked for, two by default; block n takes n + 1 seconds a step."""
+    number, num_blocks = request["settings"]["block"], request["settings"]["num_blocks"] or 2
+    block = {"phases": {"generate": [number + 1.0]}, "stopped_because": "budget", "error": None}
+    latency = {"phases": {"generate": {"kind": "inference"}}, "num_blocks": num_blocks}
+    once = {"memory": SOME_MEMORY, "latency": latency} if number == 0 else {}
+    send({"result": {"outcome": "ok", "error": None, **once, "block": block}})
+
+
+def _steady(request, send, seconds=1.0):
+    """A block of two phases; an injected fault makes generate slower, or the total larger."""
+    settings = request["settings"]
+    injected = settings.get("injected") or {}
+    phases = {"generate": [2 * seconds * (1 + injected.get("share", 0.0))], "optimize": [seconds]}
+    block = {"phases": phases, "stopped_because": "budget", "error": None}
+    kinds = {"generate": {"kind": "inference"}, "optimize": {"kind": "update"}}
+    memory = {**SOME_MEMORY, "total_bytes": 6 + injected.get("held_bytes", 0)}
+    once = {"memory": memory, "latency": {"phases": kinds, "num_blocks": settings["num_blocks"]}}
+    send({"result": {"outcome": "ok", "error": None, **({} if settings["block"] else once), "block": block}})
+
+
+def _noisy(request, send):
+    """Blocks that differ by half or more, in another order on a side with an injection and on one without."""
+    settings = request["settings"]
+    order = 1 if settings.get("injected") is None else 2
+    _steady(request, send, seconds=1.0 + 0.5 * (settings["block"] * order % 3))
+
+
+def _crashes_with_an_injection(request, send):
+    if request["settings"].get("injected") is not None:
+        os._exit(7)
+    _steady(request, send)
+
+
+def _out_of_memory_in_block_1(request, send):
+    if request["settings"]["block"] == 1:
+        send({"result": worker.failure(MemoryError("no room"), "score")})
+    else:
+        _in_blocks(request, send)
 
 
 def _planned(request, send):
@@ -116,9 +157,40 @@ def _state(request, send):
     send({"result": {"outcome": "ok", "error": None, "prompts": {"defaults": handlers, "parent": os.getppid()}}})
 
 
+def _large(request, send):
+    """Takes 300 MiB for a moment and ends well."""
+    from rlhfbench.measure import host
+
+    _take_300_mib()
+    views = {"host_peak_bytes": host.peak_resident_bytes()}
+    send({"result": {"outcome": "ok", "error": None, "memory": {**SOME_MEMORY, "views": views}}})
+
+
+def _large_then_fails(request, send):
+    _take_300_mib()
+    send({"result": worker.failure(MemoryError("no room"), "score")})
+
+
+def _large_then_dies(request, send):
+    _take_300_mib()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _take_300_mib():
+    del [b"x" * (300 * 2**20)][:]
+
+
 BEHAVIOURS = {
+    "large": _large,
+    "large-then-fails": _large_then_fails,
+    "large-then-dies": _large_then_dies,
     "ok": _ok,
     "echo": _echo,
+    "blocks": _in_blocks,
+    "steady": _steady,
+    "noisy": _noisy,
+    "head-crashes": _crashes_with_an_injection,
+    "oom-in-block-1": _out_of_memory_in_block_1,
     "oom-from-batch-4": _oom_from_batch_4,
     "over-limit": _needs_more_than_its_limit,
     "hang": _hang,

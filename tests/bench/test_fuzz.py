@@ -108,9 +108,10 @@ class NoServer:
 def measured(case: Case) -> dict[str, Any]:
     """A record of ``case`` with values in every section."""
     memory = {f"{name}_bytes": 1 for name in ("model", "activation", "rollout", "total")}
-    phases = {"generate": {"median_s": 1.0, "samples_s": [1.0, 1.0]}}
-    latency = {f"{name}_s_per_sample": 1.0 for name in ("inference", "update", "total")} | {"phases": phases}
-    sections = {"memory": {**memory, "parts": {"base": 1}, "phases": {}}, "latency": latency, "stats": {"loss": 1.0}}
+    block = {"phases": {"generate": [1.0, 1.0]}, "stopped_because": "budget", "floors_s": {"generate": 0.5}}
+    latency = {"phases": {"generate": {"kind": "inference"}}, "num_blocks": 1}
+    sections = {"memory": {**memory, "parts": {"base": 1}, "phases": {}}, "latency": latency, "block": block}
+    sections |= {"work": {"phases": {"generate": {"flops": 1, "bytes": 1}}}, "stats": {"loss": 1.0}}
     return make_record(case, outcome="ok", error=None, measured=sections, started_at="2026-01-01", wall_s=1.0)
 
 
@@ -237,8 +238,10 @@ RECORD = measured(Case(method="hydra", model="tiny", prompt_len=4, completion_le
 PATHS = sorted(
     {".".join(path.split(".")[:end]) for row in FIELDS for path in [str(row.source)] if isinstance(row.source, str)
      for end in range(1, path.count(".") + 2)}
-    | {"schema", "case.options.lora", "latency.phases.generate", "latency.phases.generate.samples_s", "outcome"}
-    | {"latency.phases.generate.median_s", "memory.phases.generate", "memory.phases.generate.total_bytes"}
+    | {"schema", "case.options.lora", "latency.phases.generate", "outcome"}
+    | {"latency.blocks.0", "latency.blocks.0.phases.generate", "latency.phases.generate.kind"}
+    | {f"latency.blocks.0.{key}" for key in ("stopped_because", "phases", "error", "interference", "floors_s")}
+    | {"latency.phases.generate.mean_s", "memory.phases.generate", "memory.phases.generate.total_bytes"}
 )  # fmt: skip
 WRONG = st.one_of(
     st.sampled_from(
@@ -251,21 +254,34 @@ WRONG = st.one_of(
 def replaced(record: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     """``record`` with another value at a dotted path, as far as the path exists."""
     *folders, key = path.split(".")
-    node = record
+    node: Any = record
     for name in folders:
-        if not isinstance(node.get(name), dict):
+        if isinstance(node, list) and node:
+            node = node[0]
+            continue
+        if not isinstance(node, dict):
+            return record
+        if not isinstance(node.get(name), (dict, list)):
             node[name] = {}
         node = node[name]
-    node[key] = value
+    if isinstance(node, dict):
+        node[key] = value
+    elif node:
+        node[0] = value
     return record
 
 
+CASE_ID = RECORD["case"]["id"].encode()
 RAW_RECORDS = [
     b"[" * 100_000, b'{"schema": 2, "case": ' + b"[" * 5000 + b"]" * 5000 + b"}", b'{"schema": 99}', b"{}", b"null",
     b"\xff",
     b'{"schema": ' + b"9" * 5000 + b"}", b'{"schema": 2, "case": {"id": null}, "outcome": "ok"}', b'{"schema": 2}',
     b'{"schema": 1, "case": {"id": "a", "options": 3}, "outcome": "ok"}', b"\xef\xbb\xbf{}", b"x",
     b'{"schema": 1, "case": {"id": "a", "options": {"lora_scaling": "x"}, "lora_rank": "y"}, "outcome": "ok"}',
+    b'{"schema": 2, "block_of": 3, "block": {}}', b'{"schema": 2, "block_of": "a", "run": 3, "block": {"phases": []}}',
+    b'{"schema": 2, "block_of": "a", "block": {"phases": {"x": [1]}, "stopped_because": "budget"}}',
+    b'{"schema": 2, "block_of": "%b", "block": {"phases": {"x": [1]}, "stopped_because": "budget"}}' % CASE_ID,
+    b'{"schema": 2, "block_of": "%b", "block": {"error": {"outcome": "oom"}}}' % CASE_ID,
     b'{"schema": 2, "case": {"id": "a"}, "outcome": {}}', b'{"schema": true, "case": {"id": "a"}, "outcome": "ok"}',
 ]  # fmt: skip
 

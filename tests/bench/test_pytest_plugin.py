@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import pytest
 
 from rlhfbench import pytest_plugin
 from rlhfbench.cases.sweep import Sweep
-from rlhfbench.pytest_plugin import Measurer, ReplayTimer, case_name, group_name, step_samples_s
+from rlhfbench.pytest_plugin import Measurer, ReplayTimer, block_steps_s, case_name, group_name
+from rlhfbench.records.blocks import summarize
 from rlhfbench.records.file import make_record
 from rlhfbench.runs import forkserver
 from rlhfkernels.config.case import Case
@@ -37,20 +39,18 @@ MEMORY = {
 def record_of(case: Case, outcome: str = "ok") -> dict:
     measured = {
         "memory": MEMORY,
-        "latency": {
-            "inference_s_per_sample": 0.1,
-            "update_s_per_sample": 1.0,
-            "total_s_per_sample": 1.1,
-            "phases": {
-                "generate": {"median_s": 0.2, "samples_s": GENERATE_S},
-                "optimize": {"median_s": 2.0, "samples_s": OPTIMIZE_S},
-            },
-        },
+        "latency": {"phases": {"generate": {"kind": "inference"}, "optimize": {"kind": "update"}}, "num_blocks": 3},
     }
     error = None if outcome == "ok" else {"kind": "K", "message": "the reason.", "phase": "score"}
-    return make_record(
+    record = make_record(
         case, outcome=outcome, error=error, measured=measured if outcome == "ok" else {}, started_at="now", wall_s=1.0
     )
+    if outcome == "ok":
+        record["latency"]["blocks"] = [
+            {"phases": {"generate": [a], "optimize": [b]}, "stopped_because": "budget", "error": None}
+            for a, b in zip(GENERATE_S, OPTIMIZE_S, strict=True)
+        ]
+    return summarize(record)
 
 
 @pytest.fixture
@@ -137,11 +137,11 @@ def test_k_selects_by_method(bench, measured):
 def test_the_times_are_those_of_the_steps_to_the_last_bit(bench, pytester, measured):
     bench("--benchmark", "-k", "full", "--benchmark-json=out.json").assert_outcomes(passed=1, deselected=4)
     (found,) = loaded(pytester.path / "out.json")
-    assert found["stats"]["data"] == step_samples_s(record_of(CASE))
+    assert found["stats"]["data"] == block_steps_s(record_of(CASE)) == pytest.approx(STEPS_S)
     assert found["stats"]["rounds"] == 3
     assert found["stats"]["iterations"] == 1
     assert found["stats"]["mean"] == pytest.approx(statistics.fmean(STEPS_S), rel=1e-15)
-    assert found["stats"]["median"] == 2.3
+    assert found["stats"]["mean"] == pytest.approx(2 * record_of(CASE)["latency"]["total_s_per_sample"], rel=1e-15)
 
 
 def test_extra_info_has_the_case_the_memory_and_the_latencies(bench, pytester, measured):
@@ -154,8 +154,12 @@ def test_extra_info_has_the_case_the_memory_and_the_latencies(bench, pytester, m
     assert info["outcome"] == "ok"
     assert info["memory"]["parts"] == MEMORY["parts"]
     assert info["memory"]["total_bytes"] == 100
-    assert info["latency"]["update_s_per_sample"] == 1.0
-    assert info["latency"]["phases"] == {"generate": {"median_s": 0.2}, "optimize": {"median_s": 2.0}}
+    assert info["latency"]["update_s_per_sample"] == pytest.approx(7 / 3 / 2)
+    assert info["latency"]["total_half_width_s_per_sample"] > 0
+    assert info["latency"]["phases"] == {
+        "generate": {"mean_s": pytest.approx(0.2)},
+        "optimize": {"mean_s": pytest.approx(7 / 3)},
+    }
     assert found["fullname"] == "rlhfbench::full[tiny-16+16-batch2-cpu-float32]"
     assert found["group"] == "tiny cpu float32: 32 tokens, batch 2"
 
@@ -170,7 +174,7 @@ def test_a_saved_run_compares_with_the_next(bench, measured):
 
 def test_a_slower_step_fails_the_comparison(bench, measured, monkeypatch):
     bench("--benchmark", "-k", "full", "--benchmark-save=first")
-    monkeypatch.setattr(pytest_plugin, "step_samples_s", lambda record: [2 * s for s in STEPS_S])
+    monkeypatch.setattr(pytest_plugin, "block_steps_s", lambda record: [2 * s for s in STEPS_S])
     result = bench("--benchmark", "-k", "full", "--benchmark-compare=0001", "--benchmark-compare-fail=mean:10%")
     assert result.ret != pytest.ExitCode.OK
 
@@ -214,6 +218,13 @@ def test_without_pytest_benchmark_one_sentence_says_what_to_install(bench, measu
     result = bench("--benchmark", "-p", "no:benchmark")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["*--benchmark needs pytest-benchmark: install rlhfbench[[]pytest[]].*"])
+
+
+def test_a_system_that_cannot_fork_is_one_sentence(bench, measured, monkeypatch):
+    monkeypatch.delattr(os, "fork")
+    result = bench("--benchmark")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*run needs os.fork, which this system lacks*"])
 
 
 def test_without_pytest_benchmark_other_tests_run(pytester, measured):

@@ -14,7 +14,7 @@ TITLES = {"full": "PPO", "lora": "LoRA-PPO", "hydra": "Hydra-PPO"}
 ORDER = {"full": 0, "lora": 1, "hydra": 4}
 SETTING_ORDER = {"modern": 0, "paper": 1}
 GIB = 2**30
-_END = "_phase_median_s"
+_END = "_phase_s"
 
 
 def _row(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,8 +72,14 @@ def make_frame() -> Callable[..., pd.DataFrame]:
         full = [_row(row) for row in rows]
         phases = dict.fromkeys(n.removesuffix(_END) for row in full for n in row if n.endswith(_END))
         dtypes: dict[str, Any] = {name: field.dtype for name, field in columns(phases).items()}
+        values = {name: [row.get(name) for row in full] for name in dtypes}
         return pd.DataFrame(
-            {name: pd.array([row.get(name) for row in full], dtype=dtype) for name, dtype in dtypes.items()}
+            {
+                name: pd.Series(values[name], dtype="object")
+                if dtype == "list"
+                else pd.array(values[name], dtype=dtype)
+                for name, dtype in dtypes.items()
+            }
         )
 
     return make

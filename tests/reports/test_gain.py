@@ -18,7 +18,8 @@ def case(method, batch_size, seconds, gib, **other):
     if isinstance(seconds, str):
         return {"method": method, "batch_size": batch_size, "outcome": seconds, **other}
     sizes = {"model_bytes": int(gib * GIB), "activation_bytes": 0, "rollout_bytes": 0}
-    return {"method": method, "batch_size": batch_size, "total_s_per_sample": seconds, **sizes, **other}
+    blocks = {"total_s_per_sample": seconds, "total_block_s_per_sample": [seconds] * 3}
+    return {"method": method, "batch_size": batch_size, **blocks, **sizes, **other}
 
 
 LORA = (case("lora", 1, 16.0, 6), case("lora", 2, 8.0, 8), case("lora", 4, "oom", 0))
@@ -138,9 +139,13 @@ def test_any_method_can_be_the_baseline(make_frame):
 
 def test_the_files_and_the_terminal_say_the_same(make_frame):
     table = gain_table(make_frame(*LORA, *HYDRA))
-    assert "| Hydra-PPO | 64 | 2 | 8 | 8 | 2.00x | 4.00x | 8.00x | 33 % | 67 % |" in re.sub(" +", " ", table.markdown())
+    assert "| Hydra-PPO | 64 | 2 | 8 | 8 | 2.000x ± 0.000 | 4.000x ± 0.000 | 8.000x ± 0.000 | 33 % | 67 % |" in re.sub(
+        " +", " ", table.markdown()
+    )
     read = pd.read_csv(io.StringIO(table.csv()))
     assert math.isclose(read.loc[0, "shared_pass_share"], 1 / 3, rel_tol=1e-12)
     console = Console(width=200, file=io.StringIO(), record=True)
     console.print(table.rich())
-    assert "Hydra-PPO 64 2 to 8 2.00x, 33 % 4.00x, 67 % 8.00x" in " ".join(console.export_text().split())
+    assert "Hydra-PPO 64 2 to 8 2.000x ± 0.000, 33 % 4.000x ± 0.000, 67 % 8.000x ± 0.000" in " ".join(
+        console.export_text().split()
+    )

@@ -29,6 +29,7 @@ def test_columns_match_the_papers_table(make_frame):
             "model_bytes": round(15.9 * GIB),
             "activation_bytes": round(52.8 * GIB),
             "rollout_bytes": round(2.4 * GIB),
+            "process_peak_bytes": round(74.25 * GIB),
             "inference_s_per_sample": 4.88,
             "update_s_per_sample": 1.59,
             "total_s_per_sample": 6.47,
@@ -42,11 +43,12 @@ def test_columns_match_the_papers_table(make_frame):
         "activation GiB",
         "rollout GiB",
         "total GiB",
+        "process GiB",
         "inference s",
         "update s",
         "total s/sample",
     )
-    assert table.rows == (("Hydra-PPO", "4", "15.9", "52.8", "2.4", "71.1", "4.88", "1.59", "6.47"),)
+    assert table.rows == (("Hydra-PPO", "4", "15.9", "52.8", "2.4", "71.1", "74.2", "4.88", "1.59", "6.47"),)
     assert table.caption == "llama-7b · cpu · float32 · LoRA rank 16 · 800 tokens"
 
 
@@ -174,7 +176,7 @@ def test_markdown_is_one_table_of_equally_wide_lines(make_frame):
     assert len(table) == 4
     assert len({len(line) for line in table}) == 1
     # An escaped bar stays inside its cell.
-    assert {line.replace("\\|", "").count("|") for line in table} == {11}
+    assert {line.replace("\\|", "").count("|") for line in table} == {12}
     assert table[1].split("|")[-2].strip().endswith("-:")
 
 
@@ -192,6 +194,7 @@ def test_five_methods_at_two_sizes_fit_a_terminal_of_80_columns(make_frame):
                 "method_title": "Dynamic-LoRA-PPO",
                 "prompt_len": n,
                 "model_bytes": GIB // 10,
+                "process_peak_bytes": 3 * GIB,
                 "total_s_per_sample": 0.0312,
             }
             for n in (512, 1024)

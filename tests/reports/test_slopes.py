@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 
 import numpy as np
 import pandas as pd
 import pytest
 from rich.console import Console
+from scipy import stats
 
 from rlhfreports.slopes import slope_table
 
@@ -16,11 +18,17 @@ PAIRS = ((16, 16), (32, 32), (64, 64), (128, 128))
 def power(prompt_len, completion_len, batch_size, **other):
     """A case whose decode grows as prompt^0.5, update as batch^0.75 · length^1.25, total as length^2."""
     length = prompt_len + completion_len
+    blocks = {
+        "generate_phase_block_s": [3.0 * completion_len * prompt_len**0.5] * 2,
+        "update_block_s_per_sample": [2.0 * batch_size**-0.25 * length**1.25] * 2,
+        "total_block_s_per_sample": [5.0 * length**2.0] * 2,
+    }
     return {
+        **blocks,
         "prompt_len": prompt_len,
         "completion_len": completion_len,
         "batch_size": batch_size,
-        "generate_phase_median_s": 3.0 * completion_len * prompt_len**0.5,
+        "generate_phase_s": 3.0 * completion_len * prompt_len**0.5,
         "update_s_per_sample": 2.0 * batch_size**-0.25 * length**1.25,
         "total_s_per_sample": 5.0 * length**2.0,
         **other,
@@ -87,6 +95,19 @@ def test_standard_error_is_the_textbooks_and_absent_for_two_points(make_frame):
     assert two[["standard_error", "r_squared"]].isna().all(axis=None)
 
 
+def test_the_interval_of_a_slope_comes_from_a_fit_for_each_block(make_frame):
+    """Blocks with slopes 1, 1.5 and 2; a block that one point lacks is left out."""
+    rows = []
+    for prompt_len in (16, 64):
+        length = 2 * prompt_len
+        blocks = [length**1.0, length**1.5, None if prompt_len == 16 else 7.0, length**2.0]
+        rows.append({"prompt_len": prompt_len, "total_block_s_per_sample": blocks, "total_s_per_sample": length**1.5})
+    (row,) = slope_table(make_frame(*rows)).frame.to_dict("records")[-1:]
+    low, high = stats.t.interval(0.95, 2, loc=1.5, scale=0.5 / math.sqrt(3))
+    assert row["slope"] == pytest.approx(1.5)
+    assert row["half_width"] == pytest.approx((high - low) / 2)
+
+
 def test_equal_times_have_slope_zero_and_no_r_squared(make_frame):
     frame = slope_table(make_frame(*(power(*pair, 1, total_s_per_sample=2.0) for pair in PAIRS))).frame
     row = frame[frame["quantity"] == "total s/sample"].iloc[0]
@@ -97,7 +118,7 @@ def test_equal_times_have_slope_zero_and_no_r_squared(make_frame):
 def test_unmeasured_cases_are_no_points(make_frame):
     rows = [power(*pair, 1) for pair in PAIRS]
     rows[1] = {"prompt_len": 32, "outcome": "oom"}
-    rows[2]["generate_phase_median_s"] = None
+    rows[2]["generate_phase_s"] = None
     points = slope_table(make_frame(*rows)).frame.set_index("quantity")["num_points"].to_dict()
     assert points == {"decode s/token": 2, "update s/step": 3, "total s/sample": 3}
     without = [{key: value for key, value in row.items() if "phase" not in key} for row in rows]
@@ -109,7 +130,7 @@ def test_phases_that_a_method_lacks_give_no_slope(make_frame, other_shapes):
     rows = [{**power(*pair, 1), **shape} for pair in PAIRS for shape in other_shapes]
     for row in rows:
         if row["method"] != "best-of-n":
-            row["generate_phase_median_s"] = None
+            row["generate_phase_s"] = None
     found = slope_table(make_frame(*rows)).frame.groupby("method")["quantity"].agg(list).to_dict()
     assert found == {
         "sft": ["update s/step", "total s/sample"],
@@ -131,7 +152,7 @@ def test_the_terminal_has_one_row_per_method_and_setting(make_frame):
     console.print(table.rich())
     text = console.export_text()
     found = [" ".join(line.split()) for line in text.splitlines() if "-PPO" in line]
-    cells = "0.50 ±0.00 0.75 1.25 ±0.00 2.00 ±0.00"
+    cells = "0.50 ±0.00 0.75 ±0.00 1.25 ±0.00 2.00 ±0.00"
     assert found == [f"{m} {s} {cells}" for m in ("LoRA-PPO", "Hydra-PPO") for s in ("modern", "paper")]
     assert "length 128+128" in text
     assert max(map(len, text.splitlines())) <= 80
@@ -144,7 +165,7 @@ def test_the_terminal_keeps_the_order_of_methods(make_frame, other_shapes):
     ]
     for row in rows:
         if row["method"] != "best-of-n":
-            row["generate_phase_median_s"] = None
+            row["generate_phase_s"] = None
     console = Console(width=120, file=io.StringIO(), record=True)
     console.print(slope_table(make_frame(*rows)).rich())
     first_words = [line.split()[0] for line in console.export_text().splitlines() if line.strip()]
@@ -162,7 +183,7 @@ def test_held_sizes_that_differ_stand_in_the_cells(make_frame):
 
 def test_the_files_have_every_line(make_frame):
     table = slope_table(make_frame(*(power(*pair, b) for pair in PAIRS for b in (1, 2))))
-    line = "| Hydra-PPO | total s/sample | sequence length | batch 2 | 32–256 | 4 | 2.000 | 0.000 | 1.000 |"
+    line = "| Hydra-PPO | total s/sample | sequence length | batch 2 | 32–256 | 4 | 2.000 | 0.000 | 0.000 | 1.000 |"
     assert line in re.sub(" +", " ", table.markdown())
     read = pd.read_csv(io.StringIO(table.csv()))
     assert len(read) == len(table.frame) == 2 + 4 + 2 + 2

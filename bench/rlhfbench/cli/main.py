@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any, TextIO
 
 import typer
 
-from rlhfbench.cli import evidence, methods, models, plan, report, run, verify
+from rlhfbench.cli import evidence, gate, methods, models, plan, report, run, verify
 from rlhfbench.cli.common import DONE, INTERRUPTED, NOTHING, WRONG, SectionedCommand
 from rlhfbench.errors import ForkServerError, RlhfBenchError
 from rlhfkernels.errors import RlhfKernelsError
@@ -21,12 +21,36 @@ for _verb, _epilog in (
     (run.run, run.EPILOG),
     (plan.plan, plan.EPILOG),
     (report.report, report.EPILOG),
+    (gate.gate, gate.EPILOG),
     (verify.verify, verify.EPILOG),
     (evidence.evidence, evidence.EPILOG),
     (methods.methods, methods.EPILOG),
     (models.models, models.EPILOG),
 ):
     app.command(cls=SectionedCommand, epilog=_epilog)(_verb)
+
+
+class _Pipe(io.FileIO):
+    """A standard stream that goes on after its reader has left, as in ``rlhfbench run | head -1``.
+
+    The command ends with its own exit code, and a run with all of its files. Typer and rich exit with 1 instead.
+    """
+
+    def write(self, data: Any) -> int:
+        """Writes ``data``, into nothing once the pipe is closed."""
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, self.fileno())
+            os.close(nothing)
+            return len(data)
+
+
+def _open_pipe(descriptor: int, before: TextIO | None) -> TextIO:
+    pipe = io.BufferedWriter(_Pipe(descriptor, "w", closefd=False))
+    encoding = None if before is None else before.encoding  # which PYTHONIOENCODING may have set
+    return io.TextIOWrapper(pipe, encoding, line_buffering=descriptor == 2)
 
 
 def main() -> None:
@@ -36,8 +60,10 @@ def main() -> None:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
-    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 -- a descriptor, open to the end
-    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+    if sys.stdout is None or not sys.stdout.isatty():
+        sys.stdout = _open_pipe(1, sys.stdout)
+    if sys.stderr is None or not sys.stderr.isatty():
+        sys.stderr = _open_pipe(2, sys.stderr)
     sys.exit(invoke(sys.argv[1:]))
 
 
@@ -54,9 +80,6 @@ def invoke(arguments: list[str]) -> int:
         return NOTHING if isinstance(error, ForkServerError) else WRONG
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:  # `rlhfbench methods | head`
-        sys.stderr.close()
-        return DONE
     except Exception as error:
         # An error of click, recognised by its method: newer versions of typer carry a private copy of click.
         if not hasattr(error, "format_message"):

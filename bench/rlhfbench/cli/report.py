@@ -14,9 +14,12 @@ EPILOG = epilog("rlhfbench report rlhfbench-run-20260101T120000Z")
 
 
 def report(run_dir: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run.")]) -> None:
-    """Draw a run again from its records, with the timeline of every case."""
+    """Draw a run again from its records.
+
+    Prints how noisy the run was, the memory table, slopes and gain, and draws the timeline of every case.
+    """
     from rlhfbench.records.file import read_records
 
     if not read_records(run_dir):
         raise RecordsError(f"run '{run_dir}' holds no records yet: there is nothing to draw.")
-    print_table(draw(Path(run_dir), every_timeline=True))
+    print_table(draw(Path(run_dir), whole=True))

@@ -70,7 +70,18 @@ def run(
             metavar="X",
             parser=number("--time-budget-s", float),
             rich_help_panel=MEASUREMENT,
-            help=f"Seconds for timing the steps of a case.  [default: {_DEFAULTS['time_budget_s']:g}]",
+            help="Seconds for timing the steps of a case, over all its blocks."
+            f"  [default: {_DEFAULTS['time_budget_s']:g}]",
+        ),
+    ] = None,
+    blocks: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            parser=number("--blocks", int),
+            rich_help_panel=MEASUREMENT,
+            help="Blocks that a case is timed in, each in a new process, all cases' in random order. One block gives no"
+            " interval.  [default: 5, or 1 where building takes over 10 s]",
         ),
     ] = None,
     case_timeout_s: Annotated[
@@ -171,6 +182,7 @@ def run(
     spec = case_spec(ctx.params)
     values = given(
         time_budget_s=time_budget_s,
+        blocks=blocks,
         case_timeout_s=case_timeout_s,
         num_threads=threads,
         memory_limit_bytes=None if memory_limit is None else parse_size("--memory-limit", memory_limit),

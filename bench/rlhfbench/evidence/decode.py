@@ -14,6 +14,7 @@ from rlhfbench.evidence.items import Items
 from rlhfbench.evidence.request import Request
 from rlhfbench.measure.ceilings import measure_ceilings
 from rlhfbench.measure.clock import StepClock
+from rlhfbench.measure.measurements import RATES
 from rlhfkernels.data.sources import Prompts
 from rlhfkernels.training.step import TrainingStep, build_step
 from rlhfkernels.training.work import phase_work
@@ -36,7 +37,7 @@ def _measure(request: Request, batch_size: int, ceilings: dict[str, float]) -> d
     step = build_step(case)
     samples_s = [_generation_s(step) for _ in range(1 + _NUM_TIMED)][1:]
     work = phase_work(step)["generate"]
-    floor_s = work.floor_s(ceilings["matmul_flops_per_s"], ceilings["copy_bytes_per_s"])
+    floor_s = work.floor_s(*(ceilings[rate] for rate in RATES))
     median_s = statistics.median(samples_s)
     return {
         "batch_size": batch_size,

@@ -70,9 +70,9 @@ def _update(found: Found) -> list[tuple[str, bool]]:
     for record in found.records:
         names = [phase.name for phase in METHODS[record["case"]["method"]].phases if phase.kind == "update"]
         floors_s = [at(record, f"work.phases.{name}.floor_s") for name in names]
-        medians_s = [at(record, f"latency.phases.{name}.median_s") for name in names]
-        if None not in (*floors_s, *medians_s) and sum(medians_s):
-            fraction = sum(floors_s) / sum(medians_s)
+        means_s = [at(record, f"latency.phases.{name}.mean_s") for name in names]
+        if None not in (*floors_s, *means_s) and sum(means_s):
+            fraction = sum(floors_s) / sum(means_s)
             values.append((f"{record['case']['method']}: {fraction:.2f}", fraction >= MIN_UPDATE_FRACTION))
     return values
 

@@ -66,7 +66,10 @@ def _run(request: Request, folder: Path, name: str, cases: Sequence[Case], left_
     if not cases:
         return
     out = folder / "runs" / name
-    settings = RunOptions(time_budget_s=request.sizes.time_budget_s, case_timeout_s=max(1.0, left_s), **options)
+    # One block a case: an interval would take five processes, each of which builds the model again.
+    settings = RunOptions(
+        time_budget_s=request.sizes.time_budget_s, blocks=1, case_timeout_s=max(1.0, left_s), **options
+    )
     run_sweep(Sweep(cases=tuple(cases)), out, settings, resume=RunFolder(out).is_run)
 
 

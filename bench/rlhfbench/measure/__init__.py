@@ -34,9 +34,10 @@ def measure_case(
             case can be lifted here: the ceilings need buffers of their own.
 
     Returns:
-        The ``memory``, ``latency``, ``work``, ``stats``, ``prompts``, ``engine``, ``kernels`` and ``num_threads``
-        entries of the record; ``ceilings``, which the options of the next case on the same device and dtype can reuse;
-        and ``timeline``, ``None`` unless requested.
+        ``block``: seconds by phase of each timed step, why timing stopped, interference, ceilings and floors. Of block
+        0 also the ``memory``, ``work``, ``stats``, ``prompts``, ``engine``, ``kernels`` and ``num_threads`` entries of
+        the record, ``latency`` with the kinds of the phases and the number of blocks, and ``timeline``, ``None``
+        unless requested.
 
     Raises:
         RlhfKernelsError: The model or the prompts cannot be used, or a loss, gradient norm or KL is not finite.

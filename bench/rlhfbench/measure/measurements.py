@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import gc
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
 from rlhfbench.measure import host
 from rlhfbench.measure.ceilings import measure_ceilings
 from rlhfbench.measure.clock import StepClock
+from rlhfbench.measure.injection import InjectedStep
+from rlhfbench.measure.interference import Interference
 from rlhfbench.measure.ledger import ACTIVATION_PARTS, MODEL_PARTS, Ledger, block_bytes
 from rlhfbench.measure.options import MeasurementOptions
 from rlhfbench.measure.profile import PhaseProfiler
+from rlhfbench.measure.statistic import DEFAULT_BLOCKS
 from rlhfbench.measure.stopping import Reason, StoppingRule
 from rlhfbench.measure.timeline import Timeline
+from rlhfbench.measure.user_step import load_step
 from rlhfbench.measure.workspaces import workspace_bytes
 from rlhfkernels.config.case import Case
 from rlhfkernels.errors import ModelError
 from rlhfkernels.methods.program import Phase
 from rlhfkernels.observer import Observer
-from rlhfkernels.training.step import build_step
-from rlhfkernels.training.work import Work, phase_work
+from rlhfkernels.training.step import TrainingStep, build_step
+from rlhfkernels.training.work import phase_work
 
 Notify = Callable[[str], None]
 
@@ -39,6 +43,11 @@ OUTER_VIEWS = (
     "host_peak_bytes",
 )
 
+
+# The ceilings, in the order in which ``Work.floor_s`` takes them.
+RATES = ("matmul_flops_per_s", "copy_bytes_per_s", "read_bytes_per_s")
+# A model that takes longer to build has one block, and no interval: five builds would take longer than all its steps.
+MAX_BUILD_S = 10.0
 
 # Largest magnitude of a statistic of the first step that rounding explains, by dtype. ``ratio_error`` is a maximum over
 # tokens, ``kl`` their mean. In bfloat16 a rare token's logits are off by some hundredths of a large number.
@@ -125,12 +134,14 @@ class Timing:
     Attributes:
         steps_s: Seconds by phase of each timed step.
         reason: Why it stopped.
+        interference: What else used the machine; see ``Interference.take``.
         views: Memory views from outside the ledger.
         stats: Statistics of the first warm-up step: the step that starts from the initial weights.
     """
 
     steps_s: list[dict[str, float]]
     reason: Reason
+    interference: dict[str, Any]
     views: dict[str, int | None]
     stats: dict[str, float | None]
 
@@ -141,50 +152,75 @@ def run_measurements(
     """Implements ``rlhfbench.measure.measure_case``."""
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
+    started_at, started_s = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.perf_counter()
     notify("build")
-    step = build_step(case)
+    step = _build(case, options)
+    build_s = time.perf_counter() - started_s
+    num_blocks = options.num_blocks or (DEFAULT_BLOCKS if build_s <= MAX_BUILD_S else 1)
+    result: dict[str, Any] = {}
     with _manual_gc():
-        timing = time_steps(step, case, options, notify)
-        notify("memory")
-        timeline = Timeline() if options.timeline else None
-        ledger = measure_memory(step, case.device, notify, timeline)
-        memory = memory_object(ledger, timing.views)
-        if options.profile_dir is not None:
-            notify("profile")
-            profiler = PhaseProfiler(options.profile_dir, case.id, case.device)
-            step.run(Announcer(notify, profiler)).check_finite()
-    latency = latency_object(step.phases, timing.steps_s, case.batch_size, timing.reason)
-    work, prompts = phase_work(step), step.data_summary()
-    engine, attention, kernels = step.trunk_taken, step.attention_taken, step.backend_taken
+        timing = time_steps(step, case, options.time_budget_s / num_blocks, options.precision, notify)
+        if options.block == 0:
+            result = _measure_once(step, case, options, timing, notify)
+    work = phase_work(cast(TrainingStep, step)) if options.step is None else {}
+    if options.block == 0:
+        result["latency"]["num_blocks"] = num_blocks
+        result["work"] = {"phases": {name: dataclasses.asdict(item) for name, item in work.items()}}
+    names = [phase.name for phase in step.phases]
     notify("ceilings")
     del step
     step_done()
-    ceilings = options.ceilings
-    if ceilings is None:
-        gc.collect()  # frees the step, whose models are in reference cycles: the ceilings' buffers may need the room
-        ceilings = measure_ceilings(case.device, getattr(torch, case.dtype))
-    return {
-        "memory": memory,
-        "latency": latency,
-        "work": work_object(work, ceilings, latency),
-        "stats": timing.stats,
-        "prompts": prompts,
-        "engine": engine,
-        "attention": attention,
-        "kernels": kernels,
-        "num_threads": torch.get_num_threads(),
+    gc.collect()  # frees the step, whose models are in reference cycles: the ceilings' buffers may need the room
+    ceilings = measure_ceilings(case.device, getattr(torch, case.dtype))
+    result["block"] = {
+        "started_at": started_at,
+        "build_s": build_s,
+        "phases": {name: [step_s.get(name, 0.0) for step_s in timing.steps_s] for name in names},
+        "stopped_because": timing.reason,
+        "interference": timing.interference,
         "ceilings": ceilings,
+        "floors_s": {name: item.floor_s(*(ceilings[rate] for rate in RATES)) for name, item in work.items()},
+        "error": None,
+    }
+    return result
+
+
+def _build(case: Case, options: MeasurementOptions) -> Step:
+    step: Step = build_step(case) if options.step is None else load_step(options.step, case)
+    return step if options.injected is None else cast(Step, InjectedStep(step, case.device, **options.injected))
+
+
+def _measure_once(
+    step: Step, case: Case, options: MeasurementOptions, timing: Timing, notify: Notify
+) -> dict[str, Any]:
+    """Measures what a case has once: memory and profile. Returns the record's objects without times."""
+    notify("memory")
+    timeline = Timeline() if options.timeline else None
+    ledger = measure_memory(step, case.device, notify, timeline)
+    if options.profile_dir is not None:
+        notify("profile")
+        profiler = PhaseProfiler(options.profile_dir, case.id, case.device)
+        step.run(Announcer(notify, profiler)).check_finite()
+    return {
+        "memory": memory_object(ledger, timing.views),
+        "latency": {"phases": {phase.name: {"kind": phase.kind} for phase in step.phases}},
+        "stats": timing.stats,
+        "prompts": step.data_summary(),
+        "engine": step.trunk_taken,
+        "attention": step.attention_taken,
+        "kernels": step.backend_taken,
+        "num_threads": torch.get_num_threads(),
         "timeline": None if timeline is None else timeline.to_dict(ledger.peaks),
     }
 
 
-def time_steps(step: Step, case: Case, options: MeasurementOptions, notify: Notify) -> Timing:
-    """Warms up, then times steps until the stopping rule ends it.
+def time_steps(step: Step, case: Case, budget_s: float, precision: float, notify: Notify) -> Timing:
+    """Times one block: warms up, then times steps until the stopping rule ends it.
 
     The peaks that the CUDA allocator and the kernel keep by themselves are read here too: they cost nothing, and no
     instrument adds to them.
     """
-    rule = StoppingRule(precision=options.precision, budget_s=options.time_budget_s)
+    rule = StoppingRule(precision=precision, budget_s=budget_s)
     clock = StepClock(case.device)
     started_s = time.perf_counter()
     notify("warm-up")
@@ -202,6 +238,7 @@ def time_steps(step: Step, case: Case, options: MeasurementOptions, notify: Noti
     notify("timing")
     steps_s: list[dict[str, float]] = []
     reason: Reason | None = None
+    interference = Interference(case.device)
     with _named_failure(clock, notify), _outer_peaks(case.device) as views:
         while reason is None:
             step.run(clock).check_finite()
@@ -209,7 +246,7 @@ def time_steps(step: Step, case: Case, options: MeasurementOptions, notify: Noti
             gc.collect()
             totals_s = [sum(phases.values()) for phases in steps_s]
             reason = rule.reason_to_stop(totals_s, time.perf_counter() - started_s)
-    return Timing(steps_s=steps_s, reason=reason, views=views, stats=first)
+    return Timing(steps_s=steps_s, reason=reason, interference=interference.take(), views=views, stats=first)
 
 
 def check_agreement(stats: Mapping[str, float | None], dtype: str) -> None:
@@ -301,53 +338,6 @@ def _allocator_rest_bytes(ledger_peak_bytes: int, views: dict[str, int | None]) 
     return None if allocated is None or workspaces is None else allocated - ledger_peak_bytes - workspaces
 
 
-def latency_object(
-    phases: Sequence[Phase], steps_s: Sequence[dict[str, float]], batch_size: int, reason: Reason
-) -> dict[str, Any]:
-    """Returns the record's ``latency`` object. Sums are sums of the phases' medians, so that they add up.
-
-    Args:
-        phases: The step's phases; one that did not run took 0 s.
-        steps_s: Seconds by phase of each timed step.
-        batch_size: Samples per step.
-        reason: Why timing stopped.
-    """
-    samples_s = {phase.name: [step_s.get(phase.name, 0.0) for step_s in steps_s] for phase in phases}
-    medians_s = {name: statistics.median(samples) for name, samples in samples_s.items()}
-    kinds_s = {
-        kind: sum(medians_s[phase.name] for phase in phases if phase.kind == kind) / batch_size
-        for kind in ("inference", "update")
-    }
-    kinds = {phase.kind for phase in phases}
-    return {
-        "inference_s_per_sample": kinds_s["inference"] if "inference" in kinds else None,
-        "update_s_per_sample": kinds_s["update"] if "update" in kinds else None,
-        "total_s_per_sample": kinds_s["inference"] + kinds_s["update"],
-        "phases": {name: {"median_s": medians_s[name], "samples_s": samples} for name, samples in samples_s.items()},
-        "stopped_because": reason,
-    }
-
-
-def work_object(work: dict[str, Work], ceilings: dict[str, float], latency: dict[str, Any]) -> dict[str, Any]:
-    """Returns the record's ``work`` object: FLOPs, bytes and roofline time of each phase, and floor / measured.
-
-    Args:
-        work: FLOPs and bytes that each phase cannot avoid.
-        ceilings: The device's rates; see ``measure_ceilings``.
-        latency: The record's ``latency`` object.
-    """
-    floors_s = {
-        name: item.floor_s(ceilings["matmul_flops_per_s"], ceilings["copy_bytes_per_s"]) for name, item in work.items()
-    }
-    measured_s = sum(phase["median_s"] for phase in latency["phases"].values())
-    return {
-        "phases": {
-            name: {"flops": item.flops, "bytes": item.bytes, "floor_s": floors_s[name]} for name, item in work.items()
-        },
-        "floor_fraction": sum(floors_s.values()) / measured_s,
-    }
-
-
 @contextmanager
 def _manual_gc() -> Iterator[None]:
     """Turns automatic garbage collection off, so that it never runs inside a timed step.
@@ -377,13 +367,13 @@ def _named_failure(clock: StepClock, notify: Notify) -> Iterator[None]:
 
 @contextmanager
 def _outer_peaks(device: str) -> Iterator[dict[str, int | None]]:
-    """Yields a dictionary that has, after the block, the peaks of the block as allocator and operating system saw them.
+    """Yields a dictionary that has, after the block, the peaks as allocator and operating system saw them.
 
-    The driver's view stays ``None``: it is sampled from outside this process.
+    The allocator's are of the block. The resident set's is since the process began, as it is for a case that fails. The
+    driver's view stays ``None``: it is sampled from outside this process.
     """
     views: dict[str, int | None] = dict.fromkeys(OUTER_VIEWS)
     on_cuda = torch.device(device).type == "cuda"
-    host.reset_peak()
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(device)
     yield views

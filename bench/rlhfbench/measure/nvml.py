@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType, TracebackType
 from typing import Any, Self
 
@@ -145,6 +146,17 @@ class NvmlSampler:
                 peak = self._peak_by_pid.get(process.pid, 0)
                 self._peak_by_pid[process.pid] = max(peak, int(process.usedGpuMemory))
         return used
+
+
+@contextmanager
+def opened(device_index: int) -> Iterator[tuple[ModuleType | None, Any]]:
+    """Yields NVML and the handle of CUDA's device ``device_index``, or ``None`` twice when unavailable."""
+    nvml, handle = _open(device_index)
+    try:
+        yield nvml, handle
+    finally:
+        if nvml is not None:
+            nvml.nvmlShutdown()
 
 
 def _open(device_index: int) -> tuple[ModuleType | None, Any]:

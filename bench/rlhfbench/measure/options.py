@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -10,17 +12,23 @@ class MeasurementOptions:
     """Options of the measurements of a case.
 
     Attributes:
-        time_budget_s: Seconds for warm-up and timing together. The last step may exceed it.
-        precision: Timing stops when the 95 % confidence interval of the median has this relative half-width.
+        time_budget_s: Seconds for warm-up and timing together, over all blocks. The last step of a block may exceed it.
+        precision: A block stops when the 95 % confidence interval of its mid-mean has this relative half-width.
+        block: Number of the block. Block 0 measures memory and profile too, later ones time alone.
+        step: ``module:function`` of a user's own step; ``None`` builds the case's method.
+        injected: A fault to put into the step: the keyword arguments of ``InjectedStep``.
+        num_blocks: Blocks of the case. ``None``: five, or one if building takes more than 10 s.
         profile_dir: Folder for the profiler's traces. ``None``: no profile.
         timeline: Whether to keep a timeline of the memory measurement.
         num_threads: Threads within an op (``torch.set_num_threads``). ``None``: torch's default.
-        ceilings: Result of ``measure_ceilings`` for the same device and dtype. ``None``: measure it.
     """
 
     time_budget_s: float = 10.0
     precision: float = 0.02
+    block: int = 0
+    num_blocks: int | None = None
+    step: str | None = None
+    injected: Mapping[str, Any] | None = None
     profile_dir: str | None = None
     timeline: bool = False
     num_threads: int | None = None
-    ceilings: dict[str, float] | None = None

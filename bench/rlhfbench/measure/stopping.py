@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
 import statistics
 from collections.abc import Sequence
 from typing import Literal
 
+from rlhfbench.measure.statistic import half_width_of_midmean
+
 Reason = Literal["precise", "steady", "budget"]
 
-_CONFIDENCE = 0.95
 _MAX_WARM_UP_STEPS = 5
 _WARM_UP_SHARE = 0.2
 _WARM_UP_CHANGE = 0.1
@@ -57,26 +56,12 @@ class StoppingRule:
             ``precise``: the median is known to ``precision``. ``steady``: the noise is constant, so more steps would
             only narrow the interval as 1/√n. ``budget``: the budget is spent.
         """
-        if half_width_of_median(steps_s) <= self.precision:
+        if half_width_of_midmean(steps_s) <= self.precision:
             return "precise"
         if is_noise_steady(steps_s):
             return "steady"
         enough = len(steps_s) >= _MIN_SAMPLES or max(steps_s) >= self.budget_s
         return "budget" if enough and spent_s >= self.budget_s else None
-
-
-def half_width_of_median(samples: Sequence[float]) -> float:
-    """Returns half the width of the median's 95 % confidence interval, relative to the median.
-
-    The interval lies between two order statistics and assumes no distribution: the number of samples below the true
-    median is binomial with p = ½. Fewer than six samples have no such interval; the result is then infinite.
-    """
-    rank = _rank(len(samples))
-    if rank == 0:
-        return math.inf
-    ordered = sorted(samples)
-    width = ordered[len(ordered) - rank] - ordered[rank - 1]
-    return width / 2 / statistics.median(ordered)
 
 
 def relative_noise(samples: Sequence[float]) -> float:
@@ -91,14 +76,3 @@ def is_noise_steady(samples: Sequence[float]) -> bool:
     ends = range(len(samples) - _NOISE_ESTIMATES + 1, len(samples) + 1)
     estimates = [relative_noise(samples[:end]) for end in ends]
     return max(estimates) - min(estimates) <= _NOISE_CHANGE * statistics.median(estimates)
-
-
-@functools.cache
-def _rank(num_samples: int) -> int:
-    """Returns the largest k whose k-th smallest and k-th largest sample enclose the median with 95 %; 0 if none."""
-    rank, outside = 0, 0.0
-    while True:
-        outside += 2 * math.comb(num_samples, rank) * 0.5**num_samples
-        if outside > 1 - _CONFIDENCE:
-            return rank
-        rank += 1

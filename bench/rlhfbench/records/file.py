@@ -1,4 +1,7 @@
-"""The file of records: one JSON object per line, each flushed to the disk before the next case starts."""
+"""The file of records: one JSON object per line, each flushed to the disk before the next case starts.
+
+A line is a record, or a later block of a record above it. ``read_records`` returns whole records.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from rlhfbench.errors import RecordsError, RunFolderError
+from rlhfbench.records.blocks import Block, summarize, wrong_block
 from rlhfbench.records.schema import OUTCOMES, SCHEMA, at, empty_plan, empty_record, filled, upgraded, wrong_type
 from rlhfkernels.config.case import Case
+from rlhfkernels.config.rules import shown
 
 Record = dict[str, Any]
 
@@ -35,7 +40,7 @@ def make_record(
         outcome: one of ``OUTCOMES``.
         error: ``{"kind", "message", "phase"}``, ``None`` when ``ok``.
         measured: ``memory``, ``latency``, ``work``, ``stats``, ``world``, ``prompts``, ``engine``, ``kernels`` and
-            ``num_threads``, as far as they are known. Other keys are not kept.
+            ``num_threads``, as far as they are known, and the first ``block``. Other keys are not kept.
         started_at: UTC, ISO 8601.
         wall_s: seconds from the request to the end of the case.
         plan: the result of ``make_plan``, ``None`` when nothing was predicted.
@@ -44,9 +49,10 @@ def make_record(
     empty = empty_record()
     known = {name: value for name, value in measured.items() if name in empty and value is not None}
     if "latency" in known:
-        known["latency"] = {"sequences_per_sample": case.sequences_per_row, **known["latency"]}
+        blocks = [measured["block"]] if "block" in measured else []
+        known["latency"] = {"sequences_per_sample": case.sequences_per_row, **known["latency"], "blocks": blocks}
     about = {"outcome": outcome, "error": error, "plan": plan, "started_at": started_at, "wall_s": wall_s}
-    return {"schema": SCHEMA, "case": case.to_dict(), **filled(empty, {**known, **about})}
+    return summarize({"schema": SCHEMA, "case": case.to_dict(), **filled(empty, {**known, **about})})
 
 
 def make_plan(memory: dict[str, Any] | None, error: dict[str, Any] | None) -> dict[str, Any]:
@@ -81,14 +87,21 @@ def read_records(path: str | Path) -> list[Record]:
     return _newest(_parse(path, number, line) for number, line in enumerate(lines, start=1) if line.strip())
 
 
-def _newest(records: Iterable[Record]) -> list[Record]:
-    """``records`` without those that a later one of the same case and run replaces.
+def _newest(entries: Iterable[Record]) -> list[Record]:
+    """Records with their later blocks, without those that a later one of the same case and run replaces.
 
     Records of older versions name no run. One of a run replaces them; among themselves they are all kept, since they
     may come from several runs.
+
+    Args:
+        entries: Records, and blocks ``{"block_of", "run", "block"}``, oldest first. A block of no record is dropped:
+            its record was replaced in a run that was tried again.
     """
     kept: dict[tuple[Any, ...], Record] = {}
-    for number, record in enumerate(records):
+    for number, record in enumerate(entries):
+        if "block_of" in record:
+            _add_block(kept, record)
+            continue
         case_id, run_id = str(record["case"]["id"]), at(record, "run.id")
         if run_id is None:
             kept[case_id, None, number] = record
@@ -96,7 +109,18 @@ def _newest(records: Iterable[Record]) -> list[Record]:
         for key in [key for key in kept if key[0] == case_id and key[1] in (None, run_id)]:
             del kept[key]
         kept[case_id, str(run_id), number] = record
-    return list(kept.values())
+    return [summarize(record) for record in kept.values()]
+
+
+def _add_block(kept: dict[tuple[Any, ...], Record], entry: Record) -> None:
+    """Adds the block of ``entry`` to its record, which is replaced by a copy."""
+    for key in reversed(kept):
+        if key[:2] == (entry["block_of"], at(entry, "run.id")):
+            latency = kept[key]["latency"]
+            if entry["block"].get("error") is None and set(entry["block"]["phases"]) != set(latency["phases"]):
+                raise RecordsError(f"a block of case {entry['block_of']} has other phases than its record.")
+            kept[key] = {**kept[key], "latency": {**latency, "blocks": [*(latency["blocks"] or ()), entry["block"]]}}
+            return
 
 
 def _whole_bytes(data: bytes) -> int:
@@ -119,6 +143,8 @@ def _parse(path: Path, number: int, line: bytes) -> Record:
         raise RecordsError(
             f"{where}: its schema is {record['schema']} and this rlhfbench reads up to {SCHEMA}: a newer one wrote it."
         )
+    if "block_of" in record:
+        return _checked_block(where, record)
     if not isinstance(record.get("case"), dict) or "id" not in record["case"] or record.get("outcome") not in OUTCOMES:
         raise RecordsError(f"{where}: it is not a record (it lacks a case with an id, or a known outcome).")
     try:
@@ -126,9 +152,23 @@ def _parse(path: Path, number: int, line: bytes) -> Record:
     except (TypeError, AttributeError, ValueError) as error:
         raise RecordsError(f"{where}: it is not a record of schema {record['schema']}.") from error
     problem = wrong_type(record)
-    if problem is not None:
+    for number, block in enumerate(() if problem else record["latency"].get("blocks") or ()):
+        fault = wrong_block(block, record["latency"].get("phases") or {})
+        problem = problem or (fault and f"latency.blocks.{number}: {fault}")
+    if problem:
         raise RecordsError(f"{where}: {problem}")
     return record
+
+
+def _checked_block(where: str, entry: Record) -> Record:
+    """``entry`` if it is a block that was timed after its record was written."""
+    if not isinstance(entry["block_of"], str):
+        raise RecordsError(f"{where}: block_of is {shown(entry['block_of'])}: it must be the id of a case.")
+    block = entry.get("block")
+    problem = wrong_block(block, (block.get("phases") or ()) if isinstance(block, dict) else ())
+    if problem is not None:
+        raise RecordsError(f"{where}: block: {problem}")
+    return entry
 
 
 class RecordsFile:
@@ -176,8 +216,25 @@ class RecordsFile:
         Raises:
             RecordsError: the write failed; the file is as it was before.
         """
-        line = json.dumps(_finite(record), allow_nan=False).encode() + b"\n"
-        size = os.fstat(self._fd).st_size
+        self._write(record)
+        self.records = _newest([*self.records, record])
+
+    def append_block(self, record: Record, block: Block) -> None:
+        """Writes a later ``block`` of ``record``, which is one of ``records``, and returns when the disk has it.
+
+        Raises:
+            RecordsError: the write failed; the file is as it was before.
+        """
+        entry = {"schema": SCHEMA, "block_of": record["case"]["id"], "run": record["run"], "block": block}
+        self._write(entry)
+        self.records = _newest([*self.records, entry])
+
+    def _write(self, entry: Record) -> None:
+        line = json.dumps(_finite(entry), allow_nan=False).encode() + b"\n"
+        status = os.fstat(self._fd)
+        if status.st_nlink == 0:
+            raise RecordsError(f"records file '{self.path}' cannot be written: it was removed.")
+        size = status.st_size
         try:
             rest = line
             while rest:
@@ -186,7 +243,6 @@ class RecordsFile:
         except OSError as error:
             os.ftruncate(self._fd, size)
             raise RecordsError(f"records file '{self.path}' cannot be written: {error.strerror}.") from error
-        self.records = _newest([*self.records, record])
 
 
 def _finite(value: Any) -> Any:

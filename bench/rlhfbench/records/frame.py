@@ -27,7 +27,13 @@ def records_frame(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
     )
     return pd.DataFrame(
         {
-            name: pd.array([field.value(record) for record in records], dtype=field.dtype)  # type: ignore[arg-type]
+            name: _column([field.value(record) for record in records], field.dtype)
             for name, field in columns(phases).items()
         }
     )
+
+
+def _column(values: list[Any], dtype: str) -> Any:
+    if dtype == "list":
+        return pd.Series(values, dtype="object")
+    return pd.array(values, dtype=dtype)  # type: ignore[call-overload]

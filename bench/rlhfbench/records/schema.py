@@ -26,7 +26,9 @@ _RULES = {
     "Int64": "a whole number of at most 64 bits",
     "Float64": "a finite number",
     "map": "an object",
+    "list": "a list of finite numbers",
 }
+KINDS = ("inference", "update")  # of phases; their sum is the total
 OUTCOMES = ("ok", "oom", "timeout", "crashed", "invalid", "skipped")
 
 
@@ -36,15 +38,15 @@ class Field:
 
     Attributes:
         source: the dotted path of the key, or a function of the record for a column that has no key.
-        dtype: the nullable pandas dtype of the column. A key without a column is an ``object``, ``null`` when absent,
-            or a ``map``, ``{}`` when empty.
+        dtype: the nullable pandas dtype of the column, or ``list`` for a column of lists of numbers. A key without a
+            column is an ``object``, ``null`` when absent, or a ``map``, ``{}`` when empty.
         meaning: one line for the documentation.
         name: the name of the column, if it is not the last key of the path.
         in_plan: ``plan`` has the key too, and the frame a column ``predicted_…`` if there is one.
     """
 
     source: str | Callable[[Mapping[str, Any]], Any]
-    dtype: Literal["string", "Int64", "Float64", "object", "map"]
+    dtype: Literal["string", "Int64", "Float64", "list", "object", "map"]
     meaning: str
     name: str = ""
     in_plan: bool = False
@@ -76,6 +78,11 @@ def _family(record: Mapping[str, Any]) -> str | None:
     return METHODS[name].family if name in METHODS else None
 
 
+def _same_work_as(record: Mapping[str, Any]) -> str | None:
+    name = at(record, "case.method")
+    return METHODS[name].same_work_as if name in METHODS else None
+
+
 def _options(record: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
     return at(record, "case.options") or {}
 
@@ -90,8 +97,20 @@ def _seq_len(record: Mapping[str, Any]) -> int | None:
 
 
 def _num_timed_steps(record: Mapping[str, Any]) -> int | None:
-    phases = at(record, "latency.phases") or {}
-    return max((len(phase.get("samples_s") or ()) for phase in phases.values()), default=None)
+    blocks = at(record, "latency.blocks") or ()
+    steps = [max((len(samples) for samples in (block.get("phases") or {}).values()), default=0) for block in blocks]
+    return sum(steps) if steps else None
+
+
+def _num_whole_blocks(record: Mapping[str, Any]) -> int | None:
+    blocks = at(record, "latency.blocks")
+    return None if blocks is None else sum(block.get("error") is None for block in blocks)
+
+
+def _process_peak_bytes(record: Mapping[str, Any]) -> int | None:
+    view = "host" if at(record, "case.device") == "cpu" else "driver"
+    peak: int | None = at(record, f"memory.views.{view}_peak_bytes")
+    return peak
 
 
 def _per_sequence(kind: str) -> Callable[[Mapping[str, Any]], float | None]:
@@ -118,6 +137,12 @@ _MEASURED: tuple[Field, ...] = (
         name="method_order",
     ),
     Field(_family, "string", "family of the method; gains are taken within one", name="family"),
+    Field(
+        _same_work_as,
+        "string",
+        "method that does the same work: what the two differ by is the noise of a run",
+        name="same_work_as",
+    ),
     Field("case.model", "string", "preset, checkpoint folder or hub id"),
     Field("case.prompt_len", "Int64", "tokens per prompt"),
     Field("case.completion_len", "Int64", "tokens per completion"),
@@ -185,7 +210,17 @@ _MEASURED: tuple[Field, ...] = (
     Field("memory.views.allocator_rest_bytes", "Int64", "allocator_peak_bytes - ledger_peak_bytes - workspace_bytes"),
     Field("memory.views.workspace_bytes", "Int64", "CUDA memory that libraries hold as workspace"),
     Field("memory.views.driver_peak_bytes", "Int64", "NVML, sampled from another process"),
-    Field("memory.views.host_peak_bytes", "Int64", "resident set of the measured process"),
+    Field(
+        "memory.views.host_peak_bytes",
+        "Int64",
+        "largest resident set of the case's process until its last timed step, or until it failed",
+    ),
+    Field(
+        _process_peak_bytes,
+        "Int64",
+        "the process as a whole: driver_peak_bytes on CUDA, host_peak_bytes on a CPU",
+        name="process_peak_bytes",
+    ),
     # Time.
     Field(
         "latency.inference_s_per_sample",
@@ -198,6 +233,28 @@ _MEASURED: tuple[Field, ...] = (
         "seconds of the update phases per sample; absent for a method without one",
     ),
     Field("latency.total_s_per_sample", "Float64", "inference + update"),
+    *(
+        Field(
+            f"latency.{kind}_half_width_s_per_sample",
+            "Float64",
+            f"half the width of the 95 % interval of {kind}_s_per_sample; absent for one block",
+        )
+        for kind in (*KINDS, "total")
+    ),
+    *(
+        Field(
+            f"latency.{kind}_block_s_per_sample",
+            "list",
+            f"{kind}_s_per_sample of each block; null where it does not count",
+        )
+        for kind in (*KINDS, "total")
+    ),
+    Field("latency.num_blocks", "Int64", "blocks that the case is timed in, each in a process of its own"),
+    Field(_num_whole_blocks, "Int64", "blocks that were timed", name="num_timed_blocks"),
+    Field("latency.num_disturbed_blocks", "Int64", "blocks beside which something else used the machine"),
+    Field("latency.num_counted_blocks", "Int64", "blocks behind the seconds: the undisturbed ones if there are three"),
+    Field("latency.disturbed_by", "string", "what disturbed the most disturbed block; absent if nothing did"),
+    Field("latency.blocks", "object", "start, steps, interference, ceilings and floors of each block"),
     Field(
         "latency.sequences_per_sample",
         "Int64",
@@ -207,12 +264,14 @@ _MEASURED: tuple[Field, ...] = (
         Field(
             _per_sequence(kind), "Float64", f"{kind}_s_per_sample / sequences_per_sample", name=f"{kind}_s_per_sequence"
         )
-        for kind in ("inference", "update", "total")
+        for kind in (*KINDS, "total")
     ),
-    Field("latency.phases", "map", "median_s and samples_s of each phase"),
+    Field("latency.phases", "map", "kind, mean_s, half_width_s and block_s of each phase, for one step"),
     Field(_num_timed_steps, "Int64", "timed steps that count", name="num_timed_steps"),
-    Field("latency.stopped_because", "string", "why timing ended: precise, steady or budget"),
-    Field("work.phases", "map", "flops, bytes and floor_s of each phase"),
+    Field(
+        "latency.stopped_because", "string", "why timing ended, the least sure of all blocks: precise, steady or budget"
+    ),
+    Field("work.phases", "map", "flops, bytes, written_bytes and floor_s of each phase"),
     Field("work.floor_fraction", "Float64", "roofline time / measured time"),
     # The rest.
     Field("stats", "map", "losses, KL and ratio error of the first step"),
@@ -251,9 +310,8 @@ FIELDS: tuple[Field, ...] = (
 # Columns that the frame has for every phase of its records.
 PHASE_FIELDS: tuple[Field, ...] = (
     Field("memory.phases.{phase}.total_bytes", "Int64", "highest total in the phase", name="{phase}_phase_peak_bytes"),
-    Field(
-        "latency.phases.{phase}.median_s", "Float64", "median of the phase in one step", name="{phase}_phase_median_s"
-    ),
+    Field("latency.phases.{phase}.mean_s", "Float64", "seconds of the phase in one step", name="{phase}_phase_s"),
+    Field("latency.phases.{phase}.block_s", "list", "the same, of each block", name="{phase}_phase_block_s"),
 )
 
 
@@ -319,11 +377,8 @@ def wrong_type(record: Mapping[str, Any]) -> str | None:
             where = f"{section}.phases.{name}"
             if not isinstance(phase, Mapping):
                 return f"{where} is {shown(phase)}: it must be an object."
-            samples = phase.get("samples_s") or []
-            if not isinstance(samples, list) or not all(_fits(value, "Float64") for value in samples):
-                return f"{where}.samples_s is {shown(samples)}: it must be a list of finite numbers."
-            for key, dtype in (("total_bytes", "Int64"), ("median_s", "Float64")):
-                if not _fits(phase.get(key), dtype):
+            for key, dtype in (("total_bytes", "Int64"), ("mean_s", "Float64"), ("block_s", "list")):
+                if not fits(phase.get(key), dtype):
                     return f"{where}.{key} is {shown(phase[key])}: it must be {_RULES[dtype]}."
     groups = at(record, "case.options") or {}
     if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
@@ -342,14 +397,17 @@ def _wrong_value(record: Mapping[str, Any], path: str, dtype: str) -> str | None
             # ``error`` is an object with a column ``error.kind``; ``engine`` may be one or a text.
             return f"{'.'.join(keys[:place])} is {shown(node)}: it must be an object."
         node = node.get(key)
-    return None if _fits(node, dtype) else f"{path} is {shown(node)}: it must be {_RULES[dtype]}."
+    return None if fits(node, dtype) else f"{path} is {shown(node)}: it must be {_RULES[dtype]}."
 
 
-def _fits(value: Any, dtype: str) -> bool:
+def fits(value: Any, dtype: str) -> bool:
+    """True if ``value`` is a value of ``dtype``, as in ``Field``, or absent."""
     if value is None or dtype == "object":
         return True
     if dtype == "map":
         return isinstance(value, Mapping)
+    if dtype == "list":
+        return isinstance(value, list) and all(fits(item, "Float64") for item in value)
     if dtype == "string":
         return isinstance(value, str)
     if isinstance(value, bool):
@@ -368,13 +426,28 @@ def filled(empty: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]
 
 
 def upgraded(record: dict[str, Any]) -> dict[str, Any]:
-    """``record`` in schema 2. Schema 1 had flat options, and methods with one sequence per sample."""
+    """``record`` in schema 2. Schema 1 had flat options, and methods with one sequence per sample.
+
+    Records from before there were blocks have the medians of one process: they become one block with the same figures.
+    """
+    record = _with_blocks(record)
     if record["schema"] >= SCHEMA:
         return record
     found = filled(empty_record(), {**record, "schema": SCHEMA, "case": upgraded_case(record["case"])})
     if at(found, "latency.total_s_per_sample") is not None:
         found["latency"]["sequences_per_sample"] = 1
     return found
+
+
+def _with_blocks(record: dict[str, Any]) -> dict[str, Any]:
+    phases = at(record, "latency.phases") or {}
+    if not any("samples_s" in phase for phase in phases.values()):
+        return record
+    samples_s = {name: phase["samples_s"] for name, phase in phases.items()}
+    latency = dict(record["latency"])
+    latency["phases"] = {name: {"mean_s": phase["median_s"]} for name, phase in phases.items()}
+    block = {"phases": samples_s, "stopped_because": latency.get("stopped_because"), "error": None}
+    return {**record, "latency": {**latency, "num_blocks": 1, "blocks": [block]}}
 
 
 def upgraded_case(case: dict[str, Any]) -> dict[str, Any]:

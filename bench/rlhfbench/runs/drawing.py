@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _DRAWN_FIELDS = ("method", "model", "prompt_len", "completion_len", "batch_size", "device", "dtype")
 
 
-def draw_run(run_dir: Path, *, every_timeline: bool = False) -> RenderableType:
+def draw_run(run_dir: Path, *, whole: bool = False) -> RenderableType:
     """Draws the report of the records in ``run_dir`` into that folder.
 
     Always ``memory_table`` (.md, .csv), ``latency`` and ``throughput`` (.png, .svg). ``slopes`` (.md, .csv) if a method
@@ -30,10 +30,12 @@ def draw_run(run_dir: Path, *, every_timeline: bool = False) -> RenderableType:
 
     Args:
         run_dir: a folder with ``records.jsonl``.
-        every_timeline: draw the timelines of all cases, not only of the largest case of each method and setting.
+        whole: draw the timelines of all cases, not only of the largest case of each method and setting, and return
+            more than the memory table.
 
     Returns:
-        The memory table, slopes and gain for a terminal.
+        The memory table for a terminal; as a ``whole`` a line on the noise of the run, the memory table, slopes and
+        gain.
 
     Raises:
         RecordsError: the records cannot be read.
@@ -52,10 +54,11 @@ def draw_run(run_dir: Path, *, every_timeline: bool = False) -> RenderableType:
     from rlhfreports import table as memory_table
     from rlhfreports.gain import has_gain
     from rlhfreports.predicted import draw_predicted, has_predictions, predicted_markdown
+    from rlhfreports.ratios import resolution
 
     frame = records_frame(records)
     memory = memory_table(frame)
-    printed = [memory.rich()]
+    printed = [resolution(frame), memory.rich()]
     _write(run_dir, "memory_table", memory)
     plots.latency(frame, run_dir / "latency")
     plots.throughput(frame, run_dir / "throughput")
@@ -70,8 +73,8 @@ def draw_run(run_dir: Path, *, every_timeline: bool = False) -> RenderableType:
         gains = gain_table(frame)
         _write(run_dir, "gain", gains)
         printed.append(gains.rich())
-    draw_timelines(frame if every_timeline else largest_cases(frame), run_dir / TIMELINES_NAME)
-    return Group(*printed)
+    draw_timelines(frame if whole else largest_cases(frame), run_dir / TIMELINES_NAME)
+    return Group(*printed) if whole else memory.rich()
 
 
 def _write(run_dir: Path, name: str, table: ReportTable) -> None:

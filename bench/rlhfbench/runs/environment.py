@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +88,6 @@ def check_system() -> None:
     """
     if not hasattr(os, "fork"):
         raise ForkServerError("run needs os.fork, which this system lacks: on Windows, use its subsystem for Linux.")
-    if not hasattr(os, "waitid"):
-        raise ForkServerError("run needs os.waitid, which Python has on macOS from 3.13 on: use a newer Python.")
 
 
 def check_data_files(now: Mapping[str, str | None], earlier: Sequence[Mapping[str, Any]]) -> None:
@@ -108,18 +106,36 @@ def check_data_files(now: Mapping[str, str | None], earlier: Sequence[Mapping[st
 def changes(now: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> str | None:
     """One sentence that names what differs between ``now`` and the environments of ``earlier`` segments of a run.
 
-    A value that an earlier segment did not record is not compared. ``None`` if nothing differs.
+    ``None`` if nothing differs.
+    """
+    phrases = differences(now, earlier)
+    if not phrases:
+        return None
+    return f"Resumed under other conditions: {'; '.join(phrases)}. Times before and after do not compare."
+
+
+def differences(
+    now: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]], *, without: Collection[str] = ()
+) -> list[str]:
+    """What differs between ``now`` and ``earlier`` environments, a few words each.
+
+    A value that an earlier one did not record is not compared.
+
+    Args:
+        now: an environment.
+        earlier: others.
+        without: names of values that are not compared, such as ``commit``.
     """
     phrases = []
     for name, path in _COMPARED.items():
+        if name in without:
+            continue
         value = _shown(at(now, path))
         others = dict.fromkeys(_shown(at(segment, path)) for segment in earlier if at(segment, path) is not None)
         others.pop(value, None)
         if others:
             phrases.append(f"{name} {value} instead of {', '.join(others)}")
-    if not phrases:
-        return None
-    return f"Resumed under other conditions: {'; '.join(phrases)}. Times before and after do not compare."
+    return phrases
 
 
 def _shown(value: Any) -> str:

@@ -56,10 +56,19 @@ class ForkServer:
         target: ``module:function`` that a forked process calls with (request, send).
         preload: modules that the server imports before it forks.
         optional: modules that it also imports if they exist.
+        paths: folders that its modules are looked for in first: those of another revision of the code.
     """
 
-    def __init__(self, *, target: str = WORKER, preload: Sequence[str] = PRELOAD, optional: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        *,
+        target: str = WORKER,
+        preload: Sequence[str] = PRELOAD,
+        optional: Sequence[str] = (),
+        paths: Sequence[str] = (),
+    ) -> None:
         self._config = {"target": target, "preload": list(preload), "optional": list(optional)}
+        self._paths = list(paths)
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._log: BinaryIO | None = None
@@ -99,7 +108,7 @@ class ForkServer:
             stdout=self._log,
             stderr=self._log,
             start_new_session=True,
-            env=worker_environment(os.environ),
+            env=self._environment(),
         )
         theirs.close()
         ready = None
@@ -111,6 +120,13 @@ class ForkServer:
                 self.close()
         if ready is None:
             raise ForkServerError(f"the fork server did not start: {last_line_of_log}")
+
+    def _environment(self) -> dict[str, str]:
+        environment = worker_environment(os.environ)
+        if self._paths:
+            given = environment.get("PYTHONPATH")
+            environment["PYTHONPATH"] = os.pathsep.join([*self._paths, *([given] if given else [])])
+        return environment
 
     def close(self) -> None:
         """Ends the server and a case that still runs."""

@@ -11,7 +11,6 @@ import gc
 import importlib
 import json
 import os
-import resource
 import selectors
 import signal
 import socket
@@ -110,11 +109,17 @@ class _Server:
     def _reap(self) -> None:
         if self._child is None:
             return
-        # WNOWAIT leaves a zombie, whose process group cannot be reused: killing the group hits only its own processes.
-        if os.waitid(os.P_PID, self._child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        can_peek = hasattr(os, "waitid")  # on macOS from Python 3.13 on
+        if can_peek:
+            # A zombie stays, whose process group cannot be reused: killing the group hits only its own processes.
+            if os.waitid(os.P_PID, self._child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                return
+            self._kill()
+        pid, status, usage = os.wait4(self._child, os.WNOHANG)
+        if pid == 0:
             return
-        self._kill()
-        _, status, usage = os.wait4(self._child, 0)
+        if not can_peek:
+            self._kill()  # at once, before the system gives the number to another process
         self._child = None
         unit = 1 if sys.platform == "darwin" else 1024
         self._tell({"exit": os.waitstatus_to_exitcode(status), "max_rss_bytes": usage.ru_maxrss * unit})
@@ -141,6 +146,8 @@ def _become_case(server_pid: int, log: int) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     faulthandler.enable(file=2)
+    import resource  # here, as Windows has none and imports this module for one sentence
+
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # writing gigabytes of core dump takes longer than the case
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")  # Linux kills the case before the harness

@@ -12,6 +12,7 @@ from rlhfbench.cases.settings import setting_of
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.errors import RunFolderError, SweepError
 from rlhfbench.files import write_atomically
+from rlhfbench.measure import host
 from rlhfbench.measure.nvml import device_handle
 from rlhfbench.planning.devices import Accelerator
 from rlhfbench.records.file import Record
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 RESULT_NAME = "max_batch.json"
 _GIB = 2**30
+# Estimate of what a process on a CPU takes beside its tensors, before any is measured. The libraries take 0.36 GiB.
+_PROCESS_BYTES = _GIB // 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,13 +76,13 @@ class MaxBatchSearch:
     Args:
         case: the case, with the batch to try first.
         limit: the largest batch to try.
-        available_bytes: memory of the host. A batch that would exceed it, by a straight line through the totals
+        available_bytes: memory of the host. A batch whose process would exceed it, by a straight line through what was
             measured so far, is not tried: Linux might kill other processes. ``None`` on a device with its own memory.
     """
 
     def __init__(self, case: Case, *, limit: int, available_bytes: int | None) -> None:
         self._case, self._limit, self._available_bytes = case, limit, available_bytes
-        self._totals: dict[int, tuple[int, int]] = {}  # batch size to (total, model) bytes
+        self._measured: dict[int, tuple[int, int, int]] = {}  # batch size to (process, total, model) bytes
         self._tries: list[tuple[int, str, str]] = []
         self._low: int = 0
         self._high: int | None = None
@@ -110,7 +113,9 @@ class MaxBatchSearch:
             self._low = batch_size
             memory = record["memory"]
             if memory["total_bytes"] is not None:
-                self._totals[batch_size] = memory["total_bytes"], memory["model_bytes"] or 0
+                total_bytes = memory["total_bytes"]
+                process_bytes = max(total_bytes, memory["views"]["host_peak_bytes"] or 0)
+                self._measured[batch_size] = process_bytes, total_bytes, memory["model_bytes"] or 0
         elif _is_out_of_memory(self._case, record):
             self._high = batch_size
         else:
@@ -124,22 +129,23 @@ class MaxBatchSearch:
         guess = min(2 * self._low, self._limit) if self._high is None else (self._low + self._high) // 2
         while guess > self._low and (needed := self._over(guess)):
             if guess - self._low == 1:
-                reason = f"batch {guess} would take {needed / _GIB:.3g} GiB by the measured totals, and only "
+                reason = f"batch {guess} would take {needed / _GIB:.3g} GiB by what was measured, and only "
                 return guess, f"{reason}{(self._available_bytes or 0) / _GIB:.3g} GiB are available."
             guess = (self._low + guess) // 2
         return guess, None
 
     def _over(self, batch_size: int) -> float | None:
         """Bytes that ``batch_size`` would take, if more than are available."""
-        if self._available_bytes is None or not self._totals:
+        if self._available_bytes is None or not self._measured:
             return None
-        (b1, (t1, model)), *rest = sorted(self._totals.items(), reverse=True)
+        (b1, (process, t1, model)), *rest = sorted(self._measured.items(), reverse=True)
         if rest:
-            b0, (t0, _) = rest[0]
-            bytes_per_row = (t1 - t0) / (b1 - b0)
+            # The process grows by its tensors at least: its peak may still be that of loading the weights.
+            b0, (process0, t0, _) = rest[0]
+            bytes_per_row = max(t1 - t0, process - process0) / (b1 - b0)
         else:  # with one measurement: all but the model grows with the batch
             bytes_per_row = (t1 - model) / b1
-        needed = t1 + bytes_per_row * (batch_size - b1)
+        needed = process + bytes_per_row * (batch_size - b1)
         return needed if needed > self._available_bytes else None
 
 
@@ -192,16 +198,34 @@ def find_max_batches(
         for case in _smallest_batches(absolute):
             usable_bytes, available_bytes = _memory_limits(case, options)
             planned = None if usable_bytes is None else _planned(case, usable_bytes, limit)
-            if planned and (case.device != "cpu" or options.memory_limit_bytes is not None):
-                case = dataclasses.replace(case, batch_size=planned)
-            searched = MaxBatchSearch(case, limit=limit, available_bytes=available_bytes)
-            found.append(searched.run(cases.try_case, planned=planned))
+            cases.memory_limit_bytes = min(filter(None, (options.memory_limit_bytes, available_bytes)), default=None)
+            found.append(_search(case, cases, planned, limit=limit, available_bytes=available_bytes, options=options))
             _write(out_dir, found)
 
     result = runner.run_cases(
         search, sweep, out_dir, options, resume=resume, retry=retry, progress=progress, max_batch_limit=limit
     )
     return result, found
+
+
+def _search(
+    case: Case,
+    cases: Runner,
+    planned: int | None,
+    *,
+    limit: int,
+    available_bytes: int | None,
+    options: RunOptions,
+) -> MaxBatchResult:
+    """Searches from the planned batch where that is safe; on a CPU, no first try is larger than the plan."""
+    if available_bytes is not None and planned == 0:
+        reason = f"batch 1 does not fit into the {available_bytes / _GIB:.3g} GiB that are available, by its plan."
+        return MaxBatchResult(
+            case=case, largest_ok=None, smallest_failing=None, stopped_because=reason, planned=0, tries=()
+        )
+    if planned and (available_bytes is None or options.memory_limit_bytes is not None or planned < case.batch_size):
+        case = dataclasses.replace(case, batch_size=planned)
+    return MaxBatchSearch(case, limit=limit, available_bytes=available_bytes).run(cases.try_case, planned=planned)
 
 
 def _smallest_batches(sweep: Sweep) -> Iterator[Case]:
@@ -218,8 +242,9 @@ def _memory_limits(case: Case, options: RunOptions) -> tuple[int | None, int | N
     """(bytes that a predicted batch must fit into, bytes that a try must not exceed), each ``None`` if unknown."""
     limit = options.memory_limit_bytes
     if case.device == "cpu":
-        available_bytes = host_available_bytes()
-        return min(available_bytes, limit or available_bytes), available_bytes
+        available_bytes = host.available_bytes()
+        usable_bytes = max(0, available_bytes - _PROCESS_BYTES)
+        return min(usable_bytes, limit or usable_bytes), available_bytes
     total_bytes = device_bytes(case.device)
     if total_bytes is None:
         return limit, None
@@ -236,19 +261,6 @@ def _planned(case: Case, usable_bytes: int, limit: int) -> int | None:
         return min(limit, BatchSearch(usable_bytes, Zero()).largest(dataclasses.replace(case, batch_size=1)))
     except RlhfKernelsError:
         return None
-
-
-def host_available_bytes() -> int:
-    """Memory that is available without swapping, within the limit of this process's control group."""
-    import psutil
-
-    available = int(psutil.virtual_memory().available)
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
-    except OSError:
-        return available
-    return available if limit == "max" else max(0, min(available, int(limit) - int(used)))
 
 
 def device_bytes(device: str) -> int | None:

@@ -14,6 +14,7 @@ from rlhfkernels.config.rules import checked, hints
 
 MAX_SECONDS = 1_000_000  # epoll waits 24 days at most
 MAX_THREADS = 1024
+MAX_BLOCKS = 1000
 
 Seconds = Annotated[float, Gt(0), Le(MAX_SECONDS)]
 
@@ -23,8 +24,10 @@ class RunOptions:
     """Options of a run.
 
     Attributes:
-        time_budget_s: seconds for timing the steps of a case.
-        precision: relative error of the median at which timing stops earlier.
+        time_budget_s: seconds for timing the steps of a case, over all its blocks.
+        blocks: blocks of each case, each in a process of its own, all in random order; ``None``: five, or one for a
+            case that takes more than 10 s to build.
+        precision: relative error of a block's mid-mean at which its timing stops earlier.
         num_threads: torch's threads in each case; ``None`` leaves torch's choice.
         profile: trace the phases of each case, into ``traces/``.
         with_plan: predict the memory of each case too, in a process of its own before the case's.
@@ -36,6 +39,7 @@ class RunOptions:
     """
 
     time_budget_s: Seconds = 2.0
+    blocks: Annotated[int, Ge(1), Le(MAX_BLOCKS)] | None = None
     precision: Annotated[float, Gt(0), Le(1)] = 0.02
     num_threads: Annotated[int, Ge(1), Le(MAX_THREADS)] | None = None
     profile: bool = False

@@ -33,11 +33,28 @@ class Progress(Protocol):
     def finish_case(self, case: Case, record: dict[str, Any]) -> None:
         """``case`` ended with ``record``."""
 
+    def begin_blocks(self, number: int, num_blocks: int, num_cases: int) -> None:
+        """Block ``number`` (from 0) of ``num_blocks`` is timed next, for ``num_cases`` cases."""
+
+    def start_block(self, case: Case) -> None:
+        """A block of ``case`` starts."""
+
+    def finish_block(self, case: Case, block: dict[str, Any]) -> None:
+        """The block of ``case`` ended."""
+
     def notice(self, text: str) -> None:
         """A message for the user."""
 
     def end(self) -> None:
         """The run ended."""
+
+
+class Silent:
+    """Progress that shows nothing."""
+
+    def _ignore(self, *args: object, **kwargs: object) -> None: ...
+
+    begin = start_case = doing = finish_case = begin_blocks = start_block = finish_block = notice = end = _ignore
 
 
 def make_progress(stream: TextIO | None = None) -> Progress:
@@ -111,6 +128,25 @@ class _Counting:
         self._outcomes[record["outcome"]] += 1
         self._time_left.finish(case, time.monotonic() - self._started_s, ran=record["outcome"] != "skipped")
 
+    def begin_blocks(self, number: int, num_blocks: int, num_cases: int) -> None:
+        """Starts counting the blocks."""
+        self._block = f"block {number + 1} of {num_blocks}"
+        self._blocks_started_s = time.monotonic()
+        self._num_blocks_left = num_cases
+
+    def start_block(self, case: Case) -> None:
+        """Shows nothing."""
+
+    def finish_block(self, case: Case, block: dict[str, Any]) -> None:
+        """Counts the block, and tells of one that failed."""
+        self._num_blocks_left -= 1
+        if block["error"] is not None:
+            self.notice(f"{title(case)}, {self._block}: {block['error']['outcome']}: {block['error']['message']}")
+
+    def notice(self, text: str) -> None:
+        """Shows ``text``."""
+        raise NotImplementedError
+
     def _left(self) -> str:
         seconds = self._time_left.seconds
         return "" if seconds is None else f"{clock(seconds)} left"
@@ -141,6 +177,12 @@ class LineProgress(_Counting):
         if record["error"] is not None:
             words.append("· " + record["error"]["message"])
         self._print(" ".join(word for word in words if word))
+
+    def finish_block(self, case: Case, block: dict[str, Any]) -> None:
+        """Prints a line after the block of the last case."""
+        super().finish_block(case, block)
+        if self._num_blocks_left == 0:
+            self._print(f"{self._block} timed for every case, {time.monotonic() - self._blocks_started_s:.1f} s")
 
     def notice(self, text: str) -> None:
         """Prints ``text``."""
@@ -202,6 +244,22 @@ class BarProgress(_Counting):
         self._update(advance=1, left=self._left(), counts=self._counts())
         if record["error"] is not None and record["outcome"] != "skipped":
             self.notice(f"{title(case)}: {record['outcome']}: {record['error']['message']}")
+
+    def begin_blocks(self, number: int, num_blocks: int, num_cases: int) -> None:
+        """Starts the bar again, for the blocks."""
+        super().begin_blocks(number, num_blocks, num_cases)
+        if self._bar is not None and self._task is not None:
+            self._bar.reset(self._task, total=num_cases, description=self._block, left="")
+
+    def start_block(self, case: Case) -> None:
+        """Shows the case."""
+        self._case_title = f"{title(case)} · {self._block}"
+        self._update(description=self._case_title)
+
+    def finish_block(self, case: Case, block: dict[str, Any]) -> None:
+        """Advances the bar."""
+        super().finish_block(case, block)
+        self._update(advance=1)
 
     def notice(self, text: str) -> None:
         """Prints ``text``."""

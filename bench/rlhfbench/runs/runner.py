@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -165,6 +166,10 @@ class Runner:
         progress: receives what happens.
         segment: of the run, which records name.
         retry: outcomes of recorded cases that are run again, once.
+        extra_settings: further fields of ``MeasurementOptions`` for every case.
+
+    Attributes:
+        memory_limit_bytes: bytes that a case may allocate; at first those of ``options``.
     """
 
     def __init__(
@@ -177,21 +182,57 @@ class Runner:
         *,
         segment: Segment | None = None,
         retry: Collection[str] = (),
+        extra_settings: Mapping[str, Any] | None = None,
     ) -> None:
         self._segment = segment
+        self._extra_settings = dict(extra_settings or {})
         self._retried = {record["case"]["id"] for record in records.records if record["outcome"] in retry}
         self._folder, self._options, self._records = folder, options, records
         self._server, self._progress = server, progress
+        self.memory_limit_bytes = options.memory_limit_bytes
         self._nvml_is_missing = False
-        self._ceilings: dict[tuple[str, str], dict[str, float]] = {}
 
     def run_missing(self, cases: Iterable[Case]) -> None:
-        """Runs and records those of ``cases`` that have no record yet."""
+        """Runs and records those of ``cases`` that have no record yet, then times their later blocks."""
+        cases = list(cases)
         recorded = {record["case"]["id"] for record in self._recorded()}
         missing = [case for case in cases if case.id not in recorded]
         if missing:
             self._progress.begin(missing, len(recorded))
             self.run(missing)
+        self.run_blocks(cases)
+
+    def run_blocks(self, cases: Sequence[Case]) -> None:
+        """Times the blocks that the records of ``cases`` lack: one of every case, in random order, then the next.
+
+        So the blocks of a case lie apart, and what changes during the run changes all cases alike.
+        """
+        ids = {case.id: case for case in cases}
+        while True:
+            missing = [r for r in self._recorded() if r["case"]["id"] in ids and self._lacks_blocks(r)]
+            if not missing:
+                return
+            number = min(_num_blocks(record) for record in missing)
+            behind = [record for record in missing if _num_blocks(record) == number]
+            random.Random(f"{self._segment.run_id if self._segment else ''} {number}").shuffle(behind)
+            self._server.start()
+            self._progress.begin_blocks(number, max(r["latency"]["num_blocks"] for r in missing), len(behind))
+            for record in behind:
+                self.add_block(ids[record["case"]["id"]], record)
+
+    def _lacks_blocks(self, record: Record) -> bool:
+        """True if blocks of ``record`` are to be timed. Blocks of different machines are never mixed."""
+        here = self._segment is None or (record["run"] or {}).get("host") == self._segment.host
+        return here and record["outcome"] == "ok" and 0 < _num_blocks(record) < (record["latency"]["num_blocks"] or 0)
+
+    def add_block(self, case: Case, record: Record) -> None:
+        """Times and records one more block of ``case``. A block that fails is recorded with its error."""
+        number = _num_blocks(record)
+        self._progress.start_block(case)
+        result = self._run_process(case, number, record["latency"]["num_blocks"])[0]
+        block = result.get("block") or {"error": {"outcome": result["outcome"], **(result["error"] or {})}}
+        self._records.append_block(record, block)
+        self._progress.finish_block(case, block)
 
     def run(self, cases: Iterable[Case]) -> None:
         """Runs and records ``cases``; skips one that is no smaller than a case that was out of memory."""
@@ -232,22 +273,10 @@ class Runner:
 
     def run_case(self, case: Case) -> Record:
         """Runs one case and returns its record, which is not appended yet."""
-        watch = _Watch(self._progress)
-        log_path = self._folder.log_path(case.id)
-        started_at, start_s, kills = environment.now(), time.monotonic(), num_oom_kills()
-        with self._sampler(case) as sampler:
-            end = self._server.run(
-                self._request(case),
-                log_path=log_path,
-                timeout_s=self._options.case_timeout_s,
-                on_message=watch,
-            )
-            driver_peak_bytes = sampler.peak_bytes(end.pid) if sampler is not None and end.pid is not None else None
-        result = self._result(end, watch, log_path, oom_killed=num_oom_kills() > kills)
+        started_at, start_s = environment.now(), time.monotonic()
+        result, end, driver_peak_bytes = self._run_process(case, 0, self._options.blocks)
         if result.get("timeline"):
             write_timeline(self._folder.timelines_dir, case.id, result["timeline"])
-        if result.get("ceilings"):  # measured once for a device and dtype
-            self._ceilings[case.device, case.dtype] = result["ceilings"]
         record = make_record(
             case,
             outcome=result["outcome"],
@@ -261,6 +290,21 @@ class Runner:
         if views["host_peak_bytes"] is None:
             views["host_peak_bytes"] = end.max_rss_bytes
         return record
+
+    def _run_process(self, case: Case, block: int, num_blocks: int | None) -> tuple[dict[str, Any], Exit, int | None]:
+        """Runs one block of ``case``; returns its result, the end of its process, and the driver's view of its peak."""
+        watch = _Watch(self._progress)
+        log_path = self._folder.log_path(case.id if block == 0 else f"{case.id}-block{block}")
+        kills = num_oom_kills()
+        with self._sampler(case) as sampler:
+            end = self._server.run(
+                self._request(case, block, num_blocks),
+                log_path=log_path,
+                timeout_s=self._options.case_timeout_s,
+                on_message=watch,
+            )
+            driver_peak_bytes = sampler.peak_bytes(end.pid) if sampler is not None and end.pid is not None else None
+        return self._result(end, watch, log_path, oom_killed=num_oom_kills() > kills), end, driver_peak_bytes
 
     def plan_case(self, case: Case) -> dict[str, Any]:
         """Predicts the memory of ``case`` and returns the ``plan`` of its record, which may be an error."""
@@ -282,19 +326,21 @@ class Runner:
             log_path.unlink()
         return result
 
-    def _request(self, case: Case) -> dict[str, Any]:
+    def _request(self, case: Case, block: int, num_blocks: int | None) -> dict[str, Any]:
         options = self._options
-        trace_dir = str((self._folder.traces_dir / case.id).absolute()) if options.profile else None
+        trace_dir = str((self._folder.traces_dir / case.id).absolute()) if options.profile and block == 0 else None
         return {
             "case": case.to_dict(),
-            "memory_limit_bytes": options.memory_limit_bytes,
+            "memory_limit_bytes": self.memory_limit_bytes,
             "settings": {
                 "time_budget_s": options.time_budget_s,
                 "precision": options.precision,
                 "num_threads": options.num_threads,
                 "profile_dir": trace_dir,
-                "timeline": True,
-                "ceilings": self._ceilings.get((case.device, case.dtype)),
+                "timeline": block == 0,
+                "block": block,
+                "num_blocks": num_blocks,
+                **self._extra_settings,
             },
         }
 
@@ -355,6 +401,10 @@ def dominates(case: Case, other: Case) -> bool:
     same = dataclasses.replace(case, seed=other.seed, options=options, **axes)
     larger = all(getattr(case, axis) >= getattr(other, axis) for axis in _AXES)
     return same == other and larger and case.options.lora.r >= other.options.lora.r
+
+
+def _num_blocks(record: Record) -> int:
+    return len(record["latency"]["blocks"] or ())
 
 
 def _skipped(case: Case, smaller: Case) -> Record:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import resource
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -123,6 +122,8 @@ def limit_memory(device: str, limit_bytes: int) -> None:
     On a CPU this sets the soft ``RLIMIT_DATA``, which Linux enforces and macOS ignores.
     """
     if device == "cpu":
+        import resource  # here, as Windows has none
+
         limit = _data_bytes() + limit_bytes
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
         resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
@@ -136,6 +137,8 @@ def limit_memory(device: str, limit_bytes: int) -> None:
 def lift_memory_limit(device: str) -> None:
     """Removes the limit of ``limit_memory``."""
     if device == "cpu":
+        import resource
+
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
         resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
         return

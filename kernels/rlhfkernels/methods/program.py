@@ -189,6 +189,8 @@ class Method:
         program: the stages of a step, in order.
         epochs: dotted name of the option with the epochs over one batch; ``None`` is one.
         mini_batches: dotted name of the option with the optimizer steps per epoch; ``None`` is one.
+        same_work_as: a method that does the same work, though it holds other weights: reports take the difference of
+            the two as the noise of a run.
     """
 
     name: str
@@ -200,6 +202,7 @@ class Method:
     program: tuple[Stage, ...]
     epochs: str | None = None
     mini_batches: str | None = None
+    same_work_as: str | None = None
 
     @property
     def bases(self) -> tuple[str, ...]:

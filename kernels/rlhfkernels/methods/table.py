@@ -29,7 +29,9 @@ _PPO: tuple[Stage, ...] = (
 )
 
 
-def _ppo(name: str, title: str, origins: dict[str, Origin], **roles: Role) -> Method:
+def _ppo(
+    name: str, title: str, origins: dict[str, Origin], *, same_work_as: str | None = None, **roles: Role
+) -> Method:
     """A layout of PPO: the program is the same, who shares weights differs."""
     return Method(
         name=name,
@@ -41,6 +43,7 @@ def _ppo(name: str, title: str, origins: dict[str, Origin], **roles: Role) -> Me
         program=_PPO,
         epochs="ppo.num_ppo_epochs",
         mini_batches="ppo.num_mini_batches",
+        same_work_as=same_work_as,
     )
 
 
@@ -86,6 +89,7 @@ METHODS: dict[str, Method] = {
             "dynamic-lora",
             "Dynamic-LoRA-PPO",
             {"policy": "policy", "reward": "reward"},
+            same_work_as="lora",
             actor=Role(base="policy", adapter="actor", head="lm", trains=_LORA),
             reference=Role(base="policy", head="lm"),
             critic=Role(base="reward", adapter="critic", head="value", trains=_LORA_AND_HEAD),

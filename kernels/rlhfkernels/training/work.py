@@ -42,17 +42,27 @@ class Work:
     Attributes:
         flops: floating-point operations; a multiply-add is two.
         bytes: bytes read from and written to device memory.
+        written_bytes: those of them that are written.
     """
 
     flops: int
     bytes: int
+    written_bytes: int = 0
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.flops + other.flops, self.bytes + other.bytes)
+        return Work(self.flops + other.flops, self.bytes + other.bytes, self.written_bytes + other.written_bytes)
 
-    def floor_s(self, flops_per_s: float, bytes_per_s: float) -> float:
-        """The larger of compute time and memory time, in seconds, at these two rates."""
-        return max(self.flops / flops_per_s, self.bytes / bytes_per_s)
+    def floor_s(self, flops_per_s: float, bytes_per_s: float, read_bytes_per_s: float | None = None) -> float:
+        """The larger of compute time and memory time, in seconds.
+
+        Args:
+            flops_per_s: rate of matmuls.
+            bytes_per_s: rate of a copy, both directions counted.
+            read_bytes_per_s: rate of reading alone, for the bytes read beyond those written; that of a copy by default.
+        """
+        only_read = max(self.bytes - 2 * self.written_bytes, 0)
+        memory_s = (self.bytes - only_read) / bytes_per_s + only_read / (read_bytes_per_s or bytes_per_s)
+        return max(self.flops / flops_per_s, memory_s)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,7 +151,7 @@ class _Counter:
         weights = (shape.trunk_bytes + adapter_bytes + shape.head_bytes) * case.completion_len
         cached_reads = sum(range(case.prompt_len, seen))
         kv_item = 2 * shape.kv_channels * shape.trunk_item * self._num_sequences
-        return Work(flops, weights + kv_item * (cached_reads + seen))
+        return Work(flops, weights + kv_item * (cached_reads + seen), kv_item * seen)
 
     def score(self, phase: Phase) -> Work:
         """Every pass forward once; a base that several passes read is read once."""
@@ -165,7 +175,7 @@ class _Counter:
         for p in phase.passes:
             one += self._differentiate(p)
         num_passes = case.num_epochs * (case.batch_size // case.micro_batch_size)
-        return Work(one.flops * case.num_epochs, one.bytes * num_passes)
+        return Work(one.flops * case.num_epochs, one.bytes * num_passes, one.written_bytes * num_passes)
 
     def _differentiate(self, p: ForwardPass) -> Work:
         """Forward and backward: a weight's matmul again for its input, and again for itself where it is trained."""
@@ -180,12 +190,14 @@ class _Counter:
         if not reads_prompt:
             flops -= self._unread_flops(p.weights.base, adapter, base_products, 3)
         moved = base_products * shape.trunk_bytes + 3 * adapter_bytes
+        written = (base_products - 2) * shape.trunk_bytes + adapter_bytes  # the gradients
         positions = case.seq_len - 1 if reads_prompt else case.completion_len
         for role in roles:
             head_products = 3 if "head" in role.trains else 2
             flops += head_products * self._head_flops(role, positions)
             moved += head_products * self._head_bytes(role)
-        return Work(flops, moved)
+            written += (head_products - 2) * self._head_bytes(role)
+        return Work(flops, moved, written)
 
     def optimize(self, phase: Phase) -> Work:
         """Every trained weight, its gradient and the optimizer's tensors: read, and all but the gradient written."""
@@ -193,7 +205,11 @@ class _Counter:
         held = sum(t.nbytes for optimizer in self._step.optimizers.values() for t in optimizer.tensors())
         weights = sum(p.nbytes for p in trained)
         times = self._case.num_epochs * (self._case.batch_size // self._case.mini_batch_size)
-        return Work(_ADAMW_FLOPS * sum(p.numel() for p in trained) * times, (3 * weights + 2 * held) * times)
+        return Work(
+            _ADAMW_FLOPS * sum(p.numel() for p in trained) * times,
+            (3 * weights + 2 * held) * times,
+            (weights + held) * times,
+        )
 
 
 _COUNTS: dict[type[Stage], Callable[[_Counter, Phase], Work]] = {

@@ -10,14 +10,14 @@ from rlhfbench.evidence.request import GIB
 
 
 def record(method: str = "hydra", **values: float) -> dict[str, Any]:
-    """A record with ``total_s``, ``total_gib``, ``planned_gib``, ``peak_gib``, ``floor_s`` and ``median_s``."""
+    """A record with ``total_s``, ``total_gib``, ``planned_gib``, ``peak_gib`` and ``floor_s``."""
     total = values.get("total_gib", 60) * GIB
     phases = ("update_actor", "update_critic", "optimize")
     return {
         "case": {"method": method},
         "latency": {
             "total_s_per_sample": values.get("total_s", 0.4),
-            "phases": {name: {"median_s": values.get("median_s", 1.0)} for name in phases},
+            "phases": {name: {"mean_s": 1.0} for name in phases},
         },
         "memory": {
             "total_bytes": total,

@@ -22,6 +22,7 @@ def test_a_rate_is_work_over_time(seconds, monkeypatch, dtype):
     assert measure_ceilings("cpu", dtype) == {
         "matmul_flops_per_s": 2 * 256**3,  # a matmul of one second is long enough: no larger one is tried
         "copy_bytes_per_s": 2 * 1000,  # read and written
+        "read_bytes_per_s": 1000,
     }
 
 

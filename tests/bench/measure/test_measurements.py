@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from rlhfbench.measure import MeasurementOptions, measure_case, measurements
+from rlhfbench.measure import MeasurementOptions, host, measure_case, measurements
 from rlhfbench.measure.ledger import Ledger
 from rlhfkernels.config.case import Case
 from rlhfkernels.config.options import Options
@@ -86,16 +86,16 @@ def fake(monkeypatch):
         monkeypatch.setattr(measurements, "phase_work", lambda step: {phase.name: Work(2000, 50) for phase in PHASES})
         return step
 
-    monkeypatch.setattr(measurements, "measure_ceilings", lambda device, dtype: pytest.fail("the ceilings were given"))
+    monkeypatch.setattr(measurements, "measure_ceilings", lambda device, dtype: CEILINGS)
     return put
 
 
-CEILINGS = {"matmul_flops_per_s": 1000.0, "copy_bytes_per_s": 10.0}
+CEILINGS = {"matmul_flops_per_s": 1000.0, "copy_bytes_per_s": 10.0, "read_bytes_per_s": 20.0}
 CASE = Case(method="full", model="tiny", prompt_len=4, completion_len=4, batch_size=4)
 
 
 def options(**fields):
-    return MeasurementOptions(**{"time_budget_s": 0.0, "ceilings": CEILINGS, **fields})
+    return MeasurementOptions(**{"time_budget_s": 0.0, **fields})
 
 
 def test_the_measurements_in_their_order(fake, tmp_path):
@@ -114,13 +114,12 @@ def test_the_measurements_in_their_order(fake, tmp_path):
         "attention",
         "kernels",
         "num_threads",
-        "ceilings",
+        "block",
         "timeline",
     }
     assert set(result) == objects
     assert result["num_threads"] == torch.get_num_threads()
     assert result["prompts"] == step.data_summary()
-    assert result["ceilings"] == CEILINGS
     assert result["timeline"] is None
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         f"{CASE.id}-{phase.name}.json.gz" for phase in PHASES
@@ -168,40 +167,63 @@ def test_memory_by_hand(fake):
     assert set(memory["largest_tensor"]) == {"bytes", "shape", "op"}
 
 
-def test_latency_adds_up():
-    steps_s = [{"think": 1.0, "learn": 4.0}, {"think": 3.0, "learn": 2.0}, {"think": 2.0, "learn": 9.0}]
-    latency = measurements.latency_object(PHASES, steps_s, 4, "budget")
-    assert latency == {
-        "inference_s_per_sample": 0.5,
-        "update_s_per_sample": 1.0,
-        "total_s_per_sample": 1.5,
-        "phases": {
-            "think": {"median_s": 2.0, "samples_s": [1.0, 3.0, 2.0]},
-            "learn": {"median_s": 4.0, "samples_s": [4.0, 2.0, 9.0]},
-            "step": {"median_s": 0.0, "samples_s": [0.0, 0.0, 0.0]},
-        },
-        "stopped_because": "budget",
+def test_the_resident_peak_includes_what_was_taken_before_the_timed_steps(fake):
+    before = host.peak_resident_bytes()
+    taken = b"x" * (before + 64 * 2**20)
+    del taken
+    fake(FakeStep())
+    views = measure_case(CASE, options(), lambda text: None)["memory"]["views"]
+    assert views["host_peak_bytes"] >= before + 64 * 2**20
+
+
+def test_the_first_block_has_every_step_by_phase_and_the_record_its_kinds(fake):
+    fake(FakeStep())
+    result = measure_case(CASE, options(), lambda text: None)
+    block = result["block"]
+    assert set(block) == {
+        "started_at", "build_s", "phases", "stopped_because", "interference", "ceilings", "floors_s", "error",
+    }  # fmt: skip
+    assert {name: len(samples) for name, samples in block["phases"].items()} == {"think": 1, "learn": 1, "step": 1}
+    assert block["stopped_because"] == "budget"
+    assert block["ceilings"] == CEILINGS
+    assert block["floors_s"] == dict.fromkeys(("think", "learn", "step"), 2.5)  # 50 bytes, all of them read
+    assert 0 <= block["interference"]["other_cpu_share"] <= 1
+    assert result["latency"] == {
+        "phases": {"think": {"kind": "inference"}, "learn": {"kind": "update"}, "step": {"kind": "update"}},
+        "num_blocks": 5,
     }
+    assert result["work"]["phases"]["think"] == {"flops": 2000, "bytes": 50, "written_bytes": 0}
 
 
-@pytest.mark.parametrize(("kind", "absent"), [("inference", "update"), ("update", "inference")])
-def test_latency_of_a_kind_without_a_phase_is_null(kind, absent):
-    phases = [phase for phase in PHASES if phase.kind == kind]
-    latency = measurements.latency_object(phases, [{phase.name: 1.0 for phase in phases}], 4, "budget")
-    assert latency[f"{absent}_s_per_sample"] is None
-    assert latency["total_s_per_sample"] == latency[f"{kind}_s_per_sample"] == len(phases) / 4
+def test_a_later_block_is_timed_and_nothing_else(fake, tmp_path):
+    step, notices = fake(FakeStep()), []
+    result = measure_case(CASE, options(block=2, timeline=True, profile_dir=str(tmp_path)), notices.append)
+    assert set(result) == {"block"}
+    assert [type(observer).__name__ for observer in step.observers] == ["Announcer", "StepClock"]
+    assert "memory" not in notices
+    assert not list(tmp_path.iterdir())
 
 
-def test_the_floor_is_the_slower_of_the_two_ceilings():
-    latency = {"phases": {"think": {"median_s": 10.0}, "learn": {"median_s": 30.0}}}
-    work = measurements.work_object({"think": Work(2000, 50), "learn": Work(1000, 10)}, CEILINGS, latency)
-    assert work == {
-        "phases": {
-            "think": {"flops": 2000, "bytes": 50, "floor_s": 5.0},
-            "learn": {"flops": 1000, "bytes": 10, "floor_s": 1.0},
-        },
-        "floor_fraction": 6.0 / 40.0,
-    }
+@pytest.mark.parametrize(
+    ("build_s", "asked", "num_blocks"), [(10.0, None, 5), (10.1, None, 1), (10.1, 3, 3), (1.0, 1, 1)]
+)
+def test_a_model_that_is_slow_to_build_has_one_block_unless_told(fake, monkeypatch, build_s, asked, num_blocks):
+    fake(FakeStep())
+    budgets = []
+
+    def time_steps(step, case, budget_s, precision, notify):
+        budgets.append(budget_s)
+        monkeypatch.undo()
+        fake(step)
+        return original(step, case, 0.0, precision, notify)
+
+    original = measurements.time_steps
+    readings = iter([0.0, build_s])
+    monkeypatch.setattr(measurements, "time_steps", time_steps)
+    monkeypatch.setattr(measurements.time, "perf_counter", lambda: next(readings))
+    result = measure_case(CASE, options(time_budget_s=6.0, num_blocks=asked), lambda text: None)
+    assert result["latency"]["num_blocks"] == num_blocks
+    assert budgets == [6.0 / num_blocks]  # the blocks share the budget
 
 
 @pytest.mark.parametrize("run", [1, 2, 3])  # warm-up, timed step, memory measurement
@@ -314,9 +336,9 @@ def test_a_real_step_under_the_ledger(method, options):
 def test_a_real_case():
     result = measure_case(Case(method="hydra", **TINY), MeasurementOptions(time_budget_s=0.0), lambda text: None)
     assert json.loads(json.dumps(result)) == result
-    assert result["latency"]["stopped_because"] == "budget"
+    assert result["block"]["stopped_because"] == "budget"
     assert abs(result["stats"]["kl"]) < 1e-5  # the policy is still the reference
-    assert 0 < result["work"]["floor_fraction"] < 1
+    assert set(result["block"]["floors_s"]) == set(result["work"]["phases"]) == set(result["block"]["phases"])
 
 
 def test_the_rest_is_the_allocators_peak_without_ledger_and_workspaces(fake):

@@ -1,13 +1,12 @@
-import math
 import random
 import statistics
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binom
 
-from rlhfbench.measure.stopping import StoppingRule, half_width_of_median, is_noise_steady, relative_noise
+from rlhfbench.measure.statistic import half_width_of_midmean
+from rlhfbench.measure.stopping import StoppingRule, is_noise_steady, relative_noise
 
 times = st.floats(0.001, 1000)
 RULE = StoppingRule(precision=0.02, budget_s=100.0)
@@ -76,24 +75,11 @@ def test_warm_up(steps_s, warm):
     assert RULE.is_warm(steps_s) is warm
 
 
-@given(st.lists(times, min_size=1, max_size=60))
-def test_the_interval_is_the_narrowest_symmetric_one_that_covers_95_percent(samples):
-    """The coverage of [x(k), x(n+1-k)] comes from scipy's binomial; the largest k that covers 95 % counts."""
-    n = len(samples)
-    ranks = [k for k in range(1, n // 2 + 1) if binom.cdf(n - k, n, 0.5) - binom.cdf(k - 1, n, 0.5) >= 0.95]
-    if ranks:
-        ordered, k = sorted(samples), max(ranks)
-        expected = (ordered[n - k] - ordered[k - 1]) / 2 / statistics.median(samples)
-    else:
-        expected = math.inf
-    assert half_width_of_median(samples) == pytest.approx(expected)
-
-
 @given(st.lists(times, min_size=6, max_size=40), st.floats(0.01, 100), st.randoms())
 def test_neither_unit_nor_order_matters(samples, factor, rng):
     scaled = [sample * factor for sample in samples]
     rng.shuffle(scaled)
-    assert half_width_of_median(scaled) == pytest.approx(half_width_of_median(samples))
+    assert half_width_of_midmean(scaled) == pytest.approx(half_width_of_midmean(samples))
     assert relative_noise(scaled) == pytest.approx(relative_noise(samples))
 
 

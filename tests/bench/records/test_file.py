@@ -45,7 +45,9 @@ def test_a_record_has_every_key_with_none_for_absent_values():
     }  # fmt: skip
     assert set(made["latency"]) == {
         "inference_s_per_sample", "update_s_per_sample", "total_s_per_sample", "sequences_per_sample", "phases",
-        "stopped_because",
+        "inference_half_width_s_per_sample", "update_half_width_s_per_sample", "total_half_width_s_per_sample",
+        "inference_block_s_per_sample", "update_block_s_per_sample", "total_block_s_per_sample",
+        "num_blocks", "num_counted_blocks", "num_disturbed_blocks", "disturbed_by", "blocks", "stopped_because",
     }  # fmt: skip
     assert set(made["work"]) == {"phases", "floor_fraction"}
     leaves = [v for part in ("memory", "latency", "work") for v in made[part].values()]
@@ -101,8 +103,8 @@ def test_appended_records_are_read_back(tmp_path):
 
 
 def test_numbers_that_json_cannot_hold_become_null(tmp_path):
-    append(tmp_path, record(latency={"phases": {"score": {"samples_s": [1.0, math.nan, math.inf]}}}))
-    assert read_records(tmp_path)[0]["latency"]["phases"]["score"]["samples_s"] == [1.0, None, None]
+    append(tmp_path, record(stats={"kl": math.nan, "losses": [1.0, math.inf]}))
+    assert read_records(tmp_path)[0]["stats"] == {"kl": None, "losses": [1.0, None]}
 
 
 @pytest.mark.parametrize("num_bytes_kept", [1, 40])

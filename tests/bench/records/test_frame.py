@@ -45,7 +45,14 @@ RECORD = {
         "update_s_per_sample": 0.25,
         "total_s_per_sample": 0.75,
         "sequences_per_sample": 2,
-        "phases": {"generate": {"median_s": 1.0, "samples_s": [1.0, 1.1, 0.9]}, "optimize": {"median_s": 0.5}},
+        "total_half_width_s_per_sample": 0.125,
+        "total_block_s_per_sample": [0.7, None, 0.8],
+        "phases": {"generate": {"mean_s": 1.0, "block_s": [0.9, None, 1.1]}, "optimize": {"mean_s": 0.5}},
+        "blocks": [
+            {"phases": {"generate": [1.0, 1.1]}},
+            {"error": {"outcome": "oom"}},
+            {"phases": {"generate": [1.0]}},
+        ],
         "stopped_because": "steady",
     },
     "work": {"phases": {}, "floor_fraction": 0.125},
@@ -59,7 +66,8 @@ def test_the_frame_has_every_column_of_the_schema_with_its_dtype():
     frame = records_frame([RECORD])
     found = {name: str(dtype) for name, dtype in frame.dtypes.items()}
     phases = ("generate", "optimize", "update_actor_critic")
-    assert found == {name: field.dtype for name, field in columns(phases).items()}
+    dtypes = {name: field.dtype for name, field in columns(phases).items()}
+    assert found == {name: "object" if dtype == "list" else dtype for name, dtype in dtypes.items()}
 
 
 def test_a_record_becomes_a_row():
@@ -82,6 +90,7 @@ def test_a_record_becomes_a_row():
         "temporary_part_bytes": 80,
         "peak_phase": "update_actor_critic",
         "host_peak_bytes": 5_000_000_000,
+        "process_peak_bytes": 5_000_000_000,
         "update_s_per_sample": 0.25,
         "total_s_per_sequence": 0.375,
         "num_timed_steps": 3,
@@ -90,8 +99,12 @@ def test_a_record_becomes_a_row():
         "num_prompts_truncated": 0,
         "generate_phase_peak_bytes": 111,
         "update_actor_critic_phase_peak_bytes": 182,
-        "generate_phase_median_s": 1.0,
-        "optimize_phase_median_s": 0.5,
+        "total_half_width_s_per_sample": 0.125,
+        "total_block_s_per_sample": [0.7, None, 0.8],
+        "num_timed_blocks": 2,
+        "generate_phase_s": 1.0,
+        "generate_phase_block_s": [0.9, None, 1.1],
+        "optimize_phase_s": 0.5,
         "wall_s": 9.5,
     }
     assert {name: row[name] for name in expected} == expected
@@ -132,10 +145,10 @@ def test_predictions_have_columns_of_their_own():
 
 def test_phases_of_other_methods_are_na():
     other = copy.deepcopy(RECORD)
-    other["latency"]["phases"] = {"train": {"median_s": 2.0, "samples_s": [2.0]}}
+    other["latency"]["phases"] = {"train": {"mean_s": 2.0}}
     frame = records_frame([RECORD, other])
-    assert frame["train_phase_median_s"].isna().tolist() == [True, False]
-    assert frame["optimize_phase_median_s"].isna().tolist() == [False, True]
+    assert frame["train_phase_s"].isna().tolist() == [True, False]
+    assert frame["optimize_phase_s"].isna().tolist() == [False, True]
 
 
 def test_no_records_give_an_empty_frame_with_all_columns():
@@ -230,3 +243,10 @@ def test_numbers_come_through_to_the_last_bit(rows):
     frame = records_frame(records)
     assert [None if pd.isna(x) else x for x in frame["model_bytes"]] == [row[0] for row in rows]
     assert [None if pd.isna(x) else x for x in frame["total_s_per_sample"]] == [row[1] for row in rows]
+
+
+@pytest.mark.parametrize(("device", "view"), [("cpu", "host"), ("cuda", "driver"), ("cuda:1", "driver")])
+def test_the_process_is_what_holds_the_memory_of_its_device(device, view):
+    views = {"host_peak_bytes": 3, "driver_peak_bytes": 4}
+    record = {**RECORD, "case": {**RECORD["case"], "device": device}, "memory": {"views": views}}
+    assert records_frame([record])["process_peak_bytes"].tolist() == [views[f"{view}_peak_bytes"]]

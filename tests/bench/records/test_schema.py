@@ -34,7 +34,7 @@ def schema_1() -> list[dict]:
 def test_every_column_is_named_once_typed_and_explained():
     names = [field.column for field in (*FIELDS, *PHASE_FIELDS) if field.column]
     assert len(names) == len(set(names))
-    assert all(field.dtype in ("string", "Int64", "Float64") for field in columns(["score"]).values())
+    assert all(field.dtype in ("string", "Int64", "Float64", "list") for field in columns(["score"]).values())
     assert all(field.meaning for field in (*FIELDS, *PHASE_FIELDS))
 
 
@@ -42,7 +42,9 @@ def test_the_unit_in_a_name_fits_the_type():
     for name, field in columns(["score"]).items():
         if name.endswith("_bytes"):
             assert field.dtype == "Int64", name
-        if name.endswith(("_s", "_s_per_sample", "_s_per_sequence", "_fraction")):
+        if "_block_s" in name:
+            assert field.dtype == "list", name
+        elif name.endswith(("_s", "_s_per_sample", "_s_per_sequence", "_fraction")):
             assert field.dtype == "Float64", name
 
 
@@ -65,8 +67,13 @@ def test_a_record_of_schema_1_gets_every_key_of_schema_2():
         assert new["latency"]["sequences_per_sample"] == 1
         assert (new["world"], new["stats"], new["memory"]["persistent_model_bytes"]) == (None, {}, None)
         # Nothing that was measured is lost or changed.
-        for section in ("memory", "latency", "work"):
+        for section in ("memory", "work"):
             assert filled(new[section], old[section]) == new[section]
+        assert new["latency"]["total_s_per_sample"] == old["latency"]["total_s_per_sample"]
+        (block,) = new["latency"]["blocks"] or [{"phases": {}}]
+        phases = old["latency"]["phases"]
+        assert block["phases"] == {name: phase["samples_s"] for name, phase in phases.items()}
+        assert new["latency"]["phases"] == {name: {"mean_s": phase["median_s"]} for name, phase in phases.items()}
         assert old["case"]["id"] == new["case"]["id"]
 
 

@@ -45,6 +45,15 @@ def test_a_report_is_drawn_from_the_records_alone(tmp_path, outcomes):
     assert console.export_text().count("OOM") >= outcomes.count("oom")
 
 
+def test_a_whole_report_begins_with_the_noise_of_the_run_and_ends_with_its_gain(tmp_path):
+    write_run(tmp_path, "ok", "ok")
+    console = Console(width=120, file=io.StringIO(), record=True)
+    console.print(draw_run(tmp_path, whole=True))
+    lines = console.export_text().splitlines()
+    assert "how sure the times are is not known" in lines[0]
+    assert any(line.startswith("Slopes") for line in lines)
+
+
 def test_a_gain_is_written_if_there_is_one(tmp_path):
     with RecordsFile(tmp_path) as records:
         for method, batch_size, seconds in (("lora", 1, 0.4), ("hydra", 1, 0.2), ("hydra", 2, 0.1)):
@@ -52,7 +61,7 @@ def test_a_gain_is_written_if_there_is_one(tmp_path):
             measured = {"memory": {"total_bytes": 2**30}, "latency": {"total_s_per_sample": seconds}}
             records.append(make_record(case, outcome="ok", error=None, measured=measured, started_at="now", wall_s=1.0))
     draw_run(tmp_path)
-    assert "| Hydra-PPO | 16 | 1 | 1 | ≥2 | 2.00x | 2.00x | 4.00x | 50 % | 50 % |" in unpadded(tmp_path / "gain.md")
+    assert "| Hydra-PPO | 16 | 1 | 1 | ≥2 | 2.00x | 2.00x | 4.00x | – | – |" in unpadded(tmp_path / "gain.md")
     assert len((tmp_path / "gain.csv").read_text().splitlines()) == 2
 
 
@@ -79,7 +88,7 @@ def test_timelines_are_drawn_of_the_largest_case_or_of_all(tmp_path):
         write_timeline(folder, case_id, timeline_of(1, 2**30, 5))
     draw_run(tmp_path)
     assert pictures(folder) == [f"{ids[2]}.png", f"{ids[2]}.svg"]
-    draw_run(tmp_path, every_timeline=True)
+    draw_run(tmp_path, whole=True)
     assert pictures(folder) == sorted(f"{ids[i]}{end}" for i in (0, 2) for end in (".png", ".svg"))
 
 

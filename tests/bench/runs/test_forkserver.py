@@ -18,8 +18,9 @@ pytestmark = pytest.mark.usefixtures("fake_case_path")
 
 
 @pytest.fixture
-def server():
-    with ForkServer(target="fake_case:run_case", preload=()) as server:
+def server(request):
+    """A fork server of fake cases; a test may name modules that it imports first."""
+    with ForkServer(target="fake_case:run_case", preload=getattr(request, "param", ())) as server:
         yield server
 
 
@@ -128,6 +129,18 @@ def test_a_case_that_takes_too_long_is_killed_with_all_it_started(run):
     assert len(pids) == 2
     assert all(is_gone(pid) for pid in pids)
     assert run("ok")[0].code == 0
+
+
+@pytest.mark.parametrize("server", [("without_waitid",)], indirect=True)
+def test_a_system_without_waitid_gets_the_same_exits(run):
+    """Python has it on macOS from 3.13 on."""
+    assert [run(kind)[0].code for kind in ("ok", "exit", "die")] == [0, 7, -signal.SIGKILL]
+    end, messages, _ = run("hang-with-helper", timeout_s=0.5)
+    assert (end.code, end.timed_out) == (-signal.SIGKILL, True)
+    assert end.max_rss_bytes > 2**20
+    pids = [int(m["notify"].split()[1]) for m in messages if m["notify"].startswith(("helped", "hanging"))]
+    assert len(pids) == 2
+    assert all(is_gone(pid) for pid in pids)
 
 
 def test_a_case_killed_from_outside(run):

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.errors import SweepError
+from rlhfbench.measure import host
 from rlhfbench.records.file import make_record, read_records
 from rlhfbench.runs import max_batch
+from rlhfbench.runs.folder import RunFolder
 from rlhfbench.runs.max_batch import MaxBatchResult, MaxBatchSearch, find_max_batches, max_batch_frame
 from rlhfbench.runs.options import RunOptions
 from rlhfkernels import Case, Options
@@ -22,9 +24,11 @@ GIB = 2**30
 SPEC = {"methods": ["hydra", "lora"], "models": "tiny", "seq_lens": [8], "batch_sizes": [2, 1]}
 
 
-def record(case: Case, outcome: str, total_bytes: int | None = None) -> dict[str, object]:
+def record(
+    case: Case, outcome: str, total_bytes: int | None = None, process_bytes: int | None = None
+) -> dict[str, object]:
     error = None if outcome == "ok" else {"kind": "Kind", "message": "it says why.", "phase": None}
-    memory = {"total_bytes": total_bytes, "model_bytes": GIB}
+    memory = {"total_bytes": total_bytes, "model_bytes": GIB, "views": {"host_peak_bytes": process_bytes}}
     return make_record(case, outcome=outcome, error=error, measured={"memory": memory}, started_at="", wall_s=0.0)
 
 
@@ -77,9 +81,46 @@ def test_no_batch_beyond_the_memory_of_the_host_is_tried(available_gib: int, sta
     assert found.largest_ok == max(sizes(found)) == available_gib - 1
     assert found.smallest_failing is None
     assert found.stopped_because == (
-        f"batch {available_gib} would take {available_gib + 1} GiB by the measured totals, "
+        f"batch {available_gib} would take {available_gib + 1} GiB by what was measured, "
         f"and only {available_gib} GiB are available."
     )
+
+
+@given(
+    available_gib=st.floats(4, 60),
+    libraries_gib=st.floats(0.3, 1.0),
+    loading_gib=st.floats(0, 4.0),
+    overhead=st.floats(1.0, 2.0),
+)
+def test_no_process_beyond_the_memory_of_the_host_is_started(
+    available_gib: float, libraries_gib: float, loading_gib: float, overhead: float
+) -> None:
+    """A step takes 1 GiB, and 1 GiB for each row; its process has libraries, freed memory and a peak of loading."""
+
+    def process_gib(size: int) -> float:
+        return max(loading_gib, libraries_gib + (1 + size) * overhead)
+
+    def try_case(case: Case) -> dict[str, object]:
+        size = case.batch_size
+        return record(case, "ok", (1 + size) * GIB, int(process_gib(size) * GIB))
+
+    found = MaxBatchSearch(CASE, limit=512, available_bytes=int(available_gib * GIB)).run(try_case)
+    grown = [size for size in sizes(found)[1:] if process_gib(size) > loading_gib]
+    # Until two batches have shown what a row takes beyond its tensors, a try may exceed the memory by that.
+    assert all(process_gib(size) <= available_gib + (overhead - 1) * size for size in grown)
+    assert all(process_gib(size) <= available_gib + 1e-6 for size in sizes(found)[3:])
+    assert found.largest_ok == max(sizes(found))
+    assert "only" in found.stopped_because
+
+
+def test_the_process_and_not_the_tensors_alone_must_fit() -> None:
+    def try_case(case: Case) -> dict[str, object]:
+        total = (1 + case.batch_size) * GIB
+        return record(case, "ok", total, total + 3 * GIB)
+
+    found = MaxBatchSearch(CASE, limit=512, available_bytes=10 * GIB).run(try_case)
+    assert found.largest_ok == max(sizes(found)) == 6
+    assert found.stopped_because == "batch 7 would take 11 GiB by what was measured, and only 10 GiB are available."
 
 
 @pytest.mark.parametrize("outcome", ["timeout", "invalid", "crashed"])
@@ -97,7 +138,7 @@ def test_another_failure_ends_the_search_and_is_not_out_of_memory(outcome: str) 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch, fake_server: None) -> None:
     """Makes every try a fake case, on a host of 64 GiB with a predicted batch of 5."""
-    monkeypatch.setattr(max_batch, "host_available_bytes", lambda: 64 * GIB)
+    monkeypatch.setattr(host, "available_bytes", lambda: 64 * GIB)
     monkeypatch.setattr(max_batch, "_planned", lambda case, usable_bytes, limit: min(5, limit))
 
 
@@ -139,6 +180,42 @@ def test_an_unexplained_kill_on_a_cpu_counts_as_out_of_memory(tmp_path: Path) ->
 def test_with_a_memory_limit_the_predicted_batch_is_tried_first(tmp_path: Path) -> None:
     (hydra, _) = find(tmp_path / "run", "oom-from-batch-4", memory_limit_bytes=GIB)
     assert sizes(hydra) == [5, 2, 3, 4]
+
+
+@pytest.mark.usefixtures("fake")
+def test_no_first_try_on_a_cpu_is_larger_than_its_plan(tmp_path: Path) -> None:
+    sweep = Sweep.from_spec({**SPEC, "batch_sizes": [9], "options": {"data.prompt_field": "ok"}})
+    (hydra, _) = find_max_batches(sweep, tmp_path / "run", RunOptions(), limit=6)[1]
+    assert sizes(hydra) == [5, 6]
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_batch_of_1_that_does_not_fit_by_its_plan_is_not_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(max_batch, "_planned", lambda case, usable_bytes, limit: 0)
+    (hydra, _) = find(tmp_path / "run", "ok")
+    assert (hydra.tries, hydra.largest_ok, hydra.planned) == ((), None, 0)
+    assert hydra.stopped_because == "batch 1 does not fit into the 64 GiB that are available, by its plan."
+    assert read_records(tmp_path / "run") == []
+
+
+@pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize(("asked", "expected"), [(None, 64 * GIB), (GIB, GIB), (100 * GIB, 64 * GIB)])
+def test_no_try_may_allocate_more_than_is_available(tmp_path: Path, asked: int | None, expected: int) -> None:
+    """Where a try takes more than was foreseen, its own allocation fails, and no other process is killed."""
+    find(tmp_path / "run", "echo", limit=1, memory_limit_bytes=asked)
+    limits = [record["prompts"]["memory_limit_bytes"] for record in read_records(tmp_path / "run")]
+    assert limits == [expected] * 2
+    assert RunFolder(tmp_path / "run").settings()["memory_limit_bytes"] == asked
+
+
+@pytest.mark.usefixtures("fake")
+def test_the_plan_leaves_room_for_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rooms: list[int] = []
+    monkeypatch.setattr(max_batch, "_planned", lambda case, usable_bytes, limit: rooms.append(usable_bytes) or 1)
+    find(tmp_path / "run", "ok", limit=1)
+    assert set(rooms) == {64 * GIB - GIB // 2}
 
 
 @pytest.mark.usefixtures("fake")
@@ -185,8 +262,5 @@ def test_the_predicted_batch_is_the_largest_that_fits_up_to_the_limit(make_case:
     )
 
 
-def test_available_memory_is_within_the_memory_of_the_host() -> None:
-    import psutil
-
-    assert 0 < max_batch.host_available_bytes() <= psutil.virtual_memory().total
+def test_an_absent_device_has_no_memory() -> None:
     assert max_batch.device_bytes("cuda:77") is None

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import shutil
+import sys
 
 import pytest
 
@@ -75,12 +76,19 @@ def test_a_run_writes_a_record_per_case_and_its_folder(tmp_path):
     assert [path.name for path in (tmp_path / "run" / "logs").iterdir()] == [f"{sweep.cases[1].id}.log"]
 
 
-def test_a_case_receives_its_options_and_the_ceilings_of_an_earlier_one(tmp_path):
+def test_the_resident_memory_means_the_same_for_every_outcome(tmp_path):
+    records = run(sweep_of("ok", "large", "large-then-fails", "large-then-dies"), tmp_path / "run").records
+    assert [r["outcome"] for r in records] == ["ok", "ok", "oom", "crashed"]
+    least, *peaks = (r["memory"]["views"]["host_peak_bytes"] for r in records)
+    assert min(peaks) > least + 250 * 2**20
+    assert peaks == pytest.approx([peaks[0]] * 3, rel=0.03)
+
+
+def test_a_case_receives_its_options(tmp_path):
     result = run(sweep_of("echo", "ok", "echo2"), tmp_path / "a")  # echo2 is no behaviour: it crashes
     assert [r["outcome"] for r in result.records] == ["ok", "ok", "crashed"]
-    assert result.records[0]["prompts"]["settings"]["ceilings"] is None
     cases = sweep_of("ok", "echo")
-    result = run(cases, tmp_path / "b", profile=True, time_budget_s=3.0, memory_limit_bytes=5)
+    result = run(cases, tmp_path / "b", profile=True, time_budget_s=3.0, memory_limit_bytes=5, blocks=7)
     asked = result.records[1]["prompts"]
     assert asked["memory_limit_bytes"] == 5
     assert asked["case"] == cases.cases[1].to_dict()
@@ -89,9 +97,70 @@ def test_a_case_receives_its_options_and_the_ceilings_of_an_earlier_one(tmp_path
         "precision": RunOptions().precision,
         "num_threads": None,
         "profile_dir": str(tmp_path / "b" / "traces" / cases.cases[1].id),
-        "ceilings": {"matmul_flops_per_s": 1.0},
         "timeline": True,
+        "block": 0,
+        "num_blocks": 7,
     }
+
+
+class WatchingBlocks(Watching):
+    """Notes the cases in the order in which blocks of them are timed."""
+
+    def __init__(self):
+        super().__init__()
+        self.rounds = []
+
+    def begin_blocks(self, number, num_blocks, num_cases):
+        super().begin_blocks(number, num_blocks, num_cases)
+        self.rounds.append([])
+
+    def start_block(self, case):
+        super().start_block(case)
+        self.rounds[-1].append(case.id)
+
+
+def test_blocks_of_all_cases_alternate_in_random_order(tmp_path):
+    cases = [dataclasses.replace(sweep_of("blocks").cases[0], batch_size=size) for size in range(1, 7)]
+    watching = WatchingBlocks()
+    result = run(Sweep(cases=tuple(cases)), tmp_path / "run", progress=watching, blocks=4)
+    ids = [case.id for case in cases]
+    assert [sorted(ids) == sorted(of_round) for of_round in watching.rounds] == [True] * 3
+    assert len({tuple(ids), *map(tuple, watching.rounds)}) == 4
+    for record in result.records:
+        assert [block["phases"]["generate"] for block in record["latency"]["blocks"]] == [[1.0], [2.0], [3.0], [4.0]]
+        size = record["case"]["batch_size"]
+        assert record["latency"]["total_s_per_sample"] == pytest.approx(2.5 / size)
+        assert record["latency"]["total_block_s_per_sample"] == pytest.approx([n / size for n in (1, 2, 3, 4)])
+    assert read_records(tmp_path / "run") == result.records
+
+
+def test_a_block_that_fails_is_recorded_and_does_not_count(tmp_path, capsys):
+    (record,) = run(sweep_of("oom-in-block-1"), tmp_path / "run", blocks=3, progress=LineProgress(sys.stderr)).records
+    assert record["outcome"] == "ok"
+    assert record["latency"]["blocks"][1]["error"]["outcome"] == "oom"
+    assert record["latency"]["total_block_s_per_sample"] == [0.5, None, 1.5]
+    assert record["latency"]["total_s_per_sample"] == 1.0
+    assert "block 2 of 3: oom: no room" in capsys.readouterr().err
+
+
+def test_blocks_that_are_missing_are_timed_when_resumed(tmp_path):
+    sweep = sweep_of("blocks", "ok")
+    whole = run(sweep, tmp_path / "run", blocks=3).records
+    path = tmp_path / "run" / "records.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    (cut, _) = read_records(tmp_path / "run")
+    assert len(cut["latency"]["blocks"]) == 2
+    assert run(sweep, tmp_path / "run", resume=True, blocks=3).records == whole
+
+
+def test_blocks_of_two_machines_are_not_mixed(tmp_path, monkeypatch):
+    sweep = sweep_of("blocks")
+    run(sweep, tmp_path / "run", blocks=2)
+    path = tmp_path / "run" / "records.jsonl"
+    path.write_text(path.read_text().splitlines(keepends=True)[0])
+    monkeypatch.setattr(platform, "node", lambda: "another")
+    (record,) = run(sweep, tmp_path / "run", resume=True, blocks=2).records
+    assert len(record["latency"]["blocks"]) == 1
 
 
 def test_every_record_has_a_plan_whatever_the_outcome(tmp_path):
@@ -418,10 +487,9 @@ def test_without_nvml_the_driver_peak_is_null_and_one_notice_says_so(tmp_path, m
     assert progress.text.count("NVML is not available") == 1
 
 
-@pytest.mark.parametrize(("name", "says"), [("fork", "on Windows"), ("waitid", "on macOS from 3.13")])
-def test_a_system_that_cannot_fork_cases_is_one_sentence_and_writes_nothing(tmp_path, monkeypatch, name, says):
-    monkeypatch.delattr(os, name)
-    with pytest.raises(ForkServerError, match=says):
+def test_a_system_that_cannot_fork_cases_is_one_sentence_and_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "fork")
+    with pytest.raises(ForkServerError, match="on Windows"):
         run(sweep_of("ok"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -433,6 +501,28 @@ def test_a_folder_that_is_removed_in_mid_run_is_one_sentence(tmp_path):
 
     with pytest.raises(RunFolderError, match="cannot be used any more: No such file or directory"):
         run(sweep_of("ok", "chatter"), tmp_path / "run", Removing())
+
+
+def test_a_folder_that_is_removed_during_the_last_case_is_one_sentence(tmp_path):
+    class Removing(Watching):
+        def doing(self, what):
+            super().doing(what)
+            if self.told.count("score") == 2:
+                shutil.rmtree(tmp_path / "run")
+
+    with pytest.raises(RunFolderError, match="cannot be used any more: No such file or directory"):
+        run(sweep_of("ok", "chatter"), tmp_path / "run", Removing())
+
+
+def test_records_that_are_removed_during_the_last_case_are_one_sentence(tmp_path):
+    """The file stays open: without a check, records would go into a file that nobody can read."""
+
+    class Removing(Watching):
+        def doing(self, what):
+            (tmp_path / "run" / "records.jsonl").unlink(missing_ok=True)
+
+    with pytest.raises(RecordsError, match="cannot be written: it was removed"):
+        run(sweep_of("ok"), tmp_path / "run", Removing())
 
 
 def test_a_closed_stream_of_progress_ends_no_run(tmp_path):

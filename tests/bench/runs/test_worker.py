@@ -10,7 +10,7 @@ from rlhfkernels.config.case import Case
 from rlhfkernels.errors import CaseError, DataError, ModelError, NumericalError
 
 CASE = Case(method="hydra", model="tiny", prompt_len=4, completion_len=4, batch_size=1)
-SETTINGS = {"time_budget_s": 1.0, "precision": 0.1, "num_threads": 1, "profile_dir": None, "ceilings": None}
+SETTINGS = {"time_budget_s": 1.0, "precision": 0.1, "num_threads": 1, "profile_dir": None}
 
 
 @pytest.fixture

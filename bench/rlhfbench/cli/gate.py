@@ -1,0 +1,267 @@
+"""``rlhfbench gate``: did a change make a step slower or larger."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rlhfbench.cli import common
+from rlhfbench.cli.common import case_spec, epilog, make_sweep, number
+from rlhfbench.errors import GateError
+
+if TYPE_CHECKING:
+    from rlhfbench.cases.sweep import Sweep
+    from rlhfbench.gate.compare import Finding, GateOptions
+
+COMPARED, JUDGEMENT, OUTPUT = "What is compared", "Judgement", "Output"
+EPILOG = epilog(
+    "rlhfbench gate --base main",
+    "rlhfbench gate --base v1.2 --sweep sweep.toml --step mytrainer.bench:make_step",
+    "rlhfbench gate --baseline runs/baseline --memory-only",
+    "rlhfbench gate --self-test --seq-lens 64 --batch-sizes 2",
+    codes="Exit codes: 0 no regression, 1 a regression, 2 the command is wrong, 3 it cannot tell, 130 interrupted.",
+)
+
+
+def gate(
+    ctx: typer.Context,
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="REV", rich_help_panel=COMPARED, help="Revision that the working tree is compared with."),
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(metavar="RUN", rich_help_panel=COMPARED, help="Folder of a stored run to compare with."),
+    ] = None,
+    update_baseline: Annotated[
+        bool, typer.Option("--update-baseline", rich_help_panel=COMPARED, help="Store the new run as --baseline.")
+    ] = False,
+    memory_only: Annotated[
+        bool, typer.Option("--memory-only", rich_help_panel=COMPARED, help="With --baseline, judge memory alone.")
+    ] = False,
+    self_test: Annotated[
+        bool,
+        typer.Option(
+            "--self-test",
+            rich_help_panel=COMPARED,
+            help="Compare the working tree with itself, with and without faults, and print what the gate can promise.",
+        ),
+    ] = False,
+    bisect: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            metavar="GOOD BAD", rich_help_panel=COMPARED, help="Find the first commit after GOOD with a regression."
+        ),
+    ] = None,
+    step: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            rich_help_panel=COMPARED,
+            help="Your own step in place of a method: called with each case.",
+        ),
+    ] = None,
+    model: common.Model = None,
+    methods: common.Methods = None,
+    seq_lens: common.SeqLens = None,
+    batch_sizes: common.BatchSizes = None,
+    sweep: common.SweepFile = None,
+    setting: common.Setting = None,
+    prompt_fraction: common.PromptFraction = None,
+    seed: common.Seed = None,
+    option: common.Option = None,
+    prompts: common.Prompts = None,
+    prompt_field: common.PromptField = None,
+    demonstrations: common.Demonstrations = None,
+    pairs: common.Pairs = None,
+    device: common.Device = None,
+    dtype: common.Dtype = None,
+    lora_rank: common.LoraRank = None,
+    smallest_effect: Annotated[
+        float,
+        typer.Option(
+            metavar="X",
+            parser=number("--smallest-effect", float),
+            rich_help_panel=JUDGEMENT,
+            help="A change of time counts if its whole interval lies beyond this share.  [default: 0.02]",
+        ),
+    ] = 0.02,
+    promised_effect: Annotated[
+        float,
+        typer.Option(
+            metavar="X",
+            parser=number("--promised-effect", float),
+            rich_help_panel=JUDGEMENT,
+            help="A time is the same if its interval excludes a change of this share.  [default: 0.1]",
+        ),
+    ] = 0.1,
+    budget_s: Annotated[
+        float,
+        typer.Option(
+            metavar="X",
+            parser=number("--budget-s", float),
+            rich_help_panel=JUDGEMENT,
+            help="Seconds a case, both sides together, after which an ambiguous answer stands.  [default: 60]",
+        ),
+    ] = 60.0,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", parser=number("--threads", int), rich_help_panel=JUDGEMENT, help="Threads of torch in a case."
+        ),
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", rich_help_panel=OUTPUT, help="Folder for the runs of both sides; a new one."),
+    ] = None,
+    summary: Annotated[
+        str | None, typer.Option(metavar="FILE", rich_help_panel=OUTPUT, help="Write the table to this file too.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", rich_help_panel=OUTPUT, help="Print everything as JSON.")] = False,
+) -> int:
+    """Compare two revisions of the code: did a change make a step slower or larger.
+
+    Both run in alternating blocks, in fresh processes on this machine, until the answer is clear or the time is spent.
+    Without options for cases: the PPO methods on a tiny model at one small size.
+    """
+    asked = [name for name in ("base", "baseline", "self_test", "bisect") if ctx.params[name]]
+    if len(asked) != 1:
+        raise GateError("one of --base, --baseline, --self-test and --bisect must be given, and only one.")
+    if (update_baseline or memory_only) and not baseline:
+        raise GateError("--update-baseline and --memory-only need --baseline RUN.")
+    from rlhfbench.gate import sides
+
+    options = _options(smallest_effect, promised_effect, budget_s, threads, step)
+    folder = Path(out or f"rlhfbench-gate-{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%SZ}")
+    spec = case_spec(ctx.params)
+    # SIGTERM ends a gate as Ctrl-C does: processes and folders are removed.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with sides.only_gate():
+            if baseline:
+                return _baseline(Path(baseline), folder, options, update=update_baseline, memory_only=memory_only)
+            cases = make_sweep(spec if sweep else {**SMALL, **spec}, sweep, setting)
+            if self_test:
+                return _self_test(cases, folder, options)
+            if bisect:
+                return _bisect(bisect, cases, folder, options)
+            assert base is not None
+            root = sides.repository()
+            head = sides.head_side(root, with_working_folder=step is not None)
+            with sides.checked_out(base, root, "base", _roots(root, options)) as other:
+                findings = _compare(other, head, cases, folder, options)
+            return _finish(findings, other.title, head.title, summary, as_json=as_json)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# The cases without any option: the PPO methods at one size that takes a tenth of a second a step.
+SMALL: dict[str, Any] = {"seq_lens": [32], "batch_sizes": [2]}
+
+
+def _options(smallest: float, promised: float, budget_s: float, threads: int | None, step: str | None) -> GateOptions:
+    from rlhfbench.gate.compare import GateOptions
+    from rlhfbench.gate.decide import Effects
+
+    for name, value in (("--smallest-effect", smallest), ("--promised-effect", promised)):
+        if not 0 < value < 10:
+            raise GateError(f"{name} is {value:g}: it must be above 0 and below 10.")
+    if promised <= smallest:
+        raise GateError(f"--promised-effect is {promised:g}: it must be above --smallest-effect, {smallest:g}.")
+    if not 0 < budget_s <= 1e6:
+        raise GateError(f"--budget-s is {budget_s:g}: it must be above 0 and at most 1000000.")
+    if threads is not None and not 1 <= threads <= 1024:
+        raise GateError(f"--threads is {threads}: it must be from 1 to 1024.")
+    if step is not None and not all(step.partition(":")):
+        raise GateError(f"--step is '{step}': it must be MODULE:FUNCTION.")
+    effects = Effects(smallest=smallest, promised=promised)
+    return GateOptions(effects=effects, budget_s=budget_s, num_threads=threads, step=step)
+
+
+def _roots(root: Path, options: GateOptions) -> list[str]:
+    from rlhfbench.gate.sides import module_roots
+
+    return module_roots(root, with_working_folder=options.step is not None)
+
+
+def _compare(base: Any, head: Any, cases: Sweep, folder: Path, options: GateOptions) -> list[Finding]:
+    from rlhfbench.gate.compare import Comparison
+
+    return Comparison(base, head, cases, folder, options, _tell).run()
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _finish(findings: list[Finding], base: str, head: str, summary: str | None, *, as_json: bool) -> int:
+    from rlhfbench.gate.output import exit_code, markdown, to_json
+
+    table = markdown(findings, base, head)
+    print(json.dumps(to_json(findings, base=base, head=head)) if as_json else table, end="" if not as_json else "\n")
+    if summary is not None:
+        try:
+            Path(summary).write_text(table, encoding="utf-8")
+        except OSError as error:
+            raise GateError(f"--summary '{summary}' cannot be written: {error.strerror}.") from error
+    return exit_code(findings)
+
+
+def _self_test(cases: Sweep, folder: Path, options: GateOptions) -> int:
+    from rlhfbench.gate.selftest import self_test
+    from rlhfbench.gate.sides import Side
+
+    paths = tuple([str(Path.cwd())] if options.step else [])
+    self_test(Side(name="head", title="this", paths=paths), cases, folder, options, print)
+    return common.DONE
+
+
+def _bisect(ends: tuple[str, str], cases: Sweep, folder: Path, options: GateOptions) -> int:
+    from rlhfbench.gate import bisect as search
+    from rlhfbench.gate import sides
+
+    root = sides.repository()
+    roots = _roots(root, options)
+    commits = search.commits_between(*ends, root)
+    with sides.checked_out(ends[0], root, "base", roots) as good:
+
+        def compare(commit: str) -> list[Finding]:
+            with sides.checked_out(commit, root, "head", roots) as head:
+                return _compare(good, head, cases, folder / commit[:10], options)
+
+        def subject(commit: str) -> str:
+            return sides.git("log", "-1", "--format=%s", commit, folder=root)
+
+        culprit = search.bisect(commits, compare, subject, _tell)
+    if culprit is None:
+        print(f"{ends[1]} shows no regression against {ends[0]}: there is nothing to find.")
+        return common.NOTHING
+    return _finish(
+        list(culprit.findings), good.title, f"{culprit.commit[:10]} ({culprit.subject})", None, as_json=False
+    )
+
+
+def _baseline(baseline: Path, folder: Path, options: GateOptions, *, update: bool, memory_only: bool) -> int:
+    from rlhfbench.gate import baseline as stored
+    from rlhfbench.runs.options import RunOptions
+    from rlhfbench.runs.runner import run_sweep
+
+    cases = stored.baseline_sweep(baseline)
+    run_sweep(cases, folder, RunOptions(num_threads=options.num_threads))
+    obstacle = None if memory_only else stored.time_obstacle(baseline, folder)
+    with_times = not memory_only and obstacle is None
+    findings = stored.baseline_findings(baseline, folder, options.effects, with_times=with_times)
+    code = _finish(findings, f"the run in {baseline}", "this machine's run", None, as_json=False)
+    if obstacle is not None:
+        print(obstacle, file=sys.stderr)
+        code = code or common.NOTHING
+    if update:
+        stored.update_baseline(folder, baseline)
+        print(f"The baseline in {baseline} is now this run.", file=sys.stderr)
+    return code

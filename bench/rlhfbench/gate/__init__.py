@@ -1,0 +1,1 @@
+"""The regression gate: whether a change made a step slower or larger, and how sure that is."""

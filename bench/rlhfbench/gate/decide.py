@@ -1,0 +1,157 @@
+"""How the gate decides: from pairs of blocks to a verdict for each case and quantity.
+
+A pair is a block of the base and a block of the head that were timed one after the other, in random order. The ratio of
+a pair is free of what both share. The interval of a ratio is Student's t of the logarithms of the ratios of pairs.
+
+A time has changed if its p-value, corrected by Holm over the whole sweep, is below the level of this look *and* its
+95 % interval lies wholly beyond the smallest effect that counts. It is the same if its interval excludes every effect
+that the gate promises to find. Anything between is ambiguous: more pairs are timed. The levels of all looks add up to
+5 %, so that looking again raises no false alarm.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Literal
+
+Verdict = Literal["same", "faster", "slower", "smaller", "larger", "ambiguous", "missing", "failed"]
+
+SIGNIFICANCE = 0.05
+MIN_PAIRS = 4
+# A change of memory, as the ledger counts it, from which on it counts: it repeats to the byte.
+MEMORY_EFFECT = 0.001
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Effects:
+    """The effects that a user cares about, as shares of a time.
+
+    Attributes:
+        smallest: A change counts only if its whole interval lies beyond this.
+        promised: ``same`` means that the interval excludes a change of this size.
+    """
+
+    smallest: float = 0.02
+    promised: float = 0.10
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """The ratio head / base of one time.
+
+    Attributes:
+        ratio: Geometric mean over the pairs.
+        low: Lower end of its 95 % interval.
+        high: Upper end.
+        p_value: Two-sided, of no change.
+        num_pairs: Pairs behind it.
+    """
+
+    ratio: float
+    low: float
+    high: float
+    p_value: float
+    num_pairs: int
+
+
+def estimate(logs: Sequence[float]) -> Estimate:
+    """Returns the estimate from the logarithms of the ratios of at least two pairs."""
+    from scipy.special import stdtr, stdtrit
+
+    num = len(logs)
+    mean, spread = statistics.fmean(logs), statistics.stdev(logs) / math.sqrt(num)
+    width = float(stdtrit(num - 1, 1 - SIGNIFICANCE / 2)) * spread
+    return _estimate(mean, width, 2 * float(stdtr(num - 1, -abs(mean) / spread)) if spread else float(mean == 0), num)
+
+
+def estimate_unpaired(base: Sequence[float], head: Sequence[float]) -> Estimate:
+    """Returns the estimate from blocks of two runs, which share no rounds: Welch's interval of logarithms.
+
+    Args:
+        base: Seconds of at least two blocks.
+        head: The same of the other run.
+    """
+    from scipy.stats import ttest_ind
+
+    logs = [[math.log(value) for value in side] for side in (head, base)]
+    mean = statistics.fmean(logs[0]) - statistics.fmean(logs[1])
+    num = min(map(len, logs))
+    if all(statistics.pstdev(side) == 0 for side in logs):
+        return _estimate(mean, 0.0, float(mean == 0), num)
+    test = ttest_ind(*logs, equal_var=False)
+    interval = test.confidence_interval(1 - SIGNIFICANCE)
+    return _estimate(mean, float(interval.high - interval.low) / 2, float(test.pvalue), num)
+
+
+def _estimate(mean: float, width: float, p_value: float, num: int) -> Estimate:
+    return Estimate(
+        ratio=math.exp(mean), low=math.exp(mean - width), high=math.exp(mean + width), p_value=p_value, num_pairs=num
+    )
+
+
+def spent_level(share: float) -> float:
+    """Returns the significance level that may be spent up to ``share`` of all looks, by O'Brien and Fleming's rule.
+
+    Little is spent early, when few pairs make the interval least reliable. At a share of 1 it is ``SIGNIFICANCE``.
+    """
+    from scipy.special import ndtr, ndtri
+
+    return 2 * float(ndtr(float(ndtri(SIGNIFICANCE / 2)) / math.sqrt(share)))
+
+
+def level_of_look(look: int, num_looks: int) -> float:
+    """Returns the level of look ``look`` (from 1): what the rule allows beyond what earlier looks have spent.
+
+    The levels of all looks add up to ``SIGNIFICANCE``, so by Bonferroni's inequality the chance of a false alarm at any
+    of them stays below it, whatever the looks share.
+    """
+    earlier = spent_level((look - 1) / num_looks) if look > 1 else 0.0
+    return spent_level(look / num_looks) - earlier
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Returns p-values corrected for their number by Holm's step-down rule."""
+    ranked = sorted(range(len(p_values)), key=p_values.__getitem__)
+    corrected, highest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(ranked):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        corrected[place] = highest
+    return corrected
+
+
+def judge(estimates: Sequence[Estimate], level: float, effects: Effects) -> list[Verdict]:
+    """Returns the verdict on each time of a sweep: ``same``, ``faster``, ``slower`` or ``ambiguous``."""
+    corrected = holm([found.p_value for found in estimates])
+    return [_judge(found, effects, significant=p < level) for found, p in zip(estimates, corrected, strict=True)]
+
+
+def _judge(found: Estimate, effects: Effects, *, significant: bool) -> Verdict:
+    if significant and found.low > 1 + effects.smallest:
+        return "slower"
+    if significant and found.high < 1 / (1 + effects.smallest):
+        return "faster"
+    if found.low > 1 / (1 + effects.promised) and found.high < 1 + effects.promised:
+        return "same"
+    return "ambiguous"
+
+
+def judge_memory(base: int, head: int) -> Verdict:
+    """Returns the verdict on two sizes in bytes that the ledger counted."""
+    if abs(head - base) <= MEMORY_EFFECT * base:
+        return "same"
+    return "larger" if head > base else "smaller"
+
+
+def counted_pairs(loads: Sequence[tuple[float, float]], limit: float) -> list[bool]:
+    """Returns which pairs count, from the load beside the two blocks of each.
+
+    Pairs with a load above ``limit`` are set aside where at least ``MIN_PAIRS`` others, and half of all, are left. Else
+    all count: on a machine that is never quiet both sides suffer alike. The rule reads the larger load of a pair, so it
+    cannot see which side it belongs to.
+    """
+    quiet = [max(pair) <= limit for pair in loads]
+    enough = max(MIN_PAIRS, len(loads) / 2)
+    return quiet if sum(quiet) >= enough else [True] * len(loads)

@@ -1,0 +1,98 @@
+"""What the gate prints: a table in Markdown, or JSON; and the exit code that it means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rlhfbench.gate.compare import Finding
+from rlhfbench.gate.decide import Verdict
+from rlhfbench.runs.progress import title
+
+REGRESSIONS: tuple[Verdict, ...] = ("slower", "larger", "missing", "failed")
+PASS, REGRESSED, CANNOT_TELL = 0, 1, 3
+_MIB = 2**20
+
+
+def exit_code(findings: Sequence[Finding]) -> int:
+    """Returns 1 for a regression, else 3 where some answer is ambiguous or nothing was compared, else 0."""
+    verdicts = {found.verdict for found in findings}
+    if verdicts & set(REGRESSIONS):
+        return REGRESSED
+    return CANNOT_TELL if not findings or "ambiguous" in verdicts else PASS
+
+
+def to_json(findings: Sequence[Finding], **more: Any) -> dict[str, Any]:
+    """Returns everything as an object: ``exit_code``, ``findings``, and what is given."""
+    return {**more, "exit_code": exit_code(findings), "findings": [_entry(found) for found in findings]}
+
+
+def _entry(found: Finding) -> dict[str, Any]:
+    ratio = found.estimate
+    return {
+        "case": found.case.to_dict(),
+        "quantity": found.quantity or None,
+        "verdict": found.verdict,
+        "base": found.base,
+        "head": found.head,
+        "ratio": ratio.ratio if ratio else _ratio_of(found),
+        "interval": [ratio.low, ratio.high] if ratio else None,
+        "p_value": ratio.p_value if ratio else None,
+        "num_pairs": ratio.num_pairs if ratio else None,
+        "reason": found.reason,
+    }
+
+
+def _ratio_of(found: Finding) -> float | None:
+    return found.head / found.base if found.base and found.head is not None else None
+
+
+def markdown(findings: Sequence[Finding], base: str, head: str) -> str:
+    """Returns the answer in one line, a table of totals and of all that differs, and how many quantities are the same.
+
+    Args:
+        findings: Of all cases.
+        base: The base in words.
+        head: The head in words.
+    """
+    shown = [found for found in findings if found.verdict != "same" or found.quantity in ("total s", "memory total")]
+    lines = [f"**{_answer(findings)}** {head} against {base}."]
+    if shown:
+        lines += ["", "| case | quantity | base | head | ratio | verdict |", "| --- | --- | ---: | ---: | ---: | --- |"]
+        lines += [_row(found) for found in shown]
+    num_same = sum(found.verdict == "same" for found in findings)
+    num_pairs = sorted({found.estimate.num_pairs for found in findings if found.estimate is not None})
+    pairs = f", from {num_pairs[0]} to {num_pairs[-1]} pairs of blocks" if num_pairs else ""
+    lines += [
+        "",
+        f"{num_same} of {len(findings)} quantities are the same{pairs}. Ratios are head / base with intervals.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _answer(findings: Sequence[Finding]) -> str:
+    worse = [found for found in findings if found.verdict in REGRESSIONS]
+    if worse:
+        return f"Regression: {len(worse)} quantities."
+    if exit_code(findings) == CANNOT_TELL:
+        return "Cannot tell."
+    better = sum(found.verdict in ("faster", "smaller") for found in findings)
+    return f"No regression; {better} quantities are better." if better else "No regression."
+
+
+def _row(found: Finding) -> str:
+    cells = [title(found.case), found.quantity or "–", *(_size(found, value) for value in (found.base, found.head))]
+    if found.estimate is not None:
+        estimate = found.estimate
+        cells.append(f"{estimate.ratio:.3f} ({estimate.low:.3f} to {estimate.high:.3f})")
+    else:
+        ratio = _ratio_of(found)
+        cells.append("–" if ratio is None else f"{ratio:.4f}")
+    cells.append(found.verdict if found.reason is None else f"{found.verdict}: {found.reason}")
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def _size(found: Finding, value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value / _MIB:.3f} MiB" if found.quantity.startswith("memory") else f"{value:.4g} s"

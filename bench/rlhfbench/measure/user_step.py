@@ -1,0 +1,81 @@
+"""A user's own training step in place of a method's."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from rlhfkernels.config.case import Case
+from rlhfkernels.errors import ModelError
+from rlhfkernels.methods.program import Phase
+from rlhfkernels.observer import Observer
+
+
+class UserStep:
+    """Adapts an object with ``phases`` and ``run(observer)``; all else that a measurement reads is optional.
+
+    Args:
+        inner: The user's step. ``phases`` is a list of (name, ``inference`` or ``update``). ``run`` does one step
+            inside ``with observer.phase(name)`` blocks. ``persistent_tensors()`` yields (part, tensor) for what lives
+            between steps, ``trained_parameters()`` returns the parameters that get gradients.
+
+    Raises:
+        ModelError: It lacks phases or ``run``.
+    """
+
+    trunk_taken = attention_taken = backend_taken = "own"
+
+    def __init__(self, inner: Any) -> None:
+        try:
+            self.phases = tuple(Phase(name=name, kind=kind) for name, kind in inner.phases)
+            self._run = inner.run
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ModelError(
+                f"step is {type(inner).__name__}: it must have phases, a list of (name, kind), and run(observer)."
+            ) from error
+        self._inner = inner
+
+    def run(self, observer: Observer) -> _NoStats:
+        """Runs the user's step."""
+        self._run(observer)
+        return _NoStats()
+
+    def persistent_tensors(self) -> Iterable[tuple[str, torch.Tensor]]:
+        """Yields what the user declares; nothing by default, so that all counts as temporary."""
+        declared = getattr(self._inner, "persistent_tensors", None)
+        return () if declared is None else declared()
+
+    def trained_parameters(self) -> Sequence[torch.nn.Parameter]:
+        """Returns what the user declares; nothing by default."""
+        declared = getattr(self._inner, "trained_parameters", None)
+        return [] if declared is None else list(declared())
+
+    def data_summary(self) -> dict[str, Any]:
+        """Returns no summary."""
+        return {}
+
+
+class _NoStats:
+    def check_finite(self) -> None:
+        """Checks nothing."""
+
+    def to_dict(self) -> dict[str, float | None]:
+        """Returns nothing."""
+        return {}
+
+
+def load_step(name: str, case: Case) -> UserStep:
+    """Calls ``module:function`` with a case and returns its step.
+
+    Raises:
+        ModelError: There is no such function, or it returns no step.
+    """
+    module, _, function = name.partition(":")
+    try:
+        made = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ModelError(f"step is '{name}': it must be module:function, and {error}.") from error
+    return UserStep(made(case))

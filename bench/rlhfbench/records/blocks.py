@@ -1,0 +1,139 @@
+"""The blocks of a record, and what it says of time: the mean over blocks of each block's mid-mean."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rlhfbench.measure.interference import disturbance
+from rlhfbench.measure.statistic import half_width, midmean
+from rlhfbench.records.schema import KINDS, fits
+from rlhfkernels.config.rules import shown
+
+Block = dict[str, Any]
+Values = Sequence[float | None]  # one per block, ``None`` for one that failed or is set aside
+
+_MAX_SECONDS = 1e9
+MIN_QUIET_BLOCKS = 3
+_REASONS = ("precise", "steady", "budget")  # surest first
+
+
+def summarize(record: dict[str, Any]) -> dict[str, Any]:
+    """Returns ``record`` with all that follows from its blocks; unchanged if none is whole.
+
+    A record made before there were blocks keeps its figures: its phases have no kind.
+
+    Disturbed blocks are set aside where three others are left. The rule reads the interference and no times, so it
+    favours no result.
+
+    Sets the seconds of phases, kinds and total with their half-widths and their values by block, the floors and
+    ``floor_fraction``, what disturbed the most disturbed block, and the least sure reason to stop of any block.
+    """
+    blocks = record["latency"].get("blocks") or []
+    whole = [block for block in blocks if block.get("error") is None]
+    phases = record["latency"]["phases"] or {}
+    if not whole or not all(phase.get("kind") for phase in phases.values()):
+        return record
+    disturbed = [block for block in whole if disturbance(block.get("interference") or {})]
+    quiet = [block for block in whole if block not in disturbed]
+    counted = quiet if len(quiet) >= MIN_QUIET_BLOCKS else whole
+    seconds = [_midmean(block) if block in counted else None for block in blocks]
+    latency = {**record["latency"]}
+    latency["phases"] = {name: {**phase, **_estimate(_sums(seconds, [name]))} for name, phase in phases.items()}
+    for kind in (*KINDS, "total"):
+        names = [name for name, phase in phases.items() if phase.get("kind") in ((kind,) if kind in KINDS else KINDS)]
+        found = _estimate(_sums(seconds, names, record["case"]["batch_size"])) if names else {}
+        for key in ("mean_s", "half_width_s", "block_s"):
+            latency[f"{kind}_{key.removeprefix('mean_')}_per_sample"] = found.get(key)
+    latency["stopped_because"] = max((block["stopped_because"] for block in counted), key=_REASONS.index)
+    latency["num_disturbed_blocks"] = len(disturbed)
+    latency["num_counted_blocks"] = len(counted)
+    worst: Mapping[str, Any] = max((block["interference"] for block in disturbed), key=load_of, default={})
+    latency["disturbed_by"] = disturbance(worst)
+    return {**record, "latency": latency, "work": _work(record, whole, latency)}
+
+
+def wrong_block(block: Any, names: Iterable[str]) -> str | None:
+    """Returns one sentence on the first fault of a block as it was read from a file; ``None`` if it has none.
+
+    Args:
+        block: A block.
+        names: The phases of its record.
+    """
+    if not isinstance(block, Mapping):
+        return f"it is {shown(block)}: it must be an object."
+    for key in ("error", "interference", "ceilings", "floors_s"):
+        if block.get(key) is not None and not isinstance(block[key], Mapping):
+            return f"{key} is {shown(block[key])}: it must be an object."
+    for key in ("interference", "ceilings", "floors_s"):
+        for name, value in (block.get(key) or {}).items():
+            if not (fits(value, "Float64") or (name == "gpu_throttled" and isinstance(value, str))):
+                return f"{key}.{name} is {shown(value)}: it must be a finite number."
+    if block.get("error") is not None:
+        return None
+    if block.get("stopped_because") not in _REASONS:
+        return f"stopped_because is {shown(block.get('stopped_because'))}: it must be one of {', '.join(_REASONS)}."
+    phases = block.get("phases")
+    if not isinstance(phases, Mapping) or not phases or set(phases) != set(names):
+        return f"phases is {shown(phases)}: it must have the phases of its record."
+    num_steps = {len(samples) if isinstance(samples, list) else 0 for samples in phases.values()}
+    for name, samples in phases.items():
+        if len(num_steps) > 1 or 0 in num_steps or not all(map(_is_seconds, samples)):
+            return f"phases.{name} is {shown(samples)}: it must be a list of seconds, as many as other phases have."
+    missing = [name for name in phases if block.get("floors_s") and block["floors_s"].get(name) is None]
+    return f"floors_s.{missing[0]} is missing: every phase must have one." if missing else None
+
+
+def _is_seconds(value: Any) -> bool:
+    return value is not None and fits(value, "Float64") and 0 <= value <= _MAX_SECONDS
+
+
+def _midmean(block: Block) -> dict[str, float]:
+    phases = block["phases"]
+    steps = [dict(zip(phases, step, strict=True)) for step in zip(*phases.values(), strict=True)]
+    return midmean(steps, phases)
+
+
+def _sums(seconds: Sequence[Mapping[str, float] | None], names: Sequence[str], divisor: int = 1) -> list[float | None]:
+    return [None if block is None else math.fsum(block[name] for name in names) / divisor for block in seconds]
+
+
+def block_values(record: Mapping[str, Any]) -> list[dict[str, float] | None]:
+    """Returns seconds per sample of every block: ``total``, the kinds, and each phase; ``None`` for a failed block."""
+    kinds = {name: phase.get("kind") for name, phase in record["latency"]["phases"].items()}
+    size = record["case"]["batch_size"]
+    found: list[dict[str, float] | None] = []
+    for block in record["latency"]["blocks"] or ():
+        if block.get("error") is not None:
+            found.append(None)
+            continue
+        phases = {name: seconds / size for name, seconds in _midmean(block).items()}
+        sums = {kind: math.fsum(phases[name] for name in phases if kinds[name] == kind) for kind in KINDS}
+        sums = {kind: value for kind, value in sums.items() if kind in kinds.values()}
+        found.append({"total": math.fsum(sums.values()), **sums, **phases})
+    return found
+
+
+def load_of(interference: Mapping[str, Any]) -> float:
+    """Returns the share of the machine's CPU time that others took beside a block."""
+    return float((interference.get("other_cpu_share") or 0) + (interference.get("steal_share") or 0))
+
+
+def _estimate(values: Values) -> dict[str, Any]:
+    whole = [value for value in values if value is not None]
+    return {"mean_s": math.fsum(whole) / len(whole), "half_width_s": half_width(whole), "block_s": list(values)}
+
+
+def _work(record: Mapping[str, Any], blocks: Sequence[Block], latency: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``work`` of a record. A ceiling is the highest rate of any block, so a floor is the shortest."""
+    phases = record["work"]["phases"] or {}
+    floors_s = [block["floors_s"] for block in blocks if block.get("floors_s")]
+    if not phases or not all(set(phases) <= set(floors) for floors in floors_s) or not floors_s:
+        return dict(record["work"])
+    least_s = {name: min(floors[name] for floors in floors_s) for name in phases}
+    measured_s = math.fsum(phase["mean_s"] for phase in latency["phases"].values())
+    return {
+        "phases": {name: {**phase, "floor_s": least_s[name]} for name, phase in phases.items()},
+        "floor_fraction": math.fsum(least_s.values()) / measured_s if measured_s else None,
+    }

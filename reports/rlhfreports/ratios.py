@@ -1,0 +1,133 @@
+"""Ratios of times with their intervals, and what differences a run can tell apart.
+
+Blocks of the same number were timed in one round of the run, so what drifted during the run hit both alike. The
+interval of a ratio therefore comes from the ratios of blocks, pair by pair.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from rlhfreports.columns import AXES
+from rlhfreports.panels import is_measured
+
+_CASE = (*AXES, "prompt_len", "completion_len", "batch_size")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ratio:
+    """A ratio of two times.
+
+    Attributes:
+        value: the ratio of the means.
+        low: lower end of its 95 % interval; ``None`` without two pairs of blocks.
+        high: upper end.
+    """
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def is_above_one(self) -> bool:
+        """True if the whole interval lies above 1; never true without one."""
+        return self.low is not None and self.low > 1
+
+    @property
+    def half_width(self) -> float | None:
+        """The larger distance from the value to an end of the interval."""
+        return None if self.low is None or self.high is None else max(self.high - self.value, self.value - self.low)
+
+    def __str__(self) -> str:
+        """The ratio as ``1.26x ± 0.05``, rounded to its interval."""
+        if self.half_width is None:
+            return f"{self.value:.2f}x"
+        decimals = min(interval_decimals(self.value, self.half_width), 3)
+        return f"{self.value:.{decimals}f}x ± {self.half_width:.{decimals}f}"
+
+
+def ratio(above: Mapping[Any, Any] | pd.Series[Any], below: Mapping[Any, Any] | pd.Series[Any]) -> Ratio:
+    """Returns the ratio of the seconds per sample of two rows of a frame.
+
+    The interval is Student's t of the logarithms of the ratios of blocks with the same number, around the ratio of the
+    means.
+    """
+    value = float(above["total_s_per_sample"]) / float(below["total_s_per_sample"])
+    pairs = zip(blocks_of(above), blocks_of(below), strict=False)
+    logs = [math.log(a / b) for a, b in pairs if a is not None and b is not None and a > 0 and b > 0]
+    if len(logs) < 2:
+        return Ratio(value)
+    spread = t_quantile(len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
+    return Ratio(value, value * math.exp(-spread), value * math.exp(spread))
+
+
+def blocks_of(
+    row: Mapping[Any, Any] | pd.Series[Any], column: str = "total_block_s_per_sample"
+) -> Sequence[float | None]:
+    """The values of ``column`` by block; empty where the record has none."""
+    values = row.get(column)
+    return values if isinstance(values, list) else []
+
+
+def t_quantile(degrees: int) -> float:
+    """Returns the 97.5 % quantile of Student's t."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(degrees, 0.975))
+
+
+def interval_decimals(value: float, half_width: float) -> int:
+    """Decimals of a value with this half-width.
+
+    One digit of the half-width is shown, two if it begins with 1, and at least the first digit of the value.
+    """
+    if not 0 < half_width < math.inf:
+        return 3
+    exponent = math.floor(math.log10(half_width))
+    decimals = -exponent + (1 if half_width < 2 * 10.0**exponent else 0)
+    return max(0, decimals, -math.floor(math.log10(value)) if value > 0 else 0)
+
+
+def control_ratios(frame: pd.DataFrame) -> list[Ratio]:
+    """Returns the ratios of methods that do the same work as another one, case by case: each should be 1."""
+    found = []
+    measured = frame[is_measured(frame)]
+    for _, rows in measured.groupby(list(_CASE), sort=False, dropna=False):
+        by_method = {row["method"]: row for row in rows.to_dict("records")}
+        for row in by_method.values():
+            other = by_method.get(row["same_work_as"]) if isinstance(row["same_work_as"], str) else None
+            if other is not None:
+                found.append(ratio(other, row))
+    return found
+
+
+def resolution(frame: pd.DataFrame) -> str:
+    """Returns one sentence on the differences that this run can tell apart.
+
+    Where methods that do the same work were run, it is the larger of what they differ by at most and the median width
+    of their ratios' intervals. Else it is the median, over cases, of the half-width of a difference of two such cases.
+    """
+    controls = control_ratios(frame)
+    widths = [r.half_width / r.value for r in controls if r.half_width is not None]
+    if widths:
+        largest = math.expm1(max(abs(math.log(r.value)) for r in controls))
+        widest = max(largest, statistics.median(widths))
+        return (
+            f"This run tells apart differences above {_percent(widest)}: {len(controls)} pairs of cases that do the "
+            f"same work differ by up to {_percent(largest)}."
+        )
+    relative = (frame["total_half_width_s_per_sample"] / frame["total_s_per_sample"]).dropna().tolist()
+    if not relative:
+        return "Every case was timed in one block: how sure the times are is not known."
+    bound = math.sqrt(2) * statistics.median(relative)
+    return f"This run tells apart differences above {_percent(bound)}, by its intervals."
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %" if share < 0.1 else f"{100 * share:.0f} %"

@@ -1,0 +1,203 @@
+"""Comparisons of fake cases: what is timed, and what is found."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from rlhfbench.cases.sweep import Sweep
+from rlhfbench.errors import GateError
+from rlhfbench.gate import compare
+from rlhfbench.gate.baseline import baseline_findings, baseline_sweep, time_obstacle, update_baseline
+from rlhfbench.gate.bisect import bisect
+from rlhfbench.gate.compare import Comparison, Finding, GateOptions
+from rlhfbench.gate.decide import MIN_PAIRS, Effects
+from rlhfbench.gate.output import exit_code, markdown, to_json
+from rlhfbench.gate.selftest import MeasuredCase, measured_cases, rates
+from rlhfbench.gate.sides import Side
+from rlhfbench.records.file import read_records
+from rlhfbench.runs.forkserver import ForkServer
+from rlhfbench.runs.options import RunOptions
+from rlhfbench.runs.progress import Silent
+from rlhfbench.runs.runner import run_sweep
+from rlhfkernels.config.case import Case
+from rlhfkernels.config.options import Options
+
+CASE = Case(method="hydra", model="tiny", prompt_len=4, completion_len=4, batch_size=2)
+BASE, HEAD = Side(name="base", title="abc"), Side(name="head", title="the working tree")
+
+
+@pytest.fixture(autouse=True)
+def servers(monkeypatch, fake_server):
+    """Sides fork fake cases."""
+    monkeypatch.setattr(compare, "ForkServer", lambda paths: ForkServer(target="fake_case:run_case", preload=()))
+
+
+def sweep_of(*kinds):
+    options = [Options.of({"data.prompt_field": kind}) for kind in kinds]
+    return Sweep(cases=tuple(dataclasses.replace(CASE, options=option) for option in options))
+
+
+def compared(tmp_path, *kinds, injected=None, **options):
+    lines = []
+    comparison = Comparison(BASE, HEAD, sweep_of(*kinds), tmp_path / "out", GateOptions(**options), lines.append)
+    return comparison.run(injected), lines
+
+
+def verdicts(findings):
+    return {found.quantity: found.verdict for found in findings}
+
+
+def test_equal_sides_are_the_same_after_the_first_look(tmp_path):
+    findings, lines = compared(tmp_path, "steady")
+    assert set(verdicts(findings).values()) == {"same"}
+    assert exit_code(findings) == 0
+    assert lines == [f"{MIN_PAIRS} pairs: 0 of 1 cases are ambiguous"]
+    for name in ("base", "head"):
+        (record,) = read_records(tmp_path / "out" / name)
+        assert len(record["latency"]["blocks"]) == MIN_PAIRS
+
+
+def test_a_slower_phase_is_found_in_the_phase_its_kind_and_the_total(tmp_path):
+    findings, _ = compared(tmp_path, "steady", injected={"phase": "generate", "share": 0.5})
+    said = verdicts(findings)
+    assert {name for name, verdict in said.items() if verdict == "slower"} == {"total s", "inference s", "generate s"}
+    assert said["optimize s"] == said["update s"] == "same"
+    assert exit_code(findings) == 1
+    (total,) = [found for found in findings if found.quantity == "generate s"]
+    assert total.estimate.ratio == pytest.approx(1.5)
+
+
+def test_memory_that_grew_is_found_whatever_the_times(tmp_path):
+    findings, _ = compared(tmp_path, "steady", injected={"held_bytes": 1})
+    said = verdicts(findings)
+    assert {name for name, verdict in said.items() if verdict == "larger"} == {"memory total"}
+    assert exit_code(findings) == 1
+
+
+def test_noise_is_looked_at_again_until_the_time_is_spent(tmp_path):
+    findings, lines = compared(tmp_path, "noisy", injected={})
+    assert exit_code(findings) == 3
+    assert len(lines) == compare.MAX_LOOKS
+    assert len(compared(tmp_path / "short", "noisy", injected={}, budget_s=1e-9)[1]) == 1
+
+
+@pytest.mark.parametrize(("kind", "verdict"), [("segfault", "failed"), ("head-crashes", "failed")])
+def test_a_case_that_fails_on_a_side_is_no_pass(tmp_path, kind, verdict):
+    findings, _ = compared(tmp_path, kind, "steady", injected={"held_bytes": 0})
+    by_case = {found.case.options.data.prompt_field: found for found in findings}
+    assert by_case[kind].verdict == verdict
+    assert "crashed" in by_case[kind].reason
+    assert exit_code(findings) == 1
+    # The side that crashed is not run again.
+    assert len(read_records(tmp_path / "out" / "head")) == 2
+
+
+def test_the_table_has_the_answer_the_totals_and_what_differs(tmp_path):
+    findings, _ = compared(tmp_path, "steady", injected={"phase": "generate", "share": 0.5})
+    table = markdown(findings, "abc", "the working tree")
+    assert table.startswith("**Regression: 3 quantities.** the working tree against abc.")
+    assert "| generate s |" in table
+    assert "| optimize s |" not in table
+    assert "1.500 (1.500 to 1.500) | slower |" in table
+    written = json.loads(json.dumps(to_json(findings, base="abc", head="tree")))
+    assert (written["exit_code"], written["base"]) == (1, "abc")
+    assert len(written["findings"]) == len(findings)
+
+
+def test_text_in_a_table_breaks_no_row():
+    found = Finding(case=CASE, quantity="", verdict="failed", reason="head: crashed: a | b\nc")
+    assert "failed: head: crashed: a \\| b c |" in markdown([found], "x", "y")
+    assert "**Cannot tell.**" in markdown([], "x", "y")
+    assert exit_code([]) == 3
+
+
+COMMITS = [f"c{number}" for number in range(8)]
+
+
+@pytest.mark.parametrize("culprit", [0, 3, 7])
+def test_bisect_finds_the_first_bad_commit(culprit):
+    lines, asked = [], []
+
+    def compare_commit(commit):
+        asked.append(commit)
+        verdict = "larger" if COMMITS.index(commit) >= culprit else "same"
+        return [Finding(case=CASE, quantity="memory total", verdict=verdict)]
+
+    found = bisect(COMMITS, compare_commit, lambda commit: f"subject of {commit}", lines.append)
+    assert found.commit == COMMITS[culprit]
+    assert len(asked) == len(set(asked)) <= 4
+    assert lines[0] == "c7 bad: subject of c7"
+
+
+def test_bisect_without_a_regression_finds_nothing():
+    good = [Finding(case=CASE, quantity="memory total", verdict="same")]
+    assert bisect(COMMITS, lambda commit: good, str, lambda line: None) is None
+
+
+def stored(folder, *kinds, blocks=3):
+    run_sweep(sweep_of(*kinds), folder, RunOptions(blocks=blocks), progress=Silent())
+
+
+def test_a_baseline_judges_memory_and_on_the_same_machine_time(tmp_path):
+    for name in ("old", "new"):
+        stored(tmp_path / name, "steady")
+    assert time_obstacle(tmp_path / "old", tmp_path / "new") is None
+    both = baseline_findings(tmp_path / "old", tmp_path / "new", Effects(), with_times=True)
+    assert verdicts(both)["generate s"] == "same"
+    memory = baseline_findings(tmp_path / "old", tmp_path / "new", Effects(), with_times=False)
+    assert all(found.quantity.startswith("memory") for found in memory)
+
+
+def test_a_case_that_the_new_run_lacks_is_missing(tmp_path):
+    stored(tmp_path / "old", "steady", "blocks")
+    stored(tmp_path / "new", "steady")
+    findings = baseline_findings(tmp_path / "old", tmp_path / "new", Effects(), with_times=True)
+    assert [found.reason for found in findings if found.verdict == "missing"] == ["the head has no record of it."]
+    assert exit_code(findings) == 1
+
+
+def test_times_of_another_machine_are_not_judged(tmp_path):
+    for name in ("old", "new"):
+        stored(tmp_path / name, "steady")
+    path = tmp_path / "old" / "environment.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "host": "another"}))
+    assert "instead of another" in time_obstacle(tmp_path / "old", tmp_path / "new")
+    path.unlink()
+    assert "is not recorded" in time_obstacle(tmp_path / "old", tmp_path / "new")
+
+
+def test_a_baseline_is_replaced_by_what_the_gate_reads(tmp_path):
+    stored(tmp_path / "new", "steady")
+    update_baseline(tmp_path / "new", tmp_path / "base")
+    assert read_records(tmp_path / "base") == read_records(tmp_path / "new")
+    assert baseline_sweep(tmp_path / "base") == baseline_sweep(tmp_path / "new")
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "thesis.txt").write_text("")
+    with pytest.raises(GateError, match="holds files of something else"):
+        update_baseline(tmp_path / "new", tmp_path / "else")
+
+
+def test_a_baseline_without_a_run_or_records_is_one_sentence(tmp_path):
+    with pytest.raises(GateError, match="holds no run"):
+        baseline_sweep(tmp_path)
+    stored(tmp_path / "run", "steady")
+    (tmp_path / "run" / "records.jsonl").write_text("")
+    with pytest.raises(GateError, match="holds no records"):
+        baseline_sweep(tmp_path / "run")
+
+
+def test_simulated_rates_follow_the_noise(tmp_path):
+    compared(tmp_path, "steady", "blocks")
+    cases = measured_cases(tmp_path / "out")
+    assert {case.longest_phase for case in cases} == {"generate"}
+    steady = [case for case in cases if "optimize" in case.kinds]
+    assert steady[0].affected("generate") == {"generate", "inference", "total"}
+    quiet = rates(steady * 3, 0.2, Effects())
+    assert (quiet.found, quiet.false_alarms, quiet.num_pairs) == (1.0, 0.0, MIN_PAIRS)
+    assert rates(steady * 3, 0.0, Effects()).found == 0.0
+    wild = [({"think": 1.0, "update": 1.0, "total": 1.0}, {"think": x, "update": x, "total": x}) for x in (0.3, 3.0)]
+    noisy = MeasuredCase(kinds={"think": "update"}, pairs=wild)
+    assert rates([noisy], 0.05, Effects()).ambiguous > 0.9

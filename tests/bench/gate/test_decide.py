@@ -1,0 +1,154 @@
+"""How the gate decides, against textbooks and in simulation."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from rlhfbench.gate.compare import looks
+from rlhfbench.gate.decide import (
+    SIGNIFICANCE,
+    Effects,
+    Estimate,
+    counted_pairs,
+    estimate,
+    estimate_unpaired,
+    holm,
+    judge,
+    judge_memory,
+    spent_level,
+)
+
+EFFECTS = Effects()
+
+
+def test_an_estimate_is_students():
+    logs = [0.1, 0.12, 0.05, 0.2]
+    low, high = stats.t.interval(0.95, 3, loc=np.mean(logs), scale=stats.sem(logs))
+    found = estimate(logs)
+    assert (found.ratio, found.num_pairs) == (pytest.approx(math.exp(np.mean(logs))), 4)
+    assert (found.low, found.high) == pytest.approx((math.exp(low), math.exp(high)))
+    assert found.p_value == pytest.approx(stats.ttest_1samp(logs, 0).pvalue)
+
+
+def test_pairs_without_spread_are_certain():
+    assert estimate([0.0] * 4).p_value == 1.0
+    assert estimate([0.1] * 4).p_value == 0.0
+
+
+def test_an_unpaired_estimate_is_welchs():
+    base, head = [1.0, 1.1, 0.9], [1.3, 1.2, 1.4, 1.25]
+    found = estimate_unpaired(base, head)
+    test = stats.ttest_ind(np.log(head), np.log(base), equal_var=False)
+    interval = test.confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((math.exp(interval.low), math.exp(interval.high)))
+    assert found.p_value == pytest.approx(test.pvalue)
+    assert estimate_unpaired([1.0, 1.0], [2.0, 2.0]).p_value == 0.0
+
+
+def test_holm_by_hand():
+    # 0.01 x 4, 0.02 x 3, 0.03 x 2, then never below an earlier one.
+    assert holm([0.03, 0.01, 0.04, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
+def test_holm_keeps_the_order_and_corrects_no_more_than_bonferroni(p_values):
+    corrected = holm(p_values)
+    ranked = sorted(range(len(p_values)), key=p_values.__getitem__)
+    assert [corrected[i] for i in ranked] == sorted(corrected)
+    assert all(p <= c <= min(1.0, len(p_values) * p) + 1e-12 for p, c in zip(p_values, corrected, strict=True))
+
+
+def test_the_looks_spend_the_significance_level_and_little_of_it_early():
+    levels = [level for _, level in looks()]
+    assert sum(levels) == pytest.approx(SIGNIFICANCE)
+    assert all(level > 0 for level in levels)
+    assert levels[0] < 1e-6 < spent_level(0.5) < 0.01
+
+
+def found(ratio, half, p_value=0.0):
+    return Estimate(ratio=ratio, low=ratio - half, high=ratio + half, p_value=p_value, num_pairs=9)
+
+
+@pytest.mark.parametrize(
+    ("estimated", "verdict"),
+    [
+        (found(1.10, 0.05), "slower"),
+        (found(1.10, 0.05, p_value=0.2), "ambiguous"),  # beyond the smallest effect, but not significant
+        (found(1.03, 0.005), "slower"),
+        (found(1.03, 0.02), "same"),  # significant, but perhaps below the smallest effect, and surely below 10 %
+        (found(1.09, 0.08), "ambiguous"),
+        (found(0.90, 0.05), "faster"),
+        (found(1.00, 0.05, p_value=1.0), "same"),
+        (found(1.00, 0.11, p_value=1.0), "ambiguous"),
+    ],
+)
+def test_a_verdict_needs_significance_and_an_effect_that_counts(estimated, verdict):
+    assert judge([estimated], 0.05, EFFECTS) == [verdict]
+
+
+@pytest.mark.parametrize(
+    ("base", "head", "verdict"),
+    [
+        (100_000, 100_100, "same"), (100_000, 100_101, "larger"), (100_000, 99_899, "smaller"),
+        (0, 0, "same"), (0, 1, "larger"), (1, 0, "smaller"),
+    ],
+)  # fmt: skip
+def test_memory_is_compared_to_a_thousandth(base, head, verdict):
+    assert judge_memory(base, head) == verdict
+
+
+def test_disturbed_pairs_are_set_aside_whichever_side_they_belong_to():
+    quiet = [(0.0, 0.02)] * 5
+    assert counted_pairs([*quiet, (0.5, 0.0), (0.0, 0.5)], 0.1) == [True] * 5 + [False] * 2
+    loads = [(random.Random(i).random(), random.Random(-i).random()) for i in range(20)]
+    assert counted_pairs(loads, 0.5) == counted_pairs([(b, a) for a, b in loads], 0.5)
+
+
+def test_on_a_machine_that_is_never_quiet_all_pairs_count():
+    assert counted_pairs([(0.5, 0.5)] * 8 + [(0.0, 0.0)] * 3, 0.1) == [True] * 11
+
+
+def simulated(rng, num_cases, spread, slowdown):
+    """Whether a comparison of ``num_cases`` cases calls the first one slower, and how many others it calls changed."""
+    logs = [[] for _ in range(num_cases)]
+    verdicts = ["ambiguous"] * num_cases
+    for num_new, level in looks():
+        for case, values in enumerate(logs):
+            if verdicts[case] == "ambiguous":
+                values += [rng.gauss(math.log1p(slowdown) if case == 0 else 0.0, spread) for _ in range(num_new)]
+        verdicts = judge([estimate(values) for values in logs], level, EFFECTS)
+        if "ambiguous" not in verdicts:
+            break
+    return verdicts[0] == "slower", sum(verdict in ("slower", "faster") for verdict in verdicts[1:])
+
+
+def test_false_alarms_and_detection_in_simulation():
+    """Ten cases, pairs that spread by 4 %: no false alarm in 200 comparisons, and every 20 % slowdown is found."""
+    rng = random.Random(0)
+    assert sum(simulated(rng, 10, 0.04, 0.0)[1] for _ in range(20)) == 0
+    found, alarms = zip(*(simulated(rng, 10, 0.04, 0.2) for _ in range(50)), strict=True)
+    assert sum(found) >= 49
+    assert sum(alarms) == 0
+
+
+def test_looking_again_raises_no_false_alarm():
+    """One case without a change, noise too large to be the same: over all looks at most 5 % are called changed."""
+    rng = random.Random(0)
+    changed = 0
+    for _ in range(600):
+        values, verdict = [], "ambiguous"
+        for num_new, level in looks():
+            values += [rng.gauss(0.0, 0.5) for _ in range(num_new)]
+            (verdict,) = judge([estimate(values)], level, EFFECTS)
+            if verdict != "ambiguous":
+                break
+        changed += verdict in ("slower", "faster")
+    assert changed / 600 <= SIGNIFICANCE

@@ -1,0 +1,138 @@
+"""Revisions of a repository, and what is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from rlhfbench.errors import GateError
+from rlhfbench.gate import sides
+from rlhfbench.gate.sides import Side
+
+
+@pytest.fixture
+def repo(tmp_path, monkeypatch):
+    """A repository with two commits, of which the first has ``src/mine.py`` with VALUE = 1, the second 2."""
+    root = tmp_path / "repo"
+    (root / "src").mkdir(parents=True)
+    for name in ("GIT_AUTHOR_NAME", "GIT_AUTHOR_EMAIL", "GIT_COMMITTER_NAME", "GIT_COMMITTER_EMAIL"):
+        monkeypatch.setenv(name, "a@b")
+    sides.git("init", "-q", folder=root)
+    for value in (1, 2):
+        (root / "src" / "mine.py").write_text(f"VALUE = {value}\n")
+        sides.git("add", "-A", folder=root)
+        sides.git("commit", "-q", "-m", f"value {value}", folder=root)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.chdir(root)
+    return root
+
+
+def value_of(side: Side) -> str:
+    """What a process that looks for modules in the side's paths imports."""
+    code = "import mine; print(mine.VALUE)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(side.paths)}
+    return subprocess.run([sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True).stdout
+
+
+def test_a_revision_is_checked_out_beside_the_working_tree_and_removed(repo):
+    with sides.checked_out("HEAD~1", repo, "base", [str(repo / "src")]) as side:
+        assert value_of(side) == "1\n"
+        folder = Path(side.paths[0])
+        assert side.title.startswith("HEAD~1 (")
+    assert not folder.exists()
+    assert sides.git("worktree", "list", folder=repo).count("\n") == 0
+    assert sides.git("status", "--porcelain", folder=repo) == ""
+
+
+def test_a_killed_gate_leaves_no_folder(repo):
+    code = (
+        "import sys, time; sys.path.insert(0, sys.argv[1]); from rlhfbench.gate import sides\n"
+        "with sides.temporary_folder() as folder:\n"
+        "    (folder / 'x').write_text('')\n"
+        "    print(folder, flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    bench = str(Path(sides.__file__).parents[2])
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, bench], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    folder = Path(process.stdout.readline().strip())
+    assert folder.is_dir()
+    # The cleaner is the only other process that has the folder's name: wait for its end, whenever that is.
+    cleaner = next(
+        int(entry.name) for entry in Path("/proc").iterdir()
+        if entry.name.isdigit() and int(entry.name) != process.pid and str(folder).encode() in _command(entry)
+    )  # fmt: skip
+    watched = os.pidfd_open(cleaner)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    import select
+
+    assert select.select([watched], [], [], 30)[0]
+    os.close(watched)
+    assert not folder.exists()
+
+
+def _command(entry: Path) -> bytes:
+    try:
+        return (entry / "cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+@pytest.mark.parametrize(
+    ("revision", "roots", "says"),
+    [
+        ("nonsense", ["src"], "revision 'nonsense' is no commit of"),
+        ("--help", ["src"], "begins with a dash"),
+        ("HEAD", ["other"], "has none of the folders that modules are imported from"),
+    ],
+)
+def test_a_revision_that_cannot_be_compared_is_one_sentence(repo, revision, roots, says):
+    with (
+        pytest.raises(GateError, match=says),
+        sides.checked_out(revision, repo, "base", [str(repo / root) for root in roots]),
+    ):
+        pass
+    assert list((repo.parent / "temporary").iterdir()) == []
+
+
+def test_outside_a_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    with pytest.raises(GateError, match="--base needs a git repository"):
+        sides.repository()
+
+
+def test_a_dirty_tree_is_said_to_be_compared(repo):
+    clean = sides.head_side(repo, with_working_folder=False)
+    (repo / "new.txt").write_text("")
+    dirty = sides.head_side(repo, with_working_folder=True)
+    assert clean.title.startswith("the working tree at ")
+    assert "uncommitted" not in clean.title
+    assert dirty.title.endswith("with 1 uncommitted changes")
+    assert (clean.paths, dirty.paths) == ((), (str(repo),))
+
+
+def test_folders_that_modules_come_from(repo, monkeypatch):
+    inside = [str(repo / "src"), str(repo / "venv" / "site-packages"), "/usr/lib"]
+    monkeypatch.setattr(sys, "path", inside)
+    assert sides.module_roots(repo, with_working_folder=False) == [str(repo / "src")]
+    assert sides.module_roots(repo, with_working_folder=True) == [str(repo), str(repo / "src")]
+    monkeypatch.setattr(sys, "path", inside[1:])
+    with pytest.raises(GateError, match="nothing is imported from"):
+        sides.module_roots(repo, with_working_folder=False)
+
+
+def test_a_second_gate_is_refused(repo):
+    with sides.only_gate(), pytest.raises(GateError, match="another gate runs"), sides.only_gate():
+        pass
+    with sides.only_gate():
+        pass
