@@ -67,7 +67,7 @@ FULL = Sizes(
 MINIATURE = Sizes(
     prompt_len=16,
     completion_len=16,
-    seq_lens=(16, 32, 64),
+    seq_lens=(16, 64),
     rank=8,
     dtype="float32",
     verify_model="tiny",
@@ -75,7 +75,7 @@ MINIATURE = Sizes(
     decode_batches=(1, 4, 16),
     profile_len=8,
     batch_size=4,
-    time_budget_s=0.5,
+    time_budget_s=0.2,
 )
 
 
