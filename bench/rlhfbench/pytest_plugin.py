@@ -20,6 +20,7 @@ import pytest
 
 if TYPE_CHECKING:
     from rlhfbench.cases.sweep import Sweep
+    from rlhfbench.gate.compare import Finding
     from rlhfkernels.config.case import Case
 
 # The default sweep: every PPO method once, in seconds.
@@ -52,6 +53,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="With --benchmark: seconds for timing the steps of a case. Default: %(default)s.",
     )
 
+    group.addoption(
+        "--benchmark-gate",
+        metavar="REV-or-RUN",
+        dest="rlhfbench_gate",
+        help="With --benchmark: compare with this revision, or with the run in this folder; a regression is a failure.",
+    )
+
 
 def _positive_seconds(text: str) -> float:
     try:
@@ -82,6 +90,8 @@ class _Benchmarks:
     def __init__(self, config: pytest.Config) -> None:
         self._sweep = _load_sweep(config.getoption("rlhfbench_sweep"))
         self._measurer = Measurer(self._sweep, config.getoption("rlhfbench_time_budget_s"))
+        base = config.getoption("rlhfbench_gate")
+        self._gate = None if base is None else Gate(base, self._sweep)
 
     # First, so that -k, reordering and counting apply to these tests too.
     @pytest.hookimpl(tryfirst=True)
@@ -90,7 +100,7 @@ class _Benchmarks:
         # A path that does not exist gives the same node ids on every machine, so that saved runs can be compared.
         module = _SweepModule.from_parent(session, path=session.config.rootpath / NODE_NAME)
         module.obj = sys.modules[__name__]
-        module.cases, module.measurer = self._sweep.cases, self._measurer
+        module.cases, module.measurer, module.gate = self._sweep.cases, self._measurer, self._gate
         items.extend(session.genitems(module))
 
     def pytest_unconfigure(self) -> None:
@@ -159,16 +169,68 @@ class Measurer:
         self._opened.close()
 
 
+class Gate:
+    """Compares every case of a sweep with a revision or a stored run, when the first test asks.
+
+    Args:
+        base: The revision, or the folder of a run.
+        sweep: The cases.
+    """
+
+    def __init__(self, base: str, sweep: Sweep) -> None:
+        self._base, self._sweep = base, sweep
+        self._findings: list[Finding] | None = None
+
+    def findings(self, case: Case) -> list[Finding]:
+        """Returns the findings on ``case``.
+
+        Raises:
+            RlhfBenchError: The two cannot be compared.
+        """
+        if self._findings is None:
+            self._findings = self._compare()
+        return [found for found in self._findings if found.case.id == case.id]
+
+    def _compare(self) -> list[Finding]:
+        from rlhfbench.gate import compare_with
+
+        with tempfile.TemporaryDirectory(prefix="rlhfbench-") as folder:
+            return compare_with(self._base, self._sweep, Path(folder) / "gate")
+
+
+def _gate_test(case: Case, gate: Gate) -> Callable[[], None]:
+    from rlhfbench.errors import RlhfBenchError
+
+    def test_gate() -> None:
+        from rlhfbench.gate.output import CANNOT_TELL, REGRESSED, exit_code, markdown
+
+        try:
+            findings = gate.findings(case)
+        except RlhfBenchError as error:
+            pytest.fail(str(error), pytrace=False)
+        code, table = exit_code(findings), markdown(findings, "the base", "the working tree")
+        if code == REGRESSED:
+            pytest.fail(table, pytrace=False)
+        if code == CANNOT_TELL:
+            pytest.skip(f"the gate cannot tell:\n{table}")
+
+    return test_gate
+
+
 class _SweepModule(pytest.Module):
     """Parent node of a sweep's tests. It is a module because module-scoped fixtures need one."""
 
     cases: Sequence[Case]
     measurer: Measurer
+    gate: Gate | None
 
     def collect(self) -> Iterator[pytest.Item]:
         """Yields one test per case, in the sweep's order."""
         for case in self.cases:
             timer = ReplayTimer()
+            if self.gate is not None:
+                yield _CaseTest.from_parent(self, name=f"gate-{case_name(case)}", callobj=_gate_test(case, self.gate))
+                continue
             item = _CaseTest.from_parent(self, name=case_name(case), callobj=_make_test(case, timer, self.measurer))
             item.add_marker(pytest.mark.benchmark(timer=timer.step_seconds, group=group_name(case)))
             # A failed case replays nothing; without this filter pytest-benchmark would warn beside the failure.

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+import rlhfbench.gate
 from rlhfbench import pytest_plugin
 from rlhfbench.cases.sweep import Sweep
+from rlhfbench.errors import GateError
+from rlhfbench.gate.compare import Finding
 from rlhfbench.pytest_plugin import Measurer, ReplayTimer, block_steps_s, case_name, group_name
 from rlhfbench.records.blocks import summarize
 from rlhfbench.records.file import make_record
@@ -177,6 +180,31 @@ def test_a_slower_step_fails_the_comparison(bench, measured, monkeypatch):
     monkeypatch.setattr(pytest_plugin, "block_steps_s", lambda record: [2 * s for s in STEPS_S])
     result = bench("--benchmark", "-k", "full", "--benchmark-compare=0001", "--benchmark-compare-fail=mean:10%")
     assert result.ret != pytest.ExitCode.OK
+
+
+def test_a_gate_fails_the_tests_of_cases_with_a_regression(bench, measured, monkeypatch):
+    asked = []
+
+    def compare_with(base, sweep, out):
+        asked.append(base)
+        verdicts = {"full": "larger", "hydra": "ambiguous"}
+        return [Finding(case=c, quantity="memory total", verdict=verdicts.get(c.method, "same")) for c in sweep.cases]
+
+    monkeypatch.setattr(rlhfbench.gate, "compare_with", compare_with)
+    result = bench("--benchmark", "--benchmark-gate=main", "-rs")
+    result.assert_outcomes(passed=3, failed=1, skipped=1)
+    result.stdout.fnmatch_lines(["*gate-full*", "*memory total*larger*", "*the gate cannot tell*"])
+    assert asked == ["main"]  # once for all cases
+
+
+def test_a_gate_that_cannot_compare_fails_its_tests_with_the_sentence(bench, measured, monkeypatch):
+    def compare_with(base, sweep, out):
+        raise GateError(f"revision '{base}' is no commit.")
+
+    monkeypatch.setattr(rlhfbench.gate, "compare_with", compare_with)
+    result = bench("--benchmark", "--benchmark-gate=nonsense", "-k", "hydra and not joined")
+    result.assert_outcomes(failed=1, deselected=4)
+    result.stdout.fnmatch_lines(["*revision 'nonsense' is no commit.*"])
 
 
 def test_a_sweep_file_says_what_is_measured(bench, pytester, measured):

@@ -17,7 +17,7 @@ from rlhfbench.runs.runner import run_sweep
 
 def test_a_plan_and_a_measurement_of_a_real_case_agree(tmp_path: Path) -> None:
     spec = {"methods": ["full", "joined-hydra", "hydra"], "models": "tiny", "seq_lens": 8, "batch_sizes": 2}
-    options = RunOptions(with_plan=True, time_budget_s=0.01)
+    options = RunOptions(with_plan=True, time_budget_s=0.01, blocks=1)
     result = run_sweep(Sweep.from_spec(spec), tmp_path / "run", options, progress=LineProgress(io.StringIO()))
     assert result.num_ok == 3
     for record in result.records:

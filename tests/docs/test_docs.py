@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "reports" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
-_TINY = "--model tiny --seq-lens 16 --batch-sizes 1 --time-budget-s 0.05 --threads 1"
+_TINY = "--model tiny --seq-lens 16 --batch-sizes 1 --time-budget-s 0.05 --threads 1 --blocks 2"
 # Commands that run, with flags that make them small.
 RUN = {
     "rlhfbench run --model smollm2-135m --methods lora,hydra --seq-lens 128,256 --batch-sizes 4 --out my-run": _TINY,
@@ -47,6 +47,7 @@ RUN = {
 }
 _GPU = "it needs a GPU"
 _LONG = "it takes minutes"
+_REPOSITORY = "it needs a git repository with that revision"
 _SAME = "it is long, and a command like it runs"
 # Commands that do not run here, with the reason. Their flags, options and sweep files are checked.
 CHECKED = {
@@ -73,6 +74,12 @@ CHECKED = {
     "rlhfbench evidence --out my-evidence": _GPU,
     "rlhfbench evidence --out my-evidence --device cpu --model tiny --budget-min 4": _LONG,
     "rlhfbench evidence --out my-evidence --parts 3,5": _GPU,
+    "rlhfbench gate --base main": _REPOSITORY,
+    "rlhfbench gate --self-test --seq-lens 32 --batch-sizes 2": _LONG,
+    "rlhfbench gate --bisect v1.2 HEAD --methods hydra": _REPOSITORY,
+    "rlhfbench gate --base main --step bench_step:make_step --methods full --seq-lens 32 --batch-sizes 4": _REPOSITORY,
+    "rlhfbench run --methods lora,hydra --seq-lens 32 --batch-sizes 2 --out baseline": _SAME,
+    "rlhfbench gate --baseline baseline --memory-only": _SAME,
 }
 # Parts of commands that install packages, or are the run that this test is part of.
 INSTALL = (["python3", "-m", "venv"], [".venv/bin/pip", "install"], [".venv/bin/python", "-m", "pytest", "-q"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import signal
 import sys
@@ -118,7 +117,7 @@ def gate(
     ] = None,
     out: Annotated[
         str | None,
-        typer.Option(metavar="DIR", rich_help_panel=OUTPUT, help="Folder for the runs of both sides; a new one."),
+        typer.Option(metavar="DIR", rich_help_panel=OUTPUT, help="Keep the runs of both sides in this folder."),
     ] = None,
     summary: Annotated[
         str | None, typer.Option(metavar="FILE", rich_help_panel=OUTPUT, help="Write the table to this file too.")
@@ -138,12 +137,12 @@ def gate(
     from rlhfbench.gate import sides
 
     options = _options(smallest_effect, promised_effect, budget_s, threads, step)
-    folder = Path(out or f"rlhfbench-gate-{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%SZ}")
     spec = case_spec(ctx.params)
     # SIGTERM ends a gate as Ctrl-C does: processes and folders are removed.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with sides.only_gate():
+        with sides.only_gate(), sides.temporary_folder() as temporary:
+            folder = temporary / "runs" if out is None else Path(out)
             if baseline:
                 return _baseline(Path(baseline), folder, options, update=update_baseline, memory_only=memory_only)
             cases = make_sweep(spec if sweep else {**SMALL, **spec}, sweep, setting)
@@ -249,14 +248,8 @@ def _bisect(ends: tuple[str, str], cases: Sweep, folder: Path, options: GateOpti
 
 def _baseline(baseline: Path, folder: Path, options: GateOptions, *, update: bool, memory_only: bool) -> int:
     from rlhfbench.gate import baseline as stored
-    from rlhfbench.runs.options import RunOptions
-    from rlhfbench.runs.runner import run_sweep
 
-    cases = stored.baseline_sweep(baseline)
-    run_sweep(cases, folder, RunOptions(num_threads=options.num_threads))
-    obstacle = None if memory_only else stored.time_obstacle(baseline, folder)
-    with_times = not memory_only and obstacle is None
-    findings = stored.baseline_findings(baseline, folder, options.effects, with_times=with_times)
+    findings, obstacle = stored.compare_with_run(baseline, folder, options, memory_only=memory_only)
     code = _finish(findings, f"the run in {baseline}", "this machine's run", None, as_json=False)
     if obstacle is not None:
         print(obstacle, file=sys.stderr)

@@ -33,7 +33,7 @@ def run_ops(request: Request, folder: Path, left_s: float) -> None:
 
 
 def _size(request: Request) -> OpSize:
-    config, _ = read_config(request.model)
+    config = read_config(request.model)
     heads = int(config.num_attention_heads)
     return OpSize(
         hidden=int(config.hidden_size),

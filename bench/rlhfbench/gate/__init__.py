@@ -1,1 +1,43 @@
 """The regression gate: whether a change made a step slower or larger, and how sure that is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rlhfbench.cases.sweep import Sweep
+    from rlhfbench.gate.compare import Finding, GateOptions, Tell
+
+__all__ = ["compare_with"]
+
+
+def compare_with(
+    base: str, sweep: Sweep, out: Path, options: GateOptions | None = None, tell: Tell = lambda line: None
+) -> list[Finding]:
+    """Compares the working tree with a revision, or a new run of its code with a stored one.
+
+    Args:
+        base: A revision of the repository that the working folder lies in, or the folder of a run.
+        sweep: The cases. Those of a stored run are its own.
+        out: A new folder for the runs.
+        options: How to compare.
+        tell: Receives a line after each look at the data.
+
+    Raises:
+        GateError: The two cannot be compared, or another gate runs on this machine.
+    """
+    from rlhfbench.gate import baseline, sides
+    from rlhfbench.gate.compare import Comparison, GateOptions
+    from rlhfbench.runs.folder import RunFolder
+
+    options = options or GateOptions()
+    with sides.only_gate():
+        if RunFolder(base).is_run:
+            return baseline.compare_with_run(Path(base), out, options)[0]
+        root = sides.repository()
+        with_working_folder = options.step is not None
+        head = sides.head_side(root, with_working_folder=with_working_folder)
+        roots = sides.module_roots(root, with_working_folder=with_working_folder)
+        with sides.checked_out(base, root, "base", roots) as side:
+            return Comparison(side, head, sweep, out, options, tell).run()

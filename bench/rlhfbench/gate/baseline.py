@@ -8,12 +8,14 @@ from pathlib import Path
 
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.errors import GateError
-from rlhfbench.gate.compare import Finding, findings_of
+from rlhfbench.gate.compare import Finding, GateOptions, findings_of
 from rlhfbench.gate.decide import SIGNIFICANCE, Effects, Estimate, estimate_unpaired, judge
 from rlhfbench.records.blocks import block_values
 from rlhfbench.records.file import Record, read_records
 from rlhfbench.runs import environment
 from rlhfbench.runs.folder import RunFolder
+from rlhfbench.runs.options import RunOptions
+from rlhfbench.runs.runner import run_sweep
 
 
 def baseline_sweep(folder: Path) -> Sweep:
@@ -79,6 +81,27 @@ def _times(base: Record, head: Record) -> list[tuple[str, float, float, Estimate
             means = [sum(side) / len(side) for side in seconds]
             found.append((f"{name} s", means[0], means[1], estimate_unpaired(*seconds)))
     return found
+
+
+def compare_with_run(
+    baseline: Path, out: Path, options: GateOptions, *, memory_only: bool = False
+) -> tuple[list[Finding], str | None]:
+    """Runs the cases of a stored run again and compares.
+
+    Args:
+        baseline: Folder of the stored run.
+        out: A new folder for the new run.
+        options: How to compare.
+        memory_only: Judge no times.
+
+    Returns:
+        The findings, and one sentence on why times were not judged, if they were to be.
+    """
+    cases = baseline_sweep(baseline)
+    run_sweep(cases, out, RunOptions(num_threads=options.num_threads))
+    obstacle = None if memory_only else time_obstacle(baseline, out)
+    with_times = not memory_only and obstacle is None
+    return baseline_findings(baseline, out, options.effects, with_times=with_times), obstacle
 
 
 def update_baseline(head: Path, baseline: Path) -> None:

@@ -50,10 +50,11 @@ RATES = ("matmul_flops_per_s", "copy_bytes_per_s", "read_bytes_per_s")
 MAX_BUILD_S = 10.0
 
 # Largest magnitude of a statistic of the first step that rounding explains, by dtype. ``ratio_error`` is a maximum over
-# tokens, ``kl`` their mean. In bfloat16 a rare token's logits are off by some hundredths of a large number.
+# tokens, ``kl`` their mean. In bfloat16, over 16 models and 2 to 5 seeds, the largest are 0.25 and 0.007 with real
+# weights (SmolLM2-135M, 192 tokens), and 0.88 and 0.017 where rounding sends a token to another expert (Mixtral).
 AGREEMENT = {
     "ratio_error": {"float64": 1e-4, "float32": 1e-2, "bfloat16": 1.0},
-    "kl": {"float64": 1e-5, "float32": 1e-3, "bfloat16": 0.1},
+    "kl": {"float64": 1e-5, "float32": 1e-3, "bfloat16": 0.05},
 }
 
 

@@ -19,7 +19,7 @@ from rlhfbench.records.schema import at
 
 _PACKAGES = ("rlhfbench", "torch", "transformers", "peft", "numpy", "triton")
 # Environment variables that change speed, memory or the visible devices.
-_VARIABLES = ("OMP_", "MKL_", "KMP_", "GOMP_", "MALLOC_", "CUDA_", "PYTORCH_")
+_VARIABLES = ("OMP_", "MKL_", "KMP_", "GOMP_", "MALLOC_", "CUDA_", "PYTORCH_", "RLHFBENCH_")
 # What times depend on, by the name that a notice uses: its place in an environment.
 _COMPARED = {
     "commit": "source.commit",

@@ -92,6 +92,9 @@ class OptimizerOptions:
         weight_decay: decoupled weight decay.
         adam_epsilon: ε of AdamW; it matters under bfloat16.
         max_grad_norm: the gradient norm of each parameter group is clipped to this.
+        grad_accum_dtype: dtype in which gradients are added up over micro-batches and over chunks of positions, at
+            least that of the weight; DeepSpeed has this name. ``None`` is float32 where there are several to add, else
+            the dtype of the weight.
     """
 
     name: Literal["adamw", "adamw8bit", "sgd"] = "adamw"
@@ -101,6 +104,7 @@ class OptimizerOptions:
     weight_decay: NonNegative = 0.0
     adam_epsilon: Positive = 1e-8
     max_grad_norm: Positive = 1.0
+    grad_accum_dtype: Dtype | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,7 +152,8 @@ class PPOOptions:
         cliprange_value: ε of the clipped value loss.
         vf_coef: multiplier of the value loss (Hydra-RLHF Tables 12 and 13, "Critic Loss Multiplier").
         entropy_coef: weight of the entropy bonus; 0 computes no entropy.
-        reward_clip: the reward model's score is clamped into (−c, c); ``None`` leaves it.
+        reward_clip: the reward model's score is clamped into (−c, c); ``None`` leaves it. Scores of a
+            ``reward_fn`` are never clamped.
         bootstrap_truncated: a completion cut by length is followed by V of its last token instead of 0.
         critic_head: ``trained``, or ``frozen``: the critic reads the reward head, as in Hydra-RLHF's code.
         critic_learning_rate: peak learning rate of the critic; ``None`` is ``optimizer.learning_rate``. Weights that

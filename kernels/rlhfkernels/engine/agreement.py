@@ -14,12 +14,15 @@ from rlhfkernels.errors import ModelError, NumericalError
 from rlhfkernels.models.loading import LoadedModel, forward_errors, rotary_limit
 from rlhfkernels.observer import Observer
 
-# Largest error as a fraction of the range of the compared values. Rounding reaches a tenth of it in deep models.
-TOLERANCES = {"float64": 1e-5, "float32": 3e-4, "bfloat16": 0.05}
+# Largest error as a fraction of the range of the compared values. In bfloat16, over 16 models (13 small ones of 2
+# layers, tiny, SmolLM2-135M with random and with real weights) and 2 to 5 seeds, values are off by 0.038 at most (the
+# real weights, padded rows) and gradients by 0.125, where ours is off float32's by 0.077 and PEFT's by 0.066.
+TOLERANCES = {"float64": 1e-5, "float32": 3e-4, "bfloat16": 0.1}
+GRADIENT_TOLERANCES = {**TOLERANCES, "bfloat16": 0.25}
 _NUM_DECODED = 2
 
 
-def tolerance(reference: torch.Tensor, dtype: str) -> float:
+def tolerance(reference: torch.Tensor, dtype: str, *, of_gradient: bool = False) -> float:
     """Returns the largest error that ``dtype`` explains.
 
     Log-probabilities of a model with random weights differ little among themselves, so their range gives the scale:
@@ -28,9 +31,11 @@ def tolerance(reference: torch.Tensor, dtype: str) -> float:
     Args:
         reference: [..., n], the correct values. The range is over the last dimension.
         dtype: of the weights.
+        of_gradient: the values are a gradient, which sums rounding errors over all positions.
     """
     span = float((reference.amax(-1) - reference.amin(-1)).max())
-    return TOLERANCES[dtype] * max(span, 0.01 * float(reference.abs().max()))
+    tolerances = GRADIENT_TOLERANCES if of_gradient else TOLERANCES
+    return tolerances[dtype] * max(span, 0.01 * float(reference.abs().max()))
 
 
 def largest_error(found: torch.Tensor, reference: torch.Tensor) -> float:

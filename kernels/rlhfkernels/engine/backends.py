@@ -5,6 +5,7 @@ from __future__ import annotations
 from rlhfkernels.errors import CaseError
 from rlhfkernels.ops.dispatch import is_installed, triton_unavailable_reason
 from rlhfkernels.ops.native import build
+from rlhfkernels.ops.native.matmul import beats_torch
 
 
 def select_backend(backend: str, device: str, dtype: str) -> str:
@@ -26,6 +27,11 @@ def select_backend(backend: str, device: str, dtype: str) -> str:
         return backend
     is_cpu = device == "cpu"
     reason = _native_unavailable_reason(dtype) if is_cpu else _triton_unavailable_reason(device)
+    if reason is None and is_cpu:
+        try:
+            beats_torch()  # measures where nothing is remembered: here, not inside a step
+        except ValueError as error:
+            raise CaseError([str(error)]) from error
     if reason is None:
         return "native" if is_cpu else "triton"
     if backend == "auto":

@@ -22,10 +22,11 @@ from rlhfkernels.engine.backends import select_backend
 from rlhfkernels.engine.fast.trunk import make_fast_trunk
 from rlhfkernels.engine.trunk import PlainTrunk, Trunk
 from rlhfkernels.errors import CaseError, NumericalError
-from rlhfkernels.methods.program import HEADS, Origin, WeightSet
+from rlhfkernels.methods.program import HEADS, Origin, Role, WeightSet
 from rlhfkernels.models.adapters import Adapters
 from rlhfkernels.models.heads import LmHead, ScalarHead
 from rlhfkernels.models.loading import LoadedModel, clone_module, load_model
+from rlhfkernels.models.saving import save_model
 from rlhfkernels.observer import Observer
 from rlhfkernels.ops.sample import sample
 from rlhfkernels.ops.token_logprobs import token_logprobs
@@ -228,6 +229,7 @@ class Engine:
             chunk=self.logprob_chunk,
             entropy=entropy,
             backend=self.backend,
+            grad_dtype=getattr(torch, self.case.options.optimizer.grad_accum_dtype or "float32"),
         )
         return logprobs.view(n, k), None if entropies is None else entropies.view(n, k)
 
@@ -310,7 +312,14 @@ class Engine:
             raise NumericalError(f"{role} sampled from logits that are not finite: every logit must be a number.")
 
     def save(self, folder: Path) -> None:
-        """Writes every adapter set, as plain PEFT reads it, and every scalar head under ``folder``."""
+        """Writes every trained weight under ``folder``, and every adapter set and scalar head.
+
+        An adapter set is a folder as plain PEFT reads it, a model whose own weights are trained one as transformers
+        reads it, under the name of its base, and a scalar head the file ``ROLE_head.safetensors`` with ``weight``
+        [1, d].
+        """
+        for base in self._trained_bases():
+            save_model(self.models[base], self.case.model_of(self.method.origins[base]), folder / base)
         for base, adapters in self.adapters.items():
             model = self.models[base]
             for name in adapters.names:
@@ -321,6 +330,15 @@ class Engine:
         for role, head in self.scalar_heads.items():
             folder.mkdir(parents=True, exist_ok=True)
             save_file({"weight": head.weight.detach().cpu().contiguous()}, folder / f"{role}_head.safetensors")
+
+    def _trained_bases(self) -> list[str]:
+        """The bases of which a weight of the trunk or of the language-model head is trained."""
+        roles = (self.method.roles[name] for name in self.method.trained_roles)
+        return list(dict.fromkeys(role.base for role in roles if "base" in role.trains or _trains_lm_head(role)))
+
+
+def _trains_lm_head(role: Role) -> bool:
+    return "head" in role.trains and HEADS[role.head].outputs == "vocabulary"
 
 
 def logprob_chunk_size(case: Case, vocab_size: int) -> int:

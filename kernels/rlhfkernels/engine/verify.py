@@ -115,7 +115,9 @@ class _Verification:
         yield from self._of_engine("plain", plain, reference)
         adapted = self._adapted(plain)
         del self._plain, plain
-        yield self._compared("plain, checkpointed: adapter gradient", lambda: self._checkpointed_gradient(reference))
+        yield self._compared(
+            "plain, checkpointed: adapter gradient", lambda: self._checkpointed_gradient(reference), of_gradient=True
+        )
         fast = self._engine({"engine.trunk": "fast"})
         if fast.trunks[_ROLE].name != "fast":
             return
@@ -208,7 +210,9 @@ class _Verification:
         yield self._compared(
             f"{label}: adapter log-probabilities", lambda: [(self._adapted(engine), reference.adapted)]
         )
-        yield self._compared(f"{label}: adapter gradient", lambda: [(self._gradient(engine), reference.gradient)])
+        yield self._compared(
+            f"{label}: adapter gradient", lambda: [(self._gradient(engine), reference.gradient)], of_gradient=True
+        )
 
     def _checkpointed_gradient(self, reference: _Reference) -> list[tuple[torch.Tensor, torch.Tensor]]:
         engine = self._engine({"engine.gradient_checkpointing": True})
@@ -231,7 +235,13 @@ class _Verification:
         mean = self._logprobs(engine, train=True).mean()
         return _joined(torch.autograd.grad(mean, parameters, allow_unused=True), parameters)
 
-    def _compared(self, name: str, compare: Callable[[], list[tuple[torch.Tensor, torch.Tensor]]]) -> Check:
+    def _compared(
+        self,
+        name: str,
+        compare: Callable[[], list[tuple[torch.Tensor, torch.Tensor]]],
+        *,
+        of_gradient: bool = False,
+    ) -> Check:
         """Runs a comparison of (found, expected) pairs; a model whose forward pass fails is wrong."""
         try:
             with forward_errors(self._case.model, self._class_name):
@@ -241,7 +251,7 @@ class _Verification:
         except ModelError as problem:
             return Check(name=name, outcome="wrong", note=str(problem))
         error = max((largest_error(*pair) for pair in pairs), key=lambda each: (each != each, each))  # NaN is largest
-        limit = max(tolerance(expected, self._case.dtype) for _, expected in pairs)
+        limit = max(tolerance(expected, self._case.dtype, of_gradient=of_gradient) for _, expected in pairs)
         return Check(name=name, outcome="ok" if error <= limit else "wrong", error=error, tolerance=limit)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -67,11 +68,17 @@ class Adapters:
         device = next(trunk.parameters()).device
         # The tuner injects the layers and is dropped. Its weights stay on the meta device, because PEFT would create
         # them in float32 first; a planner's fake mode is left for that, because PEFT cannot move fake tensors.
-        with _disable_current_modes():
-            tuner = LoraModel(trunk, self._config, self.names[0], low_cpu_mem_usage=True)
-            for name in self.names[1:]:
-                tuner.peft_config[name] = self._config
-                tuner.inject_adapter(trunk, name, low_cpu_mem_usage=True)
+        try:
+            with _disable_current_modes(), warnings.catch_warnings():
+                # PEFT looks for the pattern of a fused weight among modules, warns, and then applies it.
+                warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match")
+                tuner = LoraModel(trunk, self._config, self.names[0], low_cpu_mem_usage=True)
+                for name in self.names[1:]:
+                    tuner.peft_config[name] = self._config
+                    tuner.inject_adapter(trunk, name, low_cpu_mem_usage=True)
+        except ValueError as error:  # a part of a fused weight of experts
+            problem = f"lora.target_modules is {targets!r}: PEFT cannot attach an adapter there ({error})"
+            raise CaseError([problem]) from error
         self._named_layers = [(name, m) for name, m in trunk.named_modules() if isinstance(m, LoraLayer)]
         with seeded(device, seed):
             self._make_weights(device, dtype)
@@ -145,12 +152,13 @@ class Adapters:
             for key, parameter in self.named_parameters(name).items()
         }
         save_file(state, folder / "adapter_model.safetensors")
-        config = self._config.to_dict()
+        # PEFT has moved the targets that are fused experts to ``target_parameters``. It keeps both as sets.
+        fields = self._config.to_dict().items()
+        config = {key: sorted(value) if isinstance(value, set) else value for key, value in fields}
         config |= {
             "base_model_name_or_path": base_model,
             "task_type": TaskType.CAUSAL_LM.value if prefix else TaskType.FEATURE_EXTRACTION.value,
             "inference_mode": True,
-            "target_modules": sorted(config["target_modules"]),
         }
         text = json.dumps({key: value for key, value in config.items() if _is_json(value)}, indent=2)
         (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")

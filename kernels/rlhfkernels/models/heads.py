@@ -59,7 +59,7 @@ class ScalarHead(nn.Module):
     Args:
         hidden_size: d.
         device: where the weight lives.
-        dtype: dtype of the weight; the result is float32 or wider.
+        dtype: dtype of the weight. The computation and the result are in float32 or wider.
     """
 
     def __init__(self, hidden_size: int, *, device: torch.device, dtype: torch.dtype) -> None:
@@ -70,5 +70,6 @@ class ScalarHead(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [..., d] to scalars [...], in float32 or wider."""
-        scalar = nn.functional.linear(hidden, self.weight).squeeze(-1)
-        return scalar if scalar.dtype == torch.float64 else scalar.float()
+        # The sum over d in bfloat16 would round values to 3 digits, and advantages are differences of values.
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        return nn.functional.linear(hidden.to(dtype), self.weight.to(dtype)).squeeze(-1)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +27,12 @@ _POSITION_FIELDS = ("max_position_embeddings", "n_positions", "max_sequence_leng
 # Parts of the names of configuration fields that make a forward pass in train mode random.
 _NOISE_FIELDS = ("dropout", "pdrop", "layerdrop", "jitter")
 _NUM_PROBE_TOKENS = 8
+# Tensors of a checkpoint that no forward pass of a causal language model misses, beside those that transformers itself
+# lists: masks and rotary tables that older versions saved and newer ones compute, and heads for other tasks.
+_HARMLESS_TENSORS = re.compile(
+    r"(^|\.)(attn|attention)\.(masked_)?bias$|(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(^|\.)position_ids$"
+    r"|^(score|classifier|classification_head|qa_outputs|v_head|value_head|reward_head)\."
+)
 # Rotary embeddings whose frequencies depend on the sequence length.
 LENGTH_DEPENDENT_ROTARY = ("dynamic", "longrope")
 
@@ -105,10 +112,11 @@ def load_causal_lm(
     """Loads transformers' own causal language model; arguments as in ``load_model``.
 
     Raises:
-        ModelError: as in ``load_model``; or the checkpoint lacks weights that the case reads.
+        ModelError: as in ``load_model``; or the checkpoint lacks weights that the case reads, or has weights that the
+            architecture has no place for.
     """
     device = torch.device(case.device)
-    config, source = read_config(name)
+    config, source = _read_config(name)
     _check_architecture(name, config)
     _check_positions(case, name, config)
     for field, value in list(vars(config).items()):
@@ -122,7 +130,7 @@ def load_causal_lm(
         load = AutoModelForCausalLM.from_pretrained
         options |= {"config": config, **source.kwargs, "output_loading_info": True}
         model, info = _with_attention(name, load, *source.args, **options)
-        _check_weights(name, model, info["missing_keys"], with_lm_head)
+        _check_weights(name, model, info, with_lm_head)
         model = model.to(device)
     if has_other_states(model):
         raise ModelError(
@@ -152,15 +160,31 @@ def _check_architecture(model: str, config: Any) -> None:
         raise ModelError(f"model {model!r} has an encoder ({config.model_type}): it must be a decoder alone.")
 
 
-def _check_weights(name: str, model: Any, missing: Iterable[str], with_lm_head: bool) -> None:
-    """Refuses a checkpoint without some weights, which transformers would initialise at random."""
+def _check_weights(name: str, model: Any, info: Mapping[str, Iterable[str]], with_lm_head: bool) -> None:
+    """Refuses a checkpoint whose weights are not the model's: transformers fills gaps at random and drops the rest."""
     head = model.get_output_embeddings()
-    unread = set() if with_lm_head or head is None else {id(parameter) for parameter in head.parameters()}
+    is_unread = head is not None and not with_lm_head
+    unread = {id(parameter) for parameter in head.parameters()} if is_unread else set()
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    missing = info["missing_keys"]
     lacking = sorted(key for key in missing if key not in parameters or id(parameters[key]) not in unread)
     if lacking:
-        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
-        raise ModelError(f"model {name!r} lacks weights: its checkpoint has no {', '.join(lacking[:3])}{more}.")
+        raise ModelError(f"model {name!r} lacks weights: its checkpoint has no {_some(lacking)}.")
+    owner = next((f"{key}." for key, module in model.named_modules() if module is head), "") if is_unread else ""
+    surplus = sorted(
+        key
+        for key in info["unexpected_keys"]
+        if not _HARMLESS_TENSORS.search(key) and not (owner and key.startswith(owner))
+    )
+    if surplus:
+        raise ModelError(
+            f"model {name!r} has weights that {type(model).__name__} has no place for: {_some(surplus)}; "
+            "its config.json must describe its checkpoint."
+        )
+
+
+def _some(keys: Sequence[str]) -> str:
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
 @torch.no_grad()
@@ -233,7 +257,16 @@ def read_max_positions(model: str) -> int | None:
     Raises:
         ModelError: the model is unknown.
     """
-    return max_positions(read_config(model)[0])
+    return max_positions(read_config(model))
+
+
+def read_config(model: str) -> Any:
+    """Reads the configuration of a model.
+
+    Raises:
+        ModelError: the model is unknown.
+    """
+    return _read_config(model)[0]
 
 
 def rotary_limit(config: Any) -> int | None:
@@ -260,12 +293,7 @@ def _source(model: str) -> _Source:
     return _Source((model,), {})
 
 
-def read_config(model: str) -> tuple[Any, _Source | None]:
-    """Returns the configuration of ``model``, and where it is loaded from; ``None`` for a preset.
-
-    Raises:
-        ModelError: it cannot be read.
-    """
+def _read_config(model: str) -> tuple[Any, _Source | None]:
     if model in PRESETS:
         preset = PRESETS[model]
         return AutoConfig.for_model(preset.model_type, **preset.config), None

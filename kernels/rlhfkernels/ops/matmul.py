@@ -1,8 +1,7 @@
 """Matmul of many rows, as every layer of a full-length forward pass needs.
 
-MKL's float32 GEMM on the CPU loses up to a quarter of its rate with somewhat more than a thousand columns and few rows
-a core; in blocks of fewer columns it keeps the rate. From 4096 columns on, blocks gain little, and every block costs a
-call. The C backend divides the work evenly at any size.
+Torch and the C backend compute it; on the CPU the one that was faster on this machine runs, see
+``rlhfkernels.ops.native.choice``.
 
 Shapes: m = rows, k = summed over, n = columns, r = rank.
 """
@@ -13,11 +12,9 @@ from typing import NamedTuple
 
 import torch
 
+from rlhfkernels.ops.blocked_matmul import blocked_matmul
 from rlhfkernels.ops.dispatch import takes_native
 from rlhfkernels.ops.native import matmul as native
-
-_MAX_BLOCK_COLUMNS = 768
-_MAX_SPLIT_COLUMNS, _MIN_SPLIT_ROWS = 4096, 384
 
 
 class LowRankTerm(NamedTuple):
@@ -88,7 +85,7 @@ def matmul(
     if accumulate:
         out.addmm_(left, right, alpha=scale)
     else:
-        _torch(left, right, out)
+        blocked_matmul(left, right, out)
         if scale != 1.0:
             out.mul_(scale)
     if low_rank is not None:
@@ -101,13 +98,3 @@ def runs_native(
 ) -> bool:
     """Returns whether the matmul runs in C, which adds a low-rank term in the same pass."""
     return takes_native(backend, left, right, out, *others) and native.supports(left, right, out)
-
-
-def _torch(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
-    m, n = out.shape
-    num_blocks = -(-n // _MAX_BLOCK_COLUMNS)
-    if not left.is_cpu or left.dtype != torch.float32 or m < _MIN_SPLIT_ROWS or n > _MAX_SPLIT_COLUMNS:
-        num_blocks = 1
-    size = -(-n // num_blocks)
-    for block, columns in zip(torch.split(right, size, 1), torch.split(out, size, 1), strict=True):
-        torch.mm(left, block, out=columns)

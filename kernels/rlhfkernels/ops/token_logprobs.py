@@ -19,6 +19,10 @@ from rlhfkernels.ops.dispatch import takes_native, takes_triton
 from rlhfkernels.ops.logit_transform import LogitTransform, scale_and_cap
 from rlhfkernels.ops.native import token_logprobs as native
 
+# Rows of a head's weight whose gradient exists twice at a time while chunks are added up in a wider dtype: at d = 4096
+# in bfloat16 32 MiB, in place of 250 MiB for the 32,000 rows of Llama.
+_ACCUMULATED_ROWS = 4096
+
 
 def token_logprobs_reference(
     hidden: torch.Tensor,
@@ -54,6 +58,7 @@ def token_logprobs(
     chunk: int = 128,
     entropy: bool = False,
     backend: str = "auto",
+    grad_dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Computes ``token_logprobs_reference`` in chunks, with the same gradients.
 
@@ -66,6 +71,8 @@ def token_logprobs(
         chunk: positions whose logits exist at a time; 0 is all of them, by plain autograd.
         entropy: also return the entropies.
         backend: as in ``takes_triton`` and ``takes_native``.
+        grad_dtype: dtype in which the gradients of ``weight`` and ``bias`` are added up over several chunks, at least
+            their own. Over 256 chunks the error is 1.3 times that of one rounding in float32, 13 times in bfloat16.
 
     Returns:
         Log-probabilities [n], and entropies [n] or ``None``, in nats, in float32 or wider.
@@ -75,7 +82,7 @@ def token_logprobs(
         return logprobs, entropies if entropy else None
     kernels = _kernels(hidden, transform, backend, entropy=entropy)
     outputs = _ChunkedLogprobs.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, targets, transform, chunk, entropy, kernels
+        hidden, weight, bias, targets, transform, chunk, entropy, kernels, grad_dtype
     )
     return outputs if entropy else (outputs[0], None)
 
@@ -109,6 +116,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         chunk: int,
         with_entropy: bool,
         kernels: _Kernels,
+        grad_dtype: torch.dtype,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         n = hidden.shape[0]
         wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -131,7 +139,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 [gradient[rows] for gradient in gradients],
             )
         ctx.transform, ctx.chunk, ctx.eager, ctx.with_entropy = transform, chunk, eager, with_entropy
-        ctx.kernels = kernels
+        ctx.kernels, ctx.grad_dtype = kernels, torch.promote_types(weight.dtype, grad_dtype)
         if eager:
             ctx.save_for_backward(*gradients)
         elif any(ctx.needs_input_grad[:3]):
@@ -142,7 +150,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         grad_logprobs = grads[0]
         grad_entropies = grads[1] if ctx.with_entropy else None
-        no_grads: tuple[None, ...] = (None,) * 5
+        no_grads: tuple[None, ...] = (None,) * 6
         if ctx.eager:
             gradients = ctx.saved_tensors
             grad_hidden = gradients[0] * grad_logprobs[:, None].to(gradients[0].dtype)
@@ -152,8 +160,10 @@ class _ChunkedLogprobs(torch.autograd.Function):
         hidden, weight, bias, targets, entropies = ctx.saved_tensors
         hidden_needed, weight_needed, bias_needed = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if hidden_needed else None
-        grad_weight = torch.zeros_like(weight) if weight_needed else None
-        grad_bias = torch.zeros_like(bias) if bias_needed else None
+        # One chunk is rounded once anyway. Autograd rounds the result where the gradient's own dtype is narrower.
+        dtype = ctx.grad_dtype if hidden.shape[0] > ctx.chunk else weight.dtype
+        grad_weight = torch.zeros_like(weight, dtype=dtype) if weight_needed else None
+        grad_bias = torch.zeros_like(bias, dtype=dtype) if bias_needed else None
         for start in range(0, hidden.shape[0], ctx.chunk):
             rows = slice(start, start + ctx.chunk)
             grad_raw = ctx.kernels.backward(
@@ -169,10 +179,19 @@ class _ChunkedLogprobs(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[rows] = grad_raw @ weight
             if grad_weight is not None:
-                grad_weight.addmm_(grad_raw.t(), hidden[rows])
+                _add_matmul_(grad_weight, grad_raw.t(), hidden[rows])
             if grad_bias is not None:
-                grad_bias += grad_raw.sum(0)
+                grad_bias += grad_raw.sum(0, dtype=dtype)
         return grad_hidden, grad_weight, grad_bias, *no_grads
+
+
+def _add_matmul_(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Computes ``total += left @ right``; a wider ``total`` in blocks of rows, whose matmuls are all that is added."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+        return
+    for block, rows in zip(torch.split(total, _ACCUMULATED_ROWS), torch.split(left, _ACCUMULATED_ROWS), strict=True):
+        block += rows @ right
 
 
 def forward(

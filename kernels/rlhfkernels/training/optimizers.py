@@ -56,7 +56,7 @@ class Optimizer:
             p.detach().float() if p.dtype.itemsize < 4 else p.detach() for p in self.parameters
         ]
         # A float32 weight is its own master; only copies are tensors of the optimizer.
-        self._has_copies = any(m.dtype != p.dtype for m, p in zip(self.masters, self.parameters, strict=True))
+        self._is_copy = [m.dtype != p.dtype for m, p in zip(self.masters, self.parameters, strict=True)]
 
     @property
     def lr(self) -> float:
@@ -65,7 +65,7 @@ class Optimizer:
 
     def tensors(self) -> list[torch.Tensor]:
         """Tensors of the optimizer: master copies and moments."""
-        return self.masters if self._has_copies else []
+        return [master for master, is_copy in zip(self.masters, self._is_copy, strict=True) if is_copy]
 
     def step(self) -> torch.Tensor:
         """Clips the gradients, updates the weights, frees the gradients.
@@ -81,8 +81,11 @@ class Optimizer:
             weights = [self.parameters[i] for i in rows]
             with torch.no_grad():
                 self._update(rows, masters, [_widened(w.grad, m) for w, m in zip(weights, masters, strict=True)])
-                if self._has_copies:
-                    torch._foreach_copy_([w.detach() for w in weights], masters)
+                copied = [i for i in rows if self._is_copy[i]]
+                if copied:
+                    torch._foreach_copy_(
+                        [self.parameters[i].detach() for i in copied], [self.masters[i] for i in copied]
+                    )
             for weight in weights:
                 weight.grad = None
         self.num_steps += 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from rlhfkernels.algorithms import DERIVATIONS, OBJECTIVES
-from rlhfkernels.algorithms.common import Counts
+from rlhfkernels.algorithms.common import Counts, Loss
 from rlhfkernels.config.case import Case
 from rlhfkernels.data.batch import Batch, Rows
 from rlhfkernels.data.sources import SOURCES, Prompts, Source
@@ -43,7 +43,8 @@ class StepStats(Mapping[str, torch.Tensor]):
     ``actor_grad_norm``.
 
     Attributes:
-        metrics: the method's statistics, of the whole batch or of the first mini-batch.
+        metrics: the method's statistics. Those of the rollout are of the whole batch; those of the objectives too in
+            the first step; in later steps they are of the first mini-batch.
         losses: loss of each trained role over the last mini-batch.
         grad_norms: gradient norm of each optimizer over the last mini-batch, before clipping.
     """
@@ -122,17 +123,30 @@ class TrainingStep:
         self.phases: tuple[Phase, ...] = self.method.phases
         self._reward_fn = reward_fn
         self._options = case.options.flat()
+        # The clipping is of a reward model's scores: those of a reward function are the user's own.
+        self._derive_options = case.options if reward_fn is None else case.options.replace({"ppo.reward_clip": None})
         with_rows = engine.with_weights
         tokenizer = load_tokenizer(case.model) if case.data_file is not None and with_rows else None
         self._source: Source = SOURCES[self.method.source](case, engine.vocab_size, tokenizer, with_rows=with_rows)
         self._generator = generator
         self._order = random.Random(case.seed)
+        self._is_first = True
+        self._set_gradient_dtypes()
         self.optimizers = {
             stage.role: self._make_optimizer(stage, engine.parameters_of_role[stage.role])
             for phase in self.phases
             for stage in phase.stages
             if isinstance(stage, Optimize) and engine.parameters_of_role[stage.role]
         }
+
+    def _set_gradient_dtypes(self) -> None:
+        """Sets the dtype in which each trained weight's gradient is kept and added up; see ``grad_accum_dtype``."""
+        passes = [p.weights for p in self.method.update_passes]
+        has_several = self.case.micro_batch_size < self.case.mini_batch_size or len(set(passes)) < len(passes)
+        name = self.case.options.optimizer.grad_accum_dtype or ("float32" if has_several else None)
+        if name is not None:
+            for parameter in self.trained_parameters():
+                parameter.grad_dtype = torch.promote_types(parameter.dtype, getattr(torch, name))
 
     def _make_optimizer(self, stage: Optimize, parameters: list[nn.Parameter]) -> Optimizer:
         options = self.case.options.optimizer
@@ -183,7 +197,7 @@ class TrainingStep:
             yield from (("optimizer", tensor) for tensor in optimizer.tensors())
 
     def save(self, folder: Path) -> None:
-        """Writes the adapter sets, as plain PEFT reads them, and the scalar heads."""
+        """Writes every trained weight: adapter sets as PEFT, whole models as transformers reads them, scalar heads."""
         self.engine.save(folder)
 
     def run(self, observer: Observer | None = None) -> StepStats:
@@ -251,7 +265,7 @@ class TrainingStep:
             batch[SCORES].copy_(self._reward_fn(batch))
         for stage in phase.stages:
             if isinstance(stage, Derive):
-                stats.metrics |= DERIVATIONS[stage.function](batch, self.case.options)
+                stats.metrics |= DERIVATIONS[stage.function](batch, self._derive_options)
         observer.tag("rollout", batch.tensors())
         return batch
 
@@ -273,54 +287,69 @@ class TrainingStep:
         phases = [phase for phase in self.phases if phase.kind == "update"]
         if not phases:
             return stats
+        whole = self._first_statistics(phases, batch, observer)
         first = True
         for _ in range(self.case.num_epochs):
             for indices in self._mini_batches():
-                tokens = batch.select(_rows(indices)).mask.sum()
-                counts = Counts(tokens=tokens, rows=len(indices))
                 stats.losses, stats.grad_norms = {}, {}
                 metrics: dict[str, torch.Tensor] = {}
                 for phase in phases:
                     with observer.phase(phase.name):
                         for p in phase.passes:
-                            self._differentiate(p, batch, indices, counts, stats, metrics)
+                            for losses in self._losses(p, batch, indices, train=True):
+                                self._differentiate(losses, stats, metrics)
                         for stage in phase.stages:
                             if isinstance(stage, Optimize) and stage.role in self.optimizers:
                                 stats.grad_norms[stage.role] = self.optimizers[stage.role].step()
                 if first:  # the weights are still those that the columns were read with
-                    stats.metrics |= metrics
+                    stats.metrics |= metrics | whole
                     first = False
         return stats
 
-    def _differentiate(
-        self,
-        p: ForwardPass,
-        batch: Batch,
-        indices: Sequence[int],
-        counts: Counts,
-        stats: StepStats,
-        metrics: dict[str, torch.Tensor],
-    ) -> None:
-        """Adds the gradient of one pass over one mini-batch; each micro-batch's graph ends before the next begins."""
+    @torch.no_grad()
+    def _first_statistics(self, phases: Sequence[Phase], batch: Batch, observer: Observer) -> dict[str, torch.Tensor]:
+        """The objectives' statistics over the whole batch, before any weight moves; of the first step alone.
+
+        Rows of later mini-batches are trained on after an optimizer step, so they need a forward pass of their own.
+        None is run where the batch is one mini-batch, nor in later steps, which are timed.
+        """
+        is_needed = self._is_first and self.case.mini_batch_size < batch.num_rows and self.engine.with_weights
+        self._is_first = False
+        metrics: dict[str, torch.Tensor] = {}
+        for phase in [phase for phase in phases if phase.passes] if is_needed else ():
+            with observer.phase(phase.name):
+                for p in phase.passes:
+                    for losses in self._losses(p, batch, range(batch.num_rows), train=False):
+                        _add_statistics(metrics, losses)
+        return metrics
+
+    def _losses(
+        self, p: ForwardPass, batch: Batch, indices: Sequence[int], *, train: bool
+    ) -> Iterator[list[tuple[str, Loss]]]:
+        """The losses of one pass, each with its role, one micro-batch of ``indices`` at a time."""
         stages = [stage for stage in p.stages if isinstance(stage, Update)]
         objectives = [OBJECTIVES[stage.objective] for stage in stages]
         reads_prompt = any(objective.reads_prompt(self.case.options) for objective in objectives)
-        if reads_prompt:
-            counts = counts._replace(tokens=batch.select(_rows(indices)).predicted_mask.sum())
+        selected = batch.select(_rows(indices))
+        tokens = (selected.predicted_mask if reads_prompt else selected.mask).sum()
+        counts = Counts(tokens=tokens, rows=len(indices))
         for rows in self._micro_batches(indices):
             part = batch.select(rows)
-            hidden = self._hidden(p, part, start=0 if reads_prompt else part.prompt_len - 1, train=True)
-            losses = [
-                objective.function(GraphReader(self.engine, stage.role, hidden, part), part, self.case.options, counts)
-                for stage, objective in zip(stages, objectives, strict=True)
+            hidden = self._hidden(p, part, start=0 if reads_prompt else part.prompt_len - 1, train=train)
+            readers = [GraphReader(self.engine, stage.role, hidden, part) for stage in stages]
+            yield [
+                (reader.role, objective.function(reader, part, self.case.options, counts))
+                for reader, objective in zip(readers, objectives, strict=True)
             ]
-            torch.stack([loss.value for loss in losses]).sum().backward()  # type: ignore[no-untyped-call]
-            for stage, loss in zip(stages, losses, strict=True):
-                stats.losses[stage.role] = stats.losses.get(stage.role, 0) + loss.value.detach()
-                for name, found in loss.sums.items():
-                    metrics[name] = metrics[name] + found if name in metrics else found
-                for name, found in loss.maxima.items():
-                    metrics[name] = torch.maximum(metrics[name], found) if name in metrics else found
+
+    def _differentiate(
+        self, losses: Sequence[tuple[str, Loss]], stats: StepStats, metrics: dict[str, torch.Tensor]
+    ) -> None:
+        """Adds the gradient of one micro-batch, whose graph ends here."""
+        torch.stack([loss.value for _, loss in losses]).sum().backward()  # type: ignore[no-untyped-call]
+        for role, loss in losses:
+            stats.losses[role] = stats.losses.get(role, 0) + loss.value.detach()
+        _add_statistics(metrics, losses)
 
     def _mini_batches(self) -> Iterator[Sequence[int]]:
         """The data rows of every mini-batch of one epoch; shuffled only where there are several."""
@@ -343,6 +372,15 @@ _INFERENCE = {
     Read: TrainingStep._score,
     Derive: TrainingStep._score,
 }
+
+
+def _add_statistics(metrics: dict[str, torch.Tensor], losses: Iterable[tuple[str, Loss]]) -> None:
+    """Adds one micro-batch's statistics to those of its mini-batch, or of the whole batch."""
+    for _, loss in losses:
+        for name, found in loss.sums.items():
+            metrics[name] = metrics[name] + found if name in metrics else found
+        for name, found in loss.maxima.items():
+            metrics[name] = torch.maximum(metrics[name], found) if name in metrics else found
 
 
 def _rows(indices: Sequence[int]) -> Rows:

@@ -1,7 +1,8 @@
 """The roofline of a step: the FLOPs and bytes that each phase cannot avoid.
 
-Counted are matmuls with weights, causal attention (half of the square), the head at the positions that a stage reads,
-and every weight, cached key and cached value once for each forward that needs it. Outputs of the last layer that no
+Counted are matmuls with weights, causal attention (half of the square, less what a sliding window hides), the head at
+the positions that a stage reads, and every weight, cached key and cached value once for each forward that needs it.
+Outputs of the last layer that no
 head reads are not counted. Work that a better kernel could avoid is not counted either: activations that travel through
 memory, norms, padding, recomputation.
 """
@@ -9,7 +10,9 @@ memory, norms, padding, recomputation.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -67,15 +70,23 @@ class Work:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class _Shape:
-    """Sizes of one base: elements of its weights, and attention channels summed over its layers."""
+    """Sizes of one base: elements of its weights, and attention channels of a layer.
 
-    num_layers: int
+    Attributes:
+        windows: for each layer, the positions that a query sees, itself included; ``None`` is all before it.
+    """
+
+    windows: tuple[int | None, ...]
     hidden: int
     trunk: int
     trunk_item: int
     head: int
     query_channels: int
     kv_channels: int
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.windows)
 
     @property
     def trunk_bytes(self) -> int:
@@ -88,7 +99,25 @@ class _Shape:
     @property
     def unread(self) -> int:
         """Weights of the last layer without its key and value projections: unused where the output is unread."""
-        return (self.trunk - 2 * self.hidden * self.kv_channels) // self.num_layers
+        return self.trunk // self.num_layers - 2 * self.hidden * self.kv_channels
+
+    def attention_flops(self, length: int) -> int:
+        """Both attention matmuls of one sequence, q kᵀ and p v: half of the square each, less what windows hide."""
+        return sum(_attention_flops(self.query_channels, window, length) for window in self.windows)
+
+    def last_attention_flops(self, length: int) -> int:
+        """The share of the last layer in ``attention_flops``."""
+        return _attention_flops(self.query_channels, self.windows[-1], length)
+
+    def cached_positions(self, first: int, last: int) -> int:
+        """Positions read from the caches of all layers by the steps after ``first`` to ``last − 1`` tokens."""
+        limits = [last if window is None else window - 1 for window in self.windows]
+        return sum(min(seen, limit) for limit in limits for seen in range(first, last))
+
+
+def _attention_flops(channels: int, window: int | None, length: int) -> int:
+    hidden = 0 if window is None else max(0, length - window)
+    return 2 * channels * (length * length - hidden * hidden)
 
 
 def phase_work(step: TrainingStep) -> dict[str, Work]:
@@ -120,12 +149,12 @@ class _Counter:
         """
         shape, unread = self._shapes[base], self._case.prompt_len - 1
         weights = base_products * shape.unread + adapter_products * adapter // shape.num_layers
-        attention = 2 * adapter_products * shape.query_channels // shape.num_layers * unread
-        return (2 * weights + attention) * unread * self._num_sequences
+        attention = adapter_products * shape.last_attention_flops(unread)
+        return (2 * weights * unread + attention) * self._num_sequences
 
     def _attention_flops(self, base: str, length: int) -> int:
-        """Both attention matmuls of one causal forward over the batch: q kᵀ and p v, half of the square each."""
-        return 2 * self._shapes[base].query_channels * length * length * self._num_sequences
+        """Both attention matmuls of one causal forward over the batch."""
+        return self._shapes[base].attention_flops(length) * self._num_sequences
 
     def _head_flops(self, role: Role, positions: int) -> int:
         """The head's matmul at ``positions`` of every sequence."""
@@ -149,9 +178,10 @@ class _Counter:
         flops += self._attention_flops(role.base, seen) + self._head_flops(role, case.completion_len)
         flops -= self._unread_flops(role.base, adapter)
         weights = (shape.trunk_bytes + adapter_bytes + shape.head_bytes) * case.completion_len
-        cached_reads = sum(range(case.prompt_len, seen))
         kv_item = 2 * shape.kv_channels * shape.trunk_item * self._num_sequences
-        return Work(flops, weights + kv_item * (cached_reads + seen), kv_item * seen)
+        written = kv_item * seen * shape.num_layers
+        read = kv_item * shape.cached_positions(case.prompt_len, seen)
+        return Work(flops, weights + read + written, written)
 
     def score(self, phase: Phase) -> Work:
         """Every pass forward once; a base that several passes read is read once."""
@@ -231,11 +261,26 @@ def _shape_of(engine: Engine, base: str) -> _Shape:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     return _Shape(
-        num_layers=config.num_hidden_layers,
+        windows=_windows(model.trunk),
         hidden=model.hidden_size,
         trunk=sum(w.numel() for w in weights),
         trunk_item=weights[0].element_size(),
         head=model.vocab_size * model.hidden_size,
-        query_channels=config.num_hidden_layers * heads * head_dim,
-        kv_channels=config.num_hidden_layers * kv_heads * head_dim,
+        query_channels=heads * head_dim,
+        kv_channels=kv_heads * head_dim,
     )
+
+
+def _windows(trunk: nn.Module) -> tuple[int | None, ...]:
+    """The sliding window of each layer; ``None`` for layers without one.
+
+    Some configurations have a window that their architecture does not read (Llama's may), so the architecture's module
+    must use transformers' mask for it. A layer without a stated kind has the window (Mistral).
+    """
+    config: Any = trunk.config
+    num_layers: int = config.num_hidden_layers
+    window: int | None = getattr(config, "sliding_window", None)
+    if not hasattr(sys.modules[type(trunk).__module__], "create_sliding_window_causal_mask"):
+        window = None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * num_layers
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)

@@ -671,3 +671,45 @@ def test_a_bad_data_file_is_one_sentence_and_starts_nothing(call, tmp_path, meth
     code, out, err = call("run", "--methods", method, *small, flag, "x.jsonl", "--out", "here")
     assert (code, out, err) == (2, "", sentence + "\n")
     assert not (tmp_path / "here").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ((), "one of --base, --baseline, --self-test and --bisect must be given, and only one."),
+        (("--base", "a", "--self-test"), "one of --base, --baseline, --self-test and --bisect must be given"),
+        (("--base", "a", "--memory-only"), "--update-baseline and --memory-only need --baseline RUN."),
+        (("--base", "a", "--budget-s", "0"), "--budget-s is 0: it must be above 0 and at most 1000000."),
+        (("--base", "a", "--budget-s", "nan"), "--budget-s is nan"),
+        (("--base", "a", "--smallest-effect", "0.2"), "--promised-effect is 0.1: it must be above --smallest-effect"),
+        (("--base", "a", "--smallest-effect", "-1"), "--smallest-effect is -1: it must be above 0 and below 10."),
+        (("--base", "a", "--step", "mine"), "--step is 'mine': it must be MODULE:FUNCTION."),
+        (("--base", "a", "--threads", "0"), "--threads is 0: it must be from 1 to 1024."),
+        (("--base", "a"), "--base needs a git repository"),
+        (("--bisect", "a", "b"), "--base needs a git repository"),
+        (("--baseline", "nowhere"), "baseline 'nowhere' holds no run"),
+    ],
+)
+def test_a_wrong_gate_is_one_sentence(call, monkeypatch, tmp_path, arguments, sentence):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    code, out, err = call("gate", *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith(sentence) or sentence in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gate_against_a_stored_run(call, fake, monkeypatch, tmp_path):
+    assert call("run", *SMALL, *kind("steady"), "--blocks", "2", "--out", "stored")[0] == 0
+    code, out, _ = call("gate", "--baseline", "stored", "--out", "new", "--update-baseline")
+    assert code == 0
+    assert out.startswith("**No regression.**")
+    assert read_records("stored") == read_records("new")
+    assert call("gate", "--baseline", "stored")[0] == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"stored", "new"}  # without --out nothing is kept
+    path = tmp_path / "stored" / "environment.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "host": "another"}))
+    code, _, err = call("gate", "--baseline", "stored", "--out", "later")
+    assert code == 3
+    assert "Times are not judged: host" in err
+    assert call("gate", "--baseline", "stored", "--out", "last", "--memory-only")[0] == 0

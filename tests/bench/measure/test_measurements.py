@@ -361,6 +361,8 @@ def test_the_rest_is_the_allocators_peak_without_ledger_and_workspaces(fake):
         ({"ratio_error": 0.001, "kl": -0.5}, "float64", r"disagree by 0\.001 \(ratio_error"),
         ({"ratio_error": 0.5, "kl": -0.5}, "bfloat16", r"disagree by 0\.5 \(kl of the first step\), and bfloat16"),
         ({"ratio_error": 0.009, "kl": 0.0009}, "float32", None),
+        ({"ratio_error": 0.88, "kl": 0.017}, "bfloat16", None),
+        ({"ratio_error": 0.88, "kl": 0.06}, "bfloat16", r"disagree by 0\.06 \(kl of the first step\)"),
         ({"ratio_error": None, "kl": None}, "float32", None),
         ({"kl": 9.0, "score": 5.0}, "float32", None),
     ],

@@ -17,9 +17,17 @@ from rlhfbench.planning.zero import Zero
 from rlhfkernels import METHODS, Case, Options, build_step
 from rlhfkernels.config.settings import SETTINGS
 from rlhfkernels.observer import PARTS
+from rlhfkernels.ops.native import build, matmul
 
 ARCHITECTURES = ["llama", "opt", "gpt_neox", "gpt2", "qwen2"]
 NAMES = ("model_bytes", "activation_bytes", "total_bytes")
+
+
+@pytest.fixture
+def library() -> None:
+    reason = build.unavailable_reason()
+    if reason is not None:
+        pytest.skip(f"the C cannot be compiled here: {reason}")
 
 
 def measured(case: Case) -> dict[str, object]:
@@ -48,6 +56,31 @@ def test_the_plan_is_what_the_ledger_measures(
         plan, memory = plan_case(case).memory, measured(case)
         for name in NAMES:
             assert plan[name] == memory[name], (name, length, batch_size)
+
+
+@pytest.mark.parametrize("method", ["full", "hydra", "sft", "sft-lora", "dpo-lora"])
+@pytest.mark.parametrize(("asked", "width"), [(None, 4), ("float32", 4), ("bfloat16", 2)])
+def test_gradients_that_add_up_in_another_dtype_are_planned_to_the_byte(
+    make_case: Callable[..., Case], method: str, asked: str | None, width: int
+) -> None:
+    options = {"engine__micro_batch_size": 1, "optimizer__grad_accum_dtype": asked, "engine__logprob_chunk_size": 8}
+    case = make_case(method, "wide-llama", dtype="bfloat16", prompt_len=16, completion_len=16, **options)
+    plan, memory = plan_case(case).memory, measured(case)
+    assert {name: plan[name] for name in NAMES} == {name: memory[name] for name in NAMES}
+    assert plan["phases"] == memory["phases"]
+    owned = [sum(p.numel() for p in each) for each in build_step(case).engine.parameters_of_role.values()]
+    held = max(phase["parts"]["gradients"] for phase in memory["phases"].values())
+    assert held in {width * sum(owned), *(width * each for each in owned)}
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("beats", [True, False])
+def test_the_plan_counts_the_matmul_that_runs(
+    make_case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch, beats: bool
+) -> None:
+    monkeypatch.setattr(matmul, "beats_torch", lambda: beats)
+    case = make_case("sft", "wide-llama", dtype="float32", prompt_len=24, completion_len=24, engine__backend="native")
+    assert plan_case(case).memory["phases"] == measured(case)["phases"]
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "dynamic-lora"])

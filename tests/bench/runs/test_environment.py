@@ -43,7 +43,7 @@ def test_variables_load_and_revisions_are_kept(monkeypatch):
         "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": "1", "MALLOC_ARENA_MAX": "2",
     }.items()  # fmt: skip
     assert all(
-        name.startswith(("OMP_", "MKL_", "KMP_", "GOMP_", "MALLOC_", "CUDA_", "PYTORCH_"))
+        name.startswith(("OMP_", "MKL_", "KMP_", "GOMP_", "MALLOC_", "CUDA_", "PYTORCH_", "RLHFBENCH_"))
         for name in found["variables"]
     )
     assert "hidden" not in json.dumps(found)

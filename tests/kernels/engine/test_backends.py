@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 
 from rlhfkernels import CaseError
 from rlhfkernels.engine import backends
 from rlhfkernels.engine.backends import select_backend
+from rlhfkernels.ops.native import matmul
 
 
 @pytest.mark.parametrize(
@@ -46,6 +49,7 @@ def test_the_cpu_selects_native_if_it_compiles(
     monkeypatch: pytest.MonkeyPatch, reason: str | None, sentence: str | None
 ) -> None:
     monkeypatch.setattr(backends.build, "unavailable_reason", lambda: reason)
+    monkeypatch.setattr(backends, "beats_torch", lambda: True)
     assert select_backend("torch", "cpu", "float32") == "torch"
     if sentence is None:
         assert select_backend("auto", "cpu", "float32") == select_backend("native", "cpu", "float32") == "native"
@@ -60,3 +64,13 @@ def test_the_cpu_selects_native_if_it_compiles(
 def test_other_dtypes_on_the_cpu_select_torch_without_compiling(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     monkeypatch.setattr(backends.build, "unavailable_reason", lambda: pytest.fail("it compiled"))
     assert select_backend("auto", "cpu", dtype) == "torch"
+
+
+def test_a_wrong_matmul_in_the_environment_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, library: ctypes.CDLL
+) -> None:
+    monkeypatch.setattr(matmul, "_fastest", matmul._fastest.__wrapped__)
+    monkeypatch.setenv("RLHFBENCH_CPU_MATMUL", "mkl")
+    with pytest.raises(CaseError) as caught:
+        select_backend("auto", "cpu", "float32")
+    assert caught.value.problems == ("RLHFBENCH_CPU_MATMUL is 'mkl': it must be native, torch or auto.",)

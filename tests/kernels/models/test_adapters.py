@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,6 +60,30 @@ def test_a_saved_set_is_read_by_plain_peft(
             hidden = step.engine.hidden(p, tokens, None)
             expected = step.engine.lm_head("actor")(hidden)
             torch.testing.assert_close(loaded(input_ids=tokens).logits, expected, **NEAR)
+
+
+def test_adapters_of_fused_experts_are_read_by_plain_peft(
+    make_case: Callable[..., Case], tmp_path: Path, shake: Callable[[Engine], None]
+) -> None:
+    step = build_step(make_case(architecture="deepseek_v3", dtype="float32"))  # experts have no float64
+    shake(step.engine)
+    assert any("experts" in key for key in step.engine.adapters["hydra"].named_parameters("actor"))
+    step.save(tmp_path)
+    tokens = torch.randint(48, (2, 11))
+    for p in (ACTOR, CRITIC):
+        model = AutoModelForCausalLM.from_pretrained(step.case.model, dtype=torch.float32).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT advises against a target that it finds itself
+            loaded = PeftModel.from_pretrained(model, tmp_path / str(p.adapter), autocast_adapter_dtype=False)
+        with torch.no_grad():
+            expected = step.engine.lm_head("actor")(step.engine.hidden(p, tokens, None))
+            torch.testing.assert_close(loaded(input_ids=tokens).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_part_of_a_fused_weight_is_no_target(make_case: Callable[..., Case]) -> None:
+    case = make_case(architecture="deepseek_v3", dtype="float32", lora__target_modules="gate_proj")
+    with pytest.raises(CaseError, match=r"lora\.target_modules is 'gate_proj': PEFT cannot attach an adapter there"):
+        Engine(case)
 
 
 def test_a_set_of_a_headless_base_is_read_by_plain_peft(

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[3]
 OPS_FOLDER = ROOT / "kernels" / "rlhfkernels" / "ops"
 BENCHMARKS = ROOT / "benchmarks" / "kernels" / "ops"
 # Infrastructure of a backend, in the folder of its ops.
-NOT_OPS = {"__init__", "build", "launch", "program", "structures"}
+NOT_OPS = {"__init__", "build", "choice", "launch", "program", "structures"}
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -25,7 +25,7 @@ def test_an_op_has_a_reference_a_test_and_a_benchmark_of_its_name(name: str) -> 
     assert op.reference.__module__ == op.function.__module__ == f"rlhfkernels.ops.{name}"
     assert op.reference.__name__ == f"{name}_reference"
     assert op.function.__name__.removesuffix("_") == name
-    options = ("backend", "chunk", "entropy")
+    options = ("backend", "chunk", "entropy", "grad_dtype")
     assert set(inspect.signature(op.function).parameters) - set(options) == set(
         inspect.signature(op.reference).parameters
     )

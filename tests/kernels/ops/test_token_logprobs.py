@@ -91,3 +91,37 @@ def test_bfloat16_gives_float32_results_near_float64() -> None:
     expected, _ = token_logprobs_reference(hidden.double(), head.weight.double(), None, targets, head.transform)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected, rtol=0.02, atol=0.02)
+
+
+def head_gradient_errors(num_chunks: int, grad_dtype: torch.dtype) -> list[tuple[float, float]]:
+    """Relative errors of the gradients of weight and bias in bfloat16, each beside that of one rounding."""
+    torch.manual_seed(0)
+    chunk, d, v = 16, 32, 64
+    weight, bias = (0.2 * torch.randn(v, d)).bfloat16(), (0.1 * torch.randn(v)).bfloat16()
+    hidden = torch.randn(num_chunks * chunk, d).bfloat16()
+    targets = torch.randint(v, (num_chunks * chunk,))
+
+    def gradients(dtype: torch.dtype) -> list[torch.Tensor]:
+        head = [each.to(dtype).clone().requires_grad_() for each in (weight, bias)]
+        transform = LogitTransform(1.0, None, 1.0)
+        logprobs, _ = token_logprobs(hidden.to(dtype), *head, targets, transform, chunk=chunk, grad_dtype=grad_dtype)
+        logprobs.sum().backward()
+        assert all(each.grad.dtype == dtype for each in head)
+        return [each.grad.double() for each in head]
+
+    pairs = zip(gradients(torch.bfloat16), gradients(torch.float64), strict=True)
+    return [
+        (float((found - right).norm() / right.norm()), float((right.bfloat16() - right).norm() / right.norm()))
+        for found, right in pairs
+    ]
+
+
+@pytest.mark.parametrize("num_chunks", [1, 8, 128])
+def test_a_heads_gradient_over_chunks_is_off_by_about_one_rounding(num_chunks: int) -> None:
+    for error, rounding in head_gradient_errors(num_chunks, torch.float32):
+        assert error < 2.2 * rounding
+
+
+def test_a_heads_gradient_in_a_narrow_dtype_gets_worse_with_every_chunk() -> None:
+    for error, rounding in head_gradient_errors(128, torch.bfloat16):
+        assert error > 5 * rounding

@@ -60,6 +60,21 @@ def test_bfloat16_weights_follow_float32_masters() -> None:
         assert torch.equal(a, b.bfloat16())
 
 
+def test_a_float32_weight_has_no_master_copy() -> None:
+    """Adapters in float32 on a bfloat16 base, beside a head in bfloat16: the head alone has a copy."""
+    wide, narrow = nn.Parameter(torch.ones(6, 2)), nn.Parameter(torch.ones(5).bfloat16())
+    optimizer = SGD([wide, narrow], weight_decay=0.0, eps=1e-8, **{**SCHEDULE, "max_grad_norm": 100.0})
+    (copy,) = optimizer.tensors()
+    assert (copy.shape, copy.dtype) == (narrow.shape, torch.float32)
+    for parameter in (wide, narrow):
+        parameter.grad = torch.full_like(parameter, 0.5)
+    lr = optimizer.lr
+    optimizer.step()
+    torch.testing.assert_close(wide.detach(), torch.full((6, 2), 1 - 0.5 * lr))
+    assert torch.equal(narrow.detach(), copy.bfloat16())
+    torch.testing.assert_close(copy, torch.full((5,), 1 - 0.5 * lr))
+
+
 def test_the_norm_is_clipped_to_the_bound_and_reported_before() -> None:
     (parameter,) = make_parameters(torch.float32)[:1]
     before = parameter.detach().clone()

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 from collections.abc import Callable
 
 import pytest
@@ -28,6 +30,10 @@ class Recorder(Observer):
 
     def tag(self, part: str, tensors: object) -> None:
         self.parts.add(part)
+
+
+def add_to(total: torch.Tensor, gradient: torch.Tensor) -> None:
+    total.add_(gradient)
 
 
 def snapshot(step: TrainingStep) -> dict[int, torch.Tensor]:
@@ -117,6 +123,46 @@ def test_the_objective_and_its_gradient_do_not_depend_on_the_micro_batch(
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("method", ["full", "hydra", "sft", "dpo-lora"])
+@pytest.mark.parametrize(
+    ("micro", "asked", "taken"),
+    [
+        (None, None, torch.bfloat16),
+        (None, "float32", torch.float32),
+        (1, None, torch.float32),
+        (1, "bfloat16", torch.bfloat16),
+    ],
+)
+def test_gradients_of_micro_batches_add_up_in_float32(
+    make_case: Callable[..., Case], method: str, micro: int | None, asked: str | None, taken: torch.dtype
+) -> None:
+    options = {"engine__micro_batch_size": micro, "optimizer__grad_accum_dtype": asked}
+    step = build_step(make_case(method, dtype="bfloat16", batch_size=16, **options))
+    step.optimizers = {}  # gradients stay
+    parameters = step.trained_parameters()
+    sums = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
+    for parameter, total in zip(parameters, sums, strict=True):
+        parameter.register_hook(functools.partial(add_to, total))
+    step.run()
+    assert {p.grad.dtype for p in parameters} == {taken}
+    error = sum(float((p.grad - total).norm()) for p, total in zip(parameters, sums, strict=True))
+    relative = error / sum(float(total.norm()) for total in sums)
+    if micro is None or taken is torch.float32:
+        assert relative < 1e-6
+    else:  # what the default spares
+        assert relative > 1e-3
+
+
+@pytest.mark.parametrize(("dtype", "asked"), [("float64", "float32"), ("float32", "bfloat16")])
+def test_gradients_are_never_narrower_than_their_weights(
+    make_case: Callable[..., Case], dtype: str, asked: str
+) -> None:
+    step = build_step(make_case(dtype=dtype, engine__micro_batch_size=1, optimizer__grad_accum_dtype=asked))
+    step.optimizers = {}
+    step.run()
+    assert {p.grad.dtype for p in step.trained_parameters()} == {getattr(torch, dtype)}
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_phase_runs_in_order_and_everything_is_in_one(make_case: Callable[..., Case], method: str) -> None:
     recorder = Recorder()
@@ -138,6 +184,34 @@ def test_mini_batches_take_every_row_once_an_epoch(make_case: Callable[..., Case
     step.run(recorder)
     assert recorder.events.count("+optimize") == 6
     assert step.optimizers["actor"].num_steps == 6
+
+
+@pytest.mark.parametrize("method", ["hydra", "lora"])
+@pytest.mark.parametrize("num_mini_batches", [1, 2, 4])
+def test_the_first_ratio_error_is_of_every_row(
+    make_case: Callable[..., Case], method: str, num_mini_batches: int
+) -> None:
+    """A row whose old log-probabilities are off by 0.5 shows, whichever mini-batch the shuffle puts it in."""
+    for row in range(4):
+        step = build_step(make_case(method, ppo__num_mini_batches=num_mini_batches, optimizer__learning_rate=0.5))
+        batch, stats = step.infer()
+        batch["old_logprobs"][row] -= 0.5
+        assert float(step.update(batch, stats=stats)["ratio_error"]) == pytest.approx(math.exp(0.5) - 1, rel=1e-5)
+
+
+def test_later_steps_run_no_forward_pass_for_statistics(make_case: Callable[..., Case]) -> None:
+    step = build_step(make_case(ppo__num_mini_batches=2))
+    trained: list[bool] = []
+    hidden = step.engine.hidden
+    step.engine.hidden = lambda *rest, train=False, **more: trained.append(train) or hidden(*rest, train=train, **more)
+    counts = []
+    for _ in range(3):
+        batch, _ = step.infer()
+        trained.clear()
+        step.update(batch)
+        counts.append((trained.count(False), trained.count(True)))
+    assert counts[1:] == [(0, 2 * len(step.method.trained_roles))] * 2
+    assert counts[0][0] > 0
 
 
 def test_the_same_seed_gives_the_same_step(make_case: Callable[..., Case]) -> None:
@@ -182,6 +256,19 @@ def test_scores_are_clamped(make_case: Callable[..., Case]) -> None:
     step = build_step(make_case(ppo__reward_clip=0.25))
     rollout, _ = step.infer()
     assert rollout["scores"].abs().max() <= 0.25
+
+
+def test_scores_of_a_reward_function_are_not_clamped(make_case: Callable[..., Case]) -> None:
+    scores = torch.tensor([-7.0, 0.5, 3.0, 12.0])
+    step = build_step(
+        make_case(ppo__reward_clip=1.0, ppo__kl_coef=0.0, ppo__gamma=1.0, ppo__lam=1.0),
+        reward_fn=lambda rollout: scores,
+    )
+    rollout, stats = step.infer()
+    assert torch.equal(rollout["scores"], scores)
+    assert float(stats["score"]) == pytest.approx(float(scores.mean()))
+    # With γ = λ = 1 and no penalty, every return is the score.
+    torch.testing.assert_close(rollout["returns"], scores[:, None].expand(-1, 6))
 
 
 def test_a_reward_function_replaces_the_reward_model(make_case: Callable[..., Case]) -> None:

@@ -88,6 +88,65 @@ def test_bytes_of_generation_by_hand(make_case: Callable[..., Case]) -> None:
     assert phase_work(step)["generate"].bytes == 2 * weights + a_position * (4 + 3)
 
 
+def visible_pairs(length: int, windows: list[int | None]) -> int:
+    """Pairs of a query and a key that it sees, over all layers, counted one by one."""
+    return sum(
+        1
+        for window in windows
+        for query in range(length)
+        for key in range(query + 1)
+        if window is None or query - key < window
+    )
+
+
+@pytest.mark.parametrize(
+    ("architecture", "windows"),
+    [
+        ("mistral", [6, 6]),
+        ("gemma3_text", [8, None]),
+        ("stray-window llama", [None, None]),  # its configuration has a window that Llama does not read
+        ("qwen2", [None, None]),
+    ],
+)
+def test_a_sliding_window_hides_what_it_hides(
+    make_case: Callable[..., Case], architecture: str, windows: list[int | None]
+) -> None:
+    size = {"prompt_len": 9, "completion_len": 27, "batch_size": 2}
+    step = build_step(make_case("sft-lora", architecture, **size))
+    config = step.engine.models["policy"].trunk.config
+    # The same model with a window that hides nothing.
+    config.sliding_window, window = 64, config.sliding_window
+    whole = phase_work(step)
+    config.sliding_window = window
+    hidden = whole["update"].flops - phase_work(step)["update"].flops
+    channels, length, unread = 32, 36, 8
+    missing = [
+        visible_pairs(t, [None, None]) - visible_pairs(t, windows)
+        for t in (length, 0 if windows[-1] is None else unread)
+    ]
+    # Two matmuls, forward and twice backward, 2 FLOPs each; half of the square leaves half of the diagonal out.
+    assert hidden == pytest.approx(3 * 2 * 2 * channels * 2 * (missing[0] - missing[1] / 2), rel=0.05)
+
+
+def test_decoding_reads_no_more_of_the_cache_than_the_window(make_case: Callable[..., Case]) -> None:
+    """Window 6, 2 layers, 2 key-value heads of 8: steps after 4, 5, 6 and 7 tokens read 4, 5, 5 and 5 positions."""
+    work = phase_work(build_step(make_case("full", "mistral", batch_size=3, prompt_len=4, completion_len=5)))
+    more = phase_work(build_step(make_case("full", "stray-window llama", batch_size=3, prompt_len=4, completion_len=5)))
+    a_position = 2 * 2 * (2 * 8) * 8 * 3
+    assert more["generate"].bytes - work["generate"].bytes == a_position * ((4 + 5 + 6 + 7) - (4 + 5 + 5 + 5))
+
+
+def test_float32_adapters_on_a_narrow_base_move_no_master_copies(make_case: Callable[..., Case]) -> None:
+    step = build_step(make_case("sft-lora", dtype="bfloat16", lora__dtype="float32"))
+    num = sum(p.numel() for p in step.trained_parameters())
+    assert all(p.dtype == torch.float32 for p in step.trained_parameters())
+    counts = 2 * 4 * len(step.trained_parameters())  # of steps, a float32 scalar a weight, read and written
+    # Weights and both moments read and written, gradients read, in 4 bytes each.
+    assert phase_work(step)["optimize"].bytes == 4 * num * (2 + 2 * 2 + 1) + counts
+    held = sum(t.nbytes for part, t in step.persistent_tensors() if part == "optimizer")
+    assert held == 2 * 4 * num + counts // 2
+
+
 def test_a_smaller_reward_model_takes_its_own_work(
     make_case: Callable[..., Case], checkpoint: Callable[[str], str]
 ) -> None:

@@ -92,4 +92,3 @@ void run_matmul(const void *operands, const struct step *step, int64_t thread, i
 }
 
 EXPORT_SIZE(matmul)
-int64_t num_lanes(void) { return LANES; }

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
-from pathlib import Path
 
 import torch
 
-from rlhfkernels.ops.native.build import library
+from rlhfkernels.ops.blocked_matmul import blocked_matmul
+from rlhfkernels.ops.native.choice import fastest
 from rlhfkernels.ops.native.launch import check_shape, launch, scratch_size
 from rlhfkernels.ops.native.structures import Matmul
 
@@ -24,18 +23,18 @@ def supports(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> bool
     return out.stride(1) == 1 and 1 in right.stride()
 
 
-@functools.cache
 def beats_torch() -> bool:
-    """Returns whether the C is faster than torch on this CPU: it has AVX-512, which MKL uses on Intel's CPUs only."""
-    cpuinfo = Path("/proc/cpuinfo")
-    return num_lanes() == 16 and cpuinfo.exists() and "GenuineIntel" not in cpuinfo.read_text()
+    """Returns whether the C is faster than torch on this machine, by a measurement that is made once.
+
+    Raises:
+        ValueError: the environment variable that forces a matmul has another value.
+    """
+    return _fastest(torch.get_num_threads()) == "native"
 
 
-def num_lanes() -> int:
-    """Returns the number of float32 lanes of a vector."""
-    count = library().num_lanes
-    count.restype = ctypes.c_int64
-    return int(count())
+@functools.cache
+def _fastest(num_threads: int) -> str:
+    return fastest({"native": matmul, "torch": blocked_matmul}, num_threads)
 
 
 def matmul(
