@@ -17,11 +17,12 @@ from rlhfbench.measure.ceilings import measure_ceilings
 from rlhfbench.measure.clock import StepClock
 from rlhfbench.measure.injection import InjectedStep
 from rlhfbench.measure.interference import Interference
-from rlhfbench.measure.ledger import ACTIVATION_PARTS, MODEL_PARTS, Ledger, block_bytes
+from rlhfbench.measure.ledger import ACTIVATION_PARTS, Ledger, block_bytes
 from rlhfbench.measure.options import MeasurementOptions
 from rlhfbench.measure.profile import PhaseProfiler
 from rlhfbench.measure.statistic import DEFAULT_BLOCKS
 from rlhfbench.measure.stopping import Reason, StoppingRule
+from rlhfbench.measure.tally import MODEL_PARTS, Tally
 from rlhfbench.measure.timeline import Timeline
 from rlhfbench.measure.user_step import load_step
 from rlhfbench.measure.workspaces import workspace_bytes
@@ -301,7 +302,7 @@ def persistent_model_bytes(phases: Iterable[Mapping[str, int]]) -> int:
     return max(sum(parts[part] for part in MODEL_PARTS) for parts in phases)
 
 
-def memory_object(ledger: Ledger, views: dict[str, int | None]) -> dict[str, Any]:
+def memory_object(ledger: Ledger | Tally, views: dict[str, int | None]) -> dict[str, Any]:
     """Returns the record's ``memory`` object.
 
     Args:

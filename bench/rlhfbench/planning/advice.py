@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 
 from rlhfbench.planning.devices import Accelerator
-from rlhfbench.planning.predict import Plan
+from rlhfbench.planning.prediction import Plan
 from rlhfbench.planning.zero import Zero
 from rlhfkernels.config.case import Case
 from rlhfkernels.methods.table import METHODS

@@ -48,20 +48,23 @@ class Engine:
         case: the case to build.
         with_weights: load real weights. Without, weights are random and only configurations are read.
         check: refuse models that this engine would run wrongly.
+        num_layers: build bases without weights with their first layers alone.
 
     Raises:
         ModelError: the model cannot be loaded or is too short.
         CaseError: an option does not fit the model.
     """
 
-    def __init__(self, case: Case, *, with_weights: bool = True, check: bool = True) -> None:
+    def __init__(
+        self, case: Case, *, with_weights: bool = True, check: bool = True, num_layers: int | None = None
+    ) -> None:
         self.case = case
         # Without weights only shapes matter: generation skips decode steps, and optimizers need not compute.
         self.with_weights = with_weights
         self.method = case.role_table
         self.device = torch.device(case.device)
         self.backend = select_backend(case.options.engine.backend, case.device, case.dtype)
-        self.models = self._load_models(with_weights)
+        self.models = self._load_models(with_weights, num_layers)
         self.logprob_chunk = logprob_chunk_size(case, self.vocab_size)
         self.adapters = {base: self._attach(base) for base in self.method.bases}
         make_trunk = _TRUNKS[case.options.engine.trunk]
@@ -73,7 +76,7 @@ class Engine:
         self.scalar_heads = self._make_scalar_heads()
         self.parameters_of_role = self._declare_trained()
 
-    def _load_models(self, with_weights: bool) -> dict[str, LoadedModel]:
+    def _load_models(self, with_weights: bool, num_layers: int | None) -> dict[str, LoadedModel]:
         models: dict[str, LoadedModel] = {}
         first_of: dict[tuple[Origin, bool], LoadedModel] = {}
         for base in self.method.bases:
@@ -83,7 +86,12 @@ class Engine:
                 seed = self.case.seed + _ORIGIN_SEED[origin]
                 name = self.case.model_of(origin)
                 first_of[key] = models[base] = load_model(
-                    self.case, seed=seed, with_lm_head=key[1], with_weights=with_weights, name=name
+                    self.case,
+                    seed=seed,
+                    with_lm_head=key[1],
+                    with_weights=with_weights,
+                    name=name,
+                    num_layers=num_layers,
                 )
             else:
                 models[base] = first_of[key].clone()

@@ -25,7 +25,7 @@ from rlhfkernels.errors import NumericalError
 from rlhfkernels.methods.program import Derive, ForwardPass, Generate, Optimize, Phase, Read, Update
 from rlhfkernels.models.loading import load_tokenizer
 from rlhfkernels.observer import Observer
-from rlhfkernels.training.optimizers import OPTIMIZERS, STAND_INS, Optimizer
+from rlhfkernels.training.optimizers import Optimizer, make_optimizer
 from rlhfkernels.training.quantities import QUANTITIES, GraphReader
 
 RewardFunction = Callable[[Batch], torch.Tensor]
@@ -83,7 +83,13 @@ class StepStats(Mapping[str, torch.Tensor]):
                 raise NumericalError(f"{name} is {float(value)}: the step's numbers must be finite.")
 
 
-def build_step(case: Case, *, reward_fn: RewardFunction | None = None, with_weights: bool = True) -> TrainingStep:
+def build_step(
+    case: Case,
+    *,
+    reward_fn: RewardFunction | None = None,
+    with_weights: bool = True,
+    num_layers: int | None = None,
+) -> TrainingStep:
     """Loads what ``case`` names onto its device and returns its step.
 
     Args:
@@ -91,6 +97,7 @@ def build_step(case: Case, *, reward_fn: RewardFunction | None = None, with_weig
         reward_fn: scores a batch, [n], in place of the reward model, whose forward pass is then not run.
         with_weights: load real weights and data; without, random ones of the same shapes stand for them, as a planner
             on fake tensors needs.
+        num_layers: build models without weights with their first layers alone.
 
     Raises:
         ModelError: the model cannot be loaded or is too short.
@@ -101,7 +108,8 @@ def build_step(case: Case, *, reward_fn: RewardFunction | None = None, with_weig
     if with_weights:
         generator = torch.Generator(torch.device(case.device))
         generator.manual_seed(case.seed)
-    return TrainingStep(case, Engine(case, with_weights=with_weights), reward_fn, generator=generator)
+    engine = Engine(case, with_weights=with_weights, num_layers=num_layers)
+    return TrainingStep(case, engine, reward_fn, generator=generator)
 
 
 class TrainingStep:
@@ -149,18 +157,9 @@ class TrainingStep:
                 parameter.grad_dtype = torch.promote_types(parameter.dtype, getattr(torch, name))
 
     def _make_optimizer(self, stage: Optimize, parameters: list[nn.Parameter]) -> Optimizer:
-        options = self.case.options.optimizer
-        optimizers = OPTIMIZERS if self.engine.with_weights else STAND_INS
         own = None if stage.learning_rate is None else self._options[stage.learning_rate]
-        return optimizers[options.name](
-            parameters,
-            lr=options.learning_rate if own is None else own,
-            warmup_steps=options.warmup_steps,
-            total_steps=options.max_steps,
-            max_grad_norm=options.max_grad_norm,
-            weight_decay=options.weight_decay,
-            eps=options.adam_epsilon,
-        )
+        options = self.case.options.optimizer
+        return make_optimizer(options, parameters, learning_rate=own, computes=self.engine.with_weights)
 
     @property
     def trunk_taken(self) -> str:

@@ -14,8 +14,8 @@ from rlhfkernels.errors import ModelError, NumericalError
 from rlhfkernels.methods.program import Phase
 from rlhfkernels.methods.table import METHODS
 from rlhfkernels.observer import PARTS, Observer
+from rlhfkernels.training.roofline import Work
 from rlhfkernels.training.step import build_step
-from rlhfkernels.training.work import Work
 
 PHASES = (Phase(name="think", kind="inference"), Phase(name="learn", kind="update"), Phase(name="step", kind="update"))
 

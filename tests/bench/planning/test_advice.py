@@ -4,7 +4,7 @@ import pytest
 
 from rlhfbench.planning.advice import REMEDIES, advice
 from rlhfbench.planning.devices import find_accelerator
-from rlhfbench.planning.predict import Plan
+from rlhfbench.planning.prediction import Plan
 from rlhfbench.planning.zero import Zero
 from rlhfkernels import Case, Options
 from rlhfkernels.observer import PARTS

@@ -11,8 +11,8 @@ from rlhfbench.errors import SweepError
 from rlhfbench.measure.ledger import Ledger
 from rlhfbench.measure.measurements import memory_object, run_under_ledger
 from rlhfbench.planning.devices import find_accelerator
-from rlhfbench.planning.predict import Plan, plan_case
-from rlhfbench.planning.predict import _divided as divided
+from rlhfbench.planning.predict import divided, plan_case
+from rlhfbench.planning.prediction import Plan
 from rlhfbench.planning.zero import Zero
 from rlhfkernels import METHODS, Case, Options, build_step
 from rlhfkernels.config.settings import SETTINGS

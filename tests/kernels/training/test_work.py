@@ -7,8 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from rlhfkernels import METHODS, Case, Observer, build_step, phase_work
+from rlhfkernels.training.roofline import Work
 from rlhfkernels.training.step import TrainingStep
-from rlhfkernels.training.work import Work
 
 
 class FlopObserver(Observer):
