@@ -58,7 +58,7 @@ def with_triton(stack: ExitStack, watch: Watch) -> None:
             stack.enter_context(mock.patch.object(module, kernel, Launches(watch, f"{name}.{kernel}")))
 
 
-def make_engine(reads_file: bool, case: Case, *, with_weights: bool) -> Engine:
+def make_engine(reads_file: bool, case: Case, **options: object) -> Engine:
     """Makes an engine without weights, whose data are random or of a file."""
     engine = Engine(case, with_weights=False, check=False)
     engine.with_weights = reads_file
