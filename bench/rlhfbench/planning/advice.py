@@ -119,9 +119,7 @@ REMEDIES: dict[str, tuple[Remedy, ...]] = {
         _SDPA,
         Remedy(
             f"--option engine.logprob_chunk_size={_SMALL_CHUNK}",
-            lambda case, zero: (
-                case.options.engine.logprob_chunk_size == 0 or case.options.engine.logprob_chunk_size > _SMALL_CHUNK
-            ),
+            lambda case, zero: not 0 < (case.options.engine.logprob_chunk_size or 0) <= _SMALL_CHUNK,
         ),
         _SHORTER,
     ),

@@ -17,6 +17,7 @@ from rlhfbench.measure.measurements import run_under_ledger
 from rlhfbench.measure.tally import PHASE_CHANGES, Change, Recorder
 from rlhfbench.planning.optimizer_steps import GradientsWatch, Trained
 from rlhfkernels.config.case import Case
+from rlhfkernels.engine.engine import logprob_chunk_size
 from rlhfkernels.training.sizes import StepSizes
 from rlhfkernels.training.step import TrainingStep, build_step
 
@@ -62,6 +63,7 @@ def record_step(case: Case, num_layers: int | None = None) -> Recording:
     with _fake_tensors(case.seq_len), _no_collection():
         step = build_step(stand_in, with_weights=False, num_layers=num_layers)
         sizes = StepSizes.of(step)  # a step may free models that are counted here
+        step.engine.logprob_chunk = logprob_chunk_size(case, step.engine.vocab_size)  # of the device asked for
         watch = GradientsWatch(step, ledger)
         run_under_ledger(step, ledger, watch)
         return Recording(

@@ -107,14 +107,15 @@ class Batch:
         if isinstance(rows, slice) and rows == slice(0, self.num_rows):
             return self
         num_rows = len(range(*rows.indices(self.num_rows))) if isinstance(rows, slice) else len(rows)
+        indices: dict[int, torch.Tensor] = {}
         return Batch(
-            tokens=self._rows_of(self.tokens, rows),
-            attention_mask=None if self.attention_mask is None else self._rows_of(self.attention_mask, rows),
-            mask=self._rows_of(self.mask, rows),
+            tokens=self._rows_of(self.tokens, rows, indices),
+            attention_mask=None if self.attention_mask is None else self._rows_of(self.attention_mask, rows, indices),
+            mask=self._rows_of(self.mask, rows, indices),
             prompt_len=self.prompt_len,
             num_rows=num_rows,
             extents=self._extents_of(rows),
-            columns={name: self._rows_of(column, rows) for name, column in self.columns.items()},
+            columns={name: self._rows_of(column, rows, indices) for name, column in self.columns.items()},
         )
 
     def packed(self, *, reads_prompt: bool) -> PackedRow:
@@ -156,13 +157,20 @@ class Batch:
         chosen = range(self.num_rows)[rows] if isinstance(rows, slice) else rows
         return tuple(extent for row in chosen for extent in self.extents[row * count : (row + 1) * count])
 
-    def _rows_of(self, tensor: torch.Tensor, rows: Rows) -> torch.Tensor:
-        """The entries of the data rows; a row has as many as the tensor's length has times the number of rows."""
+    def _rows_of(self, tensor: torch.Tensor, rows: Rows, indices: dict[int, torch.Tensor]) -> torch.Tensor:
+        """The entries of the data rows; a row has as many as the tensor's length has times the number of rows.
+
+        ``indices`` keeps the entries of a list, by entries of a row: a list as index would be copied to the device for
+        every tensor, and each copy waits for it.
+        """
         count = len(tensor) // self.num_rows
         if isinstance(rows, slice):
             start, stop, _ = rows.indices(self.num_rows)
             return tensor[start * count : stop * count]
-        return tensor[[row * count + i for row in rows for i in range(count)]]
+        if count not in indices:
+            index = torch.tensor([row * count + i for row in rows for i in range(count)])
+            indices[count] = index.to(tensor.device, non_blocking=True)
+        return tensor[indices[count]]
 
 
 def empty_completions(prompts: torch.Tensor, prompt_mask: torch.Tensor | None, c: int, num_rows: int) -> Batch:

@@ -122,14 +122,19 @@ class _Rows:
     def _prompts_of(self, rows: Sequence[int]) -> Prompts:
         p, device = self._case.prompt_len, self._case.device
         found = [self._prompts[row] for row in rows]
-        tokens = torch.tensor([[0] * (p - len(row)) + row for row in found], device=device)
+        tokens = _on_device([[0] * (p - len(row)) + row for row in found], device)
         if not self._has_mask:
             return Prompts(tokens, None)
         masks = [[0] * (p - len(row)) + [1] * len(row) for row in found]
-        return Prompts(tokens, torch.tensor(masks, device=device))
+        return Prompts(tokens, _on_device(masks, device))
 
     def _random(self, shape: tuple[int, int], generator: torch.Generator | None) -> torch.Tensor:
         return torch.randint(self._vocab_size, shape, generator=generator, device=self._case.device)
+
+
+def _on_device(values: Sequence[int] | list[list[int]], device: str) -> torch.Tensor:
+    """Returns int64 ``values`` on ``device``, in a copy that a phase does not wait for."""
+    return torch.tensor(values).to(device, non_blocking=True)
 
 
 class PromptSource(_Rows):
@@ -227,8 +232,8 @@ class _CompletionSource(_Rows):
         p, c = case.prompt_len, case.completion_len
         prompts = self._prompts_of([row for row in rows for _ in range(m)])
         found = [tokens for row in rows for tokens in self._completions[row]]
-        completions = torch.tensor([tokens + [0] * (c - len(tokens)) for tokens in found], device=case.device)
-        lengths = torch.tensor([len(tokens) for tokens in found], device=case.device)
+        completions = _on_device([tokens + [0] * (c - len(tokens)) for tokens in found], case.device)
+        lengths = _on_device([len(tokens) for tokens in found], case.device)
         mask = (torch.arange(c, device=case.device) < lengths[:, None]).float()
         attention_mask = None
         if prompts.mask is not None:

@@ -115,6 +115,11 @@ def _torch(qkv: torch.Tensor, layout: QkvLayout, mask: CausalMask, span: Attenti
     if first:
         query = query[:, :, first:]
         attended = (mask.causal() if attended is None else attended)[:, :, first:]
+    grouped = layout.num_heads != layout.num_kv_heads
+    if grouped and attended is not None and not _masks_are_cheap(query.device):
+        # With a mask and grouped heads, torch has only the math kernel on CUDA, which keeps all scores.
+        key, value = (_repeated(part, layout.num_heads) for part in (key, value))
+        grouped = False
     out = nn.functional.scaled_dot_product_attention(
         query,
         key,
@@ -122,7 +127,7 @@ def _torch(qkv: torch.Tensor, layout: QkvLayout, mask: CausalMask, span: Attenti
         attn_mask=attended,
         is_causal=attended is None,
         scale=span.scale,
-        enable_gqa=layout.num_heads != layout.num_kv_heads,
+        enable_gqa=grouped,
     )
     return out[:, :, start - first :].transpose(1, 2).reshape(b * (t - start), -1)
 
@@ -130,3 +135,8 @@ def _torch(qkv: torch.Tensor, layout: QkvLayout, mask: CausalMask, span: Attenti
 def _masks_are_cheap(device: torch.device) -> bool:
     """Returns whether attention with an explicit mask is about as fast as plain causal attention."""
     return device.type == "cpu"
+
+
+def _repeated(x: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Repeats [b, k, t, e] for every query head: [b, h, t, e]."""
+    return x.repeat_interleave(num_heads // x.shape[1], 1)

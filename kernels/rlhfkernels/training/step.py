@@ -265,7 +265,11 @@ class TrainingStep:
         return stats
 
     def infer(self, observer: Observer | None = None) -> tuple[Batch, StepStats]:
-        """The inference phases: the next batch of data, with the columns that the update reads."""
+        """The inference phases: the next batch of data, with the columns that the update reads.
+
+        Raises:
+            NumericalError: a token was sampled from logits that are not finite.
+        """
         observer = observer or Observer()
         stats = StepStats()
         batch: Batch | None = None
@@ -282,6 +286,9 @@ class TrainingStep:
             if phase.kind == "inference":
                 with observer.phase(phase.name):
                     batch = _INFERENCE[type(phase.stages[0])](self, phase, batch, stats, observer)
+                for stage in phase.stages:
+                    if isinstance(stage, Generate):  # behind the phase: the check waits for the device
+                        self.engine.check_sampled(stage.role, batch)
         assert batch is not None
         return batch, stats
 

@@ -506,7 +506,7 @@ def test_version_and_help(call):
     assert "--seq-lens" in out
 
 
-VERBS = ("run", "plan", "report", "verify", "methods", "models")
+VERBS = ("run", "plan", "report", "verify", "evidence", "methods", "models")
 
 
 @pytest.mark.parametrize("arguments", [(), *((verb,) for verb in VERBS)])

@@ -322,3 +322,10 @@ def test_the_floor_of_a_step_leaves_out_what_is_done_once(make_case: Callable[..
     score = plans[1].work["score"].floor_s(gpu.flops_per_s["bfloat16"], gpu.bytes_per_s) / 4
     floors = [plan.floor_s_per_sample(gpu) for plan in plans]
     assert floors[0] == pytest.approx(floors[1] - score)
+
+
+def test_a_plan_takes_the_chunk_of_the_device_that_it_is_for() -> None:
+    size = {"model": "tiny", "prompt_len": 4, "completion_len": 44, "batch_size": 4}
+    for device, rows in (("cpu", 128), ("cuda", 4 * 44)):
+        plan = plan_case(Case(method="joined-hydra", device=device, **size))
+        assert plan.memory["largest_tensor"]["bytes"] == rows * 8192 * 4, device

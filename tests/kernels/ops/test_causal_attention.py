@@ -111,10 +111,11 @@ def test_the_number_of_threads_changes_no_result() -> None:
         assert torch.equal(a, b)
 
 
-def test_attention_from_every_position_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA attends from every position where kernels without a mask are faster."""
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_from_every_position_gives_the_same(monkeypatch: pytest.MonkeyPatch, padded: bool) -> None:
+    """CUDA attends from every position where kernels without a mask are faster; with one, heads are repeated."""
     layout = QkvLayout(4, 2, 8)
-    qkv, mask = inputs(2, 9, layout, padded=False)
+    qkv, mask = inputs(2, 9, layout, padded=padded)
     qkv.requires_grad_()
     found = []
     for masks_are_cheap in (True, False):
