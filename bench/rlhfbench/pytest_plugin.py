@@ -20,7 +20,7 @@ import pytest
 
 if TYPE_CHECKING:
     from rlhfbench.cases.sweep import Sweep
-    from rlhfbench.gate.compare import Finding
+    from rlhfbench.gate.findings import Finding
     from rlhfkernels.config.case import Case
 
 # The default sweep: every PPO method once, in seconds.
@@ -74,6 +74,8 @@ def _positive_seconds(text: str) -> float:
 def pytest_configure(config: pytest.Config) -> None:
     """Reads and checks the sweep, so that its problems are reported before anything runs."""
     if not config.getoption("rlhfbench"):
+        if config.getoption("rlhfbench_gate") is not None:
+            raise pytest.UsageError("--benchmark-gate needs --benchmark.")
         return
     if not config.pluginmanager.hasplugin("benchmark"):
         raise pytest.UsageError("--benchmark needs pytest-benchmark: install rlhfbench[pytest].")
@@ -187,9 +189,14 @@ class Gate:
         Raises:
             RlhfBenchError: The two cannot be compared.
         """
+        from rlhfbench.errors import GateError
+
         if self._findings is None:
             self._findings = self._compare()
-        return [found for found in self._findings if found.case.id == case.id]
+        found = [found for found in self._findings if found.case.id == case.id]
+        if not found:
+            raise GateError(f"'{self._base}' has no such case: it cannot be compared.")
+        return found
 
     def _compare(self) -> list[Finding]:
         from rlhfbench.gate import compare_with

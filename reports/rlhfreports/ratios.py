@@ -25,7 +25,7 @@ class Ratio:
     """A ratio of two times.
 
     Attributes:
-        value: the ratio of the means.
+        value: the ratio.
         low: lower end of its 95 % interval; ``None`` without two pairs of blocks.
         high: upper end.
     """
@@ -55,14 +55,14 @@ class Ratio:
 def ratio(above: Mapping[Any, Any] | pd.Series[Any], below: Mapping[Any, Any] | pd.Series[Any]) -> Ratio:
     """Returns the ratio of the seconds per sample of two rows of a frame.
 
-    The interval is Student's t of the logarithms of the ratios of blocks with the same number, around the ratio of the
-    means.
+    It is the geometric mean of the ratios of blocks with the same number, and its interval Student's t of their
+    logarithms. Without two such pairs it is the ratio of the means.
     """
-    value = float(above["total_s_per_sample"]) / float(below["total_s_per_sample"])
     pairs = zip(blocks_of(above), blocks_of(below), strict=False)
     logs = [math.log(a / b) for a, b in pairs if a is not None and b is not None and a > 0 and b > 0]
     if len(logs) < 2:
-        return Ratio(value)
+        return Ratio(float(above["total_s_per_sample"]) / float(below["total_s_per_sample"]))
+    value = math.exp(statistics.fmean(logs))
     spread = t_quantile(len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
     return Ratio(value, value * math.exp(-spread), value * math.exp(spread))
 

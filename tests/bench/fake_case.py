@@ -52,7 +52,7 @@ def _steady(request, send, seconds=1.0):
     block = {"phases": phases, "stopped_because": "budget", "error": None}
     kinds = {"generate": {"kind": "inference"}, "optimize": {"kind": "update"}}
     memory = {**SOME_MEMORY, "total_bytes": 6 + injected.get("held_bytes", 0)}
-    once = {"memory": memory, "latency": {"phases": kinds, "num_blocks": settings["num_blocks"]}}
+    once = {"memory": memory, "latency": {"phases": kinds, "num_blocks": settings["num_blocks"] or 2}}
     send({"result": {"outcome": "ok", "error": None, **({} if settings["block"] else once), "block": block}})
 
 
@@ -67,6 +67,30 @@ def _crashes_with_an_injection(request, send):
     if request["settings"].get("injected") is not None:
         os._exit(7)
     _steady(request, send)
+
+
+def _crashes_later_with_an_injection(request, send):
+    if request["settings"].get("injected") is not None and request["settings"]["block"] == 1:
+        os._exit(7)
+    _steady(request, send)
+
+
+def _crashes_without_an_injection(request, send):
+    if request["settings"].get("injected") is None:
+        os._exit(7)
+    _steady(request, send)
+
+
+def _renames_a_phase_with_an_injection(request, send):
+    name = "optimize" if request["settings"].get("injected") is None else "learn"
+
+    def renamed(message):
+        result = message["result"]
+        for phases in (result["block"]["phases"], result.get("latency", {}).get("phases", {"optimize": None})):
+            phases[name] = phases.pop("optimize")
+        send(message)
+
+    _steady(request, renamed)
 
 
 def _out_of_memory_in_block_1(request, send):
@@ -190,6 +214,9 @@ BEHAVIOURS = {
     "steady": _steady,
     "noisy": _noisy,
     "head-crashes": _crashes_with_an_injection,
+    "head-crashes-later": _crashes_later_with_an_injection,
+    "base-crashes": _crashes_without_an_injection,
+    "renames-a-phase": _renames_a_phase_with_an_injection,
     "oom-in-block-1": _out_of_memory_in_block_1,
     "oom-from-batch-4": _oom_from_batch_4,
     "over-limit": _needs_more_than_its_limit,

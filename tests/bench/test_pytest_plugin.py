@@ -15,7 +15,7 @@ import rlhfbench.gate
 from rlhfbench import pytest_plugin
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.errors import GateError
-from rlhfbench.gate.compare import Finding
+from rlhfbench.gate.findings import Finding
 from rlhfbench.pytest_plugin import Measurer, ReplayTimer, block_steps_s, case_name, group_name
 from rlhfbench.records.blocks import summarize
 from rlhfbench.records.file import make_record
@@ -188,7 +188,15 @@ def test_a_gate_fails_the_tests_of_cases_with_a_regression(bench, measured, monk
     def compare_with(base, sweep, out):
         asked.append(base)
         verdicts = {"full": "larger", "hydra": "ambiguous"}
-        return [Finding(case=c, quantity="memory total", verdict=verdicts.get(c.method, "same")) for c in sweep.cases]
+        return [
+            Finding(
+                case=c,
+                quantity="memory total",
+                verdict=verdicts.get(c.method, "same"),
+                is_regression=c.method == "full",
+            )
+            for c in sweep.cases
+        ]
 
     monkeypatch.setattr(rlhfbench.gate, "compare_with", compare_with)
     result = bench("--benchmark", "--benchmark-gate=main", "-rs")

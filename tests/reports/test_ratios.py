@@ -31,7 +31,7 @@ def row(blocks, **other):
 def test_the_interval_of_a_ratio_pairs_blocks_of_one_round():
     """Drift that hits both alike leaves no width, whatever it does to each."""
     found = ratio(row([2.0, 4.0, 8.0]), row([1.0, 2.0, 4.0]))
-    assert (found.value, found.low, found.high) == (2.0, 2.0, 2.0)
+    assert (found.value, found.low, found.high) == pytest.approx((2.0, 2.0, 2.0))
 
 
 def test_the_interval_of_a_ratio_is_students_on_logarithms():
@@ -39,7 +39,7 @@ def test_the_interval_of_a_ratio_is_students_on_logarithms():
     logs = np.log([2.0 / 1.0, 2.2 / 1.0, 1.9 / 1.1])
     width = stats.t.ppf(0.975, 2) * stats.sem(logs)
     found = ratio(row(above), row(below))
-    assert found.value == pytest.approx(np.mean([2.0, 2.2, 1.9]) / np.mean(below))
+    assert found.value == pytest.approx(math.exp(np.mean(logs)))
     assert (found.low, found.high) == pytest.approx((found.value / math.exp(width), found.value * math.exp(width)))
 
 
@@ -80,7 +80,7 @@ def pair(blocks, others, **case):
 def test_methods_of_the_same_work_are_the_control(make_frame):
     rows = [*pair([1.0, 1.1], [1.0, 1.0]), *pair([1.0, 1.0], [2.0, 2.0], batch_size=2)]
     frame = make_frame(*rows, row([9.0, 9.0], method="hydra"))
-    assert [found.value for found in control_ratios(frame)] == pytest.approx([1.05, 0.5])
+    assert [found.value for found in control_ratios(frame)] == pytest.approx([math.sqrt(1.1), 0.5])
     assert resolution(frame).startswith("This run tells apart differences above 100 %: 2 pairs of cases")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import sys
@@ -12,11 +13,12 @@ import typer
 
 from rlhfbench.cli import common
 from rlhfbench.cli.common import case_spec, epilog, make_sweep, number
-from rlhfbench.errors import GateError
+from rlhfbench.errors import ForkServerError, GateError
 
 if TYPE_CHECKING:
     from rlhfbench.cases.sweep import Sweep
-    from rlhfbench.gate.compare import Finding, GateOptions
+    from rlhfbench.gate.compare import GateOptions
+    from rlhfbench.gate.findings import Finding
 
 COMPARED, JUDGEMENT, OUTPUT = "What is compared", "Judgement", "Output"
 EPILOG = epilog(
@@ -97,9 +99,9 @@ def gate(
             metavar="X",
             parser=number("--promised-effect", float),
             rich_help_panel=JUDGEMENT,
-            help="A time is the same if its interval excludes a change of this share.  [default: 0.1]",
+            help="A time is the same if its interval excludes a change of this share.  [default: 0.05]",
         ),
-    ] = 0.1,
+    ] = 0.05,
     budget_s: Annotated[
         float,
         typer.Option(
@@ -134,22 +136,32 @@ def gate(
         raise GateError("one of --base, --baseline, --self-test and --bisect must be given, and only one.")
     if (update_baseline or memory_only) and not baseline:
         raise GateError("--update-baseline and --memory-only need --baseline RUN.")
+    spec = case_spec(ctx.params)
+    is_new = bool(baseline and update_baseline and not Path(baseline).exists())
+    if baseline and not is_new and (spec or sweep or setting or step):
+        raise GateError("--baseline takes no cases: they are those of the stored run.")
+    if step and baseline:
+        raise GateError("--step needs --base, --bisect or --self-test.")
     from rlhfbench.gate import sides
 
     options = _options(smallest_effect, promised_effect, budget_s, threads, step)
-    spec = case_spec(ctx.params)
     # SIGTERM ends a gate as Ctrl-C does: processes and folders are removed.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with sides.only_gate(), sides.temporary_folder() as temporary:
             folder = temporary / "runs" if out is None else Path(out)
-            if baseline:
-                return _baseline(Path(baseline), folder, options, update=update_baseline, memory_only=memory_only)
+            if baseline and not is_new:
+                findings = _against_run(
+                    Path(baseline), folder, options, update=update_baseline, memory_only=memory_only
+                )
+                return _finish(findings, f"the run in {baseline}", "a new run", summary, as_json=as_json)
             cases = make_sweep(spec if sweep else {**SMALL, **spec}, sweep, setting)
+            if baseline:
+                return _first_baseline(Path(baseline), cases, folder, options)
             if self_test:
-                return _self_test(cases, folder, options)
+                return _self_test(cases, folder, options, as_json=as_json)
             if bisect:
-                return _bisect(bisect, cases, folder, options)
+                return _bisect(bisect, cases, folder, options, summary, as_json=as_json)
             assert base is not None
             root = sides.repository()
             head = sides.head_side(root, with_working_folder=step is not None)
@@ -173,8 +185,8 @@ def _options(smallest: float, promised: float, budget_s: float, threads: int | N
             raise GateError(f"{name} is {value:g}: it must be above 0 and below 10.")
     if promised <= smallest:
         raise GateError(f"--promised-effect is {promised:g}: it must be above --smallest-effect, {smallest:g}.")
-    if not 0 < budget_s <= 1e6:
-        raise GateError(f"--budget-s is {budget_s:g}: it must be above 0 and at most 1000000.")
+    if not 4 <= budget_s <= 1e6:
+        raise GateError(f"--budget-s is {budget_s:g}: it must be from 4, for four pairs of blocks, to 1000000.")
     if threads is not None and not 1 <= threads <= 1024:
         raise GateError(f"--threads is {threads}: it must be from 1 to 1024.")
     if step is not None and not all(step.partition(":")):
@@ -212,16 +224,21 @@ def _finish(findings: list[Finding], base: str, head: str, summary: str | None, 
     return exit_code(findings)
 
 
-def _self_test(cases: Sweep, folder: Path, options: GateOptions) -> int:
+def _self_test(cases: Sweep, folder: Path, options: GateOptions, *, as_json: bool) -> int:
     from rlhfbench.gate.selftest import self_test
     from rlhfbench.gate.sides import Side
 
     paths = tuple([str(Path.cwd())] if options.step else [])
-    self_test(Side(name="head", title="this", paths=paths), cases, folder, options, print)
+    tell = _tell if as_json else print
+    found = self_test(Side(name="head", title="this", paths=paths), cases, folder, options, tell)
+    if as_json:
+        print(json.dumps([dataclasses.asdict(row) for row in found]))
     return common.DONE
 
 
-def _bisect(ends: tuple[str, str], cases: Sweep, folder: Path, options: GateOptions) -> int:
+def _bisect(
+    ends: tuple[str, str], cases: Sweep, folder: Path, options: GateOptions, summary: str | None, *, as_json: bool
+) -> int:
     from rlhfbench.gate import bisect as search
     from rlhfbench.gate import sides
 
@@ -231,8 +248,12 @@ def _bisect(ends: tuple[str, str], cases: Sweep, folder: Path, options: GateOpti
     with sides.checked_out(ends[0], root, "base", roots) as good:
 
         def compare(commit: str) -> list[Finding]:
-            with sides.checked_out(commit, root, "head", roots) as head:
-                return _compare(good, head, cases, folder / commit[:10], options)
+            try:
+                with sides.checked_out(commit, root, "head", roots) as head:
+                    return _compare(good, head, cases, folder / commit[:10], options)
+            except (GateError, ForkServerError) as error:  # a commit whose code cannot be imported
+                _tell(str(error))
+                return []
 
         def subject(commit: str) -> str:
             return sides.git("log", "-1", "--format=%s", commit, folder=root)
@@ -246,15 +267,25 @@ def _bisect(ends: tuple[str, str], cases: Sweep, folder: Path, options: GateOpti
     )
 
 
-def _baseline(baseline: Path, folder: Path, options: GateOptions, *, update: bool, memory_only: bool) -> int:
+def _against_run(
+    baseline: Path, folder: Path, options: GateOptions, *, update: bool, memory_only: bool
+) -> list[Finding]:
     from rlhfbench.gate import baseline as stored
 
-    findings, obstacle = stored.compare_with_run(baseline, folder, options, memory_only=memory_only)
-    code = _finish(findings, f"the run in {baseline}", "this machine's run", None, as_json=False)
-    if obstacle is not None:
-        print(obstacle, file=sys.stderr)
-        code = code or common.NOTHING
+    findings = stored.compare_with_run(baseline, folder, options, memory_only=memory_only)
     if update:
         stored.update_baseline(folder, baseline)
-        print(f"The baseline in {baseline} is now this run.", file=sys.stderr)
-    return code
+        _tell(f"The baseline in {baseline} is now this run.")
+    return findings
+
+
+def _first_baseline(baseline: Path, cases: Sweep, folder: Path, options: GateOptions) -> int:
+    from rlhfbench.gate import baseline as stored
+    from rlhfbench.runs.options import RunOptions
+    from rlhfbench.runs.runner import run_sweep
+
+    if run_sweep(cases, folder, RunOptions(num_threads=options.num_threads)).interrupted:
+        return common.INTERRUPTED
+    stored.update_baseline(folder, baseline)
+    _tell(f"The baseline in {baseline} is new: there was nothing to compare with.")
+    return common.NOTHING

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rlhfbench.cases.sweep import Sweep
-    from rlhfbench.gate.compare import Finding, GateOptions, Tell
+    from rlhfbench.gate.compare import GateOptions, Tell
+    from rlhfbench.gate.findings import Finding
 
 __all__ = ["compare_with"]
 
@@ -34,7 +35,7 @@ def compare_with(
     options = options or GateOptions()
     with sides.only_gate():
         if RunFolder(base).is_run:
-            return baseline.compare_with_run(Path(base), out, options)[0]
+            return baseline.compare_with_run(Path(base), out, options)
         root = sides.repository()
         with_working_folder = options.step is not None
         head = sides.head_side(root, with_working_folder=with_working_folder)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.errors import GateError
-from rlhfbench.gate.compare import Finding, GateOptions, findings_of
-from rlhfbench.gate.decide import SIGNIFICANCE, Effects, Estimate, estimate_unpaired, judge
+from rlhfbench.files import write_atomically
+from rlhfbench.gate.compare import GateOptions
+from rlhfbench.gate.decide import SIGNIFICANCE, Effects, estimate_unpaired
+from rlhfbench.gate.findings import Finding, failure, findings_of, judged
 from rlhfbench.records.blocks import block_values
 from rlhfbench.records.file import Record, read_records
 from rlhfbench.runs import environment
 from rlhfbench.runs.folder import RunFolder
 from rlhfbench.runs.options import RunOptions
 from rlhfbench.runs.runner import run_sweep
+from rlhfkernels.config.case import Case
 
 
 def baseline_sweep(folder: Path) -> Sweep:
@@ -26,7 +27,7 @@ def baseline_sweep(folder: Path) -> Sweep:
     """
     run = RunFolder(folder)
     if not run.is_run:
-        raise GateError(f"baseline '{folder}' holds no run: make one with rlhfbench run --out, or --update-baseline.")
+        raise GateError(f"baseline '{folder}' holds no run: make one with rlhfbench run --out.")
     if not read_records(folder):
         raise GateError(f"baseline '{folder}' holds no records: nothing can be compared with it.")
     return run.load_sweep()
@@ -41,52 +42,60 @@ def time_obstacle(base: Path, head: Path) -> str | None:
     return f"Times are not judged: {'; '.join(changed)}." if changed else None
 
 
-def baseline_findings(base: Path, head: Path, effects: Effects, *, with_times: bool) -> list[Finding]:
+def baseline_findings(base: Path, head: Path, effects: Effects, *, times_obstacle: str | None) -> list[Finding]:
     """Returns the findings of every case that either run has.
 
     Args:
         base: Folder of the stored run.
         head: Folder of the new run.
         effects: What counts.
-        with_times: Judge times too.
+        times_obstacle: One sentence on why times cannot be compared; ``None`` if they can.
     """
     sides = [{r["case"]["id"]: r for r in read_records(folder)} for folder in (base, head)]
     cases = {case.id: case for folder in (base, head) for case in RunFolder(folder).load_sweep().cases}
-    findings = findings_of(
+    paired = findings_of(
         cases.values(), lambda case: sides[0].get(case.id), lambda case: sides[1].get(case.id), effects, SIGNIFICANCE
     )
-    memory = [found for found in findings if found.estimate is None]
-    if not with_times:
-        return memory
-    compared = [case for case in cases.values() if all(_is_ok(side.get(case.id)) for side in sides)]
-    times = [(case, *found) for case in compared for found in _times(*(side[case.id] for side in sides))]
-    verdicts = judge([found for *_, found in times], SIGNIFICANCE, effects)
-    for (case, quantity, base_s, head_s, found), verdict in zip(times, verdicts, strict=True):
-        memory.append(Finding(case=case, quantity=quantity, verdict=verdict, base=base_s, head=head_s, estimate=found))
-    return memory
+    # Blocks of two runs are no pairs: times are estimated anew.
+    findings = [found for found in paired if not found.quantity.endswith(" s") and found.quantity != "times"]
+    for case in cases.values():
+        old, new = (side.get(case.id) for side in sides)
+        if old is not None and new is not None and failure(old) is failure(new) is None:
+            findings += _times(case, old, new, times_obstacle)
+    return judged(findings, SIGNIFICANCE, effects)
 
 
-def _is_ok(record: Record | None) -> bool:
-    return record is not None and record["outcome"] == "ok"
-
-
-def _times(base: Record, head: Record) -> list[tuple[str, float, float, Estimate]]:
-    """(quantity, base, head, estimate) of the times that both runs have in two blocks or more."""
-    values = [[value for value in block_values(record) if value is not None] for record in (base, head)]
-    names = dict.fromkeys(name for side in values for value in side for name in value)
+def _times(case: Case, base: Record, head: Record, obstacle: str | None) -> list[Finding]:
+    """The times of one case, not judged yet, or one finding on why they cannot be."""
+    values = [_counted_values(record) for record in (base, head)]
+    if obstacle is None and min(map(len, values)) < 2:
+        obstacle = "a side has fewer than two blocks."
+    if obstacle is not None:
+        return [Finding(case=case, quantity="times", verdict="ambiguous", reason=obstacle)]
     found = []
-    for name in names:
-        seconds: list[Sequence[float]] = [[v[name] for v in side if v.get(name, 0) > 0] for side in values]
+    for name in dict.fromkeys(name for side in values for value in side for name in value):
+        seconds = [[value[name] for value in side if value.get(name, 0) > 0] for side in values]
         if min(map(len, seconds)) >= 2:
             means = [sum(side) / len(side) for side in seconds]
-            found.append((f"{name} s", means[0], means[1], estimate_unpaired(*seconds)))
+            estimated = estimate_unpaired(*seconds)
+            quantity = f"{name} s"
+            found.append(
+                Finding(
+                    case=case, quantity=quantity, verdict="ambiguous", base=means[0], head=means[1], estimate=estimated
+                )
+            )
     return found
 
 
-def compare_with_run(
-    baseline: Path, out: Path, options: GateOptions, *, memory_only: bool = False
-) -> tuple[list[Finding], str | None]:
-    """Runs the cases of a stored run again and compares.
+def _counted_values(record: Record) -> list[dict[str, float]]:
+    """Seconds by quantity of the blocks of ``record`` that count."""
+    counted = record["latency"]["total_block_s_per_sample"] or ()
+    pairs = zip(block_values(record), counted, strict=False)
+    return [value for value, total in pairs if value is not None and total is not None]
+
+
+def compare_with_run(baseline: Path, out: Path, options: GateOptions, *, memory_only: bool = False) -> list[Finding]:
+    """Runs the cases of a stored run again, with its settings, and compares.
 
     Args:
         baseline: Folder of the stored run.
@@ -94,14 +103,17 @@ def compare_with_run(
         options: How to compare.
         memory_only: Judge no times.
 
-    Returns:
-        The findings, and one sentence on why times were not judged, if they were to be.
+    Raises:
+        KeyboardInterrupt: Ctrl-C ended the new run.
     """
     cases = baseline_sweep(baseline)
-    run_sweep(cases, out, RunOptions(num_threads=options.num_threads))
+    settings = RunFolder(baseline).settings()
+    threads = {} if options.num_threads is None else {"num_threads": options.num_threads}
+    if run_sweep(cases, out, RunOptions.recorded({**settings, **threads, "with_plan": False})).interrupted:
+        raise KeyboardInterrupt
     obstacle = None if memory_only else time_obstacle(baseline, out)
-    with_times = not memory_only and obstacle is None
-    return baseline_findings(baseline, out, options.effects, with_times=with_times), obstacle
+    findings = baseline_findings(baseline, out, options.effects, times_obstacle=obstacle)
+    return [found for found in findings if not memory_only or found.quantity.startswith("memory") or not found.quantity]
 
 
 def update_baseline(head: Path, baseline: Path) -> None:
@@ -114,7 +126,8 @@ def update_baseline(head: Path, baseline: Path) -> None:
         raise GateError(f"baseline '{baseline}' holds files of something else: name an empty or a new folder.")
     try:
         baseline.mkdir(parents=True, exist_ok=True)
+        # The records last: with the others alone, the folder is a run that lacks its cases.
         for name in ("sweep.toml", "environment.json", "records.jsonl"):
-            shutil.copyfile(head / name, baseline / name)
+            write_atomically(baseline / name, (head / name).read_text(encoding="utf-8"))
     except OSError as error:
         raise GateError(f"baseline '{baseline}' cannot be written: {error.strerror}.") from error

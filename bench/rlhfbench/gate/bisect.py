@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rlhfbench.errors import GateError
-from rlhfbench.gate.compare import Finding
-from rlhfbench.gate.output import REGRESSED, exit_code
+from rlhfbench.gate.findings import Finding
+from rlhfbench.gate.output import CANNOT_TELL, exit_code
 from rlhfbench.gate.sides import commit_of, git
 
 
@@ -27,15 +27,21 @@ class Tested:
     findings: Sequence[Finding]
 
     @property
-    def is_bad(self) -> bool:
-        """True if it has a regression."""
-        return exit_code(self.findings) == REGRESSED
+    def regressions(self) -> set[tuple[str, str, str]]:
+        """(case, quantity, verdict) of every regression."""
+        return {(found.case.id, found.quantity, found.verdict) for found in self.findings if found.is_regression}
+
+    @property
+    def is_clear(self) -> bool:
+        """True if every quantity has an answer."""
+        return exit_code(self.findings) != CANNOT_TELL
 
     def __str__(self) -> str:
-        """The judgement and how sure it is."""
-        p_values = [found.estimate.p_value for found in self.findings if found.estimate and found.verdict == "slower"]
-        sure = f", p = {min(p_values):.2g}" if p_values else ""
-        word = {0: "good", 1: "bad"}.get(exit_code(self.findings), "cannot tell, taken as good")
+        """The judgement, and the interval of the ratio that differs most."""
+        ratios = [found.estimate for found in self.findings if found.estimate is not None]
+        most = max(ratios, key=lambda ratio: abs(ratio.ratio - 1), default=None)
+        sure = f" (largest ratio {most.ratio:.3f}, {most.low:.3f} to {most.high:.3f})" if most else ""
+        word = "bad" if self.regressions else "good" if self.is_clear else "cannot tell, taken as good"
         return f"{self.commit[:10]} {word}{sure}: {self.subject}"
 
 
@@ -60,6 +66,9 @@ def bisect(
 ) -> Tested | None:
     """Returns the first bad commit with what was found there; ``None`` if the last commit is not bad.
 
+    A commit is bad if it has a regression that the last one has: another, such as one that was mended since, is not
+    what is looked for.
+
     Args:
         commits: Oldest first. All before the culprit are good, all from it on are bad.
         compare: Returns the findings of a commit against the good revision.
@@ -73,14 +82,19 @@ def bisect(
         return tested
 
     culprit = test(commits[-1])
-    if not culprit.is_bad:
+    wanted, unclear = culprit.regressions, []
+    if not wanted:
         return None
     low, high = 0, len(commits) - 1
     while low < high:
         middle = (low + high) // 2
         tested = test(commits[middle])
-        if tested.is_bad:
+        if tested.regressions & wanted:
             culprit, high = tested, middle
         else:
             low = middle + 1
+            if not tested.is_clear:
+                unclear.append(tested.commit[:10])
+    if unclear:
+        tell(f"These commits could not be judged, and one of them may be the first bad one: {', '.join(unclear)}.")
     return culprit

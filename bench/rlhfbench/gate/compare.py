@@ -4,31 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhfbench.cases.preflight import check
 from rlhfbench.cases.sweep import Sweep
-from rlhfbench.gate.decide import (
-    MIN_PAIRS,
-    Effects,
-    Estimate,
-    Verdict,
-    counted_pairs,
-    estimate,
-    judge,
-    judge_memory,
-    level_of_look,
-)
+from rlhfbench.gate.decide import MIN_PAIRS, Effects, Levels
+from rlhfbench.gate.findings import Finding, failure, findings_of
 from rlhfbench.gate.sides import Side
-from rlhfbench.measure.interference import MAX_OTHER_CPU_SHARE
-from rlhfbench.records.blocks import block_values, load_of
 from rlhfbench.records.file import Record, RecordsFile
-from rlhfbench.records.schema import at
 from rlhfbench.runs.folder import RunFolder
 from rlhfbench.runs.forkserver import ForkServer
 from rlhfbench.runs.options import RunOptions
@@ -40,8 +27,6 @@ from rlhfkernels.config.case import Case
 MAX_LOOKS = 8
 PAIRS_PER_LOOK = 2
 Tell = Callable[[str], None]
-RecordOf = Callable[[Case], "Record | None"]
-_SIZES = ("total_bytes", "model_bytes", "activation_bytes", "rollout_bytes")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +35,7 @@ class GateOptions:
 
     Attributes:
         effects: What counts as a change, and what ``same`` excludes.
-        budget_s: Seconds of a case, over both sides, after which no more pairs are timed.
+        budget_s: Seconds of a case, over both sides, after which no more pairs are timed. Four pairs always are.
         block_s: Seconds for warming up and timing one block.
         num_threads: torch's threads in each case; ``None`` leaves torch's choice.
         step: ``module:function`` of the user's own step; ``None`` for the methods of this package.
@@ -63,29 +48,6 @@ class GateOptions:
     num_threads: int | None = None
     step: str | None = None
     case_timeout_s: float = 600.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Finding:
-    """The verdict on one quantity of one case.
-
-    Attributes:
-        case: The case.
-        quantity: Such as ``total s``, ``generate s`` or ``memory total``; empty for a case that was not compared.
-        verdict: The verdict.
-        base: Seconds per sample or bytes of the base; ``None`` where it has none.
-        head: The same of the head.
-        estimate: Of a time: the ratio with its interval.
-        reason: Why a case was not compared.
-    """
-
-    case: Case
-    quantity: str
-    verdict: Verdict
-    base: float | None = None
-    head: float | None = None
-    estimate: Estimate | None = None
-    reason: str | None = None
 
 
 class Timed:
@@ -178,109 +140,33 @@ class Comparison:
             ]
             undecided = list(sweep.cases)
             findings: list[Finding] = []
-            for num_new, level in looks():
-                for _ in range(num_new):
+            levels = Levels()
+            for look in range(1, MAX_LOOKS + 1):
+                for _ in range(MIN_PAIRS if look == 1 else PAIRS_PER_LOOK):
                     self._time_pairs(both, undecided)
-                findings = findings_of(sweep.cases, both[0].record, both[1].record, self._options.effects, level)
+                share = self._share(look, undecided)
+                findings = findings_of(
+                    sweep.cases, both[0].record, both[1].record, self._options.effects, levels.take(share)
+                )
                 ids = {found.case.id for found in findings if found.verdict == "ambiguous"}
                 undecided = [c for c in sweep.cases if c.id in ids and self._spent_s[c.id] < self._options.budget_s]
                 spent = [found.estimate.num_pairs for found in findings if found.estimate is not None]
                 self._tell(f"{max(spent, default=0)} pairs: {len(ids)} of {len(sweep.cases)} cases are ambiguous")
-                if not undecided:
+                if not undecided or share == 1:
                     break
             return findings
+
+    def _share(self, look: int, undecided: Sequence[Case]) -> float:
+        """The share of the comparison that is done: of its looks, or of the time of the least advanced case."""
+        least_s = min((self._spent_s[case.id] for case in undecided), default=self._options.budget_s)
+        return min(1.0, max(look / MAX_LOOKS, least_s / self._options.budget_s))
 
     def _time_pairs(self, both: Sequence[Timed], cases: Sequence[Case]) -> None:
         """Times a pair of every case, in random order, each pair's sides one after the other in random order."""
         for case in self._random.sample(cases, len(cases)):
             started_s = time.monotonic()
-            first = both[0].record(case), both[1].record(case)
-            if any(record is not None and record["outcome"] != "ok" for record in first):
-                continue  # nothing to pair with
+            if any(failure(timed.record(case)) for timed in both if timed.record(case) is not None):
+                continue  # it cannot be compared any more
             for timed in self._random.sample(both, 2):
                 timed.block(case)
             self._spent_s[case.id] += time.monotonic() - started_s
-
-
-def looks() -> Iterator[tuple[int, float]]:
-    """Yields for each look at the data how many pairs come before it, and the significance level that it may spend."""
-    for look in range(1, MAX_LOOKS + 1):
-        yield MIN_PAIRS if look == 1 else PAIRS_PER_LOOK, level_of_look(look, MAX_LOOKS)
-
-
-def findings_of(
-    cases: Iterable[Case], base_of: RecordOf, head_of: RecordOf, effects: Effects, level: float
-) -> list[Finding]:
-    """Returns the findings of every case from the records of both sides.
-
-    Args:
-        cases: The cases.
-        base_of: Returns the base's record of a case, or ``None``.
-        head_of: Returns the head's.
-        effects: What counts.
-        level: Significance level.
-    """
-    findings: list[Finding] = []
-    times: list[tuple[Case, str, float, float, Estimate]] = []
-    for case in cases:
-        base, head = base_of(case), head_of(case)
-        problem = _problem(base, head)
-        if problem is not None or base is None or head is None:
-            assert problem is not None
-            findings.append(Finding(case=case, quantity="", verdict=problem[0], reason=problem[1]))
-            continue
-        times += _times(case, base, head)
-        findings += _sizes(case, base, head)
-    verdicts = judge([found for *_, found in times], level, effects)
-    for (case, quantity, base_s, head_s, found), verdict in zip(times, verdicts, strict=True):
-        findings.append(
-            Finding(case=case, quantity=quantity, verdict=verdict, base=base_s, head=head_s, estimate=found)
-        )
-    return findings
-
-
-def _problem(base: Record | None, head: Record | None) -> tuple[Verdict, str] | None:
-    """Why a case cannot be compared; ``None`` if both sides measured it."""
-    for name, record in (("base", base), ("head", head)):
-        if record is None:
-            return "missing", f"the {name} has no record of it."
-        if record["outcome"] != "ok":
-            error = record["error"] or {}
-            return "failed", f"{name}: {record['outcome']}: {error.get('message') or 'no message.'}"
-    return None
-
-
-def _times(case: Case, base: Record, head: Record) -> Iterator[tuple[Case, str, float, float, Estimate]]:
-    """Yields every time that both sides have, as the means of the pairs that count."""
-    counted = counted_pairs(list(zip(_loads(base), _loads(head), strict=False)), MAX_OTHER_CPU_SHARE)
-    pairs = [
-        (b, h)
-        for b, h, counts in zip(block_values(base), block_values(head), counted, strict=False)
-        if counts and b is not None and h is not None
-    ]
-    if len(pairs) < 2:
-        return
-    for name in [name for name in pairs[0][0] if name in pairs[0][1]]:
-        seconds = [(b[name], h[name]) for b, h in pairs]
-        if all(b > 0 and h > 0 for b, h in seconds):
-            base_s, head_s = (sum(side) / len(side) for side in zip(*seconds, strict=True))
-            yield case, f"{name} s", base_s, head_s, estimate([math.log(h / b) for b, h in seconds])
-
-
-def _loads(record: Record) -> list[float]:
-    return [load_of(block.get("interference") or {}) for block in record["latency"]["blocks"] or ()]
-
-
-def _sizes(case: Case, base: Record, head: Record) -> Iterator[Finding]:
-    """The findings on memory: totals, and every part at the step's highest total."""
-    paths = [f"memory.{name}" for name in _SIZES]
-    paths += [f"memory.parts.{part}" for part in at(base, "memory.parts") or {}]
-    paths += [f"memory.phases.{phase}.total_bytes" for phase in at(base, "memory.phases") or {}]
-    for path in paths:
-        sizes = at(base, path), at(head, path)
-        if None not in sizes:
-            name = path.removeprefix("memory.").removeprefix("parts.").removeprefix("phases.").removesuffix("_bytes")
-            name = name.removesuffix(".total")
-            yield Finding(
-                case=case, quantity=f"memory {name}", verdict=judge_memory(*sizes), base=sizes[0], head=sizes[1]
-            )

@@ -5,8 +5,8 @@ a pair is free of what both share. The interval of a ratio is Student's t of the
 
 A time has changed if its p-value, corrected by Holm over the whole sweep, is below the level of this look *and* its
 95 % interval lies wholly beyond the smallest effect that counts. It is the same if its interval excludes every effect
-that the gate promises to find. Anything between is ambiguous: more pairs are timed. The levels of all looks add up to
-5 %, so that looking again raises no false alarm.
+that the gate promises to find, and does not lie beyond the smallest. Anything between is ambiguous: more pairs are
+timed. The levels of all looks add up to 5 %, so that looking again raises no false alarm.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Effects:
     """
 
     smallest: float = 0.02
-    promised: float = 0.10
+    promised: float = 0.05
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,14 +102,22 @@ def spent_level(share: float) -> float:
     return 2 * float(ndtr(float(ndtri(SIGNIFICANCE / 2)) / math.sqrt(share)))
 
 
-def level_of_look(look: int, num_looks: int) -> float:
-    """Returns the level of look ``look`` (from 1): what the rule allows beyond what earlier looks have spent.
+class Levels:
+    """The significance levels of the looks at the data: what the rule allows beyond what earlier looks have spent.
 
-    The levels of all looks add up to ``SIGNIFICANCE``, so by Bonferroni's inequality the chance of a false alarm at any
-    of them stays below it, whatever the looks share.
+    The levels of all looks add up to at most ``SIGNIFICANCE``, so by Bonferroni's inequality the chance of a false
+    alarm at any of them stays below it, whatever the looks share. A look at a share of 1, the last one, spends the
+    rest: a comparison that its time budget ends early loses nothing.
     """
-    earlier = spent_level((look - 1) / num_looks) if look > 1 else 0.0
-    return spent_level(look / num_looks) - earlier
+
+    def __init__(self) -> None:
+        self._spent = 0.0
+
+    def take(self, share: float) -> float:
+        """Returns the level of a look after this share of the comparison."""
+        level = max(spent_level(share) - self._spent, 0.0) if share > 0 else 0.0
+        self._spent += level
+        return level
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -133,7 +141,8 @@ def _judge(found: Estimate, effects: Effects, *, significant: bool) -> Verdict:
         return "slower"
     if significant and found.high < 1 / (1 + effects.smallest):
         return "faster"
-    if found.low > 1 / (1 + effects.promised) and found.high < 1 + effects.promised:
+    beyond = found.low > 1 + effects.smallest or found.high < 1 / (1 + effects.smallest)
+    if not beyond and found.low > 1 / (1 + effects.promised) and found.high < 1 + effects.promised:
         return "same"
     return "ambiguous"
 
@@ -145,13 +154,12 @@ def judge_memory(base: int, head: int) -> Verdict:
     return "larger" if head > base else "smaller"
 
 
-def counted_pairs(loads: Sequence[tuple[float, float]], limit: float) -> list[bool]:
-    """Returns which pairs count, from the load beside the two blocks of each.
+def counted_pairs(disturbed: Sequence[tuple[bool, bool]]) -> list[bool]:
+    """Returns which pairs count, from whether something disturbed either block of each.
 
-    Pairs with a load above ``limit`` are set aside where at least ``MIN_PAIRS`` others, and half of all, are left. Else
-    all count: on a machine that is never quiet both sides suffer alike. The rule reads the larger load of a pair, so it
-    cannot see which side it belongs to.
+    Disturbed pairs are set aside where at least ``MIN_PAIRS`` others, and half of all, are left. Else all count: on a
+    machine that is never quiet both sides suffer alike. The rule does not look at which side was disturbed.
     """
-    quiet = [max(pair) <= limit for pair in loads]
-    enough = max(MIN_PAIRS, len(loads) / 2)
-    return quiet if sum(quiet) >= enough else [True] * len(loads)
+    quiet = [not any(pair) for pair in disturbed]
+    enough = max(MIN_PAIRS, len(quiet) / 2)
+    return quiet if sum(quiet) >= enough else [True] * len(quiet)

@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rlhfbench.gate.compare import Finding
-from rlhfbench.gate.decide import Verdict
+from rlhfbench.gate.findings import Finding
 from rlhfbench.runs.progress import title
 
-REGRESSIONS: tuple[Verdict, ...] = ("slower", "larger", "missing", "failed")
 PASS, REGRESSED, CANNOT_TELL = 0, 1, 3
 _MIB = 2**20
 
 
 def exit_code(findings: Sequence[Finding]) -> int:
-    """Returns 1 for a regression, else 3 where some answer is ambiguous or nothing was compared, else 0."""
-    verdicts = {found.verdict for found in findings}
-    if verdicts & set(REGRESSIONS):
+    """Returns 1 for a regression, else 3 where something could not be compared or is ambiguous, else 0."""
+    if any(found.is_regression for found in findings):
         return REGRESSED
-    return CANNOT_TELL if not findings or "ambiguous" in verdicts else PASS
+    open_answers = {"ambiguous", "missing", "failed"} & {found.verdict for found in findings}
+    return CANNOT_TELL if not findings or open_answers else PASS
 
 
 def to_json(findings: Sequence[Finding], **more: Any) -> dict[str, Any]:
@@ -39,6 +37,7 @@ def _entry(found: Finding) -> dict[str, Any]:
         "interval": [ratio.low, ratio.high] if ratio else None,
         "p_value": ratio.p_value if ratio else None,
         "num_pairs": ratio.num_pairs if ratio else None,
+        "num_pairs_set_aside": found.num_set_aside,
         "reason": found.reason,
     }
 
@@ -62,22 +61,25 @@ def markdown(findings: Sequence[Finding], base: str, head: str) -> str:
         lines += [_row(found) for found in shown]
     num_same = sum(found.verdict == "same" for found in findings)
     num_pairs = sorted({found.estimate.num_pairs for found in findings if found.estimate is not None})
-    pairs = f", from {num_pairs[0]} to {num_pairs[-1]} pairs of blocks" if num_pairs else ""
-    lines += [
-        "",
-        f"{num_same} of {len(findings)} quantities are the same{pairs}. Ratios are head / base with intervals.",
-    ]
+    last = f"{num_same} of {len(findings)} quantities are the same. A ratio is head / base."
+    if num_pairs:
+        least, most = num_pairs[0], num_pairs[-1]
+        last += f" Pairs of blocks: {least}." if least == most else f" Pairs of blocks: {least} to {most}."
+    num_set_aside = max((found.num_set_aside for found in findings), default=0)
+    if num_set_aside:
+        last += f" Beside other load, and set aside: up to {num_set_aside} pairs of a case."
+    lines += ["", last]
     return "\n".join(lines) + "\n"
 
 
 def _answer(findings: Sequence[Finding]) -> str:
-    worse = [found for found in findings if found.verdict in REGRESSIONS]
+    worse = [found for found in findings if found.is_regression]
     if worse:
-        return f"Regression: {len(worse)} quantities."
+        return f"Regression: {len(worse)} {'quantity' if len(worse) == 1 else 'quantities'}."
     if exit_code(findings) == CANNOT_TELL:
         return "Cannot tell."
     better = sum(found.verdict in ("faster", "smaller") for found in findings)
-    return f"No regression; {better} quantities are better." if better else "No regression."
+    return f"No regression; better: {better}." if better else "No regression."
 
 
 def _row(found: Finding) -> str:

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from rlhfbench.cases.sweep import Sweep
-from rlhfbench.gate.compare import Comparison, Finding, GateOptions, looks
-from rlhfbench.gate.decide import Effects, Verdict, estimate, judge
+from rlhfbench.errors import GateError
+from rlhfbench.gate.compare import MAX_LOOKS, PAIRS_PER_LOOK, Comparison, GateOptions
+from rlhfbench.gate.decide import MIN_PAIRS, Effects, Levels, Verdict, estimate, judge
+from rlhfbench.gate.findings import Finding
 from rlhfbench.gate.sides import Side
 from rlhfbench.records.blocks import block_values
 from rlhfbench.records.file import read_records
@@ -25,6 +27,7 @@ from rlhfbench.records.file import read_records
 SLOWDOWNS = (0.02, 0.05, 0.10, 0.20)
 HELD_BYTES = 64 * 1024
 NUM_TRIES = 200
+_PROMISED_SHARE = 0.95  # of the tries in which an effect must be found to be promised
 
 Values = Mapping[str, float]
 
@@ -120,14 +123,16 @@ def _compare(
     kept: list[dict[str, list[float]]] = [{} for _ in cases]
     num_pairs = [0] * len(cases)
     verdicts: list[set[Verdict]] = [{"ambiguous"} for _ in cases]
-    for num_new, level in looks():
+    levels = Levels()
+    for look in range(1, MAX_LOOKS + 1):
+        num_new = MIN_PAIRS if look == 1 else PAIRS_PER_LOOK
         for place in [place for place, said in enumerate(verdicts) if "ambiguous" in said]:
             num_pairs[place] += num_new
             for _ in range(num_new):
                 for name, value in next(draws[place]).items():
                     kept[place].setdefault(name, []).append(value)
         flat = [(place, estimate(logs)) for place, case in enumerate(kept) for logs in case.values()]
-        judged = judge([found for _, found in flat], level, effects)
+        judged = judge([found for _, found in flat], levels.take(look / MAX_LOOKS), effects)
         verdicts = [
             {said for (of, _), said in zip(flat, judged, strict=True) if of == place} for place in range(len(cases))
         ]
@@ -151,20 +156,43 @@ def _logs(case: MeasuredCase, slowdown: float, rng: random.Random) -> Iterator[d
 
 
 def self_test(side: Side, sweep: Sweep, out: Path, options: GateOptions, tell: Callable[[str], None]) -> list[Rates]:
-    """Measures a revision against itself, clean and with faults, and tells the rates line by line."""
+    """Measures a revision against itself, clean and with faults, and tells what was found line by line.
+
+    Raises:
+        GateError: no case could be measured.
+    """
     # As many pairs as a comparison can take: an ambiguity that never ends. Few pairs would make all draws alike.
-    patient = dataclasses.replace(options, effects=Effects(smallest=options.effects.smallest, promised=0.0))
+    patient = dataclasses.replace(options, effects=Effects(smallest=options.effects.smallest, promised=1e-9))
     clean = compare_with_itself(side, sweep, out / "clean", patient, None)
-    alarms = [found for found in clean if found.verdict not in ("same", "ambiguous")]
-    tell(f"itself: {len(alarms)} false alarms in {len(sweep.cases)} cases, {len(clean)} quantities")
     cases = measured_cases(out / "clean")
+    if not cases:
+        raise GateError(f"no case could be measured: {clean[0].reason}")
+    alarms = [found for found in clean if found.verdict in ("slower", "faster", "larger", "smaller")]
+    tell(f"itself: {len(alarms)} false alarms in {len(sweep.cases)} cases, {len(clean)} quantities")
     held = compare_with_itself(side, sweep, out / "held", options, {"held_bytes": HELD_BYTES})
-    num_found = len({found.case.id for found in held if found.verdict == "larger"})
-    tell(f"{HELD_BYTES} bytes held over a step: found in {num_found} of {len(sweep.cases)} cases")
+    tell(f"{HELD_BYTES} bytes held over a step: found in {_num_cases(held, 'larger')} of {len(sweep.cases)} cases")
+    phase = cases[0].longest_phase
+    for slowdown in SLOWDOWNS:
+        fault = {"phase": phase, "share": slowdown}
+        slower = compare_with_itself(side, sweep, out / f"slower-{slowdown:g}", options, fault)
+        told = (
+            f"{_num_cases(slower, 'slower')} of {len(sweep.cases)} cases, cannot tell {_num_cases(slower, 'ambiguous')}"
+        )
+        tell(f"{phase} slower by {slowdown:.0%}, measured: found in {told}")
     found = [rates(cases, slowdown, options.effects) for slowdown in (0.0, *SLOWDOWNS)]
     for row in found:
+        elsewhere = f", false alarms elsewhere {row.false_alarms:.2%}" if len(cases) > 1 else ""
         tell(
-            f"{row.slowdown:.0%} slower: found {row.found:.0%}, cannot tell {row.ambiguous:.0%}, false alarms "
-            f"elsewhere {row.false_alarms:.2%}, {row.num_pairs:.1f} pairs a case, simulated from {len(cases)} cases"
+            f"one phase slower by {row.slowdown:.0%}, simulated: found {row.found:.0%}, cannot tell {row.ambiguous:.0%}"
+            f"{elsewhere}, {row.num_pairs:.1f} pairs a case"
         )
+    promised = [row for row in found if row.slowdown and row.found >= _PROMISED_SHARE]
+    if promised:
+        tell(f"This machine can promise to find a phase that is slower by {promised[0].slowdown:.0%}.")
+    else:
+        tell(f"This machine can promise no slowdown up to {SLOWDOWNS[-1]:.0%}: it is too noisy for these cases.")
     return found
+
+
+def _num_cases(findings: Sequence[Finding], verdict: Verdict) -> int:
+    return len({found.case.id for found in findings if found.verdict == verdict})

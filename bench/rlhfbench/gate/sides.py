@@ -85,7 +85,7 @@ def head_side(root: Path, *, with_working_folder: bool) -> Side:
     """
     commit = git("rev-parse", "--short", "HEAD", folder=root)
     num_changed = len(git("status", "--porcelain", folder=root).splitlines())
-    changes = f" with {num_changed} uncommitted changes" if num_changed else ""
+    changes = f" with uncommitted changes in {num_changed} files" if num_changed else ""
     paths = (str(Path.cwd()),) if with_working_folder else ()
     return Side(name="head", title=f"the working tree at {commit}{changes}", paths=paths)
 
@@ -110,7 +110,7 @@ def checked_out(revision: str, root: Path, name: str, roots: Sequence[str]) -> I
             unpacked = subprocess.run(["tar", "-x", "-C", str(folder)], stdin=archive.stdout, check=False)
         if archive.returncode or unpacked.returncode:
             raise GateError(f"revision '{revision}' cannot be checked out.")
-        paths = [folder / Path(path).relative_to(root) for path in roots]
+        paths = [folder / Path(path).resolve().relative_to(root.resolve()) for path in roots]
         present = tuple(str(path) for path in paths if path.is_dir())
         if not present:
             raise GateError(f"revision '{revision}' has none of the folders that modules are imported from.")
@@ -170,5 +170,5 @@ def only_gate() -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise GateError("another gate runs on this machine: the two would disturb each other.") from error
+            raise GateError("another gate of yours runs on this machine: the two would disturb each other.") from error
         yield

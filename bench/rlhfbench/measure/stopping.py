@@ -26,7 +26,7 @@ class StoppingRule:
     """Decides when warm-up and timing end.
 
     Attributes:
-        precision: Relative half-width of the median's 95 % confidence interval at which timing ends.
+        precision: Relative half-width of the mid-mean's 95 % confidence interval at which timing ends.
         budget_s: Seconds for warm-up and timing together.
     """
 
@@ -53,7 +53,7 @@ class StoppingRule:
             spent_s: Seconds spent so far, including the warm-up and everything between steps.
 
         Returns:
-            ``precise``: the median is known to ``precision``. ``steady``: the noise is constant, so more steps would
+            ``precise``: the mid-mean is known to ``precision``. ``steady``: the noise is constant, so more steps would
             only narrow the interval as 1/√n. ``budget``: the budget is spent.
         """
         if half_width_of_midmean(steps_s) <= self.precision:

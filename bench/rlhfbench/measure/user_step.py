@@ -19,8 +19,9 @@ class UserStep:
 
     Args:
         inner: The user's step. ``phases`` is a list of (name, ``inference`` or ``update``). ``run`` does one step
-            inside ``with observer.phase(name)`` blocks. ``persistent_tensors()`` yields (part, tensor) for what lives
-            between steps, ``trained_parameters()`` returns the parameters that get gradients.
+            inside ``with observer.phase(name)`` blocks; what is outside of them is not timed.
+            ``persistent_tensors()`` yields (part, tensor) for what lives between steps, ``trained_parameters()``
+            returns the parameters that get gradients.
 
     Raises:
         ModelError: It lacks phases or ``run``.
@@ -36,6 +37,9 @@ class UserStep:
             raise ModelError(
                 f"step is {type(inner).__name__}: it must have phases, a list of (name, kind), and run(observer)."
             ) from error
+        wrong = [phase for phase in self.phases if phase.kind not in ("inference", "update")]
+        if wrong:
+            raise ModelError(f"phase {wrong[0].name} has the kind '{wrong[0].kind}': it must be inference or update.")
         self._inner = inner
 
     def run(self, observer: Observer) -> _NoStats:

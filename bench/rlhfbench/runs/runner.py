@@ -26,6 +26,7 @@ from rlhfbench.runs.progress import Progress, make_progress, title
 from rlhfbench.runs.worker import PHASE_PREFIX
 from rlhfkernels.config.case import Case
 from rlhfkernels.config.content import content_hash
+from rlhfkernels.config.options import Options
 
 _AXES = ("prompt_len", "completion_len", "batch_size")
 
@@ -330,7 +331,7 @@ class Runner:
         options = self._options
         trace_dir = str((self._folder.traces_dir / case.id).absolute()) if options.profile and block == 0 else None
         return {
-            "case": case.to_dict(),
+            "case": _compact(case),
             "memory_limit_bytes": self.memory_limit_bytes,
             "settings": {
                 "time_budget_s": options.time_budget_s,
@@ -401,6 +402,16 @@ def dominates(case: Case, other: Case) -> bool:
     same = dataclasses.replace(case, seed=other.seed, options=options, **axes)
     larger = all(getattr(case, axis) >= getattr(other, axis) for axis in _AXES)
     return same == other and larger and case.options.lora.r >= other.options.lora.r
+
+
+def _compact(case: Case) -> dict[str, Any]:
+    """``case`` with the options that differ from the defaults: a process with other code may not know the rest."""
+    defaults, groups = Options().flat(), dict[str, dict[str, Any]]()
+    for name, value in case.options.flat().items():
+        if value != defaults[name]:
+            group, _, field = name.partition(".")
+            groups.setdefault(group, {})[field] = value
+    return {**case.to_dict(), "options": groups}
 
 
 def _num_blocks(record: Record) -> int:

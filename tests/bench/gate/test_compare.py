@@ -12,8 +12,9 @@ from rlhfbench.errors import GateError
 from rlhfbench.gate import compare
 from rlhfbench.gate.baseline import baseline_findings, baseline_sweep, time_obstacle, update_baseline
 from rlhfbench.gate.bisect import bisect
-from rlhfbench.gate.compare import Comparison, Finding, GateOptions
+from rlhfbench.gate.compare import Comparison, GateOptions
 from rlhfbench.gate.decide import MIN_PAIRS, Effects
+from rlhfbench.gate.findings import Finding, sizes_of
 from rlhfbench.gate.output import exit_code, markdown, to_json
 from rlhfbench.gate.selftest import MeasuredCase, measured_cases, rates
 from rlhfbench.gate.sides import Side
@@ -84,15 +85,42 @@ def test_noise_is_looked_at_again_until_the_time_is_spent(tmp_path):
     assert len(compared(tmp_path / "short", "noisy", injected={}, budget_s=1e-9)[1]) == 1
 
 
-@pytest.mark.parametrize(("kind", "verdict"), [("segfault", "failed"), ("head-crashes", "failed")])
-def test_a_case_that_fails_on_a_side_is_no_pass(tmp_path, kind, verdict):
+@pytest.mark.parametrize(
+    ("kind", "code", "reason"),
+    [
+        ("head-crashes", 1, "head: crashed"),  # the base measured it: a regression
+        ("head-crashes-later", 1, "head: crashed"),  # in its second block
+        ("base-crashes", 3, "base: crashed"),  # no pass, and no fault of the head
+        ("segfault", 3, "base: crashed"),  # both alike
+    ],
+)
+def test_a_case_that_fails_on_a_side_is_no_pass(tmp_path, kind, code, reason):
     findings, _ = compared(tmp_path, kind, "steady", injected={"held_bytes": 0})
-    by_case = {found.case.options.data.prompt_field: found for found in findings}
-    assert by_case[kind].verdict == verdict
-    assert "crashed" in by_case[kind].reason
+    (failed,) = [found for found in findings if found.case.options.data.prompt_field == kind]
+    assert failed.verdict == "failed"
+    assert failed.reason.startswith(reason)
+    assert exit_code(findings) == code
+
+
+def test_a_quantity_that_one_side_alone_has_is_missing(tmp_path):
+    findings, _ = compared(tmp_path, "renames-a-phase", injected={"held_bytes": 0})
+    missing = {found.quantity: found.is_regression for found in findings if found.verdict == "missing"}
+    assert missing == {"optimize s": True, "learn s": False}
     assert exit_code(findings) == 1
-    # The side that crashed is not run again.
-    assert len(read_records(tmp_path / "out" / "head")) == 2
+
+
+def test_parts_are_compared_where_both_sides_peak_in_one_phase(tmp_path):
+    """A head whose total is smaller and peaks elsewhere has other parts at its peak: that is no regression."""
+
+    def record(peak, total, cache):
+        phases = {"generate": {"total_bytes": 50}, "update": {"total_bytes": total}}
+        parts = {"kv_cache": cache, "activations": total - cache}
+        return {"memory": {"total_bytes": total, "peak_phase": peak, "parts": parts, "phases": phases}}
+
+    found = {f.quantity: f.verdict for f in sizes_of(CASE, record("update", 100, 0), record("generate", 50, 40))}
+    assert found == {"memory total": "smaller", "memory generate": "same", "memory update": "smaller"}
+    same = {f.quantity: f.verdict for f in sizes_of(CASE, record("update", 100, 0), record("update", 100, 40))}
+    assert same["memory part kv_cache"] == "larger"
 
 
 def test_the_table_has_the_answer_the_totals_and_what_differs(tmp_path):
@@ -124,7 +152,7 @@ def test_bisect_finds_the_first_bad_commit(culprit):
     def compare_commit(commit):
         asked.append(commit)
         verdict = "larger" if COMMITS.index(commit) >= culprit else "same"
-        return [Finding(case=CASE, quantity="memory total", verdict=verdict)]
+        return [Finding(case=CASE, quantity="memory total", verdict=verdict, is_regression=verdict == "larger")]
 
     found = bisect(COMMITS, compare_commit, lambda commit: f"subject of {commit}", lines.append)
     assert found.commit == COMMITS[culprit]
@@ -145,17 +173,26 @@ def test_a_baseline_judges_memory_and_on_the_same_machine_time(tmp_path):
     for name in ("old", "new"):
         stored(tmp_path / name, "steady")
     assert time_obstacle(tmp_path / "old", tmp_path / "new") is None
-    both = baseline_findings(tmp_path / "old", tmp_path / "new", Effects(), with_times=True)
+    both = baseline_findings(tmp_path / "old", tmp_path / "new", Effects(), times_obstacle=None)
     assert verdicts(both)["generate s"] == "same"
-    memory = baseline_findings(tmp_path / "old", tmp_path / "new", Effects(), with_times=False)
-    assert all(found.quantity.startswith("memory") for found in memory)
+    other = baseline_findings(tmp_path / "old", tmp_path / "new", Effects(), times_obstacle="another host.")
+    assert {found.reason for found in other if found.verdict == "ambiguous"} == {"another host."}
+    assert exit_code(other) == 3
+
+
+def test_a_baseline_of_one_block_judges_no_times_and_says_so(tmp_path):
+    for name, blocks in (("old", 1), ("new", 3)):
+        stored(tmp_path / name, "steady", blocks=blocks)
+    findings = baseline_findings(tmp_path / "old", tmp_path / "new", Effects(), times_obstacle=None)
+    assert [found.reason for found in findings if found.verdict == "ambiguous"] == ["a side has fewer than two blocks."]
+    assert exit_code(findings) == 3
 
 
 def test_a_case_that_the_new_run_lacks_is_missing(tmp_path):
     stored(tmp_path / "old", "steady", "blocks")
     stored(tmp_path / "new", "steady")
-    findings = baseline_findings(tmp_path / "old", tmp_path / "new", Effects(), with_times=True)
-    assert [found.reason for found in findings if found.verdict == "missing"] == ["the head has no record of it."]
+    findings = baseline_findings(tmp_path / "old", tmp_path / "new", Effects(), times_obstacle=None)
+    assert [found.reason for found in findings if found.verdict == "missing"] == ["head: there is no record of it."]
     assert exit_code(findings) == 1
 
 

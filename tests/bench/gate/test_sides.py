@@ -117,7 +117,7 @@ def test_a_dirty_tree_is_said_to_be_compared(repo):
     dirty = sides.head_side(repo, with_working_folder=True)
     assert clean.title.startswith("the working tree at ")
     assert "uncommitted" not in clean.title
-    assert dirty.title.endswith("with 1 uncommitted changes")
+    assert dirty.title.endswith("with uncommitted changes in 1 files")
     assert (clean.paths, dirty.paths) == ((), (str(repo),))
 
 
@@ -132,7 +132,7 @@ def test_folders_that_modules_come_from(repo, monkeypatch):
 
 
 def test_a_second_gate_is_refused(repo):
-    with sides.only_gate(), pytest.raises(GateError, match="another gate runs"), sides.only_gate():
+    with sides.only_gate(), pytest.raises(GateError, match="another gate of yours runs"), sides.only_gate():
         pass
     with sides.only_gate():
         pass

@@ -91,7 +91,8 @@ def test_a_case_receives_its_options(tmp_path):
     result = run(cases, tmp_path / "b", profile=True, time_budget_s=3.0, memory_limit_bytes=5, blocks=7)
     asked = result.records[1]["prompts"]
     assert asked["memory_limit_bytes"] == 5
-    assert asked["case"] == cases.cases[1].to_dict()
+    assert asked["case"] == {**cases.cases[1].to_dict(), "options": {"data": {"prompt_field": "echo"}}}
+    assert Case.from_dict(asked["case"]) == cases.cases[1]
     assert asked["settings"] == {
         "time_budget_s": 3.0,
         "precision": RunOptions().precision,
