@@ -243,7 +243,8 @@ class BarProgress(_Counting):
         """Starts the bar again, for the blocks."""
         super().begin_blocks(number, num_blocks, num_cases)
         if self._bar is not None and self._task is not None:
-            self._bar.reset(self._task, total=num_cases, description=self._block, left="")
+            # reset() replaces all fields.
+            self._bar.reset(self._task, total=num_cases, description=self._block, left="", counts=self._counts())
 
     def start_block(self, case: Case) -> None:
         """Shows the case."""

@@ -65,6 +65,24 @@ def test_a_bar_shows_the_current_case_and_failures(monkeypatch):
     assert "1 oom" in stream.getvalue()
 
 
+def test_a_bar_goes_on_through_the_blocks(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    progress = BarProgress(stream)
+    progress.begin([SMALL, LARGE], num_recorded=0)
+    progress.start_case(SMALL)
+    progress.finish_case(SMALL, record())
+    progress.begin_blocks(1, 5, 2)
+    progress.start_block(LARGE)
+    progress._bar.refresh()
+    progress.finish_block(LARGE, {"error": None})
+    progress._bar.refresh()
+    progress.end()
+    assert "lora 8+8 x2 · block 2 of 5" in stream.getvalue()
+    assert "1 ok" in stream.getvalue()
+
+
 def test_a_bar_accepts_notices_and_its_end_before_it_begins():
     stream = Terminal()
     progress = BarProgress(stream)
