@@ -18,15 +18,16 @@ from rlhfkernels.models.presets import PRESETS, Preset
 if TYPE_CHECKING:
     from rlhfkernels.data.batch import Batch
     from rlhfkernels.observer import Observer
+    from rlhfkernels.training.roofline import Work
     from rlhfkernels.training.step import StepStats, TrainingStep, build_step
-    from rlhfkernels.training.work import Work, phase_work
+    from rlhfkernels.training.work import phase_work
 
 _LAZY = {
     "Batch": "rlhfkernels.data.batch",
     "Observer": "rlhfkernels.observer",
     "StepStats": "rlhfkernels.training.step",
     "TrainingStep": "rlhfkernels.training.step",
-    "Work": "rlhfkernels.training.work",
+    "Work": "rlhfkernels.training.roofline",
     "build_step": "rlhfkernels.training.step",
     "phase_work": "rlhfkernels.training.work",
 }

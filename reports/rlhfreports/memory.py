@@ -26,6 +26,7 @@ NUMBERS = (
     ("rollout_bytes", "rollout GiB", "roll.\nGiB"),
     ("total_bytes", "total GiB", "total\nGiB"),
     ("process_peak_bytes", "process GiB", "proc\nGiB"),
+    ("prepare_s_per_sample", "prepare s", "prep.\ns"),
     ("inference_s_per_sample", "inference s", "infer.\ns"),
     ("update_s_per_sample", "update s", "update\ns"),
     ("total_s_per_sample", "total s/sample", "total\ns"),
@@ -34,6 +35,7 @@ _HALF_WIDTH = "total_half_width_s_per_sample"
 _INTERVAL_HEADING = "± s"
 _DISTURBED = "!"  # after the interval of a case beside which something else used the machine
 _OUTCOME_COLUMN = "total_bytes"  # has the outcome in place of a number where nothing was measured
+_OPTIONAL = ("prepare_s_per_sample",)  # columns that a table has only where a row has a number in them
 _SHORT_HEADINGS = {
     "length": "len.",
     **{heading: short for _, heading, short in NUMBERS},
@@ -156,9 +158,11 @@ def _numbers(frame: pd.DataFrame) -> dict[str, list[str]]:
     }
     cells = {}
     for name, heading, _ in NUMBERS:
+        if name in _OPTIONAL and frame[name].isna().all():
+            continue
         scale, ruler = (GIB, "total_bytes") if name.endswith("_bytes") else (1, "total_s_per_sample")
         rounded = [decimals.get(name, decimals[ruler])] * len(frame)
-        if scale == 1:
+        if scale == 1 and name not in _OPTIONAL:
             half_width = name.replace("_s_", "_half_width_s_", 1)
             rounded = [
                 decimals[ruler] if pd.isna(width) else _decimals(value, width)

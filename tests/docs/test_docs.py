@@ -22,6 +22,8 @@ import typer
 
 from rlhfbench.cli.common import case_spec, make_sweep
 from rlhfbench.cli.main import app, invoke
+from rlhfbench.evidence.parts import PARTS
+from rlhfbench.evidence.request import Request, parse_parts
 from rlhfbench.records.file import read_records
 from rlhfkernels.config.options import RENAMED_OPTIONS
 from rlhfkernels.methods.table import METHODS
@@ -42,6 +44,8 @@ RUN = {
     "rlhfbench run --methods hydra,sft,dpo --prompts prompts.jsonl --demonstrations demonstrations.jsonl "
     "--pairs pairs.jsonl": f"--methods hydra,sft-lora,dpo-lora {_TINY}",
     "rlhfbench plan --model tiny --methods hydra --seq-lens 64 --batch-sizes 2 --gpu 24GiB": "",
+    "rlhfbench plan --model tiny --methods dpo-lora --seq-lens 64 --batch-sizes 2 --option dpo.forward=two-pass": "",
+    "rlhfbench plan --model tiny --methods dpo --seq-lens 64 --option dpo.precompute_ref_log_probs=true": "",
 }
 _GPU = "it needs a GPU"
 _LONG = "it takes minutes"
@@ -60,6 +64,8 @@ CHECKED = {
     "rlhfbench run --methods hydra --prompts prompts.jsonl --seq-lens 64": _SAME,
     "rlhfbench run --methods sft,sft-lora --demonstrations demonstrations.jsonl --seq-lens 64": _SAME,
     "rlhfbench run --methods dpo,dpo-lora --pairs pairs.jsonl --seq-lens 64": _SAME,
+    "rlhfbench run --methods sft-lora --demonstrations demonstrations.jsonl --option sft.packing=true "
+    "--seq-lens 64": _SAME,
     "rlhfbench run --sweep sweep.toml": _LONG,
     "rlhfbench run --sweep sweep.toml --batch-sizes 8 --option lora.r=64": _LONG,
     "rlhfbench run --sweep cases.toml": _SAME,
@@ -69,6 +75,9 @@ CHECKED = {
     "rlhfbench plan --model llama-2-70b --seq-lens 800 --batch-sizes 1 --dtype bfloat16 --gpu h200 --zero-stage 3 "
     "--world-size 8": _LONG,
     "rlhfbench plan --model tiny --device cpu --methods lora,dpo-lora --seq-lens 64 --batch-sizes 2 --json": _SAME,
+    "rlhfbench evidence --out my-evidence": _GPU,
+    "rlhfbench evidence --out my-evidence --device cpu --model tiny --budget-min 4": _LONG,
+    "rlhfbench evidence --out my-evidence --parts 3,5": _GPU,
     "rlhfbench gate --base main": _REPOSITORY,
     "rlhfbench gate --self-test --seq-lens 32 --batch-sizes 2": _LONG,
     "rlhfbench gate --bisect v1.2 HEAD --methods hydra": _REPOSITORY,
@@ -150,9 +159,13 @@ def _check(words: list[str]) -> None:
 
 
 def _check_flags(words: list[str]) -> None:
-    """Parses a command and makes its sweep, which checks every flag, option and value."""
+    """Parses a command and makes its sweep or request, which checks every flag, option and value."""
     verb, *arguments = words
     params = typer.main.get_command(app).commands[verb].make_context(verb, list(arguments)).params
+    if verb == "evidence":
+        assert Request.of(params["model"], params["device"])
+        assert parse_parts(params["parts"], PARTS)
+        return
     assert make_sweep(case_spec(params), params["sweep"], params["setting"]).cases
 
 

@@ -52,6 +52,16 @@ def test_columns_match_the_papers_table(make_frame):
     assert table.caption == "llama-7b · cpu · float32 · LoRA rank 16 · 800 tokens"
 
 
+def test_preparing_is_a_column_of_its_own_where_some_row_has_it(make_frame):
+    prepared = {"method": "dpo", "prepare_s_per_sample": 0.5, "inference_s_per_sample": None}
+    table = memory_table(make_frame(prepared, {"method": "hydra"}))
+    found = {row["method"]: row for row in cells(table)}
+    assert table.headings[-4:] == ("prepare s", "inference s", "update s", "total s/sample")
+    assert (found["dpo"]["prepare s"], found["dpo"]["inference s"]) == ("0.50", ABSENT)
+    assert found["Hydra-PPO"]["prepare s"] == ABSENT
+    assert "prepare s" not in memory_table(make_frame({"method": "hydra"})).headings
+
+
 def test_settings_of_a_method_are_adjacent_rows(make_frame):
     paper = {"setting": "paper", "dtype": "bfloat16", "lora_rank": 128}
     rows = [

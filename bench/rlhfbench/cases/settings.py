@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from rlhfkernels.config.options import Options
+from rlhfkernels.config.options import CPU_LOGPROB_CHUNK, Options
 from rlhfkernels.config.settings import SETTINGS
 from rlhfkernels.methods.program import SourceName
 
@@ -24,7 +24,10 @@ _DECIDING = tuple(
 
 def flat_options(options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The options of a record by dotted name, from tables by group."""
-    return {f"{group}.{field}": value for group, table in options.items() for field, value in table.items()}
+    flat = {f"{group}.{field}": value for group, table in options.items() for field, value in table.items()}
+    if flat.get("engine.logprob_chunk_size") == CPU_LOGPROB_CHUNK:
+        flat["engine.logprob_chunk_size"] = None  # what records held before the default followed the device
+    return flat
 
 
 def setting_of(options: Mapping[str, Mapping[str, Any]]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import signal
 import sys
@@ -122,9 +121,7 @@ def gate(
     ] = None,
     out: Annotated[
         str | None,
-        typer.Option(
-            metavar="DIR", rich_help_panel=OUTPUT, help="Folder for the runs of both sides; a new one by default."
-        ),
+        typer.Option(metavar="DIR", rich_help_panel=OUTPUT, help="Keep the runs of both sides in this folder."),
     ] = None,
     summary: Annotated[
         str | None, typer.Option(metavar="FILE", rich_help_panel=OUTPUT, help="Write the table to this file too.")
@@ -144,12 +141,12 @@ def gate(
     from rlhfbench.gate import sides
 
     options = _options(smallest_effect, promised_effect, budget_s, threads, step)
-    folder = Path(out or f"rlhfbench-gate-{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%SZ}")
     spec = case_spec(ctx.params)
     # SIGTERM ends a gate as Ctrl-C does: processes and folders are removed.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with sides.only_gate():
+        with sides.only_gate(), sides.temporary_folder() as temporary:
+            folder = temporary / "runs" if out is None else Path(out)
             if baseline:
                 return _baseline(Path(baseline), folder, options, update=update_baseline, memory_only=memory_only)
             cases = make_sweep(spec if sweep else {**SMALL, **spec}, sweep, setting)

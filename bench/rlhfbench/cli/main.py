@@ -9,7 +9,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from rlhfbench.cli import gate, methods, models, plan, report, run, verify
+from rlhfbench.cli import evidence, gate, methods, models, plan, report, run, verify
 from rlhfbench.cli.common import DONE, INTERRUPTED, NOTHING, WRONG, SectionedCommand, epilog
 from rlhfbench.errors import ForkServerError, RlhfBenchError
 from rlhfkernels.errors import RlhfKernelsError
@@ -23,6 +23,7 @@ for _verb, _epilog in (
     (report.report, report.EPILOG),
     (gate.gate, gate.EPILOG),
     (verify.verify, verify.EPILOG),
+    (evidence.evidence, evidence.EPILOG),
     (methods.methods, methods.EPILOG),
     (models.models, models.EPILOG),
 ):

@@ -7,7 +7,6 @@ memory inside one op, the allocator's rounding, library workspaces.
 
 from __future__ import annotations
 
-import dataclasses
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -19,11 +18,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from rlhfbench.measure.attribution import state_tensors, weights_by_part
+from rlhfbench.measure.tally import MODEL_PARTS, LargestTensor, Snapshot, Tally
 from rlhfbench.measure.tensor_hooks import observe_storages
 from rlhfkernels.naming import unknown
 from rlhfkernels.observer import PARTS, Observer
 
-MODEL_PARTS = ("base", "adapters", "heads", "gradients", "optimizer")
 ACTIVATION_PARTS = ("kv_cache", "activations", "temporary")
 
 # Allocation granularity: torch's CUDA caching allocator rounds every request up to 512 bytes. CPU: bytes.
@@ -40,33 +39,6 @@ _GRADIENTS, _OPTIMIZER, _ACTIVATIONS, _TEMPORARY = (
 def block_bytes(device: str) -> int:
     """Returns the size in bytes of the blocks that the allocator of ``device`` hands out."""
     return _BLOCK_BYTES.get(torch.device(device).type, 1)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Snapshot:
-    """The live bytes at one moment; the parts sum exactly to the total.
-
-    Attributes:
-        total_bytes: All live bytes.
-        parts: Live bytes by part; every part of ``PARTS`` is there.
-        event: Number of changes that the ledger had counted by then: the moment's position in a timeline.
-    """
-
-    total_bytes: int
-    parts: dict[str, int]
-    event: int = dataclasses.field(default=0, compare=False)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class LargestTensor:
-    """The largest single storage, with the shape of the first tensor on it and the op that made that tensor.
-
-    ``op`` is ``None`` if the storage existed before the ledger saw it.
-    """
-
-    num_bytes: int
-    shape: tuple[int, ...]
-    op: str | None
 
 
 class _Entry(weakref.ref[torch.UntypedStorage]):
@@ -100,24 +72,6 @@ class _SavedRef(weakref.ref[torch.Tensor]):
     entry: _Entry
 
 
-class _Peak:
-    """The highest total of a stretch of time, with the parts at that moment."""
-
-    __slots__ = ("event", "parts", "total")
-
-    def __init__(self) -> None:
-        self.total = 0
-        self.parts = [0] * len(PARTS)
-        self.event = 0
-
-    def take(self, total: int, parts: list[int], event: int) -> None:
-        self.total, self.parts, self.event = total, parts.copy(), event
-
-    def snapshot(self) -> Snapshot:
-        parts = dict(zip(PARTS, self.parts, strict=True))
-        return Snapshot(total_bytes=self.total, parts=parts, event=self.event)
-
-
 class Ledger(Observer):
     """Counts live tensor bytes by memory part inside a ``with`` block.
 
@@ -141,9 +95,7 @@ class Ledger(Observer):
         on_change: Called after every change with the live bytes by part, in the order of ``PARTS``. The list is the
             ledger's own: copy it to keep it.
         block_bytes: Granularity: each storage counts as a multiple of this size, as an allocator hands it out.
-
-    Attributes:
-        num_changes: Number of storages added, resized, moved between parts and freed so far.
+        tally: Takes the sums, in place of a tally of the ledger's own that calls ``on_change``.
     """
 
     def __init__(
@@ -152,22 +104,16 @@ class Ledger(Observer):
         on_change: Callable[[Sequence[int]], None] | None = None,
         *,
         block_bytes: int = 1,
+        tally: Tally | None = None,
     ) -> None:
         self._block_bytes = block_bytes
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._on_change = on_change
+        self._tally = Tally(on_change) if tally is None else tally
         self._entries: dict[int, _Entry] = {}
         self._saved: dict[int, _SavedRef] = {}
-        self._parts = [0] * len(PARTS)
-        self._total = 0
-        self._outside = self._peak = _Peak()
-        self._peaks: dict[str, _Peak] = {}
-        self._phases: list[str] = []
-        self._largest: LargestTensor | None = None
         self._parameters: list[torch.nn.Parameter] = []
         self._hooks = ExitStack()
         self._tracks = self._was_entered = False
-        self.num_changes = 0
 
     def __enter__(self) -> Self:
         if self._was_entered:
@@ -187,15 +133,12 @@ class Ledger(Observer):
 
     def enter_phase(self, name: str) -> None:
         """Starts a stretch of phase ``name``; an enclosing phase pauses meanwhile."""
-        self._phases.append(name)
-        self._point_peak()
+        self._tally.enter_phase(name)
 
     def exit_phase(self, name: str) -> None:
         """Ends the stretch."""
-        assert self._phases[-1:] == [name], f"phase {name} ends inside {self._phases}"
         self._declare_gradients()
-        self._phases.pop()
-        self._point_peak()
+        self._tally.exit_phase(name)
 
     def tag(self, part: str, tensors: Iterable[torch.Tensor]) -> None:
         """Declares that the storages of ``tensors`` belong to ``part``.
@@ -241,32 +184,41 @@ class Ledger(Observer):
     @property
     def total_bytes(self) -> int:
         """Live bytes now."""
-        return self._total
+        return self._tally.total
+
+    @property
+    def num_changes(self) -> int:
+        """Number of storages added, resized, moved between parts and freed so far."""
+        return self._tally.num_changes
 
     @property
     def parts(self) -> dict[str, int]:
         """Live bytes now, by part."""
-        return dict(zip(PARTS, self._parts, strict=True))
+        return dict(zip(PARTS, self._tally.parts, strict=True))
 
     @property
     def peaks(self) -> dict[str, Snapshot]:
         """The highest moment of each phase, over all its stretches."""
-        return {name: peak.snapshot() for name, peak in self._peaks.items()}
+        return self._tally.peaks
+
+    def add_phases(self, earlier: Ledger) -> None:
+        """Adds the phases of a ledger whose block ended before this one's began, and its largest tensor."""
+        self._tally.add_phases(earlier._tally)
 
     @property
     def peak(self) -> Snapshot:
         """The highest moment, inside phases and outside."""
-        return max((self._outside, *self._peaks.values()), key=lambda peak: peak.total).snapshot()
+        return self._tally.peak
 
     @property
     def peak_phase(self) -> str | None:
         """The phase with the highest total, the first of equals; ``None`` before the first phase."""
-        return max(self._peaks, key=lambda name: self._peaks[name].total, default=None)
+        return self._tally.peak_phase
 
     @property
     def largest(self) -> LargestTensor | None:
         """The largest single storage that is no model part, among those freed so far or live when the block ended."""
-        return self._largest
+        return self._tally.largest
 
     def live_storages(self) -> dict[int, int]:
         """Returns bytes by storage address of everything that lives now."""
@@ -320,7 +272,7 @@ class Ledger(Observer):
             entry.num_saved += 1
             if entry.num_saved == 1 and not entry.declared:
                 self._move(entry, _ACTIVATIONS)
-                self._refresh_peak()
+                self._tally.refresh_peak()
 
     # Bookkeeping. Sums are plain integers: weak reference callbacks come in any thread, but only between bytecodes.
 
@@ -347,7 +299,7 @@ class Ledger(Observer):
         entry.part, entry.declared, entry.num_saved = _TEMPORARY, False, 0
         entry.shape, entry.op, entry.since = shape, op, self.num_changes + 1
         self._entries[entry.key] = entry
-        self._grow(entry, entry.num_bytes)
+        self._tally.grow(entry.part, entry.num_bytes)
         return entry
 
     def _size(self, storage: torch.UntypedStorage) -> int:
@@ -356,14 +308,14 @@ class Ledger(Observer):
     def _died(self, entry: _Entry) -> None:
         self._consider_largest(entry)
         del self._entries[entry.key]
-        self._grow(entry, -entry.num_bytes)
+        self._tally.grow(entry.part, -entry.num_bytes)
         entry.num_bytes = 0  # a saved reference may be released later
 
     def _resize(self, entry: _Entry, num_bytes: int) -> None:
         """Counts old and new memory together for a moment: the old is freed after its content was copied."""
         self._consider_largest(entry)
-        self._grow(entry, num_bytes)
-        self._grow(entry, -entry.num_bytes)
+        self._tally.grow(entry.part, num_bytes)
+        self._tally.grow(entry.part, -entry.num_bytes)
         entry.num_bytes, entry.since = num_bytes, self.num_changes
 
     def _released(self, ref: _SavedRef) -> None:
@@ -373,34 +325,9 @@ class Ledger(Observer):
         if entry.num_saved == 0 and not entry.declared:
             self._move(entry, _TEMPORARY)
 
-    def _grow(self, entry: _Entry, num_bytes: int) -> None:
-        self._parts[entry.part] += num_bytes
-        self._total += num_bytes
-        if self._total > self._peak.total:
-            self._peak.take(self._total, self._parts, self.num_changes + 1)
-        self._changed()
-
     def _move(self, entry: _Entry, part: int) -> None:
-        self._parts[entry.part] -= entry.num_bytes
-        self._parts[part] += entry.num_bytes
-        entry.part, entry.since = part, self.num_changes + 1
-        self._changed()
-
-    def _changed(self) -> None:
-        self.num_changes += 1
-        if self._on_change is not None:
-            self._on_change(self._parts)
-
-    def _refresh_peak(self) -> None:
-        """Takes the peak's parts again: a tensor is named just after it was made, perhaps after it made the peak."""
-        if self._total == self._peak.total:
-            self._peak.take(self._total, self._parts, self.num_changes)
-
-    def _point_peak(self) -> None:
-        """Makes the innermost phase's peak the current one, starting from what lives now."""
-        self._peak = self._peaks.setdefault(self._phases[-1], _Peak()) if self._phases else self._outside
-        if self._total > self._peak.total:
-            self._peak.take(self._total, self._parts, self.num_changes)
+        self._tally.move(entry.num_bytes, entry.part, part)
+        entry.part, entry.since = part, self.num_changes
 
     def _declare(self, part: int, tensors: Iterable[torch.Tensor], *, in_peaks: bool = False) -> None:
         for tensor in tensors:
@@ -410,14 +337,14 @@ class Ledger(Observer):
                     if in_peaks:
                         self._correct_peaks(entry, part)
                     self._move(entry, part)
-                    self._refresh_peak()
+                    self._tally.refresh_peak()
 
     def _correct_peaks(self, entry: _Entry, part: int) -> None:
         """Moves ``entry`` to ``part`` in every peak since it has been as it is: there it counted with the same size.
 
         AdamW makes its states in the first ``step``, whose peak comes before ``step`` returns and the states are known.
         """
-        for peak in (self._outside, *self._peaks.values()):
+        for peak in (self._tally.outside, *self._tally.in_phases.values()):
             if peak.event >= entry.since:
                 peak.parts[entry.part] -= entry.num_bytes
                 peak.parts[part] += entry.num_bytes
@@ -436,6 +363,5 @@ class Ledger(Observer):
             self._declare_gradient(parameter)
 
     def _consider_largest(self, entry: _Entry) -> None:
-        if entry.part not in _MODEL and (self._largest is None or entry.num_bytes > self._largest.num_bytes):
-            op = None if entry.op is None else str(entry.op)
-            self._largest = LargestTensor(num_bytes=entry.num_bytes, shape=tuple(entry.shape), op=op)
+        if entry.part not in _MODEL:
+            self._tally.consider_largest(entry.num_bytes, entry.shape, entry.op)

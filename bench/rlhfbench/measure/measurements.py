@@ -17,11 +17,12 @@ from rlhfbench.measure.ceilings import measure_ceilings
 from rlhfbench.measure.clock import StepClock
 from rlhfbench.measure.injection import InjectedStep
 from rlhfbench.measure.interference import Interference
-from rlhfbench.measure.ledger import ACTIVATION_PARTS, MODEL_PARTS, Ledger, block_bytes
+from rlhfbench.measure.ledger import ACTIVATION_PARTS, Ledger, block_bytes
 from rlhfbench.measure.options import MeasurementOptions
 from rlhfbench.measure.profile import PhaseProfiler
 from rlhfbench.measure.statistic import DEFAULT_BLOCKS
 from rlhfbench.measure.stopping import Reason, StoppingRule
+from rlhfbench.measure.tally import MODEL_PARTS, Tally
 from rlhfbench.measure.timeline import Timeline
 from rlhfbench.measure.user_step import load_step
 from rlhfbench.measure.workspaces import workspace_bytes
@@ -50,12 +51,18 @@ RATES = ("matmul_flops_per_s", "copy_bytes_per_s", "read_bytes_per_s")
 MAX_BUILD_S = 10.0
 
 # Largest magnitude of a statistic of the first step that rounding explains, by dtype. ``ratio_error`` is a maximum over
-# tokens, ``kl`` their mean. In bfloat16, over 16 models and 2 to 5 seeds, the largest are 0.25 and 0.007 with real
-# weights (SmolLM2-135M, 192 tokens), and 0.88 and 0.017 where rounding sends a token to another expert (Mixtral).
+# tokens, ``kl`` their mean, ``reference_error`` a maximum over the means of sequences. In bfloat16, over 16 models and
+# 2 to 5 seeds, the largest of the first two are 0.25 and 0.007 with real weights (SmolLM2-135M, 192 tokens), and 0.88
+# and 0.017 where rounding sends a token to another expert (Mixtral).
 AGREEMENT = {
+    "reference_error": {"float64": 1e-4, "float32": 1e-2, "bfloat16": 1.0},
     "ratio_error": {"float64": 1e-4, "float32": 1e-2, "bfloat16": 1.0},
     "kl": {"float64": 1e-5, "float32": 1e-3, "bfloat16": 0.05},
 }
+
+
+# What disagrees, where it is not decoding and the full forward.
+_READINGS = {"reference_error": "the policy and the reference's log-probabilities"}
 
 
 class Stats(Protocol):
@@ -157,17 +164,21 @@ def run_measurements(
     notify("build")
     step = _build(case, options)
     build_s = time.perf_counter() - started_s
-    num_blocks = options.num_blocks or (DEFAULT_BLOCKS if build_s <= MAX_BUILD_S else 1)
+    # Counted now: a prepared step has freed models.
+    work = phase_work(cast(TrainingStep, step)) if options.step is None else {}
     result: dict[str, Any] = {}
     with _manual_gc():
+        is_own = options.step is None
+        prepared = prepare_step(cast(TrainingStep, step), case.device, notify) if is_own else Prepared()
+        is_short = build_s + prepared.data_set_s <= MAX_BUILD_S
+        num_blocks = options.num_blocks or (DEFAULT_BLOCKS if is_short else 1)
         timing = time_steps(step, case, options.time_budget_s / num_blocks, options.precision, notify)
         if options.block == 0:
-            result = _measure_once(step, case, options, timing, notify)
-    work = phase_work(cast(TrainingStep, step)) if options.step is None else {}
+            result = _measure_once(step, case, options, timing, prepared, notify)
     if options.block == 0:
         result["latency"]["num_blocks"] = num_blocks
         result["work"] = {"phases": {name: dataclasses.asdict(item) for name, item in work.items()}}
-    names = [phase.name for phase in step.phases]
+    names = [phase.name for phase in step.phases if phase.kind != "prepare"]
     notify("ceilings")
     del step
     step_done()
@@ -176,6 +187,7 @@ def run_measurements(
     result["block"] = {
         "started_at": started_at,
         "build_s": build_s,
+        "prepare_s_per_sample": prepared.s_per_sample,
         "phases": {name: [step_s.get(name, 0.0) for step_s in timing.steps_s] for name in names},
         "stopped_because": timing.reason,
         "interference": timing.interference,
@@ -192,27 +204,67 @@ def _build(case: Case, options: MeasurementOptions) -> Step:
 
 
 def _measure_once(
-    step: Step, case: Case, options: MeasurementOptions, timing: Timing, notify: Notify
+    step: Step, case: Case, options: MeasurementOptions, timing: Timing, prepared: Prepared, notify: Notify
 ) -> dict[str, Any]:
     """Measures what a case has once: memory and profile. Returns the record's objects without times."""
     notify("memory")
     timeline = Timeline() if options.timeline else None
     ledger = measure_memory(step, case.device, notify, timeline)
+    followed = None if timeline is None else timeline.to_dict(ledger.peaks)
+    if prepared.ledger is not None:
+        ledger.add_phases(prepared.ledger)
+    phases = [phase for phase in step.phases if phase.kind != "prepare"]
     if options.profile_dir is not None:
         notify("profile")
         profiler = PhaseProfiler(options.profile_dir, case.id, case.device)
         step.run(Announcer(notify, profiler)).check_finite()
     return {
-        "memory": memory_object(ledger, timing.views),
-        "latency": {"phases": {phase.name: {"kind": phase.kind} for phase in step.phases}},
+        "memory": memory_object(ledger, highest_views(prepared.views, timing.views)),
+        "latency": {"phases": {phase.name: {"kind": phase.kind} for phase in phases}},
         "stats": timing.stats,
         "prompts": step.data_summary(),
         "engine": step.trunk_taken,
         "attention": step.attention_taken,
         "kernels": step.backend_taken,
         "num_threads": torch.get_num_threads(),
-        "timeline": None if timeline is None else timeline.to_dict(ledger.peaks),
+        "timeline": followed,
     }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """What the phase ``prepare`` took; nothing for a step without one.
+
+    Attributes:
+        ledger: Has seen the phase over one batch.
+        data_set_s: Seconds of the phase over the data set.
+        s_per_sample: The same, per data row.
+        views: Memory views from outside the ledger.
+    """
+
+    ledger: Ledger | None = None
+    data_set_s: float = 0.0
+    s_per_sample: float | None = None
+    views: dict[str, int | None] = dataclasses.field(default_factory=dict)
+
+
+def prepare_step(step: TrainingStep, device: str, notify: Notify) -> Prepared:
+    """Runs the phase ``prepare`` over one batch under a ledger, which also warms it up, then over the data set."""
+    if all(phase.kind != "prepare" for phase in step.phases):
+        return Prepared()
+    ledger, clock = Ledger(device, block_bytes=block_bytes(device)), StepClock(device)
+    with _outer_peaks(device) as views:
+        with _ledger_of(step, ledger):
+            step.prepare(Announcer(notify, ledger), num_batches=1)
+        step.prepare(clock)
+    data_set_s = sum(clock.take().values())
+    return Prepared(ledger=ledger, data_set_s=data_set_s, s_per_sample=data_set_s / step.num_data_rows, views=views)
+
+
+def highest_views(*found: Mapping[str, int | None]) -> dict[str, int | None]:
+    """The highest number of every view, ``None`` where none has one."""
+    given = {name: [views.get(name) for views in found] for name in OUTER_VIEWS}
+    return {name: max((n for n in numbers if n is not None), default=None) for name, numbers in given.items()}
 
 
 def time_steps(step: Step, case: Case, budget_s: float, precision: float, notify: Notify) -> Timing:
@@ -251,25 +303,25 @@ def time_steps(step: Step, case: Case, budget_s: float, precision: float, notify
 
 
 def check_agreement(stats: Mapping[str, float | None], dtype: str) -> None:
-    """Refuses a first step whose decoding and full forward passes give different log-probabilities.
+    """Refuses a first step in which two readings of the initial weights give different log-probabilities.
 
-    Both read the initial weights, those of the reference, so the probability ratio is 1 and KL is 0 but for rounding.
+    Decoding and the full forward pass: the probability ratio is 1 and KL is 0 but for rounding. The policy and the
+    columns that were read from the reference, perhaps once for the data set: they differ by rounding alone.
 
     Args:
-        stats: Of the first step. Those of a method without ``ratio_error`` are not checked.
+        stats: Of the first step. KL is checked only beside ``ratio_error``.
         dtype: Of the weights.
 
     Raises:
         ModelError: They disagree.
     """
-    if "ratio_error" not in stats:
-        return
     for name, limits in AGREEMENT.items():
-        value = stats.get(name)
+        readings = _READINGS.get(name, "decoding and the full forward")
+        value = stats.get(name) if name in _READINGS or "ratio_error" in stats else None
         if value is not None and abs(value) > limits[dtype]:
             raise ModelError(
-                f"decoding and the full forward disagree by {abs(value):.2g} ({name} of the first step), and {dtype} "
-                f"explains {limits[dtype]:.2g}."
+                f"{readings} disagree by {abs(value):.2g} ({name} of the first step), and {dtype} explains "
+                f"{limits[dtype]:.2g}."
             )
 
 
@@ -283,11 +335,18 @@ def measure_memory(step: Step, device: str, notify: Notify, timeline: Timeline |
 
 def run_under_ledger(step: Step, ledger: Ledger, observer: Observer) -> Stats:
     """Runs one step inside ``ledger``, after declaring everything that lives between steps."""
+    with _ledger_of(step, ledger):
+        return step.run(observer)
+
+
+@contextmanager
+def _ledger_of(step: Step, ledger: Ledger) -> Iterator[None]:
+    """Enters ``ledger`` and declares everything that lives between steps."""
     with ledger:
         for part, tensor in step.persistent_tensors():
             ledger.tag(part, (tensor,))
         ledger.track_gradients(step.trained_parameters())
-        return step.run(observer)
+        yield
 
 
 def persistent_model_bytes(phases: Iterable[Mapping[str, int]]) -> int:
@@ -301,7 +360,7 @@ def persistent_model_bytes(phases: Iterable[Mapping[str, int]]) -> int:
     return max(sum(parts[part] for part in MODEL_PARTS) for parts in phases)
 
 
-def memory_object(ledger: Ledger, views: dict[str, int | None]) -> dict[str, Any]:
+def memory_object(ledger: Ledger | Tally, views: dict[str, int | None]) -> dict[str, Any]:
     """Returns the record's ``memory`` object.
 
     Args:

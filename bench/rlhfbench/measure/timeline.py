@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhfbench.measure.ledger import Snapshot
+from rlhfbench.measure.tally import Snapshot
 from rlhfkernels.observer import PARTS, Observer
 
 # A plot 1000 pixels wide shows no more points. Their JSON stays below 200 kB for sizes up to a petabyte.

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 
 from rlhfbench.planning.devices import Accelerator
-from rlhfbench.planning.predict import Plan
+from rlhfbench.planning.prediction import Plan
 from rlhfbench.planning.zero import Zero
 from rlhfkernels.config.case import Case
 from rlhfkernels.methods.table import METHODS
@@ -106,6 +106,10 @@ REMEDIES: dict[str, tuple[Remedy, ...]] = {
             "--option engine.gradient_checkpointing=true",
             lambda case, zero: not case.options.engine.gradient_checkpointing,
         ),
+        Remedy(
+            "--option dpo.forward=two-pass",
+            lambda case, zero: METHODS[case.method].source == "pairs" and case.options.dpo.forward == "joint",
+        ),
         _SDPA,
         _NARROWER,
         _SHORTER,
@@ -115,9 +119,7 @@ REMEDIES: dict[str, tuple[Remedy, ...]] = {
         _SDPA,
         Remedy(
             f"--option engine.logprob_chunk_size={_SMALL_CHUNK}",
-            lambda case, zero: (
-                case.options.engine.logprob_chunk_size == 0 or case.options.engine.logprob_chunk_size > _SMALL_CHUNK
-            ),
+            lambda case, zero: not 0 < (case.options.engine.logprob_chunk_size or 0) <= _SMALL_CHUNK,
         ),
         _SHORTER,
     ),

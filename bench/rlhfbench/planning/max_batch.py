@@ -14,7 +14,7 @@ from rlhfbench.processes import map_parallel
 from rlhfkernels.config.case import Case
 
 if TYPE_CHECKING:
-    from rlhfbench.planning.predict import Plan
+    from rlhfbench.planning.prediction import Plan
     from rlhfbench.planning.zero import Zero
 
 # The search stops here: the time of a plan grows with the number of log-probability chunks.

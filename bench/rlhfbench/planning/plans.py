@@ -60,14 +60,14 @@ def plan(
 
 
 def plan_objects(plans: Sequence[Planned], gpu: str | None = None) -> list[dict[str, Any]]:
-    """The plans as JSON objects, with the keys of ``rlhfbench.planning.predict.plan_object``.
+    """The plans as JSON objects, with the keys of ``rlhfbench.planning.prediction.plan_object``.
 
     Args:
         plans: from ``plan``.
         gpu: the accelerator that they were made for.
     """
     from rlhfbench.planning.advice import advice
-    from rlhfbench.planning.predict import plan_object
+    from rlhfbench.planning.prediction import plan_object
 
     accelerator = None if gpu is None else find_accelerator(gpu)
     return [

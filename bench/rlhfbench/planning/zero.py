@@ -15,6 +15,7 @@ from rlhfkernels.config.case import Case
 from rlhfkernels.methods.program import Generate
 
 if TYPE_CHECKING:
+    from rlhfkernels.training.sizes import BaseSizes, StepSizes
     from rlhfkernels.training.step import TrainingStep
 
 # What each stage divides among the ranks. Stage 3 divides the frozen weights too.
@@ -63,27 +64,33 @@ class Zero:
         divided = _DIVIDES[self.stage]
         return {part: -(-size // self.world_size) if part in divided else size for part, size in parts.items()}
 
-    def buckets(self, step: TrainingStep) -> dict[str, int]:
+    def buckets(self, step: TrainingStep, sizes: StepSizes | None = None) -> dict[str, int]:
         """The bytes of DeepSpeed's own buffers on one rank, by phase; every phase of ``step`` is there.
 
         Stages 1 and 2 fill one reduce bucket per backward: it is made whole when the backward begins, however little is
         trained, and dropped at its end (zero/stage_1_and_2.py, setup_buckets and _release_ipg_buffers). Stage 3 makes
         one for each trained model and keeps it (zero/stage3.py, at the end of its constructor), and gathers at most
         ``stage3_max_live_parameters`` weights of the model that runs.
+
+        Args:
+            step: the step.
+            sizes: of the same step at another depth; ``None`` takes its own.
         """
         none = dict.fromkeys((phase.name for phase in step.phases), 0)
         if self.stage == 0:
             return none
+        if sizes is None:
+            from rlhfkernels.training.sizes import StepSizes
+
+            sizes = StepSizes.of(step)
+        bucket = _REDUCE_BUCKET * sizes.trained_item  # the buffers are of the dtype that the model is trained in
         if self.stage < 3:
-            return none | {
-                phase.name: _REDUCE_BUCKET * _bytes_per_weight(step)
-                for phase in step.phases
-                if phase.kind == "update" and phase.passes
-            }
+            return none | {phase.name: bucket for phase in step.phases if phase.kind == "update" and phase.passes}
         bases = _bases_of_phases(step)
-        kept = len(step.optimizers) * _REDUCE_BUCKET * _bytes_per_weight(step)
+        kept = len(step.optimizers) * bucket
         return {
-            phase: kept + max((_live_bytes(step, base) for base in bases.get(phase, ())), default=0) for phase in none
+            phase: kept + max((_live_bytes(sizes.bases[base]) for base in bases.get(phase, ())), default=0)
+            for phase in none
         }
 
 
@@ -114,15 +121,7 @@ def _bases_of_phases(step: TrainingStep) -> dict[str, list[str]]:
     return found
 
 
-def _bytes_per_weight(step: TrainingStep) -> int:
-    """DeepSpeed's buffers are of the dtype that the model is trained in."""
-    return max((p.element_size() for p in step.trained_parameters()), default=0)
-
-
-def _live_bytes(step: TrainingStep, base: str) -> int:
-    """The weights of ``base`` that are gathered at one time."""
-    model = step.engine.models[base]
-    weights = [*model.trunk.parameters(), *(model.lm_head.parameters() if model.lm_head is not None else ())]
-    distinct = {id(p): p for p in weights}.values()  # a tied head is there once
-    num_weights, num_bytes = sum(p.numel() for p in distinct), sum(int(p.nbytes) for p in distinct)
-    return num_bytes if num_weights <= _MAX_LIVE else num_bytes * _MAX_LIVE // num_weights
+def _live_bytes(base: BaseSizes) -> int:
+    """The weights of a base that are gathered at one time."""
+    count, num_bytes = base.live.count, base.live.num_bytes
+    return num_bytes if count <= _MAX_LIVE else num_bytes * _MAX_LIVE // count

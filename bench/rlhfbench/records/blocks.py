@@ -27,8 +27,8 @@ def summarize(record: dict[str, Any]) -> dict[str, Any]:
     Disturbed blocks are set aside where three others are left. The rule reads the interference and no times, so it
     favours no result.
 
-    Sets the seconds of phases, kinds and total with their half-widths and their values by block, the floors and
-    ``floor_fraction``, what disturbed the most disturbed block, and the least sure reason to stop of any block.
+    Sets the seconds of phases, kinds and total with their half-widths and their values by block, those of ``prepare``,
+    the floors and ``floor_fraction``, what disturbed the most disturbed block, and the least sure reason to stop.
     """
     blocks = record["latency"].get("blocks") or []
     whole = [block for block in blocks if block.get("error") is None]
@@ -46,6 +46,8 @@ def summarize(record: dict[str, Any]) -> dict[str, Any]:
         found = _estimate(_sums(seconds, names, record["case"]["batch_size"])) if names else {}
         for key in ("mean_s", "half_width_s", "block_s"):
             latency[f"{kind}_{key.removeprefix('mean_')}_per_sample"] = found.get(key)
+    prepared = [block["prepare_s_per_sample"] for block in counted if block.get("prepare_s_per_sample") is not None]
+    latency["prepare_s_per_sample"] = math.fsum(prepared) / len(prepared) if prepared else None
     latency["stopped_because"] = max((block["stopped_because"] for block in counted), key=_REASONS.index)
     latency["num_disturbed_blocks"] = len(disturbed)
     latency["num_counted_blocks"] = len(counted)
@@ -72,6 +74,8 @@ def wrong_block(block: Any, names: Iterable[str]) -> str | None:
                 return f"{key}.{name} is {shown(value)}: it must be a finite number."
     if block.get("error") is not None:
         return None
+    if block.get("prepare_s_per_sample") is not None and not _is_seconds(block["prepare_s_per_sample"]):
+        return f"prepare_s_per_sample is {shown(block['prepare_s_per_sample'])}: it must be a number of seconds."
     if block.get("stopped_because") not in _REASONS:
         return f"stopped_because is {shown(block.get('stopped_because'))}: it must be one of {', '.join(_REASONS)}."
     phases = block.get("phases")
@@ -135,5 +139,7 @@ def _work(record: Mapping[str, Any], blocks: Sequence[Block], latency: Mapping[s
     measured_s = math.fsum(phase["mean_s"] for phase in latency["phases"].values())
     return {
         "phases": {name: {**phase, "floor_s": least_s[name]} for name, phase in phases.items()},
-        "floor_fraction": math.fsum(least_s.values()) / measured_s if measured_s else None,
+        "floor_fraction": math.fsum(least_s[name] for name in latency["phases"] if name in least_s) / measured_s
+        if measured_s
+        else None,
     }

@@ -256,6 +256,11 @@ _MEASURED: tuple[Field, ...] = (
     Field("latency.disturbed_by", "string", "what disturbed the most disturbed block; absent if nothing did"),
     Field("latency.blocks", "object", "start, steps, interference, ceilings and floors of each block"),
     Field(
+        "latency.prepare_s_per_sample",
+        "Float64",
+        "seconds of the phase prepare, once a data set, per data row of it; no part of total; absent without one",
+    ),
+    Field(
         "latency.sequences_per_sample",
         "Int64",
         "sequences in one sample: 2 for a preference pair, n for best-of-n, else 1",

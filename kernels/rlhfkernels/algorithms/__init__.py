@@ -23,17 +23,26 @@ class Objective:
     Attributes:
         function: of a reader, a micro-batch, the options and the divisors.
         reads_prompt: says whether the loss covers the prompt's tokens too, under the options.
+        packs: says whether the sequences of a micro-batch are read as one row without padding.
+        in_two_passes: says whether the loss reads its log-probabilities without a graph first, and the sequences of a
+            data row then have a graph each. For losses that read nothing but log-probabilities.
     """
 
     function: Callable[[Reader, Batch, Options, Counts], Loss]
     reads_prompt: Callable[[Options], bool] = lambda options: False
+    packs: Callable[[Options], bool] = lambda options: False
+    in_two_passes: Callable[[Options], bool] = lambda options: False
 
 
 OBJECTIVES: dict[str, Objective] = {
     "policy": Objective(ppo.policy),
     "value": Objective(ppo.value),
-    "pairs": Objective(dpo.pairs),
-    "demonstrations": Objective(sft.demonstrations, reads_prompt=lambda options: not options.sft.completion_only_loss),
+    "pairs": Objective(dpo.pairs, in_two_passes=lambda options: options.dpo.forward == "two-pass"),
+    "demonstrations": Objective(
+        sft.demonstrations,
+        reads_prompt=lambda options: not options.sft.completion_only_loss,
+        packs=lambda options: options.sft.packing,
+    ),
 }
 
 # Each fills columns of the batch and returns statistics, scalars by name.

@@ -42,7 +42,8 @@ def pairs(read: Reader, batch: Batch, options: Options, counts: Counts) -> Loss:
     """The policy's objective over preference pairs.
 
     Statistics, means over the pairs: ``accuracy`` (share with Δ_w > Δ_l), ``margin`` (β (Δ_w − Δ_l)),
-    ``chosen_logprob`` and ``rejected_logprob``; both log-probabilities may fall.
+    ``chosen_logprob`` and ``rejected_logprob``; both log-probabilities may fall. ``reference_error`` is the largest
+    |Δ| / |y|: 0 but for rounding in the first step, whose policy is a fresh pass of the reference's weights.
     """
     sums = sequence_logprobs(read.logprobs()[0], batch.mask)
     chosen, rejected = sums.view(-1, 2).unbind(1)
@@ -57,4 +58,5 @@ def pairs(read: Reader, batch: Batch, options: Options, counts: Counts) -> Loss:
             "chosen_logprob": chosen.sum() / counts.rows,
             "rejected_logprob": rejected.sum() / counts.rows,
         }
-    return Loss(loss, sums=statistics)
+        moved = (sums.detach() - batch["reference_logprobs"]).abs() / batch.mask.sum(1)
+    return Loss(loss, sums=statistics, maxima={"reference_error": moved.max()})

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Self, get_args
 from annotated_types import Ge, Lt
 
 from rlhfkernels.config.content import content_hash
-from rlhfkernels.config.options import Count, Dtype, Options, Text, option_fields
+from rlhfkernels.config.options import CPU_LOGPROB_CHUNK, Count, Dtype, Options, Text, option_fields
 from rlhfkernels.config.rules import checked, hints
 from rlhfkernels.errors import CaseError
 from rlhfkernels.methods.program import Method, Origin, SourceName
@@ -97,6 +97,8 @@ class Case:
         }
         defaults = Options().flat()
         options = {name: value for name, value in self.options.flat().items() if value != defaults[name]}
+        if self.device == "cpu" and options.get("engine.logprob_chunk_size") == CPU_LOGPROB_CHUNK:
+            del options["engine.logprob_chunk_size"]  # the default of the device, stated
         file = self.data_file
         if file is not None:
             options[f"data.{METHODS[self.method].source}"] = content_hash(file) or file

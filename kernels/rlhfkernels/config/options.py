@@ -20,6 +20,9 @@ Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
 
+# ``engine.logprob_chunk_size`` on a CPU. Records that were made before the default followed the device hold it.
+CPU_LOGPROB_CHUNK = 128
+
 # Options that another package carries out, by option and value.
 OPTION_PACKAGES: dict[str, dict[str, str]] = {
     "optimizer.name": {"adamw8bit": "bitsandbytes"},
@@ -64,6 +67,7 @@ class EngineOptions:
         cache_implementation: KV cache: ``static`` is allocated once at full length, ``dynamic`` grows by concatenation.
         gradient_checkpointing: keep each layer's input only, and recompute the layer in the backward pass.
         logprob_chunk_size: completion positions whose logits exist at one time; 0 keeps the logits of all of them.
+            ``None`` is 128 on a CPU; elsewhere as many as 256 MiB of float32 logits hold, from 128 to 1024.
         micro_batch_size: data rows per differentiated forward pass; ``None`` is the whole mini-batch.
     """
 
@@ -72,7 +76,7 @@ class EngineOptions:
     attn_implementation: Literal["auto", "sdpa", "eager"] = "auto"
     cache_implementation: Literal["static", "dynamic"] = "static"
     gradient_checkpointing: bool = False
-    logprob_chunk_size: Annotated[int, Ge(0)] = 128
+    logprob_chunk_size: Annotated[int, Ge(0)] | None = None
     micro_batch_size: Count | None = None
 
 
@@ -179,9 +183,12 @@ class SFTOptions:
 
     Attributes:
         completion_only_loss: the loss covers the completions only, not the prompts.
+        packing: the demonstrations of a micro-batch are read as one row without padding, each attending to itself
+            alone. Loss and gradients are those of padded rows.
     """
 
     completion_only_loss: bool = True
+    packing: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -190,9 +197,16 @@ class DPOOptions:
 
     Attributes:
         beta: β, the weight of the implicit KL penalty.
+        precompute_ref_log_probs: the reference's log-probabilities are read once for the data set, in a phase
+            ``prepare`` before the first step, and a reference model of its own is freed then. Without a file, the data
+            set is one random batch, which every step reads.
+        forward: ``joint`` keeps one graph of both sequences of a pair. ``two-pass`` reads both without a graph, then
+            each with a graph of its own: one forward more, half the activations, equal gradients.
     """
 
     beta: Positive = 0.1
+    precompute_ref_log_probs: bool = False
+    forward: Literal["joint", "two-pass"] = "joint"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

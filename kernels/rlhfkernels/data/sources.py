@@ -5,7 +5,9 @@ Shapes: b = data rows, n = sequences (b, or 2 b for pairs), p = prompt length, c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -35,6 +37,23 @@ class Source(Protocol):
         """The next ``batch_size`` data rows on the case's device."""
         ...
 
+    @property
+    def num_rows(self) -> int:
+        """Data rows of the data set: of the file, or of one batch of random rows."""
+        ...
+
+    def data_set(self, generator: torch.Generator | None) -> Iterator[Batch]:
+        """Every data row once, in batches. Random rows are made once, and are every later ``next_batch`` too."""
+        ...
+
+    def lengths(self) -> Counter[tuple[int, int]]:
+        """Real tokens of prompt and completion of every sequence in the file, counted; empty without a file."""
+        ...
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Tensors that it keeps between batches."""
+        ...
+
 
 class _Rows:
     """Tokenised rows, handed out in turn and over again.
@@ -55,6 +74,7 @@ class _Rows:
         self._case, self._vocab_size, self._tokenizer = case, vocab_size, tokenizer
         self._path = case.data_file
         self._next = 0
+        self._fixed: Batch | None = None
         self._prompts: list[list[int]] = []
         self._num_truncated = self._num_dropped = 0
         self._has_mask = self._path is not None
@@ -75,6 +95,23 @@ class _Rows:
             "num_dropped": self._num_dropped,
         }
 
+    @property
+    def num_rows(self) -> int:
+        """See ``Source.num_rows``."""
+        return len(self._prompts) or self._case.batch_size
+
+    def data_set(self, generator: torch.Generator | None) -> Iterator[Batch]:
+        """See ``Source.data_set``."""
+        raise NotImplementedError
+
+    def lengths(self) -> Counter[tuple[int, int]]:
+        """See ``Source.lengths``."""
+        return Counter()
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """See ``Source.tensors``."""
+        yield from () if self._fixed is None else self._fixed.tensors()
+
     def _take(self) -> list[int]:
         """Indices of the next rows."""
         case, num_rows = self._case, len(self._prompts)
@@ -85,14 +122,19 @@ class _Rows:
     def _prompts_of(self, rows: Sequence[int]) -> Prompts:
         p, device = self._case.prompt_len, self._case.device
         found = [self._prompts[row] for row in rows]
-        tokens = torch.tensor([[0] * (p - len(row)) + row for row in found], device=device)
+        tokens = _on_device([[0] * (p - len(row)) + row for row in found], device)
         if not self._has_mask:
             return Prompts(tokens, None)
         masks = [[0] * (p - len(row)) + [1] * len(row) for row in found]
-        return Prompts(tokens, torch.tensor(masks, device=device))
+        return Prompts(tokens, _on_device(masks, device))
 
     def _random(self, shape: tuple[int, int], generator: torch.Generator | None) -> torch.Tensor:
         return torch.randint(self._vocab_size, shape, generator=generator, device=self._case.device)
+
+
+def _on_device(values: Sequence[int] | list[list[int]], device: str) -> torch.Tensor:
+    """Returns int64 ``values`` on ``device``, in a copy that a phase does not wait for."""
+    return torch.tensor(values).to(device, non_blocking=True)
 
 
 class PromptSource(_Rows):
@@ -121,6 +163,10 @@ class _CompletionSource(_Rows):
 
     _num_completions = 1
 
+    def __init__(self, case: Case, vocab_size: int, tokenizer: Any | None, *, with_rows: bool = True) -> None:
+        self._completions: list[list[list[int]]] = []
+        super().__init__(case, vocab_size, tokenizer, with_rows=with_rows)
+
     def _rows(self, path: str) -> tuple[Sequence[Demonstration] | Sequence[Pair], int]:
         """The rows of the file, and the number of rows that it dropped."""
         raise NotImplementedError
@@ -128,7 +174,6 @@ class _CompletionSource(_Rows):
     def _read(self, path: str) -> None:
         p, c = self._case.prompt_len, self._case.completion_len
         rows, self._num_dropped = self._rows(path)
-        self._completions: list[list[list[int]]] = []
         for row in rows:
             where = f"{self._case.role_table.source} '{path}', line {row.line}"
             prompt, *completions = _encode_row(where, row.texts, self._tokenizer, self._vocab_size)
@@ -144,28 +189,67 @@ class _CompletionSource(_Rows):
 
     def next_batch(self, generator: torch.Generator | None) -> Batch:
         """See ``Source.next_batch``."""
+        if self._prompts:
+            return self._batch_of(self._take())
+        return self._random_batch(generator) if self._fixed is None else dataclasses.replace(self._fixed, columns={})
+
+    def data_set(self, generator: torch.Generator | None) -> Iterator[Batch]:
+        """See ``Source.data_set``."""
+        if not self._prompts:
+            if self._fixed is None:
+                batch = self._random_batch(generator)
+                self._fixed = dataclasses.replace(batch, rows=tuple(range(batch.num_rows)))
+            yield dataclasses.replace(self._fixed, columns={})
+        for start in range(0, len(self._prompts), self._case.batch_size):
+            yield self._batch_of(range(start, min(start + self._case.batch_size, len(self._prompts))))
+
+    def lengths(self) -> Counter[tuple[int, int]]:
+        """See ``Source.lengths``."""
+        return Counter(
+            (len(prompt), len(tokens))
+            for prompt, completions in zip(self._prompts, self._completions, strict=True)
+            for tokens in completions
+        )
+
+    def _random_batch(self, generator: torch.Generator | None) -> Batch:
         case, m = self._case, self._num_completions
         p, c, n = case.prompt_len, case.completion_len, case.batch_size * m
-        if not self._prompts:
-            tokens = self._random((n, p + c), generator)
-            if m > 1:  # the completions of one row share its prompt
-                tokens[:, :p] = tokens[::m, :p].repeat_interleave(m, 0)
-            mask = torch.ones(n, c, dtype=torch.float32, device=case.device)
-            attention_mask = torch.ones_like(tokens) if self._has_mask else None
-            return Batch(
-                tokens=tokens, attention_mask=attention_mask, mask=mask, prompt_len=p, num_rows=case.batch_size
-            )
-        rows = self._take()
+        tokens = self._random((n, p + c), generator)
+        if m > 1:  # the completions of one row share its prompt
+            tokens[:, :p] = tokens[::m, :p].repeat_interleave(m, 0)
+        return Batch(
+            tokens=tokens,
+            attention_mask=torch.ones_like(tokens) if self._has_mask else None,
+            mask=torch.ones(n, c, dtype=torch.float32, device=case.device),
+            prompt_len=p,
+            num_rows=case.batch_size,
+            extents=((0, p + c),) * n,
+        )
+
+    def _batch_of(self, rows: Sequence[int]) -> Batch:
+        """The batch of the given rows of the file."""
+        case, m = self._case, self._num_completions
+        p, c = case.prompt_len, case.completion_len
         prompts = self._prompts_of([row for row in rows for _ in range(m)])
         found = [tokens for row in rows for tokens in self._completions[row]]
-        completions = torch.tensor([tokens + [0] * (c - len(tokens)) for tokens in found], device=case.device)
-        lengths = torch.tensor([len(tokens) for tokens in found], device=case.device)
+        completions = _on_device([tokens + [0] * (c - len(tokens)) for tokens in found], case.device)
+        lengths = _on_device([len(tokens) for tokens in found], case.device)
         mask = (torch.arange(c, device=case.device) < lengths[:, None]).float()
         attention_mask = None
         if prompts.mask is not None:
             attention_mask = torch.cat((prompts.mask, torch.ones_like(completions)), 1)
         tokens = torch.cat((prompts.tokens, completions), 1)
-        return Batch(tokens=tokens, attention_mask=attention_mask, mask=mask, prompt_len=p, num_rows=case.batch_size)
+        return Batch(
+            tokens=tokens,
+            attention_mask=attention_mask,
+            mask=mask,
+            prompt_len=p,
+            num_rows=len(rows),
+            rows=tuple(rows),
+            extents=tuple(
+                (p - len(self._prompts[row]), p + len(tokens)) for row in rows for tokens in self._completions[row]
+            ),
+        )
 
 
 class DemonstrationSource(_CompletionSource):

@@ -10,9 +10,10 @@ import math
 import torch
 
 from rlhfkernels.engine.trunk import Trunk
-from rlhfkernels.errors import ModelError, NumericalError
+from rlhfkernels.errors import CaseError, ModelError, NumericalError
 from rlhfkernels.models.loading import LoadedModel, forward_errors, rotary_limit
 from rlhfkernels.observer import Observer
+from rlhfkernels.ops.attention_mask import Segment
 
 # Largest error as a fraction of the range of the compared values. In bfloat16, over 16 models (13 small ones of 2
 # layers, tiny, SmolLM2-135M with random and with real weights) and 2 to 5 seeds, values are off by 0.038 at most (the
@@ -20,6 +21,8 @@ from rlhfkernels.observer import Observer
 TOLERANCES = {"float64": 1e-5, "float32": 3e-4, "bfloat16": 0.1}
 GRADIENT_TOLERANCES = {**TOLERANCES, "bfloat16": 0.25}
 _NUM_DECODED = 2
+# Of the two sequences that the check of packing puts into one row.
+_PACKED_LENGTHS = 3, 4
 
 
 def tolerance(reference: torch.Tensor, dtype: str, *, of_gradient: bool = False) -> float:
@@ -99,6 +102,48 @@ def check_cache(name: str, model: LoadedModel, seq_len: int) -> None:
             f"prompt_len + completion_len is {seq_len}: the rotary embedding of model {name!r} changes beyond {limit} "
             "positions, where cached keys would be stale."
         )
+
+
+@torch.no_grad()
+def check_packing(name: str, trunk: Trunk, dtype: str, *, device: str, max_length: int, vocab_size: int) -> None:
+    """Compares two sequences in a packed row with each alone, and with the row whose first sequence is another.
+
+    Args:
+        name: of the model, as the case has it.
+        trunk: of the model.
+        dtype: of the weights.
+        device: of the weights.
+        max_length: of a sequence.
+        vocab_size: token ids are below it.
+
+    Raises:
+        CaseError: a sequence sees the one before it, has other positions than alone, or the model takes no packed row.
+    """
+    segments = [Segment(min(length, max_length)) for length in _PACKED_LENGTHS]
+    tokens = (torch.arange(sum(segment.length for segment in segments), device=device) * 7 + 3) % vocab_size
+    ids = torch.cat([torch.arange(segment.length, device=device) for segment in segments])
+    other = tokens.clone()
+    other[: segments[0].length].add_(1).remainder_(vocab_size)
+    try:
+        packed, moved = (trunk.packed(None, row, ids, segments) for row in (tokens, other))
+        parts = tokens.split_with_sizes([segment.length for segment in segments])
+        alone = torch.cat([trunk.hidden(None, part[None], None)[0] for part in parts])
+    except (TypeError, AttributeError, LookupError, ValueError, RuntimeError) as error:
+        raise _packing_problem(name, trunk, f"it raises {type(error).__name__}") from error
+    second = segments[0].length
+    # Equal shapes take equal kernels: what is masked cannot change the last bit by much.
+    if not largest_error(packed[second:], moved[second:]) <= tolerance(packed, dtype) / 100:
+        raise _packing_problem(name, trunk, "a sequence sees the one before it")
+    difference, limit = largest_error(packed, alone), tolerance(alone, dtype)
+    if not difference <= limit:
+        reason = f"a packed sequence and the sequence alone disagree by {_shown(difference)}, not {limit:.2g}"
+        raise _packing_problem(name, trunk, reason)
+
+
+def _packing_problem(name: str, trunk: Trunk, reason: str) -> CaseError:
+    return CaseError(
+        [f"model {name!r} cannot read packed rows ({trunk.name} trunk): {reason}; sft.packing must be false."]
+    )
 
 
 def _read(model: LoadedModel, hidden: torch.Tensor) -> torch.Tensor:

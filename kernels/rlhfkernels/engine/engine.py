@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rlhfkernels.config.case import Case, vocabulary_problem
-from rlhfkernels.data.batch import Batch, empty_completions
+from rlhfkernels.config.options import CPU_LOGPROB_CHUNK
+from rlhfkernels.data.batch import Batch, PackedRow, empty_completions
 from rlhfkernels.data.sources import Prompts
-from rlhfkernels.engine.agreement import check_cache, check_model
+from rlhfkernels.engine.agreement import check_cache, check_model, check_packing
 from rlhfkernels.engine.backends import select_backend
 from rlhfkernels.engine.fast.trunk import make_fast_trunk
 from rlhfkernels.engine.trunk import PlainTrunk, Trunk
@@ -34,6 +35,8 @@ from rlhfkernels.seeding import seeded
 # Bases of one origin start from equal weights, bases of different origins do not.
 _ORIGIN_SEED: dict[Origin, int] = {"policy": 0, "reward": 1}
 _ADAPTER_SEED, _HEAD_SEED = 1000, 2000
+# Float32 logits of a chunk on an accelerator, and the largest chunk.
+_LOGITS_BYTES, _MAX_LOGPROB_CHUNK = 2**28, 1024
 # By ``engine.trunk``.
 _TRUNKS: dict[str, Callable[[Case, LoadedModel, Adapters], Trunk]] = {"plain": PlainTrunk, "fast": make_fast_trunk}
 
@@ -45,20 +48,24 @@ class Engine:
         case: the case to build.
         with_weights: load real weights. Without, weights are random and only configurations are read.
         check: refuse models that this engine would run wrongly.
+        num_layers: build bases without weights with their first layers alone.
 
     Raises:
         ModelError: the model cannot be loaded or is too short.
         CaseError: an option does not fit the model.
     """
 
-    def __init__(self, case: Case, *, with_weights: bool = True, check: bool = True) -> None:
+    def __init__(
+        self, case: Case, *, with_weights: bool = True, check: bool = True, num_layers: int | None = None
+    ) -> None:
         self.case = case
         # Without weights only shapes matter: generation skips decode steps, and optimizers need not compute.
         self.with_weights = with_weights
         self.method = case.role_table
         self.device = torch.device(case.device)
         self.backend = select_backend(case.options.engine.backend, case.device, case.dtype)
-        self.models = self._load_models(with_weights)
+        self.models = self._load_models(with_weights, num_layers)
+        self.logprob_chunk = logprob_chunk_size(case, self.vocab_size)
         self.adapters = {base: self._attach(base) for base in self.method.bases}
         make_trunk = _TRUNKS[case.options.engine.trunk]
         self.trunks: dict[str, Trunk] = {
@@ -69,7 +76,7 @@ class Engine:
         self.scalar_heads = self._make_scalar_heads()
         self.parameters_of_role = self._declare_trained()
 
-    def _load_models(self, with_weights: bool) -> dict[str, LoadedModel]:
+    def _load_models(self, with_weights: bool, num_layers: int | None) -> dict[str, LoadedModel]:
         models: dict[str, LoadedModel] = {}
         first_of: dict[tuple[Origin, bool], LoadedModel] = {}
         for base in self.method.bases:
@@ -79,7 +86,12 @@ class Engine:
                 seed = self.case.seed + _ORIGIN_SEED[origin]
                 name = self.case.model_of(origin)
                 first_of[key] = models[base] = load_model(
-                    self.case, seed=seed, with_lm_head=key[1], with_weights=with_weights, name=name
+                    self.case,
+                    seed=seed,
+                    with_lm_head=key[1],
+                    with_weights=with_weights,
+                    name=name,
+                    num_layers=num_layers,
                 )
             else:
                 models[base] = first_of[key].clone()
@@ -101,6 +113,16 @@ class Engine:
                 check_cache(name, model, self.case.seq_len)
             if model.probe is not None:
                 check_model(name, model, self.trunks[base], self.case.dtype, generates=generates)
+
+    def check_packing(self, base: str) -> None:
+        """Refuses a base that reads packed rows wrongly.
+
+        Raises:
+            CaseError: see ``rlhfkernels.engine.agreement.check_packing``.
+        """
+        case, name = self.case, self.case.model_of(self.method.origins[base])
+        size = {"max_length": case.seq_len, "vocab_size": self.vocab_size}
+        check_packing(name, self.trunks[base], case.dtype, device=case.device, **size)
 
     @property
     def vocab_size(self) -> int:
@@ -202,6 +224,11 @@ class Engine:
         """The trunk's last hidden states [n, t − start, d] under a weight set; see ``Trunk.hidden``."""
         return self.trunks[weights.base].hidden(weights.adapter, tokens, attention_mask, start=start, train=train)
 
+    def packed_hidden(self, weights: WeightSet, row: PackedRow, *, train: bool = False) -> torch.Tensor:
+        """The trunk's last hidden states [k, d] of a packed row's read positions; see ``Trunk.packed``."""
+        trunk = self.trunks[weights.base]
+        return trunk.packed(weights.adapter, row.tokens, row.positions, row.segments, train=train)
+
     def logprobs(
         self, role: str, hidden: torch.Tensor, targets: torch.Tensor, *, entropy: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -215,19 +242,25 @@ class Engine:
         """
         n, k = targets.shape
         states = hidden[:, -k - 1 : -1].reshape(n * k, -1)
+        logprobs, entropies = self.flat_logprobs(role, states, targets.reshape(-1), entropy=entropy)
+        return logprobs.view(n, k), None if entropies is None else entropies.view(n, k)
+
+    def flat_logprobs(
+        self, role: str, states: torch.Tensor, targets: torch.Tensor, *, entropy: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-probabilities [k] of ``targets``, [k] that the rows of ``states`` [k, d] predict; see ``logprobs``."""
         head = self.lm_head(role)
-        logprobs, entropies = token_logprobs(
+        return token_logprobs(
             states,
             head.weight,
             head.bias,
-            targets.reshape(-1),
+            targets,
             head.transform(self.case.options.rollout.temperature),
-            chunk=self.case.options.engine.logprob_chunk_size,
+            chunk=self.logprob_chunk,
             entropy=entropy,
             backend=self.backend,
             grad_dtype=getattr(torch, self.case.options.optimizer.grad_accum_dtype or "float32"),
         )
-        return logprobs.view(n, k), None if entropies is None else entropies.view(n, k)
 
     def values(self, role: str, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The scalar head's values [n, c]; the value of completion token t is read at position t − 1."""
@@ -257,10 +290,7 @@ class Engine:
             samples: completions per prompt, side by side in the batch.
 
         Returns:
-            A batch with its tokens, masks and the column ``old_logprobs`` [n, c].
-
-        Raises:
-            NumericalError: a token was sampled from logits that are not finite.
+            A batch with its tokens, masks and the column ``old_logprobs`` [n, c]; see ``check_sampled``.
         """
         case, options = self.case, self.case.options.rollout
         tokens, mask = (
@@ -273,6 +303,7 @@ class Engine:
         weights, head = self.method.roles[role].weights, self.lm_head(role)
         decoder = self.trunks[weights.base].decoder(weights.adapter, p + c - 1, observer)
         ended = torch.zeros(n, dtype=torch.bool, device=tokens.device) if options.stop_token_id is not None else None
+        check_every = _tokens_between_looks(self.device)
         start = 0
         for t in range(p, p + c):
             # Without weights only shapes matter: the prompt, the first step after it and the last step have the
@@ -289,17 +320,29 @@ class Engine:
                 logits.div_(options.temperature)
             token, logprob = sample(logits, generator, backend=self.backend)
             if ended is not None:
-                token, ended, done = _stop(batch, t, token, ended, options.stop_token_id)
-                if done:
+                if t > p and (t - p) % check_every == 0 and bool(ended.all()):
+                    batch.mask[:, t - p :] = 0
                     break
+                token, ended = _stop(batch, t, token, ended, options.stop_token_id)
             batch.tokens[:, t] = token
             batch["old_logprobs"][:, t - p] = logprob
             start = t
         if options.stop_token_id is not None:
             batch["old_logprobs"].mul_(batch.mask)
+        return batch
+
+    def check_sampled(self, role: str, batch: Batch) -> None:
+        """Checks the log-probabilities of a generation. It waits for the device, so it belongs behind the phase.
+
+        Raises:
+            NumericalError: a token was sampled from logits that are not finite.
+        """
         if self.with_weights and not math.isfinite(float(batch["old_logprobs"].sum())):
             raise NumericalError(f"{role} sampled from logits that are not finite: every logit must be a number.")
-        return batch
+
+    def release(self, base: str) -> None:
+        """Frees the weights of a base that nothing reads any more."""
+        del self.models[base], self.trunks[base], self.adapters[base]
 
     def save(self, folder: Path) -> None:
         """Writes every trained weight under ``folder``, and every adapter set and scalar head.
@@ -331,13 +374,36 @@ def _trains_lm_head(role: Role) -> bool:
     return "head" in role.trains and HEADS[role.head].outputs == "vocabulary"
 
 
+def logprob_chunk_size(case: Case, vocab_size: int) -> int:
+    """Returns ``engine.logprob_chunk_size`` of ``case``, or that of its device.
+
+    128 positions bound the head's matmul on an H100 by memory: each chunk reads the whole head, and a position is worth
+    128 multiply-adds for every weight read, where the H100 needs about 300. Not yet measured on a GPU.
+
+    Args:
+        case: the case; its device decides.
+        vocab_size: columns of the logits.
+    """
+    asked = case.options.engine.logprob_chunk_size
+    if asked is not None:
+        return asked
+    if case.device == "cpu":
+        return CPU_LOGPROB_CHUNK
+    return min(_MAX_LOGPROB_CHUNK, max(CPU_LOGPROB_CHUNK, _LOGITS_BYTES // (4 * vocab_size)))
+
+
+def _tokens_between_looks(device: torch.device) -> int:
+    """Returns after how many tokens a generation looks whether all sequences have ended.
+
+    A look waits for the device, which the CPU has done anyway. Steps that come too many compute masked tokens.
+    """
+    return 1 if device.type == "cpu" else 16
+
+
 def _stop(
     batch: Batch, t: int, token: torch.Tensor, ended: torch.Tensor, stop_token: int | None
-) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """Masks position ``t`` of the sequences that ended before it; the last result says whether all have."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Masks position ``t`` of the sequences that ended before it, whose token becomes 0."""
     batch.mask[:, t - batch.prompt_len] = (~ended).float()
-    if bool(ended.all()):
-        batch.mask[:, t - batch.prompt_len :] = 0
-        return token, ended, True
     token = torch.where(ended, torch.zeros_like(token), token)
-    return token, ended | (token == stop_token), False
+    return token, ended | (token == stop_token)

@@ -6,6 +6,7 @@ Shapes: b = batch, t = positions of a sequence, q = new positions, d = hidden si
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -19,6 +20,7 @@ from rlhfkernels.models.adapters import Adapters
 from rlhfkernels.models.cache import PreallocatedLayer, cache_tensors, make_cache, skip_cache_to
 from rlhfkernels.models.loading import LoadedModel
 from rlhfkernels.observer import Observer
+from rlhfkernels.ops.attention_mask import Segment
 
 
 class Decoder(Protocol):
@@ -71,6 +73,29 @@ class Trunk(Protocol):
         """
         ...
 
+    def packed(
+        self,
+        adapter: str | None,
+        tokens: torch.Tensor,
+        ids: torch.Tensor,
+        segments: Sequence[Segment],
+        *,
+        train: bool = False,
+    ) -> torch.Tensor:
+        """Returns the last hidden states of sequences that lie in one row without padding, and see themselves alone.
+
+        Args:
+            adapter: as in ``hidden``.
+            tokens: [m].
+            ids: [m], positions that begin at 0 in every sequence.
+            segments: the sequences in their order.
+            train: as in ``hidden``.
+
+        Returns:
+            [sum of length − start, d]: of every sequence the positions from its ``start`` on.
+        """
+        ...
+
     def decoder(self, adapter: str | None, max_len: int, observer: Observer) -> Decoder:
         """Starts a generation of at most ``max_len`` positions with ``adapter``; tells ``observer`` of its cache."""
         ...
@@ -104,15 +129,36 @@ class PlainTrunk:
         train: bool = False,
     ) -> torch.Tensor:
         """See ``Trunk.hidden``."""
+        return self._forward(adapter, tokens, attention_mask, positions(attention_mask), train)[:, start:]
+
+    def packed(
+        self,
+        adapter: str | None,
+        tokens: torch.Tensor,
+        ids: torch.Tensor,
+        segments: Sequence[Segment],
+        *,
+        train: bool = False,
+    ) -> torch.Tensor:
+        """See ``Trunk.packed``. Transformers makes a block-diagonal mask of ids that begin again within a row."""
+        return kept_rows(self._forward(adapter, tokens[None], None, ids[None], train)[0], segments)
+
+    def _forward(
+        self,
+        adapter: str | None,
+        tokens: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        ids: torch.Tensor | None,
+        train: bool,
+    ) -> torch.Tensor:
+        """Returns the hidden states [b, t, d] of all positions."""
         self._adapters.activate(adapter)
         if self._options.engine.gradient_checkpointing:
             # Train mode makes transformers checkpoint; dropout is 0 in the configuration.
             self._module.train(train)
-        output = self._module(
-            input_ids=tokens, attention_mask=attention_mask, position_ids=positions(attention_mask), use_cache=False
-        )
+        output = self._module(input_ids=tokens, attention_mask=attention_mask, position_ids=ids, use_cache=False)
         hidden: torch.Tensor = output.last_hidden_state
-        return hidden[:, start:]
+        return hidden
 
     def decoder(self, adapter: str | None, max_len: int, observer: Observer) -> Decoder:
         """See ``Trunk.decoder``."""
@@ -171,6 +217,14 @@ class _PlainDecoder(CacheSkips):
         self._observer.tag("kv_cache", cache_tensors(self._cache))
         last: torch.Tensor = output.last_hidden_state[:, -1]
         return last
+
+
+def kept_rows(x: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
+    """Returns [sum of length − start, d]: of every segment of ``x``, [m, d], the positions from its ``start`` on."""
+    if not any(segment.start for segment in segments):
+        return x
+    parts = x.split_with_sizes([segment.length for segment in segments])
+    return torch.cat([part[segment.start :] for part, segment in zip(parts, segments, strict=True)])
 
 
 def positions(attention_mask: torch.Tensor | None) -> torch.Tensor | None:

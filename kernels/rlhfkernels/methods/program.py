@@ -91,12 +91,19 @@ class Read:
         quantity: a name in ``rlhfkernels.training.quantities.QUANTITIES``.
         into: the column.
         when: dotted name of the option that must be true; ``None`` always reads.
+        once: dotted name of the option that makes it a ``Prepare``; ``None`` reads in every step.
     """
 
     role: str
     quantity: str
     into: str
     when: str | None = None
+    once: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Prepare(Read):
+    """Reads a quantity of the whole data set, once, before the first step; attributes as in ``Read``."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,13 +171,14 @@ class Phase:
 
     Attributes:
         name: as in records and reports.
-        kind: the latency column of the papers' tables that it counts in.
+        kind: the latency column of the papers' tables that it counts in. ``prepare`` runs once a data set and is no
+            part of a step.
         stages: what it runs.
         passes: the forward passes of its ``Read`` and ``Update`` stages.
     """
 
     name: str
-    kind: Literal["inference", "update"]
+    kind: Literal["prepare", "inference", "update"]
     stages: tuple[Stage, ...] = ()
     passes: tuple[ForwardPass, ...] = ()
 
@@ -252,6 +260,17 @@ class Method:
         return tuple(p for phase in self.phases if phase.kind == "update" for p in phase.passes)
 
     @property
+    def prepare(self) -> Phase | None:
+        """The phase that runs once a data set, where there is one."""
+        return next((phase for phase in self.phases if phase.kind == "prepare"), None)
+
+    @property
+    def bases_of_steps(self) -> frozenset[str]:
+        """The bases that a step reads once its data set is prepared."""
+        roles = (getattr(stage, "role", None) for stage in self.program if not isinstance(stage, Prepare))
+        return frozenset(self.roles[role].base for role in roles if role is not None)
+
+    @property
     def generate(self) -> Generate | None:
         """The stage that samples, where there is one."""
         return next((stage for stage in self.program if isinstance(stage, Generate)), None)
@@ -271,7 +290,11 @@ class Method:
 
     def with_options(self, options: dict[str, Any]) -> Method:
         """The method as ``options``, by dotted name, make it."""
-        program = tuple(stage for stage in self.program if not isinstance(stage, Read) or _is_on(stage, options))
+        program = tuple(
+            _as_asked(stage, options) if isinstance(stage, Read) else stage
+            for stage in self.program
+            if not isinstance(stage, Read) or _is_on(stage, options)
+        )
         method = dataclasses.replace(self, program=program)
         return method._with_frozen_copies() if options["ppo.critic_head"] == "frozen" else method
 
@@ -289,6 +312,13 @@ class Method:
 
 def _is_on(stage: Read, options: dict[str, Any]) -> bool:
     return stage.when is None or bool(options[stage.when])
+
+
+def _as_asked(stage: Read, options: dict[str, Any]) -> Read:
+    """The stage, as a ``Prepare`` where its option says so."""
+    if stage.once is None or not options[stage.once]:
+        return stage
+    return Prepare(role=stage.role, quantity=stage.quantity, into=stage.into, once=stage.once)
 
 
 def _runs(program: Sequence[Stage]) -> list[tuple[type[Stage], tuple[Stage, ...]]]:
@@ -310,6 +340,10 @@ def _read_phases(method: Method, stages: tuple[Stage, ...]) -> list[Phase]:
     return [Phase(name="score", kind="inference", stages=stages, passes=_passes(method, stages))]
 
 
+def _prepare_phases(method: Method, stages: tuple[Stage, ...]) -> list[Phase]:
+    return [Phase(name="prepare", kind="prepare", stages=stages, passes=_passes(method, stages))]
+
+
 def _update_phases(method: Method, stages: tuple[Stage, ...]) -> list[Phase]:
     alone = len(method.trained_roles) == 1
     return [
@@ -322,7 +356,13 @@ def _optimize_phases(method: Method, stages: tuple[Stage, ...]) -> list[Phase]:
     return [Phase(name="optimize", kind="update", stages=stages)]
 
 
-_PHASES = {Generate: _generate_phases, Read: _read_phases, Update: _update_phases, Optimize: _optimize_phases}
+_PHASES = {
+    Generate: _generate_phases,
+    Read: _read_phases,
+    Prepare: _prepare_phases,
+    Update: _update_phases,
+    Optimize: _optimize_phases,
+}
 
 
 def _passes(method: Method, stages: Iterable[Stage]) -> tuple[ForwardPass, ...]:

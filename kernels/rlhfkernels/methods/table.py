@@ -57,7 +57,12 @@ def _dpo(name: str, title: str, **roles: Role) -> Method:
         roles=roles,
         source="pairs",
         program=(
-            Read(role="reference", quantity="sequence_logprob", into="reference_logprobs"),
+            Read(
+                role="reference",
+                quantity="sequence_logprob",
+                into="reference_logprobs",
+                once="dpo.precompute_ref_log_probs",
+            ),
             Update(role="policy", objective="pairs"),
             Optimize(role="policy"),
         ),

@@ -84,7 +84,13 @@ class LoadedModel:
 
 
 def load_model(
-    case: Case, *, seed: int, with_lm_head: bool, with_weights: bool = True, name: str | None = None
+    case: Case,
+    *,
+    seed: int,
+    with_lm_head: bool,
+    with_weights: bool = True,
+    name: str | None = None,
+    num_layers: int | None = None,
 ) -> LoadedModel:
     """Builds or loads a model of ``case`` on its device, in its dtype, with dropout off.
 
@@ -94,12 +100,15 @@ def load_model(
         with_lm_head: keep the language-model head.
         with_weights: load real weights where there are some; without, only the model's configuration is read.
         name: which model; ``None`` is the policy's.
+        num_layers: build a model without weights with its first layers alone; see ``rlhfkernels.models.depth``.
 
     Raises:
         ModelError: the model is unknown, cannot be loaded, or is too short for the case.
     """
     name = name or case.model
-    model = load_causal_lm(case, name, seed=seed, with_lm_head=with_lm_head, with_weights=with_weights)
+    model = load_causal_lm(
+        case, name, seed=seed, with_lm_head=with_lm_head, with_weights=with_weights, num_layers=num_layers
+    )
     loaded = _split(model, with_lm_head)
     if with_weights:
         loaded.probe = _make_probe(name, model, case, with_lm_head)
@@ -107,7 +116,13 @@ def load_model(
 
 
 def load_causal_lm(
-    case: Case, name: str, *, seed: int, with_lm_head: bool = True, with_weights: bool = True
+    case: Case,
+    name: str,
+    *,
+    seed: int,
+    with_lm_head: bool = True,
+    with_weights: bool = True,
+    num_layers: int | None = None,
 ) -> PreTrainedModel:
     """Loads transformers' own causal language model; arguments as in ``load_model``.
 
@@ -122,14 +137,17 @@ def load_causal_lm(
     for field, value in list(vars(config).items()):
         if any(part in field for part in _NOISE_FIELDS) and type(value) in (int, float):
             setattr(config, field, 0.0)
+    if num_layers is not None:
+        assert not with_weights, "the weights of a checkpoint have one depth"
+        cut_layers(config, num_layers)
     options: dict[str, Any] = {"dtype": getattr(torch, case.dtype), "asked": case.options.engine.attn_implementation}
     if source is None or not with_weights:
         with seeded(device, seed), device:
-            model = _with_attention(name, AutoModelForCausalLM.from_config, config, **options)
+            model = with_attention(name, AutoModelForCausalLM.from_config, config, **options)
     else:
         load = AutoModelForCausalLM.from_pretrained
         options |= {"config": config, **source.kwargs, "output_loading_info": True}
-        model, info = _with_attention(name, load, *source.args, **options)
+        model, info = with_attention(name, load, *source.args, **options)
         _check_weights(name, model, info, with_lm_head)
         model = model.to(device)
     if has_other_states(model):
@@ -141,7 +159,7 @@ def load_causal_lm(
     return model
 
 
-def _with_attention(name: str, load: Any, *args: Any, asked: str, **kwargs: Any) -> Any:
+def with_attention(name: str, load: Any, *args: Any, asked: str, **kwargs: Any) -> Any:
     """Loads with the attention that the case asks for; ``auto`` is sdpa if the architecture has it, else eager."""
     for implementation in ("sdpa", "eager") if asked == "auto" else (asked,):
         try:
@@ -150,6 +168,15 @@ def _with_attention(name: str, load: Any, *args: Any, asked: str, **kwargs: Any)
             if asked != "auto" or implementation == "eager":
                 raise
     raise AssertionError("the last attention returns or raises")
+
+
+def cut_layers(config: Any, num_layers: int) -> None:
+    """Makes ``config`` that of the first ``num_layers`` layers, lists with one item a layer included."""
+    whole = config.num_hidden_layers
+    for field, value in list(vars(config).items()):
+        if isinstance(value, (list, tuple)) and len(value) == whole:
+            setattr(config, field, value[:num_layers])
+    config.num_hidden_layers = num_layers
 
 
 def _check_architecture(model: str, config: Any) -> None:

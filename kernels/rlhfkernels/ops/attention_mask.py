@@ -6,6 +6,7 @@ Shapes: b = sequences, t = positions.
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 
@@ -45,6 +46,18 @@ class CausalMask:
     def causal(self) -> torch.Tensor:
         """Returns the mask [1, 1, t, t] without windows and padding."""
         return torch.ones(1, 1, self.t, self.t, dtype=torch.bool, device=self._device).tril_()
+
+
+class Segment(NamedTuple):
+    """One sequence of a packed row.
+
+    Attributes:
+        length: its positions.
+        start: the first of them that is a query of the last layer, and whose hidden state is read.
+    """
+
+    length: int
+    start: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,12 +8,14 @@ e = head size.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from rlhfkernels.ops.attention_mask import AttentionSpan, CausalMask
+from rlhfkernels.ops.attention_mask import AttentionSpan, CausalMask, Segment
 from rlhfkernels.ops.dispatch import takes_native
 from rlhfkernels.ops.native import causal_attention as native
 from rlhfkernels.ops.qkv_layout import QkvLayout
@@ -55,6 +57,41 @@ def causal_attention(
     return _torch(qkv, layout, mask, span)
 
 
+def packed_attention(
+    qkv: torch.Tensor,
+    layout: QkvLayout,
+    segments: Sequence[Segment],
+    *,
+    window: int | None,
+    scale: float,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Computes block-diagonal causal attention: every sequence of a packed row sees itself alone.
+
+    Each sequence is one call, and neighbours of equal lengths share one, so that no score between two sequences is
+    computed and no mask of the whole row exists.
+
+    Args:
+        qkv: [m, n], rotated; m is the sum of the segments' lengths.
+        layout: positions of the heads in ``qkv``.
+        segments: the sequences in their order.
+        window: positions that a query sees, itself included; ``None`` is all.
+        scale: multiplies the scores.
+        backend: as in ``takes_native``.
+
+    Returns:
+        [sum of length − start, h e].
+    """
+    runs = [(segment, len(list(equal))) for segment, equal in itertools.groupby(segments)]
+    parts = qkv.split_with_sizes([segment.length * count for segment, count in runs])
+    outs = []
+    for (segment, count), part in zip(runs, parts, strict=True):
+        mask = CausalMask(part[:, :1].view(count, segment.length), None)
+        span = AttentionSpan(start=segment.start, window=window, scale=scale)
+        outs.append(causal_attention(part, layout, mask, span, backend=backend))
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: torch.Tensor, layout: QkvLayout, mask: CausalMask, span: AttentionSpan) -> torch.Tensor:
@@ -78,6 +115,11 @@ def _torch(qkv: torch.Tensor, layout: QkvLayout, mask: CausalMask, span: Attenti
     if first:
         query = query[:, :, first:]
         attended = (mask.causal() if attended is None else attended)[:, :, first:]
+    grouped = layout.num_heads != layout.num_kv_heads
+    if grouped and attended is not None and not _masks_are_cheap(query.device):
+        # With a mask and grouped heads, torch has only the math kernel on CUDA, which keeps all scores.
+        key, value = (_repeated(part, layout.num_heads) for part in (key, value))
+        grouped = False
     out = nn.functional.scaled_dot_product_attention(
         query,
         key,
@@ -85,7 +127,7 @@ def _torch(qkv: torch.Tensor, layout: QkvLayout, mask: CausalMask, span: Attenti
         attn_mask=attended,
         is_causal=attended is None,
         scale=span.scale,
-        enable_gqa=layout.num_heads != layout.num_kv_heads,
+        enable_gqa=grouped,
     )
     return out[:, :, start - first :].transpose(1, 2).reshape(b * (t - start), -1)
 
@@ -93,3 +135,8 @@ def _torch(qkv: torch.Tensor, layout: QkvLayout, mask: CausalMask, span: Attenti
 def _masks_are_cheap(device: torch.device) -> bool:
     """Returns whether attention with an explicit mask is about as fast as plain causal attention."""
     return device.type == "cpu"
+
+
+def _repeated(x: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Repeats [b, k, t, e] for every query head: [b, h, t, e]."""
+    return x.repeat_interleave(num_heads // x.shape[1], 1)

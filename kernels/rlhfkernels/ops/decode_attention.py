@@ -7,8 +7,11 @@ Shapes: b = batch, h = query heads, k = key-value heads, g = h / k, n = cached p
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def decode_attention_reference(
@@ -40,8 +43,10 @@ def decode_attention(
     """Computes ``decode_attention_reference``, without a gradient."""
     b, h, e = query.shape
     k = keys.shape[1]
+    if not query.is_cpu:
+        return _packed(query, keys, values, scale, mask)
     # bmm would round the scores to bfloat16; scaled_dot_product_attention keeps them in float32.
-    if not query.is_cpu or query.dtype.itemsize < 4:
+    if query.dtype.itemsize < 4:
         attended = nn.functional.scaled_dot_product_attention(
             query[:, :, None],
             keys,
@@ -57,3 +62,28 @@ def decode_attention(
     if mask is not None:
         scores.view(b, h, n).masked_fill_(~mask[:, None], float("-inf"))
     return torch.bmm(torch.softmax(scores, -1), values.flatten(0, 1)).view(b, h, e)
+
+
+def _packed(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Computes attention with the queries of a group as rows of one key-value head.
+
+    With ``enable_gqa`` and a mask, torch has only the math kernel on CUDA. As rows, any kernel runs, and keys and
+    values are not repeated.
+    """
+    b, h, e = query.shape
+    k, n = keys.shape[1], keys.shape[2]
+    rows = query.reshape(b, k, h // k, e)
+    attended = None if mask is None else mask[:, None, None].expand(b, k, h // k, n)
+    out = nn.functional.scaled_dot_product_attention(rows, keys, values, attn_mask=attended, scale=scale)
+    return out.reshape(b, h, e)
+
+
+def without_plans(device: torch.device) -> AbstractContextManager[None]:
+    """Leaves attention on CUDA to kernels that need no plan: cuDNN makes one for every shape, which decode changes."""
+    if device.type == "cpu":
+        return nullcontext()
+    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    kept: AbstractContextManager[None] = sdpa_kernel(backends)
+    return kept

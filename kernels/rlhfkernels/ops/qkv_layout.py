@@ -71,6 +71,13 @@ class QkvLayout:
             q, k, v = torch.split(y.view(y.shape[0], -1, self.head_size), sizes, dim=1)
         return q, k, v
 
+    def keys_values(self, y: torch.Tensor) -> torch.Tensor:
+        """Views the keys and values of [b, n] as [2, b, k, e]."""
+        if self.interleaved:
+            return y.view(y.shape[0], self.num_heads, 3, self.head_size)[:, :, 1:].permute(2, 0, 1, 3)
+        heads = y.view(y.shape[0], -1, self.head_size)[:, self.num_heads :]
+        return heads.view(y.shape[0], 2, self.num_kv_heads, self.head_size).transpose(0, 1)
+
     def grouped(self, y: torch.Tensor) -> torch.Tensor:
         """Views [n, b] as [blocks, groups, e, b] of ``rotary_part``."""
         part = self.rotary_part

@@ -37,7 +37,8 @@ def sample(
 
     Args:
         logits: [b, v], overwritten.
-        generator: source of randomness; the same state and logits give the same tokens on a device.
+        generator: source of randomness. On a CPU, the same state and logits give the same tokens. On CUDA they need
+            not: torch documents its floating-point scan there as nondeterministic.
         backend: as in ``takes_native``.
 
     Returns:

@@ -52,7 +52,7 @@ def skinny_linear(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto
 
 
 class SkinnyLoraLinear:
-    """``lora_linear`` for the rows of decode steps. Views are made once, and results share buffers.
+    """``lora_linear`` for the rows of decode steps on a CPU. Views are made once, and results share buffers.
 
     Args:
         group: the layers.
@@ -64,7 +64,7 @@ class SkinnyLoraLinear:
         self._weight = group.weight
         n = group.weight.shape[0]
         # torch takes gemv for one row, which is slower than gemm of two.
-        self._doubles_row = rows == 1 and group.weight.is_cpu
+        self._doubles_row = rows == 1
         if n not in buffers:
             buffers[n] = group.weight.new_empty(n, 2 if self._doubles_row else rows)
         self._buffer = buffers[n]

@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-from rlhfkernels.config.options import OPTION_PACKAGES
+from rlhfkernels.config.options import OPTION_PACKAGES, OptimizerOptions
 from rlhfkernels.errors import CaseError
 
 # Gradients are cast to the master weights' dtype in chunks of this many bytes: a cast of all of them at once would
@@ -270,6 +270,35 @@ OptimizerClass = type[AdamW] | type[SGD] | type[AdamW8bitStates]
 OPTIMIZERS: dict[str, OptimizerClass] = {"adamw": AdamW, "sgd": SGD, "adamw8bit": AdamW8bit}
 # For plans: the same memory without an optional package.
 STAND_INS: dict[str, OptimizerClass] = {**OPTIMIZERS, "adamw8bit": AdamW8bitStates}
+
+
+def make_optimizer(
+    options: OptimizerOptions,
+    parameters: Sequence[nn.Parameter],
+    *,
+    learning_rate: float | None = None,
+    computes: bool = True,
+) -> Optimizer:
+    """Makes the optimizer that ``options`` name.
+
+    Args:
+        options: of the case.
+        parameters: the trained weights.
+        learning_rate: peak learning rate; ``None`` is that of the options.
+        computes: ``False`` for a plan: the memory alone counts, and no optional package is needed.
+
+    Raises:
+        CaseError: an optional package is not installed.
+    """
+    return (OPTIMIZERS if computes else STAND_INS)[options.name](
+        parameters,
+        lr=options.learning_rate if learning_rate is None else learning_rate,
+        warmup_steps=options.warmup_steps,
+        total_steps=options.max_steps,
+        max_grad_norm=options.max_grad_norm,
+        weight_decay=options.weight_decay,
+        eps=options.adam_epsilon,
+    )
 
 
 def cosine_factor(step: int, warmup_steps: int, total_steps: int) -> float:

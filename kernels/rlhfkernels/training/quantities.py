@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from rlhfkernels.algorithms.common import sequence_logprobs
-from rlhfkernels.data.batch import Batch
+from rlhfkernels.data.batch import Batch, PackedRow
 from rlhfkernels.engine.engine import Engine
 
 
@@ -69,3 +69,72 @@ class GraphReader:
     def values(self) -> torch.Tensor:
         """See ``Reader.values``."""
         return self.engine.values(self.role, self.hidden, self.batch)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PackedReader:
+    """One role over the packed row of a micro-batch; see ``rlhfkernels.algorithms.common.Reader``.
+
+    Results have the shapes of padded rows, with 0 on padding.
+    """
+
+    engine: Engine
+    role: str
+    hidden: torch.Tensor
+    row: PackedRow
+    batch: Batch
+
+    def logprobs(self, *, entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See ``Reader.logprobs``."""
+        logprobs, entropies = self._read(entropy)
+        mask = self.batch.mask
+        return _spread(logprobs, mask), None if entropies is None else _spread(entropies, mask)
+
+    def all_logprobs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """See ``Reader.all_logprobs``."""
+        mask = self.batch.predicted_mask
+        return _spread(self._read(entropy=False)[0], mask), mask
+
+    def values(self) -> torch.Tensor:
+        """Not read by an objective that packs."""
+        raise NotImplementedError
+
+    def _read(self, entropy: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        states = self.row.predicting(self.hidden)
+        return self.engine.flat_logprobs(self.role, states, self.row.targets, entropy=entropy)
+
+
+def _spread(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Values [k] at the k ones of ``mask``, [n, m], in order; 0 elsewhere."""
+    return torch.zeros_like(mask, dtype=values.dtype).masked_scatter(mask.bool(), values)
+
+
+class LeafReader:
+    """Log-probabilities that were read without a graph; see ``rlhfkernels.algorithms.common.Reader``.
+
+    Args:
+        logprobs: [n, c], of the completion tokens.
+    """
+
+    def __init__(self, logprobs: torch.Tensor) -> None:
+        self._logprobs = logprobs.requires_grad_()
+
+    @property
+    def gradient(self) -> torch.Tensor:
+        """The gradient [n, c] of the loss, once it was differentiated."""
+        assert self._logprobs.grad is not None, "the loss reads the log-probabilities"
+        return self._logprobs.grad
+
+    def logprobs(self, *, entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See ``Reader.logprobs``."""
+        if entropy:
+            raise NotImplementedError
+        return self._logprobs, None
+
+    def all_logprobs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Not read by an objective in two passes."""
+        raise NotImplementedError
+
+    def values(self) -> torch.Tensor:
+        """Not read by an objective in two passes."""
+        raise NotImplementedError

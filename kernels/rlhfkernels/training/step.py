@@ -6,8 +6,10 @@ Shapes: n = sequences, b = data rows, p = prompt length, c = completion length.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,18 +17,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhfkernels.algorithms import DERIVATIONS, OBJECTIVES
+from rlhfkernels.algorithms import DERIVATIONS
 from rlhfkernels.algorithms.common import Counts, Loss
 from rlhfkernels.config.case import Case
 from rlhfkernels.data.batch import Batch, Rows
 from rlhfkernels.data.sources import SOURCES, Prompts, Source
 from rlhfkernels.engine.engine import Engine
 from rlhfkernels.errors import NumericalError
-from rlhfkernels.methods.program import Derive, ForwardPass, Generate, Optimize, Phase, Read, Update
+from rlhfkernels.methods.program import Derive, ForwardPass, Generate, Optimize, Phase, Read
 from rlhfkernels.models.loading import load_tokenizer
 from rlhfkernels.observer import Observer
-from rlhfkernels.training.optimizers import OPTIMIZERS, STAND_INS, Optimizer
-from rlhfkernels.training.quantities import QUANTITIES, GraphReader
+from rlhfkernels.training.gradients import PassForm, add_gradients, read_losses
+from rlhfkernels.training.optimizers import Optimizer, make_optimizer
+from rlhfkernels.training.quantities import QUANTITIES
 
 RewardFunction = Callable[[Batch], torch.Tensor]
 
@@ -83,7 +86,13 @@ class StepStats(Mapping[str, torch.Tensor]):
                 raise NumericalError(f"{name} is {float(value)}: the step's numbers must be finite.")
 
 
-def build_step(case: Case, *, reward_fn: RewardFunction | None = None, with_weights: bool = True) -> TrainingStep:
+def build_step(
+    case: Case,
+    *,
+    reward_fn: RewardFunction | None = None,
+    with_weights: bool = True,
+    num_layers: int | None = None,
+) -> TrainingStep:
     """Loads what ``case`` names onto its device and returns its step.
 
     Args:
@@ -91,6 +100,7 @@ def build_step(case: Case, *, reward_fn: RewardFunction | None = None, with_weig
         reward_fn: scores a batch, [n], in place of the reward model, whose forward pass is then not run.
         with_weights: load real weights and data; without, random ones of the same shapes stand for them, as a planner
             on fake tensors needs.
+        num_layers: build models without weights with their first layers alone.
 
     Raises:
         ModelError: the model cannot be loaded or is too short.
@@ -101,7 +111,8 @@ def build_step(case: Case, *, reward_fn: RewardFunction | None = None, with_weig
     if with_weights:
         generator = torch.Generator(torch.device(case.device))
         generator.manual_seed(case.seed)
-    return TrainingStep(case, Engine(case, with_weights=with_weights), reward_fn, generator=generator)
+    engine = Engine(case, with_weights=with_weights, num_layers=num_layers)
+    return TrainingStep(case, engine, reward_fn, generator=generator)
 
 
 class TrainingStep:
@@ -110,7 +121,7 @@ class TrainingStep:
     Attributes:
         case: what is run.
         engine: the models.
-        phases: the phases of a step, in order.
+        phases: the phases, in order: ``prepare``, where there is one, then those of every step.
         optimizers: one for each trained role that owns weights.
     """
 
@@ -129,6 +140,11 @@ class TrainingStep:
         tokenizer = load_tokenizer(case.model) if case.data_file is not None and with_rows else None
         self._source: Source = SOURCES[self.method.source](case, engine.vocab_size, tokenizer, with_rows=with_rows)
         self._generator = generator
+        self._prepared: dict[str, torch.Tensor] = {}
+        self._is_prepared = self.method.prepare is None
+        for p in self.method.update_passes if with_rows else ():
+            if PassForm(p, case.options).packs:
+                engine.check_packing(p.weights.base)
         self._order = random.Random(case.seed)
         self._is_first = True
         self._set_gradient_dtypes()
@@ -143,24 +159,16 @@ class TrainingStep:
         """Sets the dtype in which each trained weight's gradient is kept and added up; see ``grad_accum_dtype``."""
         passes = [p.weights for p in self.method.update_passes]
         has_several = self.case.micro_batch_size < self.case.mini_batch_size or len(set(passes)) < len(passes)
+        has_several |= any(PassForm(p, self.case.options).in_two_passes for p in self.method.update_passes)
         name = self.case.options.optimizer.grad_accum_dtype or ("float32" if has_several else None)
         if name is not None:
             for parameter in self.trained_parameters():
                 parameter.grad_dtype = torch.promote_types(parameter.dtype, getattr(torch, name))
 
     def _make_optimizer(self, stage: Optimize, parameters: list[nn.Parameter]) -> Optimizer:
-        options = self.case.options.optimizer
-        optimizers = OPTIMIZERS if self.engine.with_weights else STAND_INS
         own = None if stage.learning_rate is None else self._options[stage.learning_rate]
-        return optimizers[options.name](
-            parameters,
-            lr=options.learning_rate if own is None else own,
-            warmup_steps=options.warmup_steps,
-            total_steps=options.max_steps,
-            max_grad_norm=options.max_grad_norm,
-            weight_decay=options.weight_decay,
-            eps=options.adam_epsilon,
-        )
+        options = self.case.options.optimizer
+        return make_optimizer(options, parameters, learning_rate=own, computes=self.engine.with_weights)
 
     @property
     def trunk_taken(self) -> str:
@@ -191,14 +199,63 @@ class TrainingStep:
         return [p for parameters in self.engine.parameters_of_role.values() for p in parameters]
 
     def persistent_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(part, tensor) of all that lives between steps: weights, master copies, moments."""
+        """(part, tensor) of all that lives between steps: weights, master copies, moments, prepared columns."""
         yield from self.engine.persistent_tensors()
         for optimizer in self.optimizers.values():
             yield from (("optimizer", tensor) for tensor in optimizer.tensors())
+        yield from (("rollout", tensor) for tensor in (*self._source.tensors(), *self._prepared.values()))
 
     def save(self, folder: Path) -> None:
         """Writes every trained weight: adapter sets as PEFT, whole models as transformers reads them, scalar heads."""
         self.engine.save(folder)
+
+    def sequence_lengths(self) -> Counter[tuple[int, int]]:
+        """Tokens of prompt and completion of the data set's sequences, counted; those of the case without a file."""
+        return self._source.lengths() or Counter([(self.case.prompt_len, self.case.completion_len)])
+
+    @property
+    def num_data_rows(self) -> int:
+        """Data rows of the data set, which ``prepare`` reads."""
+        return self._source.num_rows
+
+    @torch.no_grad()
+    def prepare(self, observer: Observer | None = None, *, num_batches: int | None = None) -> None:
+        """Phase ``prepare``: reads the columns that a step does not read itself, for every row of the data set.
+
+        Bases that no step reads are freed then. ``run`` calls it where it has not been called.
+
+        Args:
+            observer: told of the phase.
+            num_batches: read only so many batches, and free nothing; ``None`` is all.
+        """
+        phase, observer = self.method.prepare, observer or Observer()
+        if phase is None:
+            return
+        stages = [stage for stage in phase.stages if isinstance(stage, Read)]
+        with observer.phase(phase.name):
+            for batch in itertools.islice(self._source.data_set(self._generator), num_batches):
+                self._read(phase.passes, batch, observer)
+                for stage in stages:
+                    self._keep(stage.into, batch)
+                observer.tag("rollout", self._prepared.values())
+            if num_batches is None:
+                self._is_prepared = True
+                for base in set(self.engine.models) - self.method.bases_of_steps:
+                    self.engine.release(base)
+
+    def _keep(self, name: str, batch: Batch) -> None:
+        """Copies a column of ``batch`` to its rows of the data set's."""
+        column = batch[name]
+        if name not in self._prepared:
+            num_entries = self.num_data_rows * (len(column) // batch.num_rows)
+            self._prepared[name] = column.new_zeros(num_entries, *column.shape[1:])
+        self._prepared[name][self._entries(name, batch)] = column
+
+    def _entries(self, name: str, batch: Batch) -> list[int]:
+        """Places of a batch's entries in a prepared column."""
+        assert batch.rows is not None, "the rows of a data set have places"
+        count = len(self._prepared[name]) // self.num_data_rows
+        return [row * count + i for row in batch.rows for i in range(count)]
 
     def run(self, observer: Observer | None = None) -> StepStats:
         """One complete step on the next batch of data."""
@@ -208,18 +265,30 @@ class TrainingStep:
         return stats
 
     def infer(self, observer: Observer | None = None) -> tuple[Batch, StepStats]:
-        """The inference phases: the next batch of data, with the columns that the update reads."""
+        """The inference phases: the next batch of data, with the columns that the update reads.
+
+        Raises:
+            NumericalError: a token was sampled from logits that are not finite.
+        """
         observer = observer or Observer()
         stats = StepStats()
         batch: Batch | None = None
+        if not self._is_prepared:
+            self.prepare(observer)
         if self.method.generate is None:
-            with observer.phase(self.phases[0].name):
+            first = next(phase.name for phase in self.phases if phase.kind != "prepare")
+            with observer.phase(first):
                 batch = self._next_batch()
+                for name, column in self._prepared.items():
+                    batch[name] = column[self._entries(name, batch)]
                 observer.tag("rollout", batch.tensors())
         for phase in self.phases:
             if phase.kind == "inference":
                 with observer.phase(phase.name):
                     batch = _INFERENCE[type(phase.stages[0])](self, phase, batch, stats, observer)
+                for stage in phase.stages:
+                    if isinstance(stage, Generate):  # behind the phase: the check waits for the device
+                        self.engine.check_sampled(stage.role, batch)
         assert batch is not None
         return batch, stats
 
@@ -241,19 +310,7 @@ class TrainingStep:
     def _score(self, phase: Phase, batch: Batch | None, stats: StepStats, observer: Observer) -> Batch:
         """Phase ``score``: reads the columns of all forward passes, then derives the rest."""
         assert batch is not None
-        for stage in phase.stages:
-            if isinstance(stage, Read):
-                batch[stage.into] = QUANTITIES[stage.quantity].new_column(batch)
-        observer.tag("rollout", batch.tensors())
-        passes = [p for p in map(self._without_reward, phase.passes) if p.stages]
-        for rows in self._micro_batches(range(batch.num_rows)):
-            part = batch.select(rows)
-            for p in passes:
-                hidden = self._hidden(p, part, start=part.prompt_len - 1)
-                for stage in p.stages:
-                    assert isinstance(stage, Read)
-                    part[stage.into].copy_(QUANTITIES[stage.quantity].read(self.engine, stage.role, hidden, part))
-                del hidden
+        self._read(phase.passes, batch, observer)
         if self._reward_fn is not None and SCORES in batch.columns:
             batch[SCORES].copy_(self._reward_fn(batch))
         for stage in phase.stages:
@@ -262,16 +319,27 @@ class TrainingStep:
         observer.tag("rollout", batch.tensors())
         return batch
 
+    def _read(self, passes: Sequence[ForwardPass], batch: Batch, observer: Observer) -> None:
+        """Fills the columns that the passes read, micro-batch by micro-batch."""
+        for read in [stage for p in passes for stage in p.stages if isinstance(stage, Read)]:
+            batch[read.into] = QUANTITIES[read.quantity].new_column(batch)
+        observer.tag("rollout", batch.tensors())
+        passes = [p for p in map(self._without_reward, passes) if p.stages]
+        for rows in self._micro_batches(range(batch.num_rows)):
+            part = batch.select(rows)
+            for p in passes:
+                hidden = self.engine.hidden(p.weights, part.tokens, part.attention_mask, start=part.prompt_len - 1)
+                for stage in p.stages:
+                    assert isinstance(stage, Read)
+                    part[stage.into].copy_(QUANTITIES[stage.quantity].read(self.engine, stage.role, hidden, part))
+                del hidden
+
     def _without_reward(self, p: ForwardPass) -> ForwardPass:
         """The pass without what a reward function gives."""
         if self._reward_fn is None:
             return p
         kept = tuple(stage for stage in p.stages if isinstance(stage, Read) and stage.into != SCORES)
         return dataclasses.replace(p, stages=kept)
-
-    def _hidden(self, p: ForwardPass, part: Batch, *, start: int, train: bool = False) -> torch.Tensor:
-        """The pass's hidden states [n, p + c − start, d]: nothing reads those before ``start``."""
-        return self.engine.hidden(p.weights, part.tokens, part.attention_mask, start=start, train=train)
 
     def update(self, batch: Batch, observer: Observer | None = None, stats: StepStats | None = None) -> StepStats:
         """The update phases: every epoch's mini-batches, one graph at a time, and an optimizer step after each."""
@@ -290,7 +358,9 @@ class TrainingStep:
                     with observer.phase(phase.name):
                         for p in phase.passes:
                             for losses in self._losses(p, batch, indices, train=True):
-                                self._differentiate(losses, stats, metrics)
+                                for role, loss in losses:
+                                    stats.losses[role] = stats.losses.get(role, 0) + loss.value.detach()
+                                _add_statistics(metrics, losses)
                         for stage in phase.stages:
                             if isinstance(stage, Optimize) and stage.role in self.optimizers:
                                 stats.grad_norms[stage.role] = self.optimizers[stage.role].step()
@@ -319,30 +389,18 @@ class TrainingStep:
     def _losses(
         self, p: ForwardPass, batch: Batch, indices: Sequence[int], *, train: bool
     ) -> Iterator[list[tuple[str, Loss]]]:
-        """The losses of one pass, each with its role, one micro-batch of ``indices`` at a time."""
-        stages = [stage for stage in p.stages if isinstance(stage, Update)]
-        objectives = [OBJECTIVES[stage.objective] for stage in stages]
-        reads_prompt = any(objective.reads_prompt(self.case.options) for objective in objectives)
-        selected = batch.select(_rows(indices))
-        tokens = (selected.predicted_mask if reads_prompt else selected.mask).sum()
-        counts = Counts(tokens=tokens, rows=len(indices))
-        for rows in self._micro_batches(indices):
-            part = batch.select(rows)
-            hidden = self._hidden(p, part, start=0 if reads_prompt else part.prompt_len - 1, train=train)
-            readers = [GraphReader(self.engine, stage.role, hidden, part) for stage in stages]
-            yield [
-                (reader.role, objective.function(reader, part, self.case.options, counts))
-                for reader, objective in zip(readers, objectives, strict=True)
-            ]
+        """The losses of one pass, each with its role, one micro-batch of ``indices`` at a time.
 
-    def _differentiate(
-        self, losses: Sequence[tuple[str, Loss]], stats: StepStats, metrics: dict[str, torch.Tensor]
-    ) -> None:
-        """Adds the gradient of one micro-batch, whose graph ends here."""
-        torch.stack([loss.value for _, loss in losses]).sum().backward()  # type: ignore[no-untyped-call]
-        for role, loss in losses:
-            stats.losses[role] = stats.losses.get(role, 0) + loss.value.detach()
-        _add_statistics(metrics, losses)
+        With ``train``, their gradients have been added, and no graph is left.
+        """
+        form = PassForm(p, self.case.options)
+        selected = batch.select(_rows(indices))
+        tokens = (selected.predicted_mask if form.reads_prompt else selected.mask).sum()
+        counts = Counts(tokens=tokens, rows=len(indices))
+        read = add_gradients if train else read_losses
+        for rows in self._micro_batches(indices):
+            losses = read(self.engine, form, batch.select(rows), counts)
+            yield [(stage.role, loss) for stage, loss in zip(form.stages, losses, strict=True)]
 
     def _mini_batches(self) -> Iterator[Sequence[int]]:
         """The data rows of every mini-batch of one epoch; shuffled only where there are several."""

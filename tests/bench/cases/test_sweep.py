@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhfbench.cases.settings import setting_of
+from rlhfbench.cases.settings import changed_options, setting_of
 from rlhfbench.cases.sweep import Sweep, differences, override, parse_option, read_spec, split_length
 from rlhfbench.errors import SweepError
 from rlhfkernels.config.case import Case, option_annotations
@@ -409,3 +409,10 @@ def test_the_paths_of_data_files_and_local_models_are_made_absolute(tmp_path, mo
         str(tmp_path / "m"), str(tmp_path / "p.jsonl"),
     )  # fmt: skip
     assert Sweep.from_spec(GRID).absolute() == Sweep.from_spec(GRID)
+
+
+def test_the_chunk_that_older_records_hold_is_of_the_modern_setting():
+    stated = dataclasses.asdict(Options.of({"engine.logprob_chunk_size": 128}))
+    assert setting_of(stated) == "modern"
+    assert changed_options(stated) == {}
+    assert setting_of(dataclasses.asdict(Options.of({"engine.logprob_chunk_size": 64}))) == "custom"

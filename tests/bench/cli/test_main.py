@@ -509,7 +509,7 @@ def test_version_and_help(call):
     assert "--seq-lens" in out
 
 
-VERBS = ("run", "plan", "report", "gate", "verify", "methods", "models")
+VERBS = ("run", "plan", "report", "gate", "verify", "evidence", "methods", "models")
 
 
 @pytest.mark.parametrize("arguments", [(), *((verb,) for verb in VERBS)])
@@ -743,6 +743,8 @@ def test_a_gate_against_a_stored_run(call, fake, monkeypatch, tmp_path):
     assert code == 0
     assert out.startswith("**No regression.**")
     assert read_records("stored") == read_records("new")
+    assert call("gate", "--baseline", "stored")[0] == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"stored", "new"}  # without --out nothing is kept
     path = tmp_path / "stored" / "environment.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "host": "another"}))
     code, _, err = call("gate", "--baseline", "stored", "--out", "later")

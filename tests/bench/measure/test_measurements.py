@@ -7,6 +7,8 @@ import torch
 
 from rlhfbench.measure import MeasurementOptions, host, measure_case, measurements
 from rlhfbench.measure.ledger import Ledger
+from rlhfbench.planning.predict import plan_case
+from rlhfbench.records.file import make_record
 from rlhfkernels.config.case import Case
 from rlhfkernels.config.options import Options
 from rlhfkernels.engine.engine import Engine
@@ -14,8 +16,8 @@ from rlhfkernels.errors import ModelError, NumericalError
 from rlhfkernels.methods.program import Phase
 from rlhfkernels.methods.table import METHODS
 from rlhfkernels.observer import PARTS, Observer
+from rlhfkernels.training.roofline import Work
 from rlhfkernels.training.step import build_step
-from rlhfkernels.training.work import Work
 
 PHASES = (Phase(name="think", kind="inference"), Phase(name="learn", kind="update"), Phase(name="step", kind="update"))
 
@@ -181,7 +183,8 @@ def test_the_first_block_has_every_step_by_phase_and_the_record_its_kinds(fake):
     result = measure_case(CASE, options(), lambda text: None)
     block = result["block"]
     assert set(block) == {
-        "started_at", "build_s", "phases", "stopped_because", "interference", "ceilings", "floors_s", "error",
+        "started_at", "build_s", "prepare_s_per_sample", "phases", "stopped_because", "interference", "ceilings",
+        "floors_s", "error",
     }  # fmt: skip
     assert {name: len(samples) for name, samples in block["phases"].items()} == {"think": 1, "learn": 1, "step": 1}
     assert block["stopped_because"] == "budget"
@@ -341,6 +344,51 @@ def test_a_real_case():
     assert set(result["block"]["floors_s"]) == set(result["work"]["phases"]) == set(result["block"]["phases"])
 
 
+@pytest.mark.parametrize(("method", "num_bases"), [("dpo", 2), ("dpo-lora", 1)])
+def test_a_prepared_case(method, num_bases):
+    case = Case(method=method, **TINY, options=Options.of({"dpo.precompute_ref_log_probs": True}))
+    notices = []
+    result = measure_case(case, MeasurementOptions(time_budget_s=0.0, timeline=True), notices.append)
+    block, memory, work = result["block"], result["memory"], result["work"]
+    assert block["prepare_s_per_sample"] > 0
+    assert list(block["phases"]) == list(result["latency"]["phases"]) == ["update", "optimize"]
+    assert set(memory["phases"]) == set(work["phases"]) == set(block["floors_s"]) == {"prepare", "update", "optimize"}
+    assert memory["phases"] == plan_case(case).memory["phases"]
+    bases = {name: phase["parts"]["base"] for name, phase in memory["phases"].items()}
+    assert bases["prepare"] == num_bases * bases["update"]
+    record = make_record(
+        case, outcome="ok", error=None, measured=result, started_at="2026-01-01T00:00:00+00:00", wall_s=1.0
+    )
+    latency = record["latency"]
+    assert latency["prepare_s_per_sample"] == block["prepare_s_per_sample"]
+    assert latency["inference_s_per_sample"] is None
+    assert latency["total_s_per_sample"] == latency["update_s_per_sample"]
+    floors = [phase["floor_s"] for name, phase in record["work"]["phases"].items() if name != "prepare"]
+    measured = sum(phase["mean_s"] for phase in latency["phases"].values())
+    assert record["work"]["floor_fraction"] == pytest.approx(sum(floors) / measured)
+    assert result["stats"]["reference_error"] < 1e-5
+    assert {name for phase in result["timeline"]["phases"] for name in phase["names"]} == {"update", "optimize"}
+    assert notices.index("phase:prepare") < notices.index("warm-up")
+
+
+def test_a_reference_model_is_gone_without_garbage_collection():
+    """Garbage is not collected within a measurement."""
+    step = build_step(Case(method="dpo", **TINY, options=Options.of({"dpo.precompute_ref_log_probs": True})))
+    with measurements._manual_gc(), Ledger("cpu") as ledger:
+        for part, tensor in step.persistent_tensors():
+            ledger.tag(part, (tensor,))
+        before = ledger.parts
+        step.prepare(ledger)
+        after = ledger.parts
+    assert (after["base"], after["heads"]) == (before["base"] / 2, before["heads"] / 2)
+
+
+def test_the_highest_of_every_view():
+    one = {"host_peak_bytes": 5, "workspace_bytes": 0}
+    found = measurements.highest_views(one, {"host_peak_bytes": 3, "driver_peak_bytes": None, "workspace_bytes": None})
+    assert found == {**dict.fromkeys(measurements.OUTER_VIEWS), "host_peak_bytes": 5, "workspace_bytes": 0}
+
+
 def test_the_rest_is_the_allocators_peak_without_ledger_and_workspaces(fake):
     ledger = Ledger("cpu")
     measurements.run_under_ledger(FakeStep(), ledger, ledger)
@@ -365,6 +413,12 @@ def test_the_rest_is_the_allocators_peak_without_ledger_and_workspaces(fake):
         ({"ratio_error": 0.88, "kl": 0.06}, "bfloat16", r"disagree by 0\.06 \(kl of the first step\)"),
         ({"ratio_error": None, "kl": None}, "float32", None),
         ({"kl": 9.0, "score": 5.0}, "float32", None),
+        ({"reference_error": 0.009, "kl": 9.0}, "float32", None),
+        (
+            {"reference_error": 0.02},
+            "float32",
+            r"the policy and the reference's log-probabilities disagree by 0\.02 \(reference_error of the first step\)",
+        ),
     ],
 )
 def test_decoding_and_the_full_forward_must_agree(stats, dtype, sentence):

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhfbench.measure.ledger import Ledger, Snapshot
+from rlhfbench.measure.ledger import Ledger
 from rlhfbench.measure.measurements import Announcer, measure_memory
+from rlhfbench.measure.tally import Snapshot
 from rlhfbench.measure.timeline import MAX_POINTS, MAX_STRETCHES, Timeline
 from rlhfkernels.config.case import Case
 from rlhfkernels.config.options import Options
@@ -180,5 +181,5 @@ def test_the_memory_measurement_keeps_a_timeline_only_on_request() -> None:
     with_it = measure_memory(step, "cpu", lambda text: None, timeline)
     assert with_it.num_changes == timeline.to_dict(with_it.peaks)["num_events"]
     without = measure_memory(step, "cpu", lambda text: None)
-    assert without._on_change is None
+    assert without._tally._on_change is None
     assert without.peaks == with_it.peaks

@@ -4,7 +4,7 @@ import pytest
 
 from rlhfbench.planning.advice import REMEDIES, advice
 from rlhfbench.planning.devices import find_accelerator
-from rlhfbench.planning.predict import Plan
+from rlhfbench.planning.prediction import Plan
 from rlhfbench.planning.zero import Zero
 from rlhfkernels import Case, Options
 from rlhfkernels.observer import PARTS
@@ -88,3 +88,9 @@ def test_zero_buckets_can_be_the_largest_part() -> None:
 def test_a_smaller_rank_is_advised_only_with_adapters() -> None:
     assert "--lora-rank" not in sentence("gradients", method="full")
     assert "--lora-rank" in sentence("gradients", method="lora")
+
+
+def test_two_passes_are_advised_for_pairs_in_one_graph() -> None:
+    assert "--option dpo.forward=two-pass" in sentence("activations", method="dpo-lora")
+    assert "dpo.forward" not in sentence("activations", method="dpo-lora", **{"dpo.forward": "two-pass"})
+    assert "dpo.forward" not in sentence("activations", method="sft-lora")

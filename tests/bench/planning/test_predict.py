@@ -11,8 +11,8 @@ from rlhfbench.errors import SweepError
 from rlhfbench.measure.ledger import Ledger
 from rlhfbench.measure.measurements import memory_object, run_under_ledger
 from rlhfbench.planning.devices import find_accelerator
-from rlhfbench.planning.predict import Plan, plan_case
-from rlhfbench.planning.predict import _divided as divided
+from rlhfbench.planning.predict import divided, plan_case
+from rlhfbench.planning.prediction import Plan
 from rlhfbench.planning.zero import Zero
 from rlhfkernels import METHODS, Case, Options, build_step
 from rlhfkernels.config.settings import SETTINGS
@@ -245,3 +245,87 @@ def test_the_plan_counts_the_masks_that_a_data_file_brings(tmp_path: Path, metho
     plan, memory = plan_case(case).memory, measured(case)
     for name in NAMES:
         assert plan[name] == memory[name], name
+
+
+OPTIONS = {
+    "packed": ("sft-lora", {"sft__packing": True}),
+    "packed, whole model": ("sft", {"sft__packing": True, "sft__completion_only_loss": False}),
+    "packed, checkpointed": ("sft-lora", {"sft__packing": True, "engine__gradient_checkpointing": True}),
+    "packed, two rows": ("sft-lora", {"sft__packing": True, "engine__micro_batch_size": 2}),
+    "packed, one row": ("sft-lora", {"sft__packing": True, "engine__micro_batch_size": 1}),
+    "two passes": ("dpo-lora", {"dpo__forward": "two-pass"}),
+    "two passes, whole model": ("dpo", {"dpo__forward": "two-pass", "engine__micro_batch_size": 2}),
+    "precomputed": ("dpo-lora", {"dpo__precompute_ref_log_probs": True}),
+    "precomputed, whole model": ("dpo", {"dpo__precompute_ref_log_probs": True, "dpo__forward": "two-pass"}),
+}
+
+
+@pytest.mark.parametrize("trunk", ["fast", "plain"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_plan_of_every_form_of_a_step_is_what_the_ledger_measures(
+    make_case: Callable[..., Case], name: str, trunk: str
+) -> None:
+    method, options = OPTIONS[name]
+    size = {"dtype": "float32", "prompt_len": 20, "completion_len": 12, "engine__trunk": trunk}
+    case = make_case(method, "wide-llama", **size, **options)
+    plan, memory = plan_case(case).memory, measured(case)
+    for part in NAMES:
+        assert plan[part] == memory[part], part
+    assert plan["phases"] == memory["phases"]
+
+
+def test_no_packed_row_of_a_file_takes_more_than_its_plan(tmp_path: Path) -> None:
+    path = tmp_path / "demonstrations.jsonl"
+    size = {"model": "tiny", "prompt_len": 12, "completion_len": 12, "batch_size": 2}
+    for text, full in (("short", False), ("x" * 12, True)):
+        path.write_text(json.dumps({"prompt": text, "completion": text}))
+        options = Options.of({"data.demonstrations": str(path), "sft.packing": True})
+        case = Case(method="sft-lora", **size, options=options)
+        plan, memory = plan_case(case).memory, measured(case)
+        # A mask is planned for a file, and rows of full length have none.
+        mask = 8 * 2 * 24
+        if full:
+            assert plan["total_bytes"] == memory["total_bytes"] + mask
+        else:
+            assert memory["total_bytes"] < plan["total_bytes"]
+
+
+def test_two_passes_halve_the_activations_of_a_pair(make_case: Callable[..., Case]) -> None:
+    size = {"architecture": "wide-llama", "dtype": "float32", "prompt_len": 30, "completion_len": 20}
+    for method in ("dpo-lora", "dpo"):
+        joint, two = (plan_case(make_case(method, dpo__forward=form, **size)) for form in ("joint", "two-pass"))
+        one, other = (plan.memory["phases"]["update"]["parts"]["activations"] for plan in (joint, two))
+        assert 0.4 * one < other < 0.55 * one, method
+        assert two.total_bytes < joint.total_bytes
+
+
+def test_a_prepared_step_needs_no_reference_model(make_case: Callable[..., Case]) -> None:
+    size = {"architecture": "wide-llama", "dtype": "float32"}
+    each = plan_case(make_case("dpo", **size)).memory["phases"]
+    once = plan_case(make_case("dpo", dpo__precompute_ref_log_probs=True, **size)).memory["phases"]
+    bases = {name: phase["parts"]["base"] for name, phase in once.items()}
+    assert once["prepare"]["parts"]["base"] == each["score"]["parts"]["base"]
+    assert bases["update"] == bases["optimize"] == bases["prepare"] / 2
+    heads = {name: phase["parts"]["heads"] for name, phase in once.items()}
+    assert heads["update"] == heads["prepare"] / 2
+    table = 4 * 2 * 4
+    for name in ("update", "optimize"):
+        freed = bases["prepare"] / 2 + heads["prepare"] / 2
+        assert once[name]["total_bytes"] == each[name]["total_bytes"] - freed + table, name
+
+
+def test_the_floor_of_a_step_leaves_out_what_is_done_once(make_case: Callable[..., Case]) -> None:
+    gpu = find_accelerator("a100-80gb")
+    plans = [
+        plan_case(make_case("dpo-lora", dtype="bfloat16", dpo__precompute_ref_log_probs=once)) for once in (True, False)
+    ]
+    score = plans[1].work["score"].floor_s(gpu.flops_per_s["bfloat16"], gpu.bytes_per_s) / 4
+    floors = [plan.floor_s_per_sample(gpu) for plan in plans]
+    assert floors[0] == pytest.approx(floors[1] - score)
+
+
+def test_a_plan_takes_the_chunk_of_the_device_that_it_is_for() -> None:
+    size = {"model": "tiny", "prompt_len": 4, "completion_len": 44, "batch_size": 4}
+    for device, rows in (("cpu", 128), ("cuda", 4 * 44)):
+        plan = plan_case(Case(method="joined-hydra", device=device, **size))
+        assert plan.memory["largest_tensor"]["bytes"] == rows * 8192 * 4, device

@@ -8,7 +8,8 @@ import pytest
 from rlhfbench.errors import SweepError
 from rlhfbench.planning import zero
 from rlhfbench.planning.max_batch import BatchSearch
-from rlhfbench.planning.predict import plan_case, plan_object
+from rlhfbench.planning.predict import plan_case
+from rlhfbench.planning.prediction import plan_object
 from rlhfbench.planning.zero import Zero, cases_of_a_rank
 from rlhfkernels import Case, CaseError, Options, build_step
 from rlhfkernels.observer import PARTS

@@ -100,6 +100,18 @@ def test_the_highest_ceiling_of_any_block_makes_the_floor():
     assert made["work"]["floor_fraction"] == pytest.approx(2.5 / 106)
 
 
+def test_preparing_is_the_mean_of_the_blocks_and_no_part_of_the_step():
+    without = record(block((1.0, 4.0)), block((3.0, 6.0)))
+    made = record(block((1.0, 4.0), prepare_s_per_sample=1.0), block((3.0, 6.0), prepare_s_per_sample=2.0))
+    assert made["latency"]["prepare_s_per_sample"] == 1.5
+    assert without["latency"]["prepare_s_per_sample"] is None
+    assert made["latency"]["total_s_per_sample"] == without["latency"]["total_s_per_sample"]
+    floors = {name: {"flops": 1, "bytes": 1} for name in (*KINDS, "prepare")}
+    blocks = [{**each, "floors_s": {**each["floors_s"], "prepare": 50.0}} for each in made["latency"]["blocks"]]
+    more = {**made, "work": {"phases": floors}, "latency": {**made["latency"], "blocks": blocks}}
+    assert summarize(more)["work"]["floor_fraction"] == made["work"]["floor_fraction"]
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -111,6 +123,8 @@ def test_the_highest_ceiling_of_any_block_makes_the_floor():
         ({"stopped_because": "bored"}, "must be one of precise, steady, budget"),
         ({"interference": {"other_cpu_share": "much"}}, "interference.other_cpu_share is 'much'"),
         ({"floors_s": {"think": 1.0}}, "floors_s.learn is missing"),
+        ({"prepare_s_per_sample": "long"}, "prepare_s_per_sample is 'long': it must be a number of seconds"),
+        ({"prepare_s_per_sample": 0.5}, None),
         ({"floors_s": 3}, "floors_s is 3: it must be an object"),
         ({}, None),
         ({"error": {"outcome": "oom"}, "phases": None}, None),

@@ -44,7 +44,8 @@ def test_a_record_has_every_key_with_none_for_absent_values():
         "host_peak_bytes", "allocator_rest_bytes", "workspace_bytes",
     }  # fmt: skip
     assert set(made["latency"]) == {
-        "inference_s_per_sample", "update_s_per_sample", "total_s_per_sample", "sequences_per_sample", "phases",
+        "inference_s_per_sample", "update_s_per_sample", "total_s_per_sample", "prepare_s_per_sample",
+        "sequences_per_sample", "phases",
         "inference_half_width_s_per_sample", "update_half_width_s_per_sample", "total_half_width_s_per_sample",
         "inference_block_s_per_sample", "update_block_s_per_sample", "total_block_s_per_sample",
         "num_blocks", "num_counted_blocks", "num_disturbed_blocks", "disturbed_by", "blocks", "stopped_because",

@@ -155,3 +155,74 @@ def test_random_pairs_share_their_prompts(make_case: Callable[..., Case]) -> Non
     assert batch.tokens.shape == (8, 11)
     assert torch.equal(batch.tokens[::2, :5], batch.tokens[1::2, :5])
     assert not torch.equal(batch.completions[::2], batch.completions[1::2])
+
+
+@pytest.mark.parametrize("micro", [None, 1, 2])
+@pytest.mark.parametrize("trunk", ["fast", "plain"])
+@pytest.mark.parametrize("method", ["dpo", "dpo-lora"])
+def test_two_passes_give_the_loss_and_the_gradients_of_one_graph(
+    file: str, method: str, trunk: str, micro: int | None, shake: Callable[..., None]
+) -> None:
+    """With a policy that is not the reference, so that pairs weigh differently."""
+    found = []
+    for options in ({"dpo.forward": "two-pass", "engine.micro_batch_size": micro}, {}):
+        step = tiny(method, file, **{"engine.trunk": trunk, "dpo.beta": 0.5, **options})
+        batch, stats = step.infer()
+        shake(step.engine)
+        batch["reference_logprobs"] += torch.arange(8) / 4
+        step.optimizers = {}
+        step.update(batch, stats=stats)
+        found.append((stats.to_dict(), [p.grad for p in step.trained_parameters()]))
+    rel = 1e-9 if trunk == "fast" else 1e-5  # transformers' Llama rotates in float32 in every dtype
+    assert found[0][0] == pytest.approx(found[1][0], rel=rel)
+    for a, b in zip(found[0][1], found[1][1], strict=True):
+        assert (a - b).norm() <= rel * b.norm()
+
+
+def test_two_passes_hold_the_graph_of_one_sequence_of_each_pair(file: str) -> None:
+    step = tiny("dpo-lora", file, **{"dpo.forward": "two-pass", "engine.micro_batch_size": 2})
+    rows: list[tuple[int, bool]] = []
+    hidden = step.engine.hidden
+
+    def noted(*arguments: object, train: bool = False, **options: object) -> torch.Tensor:
+        states = hidden(*arguments, train=train, **options)
+        rows.append((len(states), states.requires_grad))
+        return states
+
+    batch, _ = step.infer()
+    step.engine.hidden = noted
+    step.update(batch)
+    assert rows == 2 * [(4, False), (2, True), (2, True)]
+
+
+@pytest.mark.parametrize("form", ["joint", "two-pass"])
+def test_lora_equals_the_whole_model_at_equal_effective_weights(
+    make_case: Callable[..., Case], shake: Callable[..., None], form: str
+) -> None:
+    """W' = W + s B A, the reference W: one loss, and B's gradient is s ∇W' Aᵀ."""
+    lora, whole = (build_step(make_case(name, dpo__forward=form)) for name in ("dpo-lora", "dpo"))
+    batches = [step.infer() for step in (lora, whole)]
+    shake(lora.engine)
+    weights = dict(whole.engine.models["policy"].trunk.named_parameters())
+    named = lora.engine.adapters["policy"].named_parameters("policy")
+    layers = [name.removesuffix(".lora_A") for name in named if name.endswith("lora_A")]
+    with torch.no_grad():
+        for layer in layers:
+            weights[f"{layer}.weight"] += named[f"{layer}.lora_B"] @ named[f"{layer}.lora_A"]
+    for step, (batch, stats) in zip((lora, whole), batches, strict=True):
+        step.optimizers = {}
+        step.update(batch, stats=stats)
+    assert float(batches[0][1]["policy_loss"]) != pytest.approx(math.log(2), rel=1e-3)
+    assert batches[0][1].to_dict() == pytest.approx(
+        {**batches[1][1].to_dict(), "policy_loss": float(batches[1][1]["policy_loss"])}, rel=1e-9
+    )
+    for layer in layers:
+        gradient = weights[f"{layer}.weight"].grad @ named[f"{layer}.lora_A"].t()
+        torch.testing.assert_close(named[f"{layer}.lora_B"].grad, gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_a_step_reports_accuracy_margin_and_both_log_probabilities(file: str) -> None:
+    stats = tiny("dpo-lora", file).run().to_dict()
+    names = {"accuracy", "margin", "chosen_logprob", "rejected_logprob", "reference_error"}
+    assert set(stats) == {*names, "policy_loss", "policy_grad_norm"}
+    assert stats["reference_error"] < 1e-6

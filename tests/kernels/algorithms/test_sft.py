@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhfkernels import Batch, Case, TrainingStep, build_step
+from rlhfkernels import Batch, Case, CaseError, Options, TrainingStep, build_step
 from rlhfkernels.algorithms.sft import nll_loss
 
+ARCHITECTURES = ["llama", "opt", "gpt_neox", "gpt2", "mistral", "qwen2"]
 ROWS = [("ab", "cdef"), ("a", "b"), ("abcdefgh", "cd"), ("xyz", "uvwxyz12")]
 
 
@@ -49,8 +50,6 @@ def gradients(step: TrainingStep) -> list[torch.Tensor]:
 
 
 def tiny(method: str, file: str, **options: object) -> TrainingStep:
-    from rlhfkernels import Options
-
     case = Case(
         method=method,
         model="tiny",
@@ -140,3 +139,137 @@ def test_random_demonstrations_have_exactly_the_lengths_of_the_case(make_case: C
     assert batch.tokens.shape == (4, 11)
     assert batch.attention_mask is None
     assert batch.mask.all()
+
+
+def assert_equal_steps(one: TrainingStep, other: TrainingStep, rel: float = 1e-9) -> None:
+    """Both steps have one loss and equal gradients."""
+    found = []
+    for step in (one, other):
+        step.optimizers = {}
+        stats = step.run()
+        found.append((float(stats["policy_loss"]), [p.grad for p in step.trained_parameters()]))
+    assert found[0][0] == pytest.approx(found[1][0], rel=rel)
+    for a, b in zip(found[0][1], found[1][1], strict=True):
+        assert a is not None
+        assert b is not None
+        assert (a - b).norm() <= rel * b.norm() + 1e-14
+
+
+@pytest.mark.parametrize("completion_only", [True, False])
+@pytest.mark.parametrize("micro", [None, 1, 2])
+@pytest.mark.parametrize("trunk", ["fast", "plain"])
+@pytest.mark.parametrize("method", ["sft", "sft-lora"])
+def test_packed_rows_give_the_loss_and_the_gradients_of_padded_ones(
+    file: str, method: str, trunk: str, micro: int | None, completion_only: bool
+) -> None:
+    options = {"sft.completion_only_loss": completion_only, "engine.trunk": trunk}
+    packed = tiny(method, file, **options, **{"sft.packing": True, "engine.micro_batch_size": micro})
+    # Transformers' Llama rotates in float32 in every dtype.
+    assert_equal_steps(packed, tiny(method, file, **options), rel=1e-9 if trunk == "fast" else 1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("method", ["sft", "sft-lora"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_packing_fits_every_architecture_of_the_fast_trunk(
+    make_case: Callable[..., Case],
+    shake: Callable[..., None],
+    architecture: str,
+    method: str,
+    checkpointing: bool,
+) -> None:
+    """Mistral's window of 6 is shorter than its sequences; GPT-2 and OPT have learned positions."""
+    steps = []
+    for packing in (True, False):
+        options = {"sft__packing": packing, "engine__gradient_checkpointing": checkpointing}
+        case = make_case(method, architecture, **options)
+        step = build_step(case)
+        steps.append(step)
+        shake(step.engine)
+        batch = uneven(case, step.engine.vocab_size)
+        step._source.next_batch = lambda generator, batch=batch: batch
+        assert step.trunk_taken == "fast"
+    assert_equal_steps(*steps)
+
+
+def uneven(case: Case, vocab_size: int) -> Batch:
+    """Four demonstrations whose prompts and completions have all lengths from 1 to the case's."""
+    p, c = case.prompt_len, case.completion_len
+    torch.manual_seed(2)
+    tokens = torch.randint(3, vocab_size, (4, p + c))
+    extents = ((0, p + c), (p - 1, p + 1), (p - 3, p + 4), (1, p + 2))
+    at = torch.arange(p + c)
+    real = torch.stack([(at >= first) & (at < end) for first, end in extents])
+    tokens[~real] = 0
+    return Batch(
+        tokens=tokens,
+        attention_mask=torch.cat((real[:, :p], torch.ones(4, c, dtype=torch.bool)), 1).long(),
+        mask=real[:, p:].float(),
+        prompt_len=p,
+        num_rows=4,
+        extents=extents,
+    )
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_lora_equals_the_whole_model_at_equal_effective_weights(
+    make_case: Callable[..., Case], shake: Callable[..., None], packing: bool
+) -> None:
+    """W' = W + s B A: one loss, and B's gradient is s ∇W' Aᵀ."""
+    lora = build_step(make_case("sft-lora", sft__packing=packing))
+    whole = build_step(make_case("sft", sft__packing=packing))
+    shake(lora.engine)
+    adapters = lora.engine.adapters["policy"]
+    weights = dict(whole.engine.models["policy"].trunk.named_parameters())
+    named = adapters.named_parameters("policy")
+    pairs = {name.removesuffix(".lora_A"): name for name in named if name.endswith("lora_A")}
+    with torch.no_grad():
+        for layer, name in pairs.items():
+            weights[f"{layer}.weight"] += named[f"{layer}.lora_B"] @ named[name]
+    batch = uneven(lora.case, lora.engine.vocab_size)
+    losses = []
+    for step in (lora, whole):
+        step.optimizers = {}
+        step._source.next_batch = lambda generator: batch
+        losses.append(float(step.run()["policy_loss"]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+    for layer, name in pairs.items():
+        gradient = weights[f"{layer}.weight"].grad
+        torch.testing.assert_close(named[f"{layer}.lora_B"].grad, gradient @ named[name].t(), rtol=1e-9, atol=1e-12)
+
+
+def test_a_packed_row_has_no_padding_and_its_positions_begin_again(file: str) -> None:
+    batch, _ = tiny("sft-lora", file, **{"sft.packing": True}).infer()
+    row = batch.packed(reads_prompt=False)
+    assert bytes(row.tokens.tolist()) == b"abcdef" + b"ab" + b"defghcd" + b"xyzuvwxyz"
+    assert row.positions.tolist() == [*range(6), *range(2), *range(7), *range(9)]
+    assert row.segments == ((6, 1), (2, 0), (7, 4), (9, 2))
+    assert bytes(row.targets.tolist()) == b"cdef" + b"b" + b"cd" + b"uvwxyz"
+    assert bytes(batch.packed(reads_prompt=True).targets.tolist()) == b"bcdef" + b"b" + b"efghcd" + b"yzuvwxyz"
+    assert batch.select([2, 0]).packed(reads_prompt=False).segments == ((7, 4), (6, 1))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+@pytest.mark.parametrize("architecture", ["opt", "bloom", "mpt"])
+def test_an_architecture_whose_packed_sequences_see_each_other_is_refused(
+    make_case: Callable[..., Case], architecture: str, dtype: str
+) -> None:
+    """Transformers' OPT masks no packed row, and Bloom and MPT take no positions."""
+    sentence = r"packed rows \(plain trunk\): a sequence sees the one before it; sft\.packing must be false\."
+    with pytest.raises(CaseError, match=sentence):
+        build_step(make_case("sft-lora", architecture, sft__packing=True, engine__trunk="plain", dtype=dtype))
+
+
+def test_positions_that_do_not_begin_again_are_refused(
+    make_case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rlhfkernels.engine.fast import trunk
+
+    run = trunk.run_packed
+
+    def spoil(blocks: object, adapter: object, tokens: torch.Tensor, ids: torch.Tensor, *rest: object, **more: object):
+        return run(blocks, adapter, tokens, torch.arange(len(tokens)), *rest, **more)
+
+    monkeypatch.setattr(trunk, "run_packed", spoil)
+    with pytest.raises(CaseError, match=r"\(fast trunk\): a packed sequence and the sequence alone disagree by"):
+        build_step(make_case("sft-lora", "gpt2", sft__packing=True))

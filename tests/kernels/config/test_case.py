@@ -30,6 +30,14 @@ def test_a_case_of_an_old_record_takes_the_default_of_an_option_that_came_later(
     assert Case.from_dict(data).options.engine.backend == "auto"
 
 
+def test_the_default_chunk_of_a_cpu_when_stated_changes_no_id_there() -> None:
+    stated = Options.of({"engine.logprob_chunk_size": 128})
+    assert Case(**GOOD, options=stated).id == Case(**GOOD).id
+    assert Case(**GOOD, options=Options.of({"engine.logprob_chunk_size": 64})).id != Case(**GOOD).id
+    on_cuda = {**GOOD, "device": "cuda"}
+    assert Case(**on_cuda, options=stated).id != Case(**on_cuda).id
+
+
 @pytest.mark.parametrize("field", ["prompt_len", "completion_len", "batch_size", "seed"])
 def test_the_id_depends_on_every_number(field: str) -> None:
     case = Case(**GOOD)

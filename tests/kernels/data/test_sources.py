@@ -134,3 +134,36 @@ def test_messages_without_a_chat_template_name_their_line(make_case: Callable[..
     path.write_text(f"\n\n{row}\n")
     with pytest.raises(DataError, match=r"line 3: it holds messages, and the model's tokenizer has no chat template"):
         DemonstrationSource(make_case("sft", data__demonstrations=str(path)), 256, NoTemplate())
+
+
+def test_the_data_set_of_a_file_is_every_row_once_and_names_its_rows(
+    make_case: Callable[..., Case], tmp_path: Path
+) -> None:
+    path = tmp_path / "pairs.jsonl"
+    rows = [("a", "bc", "d"), ("ab", "cdefghij", "k"), ("abcdefg", "h", "ij")]
+    path.write_text("".join(json.dumps({"prompt": p, "chosen": w, "rejected": r}) + "\n" for p, w, r in rows))
+    source = PairSource(make_case("dpo", data__pairs=str(path), batch_size=2), 256, None)
+    source.next_batch(None)
+    found = list(source.data_set(None))
+    assert [batch.rows for batch in found] == [(0, 1), (2,)]
+    assert [batch.num_rows for batch in found] == [2, 1]
+    assert found[0].extents == ((4, 7), (4, 6), (3, 11), (3, 6))
+    assert source.next_batch(None).rows == (2, 0)  # reading the data set takes no turn
+    assert source.num_rows == 3
+    assert source.lengths() == {(1, 2): 1, (1, 1): 1, (2, 6): 1, (2, 1): 1, (5, 1): 1, (5, 2): 1}
+
+
+def test_the_data_set_of_random_rows_is_one_batch_from_then_on(make_case: Callable[..., Case]) -> None:
+    source = DemonstrationSource(make_case("sft"), 48, None)
+    generator = torch.Generator().manual_seed(0)
+    before = source.next_batch(generator)
+    assert before.rows is None
+    (batch,) = source.data_set(generator)
+    assert not torch.equal(batch.tokens, before.tokens)
+    for later in (*source.data_set(generator), source.next_batch(generator)):
+        assert later.tokens is batch.tokens
+        assert later.rows == (0, 1, 2, 3)
+        assert later.columns == {}
+        later["column"] = batch.mask
+    assert {id(tensor) for tensor in source.tensors()} == {id(batch.tokens), id(batch.mask)}
+    assert source.lengths() == {}

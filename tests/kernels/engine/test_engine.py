@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from rlhfkernels import METHODS, Case, CaseError, ModelError, NumericalError, Observer, build_step
 from rlhfkernels.data.batch import Batch
-from rlhfkernels.engine.engine import Engine
+from rlhfkernels.engine.engine import Engine, logprob_chunk_size
 from rlhfkernels.methods.program import WeightSet
 from rlhfkernels.methods.table import families
 from rlhfkernels.training.step import TrainingStep
@@ -253,3 +254,43 @@ def test_sampling_from_logits_that_are_not_finite_is_one_error(
     step.engine.lm_head("actor").weight.data[5, 0] = float("nan")
     with pytest.raises(NumericalError, match=r"^actor sampled from logits that are not finite"):
         step.run()
+
+
+@pytest.mark.parametrize("trunk", ["plain", "fast"])
+def test_looking_seldom_whether_all_have_ended_changes_no_batch(
+    make_case: Callable[..., Case],
+    generated: Callable[[TrainingStep], Batch],
+    monkeypatch: pytest.MonkeyPatch,
+    trunk: str,
+) -> None:
+    case = make_case(completion_len=40, batch_size=1, engine__trunk=trunk)
+    stop = int(generated(build_step(case)).completions[0, 3])
+    case = dataclasses.replace(case, options=case.options.replace({"rollout.stop_token_id": stop}))
+    every = generated(build_step(case))
+    assert 1 <= every.mask.sum() <= 4
+    looks: list[int] = []
+    monkeypatch.setattr("rlhfkernels.engine.engine._tokens_between_looks", lambda device: looks.append(1) or 16)
+    seldom = generated(build_step(case))
+    assert looks
+    for name in ("tokens", "mask"):
+        assert torch.equal(getattr(seldom, name), getattr(every, name))
+    assert torch.equal(seldom["old_logprobs"], every["old_logprobs"])
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "vocab_size", "expected"),
+    [
+        ("cpu", None, 32000, 128),
+        ("cpu", 7, 32000, 7),
+        ("cuda", None, 32000, 1024),
+        ("cuda:1", None, 151936, 441),
+        ("cuda", None, 2**30, 128),
+        ("cuda", 0, 32000, 0),
+        ("cuda", 128, 32000, 128),
+    ],
+)
+def test_the_chunk_of_the_head_follows_the_device(
+    make_case: Callable[..., Case], device: str, asked: int | None, vocab_size: int, expected: int
+) -> None:
+    case = make_case(device=device, engine__logprob_chunk_size=asked)
+    assert logprob_chunk_size(case, vocab_size) == expected

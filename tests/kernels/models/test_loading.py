@@ -106,7 +106,7 @@ def test_every_preset_takes_sdpa(name: str) -> None:
         if hasattr(config, field):
             setattr(config, field, 1)
     with torch.device("meta"):
-        model = loading._with_attention(name, AutoModelForCausalLM.from_config, config, asked="auto")
+        model = loading.with_attention(name, AutoModelForCausalLM.from_config, config, asked="auto")
     assert model.config._attn_implementation == "sdpa"
 
 

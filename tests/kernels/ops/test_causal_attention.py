@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from rlhfkernels.ops import causal_attention as module
-from rlhfkernels.ops.attention_mask import AttentionSpan, CausalMask
-from rlhfkernels.ops.causal_attention import causal_attention, causal_attention_reference
+from rlhfkernels.ops.attention_mask import AttentionSpan, CausalMask, Segment
+from rlhfkernels.ops.causal_attention import causal_attention, causal_attention_reference, packed_attention
 from rlhfkernels.ops.qkv_layout import QkvLayout
 
 # (b, t, layout, start, window): one block of queries or several, heads of partial vectors, parts of a sequence.
@@ -111,10 +111,11 @@ def test_the_number_of_threads_changes_no_result() -> None:
         assert torch.equal(a, b)
 
 
-def test_attention_from_every_position_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA attends from every position where kernels without a mask are faster."""
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_from_every_position_gives_the_same(monkeypatch: pytest.MonkeyPatch, padded: bool) -> None:
+    """CUDA attends from every position where kernels without a mask are faster; with one, heads are repeated."""
     layout = QkvLayout(4, 2, 8)
-    qkv, mask = inputs(2, 9, layout, padded=False)
+    qkv, mask = inputs(2, 9, layout, padded=padded)
     qkv.requires_grad_()
     found = []
     for masks_are_cheap in (True, False):
@@ -123,3 +124,68 @@ def test_attention_from_every_position_gives_the_same(monkeypatch: pytest.Monkey
         found.append((y, *torch.autograd.grad(y.square().sum(), qkv)))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def block_diagonal(
+    qkv: torch.Tensor, layout: QkvLayout, segments: list[Segment], window: int | None, scale: float
+) -> torch.Tensor:
+    """Attention of a packed row by its formula, with a mask of the whole row."""
+    query, key, value = layout.split(qkv)
+    group = layout.num_heads // layout.num_kv_heads
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    owner = torch.tensor([i for i, segment in enumerate(segments) for _ in range(segment.length)])
+    at = torch.tensor([i for segment in segments for i in range(segment.length)])
+    seen = (owner[:, None] == owner) & (at[:, None] >= at)
+    if window is not None:
+        seen &= at[:, None] - at < window
+    scores = torch.einsum("qhe,phe->hqp", query, key) * scale
+    out = torch.einsum("hqp,phe->qhe", torch.softmax(scores.masked_fill(~seen, float("-inf")), -1), value)
+    starts = torch.tensor([segment.start for segment in segments])
+    return out.flatten(1)[at >= starts[owner]]
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize(
+    "segments",
+    [
+        [Segment(9)],
+        [Segment(5), Segment(1), Segment(30)],
+        [Segment(6, 2), Segment(6, 2), Segment(6, 3), Segment(11, 10), Segment(40, 0)],
+    ],
+)
+@pytest.mark.parametrize("layout", [QkvLayout(4, 2, 8), QkvLayout(3, 3, 20, interleaved=True)])
+def test_a_packed_row_is_block_diagonal_attention(
+    layout: QkvLayout, segments: list[Segment], window: int | None, backend: str
+) -> None:
+    length = sum(segment.length for segment in segments)
+    qkv = inputs(1, length, layout, padded=False)[0]
+    exact = qkv.double().requires_grad_()
+    qkv.requires_grad_()
+    expected = block_diagonal(exact, layout, segments, window, 0.3)
+    found = packed_attention(qkv, layout, segments, window=window, scale=0.3, backend=backend)
+    assert found.shape == expected.shape
+    grad = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
+    expected.backward(grad.double())
+    found.backward(grad)
+    assert (found - expected).abs().max() < 3e-6
+    assert qkv.grad is not None
+    assert exact.grad is not None
+    assert (qkv.grad - exact.grad).abs().max() < 1e-5
+    wide = exact.detach()
+    again = packed_attention(wide, layout, segments, window=window, scale=0.3, backend="torch")
+    torch.testing.assert_close(again, expected.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_neighbours_of_one_size_share_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = QkvLayout(2, 2, 4)
+    shapes: list[tuple[int, int]] = []
+    attend = module.causal_attention
+
+    def noted(qkv: torch.Tensor, layout: QkvLayout, mask: CausalMask, *rest: AttentionSpan, **options: str) -> object:
+        shapes.append((mask.b, mask.t))
+        return attend(qkv, layout, mask, *rest, **options)
+
+    monkeypatch.setattr(module, "causal_attention", noted)
+    segments = [Segment(4), Segment(4), Segment(4, 1), Segment(2), Segment(2)]
+    packed_attention(inputs(1, 16, layout, padded=False)[0], layout, segments, window=None, scale=1.0)
+    assert shapes == [(2, 4), (1, 4), (2, 2)]

@@ -44,3 +44,20 @@ def test_no_grad_gives_the_same_values() -> None:
     with_graph = rms_norm(x, weight, 1e-5)
     with torch.no_grad():
         assert torch.equal(rms_norm(x, weight, 1e-5), with_graph)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_a_few_rows_of_an_accelerator_by_torchs_own_op(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tolerance: float
+) -> None:
+    monkeypatch.setattr("rlhfkernels.ops.rms_norm._is_bound_by_launch", lambda x: True)
+    torch.manual_seed(0)
+    x, weight = torch.randn(7, 32).to(dtype), torch.randn(32).to(dtype)
+    taken: list[object] = []
+    own = torch.nn.functional.rms_norm
+    monkeypatch.setattr(torch.nn.functional, "rms_norm", lambda *args: taken.append(args) or own(*args))
+    found, expected = rms_norm(x, weight, 1e-2), rms_norm_reference(x.double(), weight.double(), 1e-2)
+    assert len(taken) == 1
+    assert (found.double() - expected).norm() < tolerance * expected.norm()
+    rms_norm(x.requires_grad_(), weight, 1e-2).sum().backward()  # with a graph, the own kernels
+    assert len(taken) == 1

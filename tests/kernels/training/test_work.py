@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from rlhfkernels import METHODS, Case, Observer, build_step, phase_work
+from rlhfkernels import METHODS, Case, Observer, Options, build_step, phase_work
+from rlhfkernels.training.roofline import Work
 from rlhfkernels.training.step import TrainingStep
-from rlhfkernels.training.work import Work
 
 
 class FlopObserver(Observer):
@@ -175,3 +177,55 @@ def test_work_scales_with_epochs_and_micro_batches(make_case: Callable[..., Case
     assert (twice.flops, twice.bytes) == (2 * once.flops, 2 * once.bytes)
     assert (split.flops, split.bytes) == (once.flops, 2 * once.bytes)
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(
+    ("method", "option"),
+    [("sft", {"sft__packing": True}), ("sft-lora", {"sft__packing": True}), ("dpo-lora", {"dpo__forward": "two-pass"})],
+)
+def test_operations_of_other_forms_are_those_that_torch_dispatches(
+    make_case: Callable[..., Case], method: str, option: dict[str, object]
+) -> None:
+    size = {"prompt_len": 9, "completion_len": 7, "engine__attn_implementation": "eager"}
+    step = build_step(make_case(method, **size, **option))
+    observer = FlopObserver()
+    step.run(observer)
+    config, num_sequences = step.engine.models["policy"].trunk.config, 4 * step.sequences_per_row
+    forward = 4 * config.hidden_size * config.num_hidden_layers * num_sequences * 16**2
+    surplus = 3 * forward // 2 + unread_surplus(step, "update")
+    if method == "dpo-lora":
+        surplus += forward // 2 + unread_surplus(step, "score")
+    else:  # a dense mask over the whole row: four times the scores of four sequences
+        surplus += 3 * (num_sequences - 1) * forward
+    dispatched = observer.flops["update"] - surplus
+    assert phase_work(step)["update"].flops == pytest.approx(dispatched, rel=0.08)
+
+
+def test_two_passes_are_one_forward_more(make_case: Callable[..., Case]) -> None:
+    joint, two = (phase_work(build_step(make_case("dpo-lora", dpo__forward=form))) for form in ("joint", "two-pass"))
+    assert two["score"] == joint["score"]
+    step = build_step(make_case("dpo-lora"))
+    adapter = sum(p.numel() for p in step.trained_parameters())
+    # The policy's forward is the reference's with the adapter on: 8 sequences of 11 tokens. Of the last layer of two
+    # the first 4 tokens need keys and values alone.
+    adapted = 2 * 8 * (11 * adapter - 4 * adapter // 2)
+    assert two["update"].flops - joint["update"].flops == joint["score"].flops + adapted
+    # Weights are read for each graph and for the forward before: the trunk's twice a graph, its adapter's three times.
+    assert two["update"].bytes == 2 * joint["update"].bytes + joint["score"].bytes + 8 * adapter
+
+
+def test_packed_rows_are_counted_at_their_own_lengths(tmp_path: Path) -> None:
+    rows = [("ab", "cdef"), ("abcdefgh", "b"), ("a", "bcdefghij")]
+    size = {"model": "tiny", "dtype": "float32"}
+
+    def work(name: str, prompt_len: int, completion_len: int, batch_size: int, rows: list[tuple[str, str]]) -> int:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in rows))
+        options = Options.of({"data.demonstrations": str(path), "sft.packing": True})
+        lengths = {"prompt_len": prompt_len, "completion_len": completion_len, "batch_size": batch_size}
+        return phase_work(build_step(Case(method="sft", **size, **lengths, options=options)))["update"].flops
+
+    together = work("all", 5, 6, 6, rows)
+    cut = [(2, 4), (5, 1), (1, 6)]
+    alone = [work(str(i), *lengths, 2, [row]) for i, (row, lengths) in enumerate(zip(rows, cut, strict=True))]
+    assert together == sum(alone)

@@ -9,6 +9,7 @@ from rlhfkernels.engine.fast.blocks import Blocks
 from rlhfkernels.engine.fast.decode_steps import DecodeSteps
 from rlhfkernels.engine.fast.forward_pass import run_blocks
 from rlhfkernels.engine.fast.native_decode import NativeDecodeSteps
+from rlhfkernels.engine.fast.row_decode import RowDecodeSteps
 from rlhfkernels.engine.fast.torch_decode import TorchDecodeSteps
 from rlhfkernels.engine.trunk import CacheSkips
 from rlhfkernels.models.cache import PreallocatedLayer
@@ -46,10 +47,16 @@ class FastDecoder(CacheSkips):
         positions = torch.full_like(tokens, cache_len) if attention_mask is None else attention_mask.sum(-1) - 1
         x = self._blocks.embed(tokens, positions)
         if self._steps is None:
-            is_native = NativeDecodeSteps.supports(self._blocks, self._adapter, x)
-            make_steps = NativeDecodeSteps if is_native else TorchDecodeSteps
+            make_steps = _class_of_steps(self._blocks, self._adapter, x)
             self._steps = make_steps(self._blocks, self._adapter, x, self._caches)
         return self._steps.run(x, positions, attention_mask)
 
     def _store_kv(self, index: int, key: torch.Tensor, value: torch.Tensor) -> None:
         self._caches[index].update(key, value)
+
+
+def _class_of_steps(blocks: Blocks, adapter: str | None, x: torch.Tensor) -> type[DecodeSteps]:
+    """Returns what executes the steps of rows ``x`` [b, d]."""
+    if not x.is_cpu:
+        return RowDecodeSteps
+    return NativeDecodeSteps if NativeDecodeSteps.supports(blocks, adapter, x) else TorchDecodeSteps

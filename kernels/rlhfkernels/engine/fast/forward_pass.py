@@ -9,17 +9,18 @@ a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from rlhfkernels.engine.fast.blocks import Block, Blocks
-from rlhfkernels.engine.trunk import positions
-from rlhfkernels.ops.attention_mask import AttentionSpan, CausalMask
-from rlhfkernels.ops.causal_attention import causal_attention
+from rlhfkernels.engine.trunk import kept_rows, positions
+from rlhfkernels.ops.attention_mask import AttentionSpan, CausalMask, Segment
+from rlhfkernels.ops.causal_attention import causal_attention, packed_attention
+from rlhfkernels.ops.qkv_layout import QkvLayout
 from rlhfkernels.ops.rotary import rotary_
 from rlhfkernels.ops.swiglu import swiglu
 
@@ -27,18 +28,63 @@ from rlhfkernels.ops.swiglu import swiglu
 StoreKv = Callable[[int, torch.Tensor, torch.Tensor], object]
 
 
+class _Sequences(Protocol):
+    """How the m rows of a layer's input divide into sequences, and which of them the layer's output has."""
+
+    def attention(
+        self, qkv: torch.Tensor, layout: QkvLayout, *, window: int | None, scale: float, backend: str
+    ) -> torch.Tensor:
+        """Returns causal attention of every sequence at the kept rows, [kept, h e]."""
+
+    def kept(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the kept rows [kept, d] of ``x``, [m, d]."""
+
+
+class _Padded(NamedTuple):
+    """Sequences of one length, of which the positions from ``start`` on are kept."""
+
+    mask: CausalMask
+    start: int
+
+    def attention(
+        self, qkv: torch.Tensor, layout: QkvLayout, *, window: int | None, scale: float, backend: str
+    ) -> torch.Tensor:
+        """See ``_Sequences.attention``."""
+        span = AttentionSpan(start=self.start, window=window, scale=scale)
+        return causal_attention(qkv, layout, self.mask, span, backend=backend)
+
+    def kept(self, x: torch.Tensor) -> torch.Tensor:
+        """See ``_Sequences.kept``."""
+        b, t = self.mask.b, self.mask.t
+        return x.view(b, t, -1)[:, self.start :].reshape(b * (t - self.start), -1) if self.start else x
+
+
+class _Packed(NamedTuple):
+    """Sequences of any lengths without padding, one after the other."""
+
+    segments: tuple[Segment, ...]
+
+    def attention(
+        self, qkv: torch.Tensor, layout: QkvLayout, *, window: int | None, scale: float, backend: str
+    ) -> torch.Tensor:
+        """See ``_Sequences.attention``."""
+        return packed_attention(qkv, layout, self.segments, window=window, scale=scale, backend=backend)
+
+    def kept(self, x: torch.Tensor) -> torch.Tensor:
+        """See ``_Sequences.kept``."""
+        return kept_rows(x, self.segments)
+
+
 class _Context(NamedTuple):
     """Inputs that all layers of a forward pass share.
 
     Attributes:
-        mask: attention mask of the batch.
         scale: of the attention scores.
         adapter: the adapter set.
         backend: see ``Blocks``.
         rotary: cosines and signed sines, [1 or b, t, s] each.
     """
 
-    mask: CausalMask
     scale: float
     adapter: str | None
     backend: str
@@ -72,34 +118,74 @@ def run_blocks(
     ids = positions(attention_mask)
     if ids is None:
         ids = torch.arange(t, device=tokens.device)[None]
-    x = blocks.embed(tokens, ids).view(b * t, -1)
     mask = CausalMask(tokens, attention_mask)
-    context = _Context(mask, blocks.scale, adapter, blocks.backend, blocks.rotary_at(x, ids))
+
+    def store(index: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        if store_kv is not None:
+            store_kv(index, *(part.view(b, t, *part.shape[1:]).transpose(1, 2) for part in (key, value)))
+
+    x = _run_layers(blocks, adapter, tokens, ids, (_Padded(mask, 0), _Padded(mask, start)), checkpointing, store)
+    return x.view(b, t - start, -1)
+
+
+def run_packed(
+    blocks: Blocks,
+    adapter: str | None,
+    tokens: torch.Tensor,
+    ids: torch.Tensor,
+    segments: Sequence[Segment],
+    *,
+    checkpointing: bool = False,
+) -> torch.Tensor:
+    """Returns the last hidden states of a packed row; see ``Trunk.packed``.
+
+    Args:
+        blocks: the trunk.
+        adapter: the adapter set, or ``None`` for the bare base.
+        tokens: [m].
+        ids: [m], positions that begin at 0 in every sequence.
+        segments: the sequences in their order.
+        checkpointing: keep only each layer's input and recompute the layer in the backward.
+    """
+    whole = _Packed(tuple(segment._replace(start=0) for segment in segments))
+    sequences = whole, _Packed(tuple(segments))
+    return _run_layers(blocks, adapter, tokens[None], ids[None], sequences, checkpointing, None)
+
+
+def _run_layers(
+    blocks: Blocks,
+    adapter: str | None,
+    tokens: torch.Tensor,
+    ids: torch.Tensor,
+    sequences: tuple[_Sequences, _Sequences],
+    checkpointing: bool,
+    store_kv: StoreKv | None,
+) -> torch.Tensor:
+    """Embeds, runs all layers and the last norm: [m] to [kept, d]. The second of ``sequences`` is the last layer's."""
+    x = blocks.embed(tokens, ids).view(tokens.numel(), -1)
+    context = _Context(blocks.scale, adapter, blocks.backend, blocks.rotary_at(x, ids))
     last = len(blocks.layers) - 1
     for index, block in enumerate(blocks.layers):
-        arguments = (block, context, x, start if index == last else 0)
+        arguments = (block, context, x, sequences[index == last])
         if checkpointing:
             x = checkpoint(_run_layer, *arguments, None, index, use_reentrant=False, preserve_rng_state=False)
         else:
             x = _run_layer(*arguments, store_kv, index)
-    return blocks.norm(x).view(b, t - start, -1)
+    return blocks.norm(x)
 
 
 def _run_layer(
-    block: Block, context: _Context, x: torch.Tensor, start: int, store_kv: StoreKv | None, index: int
+    block: Block, context: _Context, x: torch.Tensor, sequences: _Sequences, store_kv: StoreKv | None, index: int
 ) -> torch.Tensor:
-    """Runs one layer: [m, d] to [b (t − start), d]."""
-    mask, scale, adapter, backend, rotary = context
+    """Runs one layer: [m, d] to [kept, d]. ``store_kv`` receives keys and values as [m, k, e]."""
+    scale, adapter, backend, rotary = context
     qkv = block.qkv.forward(block.norm_1(x), adapter, backend)
     if rotary is not None:
         qkv = rotary_(qkv, *rotary, block.layout.rotary_part, backend=backend)
     if store_kv is not None:
-        _, key, value = (part.view(mask.b, mask.t, *part.shape[1:]) for part in block.layout.split(qkv))
-        store_kv(index, key.transpose(1, 2), value.transpose(1, 2))
-    span = AttentionSpan(start=start, window=block.window, scale=scale)
-    attended = causal_attention(qkv, block.layout, mask, span, backend=backend)
-    if start:
-        x = x.view(mask.b, mask.t, -1)[:, start:].reshape(attended.shape[0], -1)
+        store_kv(index, *block.layout.split(qkv)[1:])
+    attended = sequences.attention(qkv, block.layout, window=block.window, scale=scale, backend=backend)
+    x = sequences.kept(x)
     del qkv
     attention_out = block.out.forward(attended, adapter, backend)
     del attended

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from rlhfkernels.config.case import Case
 from rlhfkernels.engine.backends import select_backend
 from rlhfkernels.engine.fast.blocks import Blocks, read_blocks
 from rlhfkernels.engine.fast.decoding import FastDecoder
-from rlhfkernels.engine.fast.forward_pass import run_blocks
+from rlhfkernels.engine.fast.forward_pass import run_blocks, run_packed
 from rlhfkernels.engine.trunk import Decoder, PlainTrunk
 from rlhfkernels.models.adapters import Adapters
 from rlhfkernels.models.loading import LoadedModel
 from rlhfkernels.observer import Observer
+from rlhfkernels.ops.attention_mask import Segment
 
 
 class FastTrunk(PlainTrunk):
@@ -43,6 +46,19 @@ class FastTrunk(PlainTrunk):
         """See ``Trunk.hidden``."""
         checkpointing = train and self._options.engine.gradient_checkpointing
         return run_blocks(self._blocks, adapter, tokens, attention_mask, start=start, checkpointing=checkpointing)
+
+    def packed(
+        self,
+        adapter: str | None,
+        tokens: torch.Tensor,
+        ids: torch.Tensor,
+        segments: Sequence[Segment],
+        *,
+        train: bool = False,
+    ) -> torch.Tensor:
+        """See ``Trunk.packed``."""
+        checkpointing = train and self._options.engine.gradient_checkpointing
+        return run_packed(self._blocks, adapter, tokens, ids, segments, checkpointing=checkpointing)
 
     def decoder(self, adapter: str | None, max_len: int, observer: Observer) -> Decoder:
         """See ``Trunk.decoder``."""

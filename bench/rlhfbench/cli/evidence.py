@@ -1,0 +1,73 @@
+"""``rlhfbench evidence``: collects everything worth knowing about the device at hand."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlhfbench.cli import common
+from rlhfbench.cli.common import DONE, NOTHING, epilog, number
+from rlhfbench.errors import SweepError
+
+EPILOG = epilog(
+    "rlhfbench evidence --out my-evidence",
+    "rlhfbench evidence --out my-evidence --device cpu --model tiny --budget-min 4",
+    "rlhfbench evidence --out my-evidence --parts 3,5",
+    codes="Exit codes: 0 all parts are done, 2 the command is wrong, 3 some part is not done, 130 interrupted.",
+)
+_MAX_BUDGET_MIN = 24 * 60
+
+
+def evidence(
+    out: Annotated[str, typer.Option(metavar="DIR", help="Folder of the evidence: new, or to be continued.")],
+    budget_min: Annotated[
+        float,
+        typer.Option(
+            metavar="X", parser=number("--budget-min", float), help="Minutes for all parts.", show_default=True
+        ),
+    ] = 25.0,
+    model: common.Model = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=common.HARDWARE,
+            help="cpu, cuda or cuda:N.  [default: cuda where there is a device, else cpu]",
+        ),
+    ] = None,
+    parts: Annotated[
+        str | None, typer.Option(metavar="N,...", help="Numbers of the parts, 1 to 7; all by default.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the outcomes as JSON.")] = False,
+) -> int:
+    """Collect the evidence of a device in seven resumable parts, and write one report.
+
+    Each part takes 8 minutes at most, and one that fails does not stop the next. With the same folder, the command goes
+    on where it stopped.
+    """
+    from rlhfbench.evidence.parts import PARTS
+    from rlhfbench.evidence.request import Request, parse_parts
+
+    if not 0 < budget_min <= _MAX_BUDGET_MIN:
+        raise SweepError([f"--budget-min is {budget_min:g}: it must be above 0 and at most {_MAX_BUDGET_MIN}."])
+    numbers = parse_parts(parts, PARTS)
+    request = Request.of(model, device)
+    from rlhfbench.cases import preflight
+    from rlhfbench.cases.sweep import Sweep
+    from rlhfbench.evidence.collect import EVIDENCE_NAME, REPORT_NAME, collect
+    from rlhfbench.runs import environment
+
+    environment.check_system()
+    preflight.check(Sweep(cases=(request.case("hydra"),)))
+    found = collect(Path(out), request, numbers, 60 * budget_min)
+    outcomes = {number: found["parts"][str(number)]["outcome"] for number in numbers}
+    if as_json:
+        print(json.dumps({"parts": found["parts"]}))
+    else:
+        print((Path(out) / REPORT_NAME).read_text(encoding="utf-8"))
+    print(f"The report is {Path(out) / REPORT_NAME}, the outcomes are in {EVIDENCE_NAME} beside it.", file=sys.stderr)
+    return DONE if set(outcomes.values()) == {"done"} else NOTHING

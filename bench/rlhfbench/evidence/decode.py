@@ -1,0 +1,63 @@
+"""Part 5: decoding against the time that reading the weights and the KV cache takes at the measured bandwidth."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhfbench.evidence.items import Items
+from rlhfbench.evidence.request import Request
+from rlhfbench.measure.ceilings import measure_ceilings
+from rlhfbench.measure.clock import StepClock
+from rlhfbench.measure.measurements import RATES
+from rlhfkernels.data.sources import Prompts
+from rlhfkernels.training.step import TrainingStep, build_step
+from rlhfkernels.training.work import phase_work
+
+_NUM_TIMED = 3
+GRAPHS = "without graphs"  # decode steps are not captured as CUDA graphs yet
+
+
+def run_decode(request: Request, folder: Path, left_s: float) -> None:
+    """Measures the generate phase of ``hydra`` at each batch and keeps it in ``decode.json``."""
+    items = Items(folder / "decode.json")
+    ceilings = items.add("ceilings", lambda: measure_ceilings(request.device, getattr(torch, request.sizes.dtype)))
+    for batch_size in request.sizes.decode_batches:
+        items.add(f"batch {batch_size}, {GRAPHS}", functools.partial(_measure, request, batch_size, ceilings))
+
+
+def _measure(request: Request, batch_size: int, ceilings: dict[str, float]) -> dict[str, Any]:
+    gc.collect()  # the models of the last batch are in reference cycles
+    case = request.case("hydra", batch_size=batch_size)
+    step = build_step(case)
+    samples_s = [_generation_s(step) for _ in range(1 + _NUM_TIMED)][1:]
+    work = phase_work(step)["generate"]
+    floor_s = work.floor_s(*(ceilings[rate] for rate in RATES))
+    median_s = statistics.median(samples_s)
+    return {
+        "batch_size": batch_size,
+        "prompt_len": case.prompt_len,
+        "completion_len": case.completion_len,
+        "samples_s": samples_s,
+        "ms_per_token": 1000 * median_s / case.completion_len,
+        "floor_s": floor_s,
+        "floor_fraction": floor_s / median_s,
+        "backend": step.backend_taken,
+    }
+
+
+def _generation_s(step: TrainingStep) -> float:
+    """Seconds of one generation from random prompts."""
+    case, stage = step.case, step.method.generate
+    assert stage is not None
+    shape = (case.batch_size, case.prompt_len)
+    prompts = Prompts(torch.randint(step.engine.vocab_size, shape, device=case.device), None)
+    clock = StepClock(case.device)
+    with clock.phase("generate"):
+        step.engine.generate(stage.role, prompts, None, clock)
+    return clock.take()["generate"]

@@ -1,0 +1,114 @@
+"""The goals that evidence is held to, and what was measured of each."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rlhfbench.evidence.request import GIB, PAPER_TOTAL_GIB
+from rlhfbench.records.file import Record
+from rlhfbench.records.schema import at
+from rlhfkernels.methods.table import METHODS
+
+MIN_DECODE_FRACTION, DECODE_BATCHES = 0.6, range(16, 65)
+MIN_UPDATE_FRACTION = 0.45
+MAX_HYDRA_S = 0.5
+MAX_PLAN_ERROR = 0.03
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """What the parts have measured.
+
+    Attributes:
+        on_cuda: the goals are for a CUDA device; elsewhere what was found is shown without a verdict.
+        records: of the run of the methods.
+        decode: the items of ``decode.json``.
+    """
+
+    on_cuda: bool
+    records: Sequence[Record]
+    decode: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Goal:
+    """One goal.
+
+    Attributes:
+        text: what is to be reached.
+        values: what was found, as text, and whether it is enough.
+    """
+
+    text: str
+    values: Callable[[Found], list[tuple[str, bool]]]
+
+    def verdict(self, found: Found) -> tuple[str, str]:
+        """Returns what was found, and ``reached``, ``missed`` or ``not measured``; the last of a CPU."""
+        values = self.values(found)
+        shown = "; ".join(text for text, _ in values)
+        if not values or not found.on_cuda:
+            return shown, "not measured" if not values else "for a CUDA device"
+        return shown, "reached" if all(enough for _, enough in values) else "missed"
+
+
+def _decode(found: Found) -> list[tuple[str, bool]]:
+    items = [item for key, item in found.decode.items() if key.startswith("batch ")]
+    return [
+        (
+            f"batch {item['batch_size']}: {item['floor_fraction']:.2f}",
+            item["floor_fraction"] >= MIN_DECODE_FRACTION,
+        )
+        for item in items
+        if item["batch_size"] in DECODE_BATCHES
+    ]
+
+
+def _update(found: Found) -> list[tuple[str, bool]]:
+    values = []
+    for record in found.records:
+        names = [phase.name for phase in METHODS[record["case"]["method"]].phases if phase.kind == "update"]
+        floors_s = [at(record, f"work.phases.{name}.floor_s") for name in names]
+        means_s = [at(record, f"latency.phases.{name}.mean_s") for name in names]
+        if None not in (*floors_s, *means_s) and sum(means_s):
+            fraction = sum(floors_s) / sum(means_s)
+            values.append((f"{record['case']['method']}: {fraction:.2f}", fraction >= MIN_UPDATE_FRACTION))
+    return values
+
+
+def _hydra(found: Found) -> list[tuple[str, bool]]:
+    values = []
+    for record in found.records:
+        seconds, total = at(record, "latency.total_s_per_sample"), at(record, "memory.total_bytes")
+        if record["case"]["method"] == "hydra" and None not in (seconds, total):
+            enough = seconds <= MAX_HYDRA_S and total <= PAPER_TOTAL_GIB * GIB
+            values.append((f"{seconds:.3f} s in {total / GIB:.3g} GiB", enough))
+    return values
+
+
+def _plan(found: Found) -> list[tuple[str, bool]]:
+    values = []
+    for record in found.records:
+        error = plan_error(record)
+        if error is not None:
+            values.append((f"{record['case']['method']}: {100 * error:+.1f} %", abs(error) <= MAX_PLAN_ERROR))
+    return values
+
+
+def plan_error(record: Record) -> float | None:
+    """Returns the planned total beyond the allocator's peak without library workspaces, as a share of that peak."""
+    planned = at(record, "plan.total_bytes")
+    peak = at(record, "memory.views.allocator_peak_bytes")
+    if not planned or not peak:
+        return None
+    peak -= at(record, "memory.views.workspace_bytes") or 0
+    return float(planned / peak - 1)
+
+
+GOALS = (
+    Goal(text=f"decode ≥ {MIN_DECODE_FRACTION} of the bandwidth floor at batches 16 to 64", values=_decode),
+    Goal(text=f"update ≥ {MIN_UPDATE_FRACTION} of its roofline at the measured GEMM rate", values=_update),
+    Goal(text=f"Hydra-PPO ≤ {MAX_HYDRA_S} s a sample within {PAPER_TOTAL_GIB} GiB", values=_hydra),
+    Goal(text=f"plan within {100 * MAX_PLAN_ERROR:.0f} % of the allocator", values=_plan),
+)

@@ -1,0 +1,72 @@
+"""What only CUDA can tell of a step: where it waits for the device, and the allocator's history.
+
+Not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhfkernels.config.case import Case
+from rlhfkernels.observer import Observer
+from rlhfkernels.training.step import build_step
+
+_MAX_ENTRIES = 100_000
+_MAX_PLACES = 20
+
+
+class _Phases(Observer):
+    """Keeps the phase that runs."""
+
+    name: str | None = None
+
+    def enter_phase(self, name: str) -> None:
+        """Keeps the name."""
+        self.name = name
+
+    def exit_phase(self, name: str) -> None:
+        """Forgets it."""
+        self.name = None
+
+
+def watch_step(case: Case, path: Path) -> dict[str, Any]:
+    """Runs one step of ``case`` on CUDA, after one that compiles and allocates.
+
+    Args:
+        case: the case.
+        path: receives the allocator's snapshot, for pytorch.org/memory_viz.
+
+    Returns:
+        ``num_waits``: synchronizations inside phases, as ``torch.cuda.set_sync_debug_mode`` warns of them; ``waits``:
+        phase and place of the first of them; ``allocator_peak_bytes``.
+    """
+    step = build_step(case)
+    step.run()
+    torch.cuda.reset_peak_memory_stats(case.device)
+    torch.cuda.memory._record_memory_history(max_entries=_MAX_ENTRIES)
+    phases = _Phases()
+    waits: list[str] = []
+
+    def note(message: Any, category: Any, filename: str, lineno: int, *rest: Any) -> None:
+        if phases.name is not None and "synchroniz" in str(message):
+            waits.append(f"{phases.name}: {filename.rpartition('/rlhfkernels/')[2]}:{lineno}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note  # type: ignore[assignment]
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step.run(phases)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.memory._dump_snapshot(str(path))  # type: ignore[no-untyped-call]
+    torch.cuda.memory._record_memory_history(enabled=None)
+    return {
+        "num_waits": len(waits),
+        "waits": list(dict.fromkeys(waits))[:_MAX_PLACES],
+        "allocator_peak_bytes": torch.cuda.max_memory_allocated(case.device),
+    }

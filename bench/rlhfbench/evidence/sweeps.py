@@ -1,0 +1,105 @@
+"""The parts that run sweeps: the methods, the lengths, the settings and the profile."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhfbench.cases.sweep import Sweep
+from rlhfbench.evidence.items import Items
+from rlhfbench.evidence.request import GIB, PAPER_TOTAL_GIB, Request
+from rlhfbench.planning.devices import Accelerator
+from rlhfbench.planning.max_batch import plan_kinds, with_batch
+from rlhfbench.planning.zero import Zero
+from rlhfbench.runs import environment
+from rlhfbench.runs.folder import RunFolder
+from rlhfbench.runs.options import RunOptions
+from rlhfbench.runs.runner import run_sweep
+from rlhfkernels.config.case import Case
+from rlhfkernels.config.settings import SETTINGS
+
+# What matters most comes first: a part may be cut short.
+METHODS = ("hydra", "joined-hydra", "lora", "dynamic-lora", "full")
+LENGTH_METHODS = ("hydra", "joined-hydra", "lora")
+BATCHES_NAME = "batches.json"
+
+
+def run_methods(request: Request, folder: Path, left_s: float) -> None:
+    """Part 3: the PPO methods at the paper's lengths, each at its largest batch, with a plan."""
+    cases = [request.case(method) for method in METHODS]
+    _run(request, folder, "methods", largest(request, folder, cases), left_s, with_plan=True)
+
+
+def run_lengths(request: Request, folder: Path, left_s: float) -> None:
+    """Part 4: Figure 2, seconds per sample by sequence length at the largest batch."""
+    cases = [request.case(m, seq_len=length) for length in request.sizes.seq_lens for m in LENGTH_METHODS]
+    _run(request, folder, "lengths", largest(request, folder, cases), left_s)
+
+
+def run_settings(request: Request, folder: Path, left_s: float) -> None:
+    """Part 6: the paper's setting and the modern one side by side, at the largest batch of the paper's."""
+    paper = {name.replace(".", "__"): value for name, value in SETTINGS["paper"]["options"].items()}
+    paper["lora__r"] = request.sizes.rank
+    cases = []
+    for method in ("hydra", "lora"):
+        for fitting in largest(request, folder, [request.case(method, **paper)]):
+            cases += [fitting, request.case(method, batch_size=fitting.batch_size)]
+    _run(request, folder, "settings", cases, left_s)
+
+
+def run_profile(request: Request, folder: Path, left_s: float) -> None:
+    """Part 7: traces of the phases of a short step, and on CUDA the allocator's snapshot and the waits of a step."""
+    short = request.case("hydra", seq_len=2 * request.sizes.profile_len, batch_size=request.sizes.batch_size or 4)
+    items = Items(folder / "profile.json")
+    if request.device != "cpu":
+        from rlhfbench.evidence.snapshot import watch_step
+
+        items.add("step", functools.partial(watch_step, short, folder / "snapshot.pickle"))
+    _run(request, folder, "profile", [short], left_s, profile=True)
+
+
+def _run(request: Request, folder: Path, name: str, cases: Sequence[Case], left_s: float, **options: Any) -> None:
+    """Runs ``cases`` in ``folder/runs/name``, or goes on with them."""
+    if not cases:
+        return
+    out = folder / "runs" / name
+    # One block a case: an interval would take five processes, each of which builds the model again.
+    settings = RunOptions(
+        time_budget_s=request.sizes.time_budget_s, blocks=1, case_timeout_s=max(1.0, left_s), **options
+    )
+    run_sweep(Sweep(cases=tuple(cases)), out, settings, resume=RunFolder(out).is_run)
+
+
+def largest(request: Request, folder: Path, cases: Iterable[Case]) -> list[Case]:
+    """Returns ``cases`` with the largest batch that fits by plan, without those of which not even one row fits.
+
+    What must fit is the memory of the device, and no more than the paper's total, so that figures compare with the
+    paper's. Batches are kept in ``batches.json`` by the id of the case of one row: 0 is one that does not fit.
+    """
+    cases = list(cases)
+    if request.sizes.batch_size is not None:
+        return cases
+    items = Items(folder / BATCHES_NAME)
+    missing = [case for case in cases if with_batch(case, 1).id not in items.values]
+    if missing:
+        started_s = time.monotonic()
+        planned = plan_kinds(missing, Zero(), usable_bytes=usable_bytes(request.device))
+        for case, plan in zip(missing, planned, strict=True):
+            found = {"method": case.method, "seq_len": case.seq_len, "batch_size": plan.max_batch_size}
+            items.add(with_batch(case, 1).id, lambda found=found: found)  # type: ignore[misc]
+        print(f"planned {len(missing)} cases in {time.monotonic() - started_s:.0f} s")
+    batches = [(case, items.values[with_batch(case, 1).id]["batch_size"]) for case in cases]
+    return [with_batch(case, batch_size) for case, batch_size in batches if batch_size]
+
+
+def usable_bytes(device: str) -> int:
+    """Returns the memory that a step may take: the device's without the reserve, and at most the paper's total."""
+    limit = int(PAPER_TOTAL_GIB * GIB)
+    gpus = environment.gpus() if device != "cpu" else None
+    index = int(device.partition(":")[2] or 0)
+    if not gpus or index >= len(gpus):
+        return limit
+    return min(limit, Accelerator(name=device, memory_bytes=gpus[index]["memory_bytes"]).usable_bytes)

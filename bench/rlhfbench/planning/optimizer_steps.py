@@ -1,0 +1,167 @@
+"""Optimizer steps at any depth: the real optimizers, on meta tensors of the shapes that a deep model trains.
+
+An optimizer goes through the weights in chunks of some bytes, which need not end where a layer ends. So its changes at
+a depth are recorded at that depth; only the list of its weights and gradients is extrapolated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from rlhfbench.measure.ledger import Ledger
+from rlhfbench.measure.tally import Change, Recorder
+from rlhfbench.planning.depth import deepen
+from rlhfkernels.config.options import OptimizerOptions
+from rlhfkernels.methods.program import Optimize
+from rlhfkernels.observer import Observer
+from rlhfkernels.training.optimizers import Optimizer, make_optimizer
+from rlhfkernels.training.step import TrainingStep
+
+_META = "meta"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the elements of a tensor are: the arguments of ``as_strided``, and the dtype."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Layout:
+        """Returns the layout of ``tensor``."""
+        return cls(tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()), tensor.dtype)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TrainedWeight:
+    """A weight that an optimizer steps, and its gradient.
+
+    Attributes:
+        weight: layout of the weight.
+        gradient: layout of the gradient; ``None`` if there is none.
+        storage_bytes: size of the gradient's storage.
+        shared_with: how many weights ago that storage came up last; 0 if it is new.
+    """
+
+    weight: Layout
+    gradient: Layout | None
+    storage_bytes: int
+    shared_with: int
+
+
+# By role: the weights of its optimizer.
+Trained = tuple[tuple[str, tuple[TrainedWeight, ...]], ...]
+
+
+class GradientsWatch(Observer):
+    """Passes a step's notifications on, and notes the gradients that each stretch of optimizer steps begins with.
+
+    Args:
+        step: the step.
+        inner: notified first.
+
+    Attributes:
+        found: what each stretch begins with, by the number of phase boundaries up to its own.
+    """
+
+    def __init__(self, step: TrainingStep, inner: Observer) -> None:
+        self._step, self._inner = step, inner
+        self._stages = {phase.name: phase.stages for phase in step.phases}
+        self._num_boundaries = 0
+        self.found: dict[int, Trained] = {}
+
+    def enter_phase(self, name: str) -> None:
+        """Notes the gradients if the phase consists of optimizer steps."""
+        self._inner.enter_phase(name)
+        self._num_boundaries += 1
+        if all(isinstance(stage, Optimize) for stage in self._stages[name]):
+            self.found[self._num_boundaries] = tuple(
+                (role, _trained(optimizer)) for role, optimizer in self._step.optimizers.items()
+            )
+
+    def exit_phase(self, name: str) -> None:
+        """Passes the call on."""
+        self._inner.exit_phase(name)
+        self._num_boundaries += 1
+
+    def tag(self, part: str, tensors: Iterable[torch.Tensor]) -> None:
+        """Passes the call on."""
+        self._inner.tag(part, tensors)
+
+
+def _trained(optimizer: Optimizer) -> tuple[TrainedWeight, ...]:
+    last_use: dict[int, int] = {}
+    found = []
+    for i, weight in enumerate(optimizer.parameters):
+        if weight.grad is None:
+            found.append(TrainedWeight(Layout.of(weight), None, 0, 0))
+            continue
+        storage = weight.grad.untyped_storage()
+        shared_with = i - last_use.get(storage._cdata, i)
+        last_use[storage._cdata] = i
+        found.append(TrainedWeight(Layout.of(weight), Layout.of(weight.grad), storage.nbytes(), shared_with))
+    return tuple(found)
+
+
+def deepen_trained(shallow: Trained, deeper: Trained, times: int) -> Trained | None:
+    """Returns what a deeper model trains; see ``deepen``."""
+    found = []
+    for (role, fewer), (same_role, more) in zip(shallow, deeper, strict=True):
+        assert role == same_role
+        weights = deepen(fewer, more, times)
+        if weights is None:
+            return None
+        found.append((role, tuple(weights)))
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=4)  # cases that differ in their batch size alone share these
+def record_optimizer_steps(options: OptimizerOptions, trained: Trained, block_bytes: int) -> list[Change]:
+    """Returns the changes of one step of each optimizer.
+
+    Meta tensors take a fifth of the time of fake ones, and these ops take the same memory on every device.
+
+    Args:
+        options: of the case.
+        trained: the weights and gradients.
+        block_bytes: as in ``Ledger``.
+    """
+    optimizers = [make_optimizer(options, _weights_of(weights), computes=False) for _, weights in trained]
+    recorder = Recorder()
+    with Ledger(_META, block_bytes=block_bytes, tally=recorder) as ledger:
+        for optimizer in optimizers:
+            ledger.tag("base", optimizer.parameters)  # no weight comes or goes: any part will do
+            ledger.tag("gradients", [p.grad for p in optimizer.parameters if p.grad is not None])
+            ledger.tag("optimizer", optimizer.tensors())
+        start = len(recorder.changes)
+        norms = [optimizer.step() for optimizer in optimizers]
+        changes = recorder.changes[start:]
+        del norms  # alive until here, as in a training step
+    return changes
+
+
+def _weights_of(trained: tuple[TrainedWeight, ...]) -> list[nn.Parameter]:
+    weights: list[nn.Parameter] = []
+    for i, each in enumerate(trained):
+        layout = each.weight
+        weight = nn.Parameter(torch.empty_strided(layout.shape, layout.stride, dtype=layout.dtype, device=_META))
+        gradient = each.gradient
+        if gradient is not None:
+            if each.shared_with:
+                shared = weights[i - each.shared_with].grad
+                assert shared is not None
+                storage = shared
+            else:
+                storage = torch.empty(each.storage_bytes // gradient.dtype.itemsize, dtype=gradient.dtype, device=_META)
+            weight.grad_dtype = gradient.dtype
+            weight.grad = storage.as_strided(gradient.shape, gradient.stride, gradient.offset)
+        weights.append(weight)
+    return weights

@@ -1,0 +1,119 @@
+"""The gradient of one forward pass over one micro-batch: jointly, packed, or in two passes.
+
+Shapes: n = sequences, b = data rows, c = completion length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from rlhfkernels.algorithms import OBJECTIVES, Objective
+from rlhfkernels.algorithms.common import Counts, Loss, Reader
+from rlhfkernels.config.options import Options
+from rlhfkernels.data.batch import Batch
+from rlhfkernels.engine.engine import Engine
+from rlhfkernels.methods.program import ForwardPass, Update
+from rlhfkernels.training.quantities import GraphReader, LeafReader, PackedReader
+
+
+class PassForm:
+    """How a pass is differentiated, as its objectives declare it under the options.
+
+    Args:
+        p: a pass of ``Update`` stages.
+        options: of the case.
+
+    Attributes:
+        p: the pass.
+        options: of the case.
+        stages: the stages of the pass.
+        objectives: their objectives, in the same order.
+        reads_prompt: the loss covers the prompt's tokens too.
+        packs: the sequences are one row without padding.
+        in_two_passes: the sequences of a data row have one graph each.
+    """
+
+    def __init__(self, p: ForwardPass, options: Options) -> None:
+        self.p, self.options = p, options
+        self.stages = tuple(stage for stage in p.stages if isinstance(stage, Update))
+        self.objectives: tuple[Objective, ...] = tuple(OBJECTIVES[stage.objective] for stage in self.stages)
+        self.reads_prompt = any(objective.reads_prompt(options) for objective in self.objectives)
+        self.packs = any(objective.packs(options) for objective in self.objectives)
+        self.in_two_passes = any(objective.in_two_passes(options) for objective in self.objectives)
+
+
+def add_gradients(engine: Engine, form: PassForm, part: Batch, counts: Counts) -> list[Loss]:
+    """Adds the gradients of a pass over a micro-batch to the weights; its graph is gone on return.
+
+    Args:
+        engine: the models.
+        form: the pass, and how it is differentiated.
+        part: the micro-batch.
+        counts: the divisors, of the whole mini-batch.
+
+    Returns:
+        The loss of every stage of the pass, in order.
+    """
+    if form.in_two_passes:
+        return _add_in_two_passes(engine, form, part, counts)
+    return _differentiated(read_losses(engine, form, part, counts, train=True))
+
+
+def read_losses(engine: Engine, form: PassForm, part: Batch, counts: Counts, *, train: bool = False) -> list[Loss]:
+    """The loss of every stage of a pass over a micro-batch.
+
+    Args:
+        engine: the models.
+        form: the pass.
+        part: the micro-batch.
+        counts: the divisors, of the whole mini-batch.
+        train: whether a backward follows.
+    """
+    weights = form.p.weights
+    readers: list[Reader]
+    if form.packs:
+        row = part.packed(reads_prompt=form.reads_prompt)
+        hidden = engine.packed_hidden(weights, row, train=train)
+        readers = [PackedReader(engine, stage.role, hidden, row, part) for stage in form.stages]
+    else:
+        start = 0 if form.reads_prompt else part.prompt_len - 1
+        hidden = engine.hidden(weights, part.tokens, part.attention_mask, start=start, train=train)
+        readers = [GraphReader(engine, stage.role, hidden, part) for stage in form.stages]
+    return _losses_of(form, readers, part, counts)
+
+
+def _losses_of(form: PassForm, readers: Sequence[Reader], part: Batch, counts: Counts) -> list[Loss]:
+    return [
+        objective.function(reader, part, form.options, counts)
+        for objective, reader in zip(form.objectives, readers, strict=True)
+    ]
+
+
+def _differentiated(losses: list[Loss]) -> list[Loss]:
+    torch.stack([loss.value for loss in losses]).sum().backward()  # type: ignore[no-untyped-call]
+    return losses
+
+
+def _add_in_two_passes(engine: Engine, form: PassForm, part: Batch, counts: Counts) -> list[Loss]:
+    """Reads all log-probabilities without a graph, then the sequences of a data row one after the other with one.
+
+    The loss is differentiated by the log-probabilities of the first pass, and the second passes that gradient on. A
+    graph holds the activations of one sequence for each data row of the micro-batch.
+    """
+    weights, start = form.p.weights, part.prompt_len - 1
+    with torch.no_grad():
+        hidden = engine.hidden(weights, part.tokens, part.attention_mask, start=start)
+        leaves = [LeafReader(engine.logprobs(stage.role, hidden, part.completions)[0]) for stage in form.stages]
+        del hidden
+    losses = _differentiated(_losses_of(form, leaves, part, counts))
+    per_row = part.num_sequences // part.num_rows
+    for i in range(per_row):
+        one = part.sequence_of_rows(i)
+        hidden = engine.hidden(weights, one.tokens, one.attention_mask, start=start, train=True)
+        logprobs = [engine.logprobs(stage.role, hidden, one.completions)[0] for stage in form.stages]
+        del hidden
+        torch.autograd.backward(logprobs, [leaf.gradient[i::per_row] for leaf in leaves])
+        del logprobs
+    return losses

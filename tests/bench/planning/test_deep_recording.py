@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from rlhfbench.planning import deep_recording
+from rlhfbench.planning.deep_recording import record_deep
+from rlhfbench.planning.optimizer_steps import record_optimizer_steps
+from rlhfbench.planning.predict import plan_case
+from rlhfbench.planning.zero import Zero
+from rlhfkernels import METHODS, Case, Options
+
+_LAYERS = 9
+_WIDE = {"hidden_size": 32, "num_hidden_layers": _LAYERS, "num_attention_heads": 4, "vocab_size": 48}
+_GATED = {**_WIDE, "intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 64}
+_GPT = {"n_embd": 32, "n_layer": _LAYERS, "n_head": 4, "n_positions": 64, "vocab_size": 48}
+_TIED = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": _GATED,
+    "qwen2": {**_GATED, "tie_word_embeddings": True},
+    "mistral": {**_GATED, "sliding_window": 6},
+    "granite": _GATED,
+    "phi3": _GATED,
+    "cohere": _GATED,
+    "mixtral": {**_GATED, "num_local_experts": 4},
+    "gpt2": _GPT,
+    "gptj": {**_GPT, "rotary_dim": 4},
+    "gpt_neox": {**_WIDE, "intermediate_size": 64, "max_position_embeddings": 64},
+    "opt": {**_WIDE, "ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 64},
+    "bloom": {"hidden_size": 32, "n_layer": _LAYERS, "n_head": 4, "vocab_size": 48},
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": _LAYERS, "vocab_size": 48, "max_seq_len": 64},
+}
+# Every second layer has a sliding window.
+ALTERNATING = {**_GATED, "head_dim": 8, "num_hidden_layers": 19, "sliding_window": 8}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {
+        "engine.trunk": "plain",
+        "engine.attn_implementation": "eager",
+        "engine.cache_implementation": "dynamic",
+        "engine.logprob_chunk_size": 0,
+        "lora.r": 32,
+    },
+    "plain": {"engine.trunk": "plain"},
+    "checkpointing": {"engine.gradient_checkpointing": True, "engine.micro_batch_size": 1},
+    "epochs": {"ppo.num_ppo_epochs": 2, "ppo.num_mini_batches": 2, "optimizer.name": "adamw8bit"},
+}
+
+MakeCase = Callable[..., Case]
+
+
+@pytest.fixture
+def make_deep(tmp_path: Path) -> MakeCase:
+    """Makes a case of a model of which only the configuration exists."""
+
+    def make(method: str = "hydra", family: str = "llama", config: dict[str, Any] | None = None, **fields: Any) -> Case:
+        folder = tmp_path / f"{family}-{len(list(tmp_path.iterdir()))}"
+        AutoConfig.for_model(family, **(config or FAMILIES[family]), **_TIED).save_pretrained(folder)
+        values = {"prompt_len": 6, "completion_len": 8, "batch_size": 2, "device": "cuda", "dtype": "bfloat16"}
+        options = Options.of(fields.pop("options", {}))
+        return Case(method=method, model=str(folder), options=options, **values | fields)
+
+    return make
+
+
+def assert_equals_the_whole(case: Case) -> None:
+    assert record_deep(case) is not None
+    zero = Zero(stage=3, world_size=4)
+    plan = plan_case(case, zero, with_timeline=True)
+    assert plan == plan_case(case, zero, with_timeline=True, every_layer=True)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_few_layers_plan_what_all_layers_do(make_deep: MakeCase, method: str) -> None:
+    assert_equals_the_whole(make_deep(method))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_of_every_family(make_deep: MakeCase, family: str) -> None:
+    assert_equals_the_whole(make_deep("lora", family))
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("method", ["full", "hydra"])
+def test_in_every_setting(make_deep: MakeCase, method: str, setting: str) -> None:
+    assert_equals_the_whole(make_deep(method, options=SETTINGS[setting]))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_on_the_cpu_in_float32(make_deep: MakeCase, batch_size: int) -> None:
+    assert_equals_the_whole(make_deep(device="cpu", dtype="float32", batch_size=batch_size))
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_layers_that_alternate(make_deep: MakeCase, family: str) -> None:
+    kinds = ["sliding_attention", "full_attention"] * 10
+    config = {**ALTERNATING, "layer_types": kinds[:19]}
+    assert_equals_the_whole(make_deep("joined-hydra", family, config))
+
+
+def test_chunks_of_the_optimizer_that_no_layer_ends(make_deep: MakeCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 4 layers all weights are one chunk, at 9 they are several."""
+    case = make_deep("full")
+    whole = plan_case(case)
+    record_optimizer_steps.cache_clear()
+    monkeypatch.setattr("rlhfkernels.training.optimizers._WIDEN_BYTES", 4 * 6 * 8192)
+    chunks = plan_case(case)
+    assert chunks.memory["phases"]["optimize"] != whole.memory["phases"]["optimize"]
+    assert chunks == plan_case(case, every_layer=True)
+
+
+def test_a_layer_of_another_kind_makes_every_layer_run(make_deep: MakeCase) -> None:
+    kinds = ["full_attention"] * 8 + ["sliding_attention"]
+    case = make_deep("hydra", "gemma3_text", {**_GATED, "head_dim": 8, "sliding_window": 8, "layer_types": kinds})
+    assert record_deep(case) is None
+    assert plan_case(case) == plan_case(case, every_layer=True)
+
+
+def test_a_reward_model_of_its_own_makes_every_layer_run(make_deep: MakeCase) -> None:
+    reward = make_deep(config={**_GATED, "num_hidden_layers": 7}).model
+    case = make_deep("lora", options={"rollout.reward_model": reward})
+    assert record_deep(case) is None
+    assert plan_case(case).memory["total_bytes"] > 0
+
+
+def test_a_layer_that_does_not_repeat_makes_every_layer_run(
+    make_deep: MakeCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tensor whose size depends on the depth: the layers look alike, and their changes are not."""
+    from rlhfkernels.engine.engine import Engine
+
+    hidden = Engine.hidden
+
+    def with_scratch(engine: Engine, *args: Any, **kwargs: Any) -> Any:
+        depth = engine.models[engine.method.bases[0]].trunk.config.num_hidden_layers
+        scratch = hidden(engine, *args, **kwargs).new_empty(depth * 1000)
+        del scratch
+        return hidden(engine, *args, **kwargs)
+
+    case = make_deep()
+    assert record_deep(case) is not None
+    monkeypatch.setattr(Engine, "hidden", with_scratch)
+    assert record_deep(case) is None
+
+
+def test_a_shallow_model_is_run_whole(make_deep: MakeCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    depths: list[int | None] = []
+    record = deep_recording.record_step
+    monkeypatch.setattr(deep_recording, "record_step", lambda *args: (depths.append(args[1]), record(*args))[1])
+    assert record_deep(make_deep(config={**_GATED, "num_hidden_layers": 7})) is None
+    assert depths == []
+    assert record_deep(make_deep(config={**_GATED, "num_hidden_layers": 8})) is not None
+    assert depths == [2, 4]
