@@ -291,7 +291,7 @@ def _sections(heads: Sequence[Column]) -> list[tuple[int, int]]:
     """Ranges of rows that share the values of ``heads``."""
     keys = list(zip(*(head.cells for head in heads), strict=True))
     starts = [i for i, key in enumerate(keys) if i == 0 or key != keys[i - 1]]
-    return list(zip(starts, [*starts[1:], len(keys)], strict=True))
+    return list(itertools.pairwise([*starts, len(keys)]))
 
 
 def _pages(layout: _Layout, width: int) -> list[tuple[Column, ...]]:

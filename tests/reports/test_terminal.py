@@ -235,6 +235,8 @@ def test_a_wide_terminal_has_full_headings_on_one_line(make_frame):
 def test_a_table_without_rows_has_its_headings():
     text = printed(terminal("", [Column(heading="method", cells=[], is_word=True), Column(heading="s", cells=[])]), 40)
     assert text.split()[:2] == ["method", "s"]
+    words = [Column(heading=f"a heading {i}", cells=[], is_word=True, may_head=i > 0) for i in range(9)]
+    assert "…" not in printed(terminal("", words), 40)
 
 
 def test_markup_in_cells_is_printed_as_it_is():
