@@ -26,7 +26,8 @@ import pandas as pd
 from rlhfreports.columns import AXES, axes_that_vary, axis_text, methods_in_order, setting_order, shared_axes_text
 from rlhfreports.panels import is_measured
 from rlhfreports.ratios import Ratio, ratio
-from rlhfreports.tables import ABSENT, GIB, ReportTable, outcome_word, terminal, text
+from rlhfreports.tables import ABSENT, GIB, ReportTable, outcome_word, text
+from rlhfreports.terminal import Column, terminal
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -87,7 +88,14 @@ class GainTable(ReportTable):
         columns |= {heading: [row[i] for row in short] for i, heading in enumerate(_SHORT_HEADINGS)}
         footer = [_LEGEND] if _LEGEND in self.explanation else []
         footer += [f"{len(self.notes)} that cannot be divided: gain.md says why."] if self.notes else []
-        return terminal(f"Gain at equal memory {self.caption}", columns, self.num_text_columns, footer)
+        return terminal(
+            f"Gain at equal memory {self.caption}",
+            [
+                Column(heading=name, cells=cells, is_word=i < self.num_text_columns)
+                for i, (name, cells) in enumerate(columns.items())
+            ],
+            footer,
+        )
 
 
 def has_gain(frame: pd.DataFrame, baseline: str = BASELINE) -> bool:

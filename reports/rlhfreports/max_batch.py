@@ -8,9 +8,9 @@ The frame has one row per kind of case: ``title`` (of the method), ``setting`` (
 from __future__ import annotations
 
 import pandas as pd
-from rich.table import Table
 
 from rlhfreports.tables import text
+from rlhfreports.terminal import Column, TerminalTable, terminal
 
 _COLUMNS = {
     "title": "method",
@@ -26,12 +26,18 @@ _COLUMNS = {
 _WORDS = ("title", "setting", "model", "stopped_because")
 
 
-def max_batch_table(frame: pd.DataFrame) -> Table:
+def max_batch_table(frame: pd.DataFrame) -> TerminalTable:
     """Returns ``frame`` as a table for the terminal."""
-    table = Table(title="The largest batch", title_justify="left", box=None, header_style="bold")
-    columns = {column: name for column, name in _COLUMNS.items() if column != "setting" or frame[column].nunique() > 1}
-    for column, name in columns.items():
-        table.add_column(name, justify="left" if column in _WORDS else "right")
-    for row in frame.to_dict("records"):
-        table.add_row(*(text(row[column]) for column in columns))
-    return table
+    shown = [column for column in _COLUMNS if column != "setting" or frame[column].nunique() > 1]
+    return terminal(
+        "The largest batch",
+        [
+            Column(
+                heading=_COLUMNS[column],
+                cells=[text(value) for value in frame[column]],
+                is_word=column in _WORDS,
+                may_head=column == "model",
+            )
+            for column in shown
+        ],
+    )

@@ -8,7 +8,8 @@ import pandas as pd
 
 from rlhfreports.columns import axes_that_vary, methods_in_order, setting_order, shared_axes_text
 from rlhfreports.ratios import interval_decimals, resolution
-from rlhfreports.tables import ABSENT, GIB, ReportTable, decimals_for, number_text, outcome_word, terminal, text
+from rlhfreports.tables import ABSENT, GIB, ReportTable, decimals_for, number_text, outcome_word, text
+from rlhfreports.terminal import Column, terminal
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -54,17 +55,29 @@ class MemoryTable(ReportTable):
         return tuple(~_is_ok(self.frame))
 
     def rich(self) -> RenderableType:
-        """The table for a terminal."""
-        hidden = len(self.notes) - _MAX_TERMINAL_NOTES
-        footer = [self.explanation, *(f"• {note}" for note in self.notes[:_MAX_TERMINAL_NOTES])]
+        """The table for a terminal, without the note on what the run can tell apart: it is printed beside the table."""
+        notes = [note for note in self.notes if note != resolution(self.frame)]
+        hidden = len(notes) - _MAX_TERMINAL_NOTES
+        footer = [self.explanation, *(f"• {note}" for note in notes[:_MAX_TERMINAL_NOTES])]
         footer += [f"• {hidden} more notes stand in the Markdown table."] if hidden > 0 else []
         return terminal(
             self.caption,
-            {_SHORT_HEADINGS.get(name, name): self.cells[name].tolist() for name in self.headings},
-            self.num_text_columns,
+            [self._column(i, name) for i, name in enumerate(self.headings)],
             footer,
             styles=["yellow" if unmeasured else None for unmeasured in self.unmeasured],
             section_ends=self._section_ends(),
+            files="memory_table.md",
+        )
+
+    def _column(self, place: int, heading: str) -> Column:
+        is_word = place < self.num_text_columns
+        return Column(
+            heading=heading,
+            cells=self.cells[heading].tolist(),
+            short=_SHORT_HEADINGS.get(heading, ""),
+            is_word=is_word,
+            may_head=is_word and heading not in ("method", "setting"),
+            group=0 if heading.endswith("GiB") else 1,
         )
 
     def _section_ends(self) -> list[bool]:

@@ -16,11 +16,11 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from rich.table import Table
 
 from rlhfreports.columns import parts_of
 from rlhfreports.plots import COLORS, STYLE, write_figure
 from rlhfreports.tables import ABSENT, GIB
+from rlhfreports.terminal import Column, TerminalTable, terminal
 
 _CAPTION_CHARS = 90  # per line of a picture's caption
 # Of the parts in the order of their columns; frozen weights are grey.
@@ -42,24 +42,36 @@ def _settings(frame: pd.DataFrame) -> tuple[str, ...]:
     return ("setting",) if frame["setting"].nunique() > 1 else ()
 
 
-def plan_table(frame: pd.DataFrame, *, caption: str) -> Table:
-    """Every part in GiB, the phase of the peak, whether the case fits, the largest batch that fits and the floor."""
-    table = Table(title=caption, title_justify="left", box=None, header_style="bold")
-    settings = _settings(frame)
-    for name in ("method", *settings, "length", "batch"):
-        table.add_column(name, no_wrap=True)
-    sized = {part: f"{part}_part_bytes" for part in parts_of(frame)}
-    sized |= {name: f"{name}_bytes" for name in ("total", *_buckets(frame))}
-    for name in sized:
-        table.add_column(f"{_label(name)}\nGiB", justify="right")
-    for name in ("peak in", "fits", "max batch", "floor\ns/sample"):
-        table.add_column(name, justify="right")
-    for row in frame.to_dict("records"):
-        sizes = [_gib(int(row[column])) for column in sized.values()]
-        known = [_word(row["fits"]), _word(row["max_batch_size"]), _seconds(row["floor_s_per_sample"])]
-        lead = [str(row["title"]), *(str(row[name]) for name in settings), str(row["seq_len"]), str(row["batch_size"])]
-        table.add_row(*lead, *sizes, str(row["peak_phase"]), *known)
-    return table
+def plan_table(frame: pd.DataFrame, *, caption: str) -> TerminalTable:
+    """Whether the case fits, the largest batch that fits, the floor, the phase of the peak and every part in GiB."""
+    rows = frame.to_dict("records")
+    known = {
+        "total GiB": [_gib(int(row["total_bytes"])) for row in rows],
+        "fits": [_word(row["fits"]) for row in rows],
+        "max batch": [_word(row["max_batch_size"]) for row in rows],
+        "floor s/sample": [_seconds(row["floor_s_per_sample"]) for row in rows],
+        "peak in": [str(row["peak_phase"]) for row in rows],
+    }
+    sized = {part: f"{part}_part_bytes" for part in parts_of(frame)} | dict.fromkeys(_buckets(frame), "bucket_bytes")
+    sizes = {f"{_label(name)} GiB": [_gib(int(row[column])) for row in rows] for name, column in sized.items()}
+    names = {"method": "title", **{name: name for name in _settings(frame)}, "length": "seq_len", "batch": "batch_size"}
+    return terminal(
+        caption,
+        [
+            *(
+                Column(
+                    heading=heading,
+                    cells=[str(row[name]) for row in rows],
+                    is_word=True,
+                    may_head=heading in ("length", "batch"),
+                )
+                for heading, name in names.items()
+            ),
+            *(Column(heading=heading, cells=cells) for heading, cells in known.items()),
+            *(Column(heading=heading, cells=cells, group=1) for heading, cells in sizes.items()),
+        ],
+        files="plan --json",
+    )
 
 
 def plan_figure(frame: pd.DataFrame, *, caption: str, limit_bytes: int | None) -> Figure:

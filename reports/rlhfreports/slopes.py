@@ -22,7 +22,8 @@ import pandas as pd
 from rlhfreports.columns import AXES, axes_that_vary, methods_in_order, setting_order, shared_axes_text
 from rlhfreports.panels import Metric, is_measured
 from rlhfreports.ratios import blocks_of, t_quantile
-from rlhfreports.tables import ReportTable, terminal, text
+from rlhfreports.tables import ReportTable, text
+from rlhfreports.terminal import Column, terminal
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -185,7 +186,14 @@ class SlopeTable(ReportTable):
             heading = [str(quantity), f"by {_SHORT[against]}", *held[: len(held) == 1]]
             columns["\n".join(heading)] = cells
         footer = ["Slopes of log-log lines; 1: in proportion. All of them: slopes.md."]
-        return terminal(f"Slopes {self.caption}", columns, num_words, footer)
+        return terminal(
+            f"Slopes {self.caption}",
+            [
+                Column(heading=name, cells=cells, is_word=i < num_words)
+                for i, (name, cells) in enumerate(columns.items())
+            ],
+            footer,
+        )
 
 
 def slope_table(frame: pd.DataFrame) -> SlopeTable:

@@ -1,16 +1,12 @@
-"""The parts that all tables share: cells as text, Markdown, CSV and the terminal."""
+"""The parts that all tables share: cells as text, Markdown and CSV."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
 
 import pandas as pd
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 GIB = 2**30
 ABSENT = "–"
@@ -68,40 +64,6 @@ def markdown(
     found = "\n".join(f"- {escape(note)}" for note in notes)
     blocks = [f"**{escape(caption)}**" if caption else "", str(table), *paragraphs, found]
     return "\n\n".join(block for block in blocks if block) + "\n"
-
-
-def terminal(
-    title: str,
-    columns: Mapping[str, Sequence[str]],
-    num_text_columns: int,
-    footer: Iterable[str] = (),
-    *,
-    styles: Sequence[str | None] = (),
-    section_ends: Sequence[bool] = (),
-) -> RenderableType:
-    """A table for the terminal: ``title``, cells by heading, and dim lines below.
-
-    Args:
-        title: above the table.
-        columns: the cells by heading.
-        num_text_columns: columns from the left that are aligned left.
-        footer: lines below the table.
-        styles: one per row, a rich style or ``None``.
-        section_ends: one per row: draw a line below it.
-    """
-    from rich import box
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(title), box=box.SIMPLE_HEAD, title_justify="left", padding=0)
-    for i, heading in enumerate(columns):
-        justify = "left" if i < num_text_columns else "right"
-        table.add_column(Text(heading), justify=justify, overflow="fold", no_wrap=i == 0)  # type: ignore[arg-type]
-    for i, row in enumerate(zip(*columns.values(), strict=True)):
-        style = styles[i] if styles else None
-        table.add_row(*map(Text, row), style=style, end_section=bool(section_ends) and section_ends[i])
-    return Group(table, *(Text(line, style="dim") for line in footer))
 
 
 def escape(text: str) -> str:

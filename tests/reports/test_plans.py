@@ -31,8 +31,8 @@ def test_the_table_has_every_part_and_result() -> None:
     console = Console(width=250, record=True)
     console.print(plan_table(frame(), caption="tiny"))
     first, second = (line.split() for line in console.export_text().splitlines() if "-PPO" in line)
-    assert first == ["A-PPO", "800", "1", *(f"{i + 1:.2f}" for i in range(9)), "45.00", "score", "yes", "7", "0.25"]
-    assert second[-4:] == ["score", "–", "–", "–"]
+    assert first == ["A-PPO", "800", "1", "45.00", "yes", "7", "0.25", "score", *(f"{i + 1:.2f}" for i in range(9))]
+    assert second[3:8] == ["45.00", "–", "–", "–", "score"]
 
 
 def test_bars_are_stacked_to_the_total_with_the_device_as_a_line() -> None:
@@ -48,9 +48,10 @@ def test_zero_buckets_are_shown_outside_the_total() -> None:
     console.print(plan_table(shared, caption="tiny"))
     text = console.export_text()
     assert "ZeRO buckets" in text
-    assert "ZeRO buckets" not in [column.header for column in plan_table(frame(), caption="tiny").columns]
+    assert "ZeRO buckets" not in " ".join(column.name for column in plan_table(frame(), caption="tiny").columns)
     first = next(line.split() for line in text.splitlines() if "A-PPO" in line)
-    assert first[-6:] == ["45.00", "2.00", "score", "yes", "7", "0.25"]
+    assert first[3] == "45.00"
+    assert first[-1] == "2.00"
     (axes,) = plan_figure(shared, caption="tiny", limit_bytes=None).axes
     assert max(bar.get_x() + bar.get_width() for bar in axes.patches) == pytest.approx(47)
 

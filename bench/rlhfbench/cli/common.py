@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,10 +27,12 @@ if TYPE_CHECKING:
 
 DONE, NO, WRONG, NOTHING, INTERRUPTED = 0, 1, 2, 3, 130
 EXIT_CODES = "Exit codes: 0 done, 2 the command is wrong, 3 nothing could be measured, 130 interrupted."
+READING_CODES = "Exit codes: 0 done, 2 the command is wrong, 130 interrupted."
 
 CASES, MODEL_INPUT, HARDWARE = "Cases", "Training data", "Device and weights"
 
 _MAX_INTEGER = 2**64
+_PIPE_CHARS, MAX_TEXT_CHARS = 200, 100
 _CASE_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Case)}
 
 
@@ -75,7 +79,9 @@ def number(flag: str, kind: type[int] | type[float]) -> Callable[[Any], int | fl
 # Every default is None: an option that is given wins over a sweep file, and over a setting.
 Model = Annotated[
     str | None,
-    typer.Option(metavar="NAME", rich_help_panel=CASES, help="Preset, checkpoint folder, .gguf file or hub id."),
+    typer.Option(
+        metavar="NAME", rich_help_panel=CASES, help="Preset, checkpoint folder, .gguf file or hub id.  [default: tiny]"
+    ),
 ]
 Methods = Annotated[
     str | None,
@@ -86,11 +92,16 @@ Methods = Annotated[
 SeqLens = Annotated[
     str | None,
     typer.Option(
-        metavar="N,...", rich_help_panel=CASES, help="Sequence lengths in tokens: a prompt and its completion."
+        metavar="N,...",
+        rich_help_panel=CASES,
+        help="Sequence lengths in tokens: a prompt and its completion.  [default: 32,64,128; gate: 32]",
     ),
 ]
 BatchSizes = Annotated[
-    str | None, typer.Option(metavar="N,...", rich_help_panel=CASES, help="Data rows in one training step.")
+    str | None,
+    typer.Option(
+        metavar="N,...", rich_help_panel=CASES, help="Data rows in one training step.  [default: 1,4; gate: 2]"
+    ),
 ]
 SweepFile = Annotated[
     str | None,
@@ -262,10 +273,26 @@ def draw(run_dir: Path, *, whole: bool = False) -> RenderableType:
 
 
 def print_table(table: RenderableType) -> None:
-    """Prints a table: cut to a terminal's width, and 200 columns wide in a pipe or a file."""
+    """Prints a table in the form that fits the terminal, or 200 columns in a pipe or a file."""
     from rich.console import Console
 
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    Console(width=None if sys.stdout.isatty() else _PIPE_CHARS).print(table)
+
+
+def text_chars() -> int:
+    """Width of running text: that of the terminal, at most 100."""
+    return min(shutil.get_terminal_size().columns, MAX_TEXT_CHARS) if sys.stdout.isatty() else MAX_TEXT_CHARS
+
+
+def fill(text: str, indent: str = "", *, hanging: str | None = None) -> str:
+    """Wraps ``text`` to the width of running text. ``hanging`` indents all lines but the first."""
+    return textwrap.fill(
+        text,
+        text_chars(),
+        initial_indent=indent,
+        subsequent_indent=indent if hanging is None else hanging,
+        break_on_hyphens=False,
+    )
 
 
 def _words(text: str | None) -> list[str] | None:

@@ -13,9 +13,10 @@ from rlhfbench.cli import common
 from rlhfbench.cli.common import DONE, NOTHING, epilog, number
 from rlhfbench.errors import SweepError
 
+WORK, OUTPUT = "What is done", "Output"
 EPILOG = epilog(
     "rlhfbench evidence --out my-evidence",
-    "rlhfbench evidence --out my-evidence --device cpu --model tiny --budget-min 4",
+    "rlhfbench evidence --out my-evidence --device cpu --budget-min 4",
     "rlhfbench evidence --out my-evidence --parts 3,5",
     codes="Exit codes: 0 all parts are done, 2 the command is wrong, 3 some part is not done, 130 interrupted.",
 )
@@ -23,11 +24,18 @@ _MAX_BUDGET_MIN = 24 * 60
 
 
 def evidence(
-    out: Annotated[str, typer.Option(metavar="DIR", help="Folder of the evidence: new, or to be continued.")],
+    out: Annotated[
+        str,
+        typer.Option(metavar="DIR", rich_help_panel=OUTPUT, help="Folder of the evidence: new, or to be continued."),
+    ],
     budget_min: Annotated[
         float,
         typer.Option(
-            metavar="X", parser=number("--budget-min", float), help="Minutes for all parts.", show_default=True
+            metavar="X",
+            parser=number("--budget-min", float),
+            rich_help_panel=WORK,
+            help="Minutes for all parts.",
+            show_default=True,
         ),
     ] = 25.0,
     model: common.Model = None,
@@ -40,14 +48,17 @@ def evidence(
         ),
     ] = None,
     parts: Annotated[
-        str | None, typer.Option(metavar="N,...", help="Numbers of the parts, 1 to 7; all by default.")
+        str | None,
+        typer.Option(metavar="N,...", rich_help_panel=WORK, help="Numbers of the parts, 1 to 7; all by default."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the outcomes as JSON.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", rich_help_panel=OUTPUT, help="Print the outcomes as JSON.")
+    ] = False,
 ) -> int:
-    """Collect the evidence of a device in seven resumable parts, and write one report.
+    """Collect the evidence of a device, and write one report.
 
-    Each part takes 8 minutes at most, and one that fails does not stop the next. With the same folder, the command goes
-    on where it stopped.
+    Each of seven parts takes 8 minutes at most, and one that fails does not stop the next. With the same folder, the
+    command goes on where it stopped.
     """
     from rlhfbench.evidence.parts import PARTS
     from rlhfbench.evidence.request import Request, parse_parts

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 COMPARED, JUDGEMENT, OUTPUT = "What is compared", "Judgement", "Output"
 EPILOG = epilog(
     "rlhfbench gate --base main",
-    "rlhfbench gate --base v1.2 --sweep sweep.toml --step mytrainer.bench:make_step",
+    "rlhfbench gate --base v1.2 --step mytrainer.bench:make_step",
     "rlhfbench gate --baseline runs/baseline --memory-only",
     "rlhfbench gate --self-test --seq-lens 64 --batch-sizes 2",
     codes="Exit codes: 0 no regression, 1 a regression, 2 the command is wrong, 3 it cannot tell, 130 interrupted.",
@@ -90,7 +90,7 @@ def gate(
             metavar="X",
             parser=number("--smallest-effect", float),
             rich_help_panel=JUDGEMENT,
-            help="A change of time counts if its whole interval lies beyond this share.  [default: 0.02]",
+            help="A change of time counts if its whole interval lies beyond this share.",
         ),
     ] = 0.02,
     promised_effect: Annotated[
@@ -99,7 +99,7 @@ def gate(
             metavar="X",
             parser=number("--promised-effect", float),
             rich_help_panel=JUDGEMENT,
-            help="A time is the same if its interval excludes a change of this share.  [default: 0.05]",
+            help="A time is the same if its interval excludes a change of this share.",
         ),
     ] = 0.05,
     budget_s: Annotated[
@@ -109,12 +109,16 @@ def gate(
             parser=number("--budget-s", float),
             rich_help_panel=JUDGEMENT,
             help="Seconds a case, both sides together, after which an ambiguous answer stands.  [default: 60]",
+            show_default=False,
         ),
     ] = 60.0,
     threads: Annotated[
         int | None,
         typer.Option(
-            metavar="N", parser=number("--threads", int), rich_help_panel=JUDGEMENT, help="Threads of torch in a case."
+            metavar="N",
+            parser=number("--threads", int),
+            rich_help_panel=JUDGEMENT,
+            help="Threads of torch in a case; torch chooses by default.",
         ),
     ] = None,
     out: Annotated[
@@ -126,10 +130,10 @@ def gate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", rich_help_panel=OUTPUT, help="Print everything as JSON.")] = False,
 ) -> int:
-    """Compare two revisions of the code: did a change make a step slower or larger.
+    """Tell whether a change made a step slower or larger.
 
-    Both run in alternating blocks, in fresh processes on this machine, until the answer is clear or the time is spent.
-    Without options for cases: the PPO methods on a tiny model at one small size.
+    Two revisions run in alternating blocks, in fresh processes on this machine, until the answer is clear or the time
+    is spent. Without options for cases: the PPO methods on a tiny model at one small size.
     """
     asked = [name for name in ("base", "baseline", "self_test", "bisect") if ctx.params[name]]
     if len(asked) != 1:

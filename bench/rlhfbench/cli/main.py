@@ -10,7 +10,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from rlhfbench.cli import evidence, gate, methods, models, plan, report, run, verify
-from rlhfbench.cli.common import DONE, INTERRUPTED, NOTHING, WRONG, SectionedCommand
+from rlhfbench.cli.common import DONE, INTERRUPTED, NOTHING, WRONG, SectionedCommand, epilog
 from rlhfbench.errors import ForkServerError, RlhfBenchError
 from rlhfkernels.errors import RlhfKernelsError
 
@@ -109,7 +109,15 @@ def _show_version(value: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(
+    epilog=epilog(
+        "rlhfbench run",
+        "rlhfbench plan --model llama-7b --gpu a100-80gb",
+        "rlhfbench run --help",
+        codes="Exit codes: 0 done, 1 the answer is no, 2 the command is wrong, 3 nothing could be measured or decided, "
+        "130 interrupted.",
+    )
+)
 def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")

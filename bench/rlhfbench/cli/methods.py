@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import textwrap
 from typing import Annotated, Any
 
 import typer
 
-from rlhfbench.cli.common import epilog
+from rlhfbench.cli.common import READING_CODES, epilog, fill
 
-EPILOG = epilog("rlhfbench methods", "rlhfbench methods --options", "rlhfbench methods --options --json")
+EPILOG = epilog(
+    "rlhfbench methods", "rlhfbench methods --options", "rlhfbench methods --options --json", codes=READING_CODES
+)
 
 
 def methods(
@@ -54,14 +55,16 @@ def method_rows() -> list[dict[str, Any]]:
 
 
 def _print_methods(rows: list[dict[str, Any]]) -> None:
-    print("Each role reads a base, or base+adapter, through a head. Brackets: the parts that are trained.\n")
+    print(fill("Each role reads a base, or base+adapter, through a head. Brackets: the parts that are trained.") + "\n")
     for row in rows:
-        print(f"{row['name']} ({row['title']}): bases loaded: {row['num_bases']}, LoRA sets: {row['num_adapter_sets']}")
+        counts = f"bases loaded: {row['num_bases']}, LoRA sets: {row['num_adapter_sets']}"
+        print(fill(f"{row['name']} ({row['title']}): {counts}", hanging="    "))
         for role, spec in row["roles"].items():
             weights = spec["base"] + (f"+{spec['adapter']}" if spec["adapter"] else "")
             trains = f" [{', '.join(spec['trains'])}]" if spec["trains"] else ""
-            print(f"  {role:<10} {weights:<16} {spec['head']} head{trains}")
-        print(f"  {'phases':<10} {', '.join(phase['name'] for phase in row['phases'])}\n")
+            print(fill(f"{role:<10} {weights:<16} {spec['head']} head{trains}", "  ", hanging=" " * 13))
+        phases = ", ".join(phase["name"] for phase in row["phases"])
+        print(fill(f"{'phases':<10} {phases}", "  ", hanging=" " * 13) + "\n")
 
 
 def option_rows() -> list[dict[str, Any]]:
@@ -86,5 +89,5 @@ def _print_options(rows: list[dict[str, Any]]) -> None:
             group = name.split(".")[0]
             print(f"{group}\n")
         shown = "none" if default is None else str(default).lower() if isinstance(default, bool) else default
-        print(f"  {name}={shown}  ({row['rule']})")
-        print(textwrap.indent(textwrap.fill(row["meaning"].replace("``", ""), 100), " " * 6), end="\n\n")
+        print(fill(f"{name}={shown}  ({row['rule']})", "  ", hanging=" " * 4))
+        print(fill(row["meaning"].replace("``", ""), " " * 6), end="\n\n")

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from rlhfbench.cli.common import epilog
+from rlhfbench.cli.common import READING_CODES, epilog, print_table
 
-EPILOG = epilog("rlhfbench models", "rlhfbench models --json")
+EPILOG = epilog("rlhfbench models", "rlhfbench models --json", codes=READING_CODES)
 
 
 def models(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False) -> None:
@@ -23,6 +23,13 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON li
     if as_json:
         print(json.dumps([dataclasses.asdict(preset) for preset in PRESETS.values()]))
         return
-    width = max(map(len, PRESETS))
-    for preset in PRESETS.values():
-        print(f"{preset.name:<{width}}  {preset.model_type:<9} {preset.max_positions:>6} positions  {preset.source}")
+    from rlhfreports.terminal import Column, terminal
+
+    presets = PRESETS.values()
+    columns = [
+        Column(heading="model", cells=[preset.name for preset in presets], is_word=True),
+        Column(heading="type", cells=[preset.model_type for preset in presets], is_word=True),
+        Column(heading="positions", cells=[str(preset.max_positions) for preset in presets]),
+        Column(heading="source", cells=[preset.source for preset in presets], is_word=True),
+    ]
+    print_table(terminal("", columns))

@@ -9,13 +9,14 @@ from typing import Annotated
 import typer
 
 from rlhfbench.cli import common
-from rlhfbench.cli.common import case_spec, epilog, given, make_sweep, number, print_table
+from rlhfbench.cli.common import READING_CODES, case_spec, epilog, given, make_sweep, number, print_table
 
 DIVISION, OUTPUT = "Accelerator and ranks", "Output"
 EPILOG = epilog(
     "rlhfbench plan --model gpt2 --gpu a100-80gb",
     "rlhfbench plan --model tiny --device cpu --methods hydra --json",
-    "rlhfbench plan --model ./llama-7b --dtype bfloat16 --gpu 24GiB --zero-stage 3 --world-size 8",
+    "rlhfbench plan --model llama-7b --gpu 24GiB --zero-stage 3 --world-size 8",
+    codes=READING_CODES,
 )
 
 
@@ -39,7 +40,11 @@ def plan(
     lora_rank: common.LoraRank = None,
     gpu: Annotated[
         str | None,
-        typer.Option(metavar="NAME", rich_help_panel=DIVISION, help="An accelerator (a100-80gb) or a size: 24GiB."),
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=DIVISION,
+            help="An accelerator (a100-80gb) or a size: 24GiB. None by default.",
+        ),
     ] = None,
     zero_stage: Annotated[
         int | None,

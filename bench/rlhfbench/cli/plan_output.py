@@ -15,7 +15,7 @@ from rlhfkernels.methods.table import METHODS
 
 if TYPE_CHECKING:
     import pandas as pd
-    from rich.table import Table
+    from rich.console import RenderableType
 
 
 def frame(plans: list[dict[str, Any]]) -> pd.DataFrame:
@@ -42,7 +42,7 @@ def frame(plans: list[dict[str, Any]]) -> pd.DataFrame:
     )
 
 
-def table(plans: list[dict[str, Any]], gpu: str | None) -> Table:
+def table(plans: list[dict[str, Any]], gpu: str | None) -> RenderableType:
     """The plans as a table for the terminal."""
     from rlhfreports.plans import plan_table
 

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from rlhfbench.cli.common import draw, epilog, print_table
+from rlhfbench.cli.common import READING_CODES, draw, epilog, print_table
 from rlhfbench.errors import RecordsError
 
-EPILOG = epilog("rlhfbench report rlhfbench-run-20260101T120000Z")
+EPILOG = epilog("rlhfbench report rlhfbench-run-20260101T120000Z", codes=READING_CODES)
 
 
 def report(run_dir: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run.")]) -> None:

@@ -40,7 +40,7 @@ EPILOG = epilog(
     "rlhfbench run",
     "rlhfbench run --model gpt2 --methods lora,hydra --seq-lens 256,512",
     "rlhfbench run --sweep sweep.toml --option engine.gradient_checkpointing=true",
-    "rlhfbench run --resume rlhfbench-run-20260101T120000Z --retry crashed,timeout",
+    "rlhfbench run --resume rlhfbench-run-20260101T120000Z --retry crashed",
 )
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(RunOptions)}
 _RETRIED = OUTCOMES[1:]  # all but ok
@@ -95,7 +95,11 @@ def run(
     ] = None,
     memory_limit: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", rich_help_panel=MEASUREMENT, help="Memory that a case may allocate: 4GiB."),
+        typer.Option(
+            metavar="SIZE",
+            rich_help_panel=MEASUREMENT,
+            help="Memory that a case may allocate: 4GiB. No limit by default.",
+        ),
     ] = None,
     threads: Annotated[
         int | None,

@@ -13,9 +13,9 @@ from rlhfbench.cli import common
 from rlhfbench.cli.common import DONE, NO, epilog, print_table
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
-    from rich.table import Table
+    from rich.console import RenderableType
 
     from rlhfkernels.engine.verify import Check
 
@@ -37,7 +37,7 @@ def verify(
     dtype: common.Dtype = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the checks as a JSON list.")] = False,
 ) -> int:
-    """Compare a model's numbers here with those of transformers and PEFT.
+    """Compare a model's numbers with transformers and PEFT.
 
     A few tokens go through every trunk and backend: log-probabilities, left-padded rows, cached decoding, adapters and
     their gradients.
@@ -65,12 +65,19 @@ def verify(
     return NO if any(check.outcome == "wrong" for check in checks) else DONE
 
 
-def table(checks: Sequence[Check]) -> Table:
+def table(checks: Sequence[Check]) -> RenderableType:
     """One row a check."""
-    from rich.table import Table
+    from rlhfreports.terminal import Column, terminal
 
-    shown = Table("check", "largest error", "tolerance", "outcome", box=None)
-    for check in checks:
-        numbers = ("" if value is None else f"{value:.1e}" for value in (check.error, check.tolerance))
-        shown.add_row(check.name, *numbers, check.outcome)
-    return shown
+    def numbers(values: Iterable[float | None]) -> list[str]:
+        return ["" if value is None else f"{value:.1e}" for value in values]
+
+    return terminal(
+        "",
+        [
+            Column(heading="check", cells=[check.name for check in checks], is_word=True),
+            Column(heading="largest error", cells=numbers(check.error for check in checks), short="error"),
+            Column(heading="tolerance", cells=numbers(check.tolerance for check in checks)),
+            Column(heading="outcome", cells=[check.outcome for check in checks], is_word=True),
+        ],
+    )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlhfbench.gate.findings import Finding
-from rlhfbench.runs.progress import title
+from rlhfbench.runs.titles import Titles
 
 PASS, REGRESSED, CANNOT_TELL = 0, 1, 3
 _MIB = 2**20
@@ -58,7 +58,8 @@ def markdown(findings: Sequence[Finding], base: str, head: str) -> str:
     lines = [f"**{_answer(findings)}** {head} against {base}."]
     if shown:
         lines += ["", "| case | quantity | base | head | ratio | verdict |", "| --- | --- | ---: | ---: | ---: | --- |"]
-        lines += [_row(found) for found in shown]
+        titles = Titles()
+        lines += [_row(found, titles(found.case)) for found in shown]
     num_same = sum(found.verdict == "same" for found in findings)
     num_pairs = sorted({found.estimate.num_pairs for found in findings if found.estimate is not None})
     last = f"{num_same} of {len(findings)} quantities are the same. A ratio is head / base."
@@ -82,8 +83,8 @@ def _answer(findings: Sequence[Finding]) -> str:
     return f"No regression; better: {better}." if better else "No regression."
 
 
-def _row(found: Finding) -> str:
-    cells = [title(found.case), found.quantity or "–", *(_size(found, value) for value in (found.base, found.head))]
+def _row(found: Finding, title: str) -> str:
+    cells = [title, found.quantity or "–", *(_size(found, value) for value in (found.base, found.head))]
     if found.estimate is not None:
         estimate = found.estimate
         cells.append(f"{estimate.ratio:.3f} ({estimate.low:.3f} to {estimate.high:.3f})")

@@ -34,8 +34,8 @@ def draw_run(run_dir: Path, *, whole: bool = False) -> RenderableType:
             more than the memory table.
 
     Returns:
-        The memory table for a terminal; as a ``whole`` a line on the noise of the run, the memory table, slopes and
-        gain.
+        The memory table for a terminal and a line on the differences that the run can tell apart; as a ``whole`` that
+        line first, then the memory table, slopes and gain.
 
     Raises:
         RecordsError: the records cannot be read.
@@ -48,6 +48,7 @@ def draw_run(run_dir: Path, *, whole: bool = False) -> RenderableType:
             raise RecordsError(f"run '{run_dir}' cannot be drawn: record {record['case']['id']} lacks {missing[0]}.")
     # Imported here, as pandas and matplotlib take most of a second, and `--help` imports this module.
     from rich.console import Group
+    from rich.text import Text
 
     from rlhfbench.records.frame import records_frame
     from rlhfreports import gain_table, plots, slope_table
@@ -58,7 +59,9 @@ def draw_run(run_dir: Path, *, whole: bool = False) -> RenderableType:
 
     frame = records_frame(records)
     memory = memory_table(frame)
-    printed = [resolution(frame), memory.rich()]
+    # Nothing to tell apart where nothing was timed.
+    noise = [Text(resolution(frame))] if frame["total_s_per_sample"].notna().any() else []
+    printed: list[RenderableType] = [*noise, Text(), memory.rich()] if whole else [memory.rich(), *noise]
     _write(run_dir, "memory_table", memory)
     plots.latency(frame, run_dir / "latency")
     plots.throughput(frame, run_dir / "throughput")
@@ -68,13 +71,13 @@ def draw_run(run_dir: Path, *, whole: bool = False) -> RenderableType:
     slopes = slope_table(frame)
     if len(slopes.frame):
         _write(run_dir, "slopes", slopes)
-        printed.append(slopes.rich())
+        printed += [Text(), slopes.rich()] if whole else []
     if has_gain(frame):
         gains = gain_table(frame)
         _write(run_dir, "gain", gains)
-        printed.append(gains.rich())
+        printed += [Text(), gains.rich()] if whole else []
     draw_timelines(frame if whole else largest_cases(frame), run_dir / TIMELINES_NAME)
-    return Group(*printed) if whole else memory.rich()
+    return Group(*printed)
 
 
 def _write(run_dir: Path, name: str, table: ReportTable) -> None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import sys
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from rlhfbench.cases.settings import setting_of
+from rlhfbench.runs.titles import Titles
 from rlhfkernels.config.case import Case
-from rlhfkernels.config.settings import SETTINGS
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -63,13 +61,6 @@ def make_progress(stream: TextIO | None = None) -> Progress:
     return BarProgress(stream) if stream.isatty() else LineProgress(stream)
 
 
-def title(case: Case) -> str:
-    """Short description of a case; names its setting unless that is the default or ``custom``."""
-    setting = setting_of(dataclasses.asdict(case.options))
-    named = f" {setting}" if setting in list(SETTINGS)[1:] else ""
-    return f"{case.method}{named} {case.model} {case.prompt_len}+{case.completion_len} x{case.batch_size}"
-
-
 def clock(seconds: float) -> str:
     """Seconds as 1:05 or 2:03:04."""
     minutes, second = divmod(round(seconds), 60)
@@ -111,12 +102,14 @@ class _Counting:
         self._stream = stream
         self._outcomes: collections.Counter[str] = collections.Counter()
         self._time_left = TimeLeft()
+        self._title = Titles()
         self._num_cases = 0
         self._started_s = 0.0
 
     def begin(self, cases: list[Case], num_recorded: int) -> None:
         """Notes the cases of the run."""
         self._num_cases = len(cases)
+        self._title = Titles(cases)
         self._time_left.begin(cases)
 
     def start_case(self, case: Case) -> None:
@@ -141,7 +134,7 @@ class _Counting:
         """Counts the block, and tells of one that failed."""
         self._num_blocks_left -= 1
         if block["error"] is not None:
-            self.notice(f"{title(case)}, {self._block}: {block['error']['outcome']}: {block['error']['message']}")
+            self.notice(f"{self._title(case)}, {self._block}: {block['error']['outcome']}: {block['error']['message']}")
 
     def notice(self, text: str) -> None:
         """Shows ``text``."""
@@ -162,7 +155,7 @@ class LineProgress(_Counting):
         """Notes the cases of the run."""
         super().begin(cases, num_recorded)
         recorded = f", {num_recorded} already recorded" if num_recorded else ""
-        self._print(f"{len(cases)} {'case' if len(cases) == 1 else 'cases'} to run{recorded}")
+        self._print(f"{len(cases)} {'case' if len(cases) == 1 else 'cases'} to run{recorded} ({self._title.shared})")
 
     def doing(self, what: str) -> None:
         """Prints nothing."""
@@ -171,7 +164,7 @@ class LineProgress(_Counting):
         """Counts the outcome of ``case``."""
         super().finish_case(case, record)
         number = self._outcomes.total()
-        words = [f"[{number}/{self._num_cases}]", title(case), record["outcome"], f"{record['wall_s']:.1f} s"]
+        words = [f"[{number}/{self._num_cases}]", self._title(case), record["outcome"], f"{record['wall_s']:.1f} s"]
         if number < self._num_cases:
             words.append(self._left())
         if record["error"] is not None:
@@ -227,11 +220,12 @@ class BarProgress(_Counting):
             "starting", total=len(cases) + num_recorded, completed=num_recorded, left="", counts=""
         )
         self._bar.start()
+        self.notice(f"All cases: {self._title.shared}")
 
     def start_case(self, case: Case) -> None:
         """Starts timing ``case``."""
         super().start_case(case)
-        self._case_title = title(case)
+        self._case_title = self._title(case)
         self._update(description=self._case_title)
 
     def doing(self, what: str) -> None:
@@ -243,17 +237,18 @@ class BarProgress(_Counting):
         super().finish_case(case, record)
         self._update(advance=1, left=self._left(), counts=self._counts())
         if record["error"] is not None and record["outcome"] != "skipped":
-            self.notice(f"{title(case)}: {record['outcome']}: {record['error']['message']}")
+            self.notice(f"{self._title(case)}: {record['outcome']}: {record['error']['message']}")
 
     def begin_blocks(self, number: int, num_blocks: int, num_cases: int) -> None:
         """Starts the bar again, for the blocks."""
         super().begin_blocks(number, num_blocks, num_cases)
         if self._bar is not None and self._task is not None:
-            self._bar.reset(self._task, total=num_cases, description=self._block, left="")
+            # reset() replaces all fields.
+            self._bar.reset(self._task, total=num_cases, description=self._block, left="", counts=self._counts())
 
     def start_block(self, case: Case) -> None:
         """Shows the case."""
-        self._case_title = f"{title(case)} · {self._block}"
+        self._case_title = f"{self._title(case)} · {self._block}"
         self._update(description=self._case_title)
 
     def finish_block(self, case: Case, block: dict[str, Any]) -> None:

@@ -22,7 +22,8 @@ from rlhfbench.runs import environment
 from rlhfbench.runs.folder import RunFolder, Segment
 from rlhfbench.runs.forkserver import Exit, ForkServer, last_line
 from rlhfbench.runs.options import RunOptions
-from rlhfbench.runs.progress import Progress, make_progress, title
+from rlhfbench.runs.progress import Progress, make_progress
+from rlhfbench.runs.titles import Titles
 from rlhfbench.runs.worker import PHASE_PREFIX
 from rlhfkernels.config.case import Case
 from rlhfkernels.config.content import content_hash
@@ -133,7 +134,8 @@ def run_cases(
         interrupted = False
         try:
             with closing(make_server(facts.values())) as server:
-                run(Runner(folder, options, records, server, progress, segment=segment, retry=retry), sweep)
+                how: dict[str, Any] = {"segment": segment, "retry": retry, "title": Titles(sweep.cases)}
+                run(Runner(folder, options, records, server, progress, **how), sweep)
         except KeyboardInterrupt:
             interrupted = True
         except OSError as error:  # such as a folder that was removed in mid-run
@@ -184,12 +186,13 @@ class Runner:
         segment: Segment | None = None,
         retry: Collection[str] = (),
         extra_settings: Mapping[str, Any] | None = None,
+        title: Titles | None = None,
     ) -> None:
         self._segment = segment
         self._extra_settings = dict(extra_settings or {})
         self._retried = {record["case"]["id"] for record in records.records if record["outcome"] in retry}
         self._folder, self._options, self._records = folder, options, records
-        self._server, self._progress = server, progress
+        self._server, self._progress, self._title = server, progress, title or Titles()
         self.memory_limit_bytes = options.memory_limit_bytes
         self._nvml_is_missing = False
 
@@ -254,7 +257,7 @@ class Runner:
             self._server.start()
             self._progress.start_case(case)
             record = self._append(case)
-            self._progress.notice(f"{title(case)} {record['outcome']} {record['wall_s']:.1f} s")
+            self._progress.notice(f"{self._title(case)} {record['outcome']} {record['wall_s']:.1f} s")
         return record
 
     def _recorded(self) -> list[Record]:

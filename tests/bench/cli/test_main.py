@@ -15,6 +15,8 @@ import rlhfbench.gate.baseline
 import rlhfbench.runs.drawing
 from rlhfbench.cases.sizes import parse_size
 from rlhfbench.cases.sweep import DEFAULT_GRID
+from rlhfbench.cli import common
+from rlhfbench.cli import gate as gate_verb
 from rlhfbench.cli import main as cli
 from rlhfbench.errors import ForkServerError, RecordsError, SweepError
 from rlhfbench.records.file import read_records
@@ -28,6 +30,7 @@ from rlhfkernels.config.options import Options
 from rlhfkernels.config.settings import SETTINGS
 from rlhfkernels.methods.table import METHODS
 from rlhfkernels.models.presets import PRESETS
+from rlhfreports.terminal import Column, terminal
 
 HERE = Path(__file__).parents[1]
 SMALL = ("--methods", "hydra", "--seq-lens", "8", "--batch-sizes", "1")
@@ -508,7 +511,7 @@ def test_version_and_help(call):
     assert "--seq-lens" in out
 
 
-VERBS = ("run", "plan", "report", "verify", "evidence", "methods", "models")
+VERBS = ("run", "plan", "report", "gate", "verify", "evidence", "methods", "models")
 
 
 @pytest.mark.parametrize("arguments", [(), *((verb,) for verb in VERBS)])
@@ -531,12 +534,20 @@ def test_help_ends_with_examples_that_parse_and_exit_codes(call, verb):
     assert code == 0
     *_, examples, exit_codes = out.strip().split("\n\n")
     assert exit_codes.split()[:2] == ["Exit", "codes:"]
+    assert max(map(len, out.splitlines())) <= 80
     title, *lines = examples.splitlines()
     assert title.strip() == "Examples:"
     for line in lines:
         words = line.split()
         assert words[:2] == ["rlhfbench", verb]
         assert {word for word in words if word.startswith("--")} <= set(out.split())
+
+
+def test_help_of_the_application_cuts_no_summary_and_ends_with_exit_codes(call):
+    code, out, _ = call("--help")
+    assert code == 0
+    assert "..." not in out.split("Commands:")[1]
+    assert "Exit codes: 0 done, 1 the answer is no" in out
 
 
 def help_by_option(text):
@@ -565,8 +576,35 @@ def test_help_states_the_real_defaults(call):
         "--dtype": case["dtype"],
         "--methods": DEFAULT_GRID["methods"][0],
         "--setting": next(iter(SETTINGS)),
+        "--model": DEFAULT_GRID["models"][0],
+        "--seq-lens": f"{joined(DEFAULT_GRID['seq_lens'])}; gate: {joined(gate_verb.SMALL['seq_lens'])}",
+        "--batch-sizes": f"{joined(DEFAULT_GRID['batch_sizes'])}; gate: {joined(gate_verb.SMALL['batch_sizes'])}",
     }.items():
         assert f"[default: {default}]" in helps[flag]
+    gate = call("gate", "--help")[1]
+    assert all(text.count("[default:") <= 1 for text in help_by_option(gate).values())
+
+
+def joined(numbers):
+    return ",".join(map(str, numbers))
+
+
+@pytest.mark.parametrize("chars", [40, 80])
+@pytest.mark.parametrize("arguments", [("methods",), ("methods", "--options"), ("models",)])
+def test_lists_are_no_wider_than_the_terminal(call, monkeypatch, arguments, chars):
+    monkeypatch.setenv("COLUMNS", str(chars))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    out = re.sub(r"\x1b\[[0-9;]*m", "", call(*arguments)[1])
+    assert max(map(len, out.splitlines())) <= chars
+    assert "…" not in out
+
+
+def test_a_table_in_a_pipe_is_200_columns_wide(capsys):
+    columns = [Column(heading=f"heading {i}", cells=["1234567"]) for i in range(16)]
+    common.print_table(terminal("", columns))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert len(lines[0].rstrip()) == 10 * 9 + 6 * 10 + 15 * 2
 
 
 def test_plan_takes_every_option_of_run_that_defines_a_case(call):

@@ -33,10 +33,10 @@ def test_the_table_has_a_row_a_check_and_every_note_below(fake, capsys):
     fake(RIGHT, REFUSED, REFUSED, WRONG)
     cli.invoke(["verify", "--model", "tiny"])
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert rows[1] == ["plain:", "log-probabilities", "1.0e-06", "3.0e-04", "ok"]
-    assert rows[2] == rows[3] == ["plain:", "cached", "decoding", "refused"]
-    assert rows[4] == ["fast:", "adapter", "gradient", "2.5e-01", "3.0e-04", "wrong"]
-    assert rows[5:] == [["there", "is", "no", "cache."]]
+    assert rows[2] == ["plain:", "log-probabilities", "1.0e-06", "3.0e-04", "ok"]
+    assert rows[3] == rows[4] == ["plain:", "cached", "decoding", "refused"]
+    assert rows[5] == ["fast:", "adapter", "gradient", "2.5e-01", "3.0e-04", "wrong"]
+    assert rows[6:] == [["there", "is", "no", "cache."]]
 
 
 def test_json_has_every_field(fake, capsys):

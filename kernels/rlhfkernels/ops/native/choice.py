@@ -6,7 +6,6 @@ others wait for it, and all read the same file.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
@@ -50,6 +49,8 @@ def fastest(candidates: Mapping[str, Matmul], num_threads: int, timer: Callable[
     name = forced(candidates)
     if name is not None:
         return name
+    import fcntl  # here, as Windows has none: nothing is measured there, since nothing is compiled
+
     path = _path(num_threads)
     seconds = _read(path, candidates)
     if seconds is None:
