@@ -81,7 +81,7 @@ def run(
             parser=number("--blocks", int),
             rich_help_panel=MEASUREMENT,
             help="Blocks that a case is timed in, each in a new process, all cases' in random order. One block gives no"
-            " interval.  [default: 5, or 1 where building takes over 10 s]",
+            " interval.  [default: 4, or 1 where building takes over 10 s]",
         ),
     ] = None,
     case_timeout_s: Annotated[

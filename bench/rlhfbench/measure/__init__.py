@@ -20,18 +20,18 @@ def measure_case(
     options: MeasurementOptions,
     notify: Callable[[str], None],
     *,
-    step_done: Callable[[], object] = lambda: None,
+    step_begins: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """Builds the step of ``case``, measures it and returns the results.
 
     Args:
         case: The case to measure. No other process should use its device.
         options: How to measure it.
-        notify: Called at the beginning of each stage with its name: ``build``, ``warm-up``, ``timing``, ``memory``,
-            ``profile``, ``ceilings``. Called with ``phase:<name>`` at each phase of a step that is not timed, and when
-            a timed step fails.
-        step_done: Called when the step is no longer needed and before the ceilings are measured. A memory limit of the
-            case can be lifted here: the ceilings need buffers of their own.
+        notify: Called at the beginning of each stage with its name: ``ceilings``, ``build``, ``warm-up``, ``timing``,
+            ``memory``, ``profile``. Called with ``phase:<name>`` at each phase of a step that is not timed, and when a
+            timed step fails.
+        step_begins: Called before the step is built and after the ceilings are measured. A memory limit of the case
+            can begin here: the ceilings need buffers of their own.
 
     Returns:
         ``block``: seconds by phase of each timed step, why timing stopped, interference, ceilings and floors. Of block
@@ -44,4 +44,4 @@ def measure_case(
     """
     from rlhfbench.measure.measurements import run_measurements
 
-    return run_measurements(case, options, notify, step_done)
+    return run_measurements(case, options, notify, step_begins)

@@ -47,7 +47,7 @@ OUTER_VIEWS = (
 
 # The ceilings, in the order in which ``Work.floor_s`` takes them.
 RATES = ("matmul_flops_per_s", "copy_bytes_per_s", "read_bytes_per_s")
-# A model that takes longer to build has one block, and no interval: five builds would take longer than all its steps.
+# A model that takes longer to build has one block, and no interval: four builds would take longer than all its steps.
 MAX_BUILD_S = 10.0
 
 # Largest magnitude of a statistic of the first step that rounding explains, by dtype. ``ratio_error`` is a maximum over
@@ -155,13 +155,18 @@ class Timing:
 
 
 def run_measurements(
-    case: Case, options: MeasurementOptions, notify: Notify, step_done: Callable[[], object]
+    case: Case, options: MeasurementOptions, notify: Notify, step_begins: Callable[[], object]
 ) -> dict[str, Any]:
     """Implements ``rlhfbench.measure.measure_case``."""
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
-    started_at, started_s = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.perf_counter()
+    started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    # Before the step, whose models would need a slow collection to make room for the buffers after it.
+    notify("ceilings")
+    ceilings = measure_ceilings(case.device, getattr(torch, case.dtype))
+    step_begins()
     notify("build")
+    started_s = time.perf_counter()
     step = _build(case, options)
     build_s = time.perf_counter() - started_s
     # Counted now: a prepared step has freed models.
@@ -179,11 +184,6 @@ def run_measurements(
         result["latency"]["num_blocks"] = num_blocks
         result["work"] = {"phases": {name: dataclasses.asdict(item) for name, item in work.items()}}
     names = [phase.name for phase in step.phases if phase.kind != "prepare"]
-    notify("ceilings")
-    del step
-    step_done()
-    gc.collect()  # frees the step, whose models are in reference cycles: the ceilings' buffers may need the room
-    ceilings = measure_ceilings(case.device, getattr(torch, case.dtype))
     result["block"] = {
         "started_at": started_at,
         "build_s": build_s,

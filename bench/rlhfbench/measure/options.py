@@ -17,7 +17,7 @@ class MeasurementOptions:
         block: Number of the block. Block 0 measures memory and profile too, later ones time alone.
         step: ``module:function`` of a user's own step; ``None`` builds the case's method.
         injected: A fault to put into the step: the keyword arguments of ``InjectedStep``.
-        num_blocks: Blocks of the case. ``None``: five, or one if building takes more than 10 s.
+        num_blocks: Blocks of the case. ``None``: four, or one if building takes more than 10 s.
         profile_dir: Folder for the profiler's traces. ``None``: no profile.
         timeline: Whether to keep a timeline of the memory measurement.
         num_threads: Threads within an op (``torch.set_num_threads``). ``None``: torch's default.

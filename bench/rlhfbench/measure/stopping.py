@@ -14,7 +14,7 @@ Reason = Literal["precise", "steady", "budget"]
 _MAX_WARM_UP_STEPS = 5
 _WARM_UP_SHARE = 0.2
 _WARM_UP_CHANGE = 0.1
-_MIN_SAMPLES = 3
+_MIN_SAMPLES = 2
 _NOISE_ESTIMATES = 8
 _NOISE_CHANGE = 0.1
 # Standard deviations of fewer samples vary too much to be compared.

@@ -25,7 +25,7 @@ class RunOptions:
 
     Attributes:
         time_budget_s: seconds for timing the steps of a case, over all its blocks.
-        blocks: blocks of each case, each in a process of its own, all in random order; ``None``: five, or one for a
+        blocks: blocks of each case, each in a process of its own, all in random order; ``None``: four, or one for a
             case that takes more than 10 s to build.
         precision: relative error of a block's mid-mean at which its timing stops earlier.
         num_threads: torch's threads in each case; ``None`` leaves torch's choice.
@@ -38,7 +38,7 @@ class RunOptions:
         SweepError: some field breaks its rule; every problem is named.
     """
 
-    time_budget_s: Seconds = 2.0
+    time_budget_s: Seconds = 1.5
     blocks: Annotated[int, Ge(1), Le(MAX_BLOCKS)] | None = None
     precision: Annotated[float, Gt(0), Le(1)] = 0.02
     num_threads: Annotated[int, Ge(1), Le(MAX_THREADS)] | None = None

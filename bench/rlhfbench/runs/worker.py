@@ -57,13 +57,11 @@ def run_case(request: dict[str, Any], send: Callable[[dict[str, Any]], None]) ->
         from rlhfbench.measure import MeasurementOptions, measure_case
 
         limit_bytes = request["memory_limit_bytes"]
-        if limit_bytes is not None:
-            limit_memory(case.device, limit_bytes)
         result = measure_case(
             case,
             MeasurementOptions(**request["settings"]),
             stage.notify,
-            step_done=lambda: None if limit_bytes is None else lift_memory_limit(case.device),
+            step_begins=lambda: None if limit_bytes is None else limit_memory(case.device, limit_bytes),
         )
     except BaseException as error:
         lift_memory_limit("cpu")  # the message of a failure needs memory too

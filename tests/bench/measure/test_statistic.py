@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from rlhfbench.measure.statistic import half_width, half_width_of_midmean, midmean, midmean_of
+from rlhfbench.measure.statistic import DEFAULT_BLOCKS, half_width, half_width_of_midmean, midmean, midmean_of
 
 seconds = st.floats(0.001, 1000)
 
@@ -52,7 +52,7 @@ def test_the_interval_of_blocks_is_students():
     assert half_width([1.0]) is None
 
 
-NUM_BLOCKS, NUM_STEPS, NUM_CASES = 5, 8, 10
+NUM_BLOCKS, NUM_STEPS, NUM_CASES = DEFAULT_BLOCKS, 8, 10
 
 
 def independent(rng, num):

@@ -27,7 +27,7 @@ def run(monkeypatch):
 
 
 def failing(error):
-    def measure(case, settings, notify, step_done):
+    def measure(case, settings, notify, step_begins):
         notify("timing")
         notify("phase:generate")
         raise error
@@ -36,7 +36,7 @@ def failing(error):
 
 
 def test_the_measurement_is_the_result(run):
-    def measure(case, settings, notify, step_done):
+    def measure(case, settings, notify, step_begins):
         notify("build")
         assert case == CASE
         assert settings.time_budget_s == 1.0
@@ -95,7 +95,7 @@ def test_every_error_is_an_outcome_that_names_its_phase(run, capsys, error, outc
 
 
 def test_torchs_message_for_out_of_memory_on_a_cpu_is_oom(run, capsys):
-    def measure(case, settings, notify, step_done):
+    def measure(case, settings, notify, step_begins):
         torch.empty(2**50, dtype=torch.uint8)
 
     assert run(measure)[-1]["result"]["outcome"] == "oom"
@@ -103,7 +103,7 @@ def test_torchs_message_for_out_of_memory_on_a_cpu_is_oom(run, capsys):
 
 
 def test_an_error_caused_by_out_of_memory_is_oom(run):
-    def measure(case, settings, notify, step_done):
+    def measure(case, settings, notify, step_begins):
         try:
             bytearray(2**62)
         except MemoryError as error:
@@ -136,9 +136,9 @@ def test_a_cyclic_chain_of_errors():
 def test_the_memory_limit_covers_the_step_but_not_the_ceilings(monkeypatch):
     seen = []
 
-    def measure(case, settings, notify, step_done):
+    def measure(case, settings, notify, step_begins):
         seen.append(resource.getrlimit(resource.RLIMIT_DATA)[0])
-        step_done()
+        step_begins()
         seen.append(resource.getrlimit(resource.RLIMIT_DATA)[0])
         return {}
 
@@ -148,4 +148,4 @@ def test_the_memory_limit_covers_the_step_but_not_the_ceilings(monkeypatch):
         worker.run_case({"case": CASE.to_dict(), "settings": SETTINGS, "memory_limit_bytes": 2**40}, lambda m: None)
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
-    assert seen[0] != seen[1] == hard
+    assert seen[0] == hard != seen[1]
