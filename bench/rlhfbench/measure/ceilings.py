@@ -32,7 +32,7 @@ def measure_ceilings(device: str | torch.device, dtype: torch.dtype) -> dict[str
     device = torch.device(device)
     num_bytes = _BUFFER_BYTES[device.type]
     with torch.inference_mode():
-        flops_per_s = _matmul_flops_per_s(device, dtype)
+        flops_per_s = _flops_per_s(_fastest_matmul(device, dtype), device, dtype)
         # Elements of 4 bytes: a sum over bytes would be bound by its arithmetic.
         source = torch.ones(num_bytes // 4, device=device, dtype=torch.float32)
         target = torch.empty_like(source)
@@ -43,16 +43,11 @@ def measure_ceilings(device: str | torch.device, dtype: torch.dtype) -> dict[str
         }
 
 
-def _matmul_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
-    return max(_flops_per_s(multiply, device, dtype) for multiply in _matmuls(device, dtype))
-
-
-def _matmuls(device: torch.device, dtype: torch.dtype) -> list[_Matmul]:
-    """Returns torch's matmul, and the native backend's where it is faster."""
-    found: list[_Matmul] = [lambda left, right, out: torch.mm(left, right, out=out)]
+def _fastest_matmul(device: torch.device, dtype: torch.dtype) -> _Matmul:
+    """Returns the native backend's matmul where it is the faster one, else torch's."""
     if device.type == "cpu" and dtype == torch.float32 and build.unavailable_reason() is None and native.beats_torch():
-        found.append(native.matmul)
-    return found
+        return native.matmul
+    return lambda left, right, out: torch.mm(left, right, out=out)
 
 
 def _flops_per_s(multiply: _Matmul, device: torch.device, dtype: torch.dtype) -> float:

@@ -38,7 +38,7 @@ class RunOptions:
         SweepError: some field breaks its rule; every problem is named.
     """
 
-    time_budget_s: Seconds = 1.5
+    time_budget_s: Seconds = 1.2
     blocks: Annotated[int, Ge(1), Le(MAX_BLOCKS)] | None = None
     precision: Annotated[float, Gt(0), Le(1)] = 0.02
     num_threads: Annotated[int, Ge(1), Le(MAX_THREADS)] | None = None

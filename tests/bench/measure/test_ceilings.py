@@ -33,26 +33,19 @@ def test_short_matmuls_are_enlarged_and_the_fastest_run_counts(monkeypatch):
     assert rate == 2 * 512**3 / 0.25
 
 
-def test_the_ceiling_is_the_rate_of_the_faster_matmul(monkeypatch):
-    rates = {"library": 3.0, "own": 5.0}
-    monkeypatch.setattr(ceilings, "_matmuls", lambda device, dtype: list(rates))
-    monkeypatch.setattr(ceilings, "_flops_per_s", lambda multiply, device, dtype: rates[multiply])
-    assert ceilings._matmul_flops_per_s(torch.device("cpu"), torch.float32) == 5.0
-
-
 @pytest.mark.parametrize(
-    ("dtype", "failure", "beats", "num_matmuls"),
+    ("dtype", "failure", "beats", "is_native"),
     [
-        (torch.float32, None, True, 2),
-        (torch.float32, None, False, 1),
-        (torch.float32, "no cc is installed", True, 1),
-        (torch.bfloat16, None, True, 1),
+        (torch.float32, None, True, True),
+        (torch.float32, None, False, False),
+        (torch.float32, "no cc is installed", True, False),
+        (torch.bfloat16, None, True, False),
     ],
 )
-def test_the_native_matmul_is_tried_only_where_it_is_faster(monkeypatch, dtype, failure, beats, num_matmuls):
+def test_the_ceiling_is_the_native_matmuls_where_it_is_faster(monkeypatch, dtype, failure, beats, is_native):
     monkeypatch.setattr(ceilings.build, "unavailable_reason", lambda: failure)
     monkeypatch.setattr(ceilings.native, "beats_torch", lambda: beats)
-    assert len(ceilings._matmuls(torch.device("cpu"), dtype)) == num_matmuls
+    assert (ceilings._fastest_matmul(torch.device("cpu"), dtype) is ceilings.native.matmul) is is_native
 
 
 def test_real_rates_are_positive():
