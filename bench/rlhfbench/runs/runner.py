@@ -256,7 +256,7 @@ class Runner:
         if record is None:
             self._server.start()
             self._progress.start_case(case)
-            record = self._append(case)
+            record = self._append(case, num_blocks=1)  # a try asks whether it fits: it gets no interval
             self._progress.notice(f"{self._title(case)} {record['outcome']} {record['wall_s']:.1f} s")
         return record
 
@@ -264,10 +264,10 @@ class Runner:
         """The records that stand: those of cases to be run again are left out."""
         return [record for record in self._records.records if record["case"]["id"] not in self._retried]
 
-    def _append(self, case: Case, smaller: Case | None = None) -> Record:
+    def _append(self, case: Case, smaller: Case | None = None, *, num_blocks: int | None = None) -> Record:
         """Records ``case``: runs it, or skips it because ``smaller`` was out of memory."""
         plan = self.plan_case(case) if self._options.with_plan else None
-        record = self.run_case(case) if smaller is None else _skipped(case, smaller)
+        record = self.run_case(case, num_blocks) if smaller is None else _skipped(case, smaller)
         record["plan"] = plan
         if self._segment is not None:
             record["run"] = self._segment.to_dict()
@@ -275,10 +275,10 @@ class Runner:
         self._retried.discard(case.id)
         return record
 
-    def run_case(self, case: Case) -> Record:
+    def run_case(self, case: Case, num_blocks: int | None = None) -> Record:
         """Runs one case and returns its record, which is not appended yet."""
         started_at, start_s = environment.now(), time.monotonic()
-        result, end, driver_peak_bytes = self._run_process(case, 0, self._options.blocks)
+        result, end, driver_peak_bytes = self._run_process(case, 0, num_blocks or self._options.blocks)
         if result.get("timeline"):
             write_timeline(self._folder.timelines_dir, case.id, result["timeline"])
         record = make_record(

@@ -171,6 +171,11 @@ def test_every_try_is_recorded_and_the_result_is_written(tmp_path: Path) -> None
 
 
 @pytest.mark.usefixtures("fake")
+def test_a_try_is_timed_in_one_block(tmp_path: Path) -> None:
+    find(tmp_path / "run", "blocks")
+    assert {record["latency"]["num_blocks"] for record in read_records(tmp_path / "run")} == {1}
+
+
 def test_an_unexplained_kill_on_a_cpu_counts_as_out_of_memory(tmp_path: Path) -> None:
     (hydra, _) = find(tmp_path / "run", "die")
     assert (hydra.largest_ok, hydra.smallest_failing) == (0, 1)
