@@ -176,6 +176,7 @@ def test_a_try_is_timed_in_one_block(tmp_path: Path) -> None:
     assert {record["latency"]["num_blocks"] for record in read_records(tmp_path / "run")} == {1}
 
 
+@pytest.mark.usefixtures("fake")
 def test_an_unexplained_kill_on_a_cpu_counts_as_out_of_memory(tmp_path: Path) -> None:
     (hydra, _) = find(tmp_path / "run", "die")
     assert (hydra.largest_ok, hydra.smallest_failing) == (0, 1)
