@@ -130,7 +130,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
         patch.setattr(runner, "make_server", lambda models: NoServer())
-        patch.setattr(Runner, "run_case", lambda self, case: measured(case))
+        patch.setattr(Runner, "run_case", lambda self, case, num_blocks=None: measured(case))
         patch.setattr(Runner, "plan_case", lambda self, case: None)
         patch.setattr(plans, "plan_kinds", lambda *_, **__: [])
         patch.setattr(max_batch, "_planned", lambda *_: None)

@@ -131,7 +131,7 @@ def _estimate(values: Values) -> dict[str, Any]:
 
 def _work(record: Mapping[str, Any], blocks: Sequence[Block], latency: Mapping[str, Any]) -> dict[str, Any]:
     """The ``work`` of a record. A ceiling is the highest rate of any block, so a floor is the shortest."""
-    phases = record["work"]["phases"] or {}
+    phases = record["work"].get("phases") or {}
     floors_s = [block["floors_s"] for block in blocks if block.get("floors_s")]
     if not phases or not all(set(phases) <= set(floors) for floors in floors_s) or not floors_s:
         return dict(record["work"])

@@ -149,7 +149,7 @@ def _parse(path: Path, number: int, line: bytes) -> Record:
         raise RecordsError(f"{where}: it is not a record (it lacks a case with an id, or a known outcome).")
     try:
         record = upgraded(record)
-    except (TypeError, AttributeError, ValueError) as error:
+    except (TypeError, AttributeError, ValueError, KeyError) as error:
         raise RecordsError(f"{where}: it is not a record of schema {record['schema']}.") from error
     problem = wrong_type(record)
     for number, block in enumerate(() if problem else record["latency"].get("blocks") or ()):

@@ -35,7 +35,7 @@ PathFinder.find_spec = lambda name, *rest: None if name.partition(".")[0] in {DR
 """
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def without_drawing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Every Python process that is started lacks what only drawing needs."""
     folder = tmp_path_factory.mktemp("blocker")
@@ -57,7 +57,7 @@ def request_of_all() -> Request:
     return Request(model="tiny", device="cpu", sizes=SMALLEST)
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def evidence(
     without_drawing: None, request_of_all: Request, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Any]]:
