@@ -266,7 +266,7 @@ def replaced(record: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         node = node[name]
     if isinstance(node, dict):
         node[key] = value
-    elif node:
+    elif isinstance(node, list) and node:
         node[0] = value
     return record
 

@@ -30,7 +30,7 @@ def summarize(record: dict[str, Any]) -> dict[str, Any]:
     Sets the seconds of phases, kinds and total with their half-widths and their values by block, those of ``prepare``,
     the floors and ``floor_fraction``, what disturbed the most disturbed block, and the least sure reason to stop.
     """
-    blocks = record["latency"].get("blocks") or []
+    blocks = (record["latency"] or {}).get("blocks") or []
     whole = [block for block in blocks if block.get("error") is None]
     phases = record["latency"]["phases"] or {}
     if not whole or not all(phase.get("kind") for phase in phases.values()):
@@ -131,10 +131,11 @@ def _estimate(values: Values) -> dict[str, Any]:
 
 def _work(record: Mapping[str, Any], blocks: Sequence[Block], latency: Mapping[str, Any]) -> dict[str, Any]:
     """The ``work`` of a record. A ceiling is the highest rate of any block, so a floor is the shortest."""
-    phases = record["work"].get("phases") or {}
+    work = record["work"] or {}
+    phases = work.get("phases") or {}
     floors_s = [block["floors_s"] for block in blocks if block.get("floors_s")]
     if not phases or not all(set(phases) <= set(floors) for floors in floors_s) or not floors_s:
-        return dict(record["work"])
+        return dict(work)
     least_s = {name: min(floors[name] for floors in floors_s) for name in phases}
     measured_s = math.fsum(phase["mean_s"] for phase in latency["phases"].values())
     return {
