@@ -42,19 +42,19 @@ def _memory(frame: pd.DataFrame) -> str | None:
     if rows.empty:
         return None
     for _, group in _largest_first(rows):
-        least = group.loc[group["total_bytes"].idxmin()]
+        least = _at(group, "total_bytes", "min")
         base = group[group["method"] == BASELINE]
-        base = base if len(base) else group.loc[[group["total_bytes"].idxmax()]]
-        if least["method"] == base.iloc[0]["method"]:
+        other = base.iloc[0] if len(base) else _at(group, "total_bytes", "max")
+        if least["method"] == other["method"]:
             continue
-        saved = 1 - int(least["total_bytes"]) / int(base.iloc[0]["total_bytes"])
+        saved = 1 - int(least["total_bytes"]) / int(other["total_bytes"])
         if saved < 0.0005:
             continue
         return (
-            f"{_title(least)} needs {percent(saved)} less memory than {_title(base.iloc[0])} at the same batch "
-            f"({_gib(least)} against {_gib(base.iloc[0])} GiB, {_size(least)})."
+            f"{_title(least)} needs {percent(saved)} less memory than {_title(other)} at the same batch "
+            f"({_gib(least)} against {_gib(other)} GiB, {_size(least)})."
         )
-    row = rows.loc[rows["total_bytes"].idxmax()]
+    row = _at(rows, "total_bytes", "max")
     return f"{_title(row)} needs {_gib(row)} GiB ({_size(row)})."
 
 
@@ -89,10 +89,17 @@ def _time(frame: pd.DataFrame) -> str | None:
         if longest["whole_gain_low"].isna().all():
             return f"Whether another method is faster than {base} {where}, one block a case cannot tell."
         return f"No method is faster than {base} {where} by more than this run can tell apart."
-    best = carried.loc[carried["whole_gain"].idxmax()]
+    best = _at(carried, "whole_gain", "max")
     gain = Ratio(*(float(best[f"whole_gain{end}"]) for end in ("", "_low", "_high")))
     batches = f"batch {best['batch_size']} against {best['baseline_batch_size']}"
     return f"{_title(best)} is {gain} faster than {base} {where} ({batches})."
+
+
+def _at(rows: pd.DataFrame, column: str, end: str) -> pd.Series[Any]:
+    """The row with the least or the largest value of ``column``, the first of equals."""
+    values = rows[column].to_numpy(dtype=float)
+    row: pd.Series[Any] = rows.iloc[int(values.argmin() if end == "min" else values.argmax())]
+    return row
 
 
 def _title(row: pd.Series[Any]) -> str:

@@ -16,11 +16,14 @@ from rlhfreports.tables import ABSENT, GIB, ReportTable, outcome_word
 
 _SIZE = ("method", "prompt_len", "completion_len", "batch_size")
 EXPLANATION = (
-    "Speed-up: seconds of the first run over seconds of the other, above 1 where the other is faster; ± half of its 95 % "
-    "interval, from the blocks of both runs (Welch). Memory: GiB of the other run over GiB of the first. Runs made at "
-    "different times also differ by what changed on the machine between them."
+    "Speed-up: seconds of the first run over seconds of the other, above 1 where the other is faster; ± half of its "
+    "95 % interval, from the blocks of both runs (Welch). Memory: GiB of the other run over GiB of the first. Runs "
+    "made at different times also differ by what changed on the machine between them."
 )
-_COLUMNS = ("case", "other_run", "first_outcome", "other_outcome", "first_s", "other_s", "speedup", "low", "high")
+_COLUMNS = (
+    *("title", "method", "line", "size", "case", "other_run", "first_outcome", "other_outcome", "first_s", "other_s"),
+    *("speedup", "low", "high", "first_gib", "other_gib", "memory_ratio"),
+)
 
 
 def ratio_of_runs(above: Mapping[Any, Any], below: Mapping[Any, Any]) -> Ratio:
@@ -66,9 +69,7 @@ def compared(frame: pd.DataFrame) -> pd.DataFrame:
             base = first.get(tuple(map(str, key)))
             if base is not None:
                 found.append(_compared(base, row, run))
-    return pd.DataFrame(
-        found, columns=None if found else [*_COLUMNS, "memory_ratio", "line", "size", "title", "method"]
-    )
+    return pd.DataFrame(found, columns=list(_COLUMNS))
 
 
 def _by_key(rows: pd.DataFrame | None, keys: Sequence[str]) -> list[tuple[tuple[Any, ...], dict[Any, Any]]]:

@@ -93,7 +93,7 @@ def times(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def slopes(frame: pd.DataFrame) -> pd.DataFrame:
-    """The slope of every line in every panel: ``panel``, ``kind``, ``title``, ``line``, ``slope`` and ``half_width``."""
+    """The slope of every line: ``panel``, ``kind``, ``title``, ``line``, ``slope`` and ``half_width``."""
     found = []
     lines = line_of(frame)
     for panel in panels_of(frame):
@@ -186,7 +186,7 @@ def _pairs(text: str) -> list[tuple[str, str]]:
 
 
 def predicted(frame: pd.DataFrame) -> pd.DataFrame:
-    """Predicted and measured memory: ``case``, ``kind``, ``predicted_gib``, ``measured_gib`` and ``percent``, the error."""
+    """Predicted and measured memory: ``case``, ``kind``, ``predicted_gib``, ``measured_gib``, ``percent`` (error)."""
     titles = dict(zip(frame["method"], frame["method_title"].fillna(frame["method"]), strict=True))
     rows = [
         {

@@ -34,8 +34,8 @@ class Panel:
 def panels_of(frame: pd.DataFrame) -> list[Panel]:
     """The panels of ``frame``: one per batch size and combination of the other axes that vary.
 
-    The settings of a method share a panel, and so do runs. Where the largest batch that fits differs, a last panel shows it for each
-    line and length, as Figure 2 of Hydra-RLHF does.
+    The settings of a method share a panel, and so do runs. Where the largest batch that fits differs, a last panel
+    shows it for each line and length, as Figure 2 of Hydra-RLHF does.
     """
     axes = [axis for axis in axes_that_vary(frame) if axis not in _IN_A_LINE]
     groups = frame.groupby(axes, sort=False, dropna=False) if axes else [((), frame)]

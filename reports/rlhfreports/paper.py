@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import pandas as pd
 
@@ -90,7 +91,7 @@ def is_the_papers(frame: pd.DataFrame) -> pd.Series[bool]:
     ).astype(bool)
 
 
-def papers_row(row: pd.Series, *, is_the_papers: bool) -> Row | None:  # type: ignore[type-arg]
+def papers_row(row: pd.Series[Any], *, is_the_papers: bool) -> Row | None:
     """The row of Table 1 of the same method and batch size, if the case is otherwise the paper's."""
     if not is_the_papers:
         return None
@@ -115,8 +116,8 @@ def paper_cells(frame: pd.DataFrame) -> dict[str, list[str]]:
 def table_1(frame: pd.DataFrame) -> ReportTable:
     """Table 1 beside the run: numbers, and each as a ratio to LoRA-PPO, which can be compared across models.
 
-    Of each method it takes the run's case at the paper's setting, lengths and batch size; without one, the largest batch
-    at the longest length at which LoRA-PPO was measured.
+    Of each method it takes the run's case at the paper's setting, lengths and batch size; without one, the largest
+    batch at the longest length at which LoRA-PPO was measured.
     """
     ours = {row.method: _ours(frame, row) for row in TABLE_1}
     base, paper_base = ours[_BASE], next(row for row in TABLE_1 if row.method == _BASE)
@@ -167,8 +168,8 @@ def conditions(frame: pd.DataFrame) -> str:
     lengths = ", ".join(str(length) for length in sorted(frame["seq_len"].dropna().unique()))
     settings = ", ".join(dict.fromkeys(frame["setting"].dropna()))
     return (
-        f"The run's conditions are others: model {models}, {lengths} tokens, setting {settings}. Only ratios to LoRA-PPO "
-        "can be compared, and those with care."
+        f"The run's conditions are others: model {models}, {lengths} tokens, setting {settings}. Only ratios to "
+        "LoRA-PPO can be compared, and those with care."
     )
 
 
@@ -180,7 +181,7 @@ def trlx_table(frame: pd.DataFrame) -> ReportTable:
         same = frame[is_ok & (frame["family"] == "PPO").fillna(False) & (frame["model"].map(_model_name) == model)]
         fastest = "not run"
         if len(same):
-            row = same.loc[same["total_s_per_sample"].idxmin()]
+            row = same.sort_values("total_s_per_sample", kind="stable").iloc[0]
             fastest = f"{1 / row['total_s_per_sample']:.3g} ({row['method_title']}, {row['seq_len']} tokens)"
         rows.append((model, deepspeed_chat, trlx, fastest))
     headings = ["model", "DeepSpeed-Chat", "trlX", "ours"]
@@ -193,7 +194,7 @@ def trlx_table(frame: pd.DataFrame) -> ReportTable:
     )
 
 
-def _ours(frame: pd.DataFrame, row: Row) -> pd.Series | None:  # type: ignore[type-arg]
+def _ours(frame: pd.DataFrame, row: Row) -> pd.Series[Any] | None:
     is_ok = (frame["outcome"] == "ok").fillna(False) & frame["total_bytes"].notna()
     rows = frame[is_ok.astype(bool) & (frame["method"] == row.method)]
     same = rows[is_the_papers(rows) & (rows["batch_size"] == row.batch_size)] if len(rows) else rows
@@ -208,7 +209,7 @@ def _model_name(model: object) -> str | None:
     return None if pd.isna(model) else str(model).rstrip("/").rpartition("/")[2].lower()  # type: ignore[call-overload]
 
 
-def _gib(row: pd.Series | None, column: str) -> str:  # type: ignore[type-arg]
+def _gib(row: pd.Series[Any] | None, column: str) -> str:
     return ABSENT if row is None or pd.isna(row[column]) else number_text(float(row[column]) / GIB, 3)
 
 
@@ -216,11 +217,10 @@ def _number(value: object) -> str:
     return ABSENT if pd.isna(value) else f"{float(str(value)):.3g}"  # type: ignore[call-overload]
 
 
-def _against(row: pd.Series | None, base: pd.Series | None, column: str) -> str:  # type: ignore[type-arg]
+def _against(row: pd.Series[Any] | None, base: pd.Series[Any] | None, column: str) -> str:
     if row is None or base is None or pd.isna(row[column]) or pd.isna(base[column]) or not base[column]:
         return ABSENT
     return f"{float(row[column]) / float(base[column]):.2f}"
 
 
-Maker = Callable[[pd.DataFrame], ReportTable]
-TABLES: tuple[Maker, ...] = (table_1, trlx_table)
+TABLES: tuple[Callable[[pd.DataFrame], ReportTable], ...] = (table_1, trlx_table)

@@ -75,7 +75,7 @@ def blocks_of(
     return values if isinstance(values, list) else []
 
 
-def t_quantile(degrees: int) -> float:
+def t_quantile(degrees: float) -> float:
     """Returns the 97.5 % quantile of Student's t."""
     from scipy.special import stdtrit
 

@@ -33,8 +33,8 @@ _PARTS_CAPTION = (
     "measured at this size has its outcome in place of a bar."
 )
 _TIMELINE_CAPTION = (
-    "Live bytes by part over the events of one step: tensors made, named and freed. Short phases are widened. Move over "
-    "the chart to read a moment: its phase, and where the run recorded it the tensor that made the total so high."
+    "Live bytes by part over the events of one step: tensors made, named and freed. Short phases are widened. Move "
+    "over the chart to read a moment: its phase, and where the run recorded it the tensor that made the total so high."
 )
 _LENGTH_CAPTION = "Memory against sequence length, both axes logarithmic. A flat line is memory that no length changes."
 _SWEPT_CAPTION = "Total memory against a number that the sweep varies, at one length and batch size."
@@ -120,7 +120,7 @@ def timeline_frames(run: Run) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]
         ``left``, ``right`` and ``middle``.
     """
     cases = run.frame.drop_duplicates("case_id").set_index("case_id")
-    words = frames.line_of(cases) + ", " + frames.size_of(cases) if len(cases) else {}
+    words: Any = frames.line_of(cases) + ", " + frames.size_of(cases) if len(cases) else {}
     areas, moments, spans = [], [], []
     for case_id, (points, phases) in run.timelines.items():
         if case_id not in words:
@@ -252,7 +252,7 @@ def swept_chart(page: Page, swept: pd.DataFrame) -> Chart:
     )
 
 
-def _memory_lines(page: Page, source: str, chosen: str, x: alt.X) -> alt.LayerChart:
+def _memory_lines(page: Page, source: str, chosen: str, x: alt.X) -> Any:
     """Lines and points of ``gib`` over ``x``, both in the colours of methods."""
     colors, shapes = method_scales(page.frame)
     shown = legend_filter()

@@ -51,8 +51,8 @@ def comparison_section(page: Page) -> Section | None:
 
 def _speedup_chart(page: Page, timed: pd.DataFrame) -> Chart:
     caption = (
-        f"Seconds of {page.runs[0].name} over seconds of the other run, case by case, with 95 % intervals: to the right "
-        "of 1 the other run is faster. An interval that crosses 1 carries no difference."
+        f"Seconds of {page.runs[0].name} over seconds of the other run, case by case, with 95 % intervals: to the "
+        "right of 1 the other run is faster. An interval that crosses 1 carries no difference."
     )
     colors, shapes = method_scales(page.frame)
     runs = list(dict.fromkeys(timed["other_run"]))

@@ -14,13 +14,13 @@ from rlhfreports.predicted import comparisons, has_predictions, worst_sentence
 from rlhfreports.ratios import resolution
 
 _PREDICTED_CAPTION = (
-    "Each point is a case: memory that a plan predicted without running, and what the ledger counted. On the dashed line "
-    "both are equal."
+    "Each point is a case: memory that a plan predicted without running, and what the ledger counted. On the dashed "
+    "line both are equal."
 )
 _BLOCKS_CAPTION = (
-    "Each point is a block: a case timed once in a process of its own, at the moment when it ran. Its height is how far "
-    "its time is from the median of its case. A run without disturbance has no pattern in time; disturbed blocks are "
-    "triangles."
+    "Each point is a block: a case timed once in a process of its own, at the moment when it ran. Its height is how "
+    "far its time is from the median of its case. A run without disturbance has no pattern in time; disturbed blocks "
+    "are triangles."
 )
 _OTHERS_CAPTION = "CPU time of the machine that other processes or the hypervisor took beside each block."
 

@@ -30,9 +30,9 @@ MEASURES = {
     "tokens per second": "datum.tokens / {}",
 }
 _CAPTION = (
-    "One line a method, both axes logarithmic, 95 % intervals as bands. The legend has the slope of each line: 1 is a time "
-    "in proportion to the length. A word at the top marks a length that was not measured, such as OOM. Choose the batch "
-    "size, the part of the step and the measure above. A click on a method in the legend shows it alone."
+    "One line a method, both axes logarithmic, 95 % intervals as bands. The legend has the slope of each line: 1 is a "
+    "time in proportion to the length. A word at the top marks a length that was not measured, such as OOM. Choose the "
+    "batch size, the part of the step and the measure above. A click on a method in the legend shows it alone."
 )
 _ROW_PX = 13  # of the words at the top
 
