@@ -10,6 +10,7 @@ from rlhfbench.records.file import read_records
 from rlhfbench.records.schema import at
 from rlhfbench.records.timelines import read_timeline, timeline_frames
 from rlhfbench.runs.folder import TIMELINES_NAME
+from rlhfbench.runs.page import PAGE_NAME, missing_libraries, write_run_page
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,9 +25,10 @@ _DRAWN_FIELDS = ("method", "model", "prompt_len", "completion_len", "batch_size"
 def draw_run(run_dir: Path, *, whole: bool = False) -> RenderableType:
     """Draws the report of the records in ``run_dir`` into that folder.
 
-    Always ``memory_table`` (.md, .csv), ``latency`` and ``throughput`` (.png, .svg). ``slopes`` (.md, .csv) if a method
-    was measured at two lengths or batch sizes; ``gain`` (.md, .csv) if the baseline was measured, and another method
-    at two batch sizes; ``predicted`` (.md, .png, .svg) if memory was predicted; pictures of the timelines beside them.
+    Always ``memory_table`` (.md, .csv), ``latency`` and ``throughput`` (.png, .svg). ``index.html``, the interactive page,
+    where its libraries are installed. ``slopes`` (.md, .csv) if a method was measured at two lengths or batch sizes;
+    ``gain`` (.md, .csv) if the baseline was measured, and another method at two batch sizes; ``predicted`` (.md, .png,
+    .svg) if memory was predicted; pictures of the timelines beside them.
 
     Args:
         run_dir: a folder with ``records.jsonl``.
@@ -77,6 +79,11 @@ def draw_run(run_dir: Path, *, whole: bool = False) -> RenderableType:
         _write(run_dir, "gain", gains)
         printed += [Text(), gains.rich()] if whole else []
     draw_timelines(frame if whole else largest_cases(frame), run_dir / TIMELINES_NAME)
+    missing = missing_libraries()
+    if missing:
+        printed.append(Text(f"No page was written. It needs: pip install {' '.join(missing)}"))
+    else:
+        write_run_page([run_dir], run_dir / PAGE_NAME)
     return Group(*printed)
 
 

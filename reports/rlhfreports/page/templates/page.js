@@ -1,0 +1,51 @@
+// Hands the page's data to Vega and DataTables, and tells the charts of dark mode and print.
+const json = (id) => JSON.parse(document.getElementById(id).textContent);
+const [columns, specs] = [json("page-data"), json("page-specs")];
+
+const rowsOf = (table) => {
+  const names = Object.keys(table);
+  const first = names.length ? table[names[0]] : [];
+  return first.map((_, i) => Object.fromEntries(names.map((name) => [name, table[name][i]])));
+};
+
+const darkMode = window.matchMedia("(prefers-color-scheme: dark)");
+const views = [];
+
+async function drawCharts() {
+  for (const figure of document.querySelectorAll("[data-chart]")) {
+    const { spec, data } = specs[figure.dataset.chart];
+    const datasets = Object.fromEntries(data.map((name) => [name, rowsOf(columns[name])]));
+    const params = spec.params.map((p) => (p.name === "dark" ? { ...p, value: darkMode.matches } : p));
+    const actions = { export: true, source: false, compiled: false, editor: false };
+    const { view } = await vegaEmbed(figure, { ...spec, datasets, params }, { actions, renderer: "svg" });
+    views.push(view);
+  }
+}
+
+const setDark = (isDark) => views.forEach((view) => view.signal("dark", isDark).run());
+darkMode.addEventListener("change", (event) => setDark(event.matches));
+window.addEventListener("beforeprint", () => setDark(false));
+window.addEventListener("afterprint", () => setDark(darkMode.matches));
+
+async function makeTables() {
+  const source = document.getElementById("tables-library").textContent;
+  const url = URL.createObjectURL(new Blob([source], { type: "text/javascript" }));
+  const { default: DataTable } = await import(url);
+  for (const table of document.querySelectorAll("table[data-filters]")) {
+    const filters = JSON.parse(table.dataset.filters);
+    const headings = [...table.querySelectorAll("thead th")].map((th) => th.textContent);
+    new DataTable(table, {
+      order: [],
+      pageLength: 25,
+      scrollX: true,
+      columnDefs: [
+        { targets: headings.flatMap((h, i) => (filters.includes(h) ? [i] : [])), columnControl: ["order", ["searchList"]] },
+        { targets: "_all", columnControl: ["order"] },
+      ],
+      ordering: { indicators: false, handler: false },
+    });
+  }
+}
+
+await Promise.all([drawCharts(), makeTables()]);
+document.documentElement.dataset.ready = "true";
