@@ -20,13 +20,12 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from rlhfbench.files import write_atomically
 from rlhfbench.measure.allocator import allocator_history, read_allocator_curve
+from rlhfbench.measure.options import PROFILE_NAME, SNAPSHOT_NAME
 from rlhfbench.measure.trace_events import NATIVE_PREFIX, Event, num_ops, ops_table, read_trace, stack_tree
 from rlhfkernels.observer import Observer
 from rlhfkernels.ops.native.build import library
 from rlhfkernels.ops.native.launch import OP_NAMES
 
-PROFILE_NAME = "profile.json"
-SNAPSHOT_NAME = "snapshot.pickle"
 # A phase of more ops gets no stacks: each op lies under six Python frames, and a frame is 300 bytes of its trace.
 MAX_OPS_WITH_STACKS = 50_000
 
@@ -159,7 +158,7 @@ def _native_ops_named() -> Iterator[None]:
     if not library.cache_info().currsize:  # nothing has run in C; asking would compile it
         yield
         return
-    compiled = library()
+    compiled: Any = library()
     run_program = compiled.run_program
 
     def run_named(commands: Any, num_commands: Any, *rest: Any) -> object:

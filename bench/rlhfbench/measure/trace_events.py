@@ -135,7 +135,7 @@ def ops_table(events: Sequence[Event], wall_s: float) -> dict[str, Any]:
             launcher = span.event if span.parent is None else span.parent.event
             launched_us = kernels_us.get((span.event.get("args") or {}).get("correlation"), 0.0)
             rows[_short(launcher["name"]), _kind(launcher)][2] += launched_us
-    ops = [
+    ops: list[dict[str, Any]] = [
         {"name": name, "kind": kind, "count": int(count), "self_s": self_us / 1e6, "device_s": device_us / 1e6}
         for (name, kind), (count, self_us, device_us) in rows.items()
     ]
@@ -153,7 +153,9 @@ def _kernel_rows(events: Iterable[Event]) -> list[dict[str, Any]]:
         row = rows[event["name"][:_MAX_NAME_CHARS]]
         row[0] += 1
         row[1] += event["dur"] / 1e6
-    found = [{"name": name, "count": int(count), "device_s": s} for name, (count, s) in rows.items()]
+    found: list[dict[str, Any]] = [
+        {"name": name, "count": int(count), "device_s": device_s} for name, (count, device_s) in rows.items()
+    ]
     return sorted(found, key=lambda row: -row["device_s"])[:MAX_OPS]
 
 

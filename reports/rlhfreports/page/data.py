@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 RUN = "run"  # the column of ``Page.frame`` that names the run of a row
+Profile = Mapping[str, pd.DataFrame]  # see ``rlhfreports.profiles``
 Timeline = tuple[pd.DataFrame, pd.DataFrame]  # points and phases, see ``rlhfreports.timelines``
 
 
@@ -23,6 +24,7 @@ class Run:
         environments: the environments of its segments, its start first. Empty where none is recorded.
         sweep: the resolved sweep as TOML, empty where none is recorded.
         timelines: points and phases of the cases whose timelines the page shows, by ``case_id``.
+        profiles: the profiles of the cases that were profiled and that the page shows, by ``case_id``.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Run:
     environments: Sequence[Mapping[str, Any]] = ()
     sweep: str = ""
     timelines: Mapping[str, Timeline] = dataclasses.field(default_factory=dict)
+    profiles: Mapping[str, Profile] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,11 +8,13 @@ from rlhfreports.page.blocks import Section
 from rlhfreports.page.data import Page
 from rlhfreports.page.memory import memory_section
 from rlhfreports.page.times import times_section
+from rlhfreports.page.where_time import where_time_section
 
 # Each returns None where the runs have nothing to show in it.
 SECTIONS: tuple[Callable[[Page], Section | None], ...] = (
     memory_section,
     times_section,
+    where_time_section,
 )
 
 
