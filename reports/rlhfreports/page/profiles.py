@@ -138,7 +138,7 @@ def _ops_table(profiles: Sequence[tuple[str, Profile]]) -> list[Block]:
         return []
     columns = {"case": "case", "phase": "phase", "op": "op", "kind": "kind"}
     cells = ops[list(columns)].astype(str)
-    cells["calls"] = ["–" if pd.isna(count) else f"{count:,}" for count in ops["count"]]
+    cells["calls"] = ["–" if pd.isna(count) else f"{int(count):,}" for count in ops["count"]]
     cells["seconds"] = [f"{seconds:.3g}" for seconds in ops["seconds"]]
     cells["% of phase"] = [f"{100 * share:.1f}" for share in ops["share"]]
     orders = {"calls": ops["count"], "seconds": ops["seconds"], "% of phase": ops["share"]}
