@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 from rlhfbench.errors import RecordsError
 from rlhfbench.records.file import read_records
+from rlhfbench.records.profiles import profile_frames, read_profile
 from rlhfbench.records.timelines import read_timeline, timeline_frames
 from rlhfbench.runs.folder import SWEEP_NAME, RunFolder
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from rlhfreports.page.data import Run, Timeline
+    from rlhfreports.page.data import Profile, Run, Timeline
 
 PAGE_NAME, COMPARISON_NAME = "index.html", "comparison.html"
 _LIBRARIES = {"altair": "altair", "vl_convert": "vl-convert-python", "itables": "itables", "jinja2": "jinja2"}
@@ -51,6 +52,7 @@ def read_run(run_dir: Path, name: str | None = None) -> Run:
         environments=folder.environments(),
         sweep=_text(run_dir / SWEEP_NAME),
         timelines=_timelines(largest_cases(frame), folder.timelines_dir),
+        profiles=_profiles(largest_cases(frame), folder.traces_dir),
     )
 
 
@@ -85,6 +87,11 @@ def write_run_page(run_dirs: Sequence[Path], path: Path, *, with_paper: bool = F
 def _timelines(cases: pd.DataFrame, folder: Path) -> dict[str, Timeline]:
     found = {str(case_id): read_timeline(folder, str(case_id)) for case_id in cases["case_id"]}
     return {case_id: timeline_frames(timeline) for case_id, timeline in found.items() if timeline is not None}
+
+
+def _profiles(cases: pd.DataFrame, folder: Path) -> dict[str, Profile]:
+    found = {str(case_id): read_profile(folder, str(case_id)) for case_id in cases["case_id"]}
+    return {case_id: profile_frames(profile) for case_id, profile in found.items() if profile is not None}
 
 
 def _text(path: Path) -> str:

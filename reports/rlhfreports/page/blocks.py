@@ -123,7 +123,25 @@ class Html:
     html: str
 
 
-Block = Text | Items | Code | Chart | Table | Html
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Link:
+    """A link to a file beside the page."""
+
+    text: str
+    url: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Links:
+    """Links to files beside the page, folded behind ``title``, with a sentence above."""
+
+    macro: ClassVar[str] = "links"
+    title: str
+    text: str
+    links: Sequence[Link]
+
+
+Block = Text | Items | Code | Chart | Table | Html | Links
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

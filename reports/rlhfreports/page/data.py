@@ -10,6 +10,7 @@ import pandas as pd
 
 from rlhfreports.columns import RUN
 
+Profile = Mapping[str, pd.DataFrame]  # see ``rlhfreports.profiles``
 Timeline = tuple[pd.DataFrame, pd.DataFrame]  # points and phases, see ``rlhfreports.timelines``
 
 
@@ -24,6 +25,7 @@ class Run:
         environments: the environments of its segments, its start first. Empty where none is recorded.
         sweep: the resolved sweep as TOML, empty where none is recorded.
         timelines: points and phases of the cases whose timelines the page shows, by ``case_id``.
+        profiles: the profiles of the cases that were profiled and that the page shows, by ``case_id``.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Run:
     environments: Sequence[Mapping[str, Any]] = ()
     sweep: str = ""
     timelines: Mapping[str, Timeline] = dataclasses.field(default_factory=dict)
+    profiles: Mapping[str, Profile] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
