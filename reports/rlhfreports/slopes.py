@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from rlhfreports.columns import AXES, axes_that_vary, methods_in_order, setting_order, shared_axes_text
+from rlhfreports.columns import CASE_AXES, axes_of, axes_that_vary, methods_in_order, setting_order, shared_axes_text
 from rlhfreports.panels import Metric, is_measured
-from rlhfreports.ratios import blocks_of, t_quantile
+from rlhfreports.ratios import t_quantile
 from rlhfreports.tables import ReportTable, text
 from rlhfreports.terminal import Column, terminal
 
@@ -33,6 +33,7 @@ MIN_POINTS_FOR_ERROR = 3
 # The column with the values by block of each time.
 _BLOCK_COLUMNS = {
     GENERATE_COLUMN: "generate_phase_block_s",
+    "inference_s_per_sample": "inference_block_s_per_sample",
     "update_s_per_sample": "update_block_s_per_sample",
     "total_s_per_sample": "total_block_s_per_sample",
 }
@@ -143,13 +144,13 @@ EXPLANATION = (
 _COLUMNS = {
     "method": "string",
     "method_title": "string",
-    **{axis: "Int64" if axis in ("lora_rank", "seed") else "string" for axis in AXES},
+    **{axis: "Int64" if axis in ("lora_rank", "seed") else "string" for axis in CASE_AXES},
     **dict.fromkeys(("quantity", "against", "held"), "string"),
     "num_points": "Int64",
     **dict.fromkeys(("smallest", "largest"), "Int64"),
     **dict.fromkeys(("slope", "half_width", "standard_error", "r_squared"), "Float64"),
 }
-_SHARED = ("method", "method_title", *AXES)
+_SHARED = ("method", "method_title", *CASE_AXES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,7 +206,7 @@ def slope_table(frame: pd.DataFrame) -> SlopeTable:
     measured = frame[is_measured(frame)]
     rows = []
     for place, quantity in enumerate(QUANTITIES):
-        for _, group in measured.groupby(["method", *AXES], sort=False, dropna=False):
+        for _, group in measured.groupby(["method", *axes_of(frame)], sort=False, dropna=False):
             for line in quantity.lines(group):
                 fitted = _fit(line, quantity)
                 if fitted:
@@ -248,6 +249,21 @@ def slope_table(frame: pd.DataFrame) -> SlopeTable:
         axes=axes,
         methods=tuple(methods_in_order(frame)["method"]),
     )
+
+
+def slope_by_length(rows: pd.DataFrame, column: str) -> tuple[float, float | None] | None:
+    """The slope of one time against sequence length, with half of its 95 % interval.
+
+    Args:
+        rows: measured cases of one line, at most one a length.
+        column: such as ``total_s_per_sample``.
+
+    Returns:
+        ``None`` where fewer than two lengths have a time; no interval with fewer than two blocks.
+    """
+    quantity = Quantity(name=column, seconds=lambda rows: rows[column].astype("float64"), lines=_along_lengths)
+    fitted = _fit(Line(size="seq_len", held="", rows=rows), quantity)
+    return None if fitted is None else (fitted["slope"], fitted["half_width"])
 
 
 def _ordered(found: pd.DataFrame, rows: list[dict[str, Any]], frame: pd.DataFrame) -> pd.DataFrame:
@@ -307,9 +323,11 @@ def _half_width(rows: pd.DataFrame, size: str, quantity: Quantity) -> float | No
 def _by_block(rows: pd.DataFrame) -> Iterator[pd.DataFrame]:
     """``rows`` with the seconds of one block in place of the means, for each block that all of them have."""
     present = {mean: column for mean, column in _BLOCK_COLUMNS.items() if mean in rows}
-    found = {mean: [blocks_of(row, column) for row in rows.to_dict("records")] for mean, column in present.items()}
+    found = {mean: [of if isinstance(of, list) else [] for of in rows[column]] for mean, column in present.items()}
+    # A copy of all 100 columns a block would take most of the time of a report.
+    narrow = rows[["prompt_len", "completion_len", "seq_len", "batch_size"]]
     for number in range(min(map(len, found["total_s_per_sample"]), default=0)):
-        yield rows.assign(
+        yield narrow.assign(
             **{
                 mean: pd.array([of[number] if number < len(of) else None for of in values], dtype="Float64")
                 for mean, values in found.items()

@@ -23,18 +23,19 @@ if TYPE_CHECKING:
 _DRAWN_FIELDS = ("method", "model", "prompt_len", "completion_len", "batch_size", "device", "dtype")
 
 
-def draw_run(run_dir: Path, *, whole: bool = False) -> RenderableType:
+def draw_run(run_dir: Path, *, whole: bool = False, with_paper: bool = False) -> RenderableType:
     """Draws the report of the records in ``run_dir`` into that folder.
 
-    Always ``memory_table`` (.md, .csv), ``latency`` and ``throughput`` (.png, .svg). ``index.html``, the interactive page,
-    where its libraries are installed. ``slopes`` (.md, .csv) if a method was measured at two lengths or batch sizes;
-    ``gain`` (.md, .csv) if the baseline was measured, and another method at two batch sizes; ``predicted`` (.md, .png,
-    .svg) if memory was predicted; pictures of the timelines beside them.
+    Always ``memory_table`` (.md, .csv), ``latency`` and ``throughput`` (.png, .svg). ``index.html``, the interactive
+    page, where its libraries are installed. ``slopes`` (.md, .csv) if a method was measured at two lengths or batch
+    sizes; ``gain`` (.md, .csv) if the baseline was measured, and another method at two batch sizes; ``predicted`` (.md,
+    .png, .svg) if memory was predicted; pictures of the timelines beside them.
 
     Args:
         run_dir: a folder with ``records.jsonl``.
         whole: draw the timelines of all cases, not only of the largest case of each method and setting, and return
             more than the memory table.
+        with_paper: lay the papers' numbers beside the run in the page.
 
     Returns:
         The memory table for a terminal and a line on the differences that the run can tell apart; as a ``whole`` that
@@ -81,7 +82,7 @@ def draw_run(run_dir: Path, *, whole: bool = False) -> RenderableType:
     if missing:
         printed.append(Text(f"No page was written. It needs: pip install {' '.join(missing)}"))
     else:
-        write_run_page([run_dir], run_dir / PAGE_NAME)
+        write_run_page([run_dir], run_dir / PAGE_NAME, with_paper=with_paper)
     return Group(*printed)
 
 

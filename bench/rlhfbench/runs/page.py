@@ -66,18 +66,22 @@ def run_names(run_dirs: Sequence[Path]) -> list[str]:
     return [f"{path.name} ({place})" for place, path in enumerate(paths, 1)]
 
 
-def write_run_page(run_dirs: Sequence[Path], path: Path, *, with_paper: bool = False) -> None:
-    """Writes the page of one run, or the comparison of several.
+def write_run_page(run_dirs: Sequence[Path], path: Path, *, with_paper: bool = False) -> list[str]:
+    """Writes the page of one run, or the comparison of several, and returns the sentences of the comparison.
 
     Raises:
         RecordsError: a run cannot be read.
         RunFolderError: an environment cannot be read.
         OSError: the page cannot be written.
     """
+    from rlhfreports.compare import compared, comparison_sentences
+    from rlhfreports.page.data import Page
     from rlhfreports.page.render import write_page
 
     runs = [read_run(run_dir, name) for run_dir, name in zip(run_dirs, run_names(run_dirs), strict=True)]
-    write_page(runs, path, with_paper=with_paper)
+    page = Page.of(runs, with_paper=with_paper)
+    write_page(page, path)
+    return comparison_sentences(page.frame, compared(page.frame)) if len(runs) > 1 else []
 
 
 def _timelines(cases: pd.DataFrame, folder: Path) -> dict[str, Timeline]:

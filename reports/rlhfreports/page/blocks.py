@@ -100,6 +100,7 @@ class Table:
         num_text_columns: columns of words, from the left. The others are numbers.
         filters: headings of columns that have a list of their values to choose from.
         downloads: the table as files.
+        is_folded: it is folded behind its caption.
     """
 
     macro: ClassVar[str] = "table"
@@ -111,6 +112,7 @@ class Table:
     num_text_columns: int
     filters: Sequence[str] = ()
     downloads: Sequence[Download] = ()
+    is_folded: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -181,6 +183,8 @@ def table_of(
     table: ReportTable,
     *,
     name: str,
+    caption: str = "",
+    is_folded: bool = False,
     orders: Mapping[str, Sequence[float | None]] | None = None,
     titles: Sequence[str] = (),
     filters: Sequence[str] = (),
@@ -190,6 +194,8 @@ def table_of(
     Args:
         table: the table.
         name: its id.
+        caption: see ``Table``; by default that of ``table``.
+        is_folded: see ``Table``.
         orders: the numbers that columns are sorted by; the others are sorted by what their text begins with.
         titles: see ``Table``; empty for none.
         filters: see ``Table``.
@@ -204,7 +210,8 @@ def table_of(
     ]
     return Table(
         id=name,
-        caption=table.caption,
+        caption=caption or table.caption,
+        is_folded=is_folded,
         headings=table.headings,
         rows=list(zip(*columns, strict=True)),
         titles=list(titles) or [""] * len(table.cells),

@@ -8,7 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-RUN = "run"  # the column of ``Page.frame`` that names the run of a row
+from rlhfreports.columns import RUN
+
 Profile = Mapping[str, pd.DataFrame]  # see ``rlhfreports.profiles``
 Timeline = tuple[pd.DataFrame, pd.DataFrame]  # points and phases, see ``rlhfreports.timelines``
 
@@ -42,7 +43,7 @@ class Page:
 
     Attributes:
         runs: the runs, in the order in which they were named.
-        frame: their rows in one frame, with the name of the run in the column ``run``.
+        frame: their rows in one frame; where there are several, with the name of the run in the column ``run``.
         with_paper: the papers' numbers are laid beside the run.
     """
 
@@ -53,7 +54,7 @@ class Page:
     @classmethod
     def of(cls, runs: Sequence[Run], *, with_paper: bool = False) -> Page:
         """Joins ``runs``, which must be one or more."""
-        frames = [run.frame.assign(**{RUN: pd.array([run.name] * len(run.frame), dtype="string")}) for run in runs]
-        # Runs without rows would give their absent columns the dtype of an empty frame.
-        filled = [frame for frame in frames if len(frame)] or frames[:1]
-        return cls(runs=tuple(runs), frame=pd.concat(filled, ignore_index=True), with_paper=with_paper)
+        if len(runs) == 1:
+            return cls(runs=tuple(runs), frame=runs[0].frame, with_paper=with_paper)
+        named = [run.frame.assign(**{RUN: pd.array([run.name] * len(run.frame), dtype="string")}) for run in runs]
+        return cls(runs=tuple(runs), frame=pd.concat(named, ignore_index=True), with_paper=with_paper)

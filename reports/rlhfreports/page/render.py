@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.resources
 import math
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,26 +18,26 @@ from markupsafe import Markup
 
 from rlhfreports.columns import shared_axes_text
 from rlhfreports.page.blocks import Chart, Section
-from rlhfreports.page.data import Page, Run
+from rlhfreports.page.data import Page
 from rlhfreports.page.sections import sections_of
 
-PAGE_NAME = "index.html"
+_EXPORTS = "window.vegaEmbed = vegaEmbed;"  # what the page's script uses of the bundle
 _DIGITS = 6  # of a number in the data of a chart
 
 
-def write_page(runs: Sequence[Run], path: str | Path, *, with_paper: bool = False) -> Path:
-    """Writes the page of ``runs``, one or more, to ``path`` and returns it.
-
-    Args:
-        runs: the runs; two or more are compared.
-        path: the file.
-        with_paper: lay the papers' numbers beside the run.
+def write_page(page: Page, path: str | Path) -> Path:
+    """Writes the page to ``path``, at once or not at all, and returns it.
 
     Raises:
         OSError: the file cannot be written.
     """
     path = Path(path)
-    path.write_text(page_html(Page.of(runs, with_paper=with_paper)), encoding="utf-8")
+    written = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        written.write_text(page_html(page), encoding="utf-8")
+        written.replace(path)
+    finally:
+        written.unlink(missing_ok=True)
     return path
 
 
@@ -91,7 +92,7 @@ def _libraries() -> dict[str, Markup]:
     tables = importlib.resources.files("itables") / "html"
     own = importlib.resources.files("rlhfreports.page") / "templates"
     found = {
-        "vega_js": vl_convert.javascript_bundle(None),
+        "vega_js": vl_convert.javascript_bundle(_EXPORTS),
         "tables_js": (tables / "dt_bundle.js").read_text(encoding="utf-8"),
         "tables_css": (tables / "dt_bundle.css").read_text(encoding="utf-8"),
         "page_js": (own / "page.js").read_text(encoding="utf-8"),

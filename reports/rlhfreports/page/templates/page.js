@@ -11,14 +11,23 @@ const rowsOf = (table) => {
 const darkMode = window.matchMedia("(prefers-color-scheme: dark)");
 const views = [];
 
+async function drawChart(figure) {
+  const { spec, data } = specs[figure.dataset.chart];
+  const datasets = Object.fromEntries(data.map((name) => [name, rowsOf(columns[name])]));
+  const params = spec.params.map((p) => (p.name === "dark" ? { ...p, value: darkMode.matches } : p));
+  const actions = { export: true, source: false, compiled: false, editor: false };
+  const bind = figure.parentElement.querySelector(".switches");
+  const { view } = await vegaEmbed(figure, { ...spec, datasets, params }, { actions, bind, renderer: "svg" });
+  views.push(view);
+}
+
+// A chart that fails leaves the others, and says so.
 async function drawCharts() {
   for (const figure of document.querySelectorAll("[data-chart]")) {
-    const { spec, data } = specs[figure.dataset.chart];
-    const datasets = Object.fromEntries(data.map((name) => [name, rowsOf(columns[name])]));
-    const params = spec.params.map((p) => (p.name === "dark" ? { ...p, value: darkMode.matches } : p));
-    const actions = { export: true, source: false, compiled: false, editor: false };
-    const { view } = await vegaEmbed(figure, { ...spec, datasets, params }, { actions, renderer: "svg" });
-    views.push(view);
+    await drawChart(figure).catch((error) => {
+      figure.textContent = "This chart cannot be drawn.";
+      console.error(figure.dataset.chart, error);
+    });
   }
 }
 
@@ -33,10 +42,19 @@ async function makeTables() {
   const { default: DataTable } = await import(url);
   for (const table of document.querySelectorAll("table[data-filters]")) {
     const filters = JSON.parse(table.dataset.filters);
+    const numRows = table.tBodies[0].rows.length;
     const headings = [...table.querySelectorAll("thead th")].map((th) => th.textContent);
     new DataTable(table, {
       order: [],
       pageLength: 25,
+      paging: numRows > 25,
+      searching: true,
+      layout: {
+        topStart: numRows > 25 ? "pageLength" : null,
+        topEnd: numRows > 10 ? "search" : null,
+        bottomStart: numRows > 10 ? "info" : null,
+        bottomEnd: numRows > 25 ? "paging" : null,
+      },
       scrollX: true,
       columnDefs: [
         { targets: headings.flatMap((h, i) => (filters.includes(h) ? [i] : [])), columnControl: ["order", ["searchList"]] },
