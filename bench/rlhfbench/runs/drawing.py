@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhfbench.errors import RecordsError
-from rlhfbench.records.file import read_records
+from rlhfbench.records.file import Record, read_records
 from rlhfbench.records.schema import at
 from rlhfbench.records.timelines import read_timeline, timeline_frames
 from rlhfbench.runs.folder import TIMELINES_NAME
@@ -45,10 +46,7 @@ def draw_run(run_dir: Path, *, whole: bool = False, with_paper: bool = False) ->
         OSError: the folder cannot be written.
     """
     records = read_records(run_dir)
-    for record in records:
-        missing = [f"case.{field}" for field in _DRAWN_FIELDS if at(record, f"case.{field}") is None]
-        if missing:
-            raise RecordsError(f"run '{run_dir}' cannot be drawn: record {record['case']['id']} lacks {missing[0]}.")
+    check_drawable(run_dir, records)
     # Imported here, as pandas and matplotlib take most of a second, and `--help` imports this module.
     from rich.console import Group
     from rich.text import Text
@@ -86,6 +84,18 @@ def draw_run(run_dir: Path, *, whole: bool = False, with_paper: bool = False) ->
     else:
         write_run_page([run_dir], run_dir / PAGE_NAME, with_paper=with_paper)
     return Group(*printed)
+
+
+def check_drawable(run_dir: Path, records: Sequence[Record]) -> None:
+    """Checks that ``records`` have the fields that every report needs.
+
+    Raises:
+        RecordsError: one lacks a field.
+    """
+    for record in records:
+        missing = [f"case.{field}" for field in _DRAWN_FIELDS if at(record, f"case.{field}") is None]
+        if missing:
+            raise RecordsError(f"run '{run_dir}' cannot be drawn: record {record['case']['id']} lacks {missing[0]}.")
 
 
 def _write(run_dir: Path, name: str, table: ReportTable) -> None:
