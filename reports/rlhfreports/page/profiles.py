@@ -9,7 +9,7 @@ import altair as alt
 import pandas as pd
 
 from rlhfreports.columns import axes_that_vary
-from rlhfreports.frames import line_of
+from rlhfreports.frames import IN_A_LINE, line_of
 from rlhfreports.page.blocks import Block, Cell, Chart, Link, Links, Table, Text, downloads
 from rlhfreports.page.charts import HEIGHT, by_mode, select, specification
 from rlhfreports.page.data import Page, Run
@@ -57,7 +57,7 @@ def _labels(page: Page, run: Run) -> dict[str, str]:
     words = line_of(page.frame).reindex(rows.index)
     words = words + ", " + rows["seq_len"].astype(str) + " tokens, batch " + rows["batch_size"].astype(str)
     for axis in axes_that_vary(page.frame):
-        if axis != "setting":
+        if axis not in IN_A_LINE:
             words = words + ", " + rows[axis].astype("string").fillna("").astype(str)
     return dict(zip(rows["case_id"].astype(str), words, strict=True))
 
