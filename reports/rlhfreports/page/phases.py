@@ -9,7 +9,7 @@ import altair as alt
 import pandas as pd
 
 from rlhfreports.page.blocks import Block, Chart
-from rlhfreports.page.charts import DARK, HEIGHT, by_mode, method_scales, select, specification
+from rlhfreports.page.charts import DARK, HEIGHT, by_mode, lines_in_order, method_scales, select, specification
 from rlhfreports.page.data import Page
 from rlhfreports.phases import ceilings, phase_points, roofline_points
 from rlhfreports.plots import COLORS
@@ -26,7 +26,7 @@ def phase_blocks(page: Page) -> list[Block]:
     points = phase_points(page.frame)
     if points.empty:
         return []
-    made: list[Block] = [_seconds(points)]
+    made: list[Block] = [_seconds(page, points)]
     roofline = roofline_points(page.frame)
     lines = ceilings(page.frame, roofline)
     if len(roofline) and len(lines):
@@ -41,31 +41,22 @@ def phase_scale(phases: Sequence[str]) -> alt.Scale:
 
 
 def _sizes(points: pd.DataFrame) -> list[str]:
-    """Length and batch size of the cases, the largest first."""
-    sizes = points[["seq_len", "batch_size"]].drop_duplicates()
-    sizes = sizes.sort_values(["seq_len", "batch_size"], ascending=False)
-    return [_size(*row) for row in sizes.itertuples(index=False)]
-
-
-def _size(seq_len: int, batch_size: int) -> str:
-    return f"{seq_len} tokens, batch {batch_size}"
-
-
-def _with_size(points: pd.DataFrame) -> pd.DataFrame:
-    return points.assign(size=[_size(*row) for row in points[["seq_len", "batch_size"]].itertuples(index=False)])
+    """Length, batch size and what else varies, the largest first."""
+    ordered = points.sort_values(["seq_len", "batch_size"], ascending=False, kind="stable")
+    return list(ordered["size"].drop_duplicates())
 
 
 def _in_order(points: pd.DataFrame) -> list[str]:
     return list(points.sort_values("order", kind="stable")["phase"].drop_duplicates())
 
 
-def _seconds(points: pd.DataFrame) -> Chart:
+def _seconds(page: Page, points: pd.DataFrame) -> Chart:
     caption = (
         "Seconds per sample of each phase, stacked in the order in which they run. The black tick is the roofline: the "
         "least time of the whole step at the ceilings below."
     )
     phases = _in_order(points)
-    lines = list(points["line"].drop_duplicates())
+    lines = lines_in_order(page.frame)
     y = alt.Y("line:N", title=None, scale=alt.Scale(domain=lines), axis=alt.Axis(labelLimit=320))
     base = alt.Chart(alt.NamedData("phases")).transform_filter("datum.size === size")
     bars = base.mark_bar().encode(
@@ -92,7 +83,7 @@ def _seconds(points: pd.DataFrame) -> Chart:
         title="Time by phase",
         caption=caption,
         spec=specification(made, description=caption),
-        data={"phases": _with_size(points)[columns]},
+        data={"phases": points[columns]},
     )
 
 
@@ -167,7 +158,7 @@ def _roofline(page: Page, points: pd.DataFrame, lines: pd.DataFrame) -> Chart:
         title="Roofline of each phase",
         caption=caption,
         spec=specification(made, description=caption),
-        data={"roofline": _with_size(points)[columns], "ceilings": lines},
+        data={"roofline": points[columns], "ceilings": lines},
     )
 
 
