@@ -108,8 +108,8 @@ def ceilings(frame: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
         right = max(*of_machine, *ridges) * 2
         lines = {
             f"matmul {matmul / 1e9:.3g} GFLOP/s": ((min(ridges), matmul), (right, matmul)),
-            f"read {read / 1e9:.3g} GB/s (solid)": ((left, read * left), (ridges[1], matmul)),
-            f"copy {copy / 1e9:.3g} GB/s (dashed)": ((left, copy * left), (ridges[0], matmul)),
+            f"read {read / 1e9:.3g} GB/s": ((left, read * left), (ridges[1], matmul)),
+            f"copy {copy / 1e9:.3g} GB/s": ((left, copy * left), (ridges[0], matmul)),
         }
         rows += [
             (machine, name.split()[0], intensity, flops_per_s, name)

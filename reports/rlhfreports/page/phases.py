@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import altair as alt
 import pandas as pd
@@ -52,7 +51,7 @@ def _in_order(points: pd.DataFrame) -> list[str]:
 
 def _seconds(page: Page, points: pd.DataFrame) -> Chart:
     caption = (
-        "Seconds per sample of each phase, stacked in the order in which they run. The black tick is the roofline: the "
+        "Seconds per sample of each phase, stacked in the order in which they run. The tick is the roofline: the "
         "least time of the whole step at the ceilings below."
     )
     phases = _in_order(points)
@@ -105,27 +104,16 @@ def _roofline(page: Page, points: pd.DataFrame, lines: pd.DataFrame) -> Chart:
         scale=alt.Scale(type="log", nice=False),
         axis=alt.Axis(format="~s"),
     )
+    grey = by_mode("#555555", "#BBBBBB")
     of_machine = alt.Chart(alt.NamedData("ceilings")).transform_filter("datum.machine === machine")
-    roof = of_machine.mark_line(color=by_mode("#555555", "#BBBBBB"), strokeWidth=1.5).encode(
+    roof = of_machine.mark_line(color=grey, strokeWidth=1.5).encode(
         x=x,
         y=y,
-        detail="ceiling:N",
-        strokeDash=alt.condition("datum.ceiling === 'copy'", alt.value([5, 4]), alt.value([1, 0])),
+        # In the order of their names: copy, matmul, read.
+        strokeDash=alt.StrokeDash(
+            "rate:N", scale=alt.Scale(range=[[6, 4], [1, 0], [2, 3]]), legend=alt.Legend(symbolType="stroke")
+        ),
     )
-    # Matmul's name stands over its line, those of memory under the left end of theirs.
-    labels: tuple[tuple[str, str, Literal["left", "right"], int], ...] = (
-        ("matmul", "argmax", "right", -8),
-        ("read", "argmin", "left", 30),
-        ("copy", "argmin", "left", 44),
-    )
-    words = [
-        of_machine.transform_filter(f"datum.ceiling === '{name}'")
-        .transform_aggregate(at=f"{end}(intensity)", groupby=["ceiling"])
-        .transform_calculate(intensity="datum.at.intensity", flops_per_s="datum.at.flops_per_s", rate="datum.at.rate")
-        .mark_text(align=align, dy=dy, fontSize=11)
-        .encode(x=x, y=y, text="rate:N")
-        for name, end, align, dy in labels
-    ]
     dots = (
         alt.Chart(alt.NamedData("roofline"))
         .transform_filter(f"datum.machine === machine && (size === '{ALL}' || datum.size === size)")
@@ -134,7 +122,12 @@ def _roofline(page: Page, points: pd.DataFrame, lines: pd.DataFrame) -> Chart:
             x=x,
             y=y,
             color=alt.Color("title:N", scale=colors),
-            shape=alt.Shape("phase:N", scale=alt.Scale(domain=phases, range=_symbols(len(phases))), sort=phases),
+            shape=alt.Shape(
+                "phase:N",
+                scale=alt.Scale(domain=phases, range=_symbols(len(phases))),
+                sort=phases,
+                legend=alt.Legend(symbolFillColor=grey, symbolStrokeColor=grey),
+            ),
             opacity=alt.condition(by_method & by_phase, alt.value(0.85), alt.value(0.06)),
             tooltip=[
                 alt.Tooltip("line:N", title="method"),
@@ -149,7 +142,7 @@ def _roofline(page: Page, points: pd.DataFrame, lines: pd.DataFrame) -> Chart:
     )
     switches = [select("size", [ALL, *_sizes(points)], "case")]
     switches += [select("machine", machines, "machine")] if len(machines) > 1 else []
-    made = alt.layer(roof, *words, dots).add_params(*switches, by_method, by_phase).properties(height=HEIGHT + 60)
+    made = alt.layer(roof, dots).add_params(*switches, by_method, by_phase).properties(height=HEIGHT + 60)
     if len(machines) == 1:
         made = made.add_params(alt.param(name="machine", value=machines[0]))
     columns = ["line", "title", "phase", "size", "machine", "intensity", "flops_per_s", "floor_fraction", "seconds"]

@@ -92,7 +92,7 @@ def _ops_chart(ops: pd.DataFrame, name: str, title: str, what: str) -> Chart:
         "label:N",
         title=None,
         sort=alt.EncodingSortField("rank", op="min", order="ascending"),
-        axis=alt.Axis(labelLimit=420),
+        axis=alt.Axis(labelLimit=alt.ExprRef("min(420, (containerSize()[0] || 900) * 0.4)")),
     )
     bars = base.mark_bar().encode(
         y=y,
