@@ -26,14 +26,14 @@ MEMORY = {
     "activation_bytes": "activation",
     "process_peak_bytes": "whole process",
 }
-_IN_A_LINE = ("setting", RUN)
+IN_A_LINE = ("setting", RUN)  # axes that a line has in its name
 
 
 def line_of(frame: pd.DataFrame) -> pd.Series[str]:
     """The line of each row: the title of its method, with its setting and run where these vary."""
     line = frame["method_title"].fillna(frame["method"]).astype(str)
     for axis in axes_that_vary(frame):
-        if axis in _IN_A_LINE:
+        if axis in IN_A_LINE:
             line = line + ", " + frame[axis].fillna("").astype(str)
     return line
 
@@ -50,7 +50,7 @@ def size_of(frame: pd.DataFrame) -> pd.Series[str]:
 def _batch_and_axes(frame: pd.DataFrame) -> pd.Series[str]:
     words = "batch " + frame["batch_size"].astype(str)
     for axis in axes_that_vary(frame):
-        if axis not in _IN_A_LINE:
+        if axis not in IN_A_LINE:
             words = words + ", " + frame[axis].map(lambda value, axis=axis: axis_text(axis, value) or f"no {axis}")
     return words.astype(str)
 
@@ -125,7 +125,7 @@ def _with_lines(frame: pd.DataFrame, found: Sequence[pd.DataFrame], columns: Seq
     joined = pd.concat(filled)
     joined["line"] = line_of(frame).reindex(joined.index)
     for axis in axes_that_vary(frame):
-        if axis in _IN_A_LINE:
+        if axis in IN_A_LINE:
             joined[axis] = frame[axis].reindex(joined.index)
     return joined.reset_index(drop=True)
 
