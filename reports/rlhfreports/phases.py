@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import pandas as pd
 
-from rlhfreports.frames import line_of
+from rlhfreports.frames import line_of, size_of
 from rlhfreports.panels import is_measured
 
 _END = "_phase_s"
 _MACHINE = ("host", "device", "dtype", "num_threads")
-_SHARED = ["case_id", "method", "title", "line", "model", "seq_len", "batch_size", "machine"]
+_SHARED = ["case_id", "method", "title", "line", "size", "seq_len", "batch_size", "machine"]
 
 
 def phases_of(frame: pd.DataFrame) -> list[str]:
@@ -28,14 +28,17 @@ def phase_points(frame: pd.DataFrame) -> pd.DataFrame:
         frame: a frame of ``rlhfbench.records_frame``.
 
     Returns:
-        A row a case and phase: ``case_id``, ``method``, ``title``, ``line``, ``model``, ``seq_len``, ``batch_size``,
+        A row a case and phase: ``case_id``, ``method``, ``title``, ``line``, ``size``, ``seq_len``, ``batch_size``,
         ``machine``, ``phase``, ``order`` (of the phase), ``seconds`` (of a step), ``seconds_per_sample``,
         ``floor_s_per_sample``, ``floor_fraction``, ``intensity`` (FLOP/byte) and ``flops_per_s``. The last four are NaN
         for a phase whose work is not known.
     """
     measured = frame[is_measured(frame)]
     shared = measured.assign(
-        title=measured["method_title"].fillna(measured["method"]), line=line_of(frame), machine=machine_of(frame)
+        title=measured["method_title"].fillna(measured["method"]),
+        line=line_of(frame),
+        size=size_of(frame),
+        machine=machine_of(frame),
     )[_SHARED]
     found = []
     for order, phase in enumerate(phases_of(frame)):
@@ -105,8 +108,8 @@ def ceilings(frame: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
         right = max(*of_machine, *ridges) * 2
         lines = {
             f"matmul {matmul / 1e9:.3g} GFLOP/s": ((min(ridges), matmul), (right, matmul)),
-            f"read {read / 1e9:.3g} GB/s (solid)": ((left, read * left), (ridges[1], matmul)),
-            f"copy {copy / 1e9:.3g} GB/s (dashed)": ((left, copy * left), (ridges[0], matmul)),
+            f"read {read / 1e9:.3g} GB/s": ((left, read * left), (ridges[1], matmul)),
+            f"copy {copy / 1e9:.3g} GB/s": ((left, copy * left), (ridges[0], matmul)),
         }
         rows += [
             (machine, name.split()[0], intensity, flops_per_s, name)

@@ -146,7 +146,9 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._send_file(path)
 
-    do_HEAD = do_GET
+    def do_HEAD(self) -> None:
+        """Answers as ``do_GET`` does, without the content."""
+        self.do_GET()
 
     def _send_file(self, path: str) -> None:
         root = self.server.run_dir.resolve()
@@ -171,7 +173,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(content)
 
-    def log_message(self, format: str, *args: object) -> None:
+    def log_message(self, *args: object) -> None:
         """Prints nothing."""
 
 

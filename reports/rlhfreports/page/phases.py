@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import altair as alt
 import pandas as pd
 
 from rlhfreports.page.blocks import Block, Chart
-from rlhfreports.page.charts import DARK, HEIGHT, by_mode, method_scales, select, specification
+from rlhfreports.page.charts import DARK, HEIGHT, by_mode, lines_in_order, method_scales, select, specification
 from rlhfreports.page.data import Page
 from rlhfreports.phases import ceilings, phase_points, roofline_points
 from rlhfreports.plots import COLORS
@@ -26,7 +25,7 @@ def phase_blocks(page: Page) -> list[Block]:
     points = phase_points(page.frame)
     if points.empty:
         return []
-    made: list[Block] = [_seconds(points)]
+    made: list[Block] = [_seconds(page, points)]
     roofline = roofline_points(page.frame)
     lines = ceilings(page.frame, roofline)
     if len(roofline) and len(lines):
@@ -41,31 +40,22 @@ def phase_scale(phases: Sequence[str]) -> alt.Scale:
 
 
 def _sizes(points: pd.DataFrame) -> list[str]:
-    """Length and batch size of the cases, the largest first."""
-    sizes = points[["seq_len", "batch_size"]].drop_duplicates()
-    sizes = sizes.sort_values(["seq_len", "batch_size"], ascending=False)
-    return [_size(*row) for row in sizes.itertuples(index=False)]
-
-
-def _size(seq_len: int, batch_size: int) -> str:
-    return f"{seq_len} tokens, batch {batch_size}"
-
-
-def _with_size(points: pd.DataFrame) -> pd.DataFrame:
-    return points.assign(size=[_size(*row) for row in points[["seq_len", "batch_size"]].itertuples(index=False)])
+    """Length, batch size and what else varies, the largest first."""
+    ordered = points.sort_values(["seq_len", "batch_size"], ascending=False, kind="stable")
+    return list(ordered["size"].drop_duplicates())
 
 
 def _in_order(points: pd.DataFrame) -> list[str]:
     return list(points.sort_values("order", kind="stable")["phase"].drop_duplicates())
 
 
-def _seconds(points: pd.DataFrame) -> Chart:
+def _seconds(page: Page, points: pd.DataFrame) -> Chart:
     caption = (
-        "Seconds per sample of each phase, stacked in the order in which they run. The black tick is the roofline: the "
+        "Seconds per sample of each phase, stacked in the order in which they run. The tick is the roofline: the "
         "least time of the whole step at the ceilings below."
     )
     phases = _in_order(points)
-    lines = list(points["line"].drop_duplicates())
+    lines = lines_in_order(page.frame)
     y = alt.Y("line:N", title=None, scale=alt.Scale(domain=lines), axis=alt.Axis(labelLimit=320))
     base = alt.Chart(alt.NamedData("phases")).transform_filter("datum.size === size")
     bars = base.mark_bar().encode(
@@ -92,7 +82,7 @@ def _seconds(points: pd.DataFrame) -> Chart:
         title="Time by phase",
         caption=caption,
         spec=specification(made, description=caption),
-        data={"phases": _with_size(points)[columns]},
+        data={"phases": points[columns]},
     )
 
 
@@ -114,27 +104,16 @@ def _roofline(page: Page, points: pd.DataFrame, lines: pd.DataFrame) -> Chart:
         scale=alt.Scale(type="log", nice=False),
         axis=alt.Axis(format="~s"),
     )
+    grey = by_mode("#555555", "#BBBBBB")
     of_machine = alt.Chart(alt.NamedData("ceilings")).transform_filter("datum.machine === machine")
-    roof = of_machine.mark_line(color=by_mode("#555555", "#BBBBBB"), strokeWidth=1.5).encode(
+    roof = of_machine.mark_line(color=grey, strokeWidth=1.5).encode(
         x=x,
         y=y,
-        detail="ceiling:N",
-        strokeDash=alt.condition("datum.ceiling === 'copy'", alt.value([5, 4]), alt.value([1, 0])),
+        # In the order of their names: copy, matmul, read.
+        strokeDash=alt.StrokeDash(
+            "rate:N", scale=alt.Scale(range=[[6, 4], [1, 0], [2, 3]]), legend=alt.Legend(symbolType="stroke")
+        ),
     )
-    # Matmul's name stands over its line, those of memory under the left end of theirs.
-    labels: tuple[tuple[str, str, Literal["left", "right"], int], ...] = (
-        ("matmul", "argmax", "right", -8),
-        ("read", "argmin", "left", 30),
-        ("copy", "argmin", "left", 44),
-    )
-    words = [
-        of_machine.transform_filter(f"datum.ceiling === '{name}'")
-        .transform_aggregate(at=f"{end}(intensity)", groupby=["ceiling"])
-        .transform_calculate(intensity="datum.at.intensity", flops_per_s="datum.at.flops_per_s", rate="datum.at.rate")
-        .mark_text(align=align, dy=dy, fontSize=11)
-        .encode(x=x, y=y, text="rate:N")
-        for name, end, align, dy in labels
-    ]
     dots = (
         alt.Chart(alt.NamedData("roofline"))
         .transform_filter(f"datum.machine === machine && (size === '{ALL}' || datum.size === size)")
@@ -143,7 +122,12 @@ def _roofline(page: Page, points: pd.DataFrame, lines: pd.DataFrame) -> Chart:
             x=x,
             y=y,
             color=alt.Color("title:N", scale=colors),
-            shape=alt.Shape("phase:N", scale=alt.Scale(domain=phases, range=_symbols(len(phases))), sort=phases),
+            shape=alt.Shape(
+                "phase:N",
+                scale=alt.Scale(domain=phases, range=_symbols(len(phases))),
+                sort=phases,
+                legend=alt.Legend(symbolFillColor=grey, symbolStrokeColor=grey),
+            ),
             opacity=alt.condition(by_method & by_phase, alt.value(0.85), alt.value(0.06)),
             tooltip=[
                 alt.Tooltip("line:N", title="method"),
@@ -158,7 +142,7 @@ def _roofline(page: Page, points: pd.DataFrame, lines: pd.DataFrame) -> Chart:
     )
     switches = [select("size", [ALL, *_sizes(points)], "case")]
     switches += [select("machine", machines, "machine")] if len(machines) > 1 else []
-    made = alt.layer(roof, *words, dots).add_params(*switches, by_method, by_phase).properties(height=HEIGHT + 60)
+    made = alt.layer(roof, dots).add_params(*switches, by_method, by_phase).properties(height=HEIGHT + 60)
     if len(machines) == 1:
         made = made.add_params(alt.param(name="machine", value=machines[0]))
     columns = ["line", "title", "phase", "size", "machine", "intensity", "flops_per_s", "floor_fraction", "seconds"]
@@ -167,7 +151,7 @@ def _roofline(page: Page, points: pd.DataFrame, lines: pd.DataFrame) -> Chart:
         title="Roofline of each phase",
         caption=caption,
         spec=specification(made, description=caption),
-        data={"roofline": _with_size(points)[columns], "ceilings": lines},
+        data={"roofline": points[columns], "ceilings": lines},
     )
 
 

@@ -8,8 +8,8 @@ from urllib.parse import quote
 import altair as alt
 import pandas as pd
 
-from rlhfreports.columns import axes_that_vary
-from rlhfreports.frames import IN_A_LINE, line_of
+from rlhfreports.columns import RUN
+from rlhfreports.frames import line_of, size_of
 from rlhfreports.page.blocks import Block, Cell, Chart, Link, Links, Table, Text, downloads
 from rlhfreports.page.charts import HEIGHT, by_mode, select, specification
 from rlhfreports.page.data import Page, Run
@@ -53,12 +53,8 @@ def profile_blocks(page: Page) -> list[Block]:
 
 def _labels(page: Page, run: Run) -> dict[str, str]:
     """Words for each case of ``run``, by its id, that tell it from every other."""
-    rows = page.frame if len(page.runs) == 1 else page.frame[page.frame["run"] == run.name]
-    words = line_of(page.frame).reindex(rows.index)
-    words = words + ", " + rows["seq_len"].astype(str) + " tokens, batch " + rows["batch_size"].astype(str)
-    for axis in axes_that_vary(page.frame):
-        if axis not in IN_A_LINE:
-            words = words + ", " + rows[axis].astype("string").fillna("").astype(str)
+    rows = page.frame if len(page.runs) == 1 else page.frame[page.frame[RUN] == run.name]
+    words = (line_of(page.frame) + ", " + size_of(page.frame)).reindex(rows.index)
     return dict(zip(rows["case_id"].astype(str), words, strict=True))
 
 
@@ -96,7 +92,7 @@ def _ops_chart(ops: pd.DataFrame, name: str, title: str, what: str) -> Chart:
         "label:N",
         title=None,
         sort=alt.EncodingSortField("rank", op="min", order="ascending"),
-        axis=alt.Axis(labelLimit=420),
+        axis=alt.Axis(labelLimit=alt.ExprRef("min(420, (containerSize()[0] || 900) * 0.4)")),
     )
     bars = base.mark_bar().encode(
         y=y,

@@ -94,7 +94,7 @@ def test_phases_and_roofline_need_no_profile(make_frame: Frames) -> None:
     assert {"intensity", "flops_per_s", "phase", "title", "floor_fraction"} <= fields(roofline.spec)
     assert set(roofline.data) == {"roofline", "ceilings"}
     for chart in (seconds, roofline):
-        held = {name for frame in chart.data.values() for name in frame.columns} | {"at"}
+        held = {name for frame in chart.data.values() for name in frame.columns}
         assert fields(chart.spec) <= held | {"sum_seconds_per_sample", "sum_floor_s_per_sample"}
 
 
