@@ -321,7 +321,10 @@ WRONG = [
     (("report", "absent"), "records file 'absent' cannot be read: No such file or directory."),
     (("report", "future"), "its schema is 99 and this rlhfbench reads up to 2: a newer one wrote it."),
     (("report", "old"), "run 'old' holds no records yet: there is nothing to draw."),
-    (("report",), "Missing argument 'RUN'."),
+    (("report",), "Missing argument 'RUN [RUN…]'."),
+    (("report", "old", "--out", "x"), "--out is 'x': it needs two runs or more; the report of one run stands in its"),
+    (("report", "old", "./old"), "RUN names one folder twice: compare a run with another one."),
+    (("report", "old", "future"), "run 'old' holds no records yet: there is nothing to draw."),
 ]
 
 
@@ -459,14 +462,27 @@ def test_report_draws_from_the_records(call, tmp_path):
     (tmp_path / "records.jsonl").write_text(record + "\n")
     drawn = []
 
-    def draw(run_dir, *, whole):
-        drawn.append((run_dir, whole))
+    def draw(run_dir, *, whole, with_paper):
+        drawn.append((run_dir, whole, with_paper))
         return "the table"
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rlhfbench.runs.drawing, "draw_run", draw)
         assert call("report", str(tmp_path)) == (0, "the table\n", "")
-    assert drawn == [(tmp_path, True)]
+        assert call("report", str(tmp_path), "--paper") == (0, "the table\n", "")
+    assert drawn == [(tmp_path, True, False), (tmp_path, True, True)]
+
+
+def test_report_compares_runs(call, tmp_path):
+    for name in ("before", "after"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "records.jsonl").write_bytes((HERE / "records" / "schema1.jsonl").read_bytes())
+    names = [str(tmp_path / name) for name in ("before", "after")]
+    code, out, err = call("report", *names, "--out", str(tmp_path / "both"))
+    assert (code, err) == (0, "")
+    assert "after is faster than before in 0, slower in 0" in out
+    assert out.splitlines()[-1] == f"The comparison is in {tmp_path / 'both' / 'comparison.html'}."
+    assert (tmp_path / "both" / "comparison.html").is_file()
 
 
 def test_a_report_that_cannot_be_written(call, tmp_path, monkeypatch):
