@@ -20,16 +20,14 @@ from rlhfbench.errors import GateError
 from rlhfbench.gate.compare import MAX_LOOKS, PAIRS_PER_LOOK, Comparison, GateOptions
 from rlhfbench.gate.decide import MIN_PAIRS, Effects, Levels, Verdict, estimate, judge
 from rlhfbench.gate.findings import Finding
+from rlhfbench.gate.pairs import Pair, pairs_of
 from rlhfbench.gate.sides import Side
-from rlhfbench.records.blocks import block_values
 from rlhfbench.records.file import read_records
 
 SLOWDOWNS = (0.02, 0.05, 0.10, 0.20)
 HELD_BYTES = 64 * 1024
 NUM_TRIES = 200
 _PROMISED_SHARE = 0.95  # of the tries in which an effect must be found to be promised
-
-Values = Mapping[str, float]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,16 +36,16 @@ class MeasuredCase:
 
     Attributes:
         kinds: The kind of each phase.
-        pairs: Seconds by quantity of the two blocks of each pair.
+        pairs: The pairs.
     """
 
     kinds: Mapping[str, str]
-    pairs: Sequence[tuple[Values, Values]]
+    pairs: Sequence[Pair]
 
     @property
     def longest_phase(self) -> str:
         """The phase that takes the most seconds."""
-        return max(self.kinds, key=lambda name: self.pairs[0][0][name])
+        return max(self.kinds, key=self.pairs[0].base.__getitem__)
 
     def affected(self, phase: str) -> set[str]:
         """The quantities that the seconds of ``phase`` are part of."""
@@ -86,8 +84,7 @@ def measured_cases(out: Path) -> list[MeasuredCase]:
     base, head = ({r["case"]["id"]: r for r in read_records(out / name)} for name in ("base", "head"))
     found = []
     for case_id in base.keys() & head.keys():
-        values = zip(block_values(base[case_id]), block_values(head[case_id]), strict=False)
-        pairs = [(b, h) for b, h in values if b is not None and h is not None]
+        pairs = pairs_of(base[case_id], head[case_id])
         kinds = {name: phase["kind"] for name, phase in base[case_id]["latency"]["phases"].items()}
         if pairs:
             found.append(MeasuredCase(kinds=kinds, pairs=pairs))
@@ -146,13 +143,9 @@ def _logs(case: MeasuredCase, slowdown: float, rng: random.Random) -> Iterator[d
     phase = case.longest_phase
     affected = case.affected(phase)
     while True:
-        base, head = rng.sample(rng.choice(case.pairs), 2)
-        slower = slowdown * head[phase]
-        yield {
-            name: math.log((head[name] + (slower if name in affected else 0.0)) / base[name])
-            for name in head
-            if base[name] > 0 and head[name] > 0
-        }
+        pair, sign = rng.choice(case.pairs), rng.choice((-1, 1))
+        added = {name: slowdown * pair.head[phase] / pair.head[name] for name in affected}
+        yield {name: sign * ratio + math.log1p(added.get(name, 0.0)) for name, ratio in pair.log_ratios.items()}
 
 
 def self_test(side: Side, sweep: Sweep, out: Path, options: GateOptions, tell: Callable[[str], None]) -> list[Rates]:
