@@ -1,4 +1,4 @@
-"""What the gate can promise on this machine: rates of false alarms and of detection.
+"""Rates of false alarms and of detection of the gate on this machine.
 
 Pairs of a revision with itself are measured. Comparisons are then simulated from them: pairs are drawn with
 replacement, their sides exchanged at random, one phase of one case multiplied, and the looks of a real comparison
@@ -54,7 +54,7 @@ class MeasuredCase:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Rates:
-    """What the gate says over many simulated comparisons with one slower phase in one case.
+    """Verdicts of the gate over many simulated comparisons with one slower phase in one case.
 
     Attributes:
         slowdown: Of the phase, as a share.
