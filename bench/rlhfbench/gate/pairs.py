@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhfbench.measure.interference import disturbance
@@ -12,7 +12,9 @@ from rlhfbench.measure.statistic import midmean_of
 from rlhfbench.records.blocks import block_values, step_values
 from rlhfbench.records.file import Record
 
-# The blocks before measure memory.
+Values = Mapping[str, float]
+
+# The block before measures memory.
 FIRST_TIMED_BLOCK = 1
 
 
@@ -25,12 +27,14 @@ class Pair:
         head: The same of the head.
         log_ratios: Of head to base, by quantity. Of steps that were taken in turns: the mid-mean over the rounds.
         disturbed: Whether something disturbed the base, and the head.
+        steps: What ``base`` and ``head`` are of: every step of each.
     """
 
-    base: Mapping[str, float]
-    head: Mapping[str, float]
-    log_ratios: Mapping[str, float]
+    base: Values
+    head: Values
+    log_ratios: Values
     disturbed: tuple[bool, bool]
+    steps: tuple[Sequence[Values], Sequence[Values]]
 
 
 def pairs_of(base: Record, head: Record) -> list[Pair]:
@@ -40,16 +44,16 @@ def pairs_of(base: Record, head: Record) -> list[Pair]:
     for (base_s, base_block), (head_s, head_block) in list(zip(*sides, strict=False))[FIRST_TIMED_BLOCK:]:
         if base_s is None or head_s is None:
             continue
-        rounds = [(base_s, head_s)]
-        if base_block.get("in_turns") and head_block.get("in_turns"):
-            # One side may have had a turn more when the other failed.
-            rounds = list(zip(step_values(base, base_block), step_values(head, head_block), strict=False))
+        steps = (step_values(base, base_block), step_values(head, head_block))
+        in_turns = base_block.get("in_turns") and head_block.get("in_turns")
+        # One side may have had a turn more when the other failed.
+        rounds = list(zip(*steps, strict=False)) if in_turns else [(base_s, head_s)]
         disturbed = (_is_disturbed(base_block), _is_disturbed(head_block))
-        found.append(Pair(base=base_s, head=head_s, log_ratios=_log_ratios(rounds), disturbed=disturbed))
+        found.append(Pair(base=base_s, head=head_s, log_ratios=_log_ratios(rounds), disturbed=disturbed, steps=steps))
     return found
 
 
-def _log_ratios(rounds: list[tuple[dict[str, float], dict[str, float]]]) -> dict[str, float]:
+def _log_ratios(rounds: Sequence[tuple[Values, Values]]) -> dict[str, float]:
     """The mid-mean over rounds of each quantity that both sides have, and that took time in every round."""
     names = [name for name in rounds[0][0] if name in rounds[0][1]]
     return {

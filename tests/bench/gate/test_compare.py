@@ -19,8 +19,8 @@ from rlhfbench.gate.decide import MIN_PAIRS, Effects
 from rlhfbench.gate.findings import Finding, sizes_of
 from rlhfbench.gate.output import exit_code, markdown, to_json
 from rlhfbench.gate.pairs import Pair, pairs_of
-from rlhfbench.gate.selftest import MeasuredCase, measured_cases, rates
 from rlhfbench.gate.sides import Side
+from rlhfbench.gate.simulation import MeasuredCase, measured_cases, rates
 from rlhfbench.records.file import read_records
 from rlhfbench.runs.forkserver import ForkServer
 from rlhfbench.runs.options import RunOptions
@@ -284,11 +284,19 @@ def test_simulated_rates_follow_the_noise(tmp_path):
     assert steady[0].affected("generate") == {"generate", "inference", "total"}
     quiet = rates(steady * 3, 0.2, Effects())
     assert (quiet.found, quiet.false_alarms, quiet.num_pairs) == (1.0, 0.0, MIN_PAIRS)
-    assert rates(steady * 3, 0.0, Effects()).found == 0.0
+    assert quiet.others == {"pytest-benchmark's 10 % on means": (1.0, 0.0), "asv's factor 1.1": (1.0, 0.0)}
+    still = rates(steady * 3, 0.0, Effects())
+    assert {still.found, *still.others.values()} == {0.0, (0.0, 0.0)}
     names = ("think", "update", "total")
     equal = dict.fromkeys(names, 1.0)
     wild = [
-        Pair(base=equal, head=equal, log_ratios=dict.fromkeys(names, ratio), disturbed=(False, False))
+        Pair(
+            base=equal,
+            head=equal,
+            log_ratios=dict.fromkeys(names, ratio),
+            disturbed=(False, False),
+            steps=([equal], [equal]),
+        )
         for ratio in (-1.2, -0.3, 0.7, 1.6)
     ]
     noisy = MeasuredCase(kinds={"think": "update"}, pairs=wild)
