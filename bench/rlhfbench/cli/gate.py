@@ -134,7 +134,7 @@ def gate(
 ) -> int:
     """Tell whether a change made a step slower or larger.
 
-    Two revisions run in alternating blocks, in fresh processes on this machine, until the answer is clear or the time
+    Two revisions take their steps in turns, in fresh processes on this machine, until the answer is clear or the time
     is spent. Without options for cases: the PPO methods on a tiny model at one small size.
     """
     asked = [name for name in ("base", "baseline", "self_test", "bisect") if ctx.params[name]]

@@ -1,12 +1,17 @@
 import contextlib
+import dataclasses
 import gc
 import json
+import random
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 
 from rlhfbench.measure import MeasurementOptions, host, measure_case, measurements
 from rlhfbench.measure.ledger import Ledger
+from rlhfbench.measure.turns import run_in_turns
 from rlhfkernels.config.case import Case
 from rlhfkernels.errors import ModelError, NumericalError
 from rlhfkernels.methods.program import Phase
@@ -179,8 +184,8 @@ def test_the_first_block_has_every_step_by_phase_and_the_record_its_kinds(fake):
     result = measure_case(CASE, options(), lambda text: None)
     block = result["block"]
     assert set(block) == {
-        "started_at", "build_s", "prepare_s_per_sample", "phases", "stopped_because", "interference", "ceilings",
-        "floors_s", "error",
+        "started_at", "build_s", "prepare_s_per_sample", "phases", "stopped_because", "in_turns", "interference",
+        "ceilings", "floors_s", "error",
     }  # fmt: skip
     assert {name: len(samples) for name, samples in block["phases"].items()} == {"think": 1, "learn": 1, "step": 1}
     assert block["stopped_because"] == "budget"
@@ -192,6 +197,26 @@ def test_the_first_block_has_every_step_by_phase_and_the_record_its_kinds(fake):
         "num_blocks": 4,
     }
     assert result["work"]["phases"]["think"] == {"flops": 2000, "bytes": 50, "written_bytes": 0}
+
+
+def test_in_turns_the_referee_says_how_many_steps_are_timed(fake):
+    """Ceilings would be measured beside the other side, so there are none."""
+    fake(FakeStep())
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = [lambda path: results.append(measure_case(CASE, options(block=1, turns=path), lambda text: None))] * 2
+        run_in_turns(jobs, Path(folder), 0.0, random.Random(0), aborts=[pytest.fail])
+    for block in (result["block"] for result in results):
+        assert block["in_turns"]
+        assert block["ceilings"] is block["floors_s"] is None
+        assert len(block["phases"]["think"]) == 5
+        assert block["stopped_because"] == "budget"
+
+
+def test_without_any_turn_one_step_is_timed(fake, tmp_path):
+    fake(FakeStep())
+    block = measure_case(CASE, options(block=1, turns=str(tmp_path / "nobody")), lambda text: None)["block"]
+    assert len(block["phases"]["think"]) == 1
 
 
 def test_a_later_block_is_timed_and_nothing_else(fake, tmp_path):
@@ -210,11 +235,11 @@ def test_a_model_that_is_slow_to_build_has_one_block_unless_told(fake, monkeypat
     fake(FakeStep())
     budgets = []
 
-    def time_steps(step, case, budget_s, precision, notify):
-        budgets.append(budget_s)
+    def time_steps(step, case, rule, notify, turns):
+        budgets.append(rule.budget_s)
         monkeypatch.undo()
         fake(step)
-        return original(step, case, 0.0, precision, notify)
+        return original(step, case, dataclasses.replace(rule, budget_s=0.0), notify, turns)
 
     original = measurements.time_steps
     readings = iter([0.0, build_s])
