@@ -65,7 +65,7 @@ def _fail(record: dict[str, Any], outcome: str, message: str) -> None:
     record["outcome"] = outcome
     record["error"] = {"kind": "Error", "message": message, "phase": "generate"}
     for key in ("memory", "latency", "work", "stats"):
-        record[key] = {name: None for name in record[key]} if isinstance(record[key], dict) else None
+        record[key] = dict.fromkeys(record[key]) if isinstance(record[key], dict) else None
     record["memory"] |= {"parts": {}, "phases": {}, "views": {}}
     record["latency"] |= {"phases": {}}
     record["work"] |= {"phases": {}}

@@ -154,9 +154,7 @@ def test_each_switch_changes_its_plot(page: Any) -> None:
             values = lists.nth(i).locator("option").evaluate_all("all => all.map(one => one.value)")
             first = lists.nth(i).input_value()
             seen += _changes(page, chart, lambda value, i=i: lists.nth(i).select_option(value), first, values)  # type: ignore[misc]
-        for name in dict.fromkeys(
-            figure.locator("input[type=radio]").evaluate_all("all => all.map(one => one.name)")
-        ):
+        for name in dict.fromkeys(figure.locator("input[type=radio]").evaluate_all("all => all.map(one => one.name)")):
             group = figure.locator(f"input[type=radio][name='{name}']")
             values = group.evaluate_all("all => all.map(one => one.value)")
             first = figure.locator(f"input[type=radio][name='{name}']:checked").input_value()
@@ -240,7 +238,9 @@ def test_the_keyboard_reaches_everything(page: Any) -> None:
     for _ in range(2 * num):
         page.evaluate("() => { document.activeElement.dataset.reached = 'yes'; }")
         page.keyboard.press("Tab")
-        if page.evaluate("() => document.activeElement === document.body || document.activeElement.className === 'skip'"):
+        if page.evaluate(
+            "() => document.activeElement === document.body || document.activeElement.className === 'skip'"
+        ):
             break
     assert page.evaluate(missing) == []
 
