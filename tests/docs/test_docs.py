@@ -164,6 +164,9 @@ def _check_flags(words: list[str]) -> None:
     """Parses a command and makes its sweep or request, which checks every flag, option and value."""
     verb, *arguments = words
     params = typer.main.get_command(app).commands[verb].make_context(verb, list(arguments)).params
+    if verb == "report":
+        assert params["run_dirs"]
+        return
     if verb == "evidence":
         assert Request.of(params["model"], params["device"])
         assert parse_parts(params["parts"], PARTS)
