@@ -38,7 +38,10 @@ def answer(frame: pd.DataFrame) -> list[str]:
 
 def _memory(frame: pd.DataFrame) -> str | None:
     """The method that needs least memory against the baseline, at the largest case that both were measured at."""
-    rows = frame[frame["total_bytes"].notna()]
+    # Groups of all columns took half of the time of the answer.
+    rows = frame.loc[
+        frame["total_bytes"].notna(), ["method", "method_title", "family", *axes_of(frame), *_SIZE, "total_bytes"]
+    ]
     if rows.empty:
         return None
     for _, group in _largest_first(rows):
@@ -61,10 +64,9 @@ def _memory(frame: pd.DataFrame) -> str | None:
 def _largest_first(rows: pd.DataFrame) -> list[tuple[Any, pd.DataFrame]]:
     """The cases of one family that differ in method alone and have several methods: the longest first, then the largest
     batch, and of these the ones with the baseline."""
-    others = [axis for axis in axes_of(rows) if axis != "options"]
     groups = [
         (key, group)
-        for key, group in rows.groupby(["family", *others, "options", *_SIZE], sort=False, dropna=False)
+        for key, group in rows.groupby(["family", *axes_of(rows), *_SIZE], sort=False, dropna=False)
         if group["method"].nunique() > 1
     ]
 

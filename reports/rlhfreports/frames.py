@@ -15,7 +15,7 @@ import pandas as pd
 from rlhfreports.columns import RUN, axes_that_vary, axis_text, parts_of
 from rlhfreports.panels import Panel, panels_of
 from rlhfreports.predicted import comparisons
-from rlhfreports.slopes import slope_by_length
+from rlhfreports.slopes import SLOPE_COLUMNS, slope_by_length
 from rlhfreports.tables import GIB
 
 KINDS = ("total", "inference", "update")  # of seconds
@@ -97,7 +97,8 @@ def slopes(frame: pd.DataFrame) -> pd.DataFrame:
     found = []
     lines = line_of(frame)
     for panel in panels_of(frame):
-        for line, rows in panel.points.groupby(lines.reindex(panel.points.index), sort=False):
+        points = panel.points[["method", "method_title", *SLOPE_COLUMNS]]
+        for line, rows in points.groupby(lines.reindex(points.index), sort=False):
             title = rows["method_title"].fillna(rows["method"]).iloc[0]
             for kind in KINDS:
                 fitted = slope_by_length(rows, f"{kind}_s_per_sample")

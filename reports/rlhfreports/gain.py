@@ -42,6 +42,10 @@ if TYPE_CHECKING:
 
 BASELINE = "lora"
 _SIZE = ("prompt_len", "completion_len")
+_NEEDED = (
+    *(*_SIZE, "seq_len", "batch_size", "outcome"),
+    *("total_bytes", "total_s_per_sample", "total_block_s_per_sample"),
+)
 _HEADINGS = (
     "baseline batch",
     "its total GiB",
@@ -157,6 +161,8 @@ def _pairs(frame: pd.DataFrame, baseline: str) -> list[tuple[pd.DataFrame, pd.Da
     """(rows of the baseline, rows of a method) of cases that differ in method and batch size alone, failures too."""
     places = {setting: place for place, setting in enumerate(setting_order(frame))}
     pairs = []
+    # Of all columns, 1,000 cases took 3 s.
+    frame = frame[["family", "method", "method_title", "method_order", *axes_of(frame), "setting_order", *_NEEDED]]
     for _, rows in frame.groupby(["family", *axes_of(frame), *_SIZE], sort=False, dropna=False):
         base = rows[rows["method"] == baseline]
         if not _usable(base).any():

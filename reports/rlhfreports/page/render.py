@@ -58,9 +58,21 @@ def rendered(title: str, caption: str, sections: Sequence[Section]) -> str:
     )
 
 
-def columns_of(frame: pd.DataFrame) -> dict[str, list[Any]]:
-    """The columns of ``frame`` as JSON values: six significant digits, ``None`` for absent and infinite numbers."""
-    return {str(name): [_json(value) for value in frame[name].tolist()] for name in frame.columns}
+def columns_of(frame: pd.DataFrame) -> dict[str, Any]:
+    """The columns of ``frame`` as JSON: numbers with six significant digits, ``None`` for absent and infinite ones.
+
+    A column with few different values is ``{"values": [...], "codes": [...]}``: with it and a shorter CSV, the page of
+    1,000 cases has 4.7 MB and not 10.5.
+    """
+    return {str(name): _column([_json(value) for value in frame[name].tolist()]) for name in frame.columns}
+
+
+def _column(values: list[Any]) -> list[Any] | dict[str, list[Any]]:
+    places: dict[Any, int] = {}
+    codes = [places.setdefault((type(value), value), len(places)) for value in values if not isinstance(value, list)]
+    if len(codes) < len(values) or 2 * len(places) > len(values):
+        return values
+    return {"values": [value for _, value in places], "codes": codes}
 
 
 def _json(value: Any) -> Any:

@@ -2,10 +2,11 @@
 const json = (id) => JSON.parse(document.getElementById(id).textContent);
 const [columns, specs] = [json("page-data"), json("page-specs")];
 
+const decoded = (column) => (Array.isArray(column) ? column : column.codes.map((code) => column.values[code]));
 const rowsOf = (table) => {
   const names = Object.keys(table);
-  const first = names.length ? table[names[0]] : [];
-  return first.map((_, i) => Object.fromEntries(names.map((name) => [name, table[name][i]])));
+  const values = names.map((name) => decoded(table[name]));
+  return (values[0] ?? []).map((_, i) => Object.fromEntries(names.map((name, j) => [name, values[j][i]])));
 };
 
 const darkMode = window.matchMedia("(prefers-color-scheme: dark)");
