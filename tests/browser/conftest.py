@@ -24,7 +24,7 @@ def _missing(what: str) -> None:
     pytest.skip(f"{what}.")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # and no longer: its event loop runs in this thread
 def browser() -> Iterator[Any]:
     """A headless Chromium of the system's, driven by Playwright."""
     try:
