@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from rlhfbench.runs import watch
 from rlhfbench.runs.watch import make_server
 
 RESULT = Path(__file__).parents[2] / "reports" / "results" / "default-cpu"
@@ -24,7 +25,8 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def url(run_dir: Path) -> Iterator[str]:
+def url(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr(watch, "_REST", 0.0)
     with make_server(run_dir, "127.0.0.1", 0) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
