@@ -85,6 +85,7 @@ CHECKED = {
     "rlhfbench gate --bisect v1.2 HEAD --methods hydra": _REPOSITORY,
     "rlhfbench gate --base main --step bench_step:make_step --methods full --seq-lens 32 --batch-sizes 4": _REPOSITORY,
     "rlhfbench run --methods lora,hydra --seq-lens 32 --batch-sizes 2 --out baseline": _SAME,
+    "rlhfbench watch my-run": "it serves until Ctrl-C",
     "rlhfbench gate --baseline baseline --memory-only": _SAME,
 }
 # Parts of commands that install packages, or are the run that this test is part of.
@@ -170,6 +171,8 @@ def _check_flags(words: list[str]) -> None:
     if verb == "evidence":
         assert Request.of(params["model"], params["device"])
         assert parse_parts(params["parts"], PARTS)
+        return
+    if "methods" not in params:  # a verb that reads a run
         return
     assert make_sweep(case_spec(params), params["sweep"], params["setting"]).cases
 

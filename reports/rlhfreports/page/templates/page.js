@@ -19,6 +19,7 @@ async function drawChart(figure) {
   const actions = { export: true, source: false, compiled: false, editor: false };
   const bind = figure.parentElement.querySelector(".switches");
   const { view } = await vegaEmbed(figure, { ...spec, datasets, params }, { actions, bind, renderer: "svg" });
+  figure.querySelector("summary")?.setAttribute("aria-label", "Save this chart as a picture");
   views.push(view);
 }
 
@@ -32,7 +33,11 @@ async function drawCharts() {
   }
 }
 
-const setDark = (isDark) => views.forEach((view) => view.signal("dark", isDark).run());
+const setDark = (isDark) => {
+  document.documentElement.classList.toggle("dark", isDark); // the class that DataTables has its own dark colours for
+  views.forEach((view) => view.signal("dark", isDark).run());
+};
+setDark(darkMode.matches);
 darkMode.addEventListener("change", (event) => setDark(event.matches));
 window.addEventListener("beforeprint", () => setDark(false));
 window.addEventListener("afterprint", () => setDark(darkMode.matches));
