@@ -88,8 +88,12 @@ def latency_chart(page: Page, points: pd.DataFrame, failed: pd.DataFrame) -> Cha
     )
     shown, dash = legend_filter(), line_dash(page.frame)
     colors, shapes = method_scales(page.frame)
-    legend = alt.Legend(labelExpr="datum.label + (slopes[panel + '|' + kind + '|' + datum.label] ? '  (' + "
-                                  "slopes[panel + '|' + kind + '|' + datum.label] + ')' : '')")  # fmt: skip
+    slope = "slopes[panel + '|' + kind + '|' + datum.label]"
+    # Wider than other legends: a method and its slope take up to 260 pixels.
+    legend = alt.Legend(
+        labelExpr=f"datum.label + ({slope} ? '  (' + {slope} + ')' : '')",
+        columns={"expr": "clamp(floor((containerSize()[0] || 900) / 270), 1, 4)"},
+    )
     base = (
         alt.Chart(alt.NamedData("times"))
         .transform_filter("datum.panel === panel && datum.kind === kind")
