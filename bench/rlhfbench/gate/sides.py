@@ -18,7 +18,7 @@ from rlhfbench.errors import GateError
 # Prints the files of the modules that a step's module loads.
 _LOADED_FILES = (
     "import importlib, json, sys; importlib.import_module(sys.argv[1]); "
-    "print(json.dumps({name: getattr(m, '__file__', None) for name, m in list(sys.modules.items()) if '.' not in name}))"
+    "print(json.dumps({n: getattr(m, '__file__', None) for n, m in list(sys.modules.items()) if '.' not in n}))"
 )
 # The path of a Unix socket has 104 to 108 characters.
 _MAX_TEMPORARY_CHARS = 70

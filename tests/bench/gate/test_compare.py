@@ -318,4 +318,4 @@ def test_simulated_rates_follow_the_noise(tmp_path):
     assert patient.ambiguous > 0.9
     assert patient.case_s == pytest.approx(patient.num_pairs + 1)  # a pair takes a second, and memory another
     hasty = rates([noisy], 0.05, Effects(), 6.5)
-    assert hasty.num_pairs == MIN_PAIRS + 2  # 7 of 6.5 seconds are spent
+    assert 5.5 < hasty.num_pairs <= MIN_PAIRS + 2  # then 7 of 6.5 seconds are spent; some tries end before

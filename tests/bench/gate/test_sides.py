@@ -149,7 +149,7 @@ def test_a_step_that_imports_another_copy_of_the_repository_is_refused(repo, mon
     installed.mkdir()
     (installed / "mine.py").write_text("VALUE = 1\n")
     monkeypatch.setenv("PYTHONPATH", str(installed))
-    with pytest.raises(GateError, match="imports 'mine' from '.*installed.mine.py' and not from the repository"):
+    with pytest.raises(GateError, match=r"imports 'mine' from '.*installed.mine.py' and not from the repository"):
         sides.head_side(repo, step="bench_step:make")
     monkeypatch.setenv("PYTHONPATH", str(repo / "src"))
     assert sides.head_side(repo, step="bench_step:make").paths == (str(repo),)
