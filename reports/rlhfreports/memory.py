@@ -56,7 +56,8 @@ class MemoryTable(ReportTable):
 
     def rich(self) -> RenderableType:
         """The table for a terminal, without the note on what the run can tell apart: it is printed beside the table."""
-        notes = [note for note in self.notes if note != resolution(self.frame)]
+        said = resolution(self.frame)
+        notes = [note for note in self.notes if note != said]
         hidden = len(notes) - _MAX_TERMINAL_NOTES
         footer = [self.explanation, *(f"• {note}" for note in notes[:_MAX_TERMINAL_NOTES])]
         footer += [f"• {hidden} more notes stand in the Markdown table."] if hidden > 0 else []
