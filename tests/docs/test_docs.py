@@ -38,6 +38,7 @@ RUN = {
     "rlhfbench run --model smollm2-135m --methods lora,hydra --seq-lens 128,256 --batch-sizes 4 --out my-run": _TINY,
     "rlhfbench run --resume my-run": "",
     "rlhfbench report my-run": "",
+    "rlhfbench report my-run --paper": "",
     "rlhfbench methods": "",
     "rlhfbench methods --options": "",
     "rlhfbench models": "",
@@ -54,6 +55,7 @@ _SAME = "it is long, and a command like it runs"
 # Commands that do not run here, with the reason. Their flags, options and sweep files are checked.
 CHECKED = {
     "rlhfbench run": _SAME,
+    "rlhfbench report before after": "it needs two runs, and tests of the command line compare two",
     "rlhfbench run --model ./my-checkpoint --prompts my.jsonl --seq-lens 512 --dtype bfloat16 --device cuda": _GPU,
     "rlhfbench run --model opt-1.3b --setting paper,modern --device cuda": _GPU,
     "rlhfbench run --methods dpo --model gpt2 --option dpo.beta=0.2 --option engine.gradient_checkpointing=true": _LONG,
@@ -163,6 +165,9 @@ def _check_flags(words: list[str]) -> None:
     """Parses a command and makes its sweep or request, which checks every flag, option and value."""
     verb, *arguments = words
     params = typer.main.get_command(app).commands[verb].make_context(verb, list(arguments)).params
+    if verb == "report":
+        assert params["run_dirs"]
+        return
     if verb == "evidence":
         assert Request.of(params["model"], params["device"])
         assert parse_parts(params["parts"], PARTS)

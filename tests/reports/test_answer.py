@@ -35,7 +35,9 @@ def test_memory_is_compared_at_the_largest_case_that_the_baseline_has_too(make_f
         timed("hydra", 1.0, total=5 * GIB, batch_size=2),
         timed("hydra", 1.0, total=6 * GIB, batch_size=4),
     )
-    expected = "Hydra-PPO needs 75 % less memory than LoRA-PPO at the same batch (5 against 20 GiB, 64 tokens, batch 2)."
+    expected = (
+        "Hydra-PPO needs 75 % less memory than LoRA-PPO at the same batch (5 against 20 GiB, 64 tokens, batch 2)."
+    )
     assert answer(frame)[0] == expected
 
 
@@ -59,9 +61,7 @@ def test_a_gain_is_claimed_where_its_interval_and_the_run_carry_it(make_frame: F
 def test_a_gain_that_intervals_or_the_run_do_not_carry_is_not_claimed(
     make_frame: Frames, hydra: tuple[float, ...], reason: str
 ) -> None:
-    frame = make_frame(
-        timed("lora", 1.0, 1.001, 0.999), timed("hydra", *hydra), timed("hydra", *hydra, batch_size=2)
-    )
+    frame = make_frame(timed("lora", 1.0, 1.001, 0.999), timed("hydra", *hydra), timed("hydra", *hydra, batch_size=2))
     assert answer(frame)[1] == (
         "No method is faster than LoRA-PPO at equal memory, 64 tokens by more than this run can tell apart."
     ), reason

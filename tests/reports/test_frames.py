@@ -38,7 +38,9 @@ def test_tokens_count_every_sequence_of_a_sample(make_frame: Frames) -> None:
     assert set(found["tokens"]) == {40.0}
 
 
-def test_a_kind_that_a_method_has_not_is_left_out(make_frame: Frames, other_shapes: tuple[dict[str, object], ...]) -> None:
+def test_a_kind_that_a_method_has_not_is_left_out(
+    make_frame: Frames, other_shapes: tuple[dict[str, object], ...]
+) -> None:
     found = frames.times(make_frame(*other_shapes))
     assert set(zip(found["method"], found["kind"], strict=True)) == {
         *(("sft", kind) for kind in ("total", "update")),
@@ -144,8 +146,12 @@ def test_runs_and_settings_are_part_of_a_line(make_frame: Frames) -> None:
     assert frames.line_of(two).tolist() == ["Hydra-PPO, a", "Hydra-PPO, b"]
 
 
-@pytest.mark.parametrize("make", [frames.times, frames.failures, frames.slopes, frames.parts, frames.memory, frames.swept])
-def test_an_empty_frame_gives_an_empty_frame_with_columns(make_frame: Frames, make: Callable[..., pd.DataFrame]) -> None:
+@pytest.mark.parametrize(
+    "make", [frames.times, frames.failures, frames.slopes, frames.parts, frames.memory, frames.swept]
+)
+def test_an_empty_frame_gives_an_empty_frame_with_columns(
+    make_frame: Frames, make: Callable[..., pd.DataFrame]
+) -> None:
     found = make(make_frame())
     assert found.empty
     assert "line" in found

@@ -50,11 +50,15 @@ def report(
 
 def _compare(run_dirs: list[Path], folder: Path, *, with_paper: bool) -> None:
     """Writes the page of several runs and prints its first sentences."""
+    from rlhfbench.records.file import read_records
+    from rlhfbench.runs.drawing import check_drawable
     from rlhfbench.runs.page import COMPARISON_NAME, missing_libraries, write_run_page
 
     missing = missing_libraries()
     if missing:
         raise RunFolderError(f"the page of several runs needs libraries: pip install {' '.join(missing)}.")
+    for run_dir in run_dirs:
+        check_drawable(run_dir, read_records(run_dir))
     path = folder / COMPARISON_NAME
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -82,7 +82,7 @@ def draw_run(run_dir: Path, *, whole: bool = False, with_paper: bool = False) ->
     if missing:
         printed.append(Text(f"No page was written. It needs: pip install {' '.join(missing)}"))
     else:
-        write_run_page([run_dir], run_dir / PAGE_NAME, with_paper=with_paper)
+        write_run_page([run_dir], run_dir / PAGE_NAME, with_paper=with_paper, loaded=[(records, frame)])
     return Group(*printed)
 
 

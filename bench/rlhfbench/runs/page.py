@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlhfbench.errors import RecordsError
 from rlhfbench.records.file import read_records
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from rlhfreports.page.data import Profile, Run, Timeline
 
+Loaded = tuple[list[dict[str, Any]], "pd.DataFrame"]  # records and their frame
 PAGE_NAME, COMPARISON_NAME = "index.html", "comparison.html"
 _LIBRARIES = {"altair": "altair", "vl_convert": "vl-convert-python", "itables": "itables", "jinja2": "jinja2"}
 
@@ -27,12 +28,13 @@ def missing_libraries() -> list[str]:
     return [name for module, name in _LIBRARIES.items() if importlib.util.find_spec(module) is None]
 
 
-def read_run(run_dir: Path, name: str | None = None) -> Run:
+def read_run(run_dir: Path, name: str | None = None, loaded: Loaded | None = None) -> Run:
     """Reads a run: its records, environments, sweep, and the timelines of its largest cases.
 
     Args:
         run_dir: a folder with ``records.jsonl``. Other files may be absent.
         name: of the run in the page; by default that of the folder.
+        loaded: the records and their frame where the caller has read them: both take seconds for 1,000 cases.
 
     Raises:
         RecordsError: a file cannot be read.
@@ -42,8 +44,8 @@ def read_run(run_dir: Path, name: str | None = None) -> Run:
     from rlhfbench.runs.drawing import largest_cases
     from rlhfreports.page.data import Run
 
-    records = read_records(run_dir)
-    frame = records_frame(records)
+    records = read_records(run_dir) if loaded is None else loaded[0]
+    frame = records_frame(records) if loaded is None else loaded[1]
     folder = RunFolder(run_dir)
     return Run(
         name=name or run_dir.resolve().name,
@@ -66,8 +68,16 @@ def run_names(run_dirs: Sequence[Path]) -> list[str]:
     return [f"{path.name} ({place})" for place, path in enumerate(paths, 1)]
 
 
-def write_run_page(run_dirs: Sequence[Path], path: Path, *, with_paper: bool = False) -> list[str]:
+def write_run_page(
+    run_dirs: Sequence[Path], path: Path, *, with_paper: bool = False, loaded: Sequence[Loaded | None] = ()
+) -> list[str]:
     """Writes the page of one run, or the comparison of several, and returns the sentences of the comparison.
+
+    Args:
+        run_dirs: one folder or more.
+        path: of the page.
+        with_paper: lay the papers' numbers beside the run.
+        loaded: see ``read_run``, for each folder; empty to read all of them.
 
     Raises:
         RecordsError: a run cannot be read.
@@ -78,7 +88,8 @@ def write_run_page(run_dirs: Sequence[Path], path: Path, *, with_paper: bool = F
     from rlhfreports.page.data import Page
     from rlhfreports.page.render import write_page
 
-    runs = [read_run(run_dir, name) for run_dir, name in zip(run_dirs, run_names(run_dirs), strict=True)]
+    found = zip(run_dirs, run_names(run_dirs), loaded or [None] * len(run_dirs), strict=True)
+    runs = [read_run(*entry) for entry in found]
     page = Page.of(runs, with_paper=with_paper)
     write_page(page, path)
     return comparison_sentences(page.frame, compared(page.frame)) if len(runs) > 1 else []

@@ -34,7 +34,7 @@ _PARTS_CAPTION = (
 )
 _TIMELINE_CAPTION = (
     "Live bytes by part over the events of one step: tensors made, named and freed. Short phases are widened. Move "
-    "over the chart to read a moment: its phase, and where the run recorded it the tensor that made the total so high."
+    "over the chart to read a moment: its phase, total and event."
 )
 _LENGTH_CAPTION = "Memory against sequence length, both axes logarithmic. A flat line is memory that no length changes."
 _SWEPT_CAPTION = "Total memory against a number that the sweep varies, at one length and batch size."
@@ -116,7 +116,7 @@ def timeline_frames(run: Run) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]
 
     Returns:
         The areas: ``case`` (in words), ``x`` (a place between 0 and 1), ``part``, ``place`` and ``gib``. The moments:
-        ``case``, ``x``, ``event``, ``phase``, ``gib`` (the total) and ``tensor``. The phases: ``case``, ``phase``,
+        ``case``, ``x``, ``event``, ``phase`` and ``gib`` (the total). The phases: ``case``, ``phase``,
         ``left``, ``right`` and ``middle``.
     """
     cases = run.frame.drop_duplicates("case_id").set_index("case_id")
@@ -147,7 +147,6 @@ def timeline_frames(run: Run) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]
                     "event": inside["event"].to_numpy(),
                     "phase": "" if at is None else [names[i] for i in at],
                     "gib": total.to_numpy(dtype=float),
-                    "tensor": inside["tensor"].to_numpy() if "tensor" in inside else None,
                 }
             )
         )
@@ -198,7 +197,6 @@ def timeline_chart(run: Run, name: str, title: str) -> Chart | None:
                 alt.Tooltip("phase:N", title="phase"),
                 alt.Tooltip("gib:Q", title="total GiB", format=".4~g"),
                 alt.Tooltip("event:Q", title="event", format=","),
-                *([alt.Tooltip("tensor:N", title="tensor")] if moments["tensor"].notna().any() else []),
             ],
         )
         .add_params(near)

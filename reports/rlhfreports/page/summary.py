@@ -44,7 +44,7 @@ def comparison_section(page: Page) -> Section | None:
     if len(found):
         timed = found[found["speedup"].notna()]
         blocks += [_speedup_chart(page, timed)] if len(timed) else []
-        blocks.append(table_of(comparison_table(found), name="comparison", filters=("method", "size", "run")))
+        blocks.append(table_of(comparison_table(found), name="comparison-table", filters=("method", "size", "run")))
         blocks.append(Text(text=EXPLANATION, kind="caption"))
     return Section(id="comparison", title=f"Against {page.runs[0].name}", blocks=blocks)
 

@@ -61,7 +61,7 @@ def predicted_section(page: Page) -> Section | None:
         made = alt.layer(diagonal, dots).add_params(select("kind", list(dict.fromkeys(data["kind"])), "memory"))
         blocks.append(
             Chart(
-                id="predicted",
+                id="predicted-memory",
                 title="Measured memory against predicted",
                 caption=_PREDICTED_CAPTION,
                 spec=specification(made.properties(height=HEIGHT), description=_PREDICTED_CAPTION),
