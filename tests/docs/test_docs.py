@@ -78,6 +78,7 @@ CHECKED = {
     "rlhfbench evidence --out my-evidence": _GPU,
     "rlhfbench evidence --out my-evidence --device cpu --model tiny --budget-min 4": _LONG,
     "rlhfbench evidence --out my-evidence --parts 3,5": _GPU,
+    "rlhfbench evidence --out my-evidence --parts 3 --blocks 4": _GPU,
     "rlhfbench gate --base main": _REPOSITORY,
     "rlhfbench gate --self-test --seq-lens 32 --batch-sizes 2": _LONG,
     "rlhfbench gate --bisect v1.2 HEAD --methods hydra": _REPOSITORY,
@@ -163,7 +164,7 @@ def _check_flags(words: list[str]) -> None:
     verb, *arguments = words
     params = typer.main.get_command(app).commands[verb].make_context(verb, list(arguments)).params
     if verb == "evidence":
-        assert Request.of(params["model"], params["device"])
+        assert Request.of(params["model"], params["device"], params["blocks"])
         assert parse_parts(params["parts"], PARTS)
         return
     assert make_sweep(case_spec(params), params["sweep"], params["setting"]).cases
