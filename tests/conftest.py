@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,15 @@ CONFIGS = (
 )
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Whole files to the workers of ``-n``, in order: the tests of a file share fixtures and caches."""
+    from xdist.scheduler import LoadFileScheduling  # here, as xdist is optional
+
+    config.option.loadscopereorder = False  # files with the fewest tests would come last, which are the longest
+    return LoadFileScheduling(config, log)
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
     """The folder of a small float64 checkpoint of the named architecture, with biases that are not 0."""
@@ -180,6 +190,27 @@ def make_case(checkpoint: Callable[[str], str]) -> Callable[..., Case]:
     return make
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _frozen_modules() -> None:
+    """Hides what is imported from the garbage collector: a collection of it takes 0.2 s, and measurements have many."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Lets the interpreter free what is frozen: extension modules report it as leaked otherwise."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
+def _one_thread() -> Iterator[None]:
+    """One thread a process, so that workers of ``-n`` side by side do not compete.
+
+    What a test starts is no worker of xdist: pytest-benchmark would switch itself off there.
+    """
     torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_XDIST_TESTRUNUID"):
+            patch.delenv(name, raising=False)
+        yield

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+from rlhfbench.measure.turns import Turns
 from rlhfbench.runs import runner, worker
 from rlhfbench.runs.forkserver import ForkServer
 from rlhfbench.runs.progress import LineProgress
@@ -48,12 +49,22 @@ def _steady(request, send, seconds=1.0):
     """A block of two phases; an injected fault makes generate slower, or the total larger."""
     settings = request["settings"]
     injected = settings.get("injected") or {}
-    phases = {"generate": [2 * seconds * (1 + injected.get("share", 0.0))], "optimize": [seconds]}
-    block = {"phases": phases, "stopped_because": "budget", "error": None}
+    num_steps = 1 if settings.get("turns") is None else _take_turns(settings["turns"])
+    generate_s = 2 * seconds * (1 + injected.get("share", 0.0))
+    phases = {"generate": [generate_s] * num_steps, "optimize": [seconds] * num_steps}
+    block = {"phases": phases, "stopped_because": "budget", "in_turns": "turns" in settings, "error": None}
     kinds = {"generate": {"kind": "inference"}, "optimize": {"kind": "update"}}
     memory = {**SOME_MEMORY, "total_bytes": 6 + injected.get("held_bytes", 0)}
     once = {"memory": memory, "latency": {"phases": kinds, "num_blocks": settings["num_blocks"] or 2}}
     send({"result": {"outcome": "ok", "error": None, **({} if settings["block"] else once), "block": block}})
+
+
+def _take_turns(path):
+    turns, num_steps = Turns(path), 0
+    while turns.wait():
+        turns.done()
+        num_steps += 1
+    return max(num_steps, 1)  # as the real one: a block without a turn is whole all the same
 
 
 def _noisy(request, send):

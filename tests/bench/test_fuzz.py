@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import io
 import itertools
 import json
@@ -17,9 +18,11 @@ from typing import Any
 
 import pytest
 import tomli_w
+import typer.main
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+import rlhfreports
 from rlhfbench.cases import preflight
 from rlhfbench.cli import main as cli
 from rlhfbench.cli import plan_output
@@ -30,7 +33,7 @@ from rlhfbench.runs import environment, max_batch, runner
 from rlhfbench.runs.runner import Runner
 from rlhfkernels.config.case import Case, option_annotations
 from rlhfkernels.ops.native import build
-from rlhfreports import plots, predicted, timelines
+from rlhfreports import gain, plots, predicted, slope_table, timelines
 
 NUMBERS = [
     "0", "-1", "1", "2", "0.5", "1e999", "-inf", "inf", "nan", "1e308", "9" * 400, "-" + "9" * 400, "9" * 5000,
@@ -143,7 +146,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for module, name in ((plots, "latency"), (plots, "throughput"), (predicted, "draw_predicted")):
             patch.setattr(module, name, lambda *_: None)
         patch.setattr(timelines, "draw_timeline", lambda *_, **__: None)
+        # typer builds all verbs for each command, 20 ms of the 35 that an example takes.
+        patch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
         yield path
+
+
+@pytest.fixture
+def without_fits(folder: Path) -> Iterator[None]:
+    """Fits no slopes: those of a run of all methods take a second, and its records are alike."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rlhfreports, "slope_table", lambda frame: slope_table(frame.head(1)))
+        patch.setattr(gain, "has_gain", lambda frame: False)
+        yield
 
 
 def check(*arguments: str) -> None:
@@ -176,6 +190,7 @@ def flag() -> st.SearchStrategy[list[str]]:
 SMALL = ["--methods", "hydra", "--seq-lens", "8", "--batch-sizes", "1"]
 
 
+@pytest.mark.usefixtures("without_fits")
 @fuzz(1000)
 @given(
     st.sampled_from(["run", "run", "plan", "report", "methods", "models"]), st.lists(flag(), max_size=3), st.booleans()
@@ -223,6 +238,7 @@ RAW = [
 ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("without_fits")
 @fuzz(500)
 @given(
     st.one_of(st.sampled_from(RAW), st.dictionaries(KEYS, VALUES, max_size=5).map(tomli_w.dumps)),

@@ -78,9 +78,10 @@ def measured(monkeypatch) -> list:
 
 @pytest.fixture
 def bench(pytester):
-    # xdist is not needed, and collecting CPU facts takes pytest-benchmark a second per saved file.
+    # Collecting CPU facts takes pytest-benchmark a second per saved file, and importing hypothesis a second per run.
     pytester.makeconftest("def pytest_benchmark_generate_machine_info(): return {'node': 'n'}")
-    return partial(pytester.runpytest_inprocess, "-p", "no:cacheprovider", "-p", "no:xdist")
+    without = ("cacheprovider", "xdist", "hypothesispytest")
+    return partial(pytester.runpytest_inprocess, *(word for name in without for word in ("-p", f"no:{name}")))
 
 
 def loaded(path: Path) -> list[dict]:

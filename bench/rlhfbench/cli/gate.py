@@ -28,6 +28,8 @@ EPILOG = epilog(
     "rlhfbench gate --self-test --seq-lens 64 --batch-sizes 2",
     codes="Exit codes: 0 no regression, 1 a regression, 2 the command is wrong, 3 it cannot tell, 130 interrupted.",
 )
+# The cases without any option: the PPO methods at one size that takes a tenth of a second a step.
+SMALL: dict[str, Any] = {"seq_lens": [32], "batch_sizes": [2]}
 
 
 def gate(
@@ -132,7 +134,7 @@ def gate(
 ) -> int:
     """Tell whether a change made a step slower or larger.
 
-    Two revisions run in alternating blocks, in fresh processes on this machine, until the answer is clear or the time
+    Two revisions take their steps in turns, in fresh processes on this machine, until the answer is clear or the time
     is spent. Without options for cases: the PPO methods on a tiny model at one small size.
     """
     asked = [name for name in ("base", "baseline", "self_test", "bisect") if ctx.params[name]]
@@ -174,10 +176,6 @@ def gate(
             return _finish(findings, other.title, head.title, summary, as_json=as_json)
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-# The cases without any option: the PPO methods at one size that takes a tenth of a second a step.
-SMALL: dict[str, Any] = {"seq_lens": [32], "batch_sizes": [2]}
 
 
 def _options(smallest: float, promised: float, budget_s: float, threads: int | None, step: str | None) -> GateOptions:

@@ -19,7 +19,7 @@ MAX_PLAN_ERROR = 0.03
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
-    """What the parts have measured.
+    """Measurements of the parts.
 
     Attributes:
         on_cuda: the goals are for a CUDA device; elsewhere what was found is shown without a verdict.

@@ -1,4 +1,4 @@
-"""What an evidence run is asked for, and the sizes of its parts. Imports no torch."""
+"""Request of an evidence run, and the sizes of its parts. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What only CUDA can tell of a step: where it waits for the device, and the allocator's history.
+"""Views of a step that only CUDA has: waits for the device, and the allocator's history.
 
 Not yet run on a GPU.
 """

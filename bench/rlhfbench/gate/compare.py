@@ -1,21 +1,30 @@
-"""Runs base and head of every case in alternating blocks, until the answer is clear or the time is spent."""
+"""Runs base and head of every case in pairs of blocks, until the answer is clear or the time is spent.
+
+The first pair of a case measures memory, one side after the other. In each later pair both sides live at once, in fresh
+processes, and take their steps in turns: what disturbs one step of the base most likely disturbs the head's next to it.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from rlhfbench.cases.preflight import check
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.gate.decide import MIN_PAIRS, Effects, Levels
 from rlhfbench.gate.findings import Finding, failure, findings_of
-from rlhfbench.gate.sides import Side
+from rlhfbench.gate.sides import Side, temporary_folder
+from rlhfbench.measure.turns import run_in_turns
 from rlhfbench.records.file import Record, RecordsFile
+from rlhfbench.records.schema import at
 from rlhfbench.runs.folder import RunFolder
 from rlhfbench.runs.forkserver import ForkServer
 from rlhfbench.runs.options import RunOptions
@@ -23,9 +32,13 @@ from rlhfbench.runs.progress import Silent
 from rlhfbench.runs.runner import Runner
 from rlhfkernels.config.case import Case
 
-# Looks at the data: after the first MIN_PAIRS pairs of every undecided case, then after every second one more.
+# Looks at the data: after the first MIN_PAIRS timed pairs of every undecided case, then after every second one more.
 MAX_LOOKS = 8
 PAIRS_PER_LOOK = 2
+# Both sides live at once only if they take less than this share of the memory that is free.
+_MAX_SHARE_OF_MEMORY = 0.7
+# Of the first pair, which measures memory: a step to warm up and two more.
+_SHORTEST_S = 0.01
 Tell = Callable[[str], None]
 
 
@@ -36,8 +49,7 @@ class GateOptions:
     Attributes:
         effects: What counts as a change, and what ``same`` excludes.
         budget_s: Seconds of a case, over both sides, after which no more pairs are timed. Four pairs always are.
-        block_s: Seconds for warming up and timing one block. Starting and building takes about as long: with 0.4 s,
-            two steps a block, the total of a pair of blocks spread by 15 to 24 % on two shared cores.
+        block_s: Seconds of timing of one block. Starting, building and warming up take about as long.
         num_threads: torch's threads in each case; ``None`` leaves torch's choice.
         step: ``module:function`` of the user's own step; ``None`` for the methods of this package.
         case_timeout_s: Seconds after which a process is killed.
@@ -67,11 +79,12 @@ class Timed:
         run_folder = RunFolder(folder)
         run_folder.prepare(sweep, resume=False)
         self.records = opened.enter_context(RecordsFile(folder))
-        server = ForkServer(paths=side.paths)
-        opened.callback(server.close)
+        self._server = ForkServer(paths=side.paths)
+        opened.callback(self._server.close)
+        self._block_s = options.block_s
         run_options = RunOptions(
             blocks=1,
-            time_budget_s=options.block_s,
+            time_budget_s=_SHORTEST_S,
             num_threads=options.num_threads,
             case_timeout_s=options.case_timeout_s,
         )
@@ -79,18 +92,23 @@ class Timed:
             **({"step": options.step} if options.step else {}),
             **({} if injected is None else {"injected": dict(injected)}),
         }
-        self._runner = Runner(run_folder, run_options, self.records, server, Silent(), extra_settings=extra)
+        self._runner = Runner(run_folder, run_options, self.records, self._server, Silent(), extra_settings=extra)
 
-    def block(self, case: Case) -> Record:
-        """Times one more block of ``case`` and returns its record."""
+    def measure_memory(self, case: Case) -> None:
+        """Measures the first block of ``case``."""
+        self._runner.run([case])
+
+    def block(self, case: Case, turns: str | None = None) -> None:
+        """Times one more block of ``case``, in turns with another process if there is a referee."""
         record = self.record(case)
-        if record is None:
-            self._runner.run([case])
-        else:
-            self._runner.add_block(case, record)
-        found = self.record(case)
-        assert found is not None
-        return found
+        assert record is not None
+        # Absent and not None without a referee: an older revision does not know the field.
+        settings = {"time_budget_s": self._block_s, **({"turns": turns} if turns else {})}
+        self._runner.add_block(case, record, settings)
+
+    def kill(self) -> None:
+        """Kills a case that runs."""
+        self._server.kill()
 
     def record(self, case: Case) -> Record | None:
         """The record of ``case``; ``None`` before its first block."""
@@ -135,16 +153,18 @@ class Comparison:
             check(self._sweep)
         sweep = self._sweep.absolute()
         with contextlib.ExitStack() as opened:
+            folder = opened.enter_context(temporary_folder())
             both = [
                 Timed(side, self._out / side.name, sweep, self._options, opened, fault)
                 for side, fault in zip(self._sides, (None, injected), strict=True)
             ]
+            self._measure_memory(both, sweep.cases)
             undecided = list(sweep.cases)
             findings: list[Finding] = []
             levels = Levels()
             for look in range(1, MAX_LOOKS + 1):
                 for _ in range(MIN_PAIRS if look == 1 else PAIRS_PER_LOOK):
-                    self._time_pairs(both, undecided)
+                    self._time_pairs(both, undecided, folder)
                 share = self._share(look, undecided)
                 findings = findings_of(
                     sweep.cases, both[0].record, both[1].record, self._options.effects, levels.take(share)
@@ -162,12 +182,38 @@ class Comparison:
         least_s = min((self._spent_s[case.id] for case in undecided), default=self._options.budget_s)
         return min(1.0, max(look / MAX_LOOKS, least_s / self._options.budget_s))
 
-    def _time_pairs(self, both: Sequence[Timed], cases: Sequence[Case]) -> None:
-        """Times a pair of every case, in random order, each pair's sides one after the other in random order."""
+    def _measure_memory(self, both: Sequence[Timed], cases: Sequence[Case]) -> None:
+        """Measures the memory of both sides of every case, one after the other in random order."""
         for case in self._random.sample(cases, len(cases)):
-            started_s = time.monotonic()
-            if any(failure(timed.record(case)) for timed in both if timed.record(case) is not None):
+            with self._spending(case):
+                for timed in self._random.sample(both, 2):
+                    timed.measure_memory(case)
+
+    def _time_pairs(self, both: Sequence[Timed], cases: Sequence[Case], folder: Path) -> None:
+        """Times a pair of every case, in random order."""
+        for case in self._random.sample(cases, len(cases)):
+            records = [timed.record(case) for timed in both]
+            if any(failure(record) for record in records):
                 continue  # it cannot be compared any more
-            for timed in self._random.sample(both, 2):
-                timed.block(case)
-            self._spent_s[case.id] += time.monotonic() - started_s
+            if all(timed.side.takes_turns for timed in both) and fit_at_once(case, records):
+                jobs = [functools.partial(timed.block, case) for timed in both]
+                budget_s = 2 * self._options.block_s
+                with self._spending(case):
+                    run_in_turns(jobs, folder, budget_s, self._random, [timed.kill for timed in both])
+            else:
+                with self._spending(case):
+                    for timed in self._random.sample(both, 2):
+                        timed.block(case)
+
+    @contextlib.contextmanager
+    def _spending(self, case: Case) -> Iterator[None]:
+        """Counts the time of the block as spent on ``case``."""
+        started_s = time.monotonic()
+        yield
+        self._spent_s[case.id] += time.monotonic() - started_s
+
+
+def fit_at_once(case: Case, records: Sequence[Record | None]) -> bool:
+    """True if both sides may live at once. On a GPU they do not: two contexts share its memory and its caches."""
+    needed = [at(record, "memory.views.host_peak_bytes") or 0 for record in records if record is not None]
+    return case.device == "cpu" and sum(needed) < _MAX_SHARE_OF_MEMORY * psutil.virtual_memory().available

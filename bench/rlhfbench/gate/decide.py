@@ -1,4 +1,4 @@
-"""How the gate decides: from pairs of blocks to a verdict for each case and quantity.
+"""Decision of the gate: from pairs of blocks to a verdict for each case and quantity.
 
 A pair is a block of the base and a block of the head that were timed one after the other, in random order. The ratio of
 a pair is free of what both share. The interval of a ratio is Student's t of the logarithms of the ratios of pairs.

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import statistics
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from rlhfbench.gate.decide import Effects, Estimate, Verdict, counted_pairs, estimate, judge, judge_memory
-from rlhfbench.measure.interference import disturbance
-from rlhfbench.records.blocks import block_values
+from rlhfbench.gate.pairs import pairs_of
 from rlhfbench.records.file import Record
 from rlhfbench.records.schema import at
 from rlhfkernels.config.case import Case
@@ -107,33 +106,26 @@ def failure(record: Record | None) -> str | None:
 
 def _times(case: Case, base: Record, head: Record) -> Iterator[Finding]:
     """Yields every time, not judged yet, from the pairs that count; ``missing`` where one side alone has it."""
-    pairs = list(zip(block_values(base), block_values(head), strict=False))
-    counted = counted_pairs(list(zip(_disturbed(base), _disturbed(head), strict=False)))
-    kept = [(b, h) for (b, h), counts in zip(pairs, counted, strict=True) if counts and b is not None and h is not None]
+    pairs = pairs_of(base, head)
+    counted = counted_pairs([pair.disturbed for pair in pairs])
+    kept = [pair for pair, counts in zip(pairs, counted, strict=True) if counts]
     if len(kept) < 2:
         yield Finding(case=case, quantity="times", verdict="ambiguous", reason="fewer than two pairs of blocks.")
         return
-    first_base, first_head = kept[0]
-    for name in dict.fromkeys([*first_base, *first_head]):
-        if name not in first_base or name not in first_head:
-            yield one_sided(case, f"{name} s", in_base=name in first_base)
+    for name in dict.fromkeys([*kept[0].base, *kept[0].head]):
+        if name not in kept[0].base or name not in kept[0].head:
+            yield one_sided(case, f"{name} s", in_base=name in kept[0].base)
             continue
-        seconds = [(b[name], h[name]) for b, h in kept]
-        if all(b > 0 and h > 0 for b, h in seconds):
-            base_s, head_s = (sum(side) / len(side) for side in zip(*seconds, strict=True))
+        if all(name in pair.log_ratios for pair in kept):
             yield Finding(
                 case=case,
                 quantity=f"{name} s",
                 verdict="ambiguous",
-                base=base_s,
-                head=head_s,
-                estimate=estimate([math.log(h / b) for b, h in seconds]),
+                base=statistics.fmean(pair.base[name] for pair in kept),
+                head=statistics.fmean(pair.head[name] for pair in kept),
+                estimate=estimate([pair.log_ratios[name] for pair in kept]),
                 num_set_aside=len(counted) - sum(counted),
             )
-
-
-def _disturbed(record: Record) -> list[bool]:
-    return [disturbance(block.get("interference") or {}) is not None for block in record["latency"]["blocks"] or ()]
 
 
 def one_sided(case: Case, quantity: str, *, in_base: bool) -> Finding:

@@ -1,4 +1,4 @@
-"""What the gate prints: a table in Markdown, or JSON; and the exit code that it means."""
+"""Output of the gate: a table in Markdown or JSON, and the exit code."""
 
 from __future__ import annotations
 

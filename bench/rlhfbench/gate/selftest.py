@@ -1,76 +1,27 @@
-"""What the gate can promise on this machine: rates of false alarms and of detection.
+"""The self-test: what the gate can promise on this machine.
 
-Pairs of a revision with itself are measured. Comparisons are then simulated from them: pairs are drawn with
-replacement, their sides exchanged at random, one phase of one case multiplied, and the looks of a real comparison
-taken.
-Real comparisons with a fault in the step stand beside.
+Pairs of a revision with itself are measured, and comparisons simulated from them. Real comparisons with a fault in the
+step stand beside.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.errors import GateError
-from rlhfbench.gate.compare import MAX_LOOKS, PAIRS_PER_LOOK, Comparison, GateOptions
-from rlhfbench.gate.decide import MIN_PAIRS, Effects, Levels, Verdict, estimate, judge
+from rlhfbench.gate.compare import Comparison, GateOptions
+from rlhfbench.gate.decide import Effects, Verdict
 from rlhfbench.gate.findings import Finding
 from rlhfbench.gate.sides import Side
-from rlhfbench.records.blocks import block_values
-from rlhfbench.records.file import read_records
+from rlhfbench.gate.simulation import Rates, measured_cases, rates
 
 SLOWDOWNS = (0.02, 0.05, 0.10, 0.20)
 HELD_BYTES = 64 * 1024
-NUM_TRIES = 200
 _PROMISED_SHARE = 0.95  # of the tries in which an effect must be found to be promised
-
-Values = Mapping[str, float]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class MeasuredCase:
-    """The pairs of one case.
-
-    Attributes:
-        kinds: The kind of each phase.
-        pairs: Seconds by quantity of the two blocks of each pair.
-    """
-
-    kinds: Mapping[str, str]
-    pairs: Sequence[tuple[Values, Values]]
-
-    @property
-    def longest_phase(self) -> str:
-        """The phase that takes the most seconds."""
-        return max(self.kinds, key=lambda name: self.pairs[0][0][name])
-
-    def affected(self, phase: str) -> set[str]:
-        """The quantities that the seconds of ``phase`` are part of."""
-        return {phase, self.kinds[phase], "total"}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Rates:
-    """What the gate says over many simulated comparisons with one slower phase in one case.
-
-    Attributes:
-        slowdown: Of the phase, as a share.
-        found: Share of comparisons in which the slower case was called slower.
-        ambiguous: Share in which that case was neither slower nor the same.
-        false_alarms: Share of the comparisons of other cases that called them slower or faster.
-        num_pairs: Mean number of pairs of a case.
-    """
-
-    slowdown: float
-    found: float
-    ambiguous: float
-    false_alarms: float
-    num_pairs: float
 
 
 def compare_with_itself(
@@ -79,80 +30,6 @@ def compare_with_itself(
     """Compares a revision with itself, with a fault in the head's step unless ``injected`` is ``None``."""
     base, head = (dataclasses.replace(side, name=name) for name in ("base", "head"))
     return Comparison(base, head, sweep, out, options).run(injected)
-
-
-def measured_cases(out: Path) -> list[MeasuredCase]:
-    """Returns the cases of a comparison whose runs lie in ``out``."""
-    base, head = ({r["case"]["id"]: r for r in read_records(out / name)} for name in ("base", "head"))
-    found = []
-    for case_id in base.keys() & head.keys():
-        values = zip(block_values(base[case_id]), block_values(head[case_id]), strict=False)
-        pairs = [(b, h) for b, h in values if b is not None and h is not None]
-        kinds = {name: phase["kind"] for name, phase in base[case_id]["latency"]["phases"].items()}
-        if pairs:
-            found.append(MeasuredCase(kinds=kinds, pairs=pairs))
-    return found
-
-
-def rates(cases: Sequence[MeasuredCase], slowdown: float, effects: Effects, *, seed: int = 0) -> Rates:
-    """Returns the rates for a slowdown of the longest phase of one case, drawn at random for each try."""
-    rng = random.Random(seed)
-    found = ambiguous = alarms = num_pairs = 0
-    for _ in range(NUM_TRIES):
-        target = rng.randrange(len(cases))
-        verdicts, pairs = _compare(cases, target, slowdown, effects, rng)
-        found += "slower" in verdicts[target]
-        ambiguous += "ambiguous" in verdicts[target] and "slower" not in verdicts[target]
-        alarms += sum(bool(said & {"slower", "faster"}) for case, said in enumerate(verdicts) if case != target)
-        num_pairs += sum(pairs)
-    others = NUM_TRIES * (len(cases) - 1)
-    return Rates(
-        slowdown=slowdown,
-        found=found / NUM_TRIES,
-        ambiguous=ambiguous / NUM_TRIES,
-        false_alarms=alarms / others if others else 0.0,
-        num_pairs=num_pairs / NUM_TRIES / len(cases),
-    )
-
-
-def _compare(
-    cases: Sequence[MeasuredCase], target: int, slowdown: float, effects: Effects, rng: random.Random
-) -> tuple[list[set[Verdict]], list[int]]:
-    """The verdicts on every case of one simulated comparison, and the pairs that each needed."""
-    draws = [_logs(case, slowdown if place == target else 0.0, rng) for place, case in enumerate(cases)]
-    kept: list[dict[str, list[float]]] = [{} for _ in cases]
-    num_pairs = [0] * len(cases)
-    verdicts: list[set[Verdict]] = [{"ambiguous"} for _ in cases]
-    levels = Levels()
-    for look in range(1, MAX_LOOKS + 1):
-        num_new = MIN_PAIRS if look == 1 else PAIRS_PER_LOOK
-        for place in [place for place, said in enumerate(verdicts) if "ambiguous" in said]:
-            num_pairs[place] += num_new
-            for _ in range(num_new):
-                for name, value in next(draws[place]).items():
-                    kept[place].setdefault(name, []).append(value)
-        flat = [(place, estimate(logs)) for place, case in enumerate(kept) for logs in case.values()]
-        judged = judge([found for _, found in flat], levels.take(look / MAX_LOOKS), effects)
-        verdicts = [
-            {said for (of, _), said in zip(flat, judged, strict=True) if of == place} for place in range(len(cases))
-        ]
-        if not any("ambiguous" in said for said in verdicts):
-            break
-    return verdicts, num_pairs
-
-
-def _logs(case: MeasuredCase, slowdown: float, rng: random.Random) -> Iterator[dict[str, float]]:
-    """Logarithms of head / base by quantity, of pairs that are drawn, exchanged and slowed down, without end."""
-    phase = case.longest_phase
-    affected = case.affected(phase)
-    while True:
-        base, head = rng.sample(rng.choice(case.pairs), 2)
-        slower = slowdown * head[phase]
-        yield {
-            name: math.log((head[name] + (slower if name in affected else 0.0)) / base[name])
-            for name in head
-            if base[name] > 0 and head[name] > 0
-        }
 
 
 def self_test(side: Side, sweep: Sweep, out: Path, options: GateOptions, tell: Callable[[str], None]) -> list[Rates]:
@@ -186,6 +63,8 @@ def self_test(side: Side, sweep: Sweep, out: Path, options: GateOptions, tell: C
             f"one phase slower by {row.slowdown:.0%}, simulated: found {row.found:.0%}, cannot tell {row.ambiguous:.0%}"
             f"{elsewhere}, {row.num_pairs:.1f} pairs a case"
         )
+        for name, (detected, alarmed) in row.others.items():
+            tell(f"    {name}: found {detected:.0%}" + (f", false alarms elsewhere {alarmed:.0%}" if elsewhere else ""))
     promised = [row for row in found if row.slowdown and row.found >= _PROMISED_SHARE]
     if promised:
         tell(f"This machine can promise to find a phase that is slower by {promised[0].slowdown:.0%}.")

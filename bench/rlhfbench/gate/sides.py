@@ -32,6 +32,12 @@ class Side:
     title: str
     paths: tuple[str, ...] = ()
 
+    @property
+    def takes_turns(self) -> bool:
+        """False for a revision of this package from before its steps could be timed in turns."""
+        own = [Path(path, "rlhfbench") for path in self.paths if Path(path, "rlhfbench").is_dir()]
+        return not own or Path(own[0], "measure", "turns.py").is_file()
+
 
 def git(*arguments: str, folder: Path | None = None) -> str:
     """Returns the output of a git command.

@@ -21,7 +21,7 @@ _POWER_CAP = "power cap"  # recorded, but no disturbance: a large GEMM alone rea
 
 
 class Interference:
-    """Observes the machine from its creation to ``take``.
+    """Observes the machine from its creation to ``take``, except between ``pause`` and ``resume``.
 
     Args:
         device: Device of the step. On CUDA its other processes and its throttling are read too.
@@ -29,7 +29,22 @@ class Interference:
 
     def __init__(self, device: str) -> None:
         self._device = device
+        self._spent: dict[str, float] = {}
+        self._started: dict[str, float] | None = None
+        self.resume()
+
+    def resume(self) -> None:
+        """Goes on observing."""
         self._started = self._read()
+
+    def pause(self) -> None:
+        """Stops observing, while this process waits for its turn."""
+        if self._started is None:
+            return
+        now = self._read()
+        for name in now.keys() & self._started.keys():
+            self._spent[name] = self._spent.get(name, 0.0) + now[name] - self._started[name]
+        self._started = None
 
     def take(self) -> dict[str, Any]:
         """Returns what happened since the creation; ``None`` where the system does not tell.
@@ -42,8 +57,8 @@ class Interference:
             ``cpu_mhz``: Mean clock of the CPUs at the end.
             ``gpu_processes``: Other processes on the device; ``gpu_throttled``: why its clocks are held down.
         """
-        before, now = self._started, self._read()
-        spent = {name: now[name] - before[name] for name in now if name in before}
+        self.pause()
+        spent = self._spent
         wall_s = max(spent["wall_s"], 1e-9)
         cpu_s = wall_s * (os.cpu_count() or 1)
         other_s = spent["busy_s"] - spent["own_s"] if "busy_s" in spent else None

@@ -24,6 +24,7 @@ from rlhfbench.measure.statistic import DEFAULT_BLOCKS
 from rlhfbench.measure.stopping import Reason, StoppingRule
 from rlhfbench.measure.tally import MODEL_PARTS, Tally
 from rlhfbench.measure.timeline import Timeline
+from rlhfbench.measure.turns import Turns
 from rlhfbench.measure.user_step import load_step
 from rlhfbench.measure.workspaces import workspace_bytes
 from rlhfkernels.config.case import Case
@@ -162,8 +163,11 @@ def run_measurements(
         torch.set_num_threads(options.num_threads)
     started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     # Before the step, whose models would need a slow collection to make room for the buffers after it.
-    notify("ceilings")
-    ceilings = measure_ceilings(case.device, getattr(torch, case.dtype))
+    # Not beside another process, and a comparison of two sides needs no floor.
+    ceilings: dict[str, float] | None = None
+    if options.turns is None:
+        notify("ceilings")
+        ceilings = measure_ceilings(case.device, getattr(torch, case.dtype))
     step_begins()
     notify("build")
     started_s = time.perf_counter()
@@ -177,7 +181,8 @@ def run_measurements(
         prepared = prepare_step(cast(TrainingStep, step), case.device, notify) if is_own else Prepared()
         is_short = build_s + prepared.data_set_s <= MAX_BUILD_S
         num_blocks = options.num_blocks or (DEFAULT_BLOCKS if is_short else 1)
-        timing = time_steps(step, case, options.time_budget_s / num_blocks, options.precision, notify)
+        rule = StoppingRule(precision=options.precision, budget_s=options.time_budget_s / num_blocks)
+        timing = time_steps(step, case, rule, notify, options.turns)
         if options.block == 0:
             result = _measure_once(step, case, options, timing, prepared, notify)
     if options.block == 0:
@@ -190,9 +195,12 @@ def run_measurements(
         "prepare_s_per_sample": prepared.s_per_sample,
         "phases": {name: [step_s.get(name, 0.0) for step_s in timing.steps_s] for name in names},
         "stopped_because": timing.reason,
+        "in_turns": options.turns is not None,
         "interference": timing.interference,
         "ceilings": ceilings,
-        "floors_s": {name: item.floor_s(*(ceilings[rate] for rate in RATES)) for name, item in work.items()},
+        "floors_s": {name: item.floor_s(*(ceilings[rate] for rate in RATES)) for name, item in work.items()}
+        if ceilings
+        else None,
         "error": None,
     }
     return result
@@ -267,13 +275,12 @@ def highest_views(*found: Mapping[str, int | None]) -> dict[str, int | None]:
     return {name: max((n for n in numbers if n is not None), default=None) for name, numbers in given.items()}
 
 
-def time_steps(step: Step, case: Case, budget_s: float, precision: float, notify: Notify) -> Timing:
-    """Times one block: warms up, then times steps until the stopping rule ends it.
+def time_steps(step: Step, case: Case, rule: StoppingRule, notify: Notify, turns_path: str | None = None) -> Timing:
+    """Times one block: warms up, then times steps until the stopping rule ends it, or a referee if there is one.
 
     The peaks that the CUDA allocator and the kernel keep by themselves are read here too: they cost nothing, and no
     instrument adds to them.
     """
-    rule = StoppingRule(precision=precision, budget_s=budget_s)
     clock = StepClock(case.device)
     started_s = time.perf_counter()
     notify("warm-up")
@@ -291,15 +298,27 @@ def time_steps(step: Step, case: Case, budget_s: float, precision: float, notify
     notify("timing")
     steps_s: list[dict[str, float]] = []
     reason: Reason | None = None
+    turns = None if turns_path is None else Turns(turns_path)
     interference = Interference(case.device)
     with _named_failure(clock, notify), _outer_peaks(case.device) as views:
         while reason is None:
+            if turns is not None:
+                interference.pause()
+                # Without any turn, since the other side failed, one step makes the block whole.
+                if not turns.wait() and steps_s:
+                    break
+                interference.resume()
             step.run(clock).check_finite()
             steps_s.append(clock.take())
             gc.collect()
+            if turns is not None:
+                turns.done()
+                continue
             totals_s = [sum(phases.values()) for phases in steps_s]
             reason = rule.reason_to_stop(totals_s, time.perf_counter() - started_s)
-    return Timing(steps_s=steps_s, reason=reason, interference=interference.take(), views=views, stats=first)
+    return Timing(
+        steps_s=steps_s, reason=reason or "budget", interference=interference.take(), views=views, stats=first
+    )
 
 
 def check_agreement(stats: Mapping[str, float | None], dtype: str) -> None:

@@ -15,6 +15,8 @@ class MeasurementOptions:
         time_budget_s: Seconds for warm-up and timing together, over all blocks. The last step of a block may exceed it.
         precision: A block stops when the 95 % confidence interval of its mid-mean has this relative half-width.
         block: Number of the block. Block 0 measures memory and profile too, later ones time alone.
+        turns: Path of a referee's socket that grants each timed step: see ``rlhfbench.measure.turns``. The referee
+            ends the timing, too. ``None``: steps follow each other.
         step: ``module:function`` of a user's own step; ``None`` builds the case's method.
         injected: A fault to put into the step: the keyword arguments of ``InjectedStep``.
         num_blocks: Blocks of the case. ``None``: four, or one if building takes more than 10 s.
@@ -27,6 +29,7 @@ class MeasurementOptions:
     precision: float = 0.02
     block: int = 0
     num_blocks: int | None = None
+    turns: str | None = None
     step: str | None = None
     injected: Mapping[str, Any] | None = None
     profile_dir: str | None = None

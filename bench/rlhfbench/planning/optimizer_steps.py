@@ -1,4 +1,4 @@
-"""Optimizer steps at any depth: the real optimizers, on meta tensors of the shapes that a deep model trains.
+"""Optimizer steps at any depth: the real optimizers, on fake tensors of the shapes that a deep model trains.
 
 An optimizer goes through the weights in chunks of some bytes, which need not end where a layer ends. So its changes at
 a depth are recorded at that depth; only the list of its weights and gradients is extrapolated.
@@ -16,13 +16,12 @@ from torch import nn
 from rlhfbench.measure.ledger import Ledger
 from rlhfbench.measure.tally import Change, Recorder
 from rlhfbench.planning.depth import deepen
+from rlhfbench.planning.fake_tensors import CachingFakeTensorMode
 from rlhfkernels.config.options import OptimizerOptions
 from rlhfkernels.methods.program import Optimize
 from rlhfkernels.observer import Observer
 from rlhfkernels.training.optimizers import Optimizer, make_optimizer
 from rlhfkernels.training.step import TrainingStep
-
-_META = "meta"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -127,24 +126,25 @@ def deepen_trained(shallow: Trained, deeper: Trained, times: int) -> Trained | N
 def record_optimizer_steps(options: OptimizerOptions, trained: Trained, block_bytes: int) -> list[Change]:
     """Returns the changes of one step of each optimizer.
 
-    Meta tensors take a fifth of the time of fake ones, and these ops take the same memory on every device.
+    Fake tensors with recipes: a norm of a meta tensor takes 250 us, of one of these 15 us.
 
     Args:
         options: of the case.
         trained: the weights and gradients.
         block_bytes: as in ``Ledger``.
     """
-    optimizers = [make_optimizer(options, _weights_of(weights), computes=False) for _, weights in trained]
     recorder = Recorder()
-    with Ledger(_META, block_bytes=block_bytes, tally=recorder) as ledger:
-        for optimizer in optimizers:
-            ledger.tag("base", optimizer.parameters)  # no weight comes or goes: any part will do
-            ledger.tag("gradients", [p.grad for p in optimizer.parameters if p.grad is not None])
-            ledger.tag("optimizer", optimizer.tensors())
-        start = len(recorder.changes)
-        norms = [optimizer.step() for optimizer in optimizers]
-        changes = recorder.changes[start:]
-        del norms  # alive until here, as in a training step
+    with CachingFakeTensorMode():
+        optimizers = [make_optimizer(options, _weights_of(weights), computes=False) for _, weights in trained]
+        with Ledger("cpu", block_bytes=block_bytes, tally=recorder) as ledger:
+            for optimizer in optimizers:
+                ledger.tag("base", optimizer.parameters)  # no weight comes or goes: any part will do
+                ledger.tag("gradients", [p.grad for p in optimizer.parameters if p.grad is not None])
+                ledger.tag("optimizer", optimizer.tensors())
+            start = len(recorder.changes)
+            norms = [optimizer.step() for optimizer in optimizers]
+            changes = recorder.changes[start:]
+            del norms  # alive until here, as in a training step
     return changes
 
 
@@ -152,7 +152,7 @@ def _weights_of(trained: tuple[TrainedWeight, ...]) -> list[nn.Parameter]:
     weights: list[nn.Parameter] = []
     for i, each in enumerate(trained):
         layout = each.weight
-        weight = nn.Parameter(torch.empty_strided(layout.shape, layout.stride, dtype=layout.dtype, device=_META))
+        weight = nn.Parameter(torch.empty_strided(layout.shape, layout.stride, dtype=layout.dtype))
         gradient = each.gradient
         if gradient is not None:
             if each.shared_with:
@@ -160,7 +160,7 @@ def _weights_of(trained: tuple[TrainedWeight, ...]) -> list[nn.Parameter]:
                 assert shared is not None
                 storage = shared
             else:
-                storage = torch.empty(each.storage_bytes // gradient.dtype.itemsize, dtype=gradient.dtype, device=_META)
+                storage = torch.empty(each.storage_bytes // gradient.dtype.itemsize, dtype=gradient.dtype)
             weight.grad_dtype = gradient.dtype
             weight.grad = storage.as_strided(gradient.shape, gradient.stride, gradient.offset)
         weights.append(weight)

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from unittest import mock
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import masking_utils
 
 from rlhfbench.measure.ledger import Ledger, block_bytes
 from rlhfbench.measure.measurements import run_under_ledger
 from rlhfbench.measure.tally import PHASE_CHANGES, Change, Recorder
+from rlhfbench.planning.fake_tensors import CachingFakeTensorMode
 from rlhfbench.planning.optimizer_steps import GradientsWatch, Trained
 from rlhfkernels.config.case import Case
 from rlhfkernels.engine.engine import logprob_chunk_size
@@ -88,7 +88,7 @@ def _fake_tensors(seq_len: int) -> Iterator[None]:
         packed: torch.Tensor | None = find(position_ids) if position_ids.shape[-1] > seq_len else None
         return packed
 
-    with mock.patch.object(masking_utils, "find_packed_sequence_indices", found), FakeTensorMode():
+    with mock.patch.object(masking_utils, "find_packed_sequence_indices", found), CachingFakeTensorMode():
         yield
 
 

@@ -94,9 +94,12 @@ def _is_seconds(value: Any) -> bool:
 
 
 def _midmean(block: Block) -> dict[str, float]:
+    return midmean(_steps(block), block["phases"])
+
+
+def _steps(block: Block) -> list[dict[str, float]]:
     phases = block["phases"]
-    steps = [dict(zip(phases, step, strict=True)) for step in zip(*phases.values(), strict=True)]
-    return midmean(steps, phases)
+    return [dict(zip(phases, step, strict=True)) for step in zip(*phases.values(), strict=True)]
 
 
 def _sums(seconds: Sequence[Mapping[str, float] | None], names: Sequence[str], divisor: int = 1) -> list[float | None]:
@@ -105,18 +108,24 @@ def _sums(seconds: Sequence[Mapping[str, float] | None], names: Sequence[str], d
 
 def block_values(record: Mapping[str, Any]) -> list[dict[str, float] | None]:
     """Returns seconds per sample of every block: ``total``, the kinds, and each phase; ``None`` for a failed block."""
+    return [
+        None if block.get("error") is not None else _quantities(record, _midmean(block))
+        for block in record["latency"]["blocks"] or ()
+    ]
+
+
+def step_values(record: Mapping[str, Any], block: Block) -> list[dict[str, float]]:
+    """Returns what ``block_values`` does for every step of one whole block."""
+    return [_quantities(record, step) for step in _steps(block)]
+
+
+def _quantities(record: Mapping[str, Any], seconds: Mapping[str, float]) -> dict[str, float]:
+    """Seconds per sample: ``total``, the kinds, and each phase, from the seconds of the phases."""
     kinds = {name: phase.get("kind") for name, phase in record["latency"]["phases"].items()}
-    size = record["case"]["batch_size"]
-    found: list[dict[str, float] | None] = []
-    for block in record["latency"]["blocks"] or ():
-        if block.get("error") is not None:
-            found.append(None)
-            continue
-        phases = {name: seconds / size for name, seconds in _midmean(block).items()}
-        sums = {kind: math.fsum(phases[name] for name in phases if kinds[name] == kind) for kind in KINDS}
-        sums = {kind: value for kind, value in sums.items() if kind in kinds.values()}
-        found.append({"total": math.fsum(sums.values()), **sums, **phases})
-    return found
+    phases = {name: value / record["case"]["batch_size"] for name, value in seconds.items()}
+    sums = {kind: math.fsum(phases[name] for name in phases if kinds[name] == kind) for kind in KINDS}
+    sums = {kind: value for kind, value in sums.items() if kind in kinds.values()}
+    return {"total": math.fsum(sums.values()), **sums, **phases}
 
 
 def load_of(interference: Mapping[str, Any]) -> float:

@@ -117,7 +117,7 @@ def changes(now: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> str
 def differences(
     now: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]], *, without: Collection[str] = ()
 ) -> list[str]:
-    """What differs between ``now`` and ``earlier`` environments, a few words each.
+    """Differences between ``now`` and ``earlier`` environments, a few words each.
 
     A value that an earlier one did not record is not compared.
 

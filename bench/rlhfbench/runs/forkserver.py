@@ -144,6 +144,11 @@ class ForkServer:
             self._log.close()
             self._log = None
 
+    def kill(self) -> None:
+        """Kills the server and with it a case that runs, from another thread than that of ``run``."""
+        if self._process is not None:
+            self._process.kill()
+
     def run(
         self,
         request: Message,

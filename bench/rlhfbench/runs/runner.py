@@ -229,11 +229,17 @@ class Runner:
         here = self._segment is None or (record["run"] or {}).get("host") == self._segment.host
         return here and record["outcome"] == "ok" and 0 < _num_blocks(record) < (record["latency"]["num_blocks"] or 0)
 
-    def add_block(self, case: Case, record: Record) -> None:
-        """Times and records one more block of ``case``. A block that fails is recorded with its error."""
+    def add_block(self, case: Case, record: Record, settings: Mapping[str, Any] | None = None) -> None:
+        """Times and records one more block of ``case``. A block that fails is recorded with its error.
+
+        Args:
+            case: The case.
+            record: Of its earlier blocks.
+            settings: Fields of ``MeasurementOptions`` that differ for this block.
+        """
         number = _num_blocks(record)
         self._progress.start_block(case)
-        result = self._run_process(case, number, record["latency"]["num_blocks"])[0]
+        result = self._run_process(case, number, record["latency"]["num_blocks"], settings)[0]
         block = result.get("block") or {"error": {"outcome": result["outcome"], **(result["error"] or {})}}
         self._records.append_block(record, block)
         self._progress.finish_block(case, block)
@@ -295,14 +301,16 @@ class Runner:
             views["host_peak_bytes"] = end.max_rss_bytes
         return record
 
-    def _run_process(self, case: Case, block: int, num_blocks: int | None) -> tuple[dict[str, Any], Exit, int | None]:
+    def _run_process(
+        self, case: Case, block: int, num_blocks: int | None, settings: Mapping[str, Any] | None = None
+    ) -> tuple[dict[str, Any], Exit, int | None]:
         """Runs one block of ``case``; returns its result, the end of its process, and the driver's view of its peak."""
         watch = _Watch(self._progress)
         log_path = self._folder.log_path(case.id if block == 0 else f"{case.id}-block{block}")
         kills = num_oom_kills()
         with self._sampler(case) as sampler:
             end = self._server.run(
-                self._request(case, block, num_blocks),
+                self._request(case, block, num_blocks, settings or {}),
                 log_path=log_path,
                 timeout_s=self._options.case_timeout_s,
                 on_message=watch,
@@ -330,7 +338,7 @@ class Runner:
             log_path.unlink()
         return result
 
-    def _request(self, case: Case, block: int, num_blocks: int | None) -> dict[str, Any]:
+    def _request(self, case: Case, block: int, num_blocks: int | None, settings: Mapping[str, Any]) -> dict[str, Any]:
         options = self._options
         trace_dir = str((self._folder.traces_dir / case.id).absolute()) if options.profile and block == 0 else None
         return {
@@ -345,6 +353,7 @@ class Runner:
                 "block": block,
                 "num_blocks": num_blocks,
                 **self._extra_settings,
+                **settings,
             },
         }
 

@@ -59,12 +59,12 @@ class Titles:
 
     @property
     def shared(self) -> str:
-        """What all cases share: ``tiny · cpu · float32``. Empty without cases."""
+        """Model, device and dtype, as far as all cases share them: ``tiny · cpu · float32``. Empty without cases."""
         return " · ".join(str(self._shared[name]) for name in ("model", "device", "dtype") if name in self._shared)
 
 
 def _fields(case: Case) -> dict[str, Any]:
-    """What may tell ``case`` apart beside its method and sizes; options where they differ from the setting."""
+    """Fields of ``case`` beside its method and sizes; options where they differ from the setting."""
     options = dataclasses.asdict(case.options)
     return {
         "setting": setting_of(options),

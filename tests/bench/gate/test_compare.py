@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
+import psutil
 import pytest
 
 from rlhfbench.cases.sweep import Sweep
@@ -16,8 +18,9 @@ from rlhfbench.gate.compare import Comparison, GateOptions
 from rlhfbench.gate.decide import MIN_PAIRS, Effects
 from rlhfbench.gate.findings import Finding, sizes_of
 from rlhfbench.gate.output import exit_code, markdown, to_json
-from rlhfbench.gate.selftest import MeasuredCase, measured_cases, rates
+from rlhfbench.gate.pairs import Pair, pairs_of
 from rlhfbench.gate.sides import Side
+from rlhfbench.gate.simulation import MeasuredCase, measured_cases, rates
 from rlhfbench.records.file import read_records
 from rlhfbench.runs.forkserver import ForkServer
 from rlhfbench.runs.options import RunOptions
@@ -58,7 +61,54 @@ def test_equal_sides_are_the_same_after_the_first_look(tmp_path):
     assert lines == [f"{MIN_PAIRS} pairs: 0 of 1 cases are ambiguous"]
     for name in ("base", "head"):
         (record,) = read_records(tmp_path / "out" / name)
-        assert len(record["latency"]["blocks"]) == MIN_PAIRS
+        blocks = record["latency"]["blocks"]
+        assert [block["in_turns"] for block in blocks] == [False] + [True] * MIN_PAIRS
+        assert {len(block["phases"]["generate"]) for block in blocks[1:]} == {100}
+
+
+def test_an_older_base_is_timed_in_blocks_one_after_the_other(tmp_path):
+    (tmp_path / "old" / "rlhfbench").mkdir(parents=True)
+    old = dataclasses.replace(BASE, paths=(str(tmp_path / "old"),))
+    assert not old.takes_turns
+    (tmp_path / "old" / "rlhfbench" / "measure").mkdir()
+    (tmp_path / "old" / "rlhfbench" / "measure" / "turns.py").touch()
+    assert old.takes_turns
+    assert dataclasses.replace(BASE, paths=(str(tmp_path),)).takes_turns  # a project of the user's
+
+    class Older(Side):
+        takes_turns = False
+
+    Comparison(Older(name="base", title="old"), HEAD, sweep_of("steady"), tmp_path / "out", GateOptions()).run()
+    for name in ("base", "head"):
+        (record,) = read_records(tmp_path / "out" / name)
+        assert not any(block["in_turns"] for block in record["latency"]["blocks"])
+
+
+def test_both_sides_live_at_once_only_where_they_fit():
+    def records(num_bytes):
+        return [{"memory": {"views": {"host_peak_bytes": num_bytes}}}] * 2
+
+    free = psutil.virtual_memory().available
+    assert compare.fit_at_once(CASE, records(free // 10))
+    assert not compare.fit_at_once(CASE, records(free // 2))
+    assert not compare.fit_at_once(dataclasses.replace(CASE, device="cuda"), records(1))
+
+
+def test_the_ratio_of_a_pair_in_turns_is_that_of_its_rounds():
+    """Drift that both sides share, and one disturbed step, leave the ratio alone; the means of the sides have them."""
+    drift = [1.0, 2.0, 3.0, 4.0, 5.0]
+
+    def record(factor, last):
+        seconds = [factor * step for step in drift[:-1]] + [last]
+        block = {"phases": {"generate": seconds}, "in_turns": True, "error": None}
+        latency = {"phases": {"generate": {"kind": "inference"}}, "blocks": [block, block]}
+        return {"case": {"batch_size": 2}, "latency": latency}
+
+    (pair,) = pairs_of(record(1.0, 5.0), record(1.1, 50.0))
+    assert pair.log_ratios["generate"] == pytest.approx(math.log(1.1))
+    assert math.log(pair.head["total"] / pair.base["total"]) == pytest.approx(math.log(1.1))
+    (swapped,) = pairs_of(record(1.1, 1.0), record(1.0, 5.0))
+    assert swapped.log_ratios["total"] == pytest.approx(-math.log(1.1))
 
 
 def test_a_slower_phase_is_found_in_the_phase_its_kind_and_the_total(tmp_path):
@@ -234,7 +284,20 @@ def test_simulated_rates_follow_the_noise(tmp_path):
     assert steady[0].affected("generate") == {"generate", "inference", "total"}
     quiet = rates(steady * 3, 0.2, Effects())
     assert (quiet.found, quiet.false_alarms, quiet.num_pairs) == (1.0, 0.0, MIN_PAIRS)
-    assert rates(steady * 3, 0.0, Effects()).found == 0.0
-    wild = [({"think": 1.0, "update": 1.0, "total": 1.0}, {"think": x, "update": x, "total": x}) for x in (0.3, 3.0)]
+    assert quiet.others == {"pytest-benchmark's 10 % on means": (1.0, 0.0), "asv's factor 1.1": (1.0, 0.0)}
+    still = rates(steady * 3, 0.0, Effects())
+    assert {still.found, *still.others.values()} == {0.0, (0.0, 0.0)}
+    names = ("think", "update", "total")
+    equal = dict.fromkeys(names, 1.0)
+    wild = [
+        Pair(
+            base=equal,
+            head=equal,
+            log_ratios=dict.fromkeys(names, ratio),
+            disturbed=(False, False),
+            steps=([equal], [equal]),
+        )
+        for ratio in (-1.2, -0.3, 0.7, 1.6)
+    ]
     noisy = MeasuredCase(kinds={"think": "update"}, pairs=wild)
     assert rates([noisy], 0.05, Effects()).ambiguous > 0.9

@@ -30,6 +30,17 @@ def test_shares_are_of_all_cpus_without_this_process(machine):
     assert (found["gpu_processes"], found["gpu_throttled"]) == (None, None)
 
 
+def test_what_happens_in_a_pause_does_not_count(machine):
+    observed = Interference("cpu")
+    machine.update(wall_s=1.0, own_s=1.0, busy_s=1.2)
+    observed.pause()
+    machine.update(wall_s=9.0, busy_s=17.0)
+    observed.pause()
+    observed.resume()
+    machine.update(wall_s=10.0, own_s=2.0, busy_s=18.2)
+    assert observed.take()["other_cpu_share"] == pytest.approx(0.4 / 4)
+
+
 def test_a_clock_tick_too_few_is_no_negative_share(machine):
     observed = Interference("cpu")
     machine.update(wall_s=1.0, own_s=1.0, busy_s=0.99)

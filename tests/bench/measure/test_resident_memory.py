@@ -22,7 +22,7 @@ from rlhfkernels.observer import Observer
 from rlhfkernels.training.step import build_step
 
 MIB = 2**20
-BATCH_SIZES = (1, 4, 10)
+BATCH_SIZES = (1, 5)
 PHASES = ("generate", "score", "update_actor", "update_critic", "optimize")
 ALLOCATOR = {
     "MALLOC_ARENA_MAX": "1",

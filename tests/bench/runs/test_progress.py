@@ -23,6 +23,18 @@ def record(outcome="ok", message=None):
     return {"outcome": outcome, "error": error, "wall_s": 1.25}
 
 
+@pytest.fixture
+def begun_bar(monkeypatch):
+    """A bar of two cases on a wide terminal, of which the first has started."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    progress = BarProgress(stream)
+    progress.begin([SMALL, LARGE], num_recorded=0)
+    progress.start_case(SMALL)
+    return stream, progress
+
+
 def test_a_terminal_gets_a_bar_and_anything_else_lines():
     assert isinstance(make_progress(Terminal()), BarProgress)
     assert isinstance(make_progress(io.StringIO()), LineProgress)
@@ -47,13 +59,8 @@ def test_a_line_a_case():
     ]
 
 
-def test_a_bar_shows_the_current_case_and_failures(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("TERM", "xterm")
-    stream = Terminal()
-    progress = BarProgress(stream)
-    progress.begin([SMALL, LARGE], num_recorded=0)
-    progress.start_case(SMALL)
+def test_a_bar_shows_the_current_case_and_failures(begun_bar):
+    stream, progress = begun_bar
     progress.doing("phase [generate]")
     progress._bar.refresh()
     assert "hydra 4+4 x1 · phase [generate]" in stream.getvalue()
@@ -65,13 +72,8 @@ def test_a_bar_shows_the_current_case_and_failures(monkeypatch):
     assert "1 oom" in stream.getvalue()
 
 
-def test_a_bar_goes_on_through_the_blocks(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("TERM", "xterm")
-    stream = Terminal()
-    progress = BarProgress(stream)
-    progress.begin([SMALL, LARGE], num_recorded=0)
-    progress.start_case(SMALL)
+def test_a_bar_goes_on_through_the_blocks(begun_bar):
+    stream, progress = begun_bar
     progress.finish_case(SMALL, record())
     progress.begin_blocks(1, 5, 2)
     progress.start_block(LARGE)

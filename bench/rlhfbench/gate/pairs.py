@@ -1,0 +1,67 @@
+"""Pairs of blocks: what the records of two sides say of each pair."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rlhfbench.measure.interference import disturbance
+from rlhfbench.measure.statistic import midmean_of
+from rlhfbench.records.blocks import block_values, step_values
+from rlhfbench.records.file import Record
+
+Values = Mapping[str, float]
+
+# The block before measures memory.
+FIRST_TIMED_BLOCK = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Pair:
+    """A block of the base and one of the head.
+
+    Attributes:
+        base: Seconds per sample of the base: ``total``, the kinds, and each phase.
+        head: The same of the head.
+        log_ratios: Of head to base, by quantity. Of steps that were taken in turns: the mid-mean over the rounds.
+        disturbed: Whether something disturbed the base, and the head.
+        steps: What ``base`` and ``head`` are of: every step of each.
+    """
+
+    base: Values
+    head: Values
+    log_ratios: Values
+    disturbed: tuple[bool, bool]
+    steps: tuple[Sequence[Values], Sequence[Values]]
+
+
+def pairs_of(base: Record, head: Record) -> list[Pair]:
+    """Returns the timed pairs of which both blocks are whole."""
+    sides = [zip(block_values(record), record["latency"]["blocks"] or (), strict=True) for record in (base, head)]
+    found = []
+    for (base_s, base_block), (head_s, head_block) in list(zip(*sides, strict=False))[FIRST_TIMED_BLOCK:]:
+        if base_s is None or head_s is None:
+            continue
+        steps = (step_values(base, base_block), step_values(head, head_block))
+        in_turns = base_block.get("in_turns") and head_block.get("in_turns")
+        # One side may have had a turn more when the other failed.
+        rounds = list(zip(*steps, strict=False)) if in_turns else [(base_s, head_s)]
+        disturbed = (_is_disturbed(base_block), _is_disturbed(head_block))
+        found.append(Pair(base=base_s, head=head_s, log_ratios=_log_ratios(rounds), disturbed=disturbed, steps=steps))
+    return found
+
+
+def _log_ratios(rounds: Sequence[tuple[Values, Values]]) -> dict[str, float]:
+    """The mid-mean over rounds of each quantity that both sides have, and that took time in every round."""
+    names = [name for name in rounds[0][0] if name in rounds[0][1]]
+    return {
+        name: midmean_of([math.log(head[name] / base[name]) for base, head in rounds])
+        for name in names
+        if all(base[name] > 0 and head[name] > 0 for base, head in rounds)
+    }
+
+
+def _is_disturbed(block: Mapping[str, Any]) -> bool:
+    return disturbance(block.get("interference") or {}) is not None

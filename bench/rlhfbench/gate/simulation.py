@@ -1,0 +1,190 @@
+"""Simulated comparisons, drawn from measured pairs of a revision with itself: rates of detection and of false alarms.
+
+Pairs are drawn with replacement, their sides exchanged at random, one phase of one case made slower, and the looks of a
+real comparison taken.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from rlhfbench.gate.compare import MAX_LOOKS, PAIRS_PER_LOOK
+from rlhfbench.gate.decide import MIN_PAIRS, Effects, Levels, Verdict, estimate, judge
+from rlhfbench.gate.other_rules import differs_by_asv, is_slower_by_threshold
+from rlhfbench.gate.pairs import Pair, Values, pairs_of
+from rlhfbench.records.file import read_records
+
+NUM_TRIES = 200
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class MeasuredCase:
+    """The pairs of one case.
+
+    Attributes:
+        kinds: The kind of each phase.
+        pairs: The pairs.
+    """
+
+    kinds: Mapping[str, str]
+    pairs: Sequence[Pair]
+
+    @property
+    def longest_phase(self) -> str:
+        """The phase that takes the most seconds."""
+        return max(self.kinds, key=self.pairs[0].base.__getitem__)
+
+    def affected(self, phase: str) -> set[str]:
+        """The quantities that the seconds of ``phase`` are part of."""
+        return {phase, self.kinds[phase], "total"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Rates:
+    """Verdicts of the gate over many simulated comparisons with one slower phase in one case.
+
+    Attributes:
+        slowdown: Of the phase, as a share.
+        found: Share of comparisons in which the slower case was called slower.
+        ambiguous: Share in which that case was neither slower nor the same.
+        false_alarms: Share of the comparisons of other cases that called them slower or faster.
+        num_pairs: Mean number of pairs of a case.
+        others: Of each other tool's rule: the shares that it found and falsely alarmed.
+    """
+
+    slowdown: float
+    found: float
+    ambiguous: float
+    false_alarms: float
+    num_pairs: float
+    others: Mapping[str, tuple[float, float]]
+
+
+def measured_cases(out: Path) -> list[MeasuredCase]:
+    """Returns the cases of a comparison whose runs lie in ``out``."""
+    base, head = ({r["case"]["id"]: r for r in read_records(out / name)} for name in ("base", "head"))
+    found = []
+    for case_id in base.keys() & head.keys():
+        pairs = pairs_of(base[case_id], head[case_id])
+        kinds = {name: phase["kind"] for name, phase in base[case_id]["latency"]["phases"].items()}
+        if pairs:
+            found.append(MeasuredCase(kinds=kinds, pairs=pairs))
+    return found
+
+
+def rates(cases: Sequence[MeasuredCase], slowdown: float, effects: Effects, *, seed: int = 0) -> Rates:
+    """Returns the rates for a slowdown of the longest phase of one case, drawn at random for each try."""
+    rng = random.Random(seed)
+    found = ambiguous = alarms = num_pairs = 0
+    for _ in range(NUM_TRIES):
+        target = rng.randrange(len(cases))
+        verdicts, pairs = _compare(cases, target, slowdown, effects, rng)
+        found += "slower" in verdicts[target]
+        ambiguous += "ambiguous" in verdicts[target] and "slower" not in verdicts[target]
+        alarms += sum(bool(said & {"slower", "faster"}) for case, said in enumerate(verdicts) if case != target)
+        num_pairs += sum(pairs)
+    others = NUM_TRIES * (len(cases) - 1)
+    return Rates(
+        slowdown=slowdown,
+        found=found / NUM_TRIES,
+        ambiguous=ambiguous / NUM_TRIES,
+        false_alarms=alarms / others if others else 0.0,
+        num_pairs=num_pairs / NUM_TRIES / len(cases),
+        others={name: _rates_of_rule(cases, slowdown, rule, random.Random(seed)) for name, rule in OTHERS.items()},
+    )
+
+
+def _rates_of_rule(
+    cases: Sequence[MeasuredCase], slowdown: float, rule: _Rule, rng: random.Random
+) -> tuple[float, float]:
+    """The shares of tries in which a rule flags the slower case, and falsely one of the others, in any quantity."""
+    found = alarms = 0
+    for _ in range(NUM_TRIES):
+        target = rng.randrange(len(cases))
+        for place, case in enumerate(cases):
+            phase = case.longest_phase
+            factors = dict.fromkeys(case.affected(phase) if place == target else (), slowdown)
+            base, head = rule.draw(case.pairs, rng)
+            flagged = {
+                name
+                for name in case.pairs[0].log_ratios
+                if rule.flags(
+                    [step[name] for step in base],
+                    [step[name] + factors.get(name, 0.0) * step[phase] for step in head],
+                )
+            }
+            found += place == target and bool(flagged & case.affected(phase))
+            alarms += place != target and bool(flagged)
+    others = NUM_TRIES * (len(cases) - 1)
+    return found / NUM_TRIES, alarms / others if others else 0.0
+
+
+def _of_two_runs(pairs: Sequence[Pair], rng: random.Random) -> tuple[Sequence[Values], Sequence[Values]]:
+    """The steps of two sides from two processes of different pairs, as if one were a stored run."""
+    old, new = rng.sample(pairs, 2) if len(pairs) > 1 else (pairs[0], pairs[0])
+    return rng.choice(old.steps), rng.choice(new.steps)
+
+
+def _of_interleaved_rounds(pairs: Sequence[Pair], rng: random.Random) -> tuple[Sequence[Values], Sequence[Values]]:
+    """The steps of two sides from two pairs, whose sides were timed next to each other."""
+    base: list[Values] = []
+    head: list[Values] = []
+    for pair in rng.choices(pairs, k=2):
+        first, second = rng.sample(pair.steps, 2)
+        base += first
+        head += second
+    return base, head
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Rule:
+    """Another tool's rule: what it compares, and what it says of it."""
+
+    draw: Callable[[Sequence[Pair], random.Random], tuple[Sequence[Values], Sequence[Values]]]
+    flags: Callable[[Sequence[float], Sequence[float]], bool]
+
+
+OTHERS = {
+    "pytest-benchmark's 10 % on means": _Rule(_of_two_runs, is_slower_by_threshold),
+    "asv's factor 1.1": _Rule(_of_interleaved_rounds, differs_by_asv),
+}
+
+
+def _compare(
+    cases: Sequence[MeasuredCase], target: int, slowdown: float, effects: Effects, rng: random.Random
+) -> tuple[list[set[Verdict]], list[int]]:
+    """The verdicts on every case of one simulated comparison, and the pairs that each needed."""
+    draws = [_logs(case, slowdown if place == target else 0.0, rng) for place, case in enumerate(cases)]
+    kept: list[dict[str, list[float]]] = [{} for _ in cases]
+    num_pairs = [0] * len(cases)
+    verdicts: list[set[Verdict]] = [{"ambiguous"} for _ in cases]
+    levels = Levels()
+    for look in range(1, MAX_LOOKS + 1):
+        num_new = MIN_PAIRS if look == 1 else PAIRS_PER_LOOK
+        for place in [place for place, said in enumerate(verdicts) if "ambiguous" in said]:
+            num_pairs[place] += num_new
+            for _ in range(num_new):
+                for name, value in next(draws[place]).items():
+                    kept[place].setdefault(name, []).append(value)
+        flat = [(place, estimate(logs)) for place, case in enumerate(kept) for logs in case.values()]
+        judged = judge([found for _, found in flat], levels.take(look / MAX_LOOKS), effects)
+        verdicts = [
+            {said for (of, _), said in zip(flat, judged, strict=True) if of == place} for place in range(len(cases))
+        ]
+        if not any("ambiguous" in said for said in verdicts):
+            break
+    return verdicts, num_pairs
+
+
+def _logs(case: MeasuredCase, slowdown: float, rng: random.Random) -> Iterator[dict[str, float]]:
+    """Logarithms of head / base by quantity, of pairs that are drawn, exchanged and slowed down, without end."""
+    phase = case.longest_phase
+    affected = case.affected(phase)
+    while True:
+        pair, sign = rng.choice(case.pairs), rng.choice((-1, 1))
+        added = {name: slowdown * pair.head[phase] / pair.head[name] for name in affected}
+        yield {name: sign * ratio + math.log1p(added.get(name, 0.0)) for name, ratio in pair.log_ratios.items()}

@@ -1,0 +1,73 @@
+import json
+
+import pytest
+
+import rlhfbench.gate.baseline
+from rlhfbench.records.file import read_records
+from rlhfbench.runs.runner import RunResult
+
+SMALL = ("--methods", "hydra", "--seq-lens", "8", "--batch-sizes", "1")
+
+
+def kind(name):
+    return ("--option", f"data.prompt_field={name}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ((), "one of --base, --baseline, --self-test and --bisect must be given, and only one."),
+        (("--base", "a", "--self-test"), "one of --base, --baseline, --self-test and --bisect must be given"),
+        (("--base", "a", "--memory-only"), "--update-baseline and --memory-only need --baseline RUN."),
+        (("--base", "a", "--budget-s", "0"), "--budget-s is 0: it must be from 4"),
+        (("--base", "a", "--budget-s", "nan"), "--budget-s is nan"),
+        (("--base", "a", "--smallest-effect", "0.2"), "--promised-effect is 0.05: it must be above --smallest-effect"),
+        (("--base", "a", "--smallest-effect", "-1"), "--smallest-effect is -1: it must be above 0 and below 10."),
+        (("--base", "a", "--step", "mine"), "--step is 'mine': it must be MODULE:FUNCTION."),
+        (("--base", "a", "--threads", "0"), "--threads is 0: it must be from 1 to 1024."),
+        (("--base", "a"), "--base needs a git repository"),
+        (("--bisect", "a", "b"), "--base needs a git repository"),
+        (("--baseline", "nowhere"), "baseline 'nowhere' holds no run"),
+        (("--baseline", "nowhere", "--methods", "hydra"), "--baseline takes no cases"),
+    ],
+)
+def test_a_wrong_gate_is_one_sentence(call, monkeypatch, tmp_path, arguments, sentence):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    code, out, err = call("gate", *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith(sentence) or sentence in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gate_against_a_stored_run(call, fake, monkeypatch, tmp_path):
+    assert call("run", *SMALL, *kind("steady"), "--blocks", "2", "--out", "stored")[0] == 0
+    code, out, _ = call("gate", "--baseline", "stored", "--out", "new", "--update-baseline")
+    assert code == 0
+    assert out.startswith("**No regression.**")
+    assert read_records("stored") == read_records("new")
+    assert call("gate", "--baseline", "stored")[0] == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"stored", "new"}  # without --out nothing is kept
+    path = tmp_path / "stored" / "environment.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "host": "another"}))
+    code, out, _ = call("gate", "--baseline", "stored", "--out", "later", "--json")
+    assert code == 3
+    reasons = {found["reason"] for found in json.loads(out)["findings"]}
+    assert any(reason and reason.startswith("Times are not judged: host") for reason in reasons)
+    assert call("gate", "--baseline", "stored", "--out", "last", "--memory-only")[0] == 0
+
+
+def test_a_first_baseline_is_made(call, fake, tmp_path):
+    code, _, err = call("gate", "--baseline", "new", "--update-baseline", *SMALL, *kind("steady"))
+    assert code == 3  # nothing was compared
+    assert "is new: there was nothing to compare with." in err
+    assert call("gate", "--baseline", "new")[0] == 0
+
+
+def test_an_interrupted_gate_leaves_the_baseline_as_it_was(call, fake, monkeypatch, tmp_path):
+    assert call("run", *SMALL, *kind("steady"), "--blocks", "2", "--out", "stored")[0] == 0
+    before = (tmp_path / "stored" / "records.jsonl").read_bytes()
+    interrupted = RunResult(run_dir=tmp_path / "x", records=[], interrupted=True)
+    monkeypatch.setattr(rlhfbench.gate.baseline, "run_sweep", lambda *args, **kwargs: interrupted)
+    assert call("gate", "--baseline", "stored", "--update-baseline")[:2] == (130, "")
+    assert (tmp_path / "stored" / "records.jsonl").read_bytes() == before

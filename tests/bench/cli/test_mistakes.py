@@ -1,0 +1,131 @@
+import pytest
+
+WRONG = [
+    (("run", "--methods", "hydr"), "method 'hydr' is unknown: did you mean 'hydra'"),
+    (("run", "--methods", "hydra,,lora"), "methods has '': it must be a name."),
+    (("run", "--model", "tinny"), "model 'tinny' is unknown: did you mean 'tiny'?"),
+    (("run", "--model", "./absent"), "model './absent' does not exist: there is no such folder or file."),
+    (("run", "--model", "."), "model '.' is a folder that holds no model: it has no config.json."),
+    (("run", "--device", "gpu"), "device 'gpu' is unknown"),
+    (("run", "--dtype", "float23"), "dtype 'float23' is unknown: did you mean 'float32' or"),
+    (("run", "--seq-lens", "0"), "seq_lens has 0: it must be a whole number of at least 2."),
+    (("run", "--seq-lens", "-8"), "seq_lens has -8: it must be a whole number of at least 2."),
+    (("run", "--seq-lens", "8,x"), "--seq-lens has 'x': it must be whole numbers, joined by commas."),
+    (("run", "--batch-sizes", ""), "--batch-sizes has '': it must be whole numbers, joined by commas."),
+    (("run", "--batch-sizes", "0"), "batch_sizes has 0: it must be a whole number of at least 1."),
+    (
+        ("run", "--seq-lens", "9999"),
+        "a length of 9999 (4999 + 5000) is too long for model 'tiny': it has 4096 positions.",
+    ),
+    (("run", "--lora-rank", "0"), "lora.r is 0: it must be a whole number from 1 to 2147483647."),
+    (("run", "--lora-rank", "x"), "--lora-rank is 'x': it must be a whole number."),
+    (("run", "--time-budget-s", "x"), "--time-budget-s is 'x': it must be a number."),
+    (
+        ("run", "--time-budget-s", "nan"),
+        "time_budget_s is nan: it must be a finite number above 0 and at most 1000000.",
+    ),
+    (("run", "--seed", "-1"), "seed is -1: it must be a whole number of at least 0 and below 9223372036854775808."),
+    (("run", "--prompt-fraction", "2"), "prompt_fraction is 2.0: it must be a number between 0 and 1."),
+    (("run", "--prompts", "absent.jsonl"), "prompts 'absent.jsonl' cannot be read: No such file or directory."),
+    (("run", "--prompts", "bad.jsonl"), "prompts 'bad.jsonl', line 2: it is not JSON."),
+    (("run", "--prompts", "empty.jsonl"), "prompts 'empty.jsonl' is empty"),
+    (
+        ("run", "--prompts", "good.jsonl", "--prompt-field", "q"),
+        "line 1: there is no field 'q'; its fields are 'prompt'.",
+    ),
+    (("run", "--option", "ppo.gama=1"), "option 'ppo.gama' is unknown: did you mean 'ppo.gamma'"),
+    (("run", "--option", "ppo.gamma"), "option 'ppo.gamma' has no value: write it as KEY=VALUE."),
+    (("run", "--option", "ppo.gamma=2"), "ppo.gamma is 2.0: it must be a finite number from 0 to 1."),
+    (("run", "--option", "gamma=1"), "option 'gamma' is now called 'ppo.gamma'."),
+    (("run", "--sweep", "absent.toml"), "sweep file 'absent.toml' cannot be read: No such file or directory."),
+    (("run", "--sweep", "typo.toml"), "sweep key 'metods' is unknown: did you mean 'methods'"),
+    (("run", "--time-budget-s", "0"), "time_budget_s is 0.0: it must be a finite number above 0 and at most 1000000."),
+    (("run", "--memory-limit", "much"), "--memory-limit is 'much': it must be a size like 4GiB"),
+    (("run", "--resume"), "Option '--resume' requires an argument."),
+    (("run", "--resume", "absent"), "resume 'absent': there is no run in it, so there is nothing to resume."),
+    (("run", "--resume", "full"), "resume 'full': there is no run in it"),
+    (("run", "--resume", "old", "--out", "old"), "--out is 'old': it must be left out, since --resume names"),
+    (("run", "--retry", "crashed"), "--retry is 'crashed': it needs --resume DIR."),
+    (("run", "--resume", "old", "--retry", "crash"), "--retry 'crash' is unknown: did you mean 'crashed'?"),
+    (("run", "--resume", "old", "--retry", "ok"), "--retry 'ok' is unknown"),
+    (("run", "--threads", "100000"), "num_threads is 100000: it must be a whole number from 1 to 1024"),
+    (("run", "--case-timeout-s", "inf"), "case_timeout_s is inf: it must be a finite number above 0 and at most"),
+    (("run", "--out", "full"), "out 'full' holds files of something else: name an empty or a new folder."),
+    (("run", "--out", "good.jsonl/x"), "out 'good.jsonl/x' cannot be written: Not a directory."),
+    (("run", "--out", "old"), "out 'old' holds another run: continue it with --resume, or name a new folder."),
+    (("run", "--sed", "1"), "No such option: --sed"),
+    (("rum",), "No such command 'rum'"),
+    (("report", "absent"), "records file 'absent' cannot be read: No such file or directory."),
+    (("report", "future"), "its schema is 99 and this rlhfbench reads up to 2: a newer one wrote it."),
+    (("report", "old"), "run 'old' holds no records yet: there is nothing to draw."),
+    (("report",), "Missing argument 'RUN'."),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"), WRONG, ids=lambda value: " ".join(value) if isinstance(value, tuple) else ""
+)
+def test_a_mistake_is_one_clear_sentence_and_exit_code_2(call, tmp_path, arguments, says):
+    (tmp_path / "good.jsonl").write_text('{"prompt": "hello"}\n')
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "hello"}\n{\n')
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "typo.toml").write_text('metods = ["hydra"]\n')
+    for folder, name, text in (
+        ("full", "thesis.tex", ""),
+        ("future", "records.jsonl", '{"schema": 99}\n'),
+        ("old", "records.jsonl", ""),
+    ):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text(text)
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = call(*arguments)
+    assert (code, out) == (2, "")
+    assert says in err
+    assert len(err.splitlines()) == 1
+    assert err.endswith((".\n", "?\n"))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_cuda_without_a_cuda_device(call, monkeypatch):
+    from rlhfbench.cases import preflight
+
+    monkeypatch.setattr(preflight, "num_cuda_devices", lambda: 0)
+    assert call("run", "--device", "cuda") == (2, "", "device 'cuda': this machine has no CUDA device.\n")
+
+
+@pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize(
+    ("method", "flag", "text", "sentence"),
+    [
+        ("dpo", "--pairs", None, "pairs 'x.jsonl' cannot be read: No such file or directory."),
+        ("dpo", "--pairs", "", "pairs 'x.jsonl' is empty: it must hold at least one row."),
+        ("dpo", "--pairs", '{"prompt": "a",\n', "pairs 'x.jsonl', line 1: it is not JSON."),
+        (
+            "dpo",
+            "--pairs",
+            '{"prompt": "a", "chosen": "b"}\n',
+            "pairs 'x.jsonl', line 1: there is no field 'rejected'; its fields are 'prompt', 'chosen'.",
+        ),
+        (
+            "sft",
+            "--demonstrations",
+            '{"prompt": "a", "completion": ""}\n',
+            "demonstrations 'x.jsonl', line 1: field 'completion' must be a text that is not empty, or a list of "
+            "messages (role, content).",
+        ),
+        (
+            "dpo",
+            "--pairs",
+            '{"prompt": "a", "chosen": "b", "rejected": "b"}\n',
+            "pairs 'x.jsonl': chosen equals rejected in every row, so no pair is left.",
+        ),
+        ("hydra", "--pairs", "", "data.pairs is 'x.jsonl': method 'hydra' takes prompts, so it must be none."),
+    ],
+)
+def test_a_bad_data_file_is_one_sentence_and_starts_nothing(call, tmp_path, method, flag, text, sentence):
+    if text is not None:
+        (tmp_path / "x.jsonl").write_text(text)
+    small = ("--model", "tiny", "--seq-lens", "8", "--batch-sizes", "1")
+    code, out, err = call("run", "--methods", method, *small, flag, "x.jsonl", "--out", "here")
+    assert (code, out, err) == (2, "", sentence + "\n")
+    assert not (tmp_path / "here").exists()

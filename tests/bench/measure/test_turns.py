@@ -1,0 +1,78 @@
+"""Turns of two processes, here of two threads."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import threading
+from pathlib import Path
+
+import pytest
+
+from rlhfbench.measure.turns import Turns, run_in_turns
+
+
+@pytest.fixture
+def folder():
+    """A folder whose path is short enough for a socket."""
+    with tempfile.TemporaryDirectory() as path:
+        yield Path(path)
+
+
+def player(name, order, limit=None):
+    """A job that notes each of its turns, and gives up after ``limit``."""
+
+    def play(path):
+        turns = Turns(path)
+        while (limit is None or order.count(name) < limit) and turns.wait():
+            order.append(name)
+            turns.done()
+        turns.close()
+
+    return play
+
+
+def test_every_round_has_one_turn_of_each_in_random_order(folder):
+    order = []
+    run_in_turns([player("a", order), player("b", order)], folder, 0.0, random.Random(1), aborts=[pytest.fail])
+    rounds = ["".join(order[at : at + 2]) for at in range(0, len(order), 2)]
+    assert len(rounds) == 5
+    assert set(rounds) == {"ab", "ba"}
+    assert not list(folder.iterdir())
+
+
+def test_a_budget_of_many_short_turns_ends_after_a_hundred_rounds(folder):
+    order = []
+    run_in_turns([player("a", order), player("b", order)], folder, 1e6, random.Random(1), aborts=[pytest.fail])
+    assert len(order) == 200
+
+
+@pytest.mark.parametrize("limit", [0, 2])
+def test_a_job_that_ends_early_ends_the_turns_of_the_other(folder, limit):
+    order = []
+    jobs = [player("a", order, limit=limit), player("b", order)]
+    run_in_turns(jobs, folder, 1e6, random.Random(1), aborts=[pytest.fail])
+    assert order.count("a") == limit
+    assert order.count("b") <= limit + 1
+
+
+def test_a_job_that_never_connects_ends_the_turns_of_the_other(folder):
+    order = []
+    run_in_turns([lambda path: None, player("b", order)], folder, 1e6, random.Random(1), aborts=[pytest.fail])
+    assert not order
+
+
+def test_an_error_of_a_job_is_raised_after_the_others_were_aborted(folder):
+    waiting = threading.Event()
+
+    def fail(path):
+        raise ValueError("out of order")
+
+    jobs = [fail, lambda path: waiting.wait()]
+    with pytest.raises(ValueError, match="out of order"):
+        run_in_turns(jobs, folder, 1.0, random.Random(1), aborts=[waiting.set])
+    assert waiting.is_set()
+
+
+def test_without_a_referee_there_is_no_turn(folder):
+    assert not Turns(str(folder / "nobody")).wait()

@@ -1,0 +1,72 @@
+import dataclasses
+import io
+import platform
+import sys
+
+import pytest
+
+from rlhfbench.cases.sweep import Sweep
+from rlhfbench.records.file import read_records
+from rlhfbench.runs.progress import LineProgress
+
+pytestmark = pytest.mark.usefixtures("fake_server")
+
+
+class WatchingBlocks(LineProgress):
+    """Notes the cases in the order in which blocks of them are timed."""
+
+    def __init__(self):
+        super().__init__(io.StringIO())
+        self.rounds = []
+
+    def begin_blocks(self, number, num_blocks, num_cases):
+        super().begin_blocks(number, num_blocks, num_cases)
+        self.rounds.append([])
+
+    def start_block(self, case):
+        super().start_block(case)
+        self.rounds[-1].append(case.id)
+
+
+def test_blocks_of_all_cases_alternate_in_random_order(tmp_path, sweep_of, run):
+    cases = [dataclasses.replace(sweep_of("blocks").cases[0], batch_size=size) for size in range(1, 7)]
+    watching = WatchingBlocks()
+    result = run(Sweep(cases=tuple(cases)), tmp_path / "run", progress=watching, blocks=4)
+    ids = [case.id for case in cases]
+    assert [sorted(ids) == sorted(of_round) for of_round in watching.rounds] == [True] * 3
+    assert len({tuple(ids), *map(tuple, watching.rounds)}) == 4
+    for record in result.records:
+        assert [block["phases"]["generate"] for block in record["latency"]["blocks"]] == [[1.0], [2.0], [3.0], [4.0]]
+        size = record["case"]["batch_size"]
+        assert record["latency"]["total_s_per_sample"] == pytest.approx(2.5 / size)
+        assert record["latency"]["total_block_s_per_sample"] == pytest.approx([n / size for n in (1, 2, 3, 4)])
+    assert read_records(tmp_path / "run") == result.records
+
+
+def test_a_block_that_fails_is_recorded_and_does_not_count(tmp_path, capsys, sweep_of, run):
+    (record,) = run(sweep_of("oom-in-block-1"), tmp_path / "run", blocks=3, progress=LineProgress(sys.stderr)).records
+    assert record["outcome"] == "ok"
+    assert record["latency"]["blocks"][1]["error"]["outcome"] == "oom"
+    assert record["latency"]["total_block_s_per_sample"] == [0.5, None, 1.5]
+    assert record["latency"]["total_s_per_sample"] == 1.0
+    assert "block 2 of 3: oom: no room" in capsys.readouterr().err
+
+
+def test_blocks_that_are_missing_are_timed_when_resumed(tmp_path, sweep_of, run):
+    sweep = sweep_of("blocks", "ok")
+    whole = run(sweep, tmp_path / "run", blocks=3).records
+    path = tmp_path / "run" / "records.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    (cut, _) = read_records(tmp_path / "run")
+    assert len(cut["latency"]["blocks"]) == 2
+    assert run(sweep, tmp_path / "run", resume=True, blocks=3).records == whole
+
+
+def test_blocks_of_two_machines_are_not_mixed(tmp_path, monkeypatch, sweep_of, run):
+    sweep = sweep_of("blocks")
+    run(sweep, tmp_path / "run", blocks=2)
+    path = tmp_path / "run" / "records.jsonl"
+    path.write_text(path.read_text().splitlines(keepends=True)[0])
+    monkeypatch.setattr(platform, "node", lambda: "another")
+    (record,) = run(sweep, tmp_path / "run", resume=True, blocks=2).records
+    assert len(record["latency"]["blocks"]) == 1
