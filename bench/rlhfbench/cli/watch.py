@@ -26,9 +26,9 @@ def watch(
         int, typer.Option(metavar="N", parser=number("--port", int), help="Port; 0 for any that is free.")
     ] = 0,
 ) -> int:
-    """Serve the page of a run in a browser, following the run as records come.
+    """Serve the page of a run while it goes on.
 
-    Prints the address. Ctrl-C ends it.
+    Prints the address for a browser; the page follows as records come. Ctrl-C ends it.
     """
     from rlhfbench.runs.page import missing_libraries
     from rlhfbench.runs.watch import make_server

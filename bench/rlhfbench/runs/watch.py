@@ -25,7 +25,7 @@ from rlhfbench.records.file import RECORDS_NAME, read_records
 from rlhfbench.runs.drawing import check_drawable
 from rlhfbench.runs.folder import RunFolder
 
-# After a build no other begins for ten times as long, so that at most a tenth of one CPU goes to the page.
+# After a build no other begins for ten times its CPU seconds, so that at most a tenth of one CPU goes to the page.
 _REST = 10.0
 _SCRIPT = "watch.js"
 _EMPTY = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title} – rlhfbench</title>
@@ -39,11 +39,18 @@ class LivePage:
     Args:
         run_dir: The folder of the run.
         clock: Seconds, for the pauses between builds.
+        cpu_clock: CPU seconds of this thread.
     """
 
-    def __init__(self, run_dir: Path, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        clock: Callable[[], float] = time.monotonic,
+        cpu_clock: Callable[[], float] = time.thread_time,
+    ) -> None:
         self._run_dir = run_dir
         self._clock = clock
+        self._cpu_clock = cpu_clock
         self._lock = threading.Lock()
         self._version: str | None = None
         self._text = ""
@@ -54,11 +61,10 @@ class LivePage:
         with self._lock:
             version = self._records_version()
             if self._version is None or (version != self._version and self._clock() >= self._next_s):
-                started_s = self._clock()
+                started_s = self._cpu_clock()
                 self._text = _with_script(self._built(), version)
                 self._version = version
-                ended_s = self._clock()
-                self._next_s = ended_s + _REST * (ended_s - started_s)
+                self._next_s = self._clock() + _REST * (self._cpu_clock() - started_s)
             return self._version, self._text
 
     def _records_version(self) -> str:

@@ -72,7 +72,7 @@ def test_builds_take_at_most_a_tenth_of_the_time(
     run_dir: Path, built: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
-    page = LivePage(run_dir, clock)
+    page = LivePage(run_dir, clock, clock)
     fast = module._page_of
 
     def slow(run_dir: Path) -> str:
