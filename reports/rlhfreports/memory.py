@@ -219,7 +219,8 @@ def _disturbances(frame: pd.DataFrame) -> list[str]:
 def _notes(frame: pd.DataFrame, words: dict[str, list[str]]) -> tuple[str, ...]:
     notes: list[str] = [] if frame["num_timed_blocks"].isna().all() else [resolution(frame)]
     notes += _disturbances(frame)
-    lost = int((frame["num_blocks"] - frame["num_timed_blocks"])[_is_ok(frame)].sum())
+    # A side of a comparison may have more than its run asked for.
+    lost = int((frame["num_blocks"] - frame["num_timed_blocks"])[_is_ok(frame)].clip(lower=0).sum())
     if lost:
         notes.append(f"{lost} blocks are missing: they failed, or the run was ended before them.")
     num_cut = frame["num_prompts_truncated"].max()

@@ -80,6 +80,7 @@ CHECKED = {
     "rlhfbench evidence --out my-evidence": _GPU,
     "rlhfbench evidence --out my-evidence --device cpu --model tiny --budget-min 4": _LONG,
     "rlhfbench evidence --out my-evidence --parts 3,5": _GPU,
+    "rlhfbench evidence --out my-evidence --parts 3 --blocks 4": _GPU,
     "rlhfbench gate --base main": _REPOSITORY,
     "rlhfbench gate --self-test --seq-lens 32 --batch-sizes 2": _LONG,
     "rlhfbench gate --bisect v1.2 HEAD --methods hydra": _REPOSITORY,
@@ -169,7 +170,7 @@ def _check_flags(words: list[str]) -> None:
         assert params["run_dirs"]
         return
     if verb == "evidence":
-        assert Request.of(params["model"], params["device"])
+        assert Request.of(params["model"], params["device"], params["blocks"])
         assert parse_parts(params["parts"], PARTS)
         return
     if "methods" not in params:  # a verb that reads a run
