@@ -115,7 +115,8 @@ def _interrupts_the_gate_in_a_turn(request, send):
     path = request["settings"].get("turns")
     if path is not None and Turns(path).wait():
         os.kill(int(os.environ["GATE_PID"]), signal.SIGINT)
-        time.sleep(600)
+        time.sleep(20)  # it is killed long before, or
+        Path(os.environ["GATE_SURVIVED"]).touch()
     _steady(request, send)
 
 

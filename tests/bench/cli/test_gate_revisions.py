@@ -171,8 +171,9 @@ def test_the_answer_stands_where_the_summary_is_lost_on_the_way(call, commit, mo
     assert f"--summary '{summary}' cannot be written" in err
 
 
-def test_ctrl_c_in_a_turn_ends_both_sides(call, commit, monkeypatch, temporary):
+def test_ctrl_c_in_a_turn_ends_both_sides(call, commit, monkeypatch, temporary, tmp_path):
     commit("FAULT = {}", "first")
+    monkeypatch.setenv("GATE_SURVIVED", str(tmp_path / "survived"))
     monkeypatch.setenv("GATE_PID", str(os.getpid()))
     before = set(psutil.Process().children(recursive=True))
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -182,6 +183,7 @@ def test_ctrl_c_in_a_turn_ends_both_sides(call, commit, monkeypatch, temporary):
     finally:
         signal.signal(signal.SIGINT, handler)
     assert set(psutil.Process().children(recursive=True)) <= before
+    assert not (tmp_path / "survived").exists()
     assert left_in(temporary) == []
 
 

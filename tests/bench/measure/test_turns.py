@@ -84,7 +84,7 @@ def test_ctrl_c_in_a_turn_aborts_the_jobs_and_ends_all_turns(folder):
         assert turns.wait()
         # To the main thread, as a terminal's Ctrl-C: it waits for the end of this turn.
         signal.pthread_kill(main, signal.SIGINT)
-        aborted.wait()
+        aborted.wait(20)
         turns.close()
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
