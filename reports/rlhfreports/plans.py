@@ -43,7 +43,7 @@ def _settings(frame: pd.DataFrame) -> tuple[str, ...]:
 
 
 def plan_table(frame: pd.DataFrame, *, caption: str) -> TerminalTable:
-    """Whether the case fits, the largest batch that fits, the floor, the phase of the peak and every part in GiB."""
+    """Table of what fits, the largest batch that fits, the floor, the phase of the peak and every part in GiB."""
     rows = frame.to_dict("records")
     known = {
         "total GiB": [_gib(int(row["total_bytes"])) for row in rows],

@@ -64,7 +64,7 @@ class Column:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class _Layout:
-    """What is drawn: ``columns`` in ``pages``, with a line above rows where ``heads`` changes."""
+    """Columns in pages, with a line above rows where ``heads`` changes."""
 
     columns: tuple[Column, ...]
     heads: tuple[Column, ...] = ()

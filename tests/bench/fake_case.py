@@ -104,6 +104,22 @@ def _renames_a_phase_with_an_injection(request, send):
     _steady(request, renamed)
 
 
+def _as_the_revision_says(request, send):
+    """A steady case with the fault that ``mine.py`` of its side's revision names."""
+    import mine
+
+    _steady({**request, "settings": {**request["settings"], "injected": mine.FAULT}}, send)
+
+
+def _interrupts_the_gate_in_a_turn(request, send):
+    path = request["settings"].get("turns")
+    if path is not None and Turns(path).wait():
+        os.kill(int(os.environ["GATE_PID"]), signal.SIGINT)
+        time.sleep(20)  # it is killed long before, or
+        Path(os.environ["GATE_SURVIVED"]).touch()
+    _steady(request, send)
+
+
 def _out_of_memory_in_block_1(request, send):
     if request["settings"]["block"] == 1:
         send({"result": worker.failure(MemoryError("no room"), "score")})
@@ -228,6 +244,8 @@ BEHAVIOURS = {
     "head-crashes-later": _crashes_later_with_an_injection,
     "base-crashes": _crashes_without_an_injection,
     "renames-a-phase": _renames_a_phase_with_an_injection,
+    "revision": _as_the_revision_says,
+    "interrupts": _interrupts_the_gate_in_a_turn,
     "oom-in-block-1": _out_of_memory_in_block_1,
     "oom-from-batch-4": _oom_from_batch_4,
     "over-limit": _needs_more_than_its_limit,

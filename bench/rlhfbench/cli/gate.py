@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import signal
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +12,7 @@ import typer
 
 from rlhfbench.cli import common
 from rlhfbench.cli.common import case_spec, epilog, make_sweep, number
+from rlhfbench.cli.gate_output import Output, progress
 from rlhfbench.errors import ForkServerError, GateError
 
 if TYPE_CHECKING:
@@ -148,6 +148,8 @@ def gate(
         raise GateError("--baseline takes no cases: they are those of the stored run.")
     if step and baseline:
         raise GateError("--step needs --base, --bisect or --self-test.")
+    output = Output(summary=summary, as_json=as_json, out=out)
+    output.check()
     from rlhfbench.gate import sides
 
     options = _options(smallest_effect, promised_effect, budget_s, threads, step)
@@ -160,20 +162,20 @@ def gate(
                 findings = _against_run(
                     Path(baseline), folder, options, update=update_baseline, memory_only=memory_only
                 )
-                return _finish(findings, f"the run in {baseline}", "a new run", summary, as_json=as_json)
+                return output.finish(findings, f"the run in {baseline}", "a new run")
             cases = make_sweep(spec if sweep else {**SMALL, **spec}, sweep, setting)
             if baseline:
                 return _first_baseline(Path(baseline), cases, folder, options)
             if self_test:
-                return _self_test(cases, folder, options, as_json=as_json)
+                return _self_test(cases, folder, options, output)
             if bisect:
-                return _bisect(bisect, cases, folder, options, summary, as_json=as_json)
+                return _bisect(bisect, cases, folder, options, output)
             assert base is not None
             root = sides.repository()
             head = sides.head_side(root, step=step)
             with sides.checked_out(base, root, "base", _roots(root, options)) as other:
                 findings = _compare(other, head, cases, folder, options)
-            return _finish(findings, other.title, head.title, summary, as_json=as_json)
+            return output.finish(findings, other.title, head.title)
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -206,41 +208,28 @@ def _roots(root: Path, options: GateOptions) -> list[str]:
 def _compare(base: Any, head: Any, cases: Sweep, folder: Path, options: GateOptions) -> list[Finding]:
     from rlhfbench.gate.compare import Comparison
 
-    return Comparison(base, head, cases, folder, options, _tell).run()
+    return Comparison(base, head, cases, folder, options, progress).run()
 
 
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _finish(findings: list[Finding], base: str, head: str, summary: str | None, *, as_json: bool) -> int:
-    from rlhfbench.gate.output import exit_code, markdown, to_json
-
-    table = markdown(findings, base, head)
-    print(json.dumps(to_json(findings, base=base, head=head)) if as_json else table, end="" if not as_json else "\n")
-    if summary is not None:
-        try:
-            Path(summary).write_text(table, encoding="utf-8")
-        except OSError as error:
-            raise GateError(f"--summary '{summary}' cannot be written: {error.strerror}.") from error
-    return exit_code(findings)
-
-
-def _self_test(cases: Sweep, folder: Path, options: GateOptions, *, as_json: bool) -> int:
+def _self_test(cases: Sweep, folder: Path, options: GateOptions, output: Output) -> int:
     from rlhfbench.gate.selftest import self_test
     from rlhfbench.gate.sides import Side
 
     paths = tuple([str(Path.cwd())] if options.step else [])
-    tell = _tell if as_json else print
+    lines: list[str] = []
+
+    def tell(line: str) -> None:
+        lines.append(line)
+        output.tell(line)
+
     found = self_test(Side(name="head", title="this", paths=paths), cases, folder, options, tell)
-    if as_json:
+    output.store("\n".join(["```", *lines, "```", ""]))
+    if output.as_json:
         print(json.dumps([dataclasses.asdict(row) for row in found]))
     return common.DONE
 
 
-def _bisect(
-    ends: tuple[str, str], cases: Sweep, folder: Path, options: GateOptions, summary: str | None, *, as_json: bool
-) -> int:
+def _bisect(ends: tuple[str, str], cases: Sweep, folder: Path, options: GateOptions, output: Output) -> int:
     from rlhfbench.gate import bisect as search
     from rlhfbench.gate import sides
 
@@ -254,19 +243,19 @@ def _bisect(
                 with sides.checked_out(commit, root, "head", roots) as head:
                     return _compare(good, head, cases, folder / commit[:10], options)
             except (GateError, ForkServerError) as error:  # a commit whose code cannot be imported
-                _tell(str(error))
+                progress(str(error))
                 return []
 
         def subject(commit: str) -> str:
             return sides.git("log", "-1", "--format=%s", commit, folder=root)
 
-        culprit = search.bisect(commits, compare, subject, _tell)
-    if culprit is None:
-        print(f"{ends[1]} shows no regression against {ends[0]}: there is nothing to find.")
-        return common.NOTHING
-    return _finish(
-        list(culprit.findings), good.title, f"{culprit.commit[:10]} ({culprit.subject})", None, as_json=False
-    )
+        found = search.bisect(commits, compare, subject, progress)
+    if not found.is_clear:
+        output.tell(f"{ends[1]} could not be judged against {ends[0]}: whether there is a commit to find is not known.")
+    elif not found.regressions:
+        output.tell(f"{ends[1]} shows no regression against {ends[0]}: there is nothing to find.")
+    title = f"{found.commit[:10]} ({found.subject})"
+    return output.finish(found.findings, good.title, title, commit=found.commit if found.regressions else None)
 
 
 def _against_run(
@@ -277,7 +266,7 @@ def _against_run(
     findings = stored.compare_with_run(baseline, folder, options, memory_only=memory_only)
     if update:
         stored.update_baseline(folder, baseline)
-        _tell(f"The baseline in {baseline} is now this run.")
+        progress(f"The baseline in {baseline} is now this run.")
     return findings
 
 
@@ -289,5 +278,5 @@ def _first_baseline(baseline: Path, cases: Sweep, folder: Path, options: GateOpt
     if run_sweep(cases, folder, RunOptions(num_threads=options.num_threads)).interrupted:
         return common.INTERRUPTED
     stored.update_baseline(folder, baseline)
-    _tell(f"The baseline in {baseline} is new: there was nothing to compare with.")
+    progress(f"The baseline in {baseline} is new: there was nothing to compare with.")
     return common.NOTHING

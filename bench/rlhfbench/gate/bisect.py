@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 from rlhfbench.errors import GateError
 from rlhfbench.gate.findings import Finding
 from rlhfbench.gate.output import CANNOT_TELL, exit_code
 from rlhfbench.gate.sides import commit_of, git
+
+Judgement = Literal["good", "bad", "cannot tell"]
+Regression = tuple[str, str, str]  # case, quantity, verdict
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,8 +31,8 @@ class Tested:
     findings: Sequence[Finding]
 
     @property
-    def regressions(self) -> set[tuple[str, str, str]]:
-        """(case, quantity, verdict) of every regression."""
+    def regressions(self) -> set[Regression]:
+        """Every regression."""
         return {(found.case.id, found.quantity, found.verdict) for found in self.findings if found.is_regression}
 
     @property
@@ -36,13 +40,29 @@ class Tested:
         """True if every quantity has an answer."""
         return exit_code(self.findings) != CANNOT_TELL
 
-    def __str__(self) -> str:
-        """The judgement, and the interval of the ratio that differs most."""
+    def judged(self, wanted: set[Regression]) -> Judgement:
+        """Returns whether the commit has one of the ``wanted`` regressions.
+
+        It cannot be told where a quantity that regressed has no answer here, such as in a case that crashed.
+        """
+        if self.regressions & wanted:
+            return "bad"
+        if not wanted:
+            return "good" if self.is_clear else "cannot tell"
+        answered = {
+            (found.case.id, found.quantity)
+            for found in self.findings
+            if found.verdict not in ("ambiguous", "missing", "failed")
+        }
+        is_open = any(quantity and (case, quantity) not in answered for case, quantity, _ in wanted)
+        return "cannot tell" if is_open or not self.findings else "good"
+
+    def line(self, judgement: Judgement) -> str:
+        """Returns the judgement, the interval of the ratio that differs most, and the commit's subject."""
         ratios = [found.estimate for found in self.findings if found.estimate is not None]
         most = max(ratios, key=lambda ratio: abs(ratio.ratio - 1), default=None)
         sure = f" (largest ratio {most.ratio:.3f}, {most.low:.3f} to {most.high:.3f})" if most else ""
-        word = "bad" if self.regressions else "good" if self.is_clear else "cannot tell, taken as good"
-        return f"{self.commit[:10]} {word}{sure}: {self.subject}"
+        return f"{self.commit[:10]} {judgement}{sure}: {self.subject}"
 
 
 def commits_between(good: str, bad: str, root: Path) -> list[str]:
@@ -63,11 +83,11 @@ def bisect(
     compare: Callable[[str], Sequence[Finding]],
     subject: Callable[[str], str],
     tell: Callable[[str], None],
-) -> Tested | None:
-    """Returns the first bad commit with what was found there; ``None`` if the last commit is not bad.
+) -> Tested:
+    """Returns the first bad commit with what was found there, or the last commit if that one is not bad.
 
     A commit is bad if it has a regression that the last one has: another, such as one that was mended since, is not
-    what is looked for.
+    what is looked for. A last commit without a regression is good, or could not be judged: ``is_clear`` tells.
 
     Args:
         commits: Oldest first. All before the culprit are good, all from it on are bad.
@@ -77,24 +97,26 @@ def bisect(
     """
 
     def test(commit: str) -> Tested:
-        tested = Tested(commit=commit, subject=subject(commit), findings=compare(commit))
-        tell(str(tested))
-        return tested
+        return Tested(commit=commit, subject=subject(commit), findings=compare(commit))
 
     culprit = test(commits[-1])
     wanted, unclear = culprit.regressions, []
+    tell(culprit.line(culprit.judged(wanted)))
     if not wanted:
-        return None
+        return culprit
     low, high = 0, len(commits) - 1
     while low < high:
         middle = (low + high) // 2
         tested = test(commits[middle])
-        if tested.regressions & wanted:
+        judgement = tested.judged(wanted)
+        tell(tested.line(judgement))
+        if judgement == "bad":
             culprit, high = tested, middle
-        else:
-            low = middle + 1
-            if not tested.is_clear:
-                unclear.append(tested.commit[:10])
+            continue
+        low = middle + 1
+        if judgement == "cannot tell":
+            unclear.append(tested.commit[:10])
     if unclear:
-        tell(f"These commits could not be judged, and one of them may be the first bad one: {', '.join(unclear)}.")
+        names = ", ".join(unclear)
+        tell(f"These commits could not be judged and were taken as good; one may be the first bad one: {names}.")
     return culprit

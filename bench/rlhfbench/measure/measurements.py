@@ -246,7 +246,7 @@ def _measure_once(
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Prepared:
-    """What the phase ``prepare`` took; nothing for a step without one.
+    """Memory and time of the phase ``prepare``; nothing for a step without one.
 
     Attributes:
         ledger: Has seen the phase over one batch.

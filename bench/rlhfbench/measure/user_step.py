@@ -20,8 +20,9 @@ class UserStep:
     Args:
         inner: The user's step. ``phases`` is a list of (name, ``inference`` or ``update``). ``run`` does one step
             inside ``with observer.phase(name)`` blocks; what is outside of them is not timed.
-            ``persistent_tensors()`` yields (part, tensor) for what lives between steps, ``trained_parameters()``
-            returns the parameters that get gradients.
+            ``persistent_tensors()`` yields (part, tensor) for what lives between steps: a tensor that no op of the
+            step uses is counted only if it is among them. ``trained_parameters()`` returns the parameters that get
+            gradients.
 
     Raises:
         ModelError: It lacks phases or ``run``.

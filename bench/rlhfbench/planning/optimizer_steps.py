@@ -26,7 +26,7 @@ from rlhfkernels.training.step import TrainingStep
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Layout:
-    """Where the elements of a tensor are: the arguments of ``as_strided``, and the dtype."""
+    """Position of a tensor's elements in its storage: the arguments of ``as_strided``, and the dtype."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]

@@ -19,7 +19,7 @@ from rlhfkernels.training.quantities import GraphReader, LeafReader, PackedReade
 
 
 class PassForm:
-    """How a pass is differentiated, as its objectives declare it under the options.
+    """Differentiation of a pass, as its objectives declare it under the options.
 
     Args:
         p: a pass of ``Update`` stages.

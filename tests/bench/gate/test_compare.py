@@ -223,9 +223,40 @@ def test_bisect_finds_the_first_bad_commit(culprit):
     assert lines[0] == "c7 bad: subject of c7"
 
 
-def test_bisect_without_a_regression_finds_nothing():
-    good = [Finding(case=CASE, quantity="memory total", verdict="same")]
-    assert bisect(COMMITS, lambda commit: good, str, lambda line: None) is None
+@pytest.mark.parametrize(("verdict", "is_clear"), [("same", True), ("ambiguous", False)])
+def test_bisect_without_a_regression_returns_the_last_commit(verdict, is_clear):
+    found = [Finding(case=CASE, quantity="memory total", verdict=verdict)]
+    last = bisect(COMMITS, lambda commit: found, str, lambda line: None)
+    assert (last.commit, last.is_clear, last.regressions) == ("c7", is_clear, set())
+
+
+@pytest.mark.parametrize(("quantity", "verdict"), [("", "failed"), ("memory total", "ambiguous")])
+def test_bisect_names_commits_that_could_not_be_judged(quantity, verdict):
+    """A commit that crashed has a regression, and no answer to what is looked for; nor has one without findings."""
+    lines = []
+
+    def compare_commit(commit):
+        if commit == "c5":
+            return []
+        if commit == "c3":
+            return [Finding(case=CASE, quantity=quantity, verdict=verdict, is_regression=verdict == "failed")]
+        return [Finding(case=CASE, quantity="memory total", verdict="larger", is_regression=True)]
+
+    assert bisect(COMMITS, compare_commit, str, lines.append).commit == "c6"
+    assert [line.split(":")[0] for line in lines[:4]] == ["c7 bad", "c3 cannot tell", "c5 cannot tell", "c6 bad"]
+    assert lines[4].endswith("were taken as good; one may be the first bad one: c3, c5.")
+
+
+def test_bisect_takes_a_commit_with_another_regression_as_good():
+    def compare_commit(commit):
+        mended = {"total s": "slower", "memory total": "same"}
+        said = mended if commit != "c7" else {"total s": "same", "memory total": "larger"}
+        return [
+            Finding(case=CASE, quantity=name, verdict=verdict, is_regression=verdict != "same")
+            for name, verdict in said.items()
+        ]
+
+    assert bisect(COMMITS, compare_commit, str, lambda line: None).commit == "c7"
 
 
 def stored(folder, *kinds, blocks=3):

@@ -1,4 +1,4 @@
-"""How the gate decides, against textbooks and in simulation."""
+"""Decisions of the gate, against textbooks and in simulation."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_on_a_machine_that_is_never_quiet_all_pairs_count():
 
 
 def simulated(rng, num_cases, spread, slowdown):
-    """Whether a comparison of ``num_cases`` cases calls the first one slower, and how many others it calls changed."""
+    """(the first of ``num_cases`` cases was called slower, number of the others that were called changed)."""
     logs = [[] for _ in range(num_cases)]
     verdicts = ["ambiguous"] * num_cases
     for num_new, level in looks():
@@ -156,7 +156,7 @@ def test_no_false_alarm_in_200_comparisons_of_cases_without_a_change():
     ("slowdown", "spread", "least"), [(0.10, 0.01, 100), (0.10, 0.03, 100), (0.10, 0.05, 95), (0.05, 0.02, 80)]
 )
 def test_detection_in_simulation(slowdown, spread, least):
-    """Of 100 comparisons of ten cases, of which one is slower in one time, by the spread of a pair."""
+    """100 comparisons of ten cases, one of which is slower in one time, by the spread of a pair."""
     rng = random.Random(0)
     found, alarms = zip(*(simulated(rng, 10, spread, slowdown) for _ in range(100)), strict=True)
     assert sum(found) >= least

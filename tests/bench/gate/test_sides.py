@@ -35,7 +35,7 @@ def repo(tmp_path, monkeypatch):
 
 
 def value_of(side: Side) -> str:
-    """What a process that looks for modules in the side's paths imports."""
+    """Output of a process that looks for modules in the side's paths, and imports ``mine``."""
     code = "import mine; print(mine.VALUE)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(side.paths)}
     return subprocess.run([sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True).stdout

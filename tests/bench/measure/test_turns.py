@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import tempfile
 import threading
 from pathlib import Path
@@ -72,6 +73,29 @@ def test_an_error_of_a_job_is_raised_after_the_others_were_aborted(folder):
     with pytest.raises(ValueError, match="out of order"):
         run_in_turns(jobs, folder, 1.0, random.Random(1), aborts=[waiting.set])
     assert waiting.is_set()
+
+
+def test_ctrl_c_in_a_turn_aborts_the_jobs_and_ends_all_turns(folder):
+    aborted, order = threading.Event(), []
+    main = threading.get_ident()
+
+    def interrupt(path):
+        turns = Turns(path)
+        assert turns.wait()
+        # To the main thread, as a terminal's Ctrl-C: it waits for the end of this turn.
+        signal.pthread_kill(main, signal.SIGINT)
+        aborted.wait(20)
+        turns.close()
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_in_turns([interrupt, player("b", order)], folder, 1e6, random.Random(1), aborts=[aborted.set])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert aborted.is_set()
+    assert len(order) <= 1
+    assert not list(folder.iterdir())
 
 
 def test_without_a_referee_there_is_no_turn(folder):

@@ -1,4 +1,4 @@
-"""What follows from the blocks of a record."""
+"""Values and intervals that follow from the blocks of a record."""
 
 from __future__ import annotations
 

@@ -209,7 +209,7 @@ def test_a_batch_of_1_that_does_not_fit_by_its_plan_is_not_tried(
 @pytest.mark.usefixtures("fake")
 @pytest.mark.parametrize(("asked", "expected"), [(None, 64 * GIB), (GIB, GIB), (100 * GIB, 64 * GIB)])
 def test_no_try_may_allocate_more_than_is_available(tmp_path: Path, asked: int | None, expected: int) -> None:
-    """Where a try takes more than was foreseen, its own allocation fails, and no other process is killed."""
+    """A try that takes more than was foreseen fails at its own allocation, and no other process is killed."""
     find(tmp_path / "run", "echo", limit=1, memory_limit_bytes=asked)
     limits = [record["prompts"]["memory_limit_bytes"] for record in read_records(tmp_path / "run")]
     assert limits == [expected] * 2

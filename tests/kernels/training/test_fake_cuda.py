@@ -68,7 +68,7 @@ WAITS = {
 
 @pytest.fixture(scope="module")
 def found(checkpoint: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the program found, by label."""
+    """Results of the program, by label."""
     compiler = shutil.which("g++")
     if compiler is None or torch.version.cuda is not None or torch.version.hip is not None:
         pytest.skip("it needs g++ and torch's CPU build")

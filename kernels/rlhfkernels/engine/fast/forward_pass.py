@@ -29,7 +29,7 @@ StoreKv = Callable[[int, torch.Tensor, torch.Tensor], object]
 
 
 class _Sequences(Protocol):
-    """How the m rows of a layer's input divide into sequences, and which of them the layer's output has."""
+    """Division of the m rows of a layer's input into sequences, and the rows that the layer's output keeps."""
 
     def attention(
         self, qkv: torch.Tensor, layout: QkvLayout, *, window: int | None, scale: float, backend: str

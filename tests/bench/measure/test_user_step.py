@@ -1,0 +1,99 @@
+"""A user's own step: what is read of it, and what is wrong with it."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+
+from rlhfbench.measure.user_step import UserStep, load_step
+from rlhfkernels import Case
+from rlhfkernels.errors import ModelError
+
+CASE = Case(method="full", model="tiny", prompt_len=4, completion_len=4, batch_size=3)
+
+
+class Step:
+    """Notes the phases of its run; has only what it must have."""
+
+    phases = (("rollout", "inference"), ("train", "update"))
+
+    def run(self, observer):
+        for name, _ in self.phases:
+            with observer.phase(name):
+                pass
+
+
+class Declared(Step):
+    def __init__(self, case):
+        self.batch_size = case.batch_size
+        self.weight = torch.nn.Parameter(torch.zeros(2))
+
+    def persistent_tensors(self):
+        return [("base", self.weight)]
+
+    def trained_parameters(self):
+        return (self.weight,)
+
+
+class Observer:
+    def __init__(self):
+        self.seen = []
+
+    def phase(self, name):
+        self.seen.append(name)
+        return contextlib.nullcontext()
+
+
+def test_a_step_with_phases_and_run_is_enough():
+    step, observer = UserStep(Step()), Observer()
+    stats = step.run(observer)
+    assert observer.seen == ["rollout", "train"]
+    assert [(phase.name, phase.kind) for phase in step.phases] == [("rollout", "inference"), ("train", "update")]
+    assert (list(step.persistent_tensors()), list(step.trained_parameters()), step.data_summary()) == ([], [], {})
+    stats.check_finite()
+    assert stats.to_dict() == {}
+
+
+def test_a_step_is_made_for_its_case_and_its_tensors_are_passed_on():
+    step = load_step(f"{__name__}:Declared", CASE)
+    assert step._inner.batch_size == 3
+    (declared,) = step.trained_parameters()
+    assert [(part, tensor is declared) for part, tensor in step.persistent_tensors()] == [("base", True)]
+
+
+def without_run(case):
+    """Returns a step without ``run``."""
+    return type("Idle", (), {"phases": ()})()
+
+
+def with_a_wrong_kind(case):
+    """Returns a step whose phase has a kind that there is not."""
+    return type("Wrong", (Step,), {"phases": (("train", "training"),)})()
+
+
+def with_names_alone(case):
+    """Returns a step whose phases have no kinds."""
+    return type("Bare", (Step,), {"phases": ("rollout", "train")})()
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("without_run", "step is Idle: it must have phases, a list of (name, kind), and run(observer)."),
+        ("with_names_alone", "step is Bare: it must have phases, a list of (name, kind), and run(observer)."),
+        ("with_a_wrong_kind", "phase train has the kind 'training': it must be inference or update."),
+        ("nowhere", "has no attribute 'nowhere'."),
+    ],
+)
+def test_a_step_that_is_none_is_one_sentence(name, sentence):
+    with pytest.raises(ModelError) as caught:
+        load_step(f"{__name__}:{name}", CASE)
+    assert str(caught.value).endswith(sentence)
+
+
+@pytest.mark.parametrize("name", ["no_such_module_of_mine:make_step", ":make_step"])
+def test_a_module_that_cannot_be_imported_is_one_sentence(name):
+    with pytest.raises(ModelError, match=rf"step is '{name}': it must be module:function, and"):
+        load_step(name, CASE)
