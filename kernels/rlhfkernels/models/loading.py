@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from rlhfkernels.config.case import Case
 from rlhfkernels.errors import ModelError
 from rlhfkernels.models.cache import has_other_states
+from rlhfkernels.models.faults import AttentionError, forward_errors, loading_errors
 from rlhfkernels.models.heads import LmHead
 from rlhfkernels.models.presets import PRESETS
 from rlhfkernels.seeding import seeded
@@ -164,7 +163,7 @@ def with_attention(name: str, load: Any, *args: Any, asked: str, **kwargs: Any) 
     for implementation in ("sdpa", "eager") if asked == "auto" else (asked,):
         try:
             return _loading(name, load, *args, attn_implementation=implementation, **kwargs)
-        except _AttentionError:
+        except AttentionError:
             if asked != "auto" or implementation == "eager":
                 raise
     raise AssertionError("the last attention returns or raises")
@@ -226,22 +225,6 @@ def _make_probe(name: str, model: Any, case: Case, with_lm_head: bool) -> Probe:
         else:
             output = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
     return Probe(tokens=tokens, output=output)
-
-
-@contextmanager
-def forward_errors(name: str, class_name: str) -> Iterator[None]:
-    """Turns an error of a forward pass into a ModelError. An out-of-memory error stays its cause.
-
-    Args:
-        name: of the model, as the case has it.
-        class_name: the architecture.
-    """
-    try:
-        yield
-    except (TypeError, AttributeError, LookupError, ValueError, RuntimeError) as error:
-        raise ModelError(
-            f"model {name!r} cannot be run: {class_name} raised {type(error).__name__} ({_first_line(error)})."
-        ) from error
 
 
 def clone_module(module: M) -> M:
@@ -328,38 +311,10 @@ def _read_config(model: str) -> tuple[Any, _Source | None]:
     return _loading(model, AutoConfig.from_pretrained, *source.args, **source.kwargs), source
 
 
-class _AttentionError(ModelError):
-    """The architecture lacks an attention implementation."""
-
-
 def _loading(model: str, load: Any, *args: Any, **kwargs: Any) -> Any:
     """Calls ``load``; what goes wrong in it is the user's model or network, said in one sentence."""
-    noise = logging.getLogger("transformers")
-    level = noise.level
-    noise.setLevel(logging.ERROR)
-    try:
+    with loading_errors(model, kwargs.get("attn_implementation")):
         return load(*args, **kwargs)
-    except ImportError as error:
-        raise ModelError(f"model {model!r} needs a package that is not installed: {_first_line(error)}") from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if "attention implementation" in str(error):
-            asked = kwargs.get("attn_implementation")
-            raise _AttentionError(
-                f"model {model!r} has no {asked} attention: set engine.attn_implementation to another (eager always "
-                "works)."
-            ) from error
-        if not Path(model).exists():
-            raise ModelError(
-                f"model {model!r} could not be fetched: it is no local folder or file, and the hub was not reached "
-                f"or does not hold it ({_first_line(error)})"
-            ) from error
-        raise ModelError(f"model {model!r} could not be loaded: {_first_line(error)}") from error
-    finally:
-        noise.setLevel(level)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0][:300] or type(error).__name__
 
 
 def _check_positions(case: Case, model: str, config: Any) -> None:
