@@ -19,8 +19,10 @@ import pandas as pd
 
 _PART_END = "_part_bytes"
 
-# Columns that tell cases apart beside method, length and batch size, and the words for a value of each.
-AXES: dict[str, str] = {
+# Columns that tell cases apart beside method, length and batch size, and the words for a value of each. Frames of one
+# run have no column ``run``.
+RUN = "run"
+CASE_AXES: dict[str, str] = {
     "model": "{}",
     "device": "{}",
     "dtype": "{}",
@@ -29,10 +31,16 @@ AXES: dict[str, str] = {
     "setting": "setting {}",
     "options": "{}",
 }
+AXES: dict[str, str] = {RUN: "{}", **CASE_AXES}
 # Axes that a setting may change. While each setting has one value, its name stands for them.
 _SETTING_AXES = ("dtype", "lora_rank")
 _QUIET_AXES = ("seed",)  # left out of captions
 _MAX_WORD_CHARS = 60  # in captions; the end of a checkpoint's path is kept, as it holds the name
+
+
+def axes_of(frame: pd.DataFrame) -> list[str]:
+    """The axes that ``frame`` has a column for."""
+    return [axis for axis in AXES if axis in frame]
 
 
 def parts_of(frame: pd.DataFrame) -> list[str]:
@@ -44,16 +52,21 @@ def axes_that_vary(frame: pd.DataFrame) -> list[str]:
     """The axes on which cases of ``frame`` differ, without those that follow from another axis.
 
     Dtype and LoRA rank follow from the setting when each setting has one value. The setting follows from the options
-    when it is only ever the default or custom.
+    when it is only ever the default or custom. With several runs, every axis that has one value in each of them follows
+    from the run.
     """
     return [axis for axis in _differing(frame) if axis not in _implied(frame)]
 
 
 def _differing(frame: pd.DataFrame) -> list[str]:
-    return [axis for axis in AXES if frame[axis].nunique(dropna=False) > 1]
+    return [axis for axis in axes_of(frame) if frame[axis].nunique(dropna=False) > 1]
 
 
 def _implied(frame: pd.DataFrame) -> list[str]:
+    if RUN in frame and frame[RUN].nunique() > 1:
+        by_run = frame.groupby(RUN)
+        of_run = [axis for axis in CASE_AXES if by_run[axis].nunique(dropna=False).max() == 1]
+        return list(dict.fromkeys([*of_run, *_implied(frame.drop(columns=RUN))]))
     if not (frame["setting_order"] > 0).any():
         return ["setting"]
     if frame["setting"].nunique(dropna=False) == 1:
@@ -81,8 +94,8 @@ def shared_axes_text(frame: pd.DataFrame) -> str:
     if frame.empty:
         return ""
     differing, implied = _differing(frame), _implied(frame)
-    left_out = {*differing, *_QUIET_AXES, *(["setting"] if "setting" in implied else [])}
-    words = [axis_text(axis, frame[axis].iloc[0]) for axis in AXES if axis not in left_out]
+    left_out = {*differing, *_QUIET_AXES, RUN, *(["setting"] if "setting" in implied else [])}
+    words = [axis_text(axis, frame[axis].iloc[0]) for axis in axes_of(frame) if axis not in left_out]
     with_setting = [axis for axis in _SETTING_AXES if axis in differing and axis in implied]
     for setting in setting_order(frame) if with_setting else []:
         row = frame[frame["setting"] == setting].iloc[0]

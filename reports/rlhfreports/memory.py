@@ -56,7 +56,8 @@ class MemoryTable(ReportTable):
 
     def rich(self) -> RenderableType:
         """The table for a terminal, without the note on what the run can tell apart: it is printed beside the table."""
-        notes = [note for note in self.notes if note != resolution(self.frame)]
+        said = resolution(self.frame)
+        notes = [note for note in self.notes if note != said]
         hidden = len(notes) - _MAX_TERMINAL_NOTES
         footer = [self.explanation, *(f"• {note}" for note in notes[:_MAX_TERMINAL_NOTES])]
         footer += [f"• {hidden} more notes stand in the Markdown table."] if hidden > 0 else []
@@ -218,7 +219,8 @@ def _disturbances(frame: pd.DataFrame) -> list[str]:
 def _notes(frame: pd.DataFrame, words: dict[str, list[str]]) -> tuple[str, ...]:
     notes: list[str] = [] if frame["num_timed_blocks"].isna().all() else [resolution(frame)]
     notes += _disturbances(frame)
-    lost = int((frame["num_blocks"] - frame["num_timed_blocks"])[_is_ok(frame)].sum())
+    # A side of a comparison may have more than its run asked for.
+    lost = int((frame["num_blocks"] - frame["num_timed_blocks"])[_is_ok(frame)].clip(lower=0).sum())
     if lost:
         notes.append(f"{lost} blocks are missing: they failed, or the run was ended before them.")
     num_cut = frame["num_prompts_truncated"].max()

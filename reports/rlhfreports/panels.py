@@ -9,9 +9,9 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
-from rlhfreports.columns import axes_that_vary, axis_text
+from rlhfreports.columns import RUN, axes_that_vary, axis_text
 
-_LINE_POINT = ["method", "setting", "seq_len"]
+_IN_A_LINE = ("setting", RUN)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,8 +20,8 @@ class Panel:
 
     Attributes:
         title: the axes that set its rows apart from those of other panels.
-        points: the measured rows, at most one per method, setting and length.
-        failures: the rows that were not measured, at most one per method, setting and length.
+        points: the measured rows, at most one per method, setting, run and length.
+        failures: the rows that were not measured, at most one per method, setting, run and length.
         shows_batch: the batch size differs from point to point.
     """
 
@@ -34,10 +34,10 @@ class Panel:
 def panels_of(frame: pd.DataFrame) -> list[Panel]:
     """The panels of ``frame``: one per batch size and combination of the other axes that vary.
 
-    The settings of a method share a panel. Where the largest batch that fits differs, a last panel shows it for each
-    line and length, as Figure 2 of Hydra-RLHF does.
+    The settings of a method share a panel, and so do runs. Where the largest batch that fits differs, a last panel
+    shows it for each line and length, as Figure 2 of Hydra-RLHF does.
     """
-    axes = [axis for axis in axes_that_vary(frame) if axis != "setting"]
+    axes = [axis for axis in axes_that_vary(frame) if axis not in _IN_A_LINE]
     groups = frame.groupby(axes, sort=False, dropna=False) if axes else [((), frame)]
     panels: list[Panel] = []
     for values, rows in groups:
@@ -54,9 +54,10 @@ def _panels_of_group(rows: pd.DataFrame, words: str) -> list[Panel]:
     batches = largest["batch_size"].drop_duplicates()
     if len(batches) > 1:
         failures = _unmeasured(rows)
-        seen = set(zip(*(largest[name] for name in _LINE_POINT), strict=True))
-        never = [key not in seen for key in zip(*(failures[name] for name in _LINE_POINT), strict=True)]
-        failures = failures[np.array(never, dtype=bool)].drop_duplicates(_LINE_POINT)
+        names = _line_point(rows)
+        seen = set(zip(*(largest[name] for name in names), strict=True))
+        never = [key not in seen for key in zip(*(failures[name] for name in names), strict=True)]
+        failures = failures[np.array(never, dtype=bool)].drop_duplicates(names)
         title = _joined(words, "largest batch that fits")
         panels.append(Panel(title=title, points=largest, failures=failures, shows_batch=True))
     return panels
@@ -78,7 +79,12 @@ def _unmeasured(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _largest_that_fit(rows: pd.DataFrame) -> pd.DataFrame:
     measured = rows[is_measured(rows)].sort_values("batch_size", kind="stable")
-    return measured.drop_duplicates(_LINE_POINT, keep="last")
+    return measured.drop_duplicates(_line_point(rows), keep="last")
+
+
+def _line_point(rows: pd.DataFrame) -> list[str]:
+    """The columns that tell the points of all lines of a panel apart."""
+    return ["method", *(axis for axis in _IN_A_LINE if axis in rows), "seq_len"]
 
 
 def _joined(*words: str) -> str:

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from rlhfreports.columns import AXES, axes_that_vary, methods_in_order, setting_order, shared_axes_text
+from rlhfreports.columns import CASE_AXES, axes_of, axes_that_vary, methods_in_order, setting_order, shared_axes_text
 from rlhfreports.panels import Metric, is_measured
-from rlhfreports.ratios import blocks_of, t_quantile
+from rlhfreports.ratios import t_quantile
 from rlhfreports.tables import ReportTable, text
 from rlhfreports.terminal import Column, terminal
 
@@ -33,6 +33,7 @@ MIN_POINTS_FOR_ERROR = 3
 # The column with the values by block of each time.
 _BLOCK_COLUMNS = {
     GENERATE_COLUMN: "generate_phase_block_s",
+    "inference_s_per_sample": "inference_block_s_per_sample",
     "update_s_per_sample": "update_block_s_per_sample",
     "total_s_per_sample": "total_block_s_per_sample",
 }
@@ -126,6 +127,8 @@ QUANTITIES = (
     Quantity(name="update s/step", seconds=_update, lines=_along_lengths),
     Quantity(name="total s/sample", seconds=_total, lines=_along_lengths),
 )
+_TIME_ENDS = ("s_per_sample", "block_s_per_sample")
+_SIZES = ["prompt_len", "completion_len", "seq_len", "batch_size"]
 # Names of the sizes, in files and in a terminal.
 SIZES = {
     "batch_size": ("batch size", "batch"),
@@ -133,6 +136,8 @@ SIZES = {
     "seq_len": ("sequence length", "length"),
 }
 _SHORT = dict(SIZES.values())
+# Of a frame, what ``slope_by_length`` reads.
+SLOPE_COLUMNS = [*_SIZES, *(f"{kind}_{end}" for kind in ("total", "inference", "update") for end in _TIME_ENDS)]
 EXPLANATION = (
     "Slopes of log time against log size, by least squares; 1: in proportion. ±: half of the 95 % interval, from "
     "blocks. Standard error: of a straight line. Decode: the generate phase per token of one completion, for the whole "
@@ -143,13 +148,13 @@ EXPLANATION = (
 _COLUMNS = {
     "method": "string",
     "method_title": "string",
-    **{axis: "Int64" if axis in ("lora_rank", "seed") else "string" for axis in AXES},
+    **{axis: "Int64" if axis in ("lora_rank", "seed") else "string" for axis in CASE_AXES},
     **dict.fromkeys(("quantity", "against", "held"), "string"),
     "num_points": "Int64",
     **dict.fromkeys(("smallest", "largest"), "Int64"),
     **dict.fromkeys(("slope", "half_width", "standard_error", "r_squared"), "Float64"),
 }
-_SHARED = ("method", "method_title", *AXES)
+_SHARED = ("method", "method_title", *CASE_AXES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -202,10 +207,10 @@ def slope_table(frame: pd.DataFrame) -> SlopeTable:
     Args:
         frame: a frame of ``rlhfbench.records_frame``; see ``rlhfreports.columns``.
     """
-    measured = frame[is_measured(frame)]
+    measured = frame.loc[is_measured(frame), _needed(frame)]
     rows = []
     for place, quantity in enumerate(QUANTITIES):
-        for _, group in measured.groupby(["method", *AXES], sort=False, dropna=False):
+        for _, group in measured.groupby(["method", *axes_of(frame)], sort=False, dropna=False):
             for line in quantity.lines(group):
                 fitted = _fit(line, quantity)
                 if fitted:
@@ -248,6 +253,27 @@ def slope_table(frame: pd.DataFrame) -> SlopeTable:
         axes=axes,
         methods=tuple(methods_in_order(frame)["method"]),
     )
+
+
+def slope_by_length(rows: pd.DataFrame, column: str) -> tuple[float, float | None] | None:
+    """The slope of one time against sequence length, with half of its 95 % interval.
+
+    Args:
+        rows: measured cases of one line, at most one a length.
+        column: such as ``total_s_per_sample``.
+
+    Returns:
+        ``None`` where fewer than two lengths have a time; no interval with fewer than two blocks.
+    """
+    quantity = Quantity(name=column, seconds=lambda rows: rows[column].astype("float64"), lines=_along_lengths)
+    fitted = _fit(Line(size="seq_len", held="", rows=rows), quantity)
+    return None if fitted is None else (fitted["slope"], fitted["half_width"])
+
+
+def _needed(frame: pd.DataFrame) -> list[str]:
+    """The columns that slopes need: with all of them, most of the time went into copies."""
+    times = [name for pair in _BLOCK_COLUMNS.items() for name in pair if name in frame]
+    return ["method", "method_title", *axes_of(frame), *_SIZES, *times]
 
 
 def _ordered(found: pd.DataFrame, rows: list[dict[str, Any]], frame: pd.DataFrame) -> pd.DataFrame:
@@ -293,28 +319,37 @@ def _fit(line: Line, quantity: Quantity) -> dict[str, Any] | None:
 
 def _half_width(rows: pd.DataFrame, size: str, quantity: Quantity) -> float | None:
     """Half the 95 % interval of the slope, from a fit for each block that every point has."""
-    logs = np.log(rows[size].to_numpy(dtype=float))
-    slopes = []
-    for of_block in _by_block(rows):
-        seconds = quantity.seconds(of_block).to_numpy(dtype=float)
-        if (seconds > 0).all():
-            slopes.append(float(np.polyfit(logs, np.log(seconds), 1)[0]))
-    if len(slopes) < 2:
+    num_rows, num_blocks = len(rows), min(map(len, _block_lists(rows, "total_block_s_per_sample")), default=0)
+    if num_blocks < 2:
         return None
+    # All blocks in one frame: a frame for each of them took three times as long as the rest of a report.
+    of_blocks = (
+        rows[_SIZES]
+        .take(np.tile(np.arange(num_rows), num_blocks))
+        .assign(
+            **{
+                mean: pd.array(_block_by_block(_block_lists(rows, column), num_blocks), dtype="Float64")
+                for mean, column in _BLOCK_COLUMNS.items()
+                if mean in rows
+            }
+        )
+    )
+    seconds = quantity.seconds(of_blocks).to_numpy(dtype=float, na_value=math.nan).reshape(num_blocks, num_rows)
+    whole = seconds[(seconds > 0).all(axis=1)]
+    if len(whole) < 2:
+        return None
+    slopes = np.polyfit(np.log(rows[size].to_numpy(dtype=float)), np.log(whole).T, 1)[0]
     return float(t_quantile(len(slopes) - 1) * np.std(slopes, ddof=1) / math.sqrt(len(slopes)))
 
 
-def _by_block(rows: pd.DataFrame) -> Iterator[pd.DataFrame]:
-    """``rows`` with the seconds of one block in place of the means, for each block that all of them have."""
-    present = {mean: column for mean, column in _BLOCK_COLUMNS.items() if mean in rows}
-    found = {mean: [blocks_of(row, column) for row in rows.to_dict("records")] for mean, column in present.items()}
-    for number in range(min(map(len, found["total_s_per_sample"]), default=0)):
-        yield rows.assign(
-            **{
-                mean: pd.array([of[number] if number < len(of) else None for of in values], dtype="Float64")
-                for mean, values in found.items()
-            }
-        )
+def _block_lists(rows: pd.DataFrame, column: str) -> list[list[float | None]]:
+    """The values by block of each row, empty where its record has none."""
+    return [values if isinstance(values, list) else [] for values in rows[column]]
+
+
+def _block_by_block(lists: list[list[float | None]], num_blocks: int) -> list[float | None]:
+    """The first block of every row, then the second, …; ``None`` where a row has no such block."""
+    return [values[number] if number < len(values) else None for number in range(num_blocks) for values in lists]
 
 
 def _longest(rows: pd.DataFrame) -> pd.Series[Any] | None:

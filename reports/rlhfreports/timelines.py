@@ -42,7 +42,7 @@ def timeline_figure(points: pd.DataFrame, phases: pd.DataFrame, *, title: str, c
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.5, 4.4))
         axes = figure.add_axes((0.09, 0.2, 0.87, 0.58))
-        knots, places = _scale(points, phases)
+        knots, places = scale(points, phases)
         inside = points[points["event"].between(int(knots[0]), int(knots[-1]))]
         x = np.interp(inside["event"].to_numpy(dtype=float), knots, places)
         parts = parts_of(points)
@@ -63,7 +63,7 @@ def timeline_figure(points: pd.DataFrame, phases: pd.DataFrame, *, title: str, c
     return figure
 
 
-def _scale(points: pd.DataFrame, phases: pd.DataFrame) -> tuple[Floats, Floats]:
+def scale(points: pd.DataFrame, phases: pd.DataFrame) -> tuple[Floats, Floats]:
     """Knots (events, x positions) of the piecewise linear x axis."""
     knots = phases[["first_event", "last_event"]].to_numpy(dtype=float).ravel()
     if not knots.size:

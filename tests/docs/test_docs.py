@@ -38,6 +38,7 @@ RUN = {
     "rlhfbench run --model smollm2-135m --methods lora,hydra --seq-lens 128,256 --batch-sizes 4 --out my-run": _TINY,
     "rlhfbench run --resume my-run": "",
     "rlhfbench report my-run": "",
+    "rlhfbench report my-run --paper": "",
     "rlhfbench methods": "",
     "rlhfbench methods --options": "",
     "rlhfbench models": "",
@@ -54,6 +55,7 @@ _SAME = "it is long, and a command like it runs"
 # Commands that do not run here, with the reason. Their flags, options and sweep files are checked.
 CHECKED = {
     "rlhfbench run": _SAME,
+    "rlhfbench report before after": "it needs two runs, and tests of the command line compare two",
     "rlhfbench run --model ./my-checkpoint --prompts my.jsonl --seq-lens 512 --dtype bfloat16 --device cuda": _GPU,
     "rlhfbench run --model opt-1.3b --setting paper,modern --device cuda": _GPU,
     "rlhfbench run --methods dpo --model gpt2 --option dpo.beta=0.2 --option engine.gradient_checkpointing=true": _LONG,
@@ -78,11 +80,13 @@ CHECKED = {
     "rlhfbench evidence --out my-evidence": _GPU,
     "rlhfbench evidence --out my-evidence --device cpu --model tiny --budget-min 4": _LONG,
     "rlhfbench evidence --out my-evidence --parts 3,5": _GPU,
+    "rlhfbench evidence --out my-evidence --parts 3 --blocks 4": _GPU,
     "rlhfbench gate --base main": _REPOSITORY,
     "rlhfbench gate --self-test --seq-lens 32 --batch-sizes 2": _LONG,
     "rlhfbench gate --bisect v1.2 HEAD --methods hydra": _REPOSITORY,
     "rlhfbench gate --base main --step bench_step:make_step --methods full --seq-lens 32 --batch-sizes 4": _REPOSITORY,
     "rlhfbench run --methods lora,hydra --seq-lens 32 --batch-sizes 2 --out baseline": _SAME,
+    "rlhfbench watch my-run": "it serves until Ctrl-C",
     "rlhfbench gate --baseline baseline --memory-only": _SAME,
 }
 # Parts of commands that install packages, or are the run that this test is part of.
@@ -162,9 +166,14 @@ def _check_flags(words: list[str]) -> None:
     """Parses a command and makes its sweep or request, which checks every flag, option and value."""
     verb, *arguments = words
     params = typer.main.get_command(app).commands[verb].make_context(verb, list(arguments)).params
+    if verb == "report":
+        assert params["run_dirs"]
+        return
     if verb == "evidence":
-        assert Request.of(params["model"], params["device"])
+        assert Request.of(params["model"], params["device"], params["blocks"])
         assert parse_parts(params["parts"], PARTS)
+        return
+    if "methods" not in params:  # a verb that reads a run
         return
     assert make_sweep(case_spec(params), params["sweep"], params["setting"]).cases
 

@@ -258,7 +258,7 @@ def make_sweep(spec: Mapping[str, Any], file: str | None, setting: str | None) -
     )
 
 
-def draw(run_dir: Path, *, whole: bool = False) -> RenderableType:
+def draw(run_dir: Path, *, whole: bool = False, with_paper: bool = False) -> RenderableType:
     """Draws a run into its folder and returns its tables. See ``rlhfbench.runs.drawing.draw_run``.
 
     Raises:
@@ -267,7 +267,7 @@ def draw(run_dir: Path, *, whole: bool = False) -> RenderableType:
     from rlhfbench.runs.drawing import draw_run
 
     try:
-        return draw_run(run_dir, whole=whole)
+        return draw_run(run_dir, whole=whole, with_paper=with_paper)
     except OSError as error:
         raise RunFolderError(f"run '{run_dir}' cannot be drawn: {error.strerror}.") from error
 

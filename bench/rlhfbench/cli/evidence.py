@@ -51,6 +51,15 @@ def evidence(
         str | None,
         typer.Option(metavar="N,...", rich_help_panel=WORK, help="Numbers of the parts, 1 to 7; all by default."),
     ] = None,
+    blocks: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            parser=number("--blocks", int),
+            rich_help_panel=WORK,
+            help="Blocks of each case of part 3; several give its seconds an interval.  [default: 1; 4 on a CPU]",
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", rich_help_panel=OUTPUT, help="Print the outcomes as JSON.")
     ] = False,
@@ -62,11 +71,14 @@ def evidence(
     """
     from rlhfbench.evidence.parts import PARTS
     from rlhfbench.evidence.request import Request, parse_parts
+    from rlhfbench.runs.options import RunOptions
 
     if not 0 < budget_min <= _MAX_BUDGET_MIN:
         raise SweepError([f"--budget-min is {budget_min:g}: it must be above 0 and at most {_MAX_BUDGET_MIN}."])
+    if blocks is not None:
+        RunOptions(blocks=blocks)  # checks it
     numbers = parse_parts(parts, PARTS)
-    request = Request.of(model, device)
+    request = Request.of(model, device, blocks)
     from rlhfbench.cases import preflight
     from rlhfbench.cases.sweep import Sweep
     from rlhfbench.evidence.collect import EVIDENCE_NAME, REPORT_NAME, collect

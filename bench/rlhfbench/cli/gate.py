@@ -170,7 +170,7 @@ def gate(
                 return _bisect(bisect, cases, folder, options, summary, as_json=as_json)
             assert base is not None
             root = sides.repository()
-            head = sides.head_side(root, with_working_folder=step is not None)
+            head = sides.head_side(root, step=step)
             with sides.checked_out(base, root, "base", _roots(root, options)) as other:
                 findings = _compare(other, head, cases, folder, options)
             return _finish(findings, other.title, head.title, summary, as_json=as_json)

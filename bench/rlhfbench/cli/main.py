@@ -9,7 +9,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from rlhfbench.cli import evidence, gate, methods, models, plan, report, run, verify
+from rlhfbench.cli import evidence, gate, methods, models, plan, report, run, verify, watch
 from rlhfbench.cli.common import DONE, INTERRUPTED, NOTHING, WRONG, SectionedCommand, epilog
 from rlhfbench.errors import ForkServerError, RlhfBenchError
 from rlhfkernels.errors import RlhfKernelsError
@@ -21,6 +21,7 @@ for _verb, _epilog in (
     (run.run, run.EPILOG),
     (plan.plan, plan.EPILOG),
     (report.report, report.EPILOG),
+    (watch.watch, watch.EPILOG),
     (gate.gate, gate.EPILOG),
     (verify.verify, verify.EPILOG),
     (evidence.evidence, evidence.EPILOG),

@@ -1,4 +1,4 @@
-"""``rlhfbench report``: draws a run again from its records."""
+"""``rlhfbench report``: draws a run again from its records, or compares several."""
 
 from __future__ import annotations
 
@@ -8,18 +8,63 @@ from typing import Annotated
 import typer
 
 from rlhfbench.cli.common import READING_CODES, draw, epilog, print_table
-from rlhfbench.errors import RecordsError
+from rlhfbench.errors import RecordsError, RunFolderError, SweepError
 
-EPILOG = epilog("rlhfbench report rlhfbench-run-20260101T120000Z", codes=READING_CODES)
+EPILOG = epilog(
+    "rlhfbench report rlhfbench-run-20260101T120000Z",
+    "rlhfbench report before after --out comparison",
+    "rlhfbench report my-run --paper",
+    codes=READING_CODES,
+)
 
 
-def report(run_dir: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run.")]) -> None:
-    """Draw a run again from its records.
+def report(
+    run_dirs: Annotated[list[str], typer.Argument(metavar="RUN [RUN…]", help="Folders of runs.", show_default=False)],
+    paper: Annotated[
+        bool, typer.Option("--paper", help="Lay the numbers of Hydra-RLHF and trlX beside the run.")
+    ] = False,
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Folder of the page of several runs; by default the first run's."),
+    ] = None,
+) -> None:
+    """Draw a run again from its records, or compare several.
 
-    Prints how noisy the run was, the memory table, slopes and gain, and draws the timeline of every case.
+    Prints how noisy the run was, the memory table, slopes and gain, draws the timeline of every case, and writes the
+    page index.html. Several runs are compared with the first one in comparison.html.
     """
     from rlhfbench.records.file import read_records
 
-    if not read_records(run_dir):
-        raise RecordsError(f"run '{run_dir}' holds no records yet: there is nothing to draw.")
-    print_table(draw(Path(run_dir), whole=True))
+    if out is not None and len(run_dirs) < 2:
+        raise SweepError([f"--out is {out!r}: it needs two runs or more; the report of one run stands in its folder."])
+    if len({Path(run_dir).resolve() for run_dir in run_dirs}) < len(run_dirs):
+        raise SweepError(["RUN names one folder twice: compare a run with another one."])
+    for run_dir in run_dirs:
+        if not read_records(run_dir):
+            raise RecordsError(f"run '{run_dir}' holds no records yet: there is nothing to draw.")
+    if len(run_dirs) == 1:
+        print_table(draw(Path(run_dirs[0]), whole=True, with_paper=paper))
+        return
+    _compare([Path(run_dir) for run_dir in run_dirs], Path(out or run_dirs[0]), with_paper=paper)
+
+
+def _compare(run_dirs: list[Path], folder: Path, *, with_paper: bool) -> None:
+    """Writes the page of several runs and prints its first sentences."""
+    from rlhfbench.records.file import read_records
+    from rlhfbench.runs.drawing import check_drawable
+    from rlhfbench.runs.page import COMPARISON_NAME, missing_libraries, write_run_page
+
+    missing = missing_libraries()
+    if missing:
+        raise RunFolderError(f"the page of several runs needs libraries: pip install {' '.join(missing)}.")
+    for run_dir in run_dirs:
+        check_drawable(run_dir, read_records(run_dir))
+    path = folder / COMPARISON_NAME
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        sentences = write_run_page(run_dirs, path, with_paper=with_paper)
+    except OSError as error:
+        raise RunFolderError(f"out '{folder}' cannot be written: {error.strerror}.") from error
+    for sentence in sentences:
+        print(sentence)
+    print(f"The comparison is in {path}.")

@@ -20,27 +20,41 @@ from rlhfkernels.training.step import TrainingStep, build_step
 from rlhfkernels.training.work import phase_work
 
 _NUM_TIMED = 3
-GRAPHS = "without graphs"  # decode steps are not captured as CUDA graphs yet
+# ``engine.cuda_graphs`` by what an item says of it. ``on``, as ``auto`` would measure steps without graphs under its
+# name where a capture fails.
+GRAPHS = {"with graphs": "on", "without graphs": "off"}
 
 
 def run_decode(request: Request, folder: Path, left_s: float) -> None:
-    """Measures the generate phase of ``hydra`` at each batch and keeps it in ``decode.json``."""
+    """Measures the generate phase of ``hydra`` at each batch and keeps it in ``decode.json``.
+
+    On CUDA with CUDA graphs and without.
+    """
     items = Items(folder / "decode.json")
     ceilings = items.add("ceilings", lambda: measure_ceilings(request.device, getattr(torch, request.sizes.dtype)))
     for batch_size in request.sizes.decode_batches:
-        items.add(f"batch {batch_size}, {GRAPHS}", functools.partial(_measure, request, batch_size, ceilings))
+        for by in GRAPHS if request.device != "cpu" else ("without graphs",):
+            items.add(f"batch {batch_size}, {by}", functools.partial(_tried, request, batch_size, by, ceilings))
 
 
-def _measure(request: Request, batch_size: int, ceilings: dict[str, float]) -> dict[str, Any]:
+def _tried(request: Request, batch_size: int, by: str, ceilings: dict[str, float]) -> dict[str, Any]:
+    """Returns ``batch_size``, ``by``, and what ``_measure`` found or ``failed``: one must not hide the others."""
     gc.collect()  # the models of the last batch are in reference cycles
-    case = request.case("hydra", batch_size=batch_size)
+    found: dict[str, Any] = {"batch_size": batch_size, "by": by}
+    try:
+        return found | _measure(request, batch_size, GRAPHS[by], ceilings)
+    except RuntimeError as error:  # of CUDA, out of memory too
+        return found | {"failed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
+
+
+def _measure(request: Request, batch_size: int, cuda_graphs: str, ceilings: dict[str, float]) -> dict[str, Any]:
+    case = request.case("hydra", batch_size=batch_size, engine__cuda_graphs=cuda_graphs)
     step = build_step(case)
     samples_s = [_generation_s(step) for _ in range(1 + _NUM_TIMED)][1:]
     work = phase_work(step)["generate"]
     floor_s = work.floor_s(*(ceilings[rate] for rate in RATES))
     median_s = statistics.median(samples_s)
     return {
-        "batch_size": batch_size,
         "prompt_len": case.prompt_len,
         "completion_len": case.completion_len,
         "samples_s": samples_s,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ from rlhfbench.evidence.goals import GOALS, Found, plan_error
 from rlhfbench.evidence.items import read_items
 from rlhfbench.evidence.parts import PARTS
 from rlhfbench.evidence.request import GIB
+from rlhfbench.evidence.reserve import fit_reserve
+from rlhfbench.planning.devices import Accelerator
 from rlhfbench.records.file import Record, read_records
 from rlhfbench.records.schema import at
 from rlhfkernels.methods.table import METHODS
@@ -52,7 +53,7 @@ def report(folder: Path, found: dict[str, Any]) -> str:
         _table(_TABLE_1, _table_1(runs["methods"], read_items(folder / "batches.json"))),
         "## Plan, allocator, driver",
         _table(_MEMORY, [_memory(record) for record in _ok(runs["methods"])]),
-        _reserve(_ok(runs["methods"])),
+        _reserve(_ok(runs["methods"]), found["environment"], settings["device"]),
         "## Seconds per sample by length",
         _table(_TIMES, [_times(record) for record in runs["lengths"]]),
         "## Decoding",
@@ -125,13 +126,22 @@ def _table_1(records: Sequence[Record], batches: dict[str, Any]) -> list[Sequenc
 
 def _measured(record: Record) -> Sequence[Any]:
     memory = [at(record, f"memory.{name}_bytes") for name in ("persistent_model", "activation", "total")]
-    seconds = [at(record, f"latency.{name}_s_per_sample") for name in ("inference", "update", "total")]
     return (
         record["case"]["batch_size"],
         *(_number(None if value is None else value / GIB, 2) for value in memory),
-        *(_number(value, 4) for value in seconds),
+        *_seconds(record),
         _outcome(record),
     )
+
+
+def _seconds(record: Record) -> list[str]:
+    """Seconds a sample of inference, update and both, with half of the 95 % interval where blocks give one."""
+    shown = []
+    for name in ("inference", "update", "total"):
+        half = at(record, f"latency.{name}_half_width_s_per_sample")
+        mean = _number(at(record, f"latency.{name}_s_per_sample"), 4)
+        shown.append(mean if half is None else f"{mean} ± {half:.4f}")
+    return shown
 
 
 def _outcome(record: Record) -> str:
@@ -154,16 +164,22 @@ def _memory(record: Record) -> Sequence[Any]:
     )
 
 
-def _reserve(records: Sequence[Record]) -> str:
-    """The memory that the driver counts beyond the plan, from which the reserve of a plan is to be set."""
-    rests = []
-    for record in records:
-        planned, driver = at(record, "plan.total_bytes"), at(record, "memory.views.driver_peak_bytes")
-        if None not in (planned, driver):
-            rests.append((driver - planned) / GIB)
-    if not rests:
+def _reserve(records: Sequence[Record], environment: dict[str, Any], device: str) -> str:
+    """The reserve that these records call for, beside the one that plans keep of the device."""
+    found = fit_reserve(records)
+    gpus, index = environment.get("gpus") or [], int(device.partition(":")[2] or 0)
+    if found is None or index >= len(gpus):
         return ""
-    return f"Driver beyond plan: {min(rests):.2f} to {max(rests):.2f} GiB, median {statistics.median(rests):.2f} GiB."
+    memory_bytes = gpus[index]["memory_bytes"]
+    kept = Accelerator(name=device, memory_bytes=memory_bytes).reserve_bytes
+    needed = found.bytes_of(memory_bytes)
+    return (
+        f"Reserve: the driver counts at most {found.context_bytes / GIB:.2f} GiB beyond the allocator and its "
+        f"workspaces, and the allocator reserves at most {100 * found.fragmentation:.1f} % beyond the plan. Of this "
+        f"device that is {needed / GIB:.2f} GiB; plans keep {kept / GIB:.2f} GiB, which is "
+        f"{'enough' if kept >= needed else 'too little'}. The allocator keeps freed blocks while there is room, so "
+        "the second figure is an upper bound."
+    )
 
 
 _TIMES = ("method", "length", "batch", "inference s", "update s", "total s", "total GiB", "outcome")
@@ -171,12 +187,11 @@ _TIMES = ("method", "length", "batch", "inference s", "update s", "total s", "to
 
 def _times(record: Record) -> Sequence[Any]:
     case, total = record["case"], at(record, "memory.total_bytes")
-    seconds = [at(record, f"latency.{name}_s_per_sample") for name in ("inference", "update", "total")]
     return (
         case["method"],
         case["prompt_len"] + case["completion_len"],
         case["batch_size"],
-        *(_number(value, 4) for value in seconds),
+        *_seconds(record),
         _number(None if total is None else total / GIB, 3),
         _outcome(record),
     )
@@ -186,6 +201,8 @@ _DECODE = ("", "lengths", "ms a token", "floor / measured", "backend")
 
 
 def _decode(key: str, item: dict[str, Any]) -> Sequence[Any]:
+    if "failed" in item:
+        return key, _MISSING, _MISSING, _MISSING, item["failed"]
     lengths = f"{item['prompt_len']} + {item['completion_len']}"
     return key, lengths, _number(item["ms_per_token"], 3), _number(item["floor_fraction"], 3), item["backend"]
 

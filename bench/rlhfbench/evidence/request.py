@@ -33,7 +33,8 @@ class Sizes:
         decode_batches: sequences that decode together.
         profile_len: tokens of the prompt and of the completion in the profiled step.
         batch_size: batch of every case; ``None`` is the largest that fits by plan.
-        time_budget_s: seconds for timing the steps of a case.
+        time_budget_s: seconds for timing the steps of a case, over all its blocks.
+        blocks: blocks of each case of the PPO methods; several give its seconds an interval.
     """
 
     prompt_len: int
@@ -47,6 +48,7 @@ class Sizes:
     profile_len: int
     batch_size: int | None
     time_budget_s: float
+    blocks: int = 1
 
 
 # Table 1 and Figure 2 of Hydra-RLHF.
@@ -76,6 +78,7 @@ MINIATURE = Sizes(
     profile_len=8,
     batch_size=4,
     time_budget_s=0.2,
+    blocks=4,
 )
 
 
@@ -123,8 +126,13 @@ class Request:
         )
 
     @classmethod
-    def of(cls, model: str | None, device: str | None) -> Self:
+    def of(cls, model: str | None, device: str | None, blocks: int | None = None) -> Self:
         """Returns the request of a command: ``cuda`` where there is a device, and the sizes that fit the device.
+
+        Args:
+            model: of the request; ``None`` is the default of the device.
+            device: of the request.
+            blocks: of ``sizes``, where they are not the default.
 
         Raises:
             CaseError: a field breaks a rule of ``Case``.
@@ -133,9 +141,10 @@ class Request:
 
         device = device or ("cuda" if num_cuda_devices() else "cpu")
         on_cpu = device == "cpu"
-        return cls(
-            model=model or ("tiny" if on_cpu else "llama-7b"), device=device, sizes=MINIATURE if on_cpu else FULL
-        )
+        sizes = MINIATURE if on_cpu else FULL
+        if blocks is not None:
+            sizes = dataclasses.replace(sizes, blocks=blocks)
+        return cls(model=model or ("tiny" if on_cpu else "llama-7b"), device=device, sizes=sizes)
 
     def write(self, folder: Path) -> None:
         """Writes the request into ``folder``, or checks that the folder holds the same request.

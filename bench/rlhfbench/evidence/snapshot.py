@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
+from rlhfbench.measure.allocator import allocator_history
 from rlhfkernels.config.case import Case
 from rlhfkernels.observer import Observer
 from rlhfkernels.training.step import build_step
 
-_MAX_ENTRIES = 100_000
 _MAX_PLACES = 20
 
 
@@ -47,7 +47,6 @@ def watch_step(case: Case, path: Path) -> dict[str, Any]:
     step = build_step(case)
     step.run()
     torch.cuda.reset_peak_memory_stats(case.device)
-    torch.cuda.memory._record_memory_history(max_entries=_MAX_ENTRIES)
     phases = _Phases()
     waits: list[str] = []
 
@@ -55,7 +54,7 @@ def watch_step(case: Case, path: Path) -> dict[str, Any]:
         if phases.name is not None and "synchroniz" in str(message):
             waits.append(f"{phases.name}: {filename.rpartition('/rlhfkernels/')[2]}:{lineno}")
 
-    with warnings.catch_warnings():
+    with allocator_history(path), warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.showwarning = note  # type: ignore[assignment]
         torch.cuda.set_sync_debug_mode("warn")
@@ -63,8 +62,6 @@ def watch_step(case: Case, path: Path) -> dict[str, Any]:
             step.run(phases)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    torch.cuda.memory._dump_snapshot(str(path))  # type: ignore[no-untyped-call]
-    torch.cuda.memory._record_memory_history(enabled=None)
     return {
         "num_waits": len(waits),
         "waits": list(dict.fromkeys(waits))[:_MAX_PLACES],

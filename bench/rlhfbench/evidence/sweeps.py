@@ -30,7 +30,9 @@ BATCHES_NAME = "batches.json"
 def run_methods(request: Request, folder: Path, left_s: float) -> None:
     """Part 3: the PPO methods at the paper's lengths, each at its largest batch, with a plan."""
     cases = [request.case(method) for method in METHODS]
-    _run(request, folder, "methods", largest(request, folder, cases), left_s, with_plan=True)
+    _run(
+        request, folder, "methods", largest(request, folder, cases), left_s, with_plan=True, blocks=request.sizes.blocks
+    )
 
 
 def run_lengths(request: Request, folder: Path, left_s: float) -> None:
@@ -66,10 +68,9 @@ def _run(request: Request, folder: Path, name: str, cases: Sequence[Case], left_
     if not cases:
         return
     out = folder / "runs" / name
-    # One block a case: an interval would take five processes, each of which builds the model again.
-    settings = RunOptions(
-        time_budget_s=request.sizes.time_budget_s, blocks=1, case_timeout_s=max(1.0, left_s), **options
-    )
+    # One block a case where nothing else is asked for: each takes a process that builds the model again.
+    options = {"blocks": 1, **options}
+    settings = RunOptions(time_budget_s=request.sizes.time_budget_s, case_timeout_s=max(1.0, left_s), **options)
     run_sweep(Sweep(cases=tuple(cases)), out, settings, resume=RunFolder(out).is_run)
 
 

@@ -19,7 +19,7 @@ import psutil
 
 from rlhfbench.cases.preflight import check
 from rlhfbench.cases.sweep import Sweep
-from rlhfbench.gate.decide import MIN_PAIRS, Effects, Levels
+from rlhfbench.gate.decide import MAX_LOOKS, MIN_PAIRS, PAIRS_PER_LOOK, Effects, Levels, share_done
 from rlhfbench.gate.findings import Finding, failure, findings_of
 from rlhfbench.gate.sides import Side, temporary_folder
 from rlhfbench.measure.turns import run_in_turns
@@ -32,13 +32,11 @@ from rlhfbench.runs.progress import Silent
 from rlhfbench.runs.runner import Runner
 from rlhfkernels.config.case import Case
 
-# Looks at the data: after the first MIN_PAIRS timed pairs of every undecided case, then after every second one more.
-MAX_LOOKS = 8
-PAIRS_PER_LOOK = 2
 # Both sides live at once only if they take less than this share of the memory that is free.
 _MAX_SHARE_OF_MEMORY = 0.7
 # Of the first pair, which measures memory: a step to warm up and two more.
 _SHORTEST_S = 0.01
+CHANGES = ("slower", "faster")
 Tell = Callable[[str], None]
 
 
@@ -126,6 +124,9 @@ class Comparison:
         options: How to compare.
         tell: Receives a line after each look at the data.
         seed: Of the order in which pairs are timed.
+
+    Attributes:
+        spent_s: Seconds spent on each case, by its id.
     """
 
     def __init__(
@@ -141,7 +142,7 @@ class Comparison:
     ) -> None:
         self._sides, self._sweep, self._out, self._options = (base, head), sweep, out, options
         self._tell, self._random = tell, random.Random(seed)
-        self._spent_s: dict[str, float] = {case.id: 0.0 for case in sweep.cases}
+        self.spent_s: dict[str, float] = {case.id: 0.0 for case in sweep.cases}
 
     def run(self, injected: Mapping[str, Any] | None = None) -> list[Finding]:
         """Times pairs until every case is decided or its time is spent, and returns the findings of all cases.
@@ -153,7 +154,7 @@ class Comparison:
             check(self._sweep)
         sweep = self._sweep.absolute()
         with contextlib.ExitStack() as opened:
-            folder = opened.enter_context(temporary_folder())
+            folder = opened.enter_context(temporary_folder(for_sockets=True))
             both = [
                 Timed(side, self._out / side.name, sweep, self._options, opened, fault)
                 for side, fault in zip(self._sides, (None, injected), strict=True)
@@ -165,22 +166,19 @@ class Comparison:
             for look in range(1, MAX_LOOKS + 1):
                 for _ in range(MIN_PAIRS if look == 1 else PAIRS_PER_LOOK):
                     self._time_pairs(both, undecided, folder)
-                share = self._share(look, undecided)
-                findings = findings_of(
+                least_s = min((self.spent_s[case.id] for case in undecided), default=self._options.budget_s)
+                share = share_done(look, least_s, self._options.budget_s)
+                found = findings_of(
                     sweep.cases, both[0].record, both[1].record, self._options.effects, levels.take(share)
                 )
+                findings = _with_changes_of(findings, found)
                 ids = {found.case.id for found in findings if found.verdict == "ambiguous"}
-                undecided = [c for c in sweep.cases if c.id in ids and self._spent_s[c.id] < self._options.budget_s]
+                undecided = [c for c in sweep.cases if c.id in ids and self.spent_s[c.id] < self._options.budget_s]
                 spent = [found.estimate.num_pairs for found in findings if found.estimate is not None]
                 self._tell(f"{max(spent, default=0)} pairs: {len(ids)} of {len(sweep.cases)} cases are ambiguous")
                 if not undecided or share == 1:
                     break
             return findings
-
-    def _share(self, look: int, undecided: Sequence[Case]) -> float:
-        """The share of the comparison that is done: of its looks, or of the time of the least advanced case."""
-        least_s = min((self._spent_s[case.id] for case in undecided), default=self._options.budget_s)
-        return min(1.0, max(look / MAX_LOOKS, least_s / self._options.budget_s))
 
     def _measure_memory(self, both: Sequence[Timed], cases: Sequence[Case]) -> None:
         """Measures the memory of both sides of every case, one after the other in random order."""
@@ -210,7 +208,16 @@ class Comparison:
         """Counts the time of the block as spent on ``case``."""
         started_s = time.monotonic()
         yield
-        self._spent_s[case.id] += time.monotonic() - started_s
+        self.spent_s[case.id] += time.monotonic() - started_s
+
+
+def _with_changes_of(before: Sequence[Finding], now: Sequence[Finding]) -> list[Finding]:
+    """The findings of this look, but for changes that an earlier one found.
+
+    A level is spent once: without this, the smaller levels of later looks would take back what a larger one allowed.
+    """
+    changes = {(f.case.id, f.quantity): f for f in before if f.estimate is not None and f.verdict in CHANGES}
+    return [changes.get((found.case.id, found.quantity), found) for found in now]
 
 
 def fit_at_once(case: Case, records: Sequence[Record | None]) -> bool:

@@ -1,12 +1,13 @@
 """Decision of the gate: from pairs of blocks to a verdict for each case and quantity.
 
-A pair is a block of the base and a block of the head that were timed one after the other, in random order. The ratio of
-a pair is free of what both share. The interval of a ratio is Student's t of the logarithms of the ratios of pairs.
+A pair is a block of the base and a block of the head, whose steps were taken in turns where possible. The ratio of a
+pair is free of what both share. The interval of a ratio is Student's t of the logarithms of the ratios of pairs.
 
 A time has changed if its p-value, corrected by Holm over the whole sweep, is below the level of this look *and* its
 95 % interval lies wholly beyond the smallest effect that counts. It is the same if its interval excludes every effect
 that the gate promises to find, and does not lie beyond the smallest. Anything between is ambiguous: more pairs are
-timed. The levels of all looks add up to 5 %, so that looking again raises no false alarm.
+timed. The levels of all looks add up to 5 %, so that looking again raises no false alarm, and a change that was found
+at one look stands whatever a later one says.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from typing import Literal
 Verdict = Literal["same", "faster", "slower", "smaller", "larger", "ambiguous", "missing", "failed"]
 
 SIGNIFICANCE = 0.05
+# Looks at the data: after the first MIN_PAIRS timed pairs of every undecided case, then after every second one more.
 MIN_PAIRS = 4
+PAIRS_PER_LOOK = 2
+MAX_LOOKS = 8
 # A change of memory, as the ledger counts it, from which on it counts: it repeats to the byte.
 MEMORY_EFFECT = 0.001
 
@@ -118,6 +122,17 @@ class Levels:
         level = max(spent_level(share) - self._spent, 0.0) if share > 0 else 0.0
         self._spent += level
         return level
+
+
+def share_done(look: int, least_spent_s: float, budget_s: float) -> float:
+    """Returns the share of a comparison that is done after a look: of the looks, or of the time if that is more.
+
+    Args:
+        look: Number of this look, from 1.
+        least_spent_s: Seconds spent on the least advanced case that is not decided.
+        budget_s: Seconds that may be spent on a case.
+    """
+    return min(1.0, max(look / MAX_LOOKS, least_spent_s / budget_s))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.errors import GateError
@@ -24,14 +23,6 @@ HELD_BYTES = 64 * 1024
 _PROMISED_SHARE = 0.95  # of the tries in which an effect must be found to be promised
 
 
-def compare_with_itself(
-    side: Side, sweep: Sweep, out: Path, options: GateOptions, injected: dict[str, Any] | None
-) -> list[Finding]:
-    """Compares a revision with itself, with a fault in the head's step unless ``injected`` is ``None``."""
-    base, head = (dataclasses.replace(side, name=name) for name in ("base", "head"))
-    return Comparison(base, head, sweep, out, options).run(injected)
-
-
 def self_test(side: Side, sweep: Sweep, out: Path, options: GateOptions, tell: Callable[[str], None]) -> list[Rates]:
     """Measures a revision against itself, clean and with faults, and tells what was found line by line.
 
@@ -40,34 +31,40 @@ def self_test(side: Side, sweep: Sweep, out: Path, options: GateOptions, tell: C
     """
     # As many pairs as a comparison can take: an ambiguity that never ends. Few pairs would make all draws alike.
     patient = dataclasses.replace(options, effects=Effects(smallest=options.effects.smallest, promised=1e-9))
-    clean = compare_with_itself(side, sweep, out / "clean", patient, None)
-    cases = measured_cases(out / "clean")
+    base, head = (dataclasses.replace(side, name=name) for name in ("base", "head"))
+    comparison = Comparison(base, head, sweep, out / "clean", patient)
+    clean = comparison.run()
+    cases = measured_cases(out / "clean", comparison.spent_s)
     if not cases:
         raise GateError(f"no case could be measured: {clean[0].reason}")
     alarms = [found for found in clean if found.verdict in ("slower", "faster", "larger", "smaller")]
     tell(f"itself: {len(alarms)} false alarms in {len(sweep.cases)} cases, {len(clean)} quantities")
-    held = compare_with_itself(side, sweep, out / "held", options, {"held_bytes": HELD_BYTES})
+    held = Comparison(base, head, sweep, out / "held", options).run({"held_bytes": HELD_BYTES})
     tell(f"{HELD_BYTES} bytes held over a step: found in {_num_cases(held, 'larger')} of {len(sweep.cases)} cases")
     phase = cases[0].longest_phase
     for slowdown in SLOWDOWNS:
         fault = {"phase": phase, "share": slowdown}
-        slower = compare_with_itself(side, sweep, out / f"slower-{slowdown:g}", options, fault)
+        slower = Comparison(base, head, sweep, out / f"slower-{slowdown:g}", options).run(fault)
         told = (
             f"{_num_cases(slower, 'slower')} of {len(sweep.cases)} cases, cannot tell {_num_cases(slower, 'ambiguous')}"
         )
         tell(f"{phase} slower by {slowdown:.0%}, measured: found in {told}")
-    found = [rates(cases, slowdown, options.effects) for slowdown in (0.0, *SLOWDOWNS)]
+    found = [rates(cases, slowdown, options.effects, options.budget_s) for slowdown in (0.0, *SLOWDOWNS)]
     for row in found:
         elsewhere = f", false alarms elsewhere {row.false_alarms:.2%}" if len(cases) > 1 else ""
         tell(
             f"one phase slower by {row.slowdown:.0%}, simulated: found {row.found:.0%}, cannot tell {row.ambiguous:.0%}"
-            f"{elsewhere}, {row.num_pairs:.1f} pairs a case"
+            f"{elsewhere}, {row.num_pairs:.1f} pairs and {row.case_s:.0f} s a case"
         )
         for name, (detected, alarmed) in row.others.items():
             tell(f"    {name}: found {detected:.0%}" + (f", false alarms elsewhere {alarmed:.0%}" if elsewhere else ""))
     promised = [row for row in found if row.slowdown and row.found >= _PROMISED_SHARE]
     if promised:
-        tell(f"This machine can promise to find a phase that is slower by {promised[0].slowdown:.0%}.")
+        first = promised[0]
+        tell(
+            f"This machine can promise to find a phase that is slower by {first.slowdown:.0%}, in {first.case_s:.0f} s "
+            "a case."
+        )
     else:
         tell(f"This machine can promise no slowdown up to {SLOWDOWNS[-1]:.0%}: it is too noisy for these cases.")
     return found

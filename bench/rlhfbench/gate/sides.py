@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,13 @@ from pathlib import Path
 
 from rlhfbench.errors import GateError
 
+# Prints the files of the modules that a step's module loads.
+_LOADED_FILES = (
+    "import importlib, json, sys; importlib.import_module(sys.argv[1]); "
+    "print(json.dumps({n: getattr(m, '__file__', None) for n, m in list(sys.modules.items()) if '.' not in n}))"
+)
+# The path of a Unix socket has 104 to 108 characters.
+_MAX_TEMPORARY_CHARS = 70
 # Deletes a folder when its standard input ends: when the gate ends, also by SIGKILL.
 _CLEANER = "import shutil, sys; sys.stdin.read(); shutil.rmtree(sys.argv[1], ignore_errors=True)"
 
@@ -82,18 +90,51 @@ def commit_of(revision: str, root: Path) -> str:
         raise GateError(f"revision '{revision}' is no commit of '{root}'.") from error
 
 
-def head_side(root: Path, *, with_working_folder: bool) -> Side:
+def head_side(root: Path, *, step: str | None = None) -> Side:
     """Returns the working tree as it is, uncommitted changes included.
 
     Args:
         root: The repository.
-        with_working_folder: Modules are imported from the working folder too.
+        step: ``module:function`` of the user's own step, which is imported from the working folder too.
+
+    Raises:
+        GateError: The step imports a module of the repository from somewhere else.
     """
     commit = git("rev-parse", "--short", "HEAD", folder=root)
     num_changed = len(git("status", "--porcelain", folder=root).splitlines())
     changes = f" with uncommitted changes in {num_changed} files" if num_changed else ""
-    paths = (str(Path.cwd()),) if with_working_folder else ()
+    paths = (str(Path.cwd()),) if step else ()
+    if step:
+        _check_imports(step, paths, root)
     return Side(name="head", title=f"the working tree at {commit}{changes}", paths=paths)
+
+
+def _check_imports(step: str, paths: Sequence[str], root: Path) -> None:
+    """Refuses a step that loads a module of the repository from another place: both sides would run that copy."""
+    given = os.environ.get("PYTHONPATH")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, *([given] if given else [])])}
+    command = [sys.executable, "-P", "-c", _LOADED_FILES, step.partition(":")[0]]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return  # the record of its first case says why it cannot be imported
+    loaded: dict[str, str | None] = json.loads(done.stdout.splitlines()[-1])
+    for name in _module_names(root) & loaded.keys():
+        file = loaded[name]
+        if file is not None and not _is_inside(Path(file), root):
+            raise GateError(
+                f"step '{step}' imports '{name}' from '{file}' and not from the repository, so both sides would run "
+                "that copy: install the project in editable mode."
+            )
+
+
+def _module_names(root: Path) -> set[str]:
+    """The modules and packages at the top of a repository, or of its folder ``src``."""
+    found = set()
+    for line in git("ls-files", "*.py", folder=root).splitlines():
+        first, *rest = Path(line).parts if not line.startswith("src/") else Path(line).parts[1:]
+        if not rest or rest == ["__init__.py"]:
+            found.add(first.removesuffix(".py"))
+    return found
 
 
 @contextlib.contextmanager
@@ -126,9 +167,15 @@ def checked_out(revision: str, root: Path, name: str, roots: Sequence[str]) -> I
 
 
 @contextlib.contextmanager
-def temporary_folder() -> Iterator[Path]:
-    """Yields a folder that is deleted when the block ends, and also when this process is killed."""
-    folder = Path(tempfile.mkdtemp(prefix="rlhfbench-gate-"))
+def temporary_folder(*, for_sockets: bool = False) -> Iterator[Path]:
+    """Yields a folder that is deleted when the block ends, and also when this process is killed.
+
+    Args:
+        for_sockets: Its path is short enough for a socket in it, whatever ``TMPDIR`` is.
+    """
+    usual = tempfile.gettempdir()
+    parent = "/tmp" if for_sockets and len(usual) > _MAX_TEMPORARY_CHARS else usual
+    folder = Path(tempfile.mkdtemp(prefix="rlhfbench-gate-", dir=parent))
     cleaner = subprocess.Popen(
         [sys.executable, "-I", "-c", _CLEANER, str(folder)],
         stdin=subprocess.PIPE,

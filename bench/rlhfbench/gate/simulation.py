@@ -12,8 +12,18 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from rlhfbench.gate.compare import MAX_LOOKS, PAIRS_PER_LOOK
-from rlhfbench.gate.decide import MIN_PAIRS, Effects, Levels, Verdict, estimate, judge
+from rlhfbench.gate.compare import CHANGES
+from rlhfbench.gate.decide import (
+    MAX_LOOKS,
+    MIN_PAIRS,
+    PAIRS_PER_LOOK,
+    Effects,
+    Levels,
+    Verdict,
+    estimate,
+    judge,
+    share_done,
+)
 from rlhfbench.gate.other_rules import differs_by_asv, is_slower_by_threshold
 from rlhfbench.gate.pairs import Pair, Values, pairs_of
 from rlhfbench.records.file import read_records
@@ -28,10 +38,17 @@ class MeasuredCase:
     Attributes:
         kinds: The kind of each phase.
         pairs: The pairs.
+        spent_s: Seconds that they took, with what came before them.
     """
 
     kinds: Mapping[str, str]
     pairs: Sequence[Pair]
+    spent_s: float
+
+    @property
+    def pair_s(self) -> float:
+        """Seconds of a pair. Measuring the memory before the first counts as one more."""
+        return self.spent_s / (len(self.pairs) + 1)
 
     @property
     def longest_phase(self) -> str:
@@ -53,6 +70,7 @@ class Rates:
         ambiguous: Share in which that case was neither slower nor the same.
         false_alarms: Share of the comparisons of other cases that called them slower or faster.
         num_pairs: Mean number of pairs of a case.
+        case_s: Mean seconds of a case, both sides together.
         others: Of each other tool's rule: the shares that it found and falsely alarmed.
     """
 
@@ -61,32 +79,48 @@ class Rates:
     ambiguous: float
     false_alarms: float
     num_pairs: float
+    case_s: float
     others: Mapping[str, tuple[float, float]]
 
 
-def measured_cases(out: Path) -> list[MeasuredCase]:
-    """Returns the cases of a comparison whose runs lie in ``out``."""
+def measured_cases(out: Path, spent_s: Mapping[str, float]) -> list[MeasuredCase]:
+    """Returns the cases of a comparison whose runs lie in ``out``.
+
+    Args:
+        out: Folder of the runs of both sides.
+        spent_s: Seconds spent on each case, by its id.
+    """
     base, head = ({r["case"]["id"]: r for r in read_records(out / name)} for name in ("base", "head"))
     found = []
     for case_id in base.keys() & head.keys():
         pairs = pairs_of(base[case_id], head[case_id])
         kinds = {name: phase["kind"] for name, phase in base[case_id]["latency"]["phases"].items()}
         if pairs:
-            found.append(MeasuredCase(kinds=kinds, pairs=pairs))
+            found.append(MeasuredCase(kinds=kinds, pairs=pairs, spent_s=spent_s[case_id]))
     return found
 
 
-def rates(cases: Sequence[MeasuredCase], slowdown: float, effects: Effects, *, seed: int = 0) -> Rates:
-    """Returns the rates for a slowdown of the longest phase of one case, drawn at random for each try."""
+def rates(cases: Sequence[MeasuredCase], slowdown: float, effects: Effects, budget_s: float, *, seed: int = 0) -> Rates:
+    """Returns the rates for a slowdown of the longest phase of one case, drawn at random for each try.
+
+    Args:
+        cases: Measured pairs of a revision with itself.
+        slowdown: Share by which the phase is slower.
+        effects: Effects that count.
+        budget_s: Seconds of a case after which no more pairs are drawn.
+        seed: Of the draws.
+    """
     rng = random.Random(seed)
     found = ambiguous = alarms = num_pairs = 0
+    spent_s = 0.0
     for _ in range(NUM_TRIES):
         target = rng.randrange(len(cases))
-        verdicts, pairs = _compare(cases, target, slowdown, effects, rng)
+        verdicts, pairs = _compare(cases, target, slowdown, effects, budget_s, rng)
         found += "slower" in verdicts[target]
         ambiguous += "ambiguous" in verdicts[target] and "slower" not in verdicts[target]
-        alarms += sum(bool(said & {"slower", "faster"}) for case, said in enumerate(verdicts) if case != target)
+        alarms += sum(bool(said & set(CHANGES)) for case, said in enumerate(verdicts) if case != target)
         num_pairs += sum(pairs)
+        spent_s += sum(case.pair_s * (num + 1) for case, num in zip(cases, pairs, strict=True))
     others = NUM_TRIES * (len(cases) - 1)
     return Rates(
         slowdown=slowdown,
@@ -94,6 +128,7 @@ def rates(cases: Sequence[MeasuredCase], slowdown: float, effects: Effects, *, s
         ambiguous=ambiguous / NUM_TRIES,
         false_alarms=alarms / others if others else 0.0,
         num_pairs=num_pairs / NUM_TRIES / len(cases),
+        case_s=spent_s / NUM_TRIES / len(cases),
         others={name: _rates_of_rule(cases, slowdown, rule, random.Random(seed)) for name, rule in OTHERS.items()},
     )
 
@@ -155,29 +190,40 @@ OTHERS = {
 
 
 def _compare(
-    cases: Sequence[MeasuredCase], target: int, slowdown: float, effects: Effects, rng: random.Random
+    cases: Sequence[MeasuredCase],
+    target: int,
+    slowdown: float,
+    effects: Effects,
+    budget_s: float,
+    rng: random.Random,
 ) -> tuple[list[set[Verdict]], list[int]]:
     """The verdicts on every case of one simulated comparison, and the pairs that each needed."""
     draws = [_logs(case, slowdown if place == target else 0.0, rng) for place, case in enumerate(cases)]
     kept: list[dict[str, list[float]]] = [{} for _ in cases]
-    num_pairs = [0] * len(cases)
-    verdicts: list[set[Verdict]] = [{"ambiguous"} for _ in cases]
+    num_pairs, undecided = [0] * len(cases), list(range(len(cases)))
+    verdicts: dict[tuple[int, str], Verdict] = {}
     levels = Levels()
+
+    def spent_s(place: int) -> float:
+        return cases[place].pair_s * (num_pairs[place] + 1)
+
     for look in range(1, MAX_LOOKS + 1):
-        num_new = MIN_PAIRS if look == 1 else PAIRS_PER_LOOK
-        for place in [place for place, said in enumerate(verdicts) if "ambiguous" in said]:
+        for place in undecided:
+            num_new = MIN_PAIRS if look == 1 else PAIRS_PER_LOOK
             num_pairs[place] += num_new
             for _ in range(num_new):
                 for name, value in next(draws[place]).items():
                     kept[place].setdefault(name, []).append(value)
-        flat = [(place, estimate(logs)) for place, case in enumerate(kept) for logs in case.values()]
-        judged = judge([found for _, found in flat], levels.take(look / MAX_LOOKS), effects)
-        verdicts = [
-            {said for (of, _), said in zip(flat, judged, strict=True) if of == place} for place in range(len(cases))
-        ]
-        if not any("ambiguous" in said for said in verdicts):
+        flat = {(place, name): estimate(logs) for place, case in enumerate(kept) for name, logs in case.items()}
+        share = share_done(look, min(map(spent_s, undecided)), budget_s)
+        judged = judge(list(flat.values()), levels.take(share), effects)
+        changes = {key: said for key, said in verdicts.items() if said in CHANGES}
+        verdicts = {**dict(zip(flat, judged, strict=True)), **changes}
+        ambiguous = {place for (place, _), said in verdicts.items() if said == "ambiguous"}
+        undecided = [place for place in sorted(ambiguous) if spent_s(place) < budget_s]
+        if not undecided or share == 1:
             break
-    return verdicts, num_pairs
+    return [{said for (of, _), said in verdicts.items() if of == place} for place in range(len(cases))], num_pairs
 
 
 def _logs(case: MeasuredCase, slowdown: float, rng: random.Random) -> Iterator[dict[str, float]]:

@@ -8,6 +8,7 @@ import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
@@ -19,7 +20,7 @@ from rlhfbench.measure.injection import InjectedStep
 from rlhfbench.measure.interference import Interference
 from rlhfbench.measure.ledger import ACTIVATION_PARTS, Ledger, block_bytes
 from rlhfbench.measure.options import MeasurementOptions
-from rlhfbench.measure.profile import PhaseProfiler
+from rlhfbench.measure.profile import profile_step
 from rlhfbench.measure.statistic import DEFAULT_BLOCKS
 from rlhfbench.measure.stopping import Reason, StoppingRule
 from rlhfbench.measure.tally import MODEL_PARTS, Tally
@@ -224,8 +225,12 @@ def _measure_once(
     phases = [phase for phase in step.phases if phase.kind != "prepare"]
     if options.profile_dir is not None:
         notify("profile")
-        profiler = PhaseProfiler(options.profile_dir, case.id, case.device)
-        step.run(Announcer(notify, profiler)).check_finite()
+        profile_step(
+            lambda observer: step.run(Announcer(notify, observer)).check_finite(),
+            Path(options.profile_dir),
+            case.id,
+            case.device,
+        )
     return {
         "memory": memory_object(ledger, highest_views(prepared.views, timing.views)),
         "latency": {"phases": {phase.name: {"kind": phase.kind} for phase in phases}},

@@ -6,6 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+PROFILE_NAME = "profile.json"  # in ``profile_dir``
+SNAPSHOT_NAME = "snapshot.pickle"  # on CUDA
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class MeasurementOptions:
@@ -20,7 +23,7 @@ class MeasurementOptions:
         step: ``module:function`` of a user's own step; ``None`` builds the case's method.
         injected: A fault to put into the step: the keyword arguments of ``InjectedStep``.
         num_blocks: Blocks of the case. ``None``: four, or one if building takes more than 10 s.
-        profile_dir: Folder for the profiler's traces. ``None``: no profile.
+        profile_dir: Folder for the profile: the profiler's traces and what they say. ``None``: no profile.
         timeline: Whether to keep a timeline of the memory measurement.
         num_threads: Threads within an op (``torch.set_num_threads``). ``None``: torch's default.
     """

@@ -1,10 +1,12 @@
-"""cuBLAS workspaces: CUDA memory from torch's allocator that no tensor owns, one per thread that runs matmuls."""
+"""cuBLAS workspaces: CUDA memory of torch's allocator without a tensor, one per thread and stream that runs matmuls."""
 
 from __future__ import annotations
 
 import os
 
 import torch
+
+from rlhfkernels.engine.fast.capture import num_side_streams
 
 _KIB = 2**10
 _LARGE = 32 * 1024 * _KIB  # torch's default from compute capability 9.0 on
@@ -15,7 +17,7 @@ _NUM_THREADS = 2  # the main thread, and autograd's thread of the device
 def workspace_bytes(device: str) -> int:
     """Returns the bytes of all workspaces on the CUDA ``device`` after a forward and a backward pass."""
     major, _ = torch.cuda.get_device_capability(device)
-    return _NUM_THREADS * blas_workspace_bytes(major, os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
+    return (_NUM_THREADS + num_side_streams()) * blas_workspace_bytes(major, os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
 
 
 def blas_workspace_bytes(major: int, config: str | None) -> int:

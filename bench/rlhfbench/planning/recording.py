@@ -56,7 +56,8 @@ def record_step(case: Case, num_layers: int | None = None) -> Recording:
     """
     # The C backend takes its memory from torch, so a plan counts it; Triton cannot start without the device.
     backend = case.options.engine.backend if case.device == "cpu" else "torch"
-    options = case.options.replace({"rollout.stop_token_id": None, "engine.backend": backend})
+    changed = {"rollout.stop_token_id": None, "engine.backend": backend, "engine.cuda_graphs": "off"}
+    options = case.options.replace(changed)
     stand_in = dataclasses.replace(case, device="cpu", options=options)
     recorder = Recorder()
     ledger = Ledger("cpu", block_bytes=block_bytes(case.device), tally=recorder)

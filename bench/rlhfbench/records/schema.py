@@ -107,6 +107,16 @@ def _num_whole_blocks(record: Mapping[str, Any]) -> int | None:
     return None if blocks is None else sum(block.get("error") is None for block in blocks)
 
 
+def _ceiling(name: str) -> Callable[[Mapping[str, Any]], float | None]:
+    """The highest rate of any block, as for floors."""
+
+    def read(record: Mapping[str, Any]) -> float | None:
+        blocks = at(record, "latency.blocks") or ()
+        return max((rate for block in blocks if (rate := at(block, f"ceilings.{name}")) is not None), default=None)
+
+    return read
+
+
 def _process_peak_bytes(record: Mapping[str, Any]) -> int | None:
     view = "host" if at(record, "case.device") == "cpu" else "driver"
     peak: int | None = at(record, f"memory.views.{view}_peak_bytes")
@@ -278,6 +288,14 @@ _MEASURED: tuple[Field, ...] = (
     ),
     Field("work.phases", "map", "flops, bytes, written_bytes and floor_s of each phase"),
     Field("work.floor_fraction", "Float64", "roofline time / measured time"),
+    *(
+        Field(_ceiling(name), "Float64", f"{meaning}, the highest of any block", name=name)
+        for name, meaning in (
+            ("matmul_flops_per_s", "FLOP/s of a large matmul"),
+            ("copy_bytes_per_s", "bytes/s of a large copy, read and written"),
+            ("read_bytes_per_s", "bytes/s of a large read"),
+        )
+    ),
     # The rest.
     Field("stats", "map", "losses, KL and ratio error of the first step"),
     Field("engine", "object", "trunk that ran: fast or plain"),
@@ -317,7 +335,14 @@ PHASE_FIELDS: tuple[Field, ...] = (
     Field("memory.phases.{phase}.total_bytes", "Int64", "highest total in the phase", name="{phase}_phase_peak_bytes"),
     Field("latency.phases.{phase}.mean_s", "Float64", "seconds of the phase in one step", name="{phase}_phase_s"),
     Field("latency.phases.{phase}.block_s", "list", "the same, of each block", name="{phase}_phase_block_s"),
+    Field("latency.phases.{phase}.kind", "string", "inference or update", name="{phase}_phase_kind"),
+    Field("work.phases.{phase}.flops", "Int64", "FLOPs that the phase cannot avoid", name="{phase}_phase_flops"),
+    Field("work.phases.{phase}.bytes", "Int64", "bytes that it cannot avoid", name="{phase}_phase_bytes"),
+    Field("work.phases.{phase}.floor_s", "Float64", "its least time at the ceilings", name="{phase}_phase_floor_s"),
 )
+
+# Of the keys that a phase has in any section.
+_PHASE_DTYPES = {str(row.source).rpartition(".")[2]: row.dtype for row in PHASE_FIELDS}
 
 
 def columns(phases: Iterable[str] = ()) -> dict[str, Field]:
@@ -382,7 +407,7 @@ def wrong_type(record: Mapping[str, Any]) -> str | None:
             where = f"{section}.phases.{name}"
             if not isinstance(phase, Mapping):
                 return f"{where} is {shown(phase)}: it must be an object."
-            for key, dtype in (("total_bytes", "Int64"), ("mean_s", "Float64"), ("block_s", "list")):
+            for key, dtype in _PHASE_DTYPES.items():
                 if not fits(phase.get(key), dtype):
                     return f"{where}.{key} is {shown(phase[key])}: it must be {_RULES[dtype]}."
     groups = at(record, "case.options") or {}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhfbench.errors import RecordsError
-from rlhfbench.records.file import read_records
+from rlhfbench.records.file import Record, read_records
 from rlhfbench.records.schema import at
 from rlhfbench.records.timelines import read_timeline, timeline_frames
 from rlhfbench.runs.folder import TIMELINES_NAME
+from rlhfbench.runs.page import PAGE_NAME, missing_libraries, write_run_page
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,17 +23,19 @@ if TYPE_CHECKING:
 _DRAWN_FIELDS = ("method", "model", "prompt_len", "completion_len", "batch_size", "device", "dtype")
 
 
-def draw_run(run_dir: Path, *, whole: bool = False) -> RenderableType:
+def draw_run(run_dir: Path, *, whole: bool = False, with_paper: bool = False) -> RenderableType:
     """Draws the report of the records in ``run_dir`` into that folder.
 
-    Always ``memory_table`` (.md, .csv), ``latency`` and ``throughput`` (.png, .svg). ``slopes`` (.md, .csv) if a method
-    was measured at two lengths or batch sizes; ``gain`` (.md, .csv) if the baseline was measured, and another method
-    at two batch sizes; ``predicted`` (.md, .png, .svg) if memory was predicted; pictures of the timelines beside them.
+    Always ``memory_table`` (.md, .csv), ``latency`` and ``throughput`` (.png, .svg). ``index.html``, the interactive
+    page, where its libraries are installed. ``slopes`` (.md, .csv) if a method was measured at two lengths or batch
+    sizes; ``gain`` (.md, .csv) if the baseline was measured, and another method at two batch sizes; ``predicted`` (.md,
+    .png, .svg) if memory was predicted; pictures of the timelines beside them.
 
     Args:
         run_dir: a folder with ``records.jsonl``.
         whole: draw the timelines of all cases, not only of the largest case of each method and setting, and return
             more than the memory table.
+        with_paper: lay the papers' numbers beside the run in the page.
 
     Returns:
         The memory table for a terminal and a line on the differences that the run can tell apart; as a ``whole`` that
@@ -42,10 +46,7 @@ def draw_run(run_dir: Path, *, whole: bool = False) -> RenderableType:
         OSError: the folder cannot be written.
     """
     records = read_records(run_dir)
-    for record in records:
-        missing = [f"case.{field}" for field in _DRAWN_FIELDS if at(record, f"case.{field}") is None]
-        if missing:
-            raise RecordsError(f"run '{run_dir}' cannot be drawn: record {record['case']['id']} lacks {missing[0]}.")
+    check_drawable(run_dir, records)
     # Imported here, as pandas and matplotlib take most of a second, and `--help` imports this module.
     from rich.console import Group
     from rich.text import Text
@@ -77,7 +78,24 @@ def draw_run(run_dir: Path, *, whole: bool = False) -> RenderableType:
         _write(run_dir, "gain", gains)
         printed += [Text(), gains.rich()] if whole else []
     draw_timelines(frame if whole else largest_cases(frame), run_dir / TIMELINES_NAME)
+    missing = missing_libraries()
+    if missing:
+        printed.append(Text(f"No page was written. It needs: pip install {' '.join(missing)}"))
+    else:
+        write_run_page([run_dir], run_dir / PAGE_NAME, with_paper=with_paper, loaded=[(records, frame)])
     return Group(*printed)
+
+
+def check_drawable(run_dir: Path, records: Sequence[Record]) -> None:
+    """Checks that ``records`` have the fields that every report needs.
+
+    Raises:
+        RecordsError: one lacks a field.
+    """
+    for record in records:
+        missing = [f"case.{field}" for field in _DRAWN_FIELDS if at(record, f"case.{field}") is None]
+        if missing:
+            raise RecordsError(f"run '{run_dir}' cannot be drawn: record {record['case']['id']} lacks {missing[0]}.")
 
 
 def _write(run_dir: Path, name: str, table: ReportTable) -> None:

@@ -220,6 +220,8 @@ def _check_backend(case: Case) -> Iterator[str]:
         yield f"engine.backend is {backend!r}: it runs on a CPU, so device must be 'cpu'."
     if backend == "native" and case.dtype != "float32":
         yield f"engine.backend is {backend!r}: it has no {case.dtype}, so dtype must be float32."
+    if case.options.engine.cuda_graphs == "on" and case.device == "cpu":
+        yield "engine.cuda_graphs is 'on': it needs a CUDA device, so device must not be 'cpu'."
 
 
 def _check_reward_model(case: Case) -> Iterator[str]:

@@ -65,6 +65,8 @@ class EngineOptions:
         attn_implementation: ``sdpa``; ``eager``, which materialises the attention matrices; ``auto`` takes ``sdpa``
             where the architecture has it, else ``eager``.
         cache_implementation: KV cache: ``static`` is allocated once at full length, ``dynamic`` grows by concatenation.
+        cuda_graphs: capture decode steps of the fast trunk as CUDA graphs. ``auto`` does so on CUDA, and runs the ops
+            one by one where a capture fails; ``on`` needs CUDA and a capture that works; ``off`` never captures.
         gradient_checkpointing: keep each layer's input only, and recompute the layer in the backward pass.
         logprob_chunk_size: completion positions whose logits exist at one time; 0 keeps the logits of all of them.
             ``None`` is 128 on a CPU; elsewhere as many as 256 MiB of float32 logits hold, from 128 to 1024.
@@ -75,6 +77,7 @@ class EngineOptions:
     backend: Literal["auto", "torch", "triton", "native"] = "auto"
     attn_implementation: Literal["auto", "sdpa", "eager"] = "auto"
     cache_implementation: Literal["static", "dynamic"] = "static"
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
     gradient_checkpointing: bool = False
     logprob_chunk_size: Annotated[int, Ge(0)] | None = None
     micro_batch_size: Count | None = None

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import torch
+
 from rlhfkernels.errors import CaseError
+from rlhfkernels.ops.causal_attention import FLASH
 from rlhfkernels.ops.dispatch import is_installed, triton_unavailable_reason
 from rlhfkernels.ops.native import build
 from rlhfkernels.ops.native.matmul import beats_torch
+from rlhfkernels.ops.rms_norm import LIGER
 
 
 def select_backend(backend: str, device: str, dtype: str) -> str:
@@ -32,11 +36,19 @@ def select_backend(backend: str, device: str, dtype: str) -> str:
             beats_torch()  # measures where nothing is remembered: here, not inside a step
         except ValueError as error:
             raise CaseError([str(error)]) from error
+    if reason is None and not is_cpu:
+        _measure_rivals(torch.device(device), getattr(torch, dtype))
     if reason is None:
         return "native" if is_cpu else "triton"
     if backend == "auto":
         return "torch"
     raise CaseError([f"engine.backend is {backend!r}: {reason}"])
+
+
+def _measure_rivals(device: torch.device, dtype: torch.dtype) -> None:
+    """Measures the ops of installed libraries where nothing is remembered: here, not inside a step."""
+    for rival in (LIGER, FLASH):
+        rival.is_taken(torch.empty(0, device=device, dtype=dtype), "auto")
 
 
 def _native_unavailable_reason(dtype: str) -> str | None:

@@ -62,11 +62,26 @@ class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
         self._both.select(3, self.length).copy_(states)
         self.length += 1
 
+    def write(self, slot: torch.Tensor, states: torch.Tensor) -> None:
+        """Writes one position's keys and values, [2, b, heads, size], at ``slot``, [1] int64 on the device.
+
+        ``length`` stays as it is.
+        """
+        self._both.index_copy_(3, slot, states.unsqueeze(3))
+
+    def clear_unwritten(self) -> None:
+        """Sets the positions from ``length`` on to 0: a masked NaN would still be one."""
+        self._both.narrow(3, self.length, self.max_len - self.length).zero_()
+
+    def first(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns views of the keys and values of the first ``length`` positions, [b, heads, length, size] each."""
+        keys, values = self._both.narrow(3, 0, length).unbind(0)
+        return keys, values
+
     @property
     def written(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of the keys and values so far, [b, heads, written, size] each."""
-        keys, values = self._both.narrow(3, 0, self.length).unbind(0)
-        return keys, values
+        return self.first(self.length)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(number of positions that the next ``query_length`` queries attend to, offset)."""

@@ -8,8 +8,9 @@ e = head size.
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,11 @@ from rlhfkernels.ops.attention_mask import AttentionSpan, CausalMask, Segment
 from rlhfkernels.ops.dispatch import takes_native
 from rlhfkernels.ops.native import causal_attention as native
 from rlhfkernels.ops.qkv_layout import QkvLayout
+from rlhfkernels.ops.rivals import Rival
+
+# Inputs that other libraries are measured at: a micro-batch of Llama-7B.
+_MEASURED_ROWS, _MEASURED_LEN = 4, 1024
+_MEASURED_LAYOUT = QkvLayout(32, 32, 128)
 
 
 def causal_attention_reference(
@@ -54,6 +60,8 @@ def causal_attention(
             out: torch.Tensor = _CausalAttention.apply(qkv, layout, mask, span)  # type: ignore[no-untyped-call]
             return out
         return native.forward(qkv, layout, mask, span, with_logsumexp=False)[0]
+    if mask.padding is None and FLASH.is_taken(qkv, backend):
+        return _flash(qkv, layout, mask, span)
     return _torch(qkv, layout, mask, span)
 
 
@@ -130,6 +138,41 @@ def _torch(qkv: torch.Tensor, layout: QkvLayout, mask: CausalMask, span: Attenti
         enable_gqa=grouped,
     )
     return out[:, :, start - first :].transpose(1, 2).reshape(b * (t - start), -1)
+
+
+def _flash(qkv: torch.Tensor, layout: QkvLayout, mask: CausalMask, span: AttentionSpan) -> torch.Tensor:
+    """Computes attention by FlashAttention, without masks: it aligns the last query with the last key."""
+    from flash_attn import flash_attn_func
+
+    b, t = mask.b, mask.t
+    query, key, value = (part.view(b, t, *part.shape[1:]) for part in layout.split(qkv))
+    before = -1 if span.window is None else span.window - 1
+    out: torch.Tensor = flash_attn_func(
+        query[:, span.start :], key, value, softmax_scale=span.scale, causal=True, window_size=(before, 0)
+    )
+    return out.reshape(b * (t - span.start), -1)
+
+
+def _measured(device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (_MEASURED_ROWS * _MEASURED_LEN, _MEASURED_LAYOUT.width)
+    return (torch.randn(*shape, generator=generator, device=device).to(dtype),)
+
+
+def _at_measured(function: Callable[..., torch.Tensor], tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Computes attention of the measured sizes by ``function``."""
+    mask = CausalMask(tensors[0][:, :1].view(_MEASURED_ROWS, _MEASURED_LEN), None)
+    span = AttentionSpan(start=0, window=None, scale=_MEASURED_LAYOUT.head_size**-0.5)
+    return function(tensors[0], _MEASURED_LAYOUT, mask, span)
+
+
+FLASH = Rival(
+    op="causal_attention",
+    package="flash_attn",
+    ours=functools.partial(_at_measured, _torch),
+    theirs=functools.partial(_at_measured, _flash),
+    inputs=_measured,
+)
 
 
 def _masks_are_cheap(device: torch.device) -> bool:

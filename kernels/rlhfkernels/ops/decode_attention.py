@@ -24,7 +24,8 @@ def decode_attention_reference(
         keys: [b, k, n, e].
         values: [b, k, n, e].
         scale: multiplies the scores.
-        mask: [b, n] bool, true on attended positions; ``None`` is all.
+        mask: [b or 1, n], bool, true on attended positions; or in the dtype of ``query``, added to the scores; ``None``
+            attends to all.
 
     Returns:
         [b, h, e].
@@ -33,7 +34,8 @@ def decode_attention_reference(
     keys, values = keys.repeat_interleave(g, 1), values.repeat_interleave(g, 1)
     scores = torch.einsum("bhe,bhne->bhn", query, keys) * scale
     if mask is not None:
-        scores = scores.masked_fill(~mask[:, None], float("-inf"))
+        added = mask if mask.is_floating_point() else torch.where(mask, 0.0, float("-inf")).to(scores)
+        scores = scores + added[:, None]
     return torch.einsum("bhn,bhne->bhe", torch.softmax(scores, -1), values)
 
 
@@ -59,8 +61,10 @@ def decode_attention(
     # On the CPU, scaled_dot_product_attention of one query costs more than two bmm.
     g, n = h // k, keys.shape[2]
     scores = torch.bmm((query * scale).view(b * k, g, e), keys.flatten(0, 1).transpose(1, 2))
-    if mask is not None:
+    if mask is not None and mask.dtype == torch.bool:
         scores.view(b, h, n).masked_fill_(~mask[:, None], float("-inf"))
+    elif mask is not None:
+        scores.view(b, h, n).add_(mask[:, None])
     return torch.bmm(torch.softmax(scores, -1), values.flatten(0, 1)).view(b, h, e)
 
 

@@ -81,6 +81,11 @@ class LinearGroup:
         if at < self.weight.shape[0]:
             yield slice(at, self.weight.shape[0]), None
 
+    @property
+    def adapted(self) -> slice:
+        """Outputs from the first adapted layer to the last."""
+        return slice(self.parts[0].start, self.parts[-1].columns.stop)
+
     def parameters(self) -> tuple[nn.Parameter, ...]:
         """Returns all parameters: weights, biases, every A, every B."""
         return (*self.weights, *self.biases, *(p.down for p in self.parts), *(p.up for p in self.parts))
@@ -132,9 +137,8 @@ def _forward(x: torch.Tensor, group: LinearGroup, backend: str) -> torch.Tensor:
                 matmul(rows, group.weight[columns].t(), out=y[:, columns], low_rank=term, backend=backend)
         else:
             matmul(rows, group.weight.t(), out=y, backend=backend)
-            for columns, term in group.column_blocks(low) if low is not None else ():
-                if term is not None:
-                    _add_low_rank_(y[:, columns], term)
+            if low is not None:
+                _add_low_ranks_(y, low, group)
         if group.bias is not None:
             y.add_(group.bias)
         return result
@@ -143,6 +147,51 @@ def _forward(x: torch.Tensor, group: LinearGroup, backend: str) -> torch.Tensor:
 def _low_rank(x: torch.Tensor, down: torch.Tensor, backend: str) -> torch.Tensor:
     """Returns x Aᵀ, [m, Σ r], in the adapters' dtype."""
     return matmul(x.to(down.dtype), down.t(), backend=backend)
+
+
+def _add_low_ranks_(y: torch.Tensor, low: torch.Tensor, group: LinearGroup) -> None:
+    """Adds every adapter's scaled low Bᵀ to its columns of ``y``, [m, n]."""
+    if _is_one_batch(group, y):
+        ups = _batched(group)
+        _by_part(y[:, group.adapted], ups).baddbmm_(
+            _by_part(low, ups), ups.transpose(1, 2), alpha=group.parts[0].scaling
+        )
+        return
+    for columns, term in group.column_blocks(low):
+        if term is not None:
+            _add_low_rank_(y[:, columns], term)
+
+
+def _is_one_batch(group: LinearGroup, y: torch.Tensor) -> bool:
+    """Returns whether the matmuls with all adapters' B are one batched matmul, in place of a launch for each.
+
+    The adapters must be of one shape and scale and side by side, as those of gate and up are, and of queries, keys and
+    values without grouped heads.
+    """
+    first = group.parts[0]
+    if not _batches_pay(y) or len(group.parts) == 1 or group.up is None or group.up.dtype != y.dtype:
+        return False
+    width = first.up.shape[0]
+    return all(
+        part.up.shape == first.up.shape and part.scaling == first.scaling and part.start == first.start + i * width
+        for i, part in enumerate(group.parts)
+    )
+
+
+def _batches_pay(y: torch.Tensor) -> bool:
+    """Returns whether a batched matmul beats one call a part: not on the CPU, where it copies strided outputs."""
+    return not y.is_cpu
+
+
+def _batched(group: LinearGroup) -> torch.Tensor:
+    """Views all adapters' B as [parts, n of a part, r]."""
+    assert group.up is not None
+    return group.up.view(len(group.parts), -1, group.up.shape[1])
+
+
+def _by_part(x: torch.Tensor, ups: torch.Tensor) -> torch.Tensor:
+    """Views [m, parts · k] as [parts, m, k], for as many parts as ``ups`` has."""
+    return x.view(x.shape[0], ups.shape[0], -1).transpose(0, 1)
 
 
 def _add_low_rank_(target: torch.Tensor, term: LowRankTerm) -> None:
@@ -213,11 +262,17 @@ def _adapter_gradients(
     low = None if x is None or not any(needed[count:]) else _low_rank(x, group.down, backend)
     grad_low = grad.new_empty(grad.shape[0], group.down.shape[0], dtype=dtype)
     ups: list[torch.Tensor | None] = []
+    is_one_batch = _is_one_batch(group, grad)
+    if is_one_batch:
+        batch = _batched(group)
+        torch.bmm(_by_part(grad[:, group.adapted], batch), batch, out=_by_part(grad_low, batch))
+        grad_low.mul_(group.parts[0].scaling)
     start = 0
     for part, is_needed in zip(group.parts, needed[count:], strict=True):
         stop = start + part.down.shape[0]
         grad_part = grad[:, part.columns].to(dtype)
-        matmul(grad_part, part.up, out=grad_low[:, start:stop], scale=part.scaling, backend=backend)
+        if not is_one_batch:
+            matmul(grad_part, part.up, out=grad_low[:, start:stop], scale=part.scaling, backend=backend)
         up = None
         if is_needed and low is not None:
             up = matmul(grad_part.t(), low[:, start:stop], scale=part.scaling, backend=backend)

@@ -5,6 +5,7 @@ Shapes: n = rows, d = hidden size.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,9 +14,12 @@ from torch import nn
 
 from rlhfkernels.ops.dispatch import takes_native, takes_triton
 from rlhfkernels.ops.native import rms_norm as native
+from rlhfkernels.ops.rivals import Rival
 
 # Estimate: 2 MiB of bfloat16 take an H100 about 1 us, less than any launch.
 _MAX_LAUNCH_BOUND_ELEMENTS = 2**20
+# Inputs that other libraries are measured at: a micro-batch of a 7B model.
+_MEASURED_ROWS, _MEASURED_SIZE, _MEASURED_EPS = 4096, 4096, 1e-5
 
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -38,6 +42,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, backend: str 
     with_graph = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if not with_graph and _is_bound_by_launch(x):
         return nn.functional.rms_norm(x, weight.shape, weight, eps)
+    if with_graph and LIGER.is_taken(x, backend):
+        return _liger((x, weight), eps)
     kernels = _kernels(x, weight, backend)
     if with_graph:
         y: torch.Tensor = _RmsNorm.apply(x, weight, eps, kernels)  # type: ignore[no-untyped-call]
@@ -103,6 +109,35 @@ def _backward(
 
 _TORCH = _Kernels(_forward, _backward)
 _NATIVE = _Kernels(native.forward, native.backward)
+
+
+def _liger(tensors: tuple[torch.Tensor, ...], eps: float) -> torch.Tensor:
+    """Computes the norm by liger-kernel, which rounds as Llama does and keeps the input and one float a row."""
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    y: torch.Tensor = LigerRMSNormFunction.apply(*tensors, eps, 0.0, "llama", False)
+    return y
+
+
+def _own(tensors: tuple[torch.Tensor, ...], eps: float) -> torch.Tensor:
+    x, weight = tensors
+    y: torch.Tensor = _RmsNorm.apply(x, weight, eps, _kernels(x, weight, "auto"))  # type: ignore[no-untyped-call]
+    return y
+
+
+def _measured(device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(_MEASURED_ROWS, _MEASURED_SIZE, generator=generator, device=device).to(dtype)
+    return x, torch.ones(_MEASURED_SIZE, device=device, dtype=dtype)
+
+
+LIGER = Rival(
+    op="rms_norm",
+    package="liger_kernel",
+    ours=functools.partial(_own, eps=_MEASURED_EPS),
+    theirs=functools.partial(_liger, eps=_MEASURED_EPS),
+    inputs=_measured,
+)
 
 
 class _RmsNorm(torch.autograd.Function):

@@ -22,6 +22,8 @@ from rlhfkernels.errors import CaseError
 # Gradients are cast to the master weights' dtype in chunks of this many bytes: a cast of all of them at once would
 # add 4 bytes a weight to the peak.
 _WIDEN_BYTES = 256 * 2**20
+# As in torch's clipping: what is added to the norm that divides.
+_NORM_EPS = 1e-6
 
 # bitsandbytes' 8-bit states (since 0.45, bitsandbytes/optim/optimizer.py, Optimizer2State.init_state): elements per
 # scale, the smallest tensor with 8-bit states, entries of the quantisation map.
@@ -73,14 +75,15 @@ class Optimizer:
         Returns:
             The gradient norm before clipping, a scalar.
         """
-        grads = [p.grad for p in self.parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(grads)
-        nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
+        norm = _total_norm([p.grad for p in self.parameters if p.grad is not None])
+        factor = (self.max_grad_norm / (norm + _NORM_EPS)).clamp_(max=1.0)
         for rows in self._chunks():
             masters = [self.masters[i] for i in rows]
             weights = [self.parameters[i] for i in rows]
             with torch.no_grad():
-                self._update(rows, masters, [_widened(w.grad, m) for w, m in zip(weights, masters, strict=True)])
+                grads = [_widened(w.grad, m) for w, m in zip(weights, masters, strict=True)]
+                torch._foreach_mul_(grads, factor)
+                self._update(rows, masters, grads)
                 copied = [i for i in rows if self._is_copy[i]]
                 if copied:
                     torch._foreach_copy_(
@@ -307,6 +310,18 @@ def cosine_factor(step: int, warmup_steps: int, total_steps: int) -> float:
         return (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def _total_norm(grads: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Returns the norm of all gradients, a scalar in float32 or wider.
+
+    In bfloat16 it would have 3 digits, and clipping multiplies every gradient by it.
+    """
+    norms: list[torch.Tensor] = []
+    for dtype in dict.fromkeys(grad.dtype for grad in grads):  # torch's fused norm takes one
+        alike = [grad for grad in grads if grad.dtype == dtype]
+        norms += torch._foreach_norm(alike, 2.0, torch.promote_types(dtype, torch.float32))
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
 
 
 def _widened(grad: torch.Tensor | None, master: torch.Tensor) -> torch.Tensor:

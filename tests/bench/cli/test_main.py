@@ -23,7 +23,7 @@ def test_version_and_help(call):
     assert "--seq-lens" in out
 
 
-VERBS = ("run", "plan", "report", "gate", "verify", "evidence", "methods", "models")
+VERBS = ("run", "plan", "report", "watch", "gate", "verify", "evidence", "methods", "models")
 
 
 @pytest.mark.parametrize("arguments", [(), *((verb,) for verb in VERBS)])

@@ -58,7 +58,10 @@ WRONG = [
     (("report", "absent"), "records file 'absent' cannot be read: No such file or directory."),
     (("report", "future"), "its schema is 99 and this rlhfbench reads up to 2: a newer one wrote it."),
     (("report", "old"), "run 'old' holds no records yet: there is nothing to draw."),
-    (("report",), "Missing argument 'RUN'."),
+    (("report",), "Missing argument 'RUN [RUN…]'."),
+    (("report", "old", "--out", "x"), "--out is 'x': it needs two runs or more; the report of one run stands in its"),
+    (("report", "old", "./old"), "RUN names one folder twice: compare a run with another one."),
+    (("report", "old", "future"), "run 'old' holds no records yet: there is nothing to draw."),
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ SMALLEST = Sizes(
     profile_len=4,
     batch_size=2,
     time_budget_s=0.05,
+    blocks=2,
 )
 DRAWING = ("pandas", "matplotlib", "tabulate")
 _BLOCKER = f"""
@@ -38,7 +40,12 @@ PathFinder.find_spec = lambda name, *rest: None if name.partition(".")[0] in {DR
 @pytest.fixture(scope="module")
 def without_drawing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Every Python process that is started lacks what only drawing needs."""
-    folder = tmp_path_factory.mktemp("blocker")
+    with _blocked(tmp_path_factory.mktemp("blocker")):
+        yield
+
+
+@contextmanager
+def _blocked(folder: Path) -> Iterator[None]:
     (folder / "sitecustomize.py").write_text(_BLOCKER)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), *_source_roots()]))
@@ -57,10 +64,9 @@ def request_of_all() -> Request:
     return Request(model="tiny", device="cpu", sizes=SMALLEST)
 
 
-@pytest.fixture(scope="module")
-def evidence(
-    without_drawing: None, request_of_all: Request, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, dict[str, Any]]:
-    """The folder of a run of all parts, and its outcomes."""
+@pytest.fixture(scope="session")
+def evidence(request_of_all: Request, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The folder of a run of all parts without the libraries of drawing, and its outcomes."""
     folder = tmp_path_factory.mktemp("evidence") / "all"
-    return folder, collect(folder, request_of_all, PARTS, 600.0)
+    with _blocked(tmp_path_factory.mktemp("blocker")):
+        return folder, collect(folder, request_of_all, PARTS, 600.0)

@@ -30,9 +30,11 @@ def record(method: str = "hydra", **values: float) -> dict[str, Any]:
 
 def verdicts(*records: dict[str, Any], on_cuda: bool = True, **fractions: float) -> list[str]:
     decode = {
-        f"batch {name[1:]}, without graphs": {"batch_size": int(name[1:]), "floor_fraction": fraction}
+        f"batch {name[1:]}, {by}": {"batch_size": int(name[1:]), "by": by, "floor_fraction": share * fraction}
         for name, fraction in fractions.items()
+        for by, share in (("with graphs", 1.0), ("without graphs", 0.5))
     }
+    decode["batch 32, with graphs"] = {"batch_size": 32, "by": "with graphs", "failed": "RuntimeError: x"}
     found = Found(on_cuda=on_cuda, records=records, decode={"ceilings": {}, **decode})
     return [goal.verdict(found)[1] for goal in GOALS]
 
@@ -63,6 +65,15 @@ def test_goals_without_measurements_and_on_a_cpu() -> None:
     assert verdicts(record(), on_cuda=False, b16=0.1) == ["for a CUDA device"] * 4
 
 
+def test_the_better_of_decoding_with_and_without_graphs_counts() -> None:
+    found = Found(on_cuda=True, records=[], decode={"batch 16, a": decoded("a", 0.5), "batch 16, b": decoded("b", 0.7)})
+    assert GOALS[0].verdict(found) == ("batch 16: 0.70 b", "reached")
+
+
+def decoded(by: str, fraction: float) -> dict[str, Any]:
+    return {"batch_size": 16, "by": by, "floor_fraction": fraction}
+
+
 def test_the_error_of_a_plan_leaves_out_library_workspaces() -> None:
     assert plan_error(record(planned_gib=61.2)) == pytest.approx(0.02)
 
@@ -73,7 +84,10 @@ def test_the_report_has_table_1_beside_the_papers(evidence: tuple[Path, dict[str
     lines = text.splitlines()
     paper = [line for line in lines if line.startswith("| Hydra-PPO | paper")]
     assert paper == ["| Hydra-PPO | paper | 4 | 15.90 | 52.80 | 71.10 | 4.88 | 1.59 | 6.47 |  |"]
-    assert len([line for line in lines if "PPO | here | 2 |" in line]) == 5
+    here = [line for line in lines if "PPO | here | 2 |" in line]
+    assert len(here) == 5
+    # Two blocks give an interval, to each of the three seconds.
+    assert all(line.count(" ± ") == 3 for line in here)
     assert text.count("Not measured.") == 1  # the part that failed
     assert "no/such-model" in text
     widths = [line.count("|") for line in lines if line.startswith("|")]

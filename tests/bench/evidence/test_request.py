@@ -27,6 +27,7 @@ def test_the_device_decides_model_and_sizes(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("rlhfbench.cases.preflight.num_cuda_devices", lambda: 1)
     assert Request.of(None, None) == Request(model="llama-7b", device="cuda", sizes=FULL)
     assert Request.of("gpt2", "cpu") == Request(model="gpt2", device="cpu", sizes=MINIATURE)
+    assert Request.of("gpt2", "cpu", 7).sizes == dataclasses.replace(MINIATURE, blocks=7)
     with pytest.raises(CaseError, match="device"):
         Request.of("gpt2", "tpu")
 

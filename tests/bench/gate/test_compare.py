@@ -15,7 +15,7 @@ from rlhfbench.gate import compare
 from rlhfbench.gate.baseline import baseline_findings, baseline_sweep, time_obstacle, update_baseline
 from rlhfbench.gate.bisect import bisect
 from rlhfbench.gate.compare import Comparison, GateOptions
-from rlhfbench.gate.decide import MIN_PAIRS, Effects
+from rlhfbench.gate.decide import MIN_PAIRS, Effects, estimate
 from rlhfbench.gate.findings import Finding, sizes_of
 from rlhfbench.gate.output import exit_code, markdown, to_json
 from rlhfbench.gate.pairs import Pair, pairs_of
@@ -126,6 +126,19 @@ def test_memory_that_grew_is_found_whatever_the_times(tmp_path):
     said = verdicts(findings)
     assert {name for name, verdict in said.items() if verdict == "larger"} == {"memory total"}
     assert exit_code(findings) == 1
+
+
+def test_a_change_that_was_found_stands_whatever_later_looks_allow():
+    """A later look without new pairs of a case has a smaller level: it takes nothing back."""
+    slower = Finding(
+        case=CASE, quantity="total s", verdict="slower", estimate=estimate([0.1, 0.11]), is_regression=True
+    )
+    weaker = dataclasses.replace(slower, verdict="ambiguous", is_regression=False)
+    other = dataclasses.replace(weaker, quantity="generate s", verdict="same")
+    kept = compare._with_changes_of([slower, other], [weaker, dataclasses.replace(other, verdict="ambiguous")])
+    assert [found.verdict for found in kept] == ["slower", "ambiguous"]
+    failed = Finding(case=CASE, quantity="", verdict="failed")
+    assert compare._with_changes_of([slower], [failed]) == [failed]
 
 
 def test_noise_is_looked_at_again_until_the_time_is_spent(tmp_path):
@@ -278,14 +291,15 @@ def test_a_baseline_without_a_run_or_records_is_one_sentence(tmp_path):
 
 def test_simulated_rates_follow_the_noise(tmp_path):
     compared(tmp_path, "steady", "blocks")
-    cases = measured_cases(tmp_path / "out")
+    ids = [case.id for case in sweep_of("steady", "blocks").cases]
+    cases = measured_cases(tmp_path / "out", dict.fromkeys(ids, 10.0))
     assert {case.longest_phase for case in cases} == {"generate"}
     steady = [case for case in cases if "optimize" in case.kinds]
     assert steady[0].affected("generate") == {"generate", "inference", "total"}
-    quiet = rates(steady * 3, 0.2, Effects())
+    quiet = rates(steady * 3, 0.2, Effects(), 60.0)
     assert (quiet.found, quiet.false_alarms, quiet.num_pairs) == (1.0, 0.0, MIN_PAIRS)
     assert quiet.others == {"pytest-benchmark's 10 % on means": (1.0, 0.0), "asv's factor 1.1": (1.0, 0.0)}
-    still = rates(steady * 3, 0.0, Effects())
+    still = rates(steady * 3, 0.0, Effects(), 60.0)
     assert {still.found, *still.others.values()} == {0.0, (0.0, 0.0)}
     names = ("think", "update", "total")
     equal = dict.fromkeys(names, 1.0)
@@ -299,5 +313,9 @@ def test_simulated_rates_follow_the_noise(tmp_path):
         )
         for ratio in (-1.2, -0.3, 0.7, 1.6)
     ]
-    noisy = MeasuredCase(kinds={"think": "update"}, pairs=wild)
-    assert rates([noisy], 0.05, Effects()).ambiguous > 0.9
+    noisy = MeasuredCase(kinds={"think": "update"}, pairs=wild, spent_s=5.0)
+    patient = rates([noisy], 0.05, Effects(), 60.0)
+    assert patient.ambiguous > 0.9
+    assert patient.case_s == pytest.approx(patient.num_pairs + 1)  # a pair takes a second, and memory another
+    hasty = rates([noisy], 0.05, Effects(), 6.5)
+    assert 5.5 < hasty.num_pairs <= MIN_PAIRS + 2  # then 7 of 6.5 seconds are spent; some tries end before

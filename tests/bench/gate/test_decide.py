@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from rlhfbench.gate.compare import MAX_LOOKS, PAIRS_PER_LOOK
 from rlhfbench.gate.decide import (
+    MAX_LOOKS,
     MIN_PAIRS,
+    PAIRS_PER_LOOK,
     SIGNIFICANCE,
     Effects,
     Estimate,
@@ -24,6 +25,7 @@ from rlhfbench.gate.decide import (
     holm,
     judge,
     judge_memory,
+    share_done,
     spent_level,
 )
 
@@ -174,3 +176,9 @@ def test_looking_again_raises_no_false_alarm():
                 break
         changed += verdict in ("slower", "faster")
     assert changed / 600 <= SIGNIFICANCE
+
+
+def test_a_comparison_is_as_far_as_its_looks_or_its_time_are():
+    assert share_done(2, 6.0, 60.0) == 0.25
+    assert share_done(2, 45.0, 60.0) == 0.75
+    assert share_done(2, 90.0, 60.0) == 1.0

@@ -66,10 +66,14 @@ def test_a_killed_gate_leaves_no_folder(repo):
     folder = Path(process.stdout.readline().strip())
     assert folder.is_dir()
     # The cleaner is the only other process that has the folder's name: wait for its end, whenever that is.
-    cleaner = next(
-        int(entry.name) for entry in Path("/proc").iterdir()
-        if entry.name.isdigit() and int(entry.name) != process.pid and str(folder).encode() in _command(entry)
-    )  # fmt: skip
+    # Its command line appears a moment after the process has begun.
+    cleaners: list[int] = []
+    while not cleaners and process.poll() is None:
+        cleaners = [
+            int(entry.name) for entry in Path("/proc").iterdir()
+            if entry.name.isdigit() and int(entry.name) != process.pid and str(folder).encode() in _command(entry)
+        ]  # fmt: skip
+    (cleaner,) = cleaners
     watched = os.pidfd_open(cleaner)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -112,9 +116,9 @@ def test_outside_a_repository(tmp_path, monkeypatch):
 
 
 def test_a_dirty_tree_is_said_to_be_compared(repo):
-    clean = sides.head_side(repo, with_working_folder=False)
+    clean = sides.head_side(repo)
     (repo / "new.txt").write_text("")
-    dirty = sides.head_side(repo, with_working_folder=True)
+    dirty = sides.head_side(repo, step="bench_step:make")
     assert clean.title.startswith("the working tree at ")
     assert "uncommitted" not in clean.title
     assert dirty.title.endswith("with uncommitted changes in 1 files")
@@ -136,3 +140,26 @@ def test_a_second_gate_is_refused(repo):
         pass
     with sides.only_gate():
         pass
+
+
+def test_a_step_that_imports_another_copy_of_the_repository_is_refused(repo, monkeypatch, tmp_path):
+    (repo / "bench_step.py").write_text("import mine\n")
+    sides.git("add", "-A", folder=repo)
+    installed = tmp_path / "installed"
+    installed.mkdir()
+    (installed / "mine.py").write_text("VALUE = 1\n")
+    monkeypatch.setenv("PYTHONPATH", str(installed))
+    with pytest.raises(GateError, match=r"imports 'mine' from '.*installed.mine.py' and not from the repository"):
+        sides.head_side(repo, step="bench_step:make")
+    monkeypatch.setenv("PYTHONPATH", str(repo / "src"))
+    assert sides.head_side(repo, step="bench_step:make").paths == (str(repo),)
+
+
+def test_a_folder_for_sockets_has_a_short_path(monkeypatch, tmp_path):
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    with sides.temporary_folder(for_sockets=True) as folder:
+        assert len(str(folder)) < 60
+    with sides.temporary_folder() as folder:
+        assert folder.parent == long

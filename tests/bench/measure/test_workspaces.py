@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from rlhfbench.measure.workspaces import blas_workspace_bytes, workspace_bytes
+from rlhfkernels.engine.fast.capture import side_stream
 
 
 @pytest.mark.parametrize(
@@ -23,3 +24,14 @@ def test_a_step_has_workspaces_of_two_threads(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     assert workspace_bytes("cuda:0") == 2 * 32 * 2**20
+
+
+def test_the_stream_of_captures_has_a_workspace_too(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
+    try:
+        side_stream(torch.device("cuda:0"))
+        assert workspace_bytes("cuda:0") == 3 * 32 * 2**20
+    finally:
+        side_stream.cache_clear()

@@ -338,3 +338,25 @@ def test_a_plan_takes_the_chunk_of_the_device_that_it_is_for() -> None:
     for device, rows in (("cpu", 128), ("cuda", 4 * 44)):
         plan = plan_case(Case(method="joined-hydra", device=device, **size))
         assert plan.memory["largest_tensor"]["bytes"] == rows * 8192 * 4, device
+
+
+# By name: method, model, dtype and options, each with an attention or a trunk that is not the default.
+FORMS = {
+    "gpt2, eager": ("full", "wide-gpt2", "float32", {"engine__attn_implementation": "eager"}),
+    "opt, eager": ("lora", "wide-opt", "bfloat16", {"engine__attn_implementation": "eager"}),
+    "gpt_neox, eager": ("hydra", "wide-gpt_neox", "float32", {"engine__attn_implementation": "eager"}),
+    "qwen2, plain": ("dynamic-lora", "wide-qwen2", "bfloat16", {"engine__trunk": "plain"}),
+}
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, None])
+@pytest.mark.parametrize("cache", ["static", "dynamic"])
+@pytest.mark.parametrize("name", FORMS)
+def test_every_attention_and_trunk_is_planned_to_the_byte_in_micro_batches(
+    make_case: Callable[..., Case], name: str, cache: str, micro_batch_size: int | None
+) -> None:
+    method, model, dtype, options = FORMS[name]
+    size = {"dtype": dtype, "prompt_len": 16, "completion_len": 16, "batch_size": 4}
+    micro = {"engine__micro_batch_size": micro_batch_size, "engine__cache_implementation": cache}
+    case = make_case(method, model, **size, **options, **micro)
+    assert plan_case(case).memory["phases"] == measured(case)["phases"]

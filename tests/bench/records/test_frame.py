@@ -49,13 +49,13 @@ RECORD = {
         "total_block_s_per_sample": [0.7, None, 0.8],
         "phases": {"generate": {"mean_s": 1.0, "block_s": [0.9, None, 1.1]}, "optimize": {"mean_s": 0.5}},
         "blocks": [
-            {"phases": {"generate": [1.0, 1.1]}},
+            {"phases": {"generate": [1.0, 1.1]}, "ceilings": {"matmul_flops_per_s": 5e9, "copy_bytes_per_s": 1e9}},
             {"error": {"outcome": "oom"}},
-            {"phases": {"generate": [1.0]}},
+            {"phases": {"generate": [1.0]}, "ceilings": {"matmul_flops_per_s": 6e9}},
         ],
         "stopped_because": "steady",
     },
-    "work": {"phases": {}, "floor_fraction": 0.125},
+    "work": {"phases": {"generate": {"flops": 7, "bytes": 9, "floor_s": 0.5}}, "floor_fraction": 0.125},
     "prompts": {"source": "random", "num_prompts": 2, "num_truncated": 0},
     "started_at": "2026-01-02T03:04:05Z",
     "wall_s": 9.5,
@@ -105,6 +105,11 @@ def test_a_record_becomes_a_row():
         "generate_phase_s": 1.0,
         "generate_phase_block_s": [0.9, None, 1.1],
         "optimize_phase_s": 0.5,
+        "generate_phase_flops": 7,
+        "generate_phase_bytes": 9,
+        "generate_phase_floor_s": 0.5,
+        "matmul_flops_per_s": 6e9,
+        "copy_bytes_per_s": 1e9,
         "wall_s": 9.5,
     }
     assert {name: row[name] for name in expected} == expected

@@ -16,7 +16,10 @@ from rlhfkernels.config.case import Case
 from rlhfkernels.observer import PARTS
 
 SUMS = ("model_bytes", "activation_bytes", "total_bytes")
-DRAWN = {"memory_table.md", "memory_table.csv", "latency.png", "latency.svg", "throughput.png", "throughput.svg"}
+DRAWN = {
+    *("memory_table.md", "memory_table.csv", "latency.png", "latency.svg"),
+    *("throughput.png", "throughput.svg", "index.html"),
+}
 
 
 def write_run(run_dir, *outcomes: str, plan=None) -> None:

@@ -171,6 +171,10 @@ def test_an_integer_for_a_float_is_the_same_case() -> None:
             "engine.backend is 'native': it runs on a CPU, so device must be 'cpu'.",
         ),
         (
+            {"options": Options.of({"engine.cuda_graphs": "on"})},
+            "engine.cuda_graphs is 'on': it needs a CUDA device, so device must not be 'cpu'.",
+        ),
+        (
             {"dtype": "bfloat16", "options": Options.of({"engine.backend": "native"})},
             "engine.backend is 'native': it has no bfloat16, so dtype must be float32.",
         ),

@@ -31,6 +31,25 @@ def test_it_equals_the_reference_in_float64(
     assert (found.double() - expected).norm() / expected.norm() < tolerance
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_mask_may_be_added_to_the_scores(dtype: torch.dtype, rows: int, packed: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    query = torch.randn(3, 4, 8, generator=generator).to(dtype)
+    keys, values = torch.randn(2, 3, 2, 7, 8, generator=generator).to(dtype)
+    attended = torch.arange(7) >= torch.tensor([0, 2, 6])[:rows, None]
+    added = torch.zeros(rows, 7, dtype=dtype).masked_fill_(~attended, float("-inf"))
+    if packed:
+        found = module._packed(query, keys, values, 0.3, added)
+    else:
+        found = decode_attention(query, keys, values, scale=0.3, mask=added)
+    wide = query.double(), keys.double(), values.double()
+    for mask in (attended, added.double()):
+        expected = decode_attention_reference(*wide, scale=0.3, mask=mask)
+        assert (found.double() - expected).norm() / expected.norm() < (1e-12 if dtype == torch.float64 else 2e-2)
+
+
 def test_the_reference_is_torchs_attention() -> None:
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(2, 4, 8, generator=generator, dtype=torch.float64)

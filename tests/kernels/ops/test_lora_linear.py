@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
+from rlhfkernels.ops import lora_linear as module
 from rlhfkernels.ops.lora_linear import LinearGroup, LoraPart, lora_linear, lora_linear_reference
 from rlhfkernels.ops.skinny_linear import SkinnyLoraLinear
 
@@ -179,3 +182,43 @@ def test_skinny_lora_linear_with_adapters_in_a_wider_dtype() -> None:
         found = SkinnyLoraLinear(group, 4, {})(x)
         expected = lora_linear_reference(x, group).t()
     assert (found - expected).float().norm() < 2e-2 * expected.float().norm()
+
+
+ALIKE = {
+    "three": ([8, 8, 8], [0, 1, 2]),
+    "after one without": ([4, 8, 8], [1, 2]),
+    "before one without": ([8, 8, 6], [0, 1]),
+}
+
+
+@pytest.mark.parametrize("trained", [("adapter",), ("base", "adapter"), ()])
+@pytest.mark.parametrize("layers", ALIKE)
+def test_one_batched_matmul_of_all_adapters_equals_the_reference(
+    monkeypatch: pytest.MonkeyPatch, layers: str, trained: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(module, "_batches_pay", lambda y: True)
+    group = make_group(*ALIKE[layers], trained=trained)
+    group = dataclasses.replace(group, parts=tuple(dataclasses.replace(part, scaling=0.7) for part in group.parts))
+    assert module._is_one_batch(group, group.weight)
+    x = torch.randn(9, K, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    wanted = [x, *(p for p in group.parameters() if p.requires_grad)]
+    found = []
+    for function in (lora_linear, lora_linear_reference):
+        y = function(x, group)
+        found.append([y, *torch.autograd.grad(y.square().sum(), wanted)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("layers", [*(GROUPS[name] for name in ("unlike", "some", "one")), ([8, 8, 8], [0, 2])])
+def test_adapters_of_other_shapes_or_places_take_a_matmul_each(
+    monkeypatch: pytest.MonkeyPatch, layers: tuple[list[int], list[int]]
+) -> None:
+    monkeypatch.setattr(module, "_batches_pay", lambda y: True)
+    group = make_group(*layers)
+    same = tuple(dataclasses.replace(part, scaling=0.7) for part in group.parts)
+    assert not module._is_one_batch(dataclasses.replace(group, parts=same), group.weight)
+    assert not module._is_one_batch(make_group(*GROUPS["alike"]), group.weight)  # of other scales
+    narrow = make_group(*ALIKE["three"], dtype=torch.bfloat16, wide=torch.float32)
+    same = tuple(dataclasses.replace(part, scaling=0.7) for part in narrow.parts)
+    assert not module._is_one_batch(dataclasses.replace(narrow, parts=same), narrow.weight)

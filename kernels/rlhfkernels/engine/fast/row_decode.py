@@ -42,9 +42,13 @@ class RowDecodeSteps(DecodeSteps):
             at = slice(cache_len, cache_len + 1) if attention_mask is None else positions
             self._rotary = cos[at][:, None], signed_sin[at][:, None]
         self._mask = None if attention_mask is None else attention_mask.bool()
+        self._run_layers(x)
+        return self._blocks.norm(x)
+
+    def _run_layers(self, x: torch.Tensor) -> None:
+        """Runs all layers, which add to ``x`` in place."""
         with without_plans(x.device):
             self.emit_layers(x)
-        return self._blocks.norm(x)
 
     def norm(self, norm: Norm, x: torch.Tensor) -> torch.Tensor:
         """Returns [b, d]."""
@@ -60,18 +64,31 @@ class RowDecodeSteps(DecodeSteps):
 
     def attention(self, index: int, qkv: torch.Tensor) -> torch.Tensor:
         """Returns [b, h e]."""
-        block, cache, mask = self._blocks.layers[index], self._caches[index], self._mask
+        block = self._blocks.layers[index]
         if self._rotary is not None:
             qkv = rotary_(qkv, *self._rotary, block.layout.rotary_part, backend=self._blocks.backend)
         query = block.layout.split(qkv)[0]
-        cache.append(block.layout.keys_values(qkv))
+        keys, values, mask = self._cached(block, self._caches[index], block.layout.keys_values(qkv))
+        attended = decode_attention(query, keys, values, scale=self._blocks.scale, mask=mask)
+        return attended.reshape(attended.shape[0], -1)
+
+    def _cached(
+        self, block: Block, cache: PreallocatedLayer, keys_values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Writes one position into ``cache``; returns what the query attends to: keys, values [b, k, n, e] and a mask.
+
+        Args:
+            block: the layer.
+            cache: of the layer.
+            keys_values: [2, b, k, e].
+        """
+        cache.append(keys_values)
         keys, values = cache.written
-        n = keys.shape[2]
+        mask, n = self._mask, keys.shape[2]
         if block.window is not None and n > block.window:
             keys, values = keys[:, :, n - block.window :], values[:, :, n - block.window :]
             mask = None if mask is None else mask[:, n - block.window :]
-        attended = decode_attention(query, keys, values, scale=self._blocks.scale, mask=mask)
-        return attended.reshape(attended.shape[0], -1)
+        return keys, values, mask
 
     def activation(self, block: Block, up: torch.Tensor) -> torch.Tensor:
         """Returns [b, inner size]."""

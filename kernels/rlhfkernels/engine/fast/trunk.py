@@ -62,7 +62,7 @@ class FastTrunk(PlainTrunk):
 
     def decoder(self, adapter: str | None, max_len: int, observer: Observer) -> Decoder:
         """See ``Trunk.decoder``."""
-        return FastDecoder(self._blocks, adapter, max_len, observer)
+        return FastDecoder(self._blocks, adapter, max_len, observer, self._options.engine.cuda_graphs)
 
 
 def make_fast_trunk(case: Case, model: LoadedModel, adapters: Adapters) -> PlainTrunk:

@@ -55,7 +55,7 @@ def library_path() -> Path:
     """
     compiler = _compiler()
     try:
-        path = _cache_folder() / f"{_key(compiler)}.so"
+        path = cache_folder() / f"{_key(compiler)}.so"
         if path.is_symlink() or path.exists():
             _check_owner(path, stat.S_ISREG)
         if not _is_whole(path):
@@ -115,7 +115,7 @@ def _cpu() -> str:
     return "\n".join([platform.machine(), *sorted(kept)])
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
     """Returns the user's cache folder, or a folder of the user in the temporary directory if it is not writable."""
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhfbench"

@@ -1,16 +1,13 @@
-"""The faster of several matmuls on this machine: measured once, remembered in the user's cache folder.
+"""The faster of several matmuls on this CPU: measured once, remembered in the user's cache folder.
 
-The choice must not change between a plan and its run, because the C takes scratch memory. So one process measures,
-others wait for it, and all read the same file.
+The choice must not change between a plan and its run, because the C takes scratch memory.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from rlhfkernels.ops.native.build import library_path
+from rlhfkernels.ops.remembered import remembered
 
 Matmul = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]
 
@@ -49,21 +47,8 @@ def fastest(candidates: Mapping[str, Matmul], num_threads: int, timer: Callable[
     name = forced(candidates)
     if name is not None:
         return name
-    import fcntl  # here, as Windows has none: nothing is measured there, since nothing is compiled
-
-    path = _path(num_threads)
-    seconds = _read(path, candidates)
-    if seconds is None:
-        try:
-            with path.with_suffix(".lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # released as the file is closed
-                seconds = _read(path, candidates)
-                if seconds is None:
-                    seconds = measure(candidates, timer)
-                    _write(path, seconds)
-        except OSError:
-            return list(candidates)[-1]
-    return min(seconds, key=seconds.__getitem__)
+    seconds = remembered(_path(num_threads), candidates, lambda: measure(candidates, timer))
+    return list(candidates)[-1] if seconds is None else min(seconds, key=seconds.__getitem__)
 
 
 def forced(names: Mapping[str, object]) -> str | None:
@@ -107,21 +92,3 @@ def _path(num_threads: int) -> Path:
     library = library_path()
     key = hashlib.sha256(repr((library.stem, torch.__version__, num_threads, _SHAPES)).encode()).hexdigest()[:16]
     return library.with_name(f"matmul-{key}.json")
-
-
-def _read(path: Path, names: Mapping[str, object]) -> dict[str, float] | None:
-    """The remembered seconds of ``names``; ``None`` if there are none or the file is damaged."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        seconds = {name: float(found[name]) for name in names}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return seconds if all(0 < each < math.inf for each in seconds.values()) else None
-
-
-def _write(path: Path, seconds: Mapping[str, float]) -> None:
-    """Writes whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        file = Path(folder) / path.name
-        file.write_text(json.dumps(seconds), encoding="utf-8")
-        file.replace(path)

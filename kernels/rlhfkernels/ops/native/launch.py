@@ -15,11 +15,16 @@ from rlhfkernels.ops.native.structures import INT64_FIELDS, Command, Integer, Op
 _MIN_ELEMENTS_PER_THREAD = 2**13
 
 
+# Names by address of the ops that were run or recorded: a profile names them.
+OP_NAMES: dict[int, str] = {}
+
+
 @functools.cache
 def op_address(name: str) -> int:
     """Returns the address of the C function ``run_<name>``."""
     address = ctypes.cast(getattr(library(), f"run_{name}"), Pointer).value
     assert address is not None
+    OP_NAMES[address] = name
     return address
 
 

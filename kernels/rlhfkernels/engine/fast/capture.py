@@ -1,0 +1,128 @@
+"""Captures of a decode step as a CUDA graph: one launch for all its kernels.
+
+Not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Protocol
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from rlhfkernels.observer import Observer
+
+Step = Callable[[], None]
+
+
+class Capture(Protocol):
+    """Makes a step cheaper to repeat."""
+
+    def __call__(self, step: Step) -> Step | None:
+        """Runs ``step`` once, and returns what repeats it on the same memory; ``None`` if only ``step`` itself does."""
+        ...
+
+
+def run_eagerly(step: Step) -> None:
+    """Runs ``step``: the capture of a device without graphs."""
+    step()
+
+
+def make_capture(x: torch.Tensor, observer: Observer, *, is_required: bool) -> Capture:
+    """Returns the capture for tensors like ``x``; fake tensors have nothing to capture.
+
+    Args:
+        x: any tensor of the step.
+        observer: told of the graphs' memory.
+        is_required: raise where a step cannot be captured, instead of running it eagerly.
+    """
+    if x.device.type != "cuda" or isinstance(x, FakeTensor):
+        return run_eagerly
+    return CudaGraphs(x.device, observer, is_required=is_required)
+
+
+class CudaGraphs:
+    """Captures steps on one CUDA device. All graphs share a memory pool, so they must not run at the same time.
+
+    Args:
+        device: of the steps.
+        observer: told of the pool's memory, as ``temporary``, for as long as this object lives.
+        is_required: raise where a step cannot be captured, instead of running it eagerly.
+    """
+
+    def __init__(self, device: torch.device, observer: Observer, *, is_required: bool) -> None:
+        self._device, self._observer, self._is_required = device, observer, is_required
+        self._pool = torch.cuda.graph_pool_handle()
+        self._held: list[torch.Tensor] = []
+        self._works = True
+
+    def __call__(self, step: Step) -> Step | None:
+        """Runs ``step`` once, and returns what repeats it on the same memory; see ``Capture``.
+
+        The run is eager. It computes what the caller asked for, and lets libraries allocate, compile and load their
+        kernels, which a capture must not do. The host does not wait for the device.
+
+        Raises:
+            RuntimeError: the step cannot be captured, and graphs are required.
+        """
+        if not self._works:
+            step()
+            return None
+        stream, current = side_stream(self._device), torch.cuda.current_stream(self._device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            step()
+            replay = self._captured(step)
+        current.wait_stream(stream)
+        return replay
+
+    def _captured(self, step: Step) -> Step | None:
+        graph = torch.cuda.CUDAGraph()
+        reserved_bytes = torch.cuda.memory_reserved(self._device)
+        try:
+            # Other threads may allocate meanwhile, as a sampler of memory does.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                step()
+            except BaseException:
+                with suppress(RuntimeError):  # the first error says more
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if self._is_required:
+                raise
+            self._works = False
+            reason = (str(error).splitlines() or [""])[0]
+            warnings.warn(f"decode steps run without CUDA graphs: {reason}", RuntimeWarning, stacklevel=2)
+            return None
+        self._hold(torch.cuda.memory_reserved(self._device) - reserved_bytes)
+        return graph.replay
+
+    def _hold(self, num_bytes: int) -> None:
+        """Tells the observer of ``num_bytes`` of the pool, which no tensor owns between replays.
+
+        A fake tensor of that size stands for them: it has a size and no memory.
+        """
+        if num_bytes > 0:
+            with FakeTensorMode():
+                stand_in = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+            self._held.append(stand_in)
+            self._observer.tag("temporary", [stand_in])
+
+
+@functools.cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Returns the stream of ``device`` that captures: always the same, as cuBLAS keeps a workspace for every stream."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def num_side_streams() -> int:
+    """Returns how many streams this process has captured on."""
+    return side_stream.cache_info().currsize

@@ -1,0 +1,116 @@
+"""The answer of a run in a few sentences, computed from its records.
+
+A sentence never claims a difference of times that the interval does not carry, nor one that is smaller than the run can
+tell apart (``ratios.resolvable``). Memory is counted exactly and needs no interval.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from rlhfreports.columns import axes_of
+from rlhfreports.gain import BASELINE, gain_table
+from rlhfreports.ratios import Ratio, percent, resolution, resolvable
+from rlhfreports.tables import GIB, outcome_word
+
+_SIZE = ("seq_len", "prompt_len", "batch_size")
+
+
+def answer(frame: pd.DataFrame) -> list[str]:
+    """Up to three sentences: on memory, on time at equal memory, and on what the run can tell apart.
+
+    Args:
+        frame: the records of one run; see ``rlhfreports.columns``.
+    """
+    if frame.empty:
+        return ["This run has no records yet."]
+    is_ok = (frame["outcome"] == "ok").fillna(False)
+    if not is_ok.any():
+        counts = frame["outcome"].map(outcome_word).value_counts(sort=False)
+        found = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+        return [f"No case was measured: {found}."]
+    timed = bool(frame["total_s_per_sample"].notna().any())
+    sentences = [_memory(frame[is_ok]), _time(frame) if timed else None, resolution(frame) if timed else None]
+    return [sentence for sentence in sentences if sentence]
+
+
+def _memory(frame: pd.DataFrame) -> str | None:
+    """The method that needs least memory against the baseline, at the largest case that both were measured at."""
+    # Groups of all columns took half of the time of the answer.
+    rows = frame.loc[
+        frame["total_bytes"].notna(), ["method", "method_title", "family", *axes_of(frame), *_SIZE, "total_bytes"]
+    ]
+    if rows.empty:
+        return None
+    for _, group in _largest_first(rows):
+        least = _at(group, "total_bytes", "min")
+        base = group[group["method"] == BASELINE]
+        other = base.iloc[0] if len(base) else _at(group, "total_bytes", "max")
+        if least["method"] == other["method"]:
+            continue
+        saved = 1 - int(least["total_bytes"]) / int(other["total_bytes"])
+        if saved < 0.0005:
+            continue
+        return (
+            f"{_title(least)} needs {percent(saved)} less memory than {_title(other)} at the same batch "
+            f"({_gib(least)} against {_gib(other)} GiB, {_size(least)})."
+        )
+    row = _at(rows, "total_bytes", "max")
+    return f"{_title(row)} needs {_gib(row)} GiB ({_size(row)})."
+
+
+def _largest_first(rows: pd.DataFrame) -> list[tuple[Any, pd.DataFrame]]:
+    """The cases of one family that differ in method alone and have several methods: the longest first, then the largest
+    batch, and of these the ones with the baseline."""
+    groups = [
+        (key, group)
+        for key, group in rows.groupby(["family", *axes_of(rows), *_SIZE], sort=False, dropna=False)
+        if group["method"].nunique() > 1
+    ]
+
+    def size(entry: tuple[Any, pd.DataFrame]) -> tuple[bool, int, int]:
+        first = entry[1].iloc[0]
+        return bool((entry[1]["method"] == BASELINE).any()), int(first["seq_len"]), int(first["batch_size"])
+
+    return sorted(groups, key=size, reverse=True)
+
+
+def _time(frame: pd.DataFrame) -> str | None:
+    """The largest gain in the baseline's memory at the greatest length, if its interval and the run carry one."""
+    gains = gain_table(frame).frame
+    if gains.empty:
+        return None
+    longest = gains[gains["seq_len"] == gains["seq_len"].max()]
+    base = longest["baseline_title"].iloc[0]
+    where = f"at equal memory, {int(longest['seq_len'].iloc[0])} tokens"
+    bound = resolvable(frame) or 0.0
+    carried = longest[(longest["whole_gain_low"] > 1).fillna(False) & (longest["whole_gain"] > 1 + bound)]
+    if carried.empty:
+        if longest["whole_gain_low"].isna().all():
+            return f"Whether another method is faster than {base} {where}, one block a case cannot tell."
+        return f"No method is faster than {base} {where} by more than this run can tell apart."
+    best = _at(carried, "whole_gain", "max")
+    gain = Ratio(*(float(best[f"whole_gain{end}"]) for end in ("", "_low", "_high")))
+    batches = f"batch {best['batch_size']} against {best['baseline_batch_size']}"
+    return f"{_title(best)} is {gain} faster than {base} {where} ({batches})."
+
+
+def _at(rows: pd.DataFrame, column: str, end: str) -> pd.Series[Any]:
+    """The row with the least or the largest value of ``column``, the first of equals."""
+    values = rows[column].to_numpy(dtype=float)
+    row: pd.Series[Any] = rows.iloc[int(values.argmin() if end == "min" else values.argmax())]
+    return row
+
+
+def _title(row: pd.Series[Any]) -> str:
+    return str(row["method"] if pd.isna(row["method_title"]) else row["method_title"])
+
+
+def _gib(row: pd.Series[Any]) -> str:
+    return f"{int(row['total_bytes']) / GIB:.3g}"
+
+
+def _size(row: pd.Series[Any]) -> str:
+    return f"{row['seq_len']} tokens, batch {row['batch_size']}"

@@ -1,0 +1,175 @@
+"""Runs against each other: case by case, the ratio of their times with its interval, and of their memory."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from rlhfreports.columns import RUN, axes_that_vary
+from rlhfreports.frames import line_of, size_of
+from rlhfreports.ratios import Ratio, blocks_of, t_quantile
+from rlhfreports.tables import ABSENT, GIB, ReportTable, outcome_word
+
+_SIZE = ("method", "prompt_len", "completion_len", "batch_size")
+EXPLANATION = (
+    "Speed-up: seconds of the first run over seconds of the other, above 1 where the other is faster; ± half of its "
+    "95 % interval, from the blocks of both runs (Welch). Memory: GiB of the other run over GiB of the first. Runs "
+    "made at different times also differ by what changed on the machine between them."
+)
+_COLUMNS = (
+    *("title", "method", "line", "size", "case", "other_run", "first_outcome", "other_outcome", "first_s", "other_s"),
+    *("speedup", "low", "high", "first_gib", "other_gib", "memory_ratio"),
+)
+
+
+def ratio_of_runs(above: Mapping[Any, Any], below: Mapping[Any, Any]) -> Ratio:
+    """Returns the ratio of the seconds per sample of one case in two runs.
+
+    Blocks of different runs are no pairs, so its interval is Welch's, of the logarithms of the blocks.
+    """
+    logs = [[math.log(b) for b in blocks_of(row) if b is not None and b > 0] for row in (above, below)]
+    if min(map(len, logs)) < 2:
+        return Ratio(float(above["total_s_per_sample"]) / float(below["total_s_per_sample"]))
+    value = math.exp(statistics.fmean(logs[0]) - statistics.fmean(logs[1]))
+    errors = [statistics.variance(values) / len(values) for values in logs]
+    if sum(errors) == 0:
+        return Ratio(value, value, value)
+    degrees = sum(errors) ** 2 / sum(e**2 / (len(v) - 1) for e, v in zip(errors, logs, strict=True))
+    spread = t_quantile(degrees) * math.sqrt(sum(errors))
+    return Ratio(value, value * math.exp(-spread), value * math.exp(spread))
+
+
+def compared(frame: pd.DataFrame) -> pd.DataFrame:
+    """The cases that the first run of ``frame`` shares with each other one.
+
+    A case is the same where method, lengths and batch size are, and every axis that varies within a run. So runs on two
+    devices are compared.
+
+    Args:
+        frame: records of several runs, with a column ``run``.
+
+    Returns:
+        ``title``, ``method``, ``line``, ``size`` and ``case`` in words, ``other_run``, the outcome, seconds per sample
+        and GiB of both (``first_…``, ``other_…``), ``speedup`` with ``low`` and ``high``, and ``memory_ratio``.
+    """
+    runs = list(dict.fromkeys(frame[RUN]))
+    keys = [*_SIZE, *(axis for axis in axes_that_vary(frame) if axis != RUN)]
+    words = frame.drop(columns=RUN)
+    placed = frame.assign(_line=line_of(words), _size=size_of(words) if len(frame) else [])
+    # Within a run a case stands once; a seed that varies is one of the keys.
+    by_run = {run: rows.drop_duplicates(keys, keep="last") for run, rows in placed.groupby(RUN, sort=False)}
+    first = {tuple(map(str, key)): row for key, row in _by_key(by_run.get(runs[0]), keys)} if runs else {}
+    found = []
+    for run in runs[1:]:
+        for key, row in _by_key(by_run[run], keys):
+            base = first.get(tuple(map(str, key)))
+            if base is not None:
+                found.append(_compared(base, row, run))
+    return pd.DataFrame(found, columns=list(_COLUMNS))
+
+
+def _by_key(rows: pd.DataFrame | None, keys: Sequence[str]) -> list[tuple[tuple[Any, ...], dict[Any, Any]]]:
+    return [] if rows is None else [(tuple(row[key] for key in keys), row) for row in rows.to_dict("records")]
+
+
+def _compared(base: Mapping[Any, Any], row: Mapping[Any, Any], run: str) -> dict[str, Any]:
+    both = [base, row]
+    timed = all(r["outcome"] == "ok" and not pd.isna(r["total_s_per_sample"]) for r in both)
+    timed = timed and all(r["total_s_per_sample"] > 0 for r in both)
+    ratio = ratio_of_runs(base, row) if timed else None
+    sizes = [None if pd.isna(r["total_bytes"]) else int(r["total_bytes"]) / GIB for r in both]
+    seconds = [None if pd.isna(r["total_s_per_sample"]) else float(r["total_s_per_sample"]) for r in both]
+    return {
+        "title": row["method"] if pd.isna(row["method_title"]) else row["method_title"],
+        "method": row["method"],
+        "line": row["_line"],
+        "size": row["_size"],
+        "case": f"{row['_line']}, {row['_size']}",
+        "other_run": run,
+        "first_outcome": base["outcome"],
+        "other_outcome": row["outcome"],
+        "first_s": seconds[0],
+        "other_s": seconds[1],
+        "speedup": ratio.value if ratio else None,
+        "low": ratio.low if ratio else None,
+        "high": ratio.high if ratio else None,
+        "first_gib": sizes[0],
+        "other_gib": sizes[1],
+        "memory_ratio": sizes[1] / sizes[0] if sizes[0] and sizes[1] is not None else None,
+    }
+
+
+def comparison_table(found: pd.DataFrame) -> ReportTable:
+    """``compared`` as a table."""
+    rows = [
+        (
+            row["line"],
+            row["size"],
+            row["other_run"],
+            _cell(row["first_s"], row["first_outcome"]),
+            _cell(row["other_s"], row["other_outcome"]),
+            ABSENT if pd.isna(row["speedup"]) else str(_ratio(row)),
+            _cell(row["first_gib"], row["first_outcome"]),
+            _cell(row["other_gib"], row["other_outcome"]),
+            ABSENT if pd.isna(row["memory_ratio"]) else f"{row['memory_ratio']:.3f}x",
+        )
+        for row in found.to_dict("records")
+    ]
+    headings = ("method", "size", "run", "first s", "other s", "speed-up", "first GiB", "other GiB", "memory")
+    return ReportTable(
+        caption="Cases that both runs have, the first run against each other one",
+        cells=pd.DataFrame(rows, columns=list(headings), dtype="object"),
+        num_text_columns=3,
+        explanation=EXPLANATION,
+        frame=found,
+    )
+
+
+def comparison_sentences(frame: pd.DataFrame, found: pd.DataFrame) -> list[str]:
+    """One sentence for each run after the first: in how many cases it is faster or slower beyond the intervals."""
+    runs = list(dict.fromkeys(frame[RUN]))
+    sentences = []
+    for run in runs[1:]:
+        rows = found[found["other_run"] == run]
+        timed = rows[rows["speedup"].notna()]
+        if timed.empty:
+            sentences.append(f"{run} and {runs[0]} have no timed case in common.")
+            continue
+        low, high = timed["low"].astype("float64"), timed["high"].astype("float64")
+        faster, slower, unknown = int((low > 1).sum()), int((high < 1).sum()), int(low.isna().sum())
+        mean = math.exp(statistics.fmean(math.log(value) for value in timed["speedup"]))
+        counts = [
+            f"{run} is faster than {runs[0]} in {faster}, slower in {slower}",
+            f"in {len(timed) - faster - slower - unknown} the interval carries no difference",
+            *([f"{unknown} were timed in one block and have no interval"] if unknown else []),
+        ]
+        sentences.append(
+            f"Of {len(timed)} cases that both have, {'; '.join(counts)}. Speed-ups are from "
+            f"{timed['speedup'].min():.2f}x to {timed['speedup'].max():.2f}x, their geometric mean {mean:.2f}x."
+        )
+        sentences += _memory_sentence(run, runs[0], rows)
+    return sentences
+
+
+def _memory_sentence(run: str, first: str, rows: pd.DataFrame) -> list[str]:
+    ratios = rows["memory_ratio"].dropna()
+    if ratios.empty:
+        return []
+    if ratios.sub(1).abs().max() < 0.0005:
+        return [f"{run} needs the same memory as {first}."]
+    return [f"{run} needs {ratios.min():.3f} to {ratios.max():.3f} times the memory of {first}."]
+
+
+def _ratio(row: Mapping[Any, Any]) -> Ratio:
+    ends = [None if pd.isna(row[end]) else float(row[end]) for end in ("low", "high")]
+    return Ratio(float(row["speedup"]), *ends)
+
+
+def _cell(value: float | None, outcome: str) -> str:
+    if outcome != "ok":
+        return outcome_word(outcome)
+    return ABSENT if value is None or pd.isna(value) else f"{value:.3g}"

@@ -1,0 +1,249 @@
+"""The frames that pictures are drawn from: one row per point, made from the frame of a run's records.
+
+The pictures of matplotlib and the charts of the page read these, so both show the same numbers. Every frame has the
+columns ``method``, ``title`` (of the method), ``line`` (the title with the setting and the run where these vary),
+``seq_len`` and ``batch_size``, and ``setting`` and ``run`` where these vary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from rlhfreports.columns import RUN, axes_that_vary, axis_text, parts_of
+from rlhfreports.panels import Panel, panels_of
+from rlhfreports.predicted import comparisons
+from rlhfreports.slopes import SLOPE_COLUMNS, slope_by_length
+from rlhfreports.tables import GIB
+
+KINDS = ("total", "inference", "update")  # of seconds
+# Kinds of memory, by column.
+MEMORY = {
+    "total_bytes": "total",
+    "model_bytes": "model",
+    "activation_bytes": "activation",
+    "process_peak_bytes": "whole process",
+}
+IN_A_LINE = ("setting", RUN)  # axes that a line has in its name
+
+
+def line_of(frame: pd.DataFrame) -> pd.Series[str]:
+    """The line of each row: the title of its method, with its setting and run where these vary."""
+    line = frame["method_title"].fillna(frame["method"]).astype(str)
+    for axis in axes_that_vary(frame):
+        if axis in IN_A_LINE:
+            line = line + ", " + frame[axis].fillna("").astype(str)
+    return line
+
+
+def size_of(frame: pd.DataFrame) -> pd.Series[str]:
+    """What rows of one bar chart share: ``128 tokens, batch 4``, with every other axis that varies."""
+    splits = frame[["seq_len", "prompt_len"]].drop_duplicates()
+    length = frame["seq_len"].astype(str) + " tokens"
+    if splits["seq_len"].nunique() < len(splits):
+        length = frame["prompt_len"].astype(str) + "+" + frame["completion_len"].astype(str) + " tokens"
+    return length + ", " + _batch_and_axes(frame)
+
+
+def _batch_and_axes(frame: pd.DataFrame) -> pd.Series[str]:
+    words = "batch " + frame["batch_size"].astype(str)
+    for axis in axes_that_vary(frame):
+        if axis not in IN_A_LINE:
+            words = words + ", " + frame[axis].map(lambda value, axis=axis: axis_text(axis, value) or f"no {axis}")
+    return words.astype(str)
+
+
+def _shared(rows: pd.DataFrame) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "method": rows["method"],
+            "title": rows["method_title"].fillna(rows["method"]),
+            "seq_len": rows["seq_len"],
+            "batch_size": rows["batch_size"],
+        }
+    )
+
+
+def times(frame: pd.DataFrame) -> pd.DataFrame:
+    """Seconds per sample of every measured case, by panel and kind.
+
+    Args:
+        frame: a frame of ``rlhfbench.records_frame``; see ``rlhfreports.columns``.
+
+    Returns:
+        ``panel``, ``kind`` (one of ``KINDS``), ``seconds`` per sample, ``low`` and ``high`` (the ends of its 95 %
+        interval, both ``seconds`` without one), and ``tokens`` of a sample: ``seq_len`` for each of its sequences.
+    """
+    found = []
+    for panel in panels_of(frame):
+        rows = panel.points
+        tokens = (rows["seq_len"] * rows["sequences_per_sample"].fillna(1)).astype("float64")
+        for kind in KINDS:
+            seconds = rows[f"{kind}_s_per_sample"].astype("float64")
+            width = rows[f"{kind}_half_width_s_per_sample"].astype("float64").fillna(0.0)
+            # A logarithmic axis has no 0: an interval that reaches it ends at a tenth of the point.
+            low, high = np.maximum(seconds - width, seconds / 10), seconds + width
+            of_kind = _shared(rows).assign(
+                panel=panel.title, kind=kind, seconds=seconds, low=low, high=high, tokens=tokens
+            )
+            found.append(of_kind[(seconds > 0) & np.isfinite(seconds)])
+    return _with_lines(frame, found, ("panel", "kind", "seconds", "low", "high", "tokens"))
+
+
+def slopes(frame: pd.DataFrame) -> pd.DataFrame:
+    """The slope of every line: ``panel``, ``kind``, ``title``, ``line``, ``slope`` and ``half_width``."""
+    found = []
+    lines = line_of(frame)
+    for panel in panels_of(frame):
+        points = panel.points[["method", "method_title", *SLOPE_COLUMNS]]
+        for line, rows in points.groupby(lines.reindex(points.index), sort=False):
+            title = rows["method_title"].fillna(rows["method"]).iloc[0]
+            for kind in KINDS:
+                fitted = slope_by_length(rows, f"{kind}_s_per_sample")
+                if fitted is not None:
+                    found.append((panel.title, kind, title, line, *fitted))
+    return pd.DataFrame(found, columns=["panel", "kind", "title", "line", "slope", "half_width"])
+
+
+def failures(frame: pd.DataFrame) -> pd.DataFrame:
+    """The cases that were not measured, by panel: ``panel``, ``outcome`` and ``error``."""
+    found = [_of_failures(panel) for panel in panels_of(frame)]
+    return _with_lines(frame, found, ("panel", "outcome", "error"))
+
+
+def _of_failures(panel: Panel) -> pd.DataFrame:
+    rows = panel.failures
+    return _shared(rows).assign(panel=panel.title, outcome=rows["outcome"], error=rows["error"])
+
+
+def _with_lines(frame: pd.DataFrame, found: Sequence[pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
+    """The rows of ``found``, which have the index of ``frame``, with their lines."""
+    filled = [rows for rows in found if len(rows)]
+    if not filled:
+        return pd.DataFrame(columns=["method", "title", "line", "seq_len", "batch_size", *columns])
+    joined = pd.concat(filled)
+    joined["line"] = line_of(frame).reindex(joined.index)
+    for axis in axes_that_vary(frame):
+        if axis in IN_A_LINE:
+            joined[axis] = frame[axis].reindex(joined.index)
+    return joined.reset_index(drop=True)
+
+
+def parts(frame: pd.DataFrame) -> pd.DataFrame:
+    """Memory by part at the step's highest total: ``size`` (``size_of``), ``part``, its ``place``, and ``gib``."""
+    rows = frame[_has_memory(frame)]
+    sizes = size_of(rows) if len(rows) else None
+    found = [
+        _shared(rows).assign(
+            size=sizes, part=part.replace("_", " "), place=place, gib=rows[f"{part}_part_bytes"].astype("float64") / GIB
+        )
+        for place, part in enumerate(parts_of(frame))
+    ]
+    return _with_lines(frame, [of_part[of_part["gib"] > 0] for of_part in found], ("size", "part", "place", "gib"))
+
+
+def memory(frame: pd.DataFrame) -> pd.DataFrame:
+    """Memory of every case: ``panel`` (its batch size and axes), ``what`` (a value of ``MEMORY``) and ``gib``."""
+    rows = frame[_has_memory(frame)]
+    found = []
+    for column, what in MEMORY.items():
+        gib = rows[column].astype("float64") / GIB
+        panel = _batch_and_axes(rows) if len(rows) else None
+        found.append(_shared(rows).assign(panel=panel, what=what, gib=gib)[gib > 0])
+    return _with_lines(frame, found, ("panel", "what", "gib"))
+
+
+def swept(frame: pd.DataFrame) -> pd.DataFrame:
+    """Total memory against each number that a sweep varies beside lengths and batches: LoRA rank, numeric options.
+
+    Returns:
+        ``axis`` (the name of the number), ``value``, ``size`` and ``gib``; only axes on which some method was measured
+        at two values of one length and batch.
+    """
+    rows = frame[_has_memory(frame)]
+    values = {"LoRA rank": rows["lora_rank"].astype("Float64"), **_numeric_options(rows)}
+    at = rows["seq_len"].astype(str) + " tokens, batch " + rows["batch_size"].astype(str)
+    found = []
+    for axis, value in values.items():
+        of_axis = _shared(rows).assign(axis=axis, value=value, size=at, gib=rows["total_bytes"].astype("float64") / GIB)
+        of_axis = of_axis[value.notna()]
+        num_values = of_axis.groupby(["method", "size"])["value"].transform("nunique")
+        found.append(of_axis[num_values > 1].sort_values("value", kind="stable"))
+    return _with_lines(frame, found, ("axis", "value", "size", "gib"))
+
+
+def _numeric_options(rows: pd.DataFrame) -> dict[str, pd.Series[float]]:
+    """The options of rows whose values are numbers, from words such as ``ppo.num_ppo_epochs=4, lora.alpha=2``."""
+    words = rows["options"].fillna("").astype(str).map(lambda text: dict(_pairs(text)))
+    names = sorted({name for row in words for name in row})
+    return {name: pd.to_numeric(words.map(lambda row, name=name: row.get(name)), errors="coerce") for name in names}
+
+
+def _pairs(text: str) -> list[tuple[str, str]]:
+    pairs = (word.partition("=") for word in text.split(", "))
+    return [(name, value) for name, sign, value in pairs if sign]
+
+
+def predicted(frame: pd.DataFrame) -> pd.DataFrame:
+    """Predicted and measured memory: ``case``, ``kind``, ``predicted_gib``, ``measured_gib``, ``percent`` (error)."""
+    titles = dict(zip(frame["method"], frame["method_title"].fillna(frame["method"]), strict=True))
+    rows = [
+        {
+            "method": item.method,
+            "title": titles[item.method],
+            "case": item.case,
+            "kind": item.kind,
+            "predicted_gib": item.predicted_bytes / GIB,
+            "measured_gib": (item.measured_bytes or 0) / GIB,
+            "percent": item.percent,
+        }
+        for item in comparisons(frame)
+        if item.measured_bytes and item.predicted_bytes > 0
+    ]
+    names = ("method", "title", "case", "kind", "predicted_gib", "measured_gib", "percent")
+    return pd.DataFrame(rows, columns=list(names))
+
+
+def block_times(frame: pd.DataFrame, blocks: pd.DataFrame) -> pd.DataFrame:
+    """The blocks of a run over its wall time.
+
+    Args:
+        frame: the records.
+        blocks: one row per block: ``case_id``, ``block``, ``started_at``, ``total_s_per_sample``, ``other_cpu_share``,
+            ``steal_share``, ``waiting_share``, ``cpu_mhz``, ``disturbed_by`` and ``error``.
+
+    Returns:
+        The blocks that were timed: ``title``, ``line``, ``size``, ``block``, ``minutes`` since the first of them,
+        ``percent`` (the block's seconds against the median of its case), ``others`` (the share of the machine that
+        others took, in percent), ``mhz`` and ``disturbed_by``.
+    """
+    names = ["title", "line", "size", "block", "minutes", "percent", "others", "mhz", "disturbed_by"]
+    timed = blocks[blocks["total_s_per_sample"].notna()] if len(blocks) else blocks
+    if not len(timed):
+        return pd.DataFrame(columns=names)
+    words = pd.DataFrame(
+        {
+            "title": frame["method_title"].fillna(frame["method"]).to_numpy(),
+            "line": line_of(frame).to_numpy(),
+            "size": size_of(frame).to_numpy(),
+        },
+        index=frame["case_id"].to_numpy(),
+    )
+    words = words[~words.index.duplicated()]
+    joined = timed.join(words, on="case_id")
+    started = pd.to_datetime(joined["started_at"], utc=True, errors="coerce", format="ISO8601")
+    seconds = joined["total_s_per_sample"].astype("float64")
+    share = joined["other_cpu_share"].fillna(0).astype("float64") + joined["steal_share"].fillna(0).astype("float64")
+    return joined.assign(
+        minutes=(started - started.min()).dt.total_seconds() / 60,
+        percent=100 * (seconds / seconds.groupby(joined["case_id"]).transform("median") - 1),
+        others=100 * share,
+        mhz=joined["cpu_mhz"],
+    )[names].reset_index(drop=True)
+
+
+def _has_memory(frame: pd.DataFrame) -> pd.Series[bool]:
+    is_ok = (frame["outcome"] == "ok").fillna(False).astype(bool)
+    return is_ok & frame["total_bytes"].notna()

@@ -1,0 +1,221 @@
+"""The blocks that sections are made of. The template has one macro for each."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import pandas as pd
+
+from rlhfreports.tables import ReportTable, markdown
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Text:
+    """A paragraph.
+
+    Attributes:
+        text: its words. They are escaped.
+        kind: ``""``, ``"answer"`` or ``"warning"``.
+    """
+
+    macro: ClassVar[str] = "text"
+    text: str
+    kind: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Items:
+    """A list of sentences, folded behind ``title`` where that is given."""
+
+    macro: ClassVar[str] = "items"
+    items: Sequence[str]
+    title: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Code:
+    """Preformatted text, folded behind ``title``."""
+
+    macro: ClassVar[str] = "code"
+    title: str
+    text: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Chart:
+    """A Vega-Lite chart.
+
+    Attributes:
+        id: its id in the page.
+        title: the heading above it.
+        caption: what the reader sees and may do, below it; also its description for screen readers.
+        spec: the specification, with named data sources; see ``rlhfreports.page.charts.chart``.
+        data: the rows of these sources. Charts may share one by its name.
+    """
+
+    macro: ClassVar[str] = "chart"
+    id: str
+    title: str
+    caption: str
+    spec: Mapping[str, Any]
+    data: Mapping[str, pd.DataFrame]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Cell:
+    """A cell of a table: its text, and the number that it is sorted by."""
+
+    text: str
+    order: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Download:
+    """A file that the page holds."""
+
+    name: str
+    title: str
+    media_type: str
+    content: str
+
+    @property
+    def url(self) -> str:
+        """The file as a data URL."""
+        return f"data:{self.media_type};base64,{base64.b64encode(self.content.encode()).decode()}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    """A table that can be sorted and filtered.
+
+    Attributes:
+        id: its id in the page, and the name of its downloads.
+        caption: the sentence above it.
+        headings: of the columns.
+        rows: their cells.
+        titles: for each row what a pointer over it shows; empty for most.
+        num_text_columns: columns of words, from the left. The others are numbers.
+        filters: headings of columns that have a list of their values to choose from.
+        downloads: the table as files.
+        is_folded: it is folded behind its caption.
+    """
+
+    macro: ClassVar[str] = "table"
+    id: str
+    caption: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    titles: Sequence[str]
+    num_text_columns: int
+    filters: Sequence[str] = ()
+    downloads: Sequence[Download] = ()
+    is_folded: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Html:
+    """Markup of a library's own making, such as a picture as SVG. It is NOT escaped."""
+
+    macro: ClassVar[str] = "html"
+    html: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Link:
+    """A link to a file beside the page."""
+
+    text: str
+    url: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Links:
+    """Links to files beside the page, folded behind ``title``, with a sentence above."""
+
+    macro: ClassVar[str] = "links"
+    title: str
+    text: str
+    links: Sequence[Link]
+
+
+Block = Text | Items | Code | Chart | Table | Html | Links
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Section:
+    """A section of the page.
+
+    Attributes:
+        id: its anchor.
+        title: its heading.
+        blocks: its contents.
+    """
+
+    id: str
+    title: str
+    blocks: Sequence[Block]
+
+
+def downloads(name: str, cells: pd.DataFrame, num_text_columns: int, csv: str) -> tuple[Download, ...]:
+    """The same table as CSV (``csv``), Markdown and LaTeX."""
+    return (
+        Download(name=f"{name}.csv", title="CSV", media_type="text/csv", content=csv),
+        Download(
+            name=f"{name}.md", title="Markdown", media_type="text/markdown", content=markdown(cells, num_text_columns)
+        ),
+        Download(
+            name=f"{name}.tex",
+            title="LaTeX",
+            media_type="application/x-tex",
+            content=cells.to_latex(
+                index=False,
+                escape=True,
+                column_format="l" * num_text_columns + "r" * (len(cells.columns) - num_text_columns),
+            ),
+        ),
+    )
+
+
+def table_of(
+    table: ReportTable,
+    *,
+    name: str,
+    caption: str = "",
+    is_folded: bool = False,
+    orders: Mapping[str, Sequence[float | None]] | None = None,
+    titles: Sequence[str] = (),
+    filters: Sequence[str] = (),
+) -> Table:
+    """A table of the page from one of the reports.
+
+    Args:
+        table: the table.
+        name: its id.
+        caption: see ``Table``; by default that of ``table``.
+        is_folded: see ``Table``.
+        orders: the numbers that columns are sorted by; the others are sorted by what their text begins with.
+        titles: see ``Table``; empty for none.
+        filters: see ``Table``.
+    """
+    orders = orders or {}
+    columns = [
+        [
+            Cell(text=str(text), order=orders[heading][i] if heading in orders else None)
+            for i, text in enumerate(table.cells[heading])
+        ]
+        for heading in table.headings
+    ]
+    return Table(
+        id=name,
+        caption=caption or table.caption,
+        is_folded=is_folded,
+        headings=table.headings,
+        rows=list(zip(*columns, strict=True)),
+        titles=list(titles) or [""] * len(table.cells),
+        num_text_columns=table.num_text_columns,
+        filters=filters,
+        downloads=downloads(name, table.cells, table.num_text_columns, table.csv()),
+    )

@@ -1,0 +1,92 @@
+"""The section that says what was run: commands, sweep, environment, and what differs between runs."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from rlhfreports.page.blocks import Block, Cell, Code, Items, Section, Table, Text
+from rlhfreports.page.data import Page, Run
+from rlhfreports.tables import ABSENT
+
+# Of an environment: different in every run, and no cause of a difference.
+_OF_EVERY_RUN = ("run_id", "started_at", "load_average", "resumed")
+
+
+def ran_section(page: Page) -> Section:
+    """The command, the resolved sweep and the environment of every run, and what differs between them."""
+    blocks: list[Block] = []
+    if len(page.runs) > 1:
+        differing = differences(page.runs)
+        blocks.append(differing if len(differing.rows) else Text(text="The runs' environments are the same."))
+    for run in page.runs:
+        name = f", {run.name}" if len(page.runs) > 1 else ""
+        blocks.append(Items(items=warnings(run)))
+        commands = [command for environment in run.environments if (command := command_of(environment))]
+        blocks += [Code(title=f"Command{name}", text="\n".join(commands))] if commands else []
+        blocks += [Code(title=f"Sweep with every default{name}", text=run.sweep)] if run.sweep else []
+        if run.environments:
+            text = json.dumps([dict(e) for e in run.environments], indent=2, ensure_ascii=False)
+            blocks.append(Code(title=f"Environment{name}", text=text))
+        else:
+            blocks.append(Text(text=f"No environment is recorded{name}.", kind="warning"))
+    return Section(id="ran", title="What was run", blocks=blocks)
+
+
+def command_of(environment: Mapping[str, Any]) -> str:
+    """The command of a segment of a run, empty where none is recorded."""
+    argv = environment.get("argv")
+    return shlex.join(map(str, argv)) if isinstance(argv, list) else ""
+
+
+def warnings(run: Run) -> list[str]:
+    """Sentences on the run as a whole that touch every number of it."""
+    found = []
+    first: Mapping[str, Any] = run.environments[0] if run.environments else {}
+    source = first.get("source")
+    if isinstance(source, Mapping) and source.get("dirty"):
+        found.append(f"The code had changes beside commit {str(source.get('commit'))[:12]}.")
+    if len(run.environments) > 1:
+        found.append(f"The run was resumed {len(run.environments) - 1} times.")
+    hosts = run.frame["host"].dropna().unique()
+    if len(hosts) > 1:
+        found.append(
+            f"Its records come from {len(hosts)} machines: {', '.join(hosts)}. Their times are not comparable."
+        )
+    outcomes = run.frame["outcome"].value_counts(sort=False)
+    if set(outcomes.index) - {"ok"}:
+        found.append(f"Outcomes: {', '.join(f'{count} {outcome}' for outcome, count in outcomes.items())}.")
+    return found
+
+
+def differences(runs: tuple[Run, ...]) -> Table:
+    """A row for each entry of the environments, as recorded at the start of each run, in which they differ."""
+    flat = [_flat(run.environments[0]) if run.environments else {} for run in runs]
+    names = list(dict.fromkeys(name for one in flat for name in one))
+    rows = [
+        (name, *values)
+        for name in names
+        if len(set(values := [one.get(name, ABSENT) for one in flat])) > 1 and name.split(".")[0] not in _OF_EVERY_RUN
+    ]
+    return Table(
+        id="differences",
+        caption="What differs between the runs",
+        headings=("what", *(run.name for run in runs)),
+        rows=[[Cell(text=text) for text in row] for row in rows],
+        titles=[""] * len(rows),
+        num_text_columns=1 + len(runs),
+    )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, str]:
+    """The leaves of nested objects by dotted name."""
+    if isinstance(value, Mapping):
+        items = value.items()
+        return {k: v for name, inner in items for k, v in _flat(inner, f"{prefix}.{name}" if prefix else name).items()}
+    if isinstance(value, list):
+        return {prefix: ", ".join(json.dumps(item) if isinstance(item, Mapping) else str(item) for item in value)}
+    return {prefix: ABSENT if value is None or pd.isna(value) else str(value)}

@@ -1,0 +1,117 @@
+"""Renders the page: sections through a template, with the libraries inlined."""
+
+from __future__ import annotations
+
+import functools
+import importlib.resources
+import math
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+import vl_convert
+from markupsafe import Markup
+
+from rlhfreports.columns import shared_axes_text
+from rlhfreports.page.blocks import Chart, Section
+from rlhfreports.page.data import Page
+from rlhfreports.page.sections import sections_of
+
+_EXPORTS = "window.vegaEmbed = vegaEmbed;"  # what the page's script uses of the bundle
+_DIGITS = 6  # of a number in the data of a chart
+
+
+def write_page(page: Page, path: str | Path) -> Path:
+    """Writes the page to ``path``, at once or not at all, and returns it.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    path = Path(path)
+    written = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        written.write_text(page_html(page), encoding="utf-8")
+        written.replace(path)
+    finally:
+        written.unlink(missing_ok=True)
+    return path
+
+
+def page_html(page: Page) -> str:
+    """The page as text."""
+    return rendered(", ".join(run.name for run in page.runs), shared_axes_text(page.frame), sections_of(page))
+
+
+def rendered(title: str, caption: str, sections: Sequence[Section]) -> str:
+    """The page of these sections. All text in them is escaped, in JSON too."""
+    charts = [block for section in sections for block in section.blocks if isinstance(block, Chart)]
+    data = {name: columns_of(frame) for chart in charts for name, frame in chart.data.items()}
+    specs = {chart.id: {"spec": chart.spec, "data": list(chart.data)} for chart in charts}
+    return (
+        _environment()
+        .get_template("page.html")
+        .render(title=title, caption=caption, sections=sections, data=data, specs=specs, **_libraries())
+    )
+
+
+def columns_of(frame: pd.DataFrame) -> dict[str, Any]:
+    """The columns of ``frame`` as JSON: numbers with six significant digits, ``None`` for absent and infinite ones.
+
+    A column with few different values is ``{"values": [...], "codes": [...]}``: with it and a shorter CSV, the page of
+    1,000 cases has 4.7 MB and not 10.5.
+    """
+    return {str(name): _column([_json(value) for value in frame[name].tolist()]) for name in frame.columns}
+
+
+def _column(values: list[Any]) -> list[Any] | dict[str, list[Any]]:
+    places: dict[Any, int] = {}
+    codes = [places.setdefault((type(value), value), len(places)) for value in values if not isinstance(value, list)]
+    if len(codes) < len(values) or 2 * len(places) > len(values):
+        return values
+    return {"values": [value for _, value in places], "codes": codes}
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_json(item) for item in value]
+    if pd.isna(value):
+        return None
+    if isinstance(value, float):
+        return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
+    return value
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("rlhfreports.page"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    return environment
+
+
+@functools.cache
+def _libraries() -> dict[str, Markup]:
+    """Vega, DataTables and the page's own style and script, as the template names them."""
+    tables = importlib.resources.files("itables") / "html"
+    own = importlib.resources.files("rlhfreports.page") / "templates"
+    found = {
+        "vega_js": vl_convert.javascript_bundle(_EXPORTS),
+        "tables_js": (tables / "dt_bundle.js").read_text(encoding="utf-8"),
+        "tables_css": (tables / "dt_bundle.css").read_text(encoding="utf-8"),
+        "page_js": (own / "page.js").read_text(encoding="utf-8"),
+        "page_css": (own / "page.css").read_text(encoding="utf-8"),
+    }
+    # A backslash before these characters changes no string of JavaScript or CSS, but hides tags from the HTML parser.
+    escaped = {
+        name: re.sub(r"<(?=/script|/style|!--)", r"<\\", text, flags=re.IGNORECASE) for name, text in found.items()
+    }
+    return {name: Markup(text) for name, text in escaped.items()}

@@ -1,0 +1,154 @@
+"""The first section, with the answer, and the sections that compare runs with each other and with the papers."""
+
+from __future__ import annotations
+
+import altair as alt
+import pandas as pd
+
+from rlhfreports import frames
+from rlhfreports.answer import answer
+from rlhfreports.compare import EXPLANATION, compared, comparison_sentences, comparison_table
+from rlhfreports.gain import gain_table, has_gain
+from rlhfreports.page.blocks import Block, Chart, Section, Text, table_of
+from rlhfreports.page.charts import HEIGHT, LENGTH_TITLE, method_scales, select, specification
+from rlhfreports.page.data import Page
+from rlhfreports.paper import COMPLETION_LEN, FIGURE_2, PROMPT_LEN, TABLE_1, TABLES
+
+_ROW_PX, _MAX_CHART_PX = 22, 1600
+
+
+def answer_section(page: Page) -> Section:
+    """Three sentences a run, computed from its records, and the gains behind them."""
+    blocks: list[Block] = []
+    for run in page.runs:
+        name = f"{run.name}: " if len(page.runs) > 1 else ""
+        blocks.append(Text(text=name + " ".join(answer(run.frame)), kind="answer"))
+    explanation = ""
+    for i, run in enumerate(page.runs):
+        if len(run.frame) and has_gain(run.frame):
+            gains = gain_table(run.frame)
+            explanation = gains.explanation
+            caption = f"Gain {gains.caption}{f', {run.name}' if len(page.runs) > 1 else ''}"
+            blocks.append(table_of(gains, name=f"gain-{i}", caption=caption, is_folded=True, filters=("method",)))
+    blocks += [Text(text=explanation, kind="caption")] if explanation else []
+    return Section(id="answer", title="The answer", blocks=blocks)
+
+
+def comparison_section(page: Page) -> Section | None:
+    """The first run against each other one; ``None`` for a single run."""
+    if len(page.runs) < 2:
+        return None
+    found = compared(page.frame)
+    sentences = comparison_sentences(page.frame, found)
+    blocks: list[Block] = [Text(text=sentence) for sentence in sentences]
+    if len(found):
+        timed = found[found["speedup"].notna()]
+        blocks += [_speedup_chart(page, timed)] if len(timed) else []
+        blocks.append(table_of(comparison_table(found), name="comparison-table", filters=("method", "size", "run")))
+        blocks.append(Text(text=EXPLANATION, kind="caption"))
+    return Section(id="comparison", title=f"Against {page.runs[0].name}", blocks=blocks)
+
+
+def _speedup_chart(page: Page, timed: pd.DataFrame) -> Chart:
+    caption = (
+        f"Seconds of {page.runs[0].name} over seconds of the other run, case by case, with 95 % intervals: to the "
+        "right of 1 the other run is faster. An interval that crosses 1 carries no difference."
+    )
+    colors, shapes = method_scales(page.frame)
+    runs = list(dict.fromkeys(timed["other_run"]))
+    base = (
+        alt.Chart(alt.NamedData("speedups"))
+        .transform_filter("datum.other_run === other")
+        .encode(
+            y=alt.Y("size:N", title=None, sort=None, axis=alt.Axis(labelLimit=260)),
+            yOffset=alt.YOffset("title:N"),
+            color=alt.Color("title:N", scale=colors),
+        )
+    )
+    x = alt.X("speedup:Q", title="speed-up", scale=alt.Scale(type="log", nice=False, padding=20))
+    dots = base.mark_point(filled=True, size=55, opacity=1).encode(
+        x=x,
+        shape=alt.Shape("title:N", scale=shapes),
+        tooltip=[
+            alt.Tooltip("case:N", title="case"),
+            alt.Tooltip("speedup:Q", title="speed-up", format=".3f"),
+            alt.Tooltip("low:Q", title="95 % interval from", format=".3f"),
+            alt.Tooltip("high:Q", title="to", format=".3f"),
+        ],
+    )
+    ends = base.mark_rule().encode(x=alt.X("low:Q", title="speed-up"), x2="high:Q")
+    one = alt.Chart(alt.NamedData("one")).mark_rule(strokeDash=[4, 3]).encode(x=alt.X("one:Q"))
+    num_rows = int(timed.groupby("other_run").size().max()) + timed["size"].nunique()
+    layers = [one, *([ends] if timed["low"].notna().any() else []), dots]
+    made = alt.layer(*layers).add_params(select("other", runs, "run"))
+    return Chart(
+        id="speedup",
+        title="Speed-up of every case",
+        caption=caption,
+        spec=specification(made.properties(height=min(_ROW_PX * num_rows, _MAX_CHART_PX)), description=caption),
+        data={"speedups": timed, "one": pd.DataFrame({"one": [1.0]})},
+    )
+
+
+def paper_section(page: Page) -> Section | None:
+    """The papers' tables beside the first run; ``None`` where the papers were not asked for."""
+    if not page.with_paper:
+        return None
+    run = page.runs[0]
+    blocks: list[Block] = []
+    for i, make in enumerate(TABLES):
+        made = make(run.frame)
+        blocks += [table_of(made, name=f"paper-{i}"), Text(text=made.explanation)]
+    points = frames.times(run.frame)
+    blocks += [_figure_2(page, points)] if len(points) else []
+    return Section(id="paper", title="Beside the papers", blocks=blocks)
+
+
+def _figure_2(page: Page, points: pd.DataFrame) -> Chart:
+    """Total seconds per sample at the largest batch of each length, with the paper's points."""
+    total = points[points["kind"] == "total"].sort_values("batch_size", kind="stable")
+    ours = total.drop_duplicates(["line", "seq_len"], keep="last")
+    titles = dict(zip(page.frame["method"], page.frame["method_title"].fillna(page.frame["method"]), strict=True))
+    paper = pd.DataFrame(
+        [
+            {
+                "title": titles[row.method],
+                "seq_len": PROMPT_LEN + COMPLETION_LEN,
+                "batch_size": row.batch_size,
+                "seconds": row.total_s,
+            }
+            for row in TABLE_1
+            if row.total_s is not None and row.method in titles
+        ],
+        columns=["title", "seq_len", "batch_size", "seconds"],
+    )
+    colors, shapes = method_scales(page.frame)
+    log = alt.Scale(type="log", nice=False, padding=20)
+
+    def base(source: str) -> alt.Chart:
+        return alt.Chart(alt.NamedData(source)).encode(
+            x=alt.X("seq_len:Q", title=LENGTH_TITLE, scale=log, axis=alt.Axis(format="d")),
+            y=alt.Y("seconds:Q", title=None, scale=log),
+            color=alt.Color("title:N", scale=colors),
+            shape=alt.Shape("title:N", scale=shapes),
+            tooltip=[
+                alt.Tooltip("title:N", title="method"),
+                alt.Tooltip("seq_len:Q", title="tokens"),
+                alt.Tooltip("batch_size:Q", title="batch size"),
+                alt.Tooltip("seconds:Q", title="seconds per sample", format=".3~g"),
+            ],
+        )
+
+    line = base("figure-2").encode(detail="line:N", shape=alt.Undefined).mark_line(strokeWidth=2)
+    dots = base("figure-2").mark_point(filled=True, size=70, opacity=1)
+    hollow = base("figure-2-paper").mark_point(filled=False, size=110, strokeWidth=2)
+    layers = [line, dots, *([hollow] if len(paper) else [])]
+    return Chart(
+        id="figure-2",
+        title="Seconds per sample at the largest batch",
+        caption=FIGURE_2,
+        spec=specification(
+            alt.layer(*layers).properties(height=HEIGHT), description=FIGURE_2, title="seconds per sample"
+        ),
+        data={"figure-2": ours} | ({"figure-2-paper": paper} if len(paper) else {}),
+    )

@@ -1,0 +1,135 @@
+"""The sections on predictions and on how sure the numbers are."""
+
+from __future__ import annotations
+
+import altair as alt
+import pandas as pd
+
+from rlhfreports import frames
+from rlhfreports.page.blocks import Block, Chart, Section, Text
+from rlhfreports.page.charts import HEIGHT, by_mode, method_scales, select, specification
+from rlhfreports.page.data import Page, Run
+from rlhfreports.plots import COLORS
+from rlhfreports.predicted import comparisons, has_predictions, worst_sentence
+from rlhfreports.ratios import resolution
+
+_PREDICTED_CAPTION = (
+    "Each point is a case: memory that a plan predicted without running, and what the ledger counted. On the dashed "
+    "line both are equal."
+)
+_BLOCKS_CAPTION = (
+    "Each point is a block: a case timed once in a process of its own, at the moment when it ran. Its height is how "
+    "far its time is from the median of its case. A run without disturbance has no pattern in time; disturbed blocks "
+    "are triangles."
+)
+_OTHERS_CAPTION = "CPU time of the machine that other processes or the hypervisor took beside each block."
+
+
+def predicted_section(page: Page) -> Section | None:
+    """Predicted memory against measured; ``None`` where nothing was planned."""
+    if not has_predictions(page.frame):
+        return None
+    data = frames.predicted(page.frame)
+    blocks: list[Block] = [Text(text=worst_sentence(comparisons(page.frame)))]
+    failed = page.frame["plan_error"].dropna()
+    blocks += (
+        [Text(text=f"{len(failed)} cases have no prediction: {failed.iloc[0]}", kind="warning")] if len(failed) else []
+    )
+    if len(data):
+        sizes = [float(value) for name in ("predicted_gib", "measured_gib") for value in data[name]]
+        line = pd.DataFrame({"gib": [min(sizes), max(sizes)]})
+        colors, shapes = method_scales(page.frame)
+        scale = alt.Scale(type="log", nice=False, padding=20)
+        base = alt.Chart(alt.NamedData("predicted")).transform_filter("datum.kind === kind")
+        dots = base.mark_point(size=70, opacity=1).encode(
+            x=alt.X("predicted_gib:Q", title="predicted GiB", scale=scale),
+            y=alt.Y("measured_gib:Q", title="measured GiB", scale=scale),
+            color=alt.Color("title:N", scale=colors),
+            shape=alt.Shape("title:N", scale=shapes),
+            tooltip=[
+                alt.Tooltip("case:N", title="case"),
+                alt.Tooltip("predicted_gib:Q", title="predicted GiB", format=".4~g"),
+                alt.Tooltip("measured_gib:Q", title="measured GiB", format=".4~g"),
+                alt.Tooltip("percent:Q", title="prediction off by, %", format="+.3f"),
+            ],
+        )
+        diagonal = (
+            alt.Chart(alt.NamedData("predicted-line"))
+            .mark_line(strokeDash=[4, 3], color=by_mode("#777777", "#999999"))
+            .encode(x=alt.X("gib:Q", title="predicted GiB"), y=alt.Y("gib:Q", title="measured GiB"))
+        )
+        made = alt.layer(diagonal, dots).add_params(select("kind", list(dict.fromkeys(data["kind"])), "memory"))
+        blocks.append(
+            Chart(
+                id="predicted-memory",
+                title="Measured memory against predicted",
+                caption=_PREDICTED_CAPTION,
+                spec=specification(made.properties(height=HEIGHT), description=_PREDICTED_CAPTION),
+                data={"predicted": data, "predicted-line": line},
+            )
+        )
+    return Section(id="predicted", title="Predicted against measured", blocks=blocks)
+
+
+def sure_section(page: Page) -> Section | None:
+    """Blocks and interference over the wall time of each run; ``None`` where nothing was timed."""
+    blocks: list[Block] = []
+    for i, run in enumerate(page.runs):
+        if not run.frame["total_s_per_sample"].notna().any():
+            continue
+        several = len(page.runs) > 1
+        blocks.append(Text(text=(f"{run.name}: " if several else "") + resolution(run.frame)))
+        blocks += [Text(text=sentence, kind=kind) for sentence, kind in _how_timed(run.frame)]
+        blocks += _charts(run, f"blocks-{i}", f", {run.name}" if several else "")
+    return Section(id="sure", title="How sure", blocks=blocks) if blocks else None
+
+
+def _how_timed(frame: pd.DataFrame) -> list[tuple[str, str]]:
+    """Sentences on why timing ended and on disturbance, each with the kind of its paragraph."""
+    found = []
+    reasons = frame["stopped_because"].dropna()
+    if len(reasons):
+        counts = ", ".join(f"{count} by {reason}" for reason, count in reasons.value_counts(sort=False).items())
+        found.append((f"Timing of {len(reasons)} cases ended: {counts}.", ""))
+    disturbed = frame["num_disturbed_blocks"].fillna(0)
+    if (disturbed > 0).any():
+        worst = frame["disturbed_by"].iloc[int(disturbed.to_numpy().argmax())]
+        found.append((f"{int(disturbed.sum())} blocks were disturbed: {worst}.", "warning"))
+    return found
+
+
+def _charts(run: Run, name: str, title: str) -> list[Chart]:
+    data = frames.block_times(run.frame, run.blocks)
+    data = data.assign(state=["quiet" if pd.isna(by) else "disturbed" for by in data["disturbed_by"]])
+    if data.empty or data["minutes"].isna().all():
+        return []
+    x = alt.X("minutes:Q", title="minutes since the first block", axis=alt.Axis(tickCount=10))
+    states = alt.Scale(domain=["quiet", "disturbed"], range=[by_mode(COLORS[4], "#3D9BE0"), COLORS[1]])
+    shapes = alt.Scale(domain=["quiet", "disturbed"], range=["circle", "triangle-up"])
+    base = (
+        alt.Chart(alt.NamedData(name))
+        .mark_point(filled=True, size=45)
+        .encode(
+            x=x,
+            color=alt.Color("state:N", scale=states),
+            shape=alt.Shape("state:N", scale=shapes),
+            tooltip=[
+                alt.Tooltip("line:N", title="method"),
+                alt.Tooltip("size:N", title="size"),
+                alt.Tooltip("block:Q", title="block"),
+                alt.Tooltip("percent:Q", title="from the median of its case, %", format="+.1f"),
+                alt.Tooltip("others:Q", title="taken by others, %", format=".1f"),
+                alt.Tooltip("mhz:Q", title="CPU MHz", format=".0f"),
+                alt.Tooltip("disturbed_by:N", title="disturbed by"),
+            ],
+        )
+    )
+    charts = []
+    for kind, field, heading, axis, caption in (
+        ("", "percent", "Blocks over the run", "from the median of its case (%)", _BLOCKS_CAPTION),
+        ("-others", "others", "Interference over the run", "taken by others (%)", _OTHERS_CAPTION),
+    ):
+        made = base.encode(y=alt.Y(f"{field}:Q", title=axis)).properties(height=HEIGHT // 2)
+        spec = specification(made, description=caption)
+        charts.append(Chart(id=name + kind, title=heading + title, caption=caption, spec=spec, data={name: data}))
+    return charts

@@ -1,0 +1,167 @@
+"""The section of latency and throughput against sequence length."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import altair as alt
+import pandas as pd
+
+from rlhfreports import frames
+from rlhfreports.page.blocks import Block, Chart, Section, Text, table_of
+from rlhfreports.page.charts import (
+    HEIGHT,
+    LENGTH_TITLE,
+    legend_filter,
+    line_dash,
+    method_scales,
+    select,
+    specification,
+)
+from rlhfreports.page.data import Page
+from rlhfreports.slopes import slope_table
+from rlhfreports.tables import outcome_word
+
+# What the y axis shows, by the option of the switch: an expression of one row's seconds.
+MEASURES = {
+    "seconds per sample": "{}",
+    "seconds per token": "{} / datum.tokens",
+    "samples per second": "1 / {}",
+    "tokens per second": "datum.tokens / {}",
+}
+_CAPTION = (
+    "One line a method, both axes logarithmic, 95 % intervals as bands. The legend has the slope of each line: 1 is a "
+    "time in proportion to the length. A word at the top marks a length that was not measured, such as OOM. Choose the "
+    "batch size, the part of the step and the measure above. A click on a method in the legend shows it alone."
+)
+_ROW_PX = 13  # of the words at the top
+
+
+def times_section(page: Page) -> Section | None:
+    """Seconds per sample and throughput against sequence length, both axes logarithmic."""
+    points, failed = frames.times(page.frame), frames.failures(page.frame)
+    if points.empty:
+        return None
+    blocks: list[Block] = [latency_chart(page, points, failed)]
+    for run in page.runs:
+        slopes = slope_table(run.frame)
+        if len(slopes.frame):
+            name = f"slopes-{page.runs.index(run)}"
+            caption = "Slopes of log time against log size" + (f", {run.name}" if len(page.runs) > 1 else "")
+            blocks.append(table_of(slopes, name=name, caption=caption, is_folded=True, filters=("method", "time")))
+    blocks.append(Text(text=_tokens_line(page.frame)))
+    return Section(id="times", title="Latency and throughput against sequence length", blocks=blocks)
+
+
+def _tokens_line(frame: pd.DataFrame) -> str:
+    several = frame.loc[frame["sequences_per_sample"] > 1, "method_title"].dropna().unique()
+    line = "A sample is a data row of the batch; its tokens are prompt and completion"
+    return f"{line}, of each of its sequences for {', '.join(several)}." if len(several) else f"{line}."
+
+
+def slope_texts(frame: pd.DataFrame) -> dict[str, str]:
+    """The slope of every line for the legend, by ``panel|kind|title``.
+
+    Where a title has several lines in a panel, such as those of two settings, it is the slope of the first.
+    """
+    found: dict[str, str] = {}
+    for row in frames.slopes(frame).to_dict("records"):
+        width = "" if pd.isna(row["half_width"]) else f" ± {row['half_width']:.2f}"
+        found.setdefault(f"{row['panel']}|{row['kind']}|{row['title']}", f"slope {row['slope']:.2f}{width}")
+    return found
+
+
+def latency_chart(page: Page, points: pd.DataFrame, failed: pd.DataFrame) -> Chart:
+    """Time against length; the switches choose the panel, the kind of phases and the measure."""
+    panels = list(dict.fromkeys([*points["panel"], *failed["panel"]]))
+    kinds = [kind for kind in frames.KINDS if (points["kind"] == kind).any()]
+    words = failed.assign(
+        word=[outcome_word(o) if o != "ok" else "no time" for o in failed["outcome"]],
+        row=failed.groupby("panel")["line"].transform(lambda lines: pd.factorize(lines)[0]) if len(failed) else [],
+    )
+    lengths = sorted({int(length) for rows in (points, failed) for length in rows["seq_len"]})
+    x = alt.X(
+        "seq_len:Q",
+        title=LENGTH_TITLE,
+        scale=alt.Scale(type="log", nice=False, padding=24, domain=[lengths[0], max(lengths[-1], lengths[0] + 1)]),
+        axis=alt.Axis(values=lengths, labelOverlap=True, format="d"),
+    )
+    shown, dash = legend_filter(), line_dash(page.frame)
+    colors, shapes = method_scales(page.frame)
+    legend = alt.Legend(labelExpr="datum.label + (slopes[panel + '|' + kind + '|' + datum.label] ? '  (' + "
+                                  "slopes[panel + '|' + kind + '|' + datum.label] + ')' : '')")  # fmt: skip
+    base = (
+        alt.Chart(alt.NamedData("times"))
+        .transform_filter("datum.panel === panel && datum.kind === kind")
+        .transform_calculate(
+            **{name: _measured(name) for name in ("seconds", "low", "high")},
+        )
+        .transform_calculate(half="max(abs(datum.high - datum.seconds), abs(datum.seconds - datum.low))")
+        .transform_calculate(digits="datum.half > 0 ? floor(log(datum.half) / LN10) : 0")
+        .transform_calculate(decimals="max(0, (datum.half < 2 * pow(10, datum.digits) ? 1 : 0) - datum.digits)")
+        .transform_calculate(
+            shown="datum.half > 0 ? format(datum.seconds, '.' + datum.decimals + 'f') + ' ± ' + "
+            "format(datum.half, '.' + datum.decimals + 'f') : format(datum.seconds, '.3~g')"
+        )
+        .encode(x=x, color=alt.Color("title:N", scale=colors, legend=legend), detail="line:N")
+    )
+    y: dict[str, Any] = {"scale": alt.Scale(type="log", nice=False, padding=16), "title": None}
+    faded = alt.condition(shown, alt.value(1), alt.value(0.08))
+    band = base.mark_area(strokeOpacity=0).encode(
+        y=alt.Y("low:Q", **y), y2="high:Q", fillOpacity=alt.condition(shown, alt.value(0.15), alt.value(0.03))
+    )
+    rule = base.mark_rule(strokeWidth=1.2).encode(y=alt.Y("low:Q", **y), y2="high:Q", opacity=faded)
+    line = base.mark_line(strokeWidth=2).encode(y=alt.Y("seconds:Q", **y), opacity=faded, **dash)
+    dots = base.mark_point(filled=True, size=70, opacity=1).encode(
+        y=alt.Y("seconds:Q", **y),
+        shape=alt.Shape("title:N", scale=shapes),
+        opacity=faded,
+        tooltip=[
+            alt.Tooltip("line:N", title="method"),
+            alt.Tooltip("seq_len:Q", title="tokens"),
+            alt.Tooltip("batch_size:Q", title="batch size"),
+            alt.Tooltip("shown:N", title="value"),
+        ],
+    )
+    marks = (
+        alt.Chart(alt.NamedData("failures"))
+        .transform_filter("datum.panel === panel")
+        .mark_text(fontSize=10, fontWeight="bold", dy={"expr": f"datum.row * {_ROW_PX}"})
+        .encode(
+            x=x,
+            y=alt.value(_ROW_PX / 2),
+            text="word:N",
+            color=alt.Color("title:N", scale=colors, legend=legend),
+            opacity=faded,
+            tooltip=[
+                alt.Tooltip("line:N", title="method"),
+                alt.Tooltip("seq_len:Q", title="tokens"),
+                alt.Tooltip("word:N", title="outcome"),
+                alt.Tooltip("error:N", title="why"),
+            ],
+        )
+    )
+    switches = [
+        select("panel", panels, "batch"),
+        select("kind", kinds, "part of the step"),
+        select("measure", list(MEASURES), "measure"),
+        alt.param(name="slopes", value=slope_texts(page.frame)),
+    ]
+    layers = [band, rule, line, dots, *([marks] if len(words) else [])]
+    made = alt.layer(*layers).add_params(*switches, shown).properties(height=HEIGHT)
+    data = {"times": points} | ({"failures": words} if len(words) else {})
+    return Chart(
+        id="latency",
+        title="Time against sequence length",
+        caption=_CAPTION,
+        spec=specification(made, description=_CAPTION, title={"expr": "measure"}),
+        data=data,
+    )
+
+
+def _measured(name: str) -> str:
+    """The expression of a measure, of ``seconds`` or of an end of its interval."""
+    found = "NaN"
+    for measure, expression in MEASURES.items():
+        found = f"measure === '{measure}' ? {expression.format(f'datum.{name}')} : {found}"
+    return found

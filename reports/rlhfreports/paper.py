@@ -1,0 +1,226 @@
+"""The papers' numbers, and a run laid beside them.
+
+Hydra-RLHF (Santacroce et al., 2023), Table 1 and Figure 2: Llama-7B on StackExchange, 400 + 400 tokens, LoRA rank 128,
+ZeRO-1 on 8 GPUs of 80 GB. Its GB are GiB. trlX (Havrilla et al., 2023), Table 3: samples per second and GPU on A100.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pandas as pd
+
+from rlhfreports.tables import ABSENT, GIB, ReportTable, number_text
+
+PROMPT_LEN = COMPLETION_LEN = 400
+MODELS = ("llama-7b",)
+SETTING = "paper"
+_BASE = "lora"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """A row of Hydra-RLHF's Table 1, per GPU; seconds per sample are absent where the paper has none."""
+
+    method: str
+    batch_size: int
+    model_gib: float
+    activation_gib: float
+    total_gib: float
+    inference_s: float | None = None
+    update_s: float | None = None
+    total_s: float | None = None
+
+
+TABLE_1 = (
+    Row(method="full", batch_size=1, model_gib=111.8, activation_gib=101.3, total_gib=220.0),
+    Row(
+        method="lora",
+        batch_size=1,
+        model_gib=53.2,
+        activation_gib=12.5,
+        total_gib=68.0,
+        inference_s=17.23,
+        update_s=1.52,
+        total_s=18.75,
+    ),
+    Row(
+        method="joined-hydra",
+        batch_size=4,
+        model_gib=14.3,
+        activation_gib=51.4,
+        total_gib=67.9,
+        inference_s=4.63,
+        update_s=0.38,
+        total_s=5.01,
+    ),
+    Row(
+        method="hydra",
+        batch_size=4,
+        model_gib=15.9,
+        activation_gib=52.8,
+        total_gib=71.1,
+        inference_s=4.88,
+        update_s=1.59,
+        total_s=6.47,
+    ),
+)
+FIGURE_2 = (
+    "Figure 2 has seconds per sample against sequence length, both axes logarithmic, at the largest batch that fits: "
+    "roughly straight lines, and LoRA-PPO does not fit at 2,048 tokens. Its points at 800 tokens are those of Table 1 "
+    "(hollow in the chart)."
+)
+# trlX, Table 3: samples per second and GPU of PPO: DeepSpeed-Chat, trlX, by the name of the model.
+TRLX_TABLE_3: dict[str, tuple[str, str]] = {
+    "opt-1.3b": ("2.1", "2.0"),
+    "opt-6.7b": ("0.44", "0.41"),
+    "opt-30b": ("0.14 (LoRA)", "0.12"),
+    "opt-66b": ("0.076 (LoRA)", "0.043 (half of the layers frozen)"),
+}
+
+
+def is_the_papers(frame: pd.DataFrame) -> pd.Series[bool]:
+    """True for rows of Llama-7B at the paper's lengths and in its setting."""
+    return (
+        frame["model"].map(_model_name).isin(MODELS)
+        & (frame["setting"] == SETTING).fillna(False)
+        & (frame["prompt_len"] == PROMPT_LEN).fillna(False)
+        & (frame["completion_len"] == COMPLETION_LEN).fillna(False)
+    ).astype(bool)
+
+
+def papers_row(row: pd.Series[Any], *, is_the_papers: bool) -> Row | None:
+    """The row of Table 1 of the same method and batch size, if the case is otherwise the paper's."""
+    if not is_the_papers:
+        return None
+    same = (r for r in TABLE_1 if (r.method, r.batch_size) == (row["method"], row["batch_size"]))
+    return next(same, None)
+
+
+def paper_cells(frame: pd.DataFrame) -> dict[str, list[str]]:
+    """Columns of the paper's numbers for the memory table; empty where no row is the paper's."""
+    found = [
+        papers_row(row, is_the_papers=is_same)
+        for (_, row), is_same in zip(frame.iterrows(), is_the_papers(frame), strict=True)
+    ]
+    if not any(found):
+        return {}
+    return {
+        "paper total GiB": [f"{row.total_gib:.1f}" if row else "" for row in found],
+        "paper s/sample": [(f"{row.total_s:.2f}" if row.total_s else ABSENT) if row else "" for row in found],
+    }
+
+
+def table_1(frame: pd.DataFrame) -> ReportTable:
+    """Table 1 beside the run: numbers, and each as a ratio to LoRA-PPO, which can be compared across models.
+
+    Of each method it takes the run's case at the paper's setting, lengths and batch size; without one, the largest
+    batch at the longest length at which LoRA-PPO was measured.
+    """
+    ours = {row.method: _ours(frame, row) for row in TABLE_1}
+    base, paper_base = ours[_BASE], next(row for row in TABLE_1 if row.method == _BASE)
+    titles = dict(zip(frame["method"], frame["method_title"].fillna(frame["method"]), strict=True))
+    rows = []
+    for row in TABLE_1:
+        own = ours[row.method]
+        rows.append(
+            (
+                titles.get(row.method, row.method),
+                f"{row.batch_size}",
+                ABSENT if own is None else f"{own['seq_len']} tokens, batch {own['batch_size']}",
+                f"{row.model_gib:.1f}",
+                _gib(own, "model_bytes"),
+                f"{row.activation_gib:.1f}",
+                _gib(own, "activation_bytes"),
+                f"{row.total_gib:.1f}",
+                _gib(own, "total_bytes"),
+                f"{row.total_gib / paper_base.total_gib:.2f}",
+                _against(own, base, "total_bytes"),
+                ABSENT if row.total_s is None else f"{row.total_s:.2f}",
+                ABSENT if own is None else _number(own["total_s_per_sample"]),
+                ABSENT if row.total_s is None or not paper_base.total_s else f"{row.total_s / paper_base.total_s:.2f}",
+                _against(own, base, "total_s_per_sample"),
+            )
+        )
+    pairs = ("model GiB", "activation GiB", "total GiB", "total / LoRA-PPO", "s/sample", "s / LoRA-PPO")
+    headings = [
+        "method",
+        "paper's batch",
+        "our case",
+        *(f"{name}, {who}" for name in pairs for who in ("paper", "ours")),
+    ]
+    return ReportTable(
+        caption="Hydra-RLHF, Table 1: Llama-7B, 400 + 400 tokens, LoRA rank 128, ZeRO-1 on 8 GPUs of 80 GB",
+        cells=pd.DataFrame(rows, columns=headings, dtype="object"),
+        num_text_columns=3,
+        explanation=conditions(frame),
+        frame=pd.DataFrame(rows, columns=headings),
+    )
+
+
+def conditions(frame: pd.DataFrame) -> str:
+    """One sentence on how the run's conditions differ from the paper's."""
+    if is_the_papers(frame).any():
+        return "The run has cases at the paper's model, lengths and setting; its optimizer is not divided by ZeRO."
+    models = ", ".join(dict.fromkeys(frame["model"].map(_model_name).dropna()))
+    lengths = ", ".join(str(length) for length in sorted(frame["seq_len"].dropna().unique()))
+    settings = ", ".join(dict.fromkeys(frame["setting"].dropna()))
+    return (
+        f"The run's conditions are others: model {models}, {lengths} tokens, setting {settings}. Only ratios to "
+        "LoRA-PPO can be compared, and those with care."
+    )
+
+
+def trlx_table(frame: pd.DataFrame) -> ReportTable:
+    """trlX's Table 3 beside the fastest PPO case that the run has of each of its models."""
+    is_ok = (frame["outcome"] == "ok").fillna(False) & frame["total_s_per_sample"].notna()
+    rows = []
+    for model, (deepspeed_chat, trlx) in TRLX_TABLE_3.items():
+        same = frame[is_ok & (frame["family"] == "PPO").fillna(False) & (frame["model"].map(_model_name) == model)]
+        fastest = "not run"
+        if len(same):
+            row = same.sort_values("total_s_per_sample", kind="stable").iloc[0]
+            fastest = f"{1 / row['total_s_per_sample']:.3g} ({row['method_title']}, {row['seq_len']} tokens)"
+        rows.append((model, deepspeed_chat, trlx, fastest))
+    headings = ["model", "DeepSpeed-Chat", "trlX", "ours"]
+    return ReportTable(
+        caption="trlX, Table 3: samples per second and GPU of PPO on A100",
+        cells=pd.DataFrame(rows, columns=headings, dtype="object"),
+        num_text_columns=1,
+        explanation="The paper does not give the lengths of these rows.",
+        frame=pd.DataFrame(rows, columns=headings),
+    )
+
+
+def _ours(frame: pd.DataFrame, row: Row) -> pd.Series[Any] | None:
+    is_ok = (frame["outcome"] == "ok").fillna(False) & frame["total_bytes"].notna()
+    rows = frame[is_ok.astype(bool) & (frame["method"] == row.method)]
+    same = rows[is_the_papers(rows) & (rows["batch_size"] == row.batch_size)] if len(rows) else rows
+    if len(same):
+        return same.iloc[0]
+    base = frame.loc[is_ok.astype(bool) & (frame["method"] == _BASE), "seq_len"]
+    rows = rows[rows["seq_len"] == base.max()] if len(base) else rows
+    return rows.sort_values(["seq_len", "batch_size"], kind="stable").iloc[-1] if len(rows) else None
+
+
+def _model_name(model: object) -> str | None:
+    return None if pd.isna(model) else str(model).rstrip("/").rpartition("/")[2].lower()  # type: ignore[call-overload]
+
+
+def _gib(row: pd.Series[Any] | None, column: str) -> str:
+    return ABSENT if row is None or pd.isna(row[column]) else number_text(float(row[column]) / GIB, 3)
+
+
+def _number(value: object) -> str:
+    return ABSENT if pd.isna(value) else f"{float(str(value)):.3g}"  # type: ignore[call-overload]
+
+
+def _against(row: pd.Series[Any] | None, base: pd.Series[Any] | None, column: str) -> str:
+    if row is None or base is None or pd.isna(row[column]) or pd.isna(base[column]) or not base[column]:
+        return ABSENT
+    return f"{float(row[column]) / float(base[column]):.2f}"
+
+
+TABLES: tuple[Callable[[pd.DataFrame], ReportTable], ...] = (table_1, trlx_table)

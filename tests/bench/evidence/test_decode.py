@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhfbench.evidence import decode
+from rlhfbench.evidence.request import MINIATURE, Request
+
+
+def keys(device: str, folder: Path) -> list[tuple[str, str | None]]:
+    """(key, failure) of the kept items of two batches."""
+    sizes = dataclasses.replace(MINIATURE, decode_batches=(1, 16))
+    decode.run_decode(Request(model="tiny", device=device, sizes=sizes), folder, 60.0)
+    found = json.loads((folder / "decode.json").read_text())
+    assert found.pop("ceilings") == {"x": 1.0}
+    assert all(key == f"batch {item['batch_size']}, {item['by']}" for key, item in found.items())
+    return [(key, item.get("failed")) for key, item in found.items()]
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was asked of ``engine.cuda_graphs``; captures fail at batch 16."""
+    asked: list[str] = []
+
+    def measure(request: Request, batch_size: int, cuda_graphs: str, ceilings: dict[str, float]) -> dict[str, Any]:
+        asked.append(cuda_graphs)
+        if cuda_graphs == "on" and batch_size == 16:
+            raise RuntimeError("operation not permitted when stream is capturing\nlong advice")
+        return {"floor_fraction": 0.5}
+
+    monkeypatch.setattr(decode, "measure_ceilings", lambda device, dtype: {"x": 1.0})
+    monkeypatch.setattr(decode, "_measure", measure)
+    return asked
+
+
+def test_a_gpu_decodes_with_graphs_and_without_and_one_that_fails_hides_no_other(
+    asked: list[str], tmp_path: Path
+) -> None:
+    failure = "RuntimeError: operation not permitted when stream is capturing"
+    assert keys("cuda", tmp_path) == [
+        ("batch 1, with graphs", None),
+        ("batch 1, without graphs", None),
+        ("batch 16, with graphs", failure),
+        ("batch 16, without graphs", None),
+    ]
+    assert asked == ["on", "off", "on", "off"]
+
+
+def test_a_cpu_has_no_graphs(asked: list[str], tmp_path: Path) -> None:
+    assert keys("cpu", tmp_path) == [("batch 1, without graphs", None), ("batch 16, without graphs", None)]

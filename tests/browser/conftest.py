@@ -1,0 +1,118 @@
+"""A browser, and the page of a run with everything that a page can show."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RESULT = Path(__file__).parents[2] / "reports" / "results" / "default-cpu"
+HOSTILE = "</script><script>alert('run')</script><img src=x onerror=alert(1)>"
+_PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
+
+
+def _missing(what: str) -> None:
+    """Skips, or fails where a machine that checks changes lacks a browser."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"{what}, and CI is true.")
+    pytest.skip(f"{what}.")
+
+
+@pytest.fixture(scope="module")  # and no longer: its event loop runs in this thread
+def browser() -> Iterator[Any]:
+    """A headless Chromium of the system's, driven by Playwright."""
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        _missing("playwright is not installed")
+    program = next(filter(None, map(shutil.which, _PROGRAMS)), None)
+    if program is None:
+        _missing("no Chromium is installed (apt-get install chromium)")
+    with sync_playwright() as playwright:
+        # Without a sandbox, as tests may run as root; the page is of this project's making.
+        made = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield made
+        made.close()
+
+
+@pytest.fixture(scope="session")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 30 cases: two of them failed, one with hostile text; the largest case of a method was profiled."""
+    folder = tmp_path_factory.mktemp("browser") / "a run"
+    shutil.copytree(RESULT, folder, ignore=shutil.ignore_patterns("*.png", "*.svg"))
+    records = [json.loads(line) for line in (RESULT / "records.jsonl").read_text().splitlines()]
+    whole = [record for record in records if "case" in record]
+    _fail(whole[-1], "oom", "out of memory")
+    _fail(whole[-2], "crashed", HOSTILE)
+    failed = {record["case"]["id"] for record in whole[-2:]}
+    kept = [record for record in records if record.get("block_of") not in failed]
+    (folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept))
+    largest = max(whole[:-2], key=lambda r: (r["case"]["prompt_len"], r["case"]["batch_size"]))
+    sizes = ("prompt_len", "completion_len", "batch_size")
+    alike = [record for record in whole if all(record["case"][key] == largest["case"][key] for key in sizes)]
+    for number, record in enumerate(alike):
+        _profile(folder, record["case"]["id"], number)
+    return folder
+
+
+def _fail(record: dict[str, Any], outcome: str, message: str) -> None:
+    record["outcome"] = outcome
+    record["error"] = {"kind": "Error", "message": message, "phase": "generate"}
+    for key in ("memory", "latency", "work", "stats"):
+        record[key] = dict.fromkeys(record[key]) if isinstance(record[key], dict) else None
+    record["memory"] |= {"parts": {}, "phases": {}, "views": {}}
+    record["latency"] |= {"phases": {}}
+    record["work"] |= {"phases": {}}
+    record["stats"] = {}
+
+
+PHASE: dict[str, Any] = {
+    "phase": "generate",
+    "trace": "generate.json.gz",
+    "wall_s": 2.0,
+    "num_ops": 30,
+    "ops": [
+        {"name": f"aten::op{i}", "kind": "torch op", "count": i, "self_s": i / 100, "device_s": 0.0}
+        for i in range(20, 0, -1)
+    ]
+    + [{"name": HOSTILE, "kind": "native op", "count": 3, "self_s": 0.15, "device_s": 0.0}],
+    "kernels": [],
+    "outside_s": 0.25,
+    "stacks": {
+        "wall_s": 2.0,
+        "name": ["rlhf/engine.py(3): generate", "rlhf/ops.py(9): matmul", "aten::mm", HOSTILE],
+        "kind": ["Python", "Python", "torch op", "native op"],
+        "parent": [-1, 0, 1, 0],
+        "total_s": [2.0, 1.0, 0.75, 0.5],
+        "device_s": [0.0] * 4,
+        "count": [1, 2, 20, 3],
+    },
+}
+
+
+def _profile(folder: Path, case_id: str, number: int) -> None:
+    """Writes a profile that differs from those of other numbers."""
+    first = copy.deepcopy(PHASE)
+    first["ops"] = first["ops"][number:]
+    first["stacks"]["total_s"][2] /= 1 + number
+    second = copy.deepcopy(first) | {"phase": "update_actor"}
+    second["stacks"]["name"][1] = "rlhf/loss.py(9): policy"
+    second["ops"] = second["ops"][5:]
+    (folder / "traces" / case_id).mkdir(parents=True)
+    profile = {"case_id": case_id, "device": "cpu", "phases": [first, second], "allocator": None}
+    (folder / "traces" / case_id / "profile.json").write_text(json.dumps(profile))
+
+
+@pytest.fixture(scope="session")
+def page_path(run_dir: Path) -> Path:
+    """The page of ``run_dir``."""
+    from rlhfbench.runs.page import write_run_page
+
+    write_run_page([run_dir], run_dir / "index.html")
+    return run_dir / "index.html"

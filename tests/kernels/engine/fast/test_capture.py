@@ -1,0 +1,139 @@
+"""Captures as CUDA graphs, with stand-ins for the functions of CUDA: the order of the calls, and what they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from rlhfkernels import Observer
+from rlhfkernels.engine.fast import capture
+from rlhfkernels.engine.fast.capture import CudaGraphs, make_capture, run_eagerly, side_stream
+from rlhfkernels.engine.fast.decoding import takes_graphs
+
+CPU = torch.device("cpu")
+
+
+class Tags(Observer):
+    def __init__(self) -> None:
+        self.sizes: list[tuple[str, int]] = []
+
+    def tag(self, part: str, tensors: Iterable[torch.Tensor]) -> None:
+        self.sizes += [(part, tensor.untyped_storage().nbytes()) for tensor in tensors]
+
+
+class Stream:
+    """A stream that writes down who waits for whom."""
+
+    def __init__(self, name: str, calls: list[str]) -> None:
+        self.name, self._calls = name, calls
+
+    def wait_stream(self, other: Stream) -> None:
+        self._calls.append(f"{self.name} waits for {other.name}")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Calls to CUDA in their order. A capture reserves 1,000 bytes."""
+    calls: list[str] = []
+    reserved_bytes = [0]
+
+    class Graph:
+        def capture_begin(self, *, pool: object, capture_error_mode: str) -> None:
+            calls.append(f"begin in {pool}, {capture_error_mode}")
+            reserved_bytes[0] += 1000
+
+        def capture_end(self) -> None:
+            calls.append("end")
+
+        def replay(self) -> None:
+            calls.append("replay")
+
+    @contextmanager
+    def on_stream(stream: Stream) -> Iterator[None]:
+        calls.append(f"on {stream.name}")
+        yield
+        calls.append(f"off {stream.name}")
+
+    stand_ins = {
+        "CUDAGraph": Graph,
+        "Stream": lambda device: Stream("side", calls),
+        "current_stream": lambda device: Stream("main", calls),
+        "graph_pool_handle": lambda: "pool",
+        "memory_reserved": lambda device: reserved_bytes[0],
+        "stream": on_stream,
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    side_stream.cache_clear()
+    yield calls
+    side_stream.cache_clear()
+
+
+def make(calls: list[str], *, is_required: bool = False, observer: Observer | None = None) -> CudaGraphs:
+    return CudaGraphs(CPU, observer or Observer(), is_required=is_required)
+
+
+def test_a_step_runs_once_then_is_captured_on_the_side_stream(calls: list[str]) -> None:
+    replay = make(calls)(lambda: calls.append("step"))
+    steps = ["on side", "step", "begin in pool, thread_local", "step", "end", "off side"]
+    assert calls == ["side waits for main", *steps, "main waits for side"]
+    assert replay is not None
+    replay()
+    assert calls[-1] == "replay"
+
+
+def test_captures_share_one_stream_and_their_memory_is_temporary(calls: list[str]) -> None:
+    tags = Tags()
+    for graphs in (make(calls, observer=tags), make(calls, observer=tags)):
+        graphs(lambda: None)
+        graphs(lambda: None)
+    assert tags.sizes == [("temporary", 1000)] * 4
+    assert capture.num_side_streams() == 1
+
+
+def failing_at(number: int, error: Exception) -> Callable[[], None]:
+    """A step whose call of this number raises."""
+    runs = iter(range(1, 100))
+
+    def step() -> None:
+        if next(runs) == number:
+            raise error
+
+    return step
+
+
+def test_a_failed_capture_leaves_the_steps_to_run_one_by_one(calls: list[str]) -> None:
+    graphs = make(calls)
+    with pytest.warns(RuntimeWarning, match="run without CUDA graphs: operation not permitted$"):
+        assert graphs(failing_at(2, RuntimeError("operation not permitted\nlong advice"))) is None
+    assert calls[-3:] == ["end", "off side", "main waits for side"]
+    del calls[:]
+    assert graphs(lambda: calls.append("step")) is None
+    assert calls == ["step"]
+
+
+@pytest.mark.parametrize(
+    ("is_required", "error"),
+    [(True, RuntimeError("operation not permitted")), (False, torch.OutOfMemoryError("full"))],
+)
+def test_a_capture_that_must_not_fail_raises(calls: list[str], is_required: bool, error: Exception) -> None:
+    with pytest.raises(type(error), match=str(error)):
+        make(calls, is_required=is_required)(failing_at(2, error))
+
+
+def test_a_step_that_fails_by_itself_is_no_failed_capture(calls: list[str]) -> None:
+    with pytest.raises(RuntimeError, match="wrong"):
+        make(calls)(failing_at(1, RuntimeError("wrong")))
+
+
+def test_only_real_tensors_on_cuda_are_captured() -> None:
+    assert make_capture(torch.zeros(1), Observer(), is_required=True) is run_eagerly
+    with FakeTensorMode():
+        fake = torch.empty(2, device="cuda:0")
+        assert make_capture(fake, Observer(), is_required=True) is run_eagerly
+    assert [takes_graphs(fake, choice) for choice in ("auto", "on", "off")] == [True, True, False]
+    assert not takes_graphs(torch.zeros(1), "auto")

@@ -1,0 +1,198 @@
+"""Every section, from runs of every kind: specifications as data, and inputs that are odd."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from rlhfreports.page.blocks import Block, Chart, Section, Table, Text
+from rlhfreports.page.data import Page, Run
+from rlhfreports.page.render import page_html
+from rlhfreports.page.sections import sections_of
+
+Runs = Callable[..., Run]
+Rows = tuple[dict[str, Any], ...]
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>'\"&{{ 7*7 }}"
+
+
+def sections(*runs: Run, with_paper: bool = False) -> dict[str, Section]:
+    return {section.id: section for section in sections_of(Page.of(runs, with_paper=with_paper))}
+
+
+def blocks_of(*runs: Run, with_paper: bool = False) -> list[Block]:
+    return [block for section in sections(*runs, with_paper=with_paper).values() for block in section.blocks]
+
+
+def charts(*runs: Run, with_paper: bool = False) -> dict[str, Chart]:
+    return {block.id: block for block in blocks_of(*runs, with_paper=with_paper) if isinstance(block, Chart)}
+
+
+def words(*runs: Run) -> str:
+    return " ".join(block.text for block in blocks_of(*runs) if isinstance(block, Text))
+
+
+def nodes(spec: Any) -> Iterator[dict[str, Any]]:
+    """Every object inside a specification."""
+    if isinstance(spec, dict):
+        yield spec
+        spec = list(spec.values())
+    if isinstance(spec, list):
+        for inner in spec:
+            yield from nodes(inner)
+
+
+class Elements(HTMLParser):
+    """The elements of a page, and the texts of its scripts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        found = dict(attrs)
+        self.ids += [str(found["id"])] if "id" in found else []
+        self.links += [str(found[name]) for name in ("href", "src") if name in found]
+
+
+def parsed(html: str) -> Elements:
+    elements = Elements()
+    elements.feed(html)
+    return elements
+
+
+def two_runs(make_run: Runs, rows: Rows) -> tuple[Run, Run]:
+    return make_run(*rows, name="before", host="one"), make_run(*rows, name="after", host="two")
+
+
+def test_a_full_run_has_every_section_and_chart(make_run: Runs, rows: Rows) -> None:
+    run = make_run(*rows)
+    assert list(sections(run)) == ["answer", "memory-table-section", "times", "parts", "predicted", "sure", "ran"]
+    assert set(charts(run)) == {
+        *("latency", "parts-bars", "timeline-0", "memory-length", "memory-swept", "predicted-memory", "blocks-0"),
+        "blocks-0-others",
+    }
+    assert set(charts(*two_runs(make_run, rows), with_paper=True)) >= {"speedup", "figure-2", "timeline-1"}
+
+
+def test_every_field_that_a_chart_encodes_is_in_its_data_or_calculated(make_run: Runs, rows: Rows) -> None:
+    for runs in ((make_run(*rows),), two_runs(make_run, rows)):
+        for chart in charts(*runs, with_paper=True).values():
+            found = list(nodes(chart.spec))
+            encoded = {node["field"] for node in found if isinstance(node.get("field"), str)}
+            made = {str(node["as"]) for node in found if isinstance(node.get("as"), str)}
+            columns = {name for frame in chart.data.values() for name in frame.columns}
+            assert encoded <= columns | made, chart.id
+            sources = {node["name"] for node in found if set(node) == {"name"}}
+            assert sources == set(chart.data), chart.id
+
+
+def test_every_quantitative_axis_has_a_title_in_its_chart(make_run: Runs, rows: Rows) -> None:
+    for chart in charts(*two_runs(make_run, rows), with_paper=True).values():
+        for axis in ("x", "y"):
+            encodings = [n["encoding"][axis] for n in nodes(chart.spec) if axis in (n.get("encoding") or {})]
+            if any(encoding.get("type") == "quantitative" for encoding in encodings):
+                assert any(encoding.get("title") for encoding in encodings) or "title" in chart.spec, (chart.id, axis)
+
+
+def test_every_switch_has_a_label_and_starts_at_one_of_its_options(make_run: Runs, rows: Rows) -> None:
+    found = charts(*two_runs(make_run, rows), with_paper=True)
+    switches = [node for chart in found.values() for node in chart.spec["params"] if isinstance(node.get("bind"), dict)]
+    assert len(switches) >= 8
+    for switch in switches:
+        assert switch["value"] in switch["bind"]["options"]
+        assert re.fullmatch(r"\w[\w ]*: ", switch["bind"]["name"])
+
+
+def test_ids_are_unique_and_every_link_stays_in_the_page(make_run: Runs, rows: Rows) -> None:
+    found = parsed(page_html(Page.of(two_runs(make_run, rows), with_paper=True)))
+    assert len(found.ids) == len(set(found.ids))
+    assert found.links
+    for link in found.links:
+        assert link.startswith("data:") or link.removeprefix("#") in found.ids, link
+
+
+def test_method_colours_are_those_of_the_static_pictures(make_run: Runs, rows: Rows) -> None:
+    scales = [
+        node["scale"]
+        for chart in charts(make_run(*rows)).values()
+        for node in nodes(chart.spec)
+        if node.get("field") == "title"
+        and isinstance(node.get("scale"), dict)
+        and "circle" not in node["scale"]["range"]
+    ]
+    assert scales
+    for scale in scales:
+        colors = dict(zip(scale["domain"], scale["range"], strict=True))
+        assert colors["LoRA-PPO"] == "#D55E00"
+        assert "'#000000'" in colors["PPO"]["expr"]
+
+
+ODD: dict[str, tuple[dict[str, Any], ...]] = {
+    "empty": (),
+    "all failed": ({"outcome": "oom", "error": "no memory."}, {"outcome": "skipped", "method": "lora"}),
+    "one case": ({},),
+    "one length": ({}, {"method": "lora"}),
+    "no numbers": (
+        dict.fromkeys(("total_s_per_sample", "inference_s_per_sample", "update_s_per_sample")),
+        {"prompt_len": 64, "model_bytes": 1, "activation_bytes": 0, "rollout_bytes": 0},
+    ),
+    "an unknown method": ({"method": "gone", "family": None, "method_order": None, "method_title": None},),
+    "an unknown outcome": ({"outcome": "lost"}, {}),
+    "many": tuple({"method": f"m{i}", "prompt_len": 2 ** (1 + i % 9), "batch_size": 1 + i % 5} for i in range(60)),
+}
+
+
+@pytest.mark.parametrize("bare", [True, False])
+@pytest.mark.parametrize("kind", ODD)
+def test_an_odd_run_gives_a_page(make_run: Runs, kind: str, bare: bool) -> None:
+    html = page_html(Page.of([make_run(*ODD[kind], bare=bare)], with_paper=True))
+    assert {"answer", "memory-table", "ran"} <= set(parsed(html).ids)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), list(itertools.combinations(("empty", "all failed", "one case", "many"), 2))
+)
+def test_odd_runs_are_compared(make_run: Runs, first: str, second: str) -> None:
+    runs = [make_run(*ODD[kind], name=kind) for kind in (first, second)]
+    assert "comparison" in parsed(page_html(Page.of(runs))).ids
+
+
+def test_odd_runs_say_what_is_missing(make_run: Runs) -> None:
+    assert "This run has no records yet." in words(make_run())
+    assert "No case was measured: 1 OOM, 1 skipped." in words(make_run(*ODD["all failed"]))
+    assert "how sure the times are is not known" in words(make_run({}, bare=True))
+    assert "No environment is recorded." in words(make_run({}, bare=True))
+
+
+def test_records_of_two_machines_are_warned_of(make_run: Runs) -> None:
+    html = page_html(Page.of([make_run({"host": "one"}, {"host": "two", "prompt_len": 64})]))
+    assert "Its records come from 2 machines: one, two. Their times are not comparable." in html
+
+
+def test_environments_of_two_machines_are_compared(make_run: Runs, rows: Rows) -> None:
+    tables = {block.id: block for block in blocks_of(*two_runs(make_run, rows)) if isinstance(block, Table)}
+    assert [[cell.text for cell in row] for row in tables["differences"].rows] == [["host", "one", "two"]]
+
+
+def test_hostile_text_is_escaped_everywhere(make_run: Runs, rows: Rows) -> None:
+    hostile = {
+        **dict.fromkeys(("model", "options", "method", "method_title", "family", "host", "error"), HOSTILE),
+        **dict.fromkeys(("setting", "plan_error", "disturbed_by", "stopped_because"), HOSTILE),
+    }
+    failed = {**hostile, "prompt_len": 64, "outcome": "oom", "error": HOSTILE}
+    plain = page_html(Page.of([make_run(*rows), make_run(*rows, name="other")], with_paper=True))
+    run = make_run(*({**row, **hostile} for row in rows), failed, name=HOSTILE, argv=[HOSTILE])
+    html = page_html(Page.of([run, make_run(*rows, name="other")], with_paper=True))
+    assert "alert(1)" in html
+    for tag in ("script", "img", "style"):
+        assert parsed(html).tags.count(tag) == parsed(plain).tags.count(tag), tag
+    assert not re.search(r"<img src=x|</script><script>alert", html)
+    assert "49" not in re.findall(r"<h1>(.*?)</h1>", html)[0]

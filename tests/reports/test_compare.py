@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from rlhfreports.compare import compared, comparison_sentences, comparison_table, ratio_of_runs
+
+Frames = Callable[..., pd.DataFrame]
+GIB = 2**30
+
+
+def of_blocks(*seconds: float, **more: object) -> dict[str, object]:
+    return {"total_s_per_sample": float(np.mean(seconds)), "total_block_s_per_sample": list(seconds), **more}
+
+
+def runs(make_frame: Frames, **rows: list[dict[str, object]]) -> pd.DataFrame:
+    frames = [make_frame(*of_run).assign(run=pd.array([n] * len(of_run), dtype="string")) for n, of_run in rows.items()]
+    return pd.concat(frames, ignore_index=True)
+
+
+def test_the_interval_of_two_runs_is_welchs() -> None:
+    above, below = [2.0, 2.2, 1.9, 2.1], [1.0, 1.3, 0.8]
+    found = ratio_of_runs(of_blocks(*above), of_blocks(*below))
+    expected = stats.ttest_ind(np.log(above), np.log(below), equal_var=False).confidence_interval(0.95)
+    assert found.value == pytest.approx(math.exp(np.mean(np.log(above)) - np.mean(np.log(below))))
+    assert (found.low, found.high) == pytest.approx((math.exp(expected.low), math.exp(expected.high)))
+
+
+def test_one_block_has_no_interval_and_equal_blocks_an_interval_of_no_width() -> None:
+    assert ratio_of_runs(of_blocks(2.0), of_blocks(1.0, 1.0)).low is None
+    same = ratio_of_runs(of_blocks(2.0, 2.0), of_blocks(1.0, 1.0))
+    assert (same.value, same.low, same.high) == pytest.approx((2.0, 2.0, 2.0))
+
+
+def test_cases_are_matched_across_devices_and_failures_are_kept(make_frame: Frames) -> None:
+    frame = runs(
+        make_frame,
+        cpu=[of_blocks(4.0, 4.1, device="cpu"), {"prompt_len": 64, "device": "cpu"}, {"prompt_len": 128}],
+        gpu=[
+            of_blocks(1.0, 1.1, device="cuda", model_bytes=2 * GIB, activation_bytes=0, rollout_bytes=0),
+            {"prompt_len": 64, "device": "cuda", "outcome": "oom", "error": "no memory."},
+        ],
+    )
+    found = compared(frame)
+    assert found["other_outcome"].tolist() == ["ok", "oom"]
+    assert found["speedup"][0] == pytest.approx(math.sqrt(4.0 * 4.1) / math.sqrt(1.1))
+    assert found["memory_ratio"][0] == pytest.approx(2 / 1.5, rel=1e-4)
+    assert math.isnan(found["speedup"][1])
+    table = comparison_table(found)
+    assert table.cells["other s"].tolist() == ["1.05", "OOM"]
+    assert table.cells["speed-up"][1] == "–"
+
+
+def test_an_axis_that_varies_within_a_run_must_be_the_same(make_frame: Frames) -> None:
+    frame = runs(make_frame, a=[{"lora_rank": 8}, {"lora_rank": 16}], b=[{"lora_rank": 16}, {"lora_rank": 32}])
+    assert len(compared(frame)) == 1
+
+
+def test_sentences_count_only_what_the_intervals_carry(make_frame: Frames) -> None:
+    frame = runs(
+        make_frame,
+        before=[
+            of_blocks(2.0, 2.01, 1.99),
+            of_blocks(1.0, 3.0, 2.0, prompt_len=64),
+            of_blocks(1.0, 1.01, 0.99, prompt_len=128),
+            of_blocks(1.0, prompt_len=256),
+        ],
+        after=[
+            of_blocks(1.0, 1.01, 0.99),
+            of_blocks(1.5, 2.5, 1.0, prompt_len=64),
+            of_blocks(2.0, 2.01, 1.99, prompt_len=128),
+            of_blocks(0.5, prompt_len=256),
+        ],
+    )
+    first, second = comparison_sentences(frame, compared(frame))
+    assert first.startswith(
+        "Of 4 cases that both have, after is faster than before in 1, slower in 1; in 1 the interval carries no "
+        "difference; 1 were timed in one block and have no interval. Speed-ups are from 0.50x to 2.00x"
+    )
+    assert second == "after needs the same memory as before."
+
+
+def test_runs_without_a_common_case_say_so(make_frame: Frames) -> None:
+    frame = runs(make_frame, a=[{"prompt_len": 8}], b=[{"prompt_len": 16}])
+    found = compared(frame)
+    assert found.empty
+    assert comparison_sentences(frame, found) == ["b and a have no timed case in common."]
+    assert comparison_table(found).cells.empty

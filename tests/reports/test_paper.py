@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pandas as pd
+import pytest
+
+from rlhfreports.paper import TABLE_1, conditions, is_the_papers, paper_cells, table_1, trlx_table
+
+Frames = Callable[..., pd.DataFrame]
+GIB = 2**30
+PAPERS = {"model": "llama-7b", "prompt_len": 400, "completion_len": 400, "setting": "paper"}
+
+
+@pytest.mark.parametrize("row", TABLE_1, ids=lambda row: row.method)
+def test_the_papers_latencies_add_up(row: object) -> None:
+    if row.total_s is not None:
+        assert row.inference_s + row.update_s == pytest.approx(row.total_s)
+    # The paper's totals have the parts that its two columns leave out.
+    assert row.model_gib + row.activation_gib <= row.total_gib
+
+
+def test_the_papers_numbers_stand_only_beside_cases_of_its_setting(make_frame: Frames) -> None:
+    frame = make_frame(
+        {"method": "hydra", "batch_size": 4, **PAPERS},
+        {"method": "hydra", "batch_size": 4, **PAPERS, "setting": "modern"},
+        {"method": "hydra", "batch_size": 2, **PAPERS},
+        {"method": "hydra", "batch_size": 4, **PAPERS, "prompt_len": 300},
+        {"method": "hydra", "batch_size": 4, **PAPERS, "model": "tiny"},
+    )
+    assert is_the_papers(frame).tolist() == [True, False, True, False, False]
+    assert paper_cells(frame) == {
+        "paper total GiB": ["71.1", "", "", "", ""],
+        "paper s/sample": ["6.47", "", "", "", ""],
+    }
+    assert paper_cells(make_frame({})) == {}
+
+
+def test_a_checkpoint_folder_of_the_model_counts_as_the_model(make_frame: Frames) -> None:
+    assert is_the_papers(make_frame({**PAPERS, "model": "/models/Llama-7B/"})).tolist() == [True]
+
+
+def test_table_1_takes_ratios_to_the_baseline_on_both_sides(make_frame: Frames) -> None:
+    frame = make_frame(
+        {"method": "lora", "batch_size": 1, "model_bytes": 2 * GIB, "activation_bytes": 0, "total_s_per_sample": 4.0},
+        {"method": "hydra", "batch_size": 4, "model_bytes": GIB, "activation_bytes": 0, "total_s_per_sample": 1.0},
+    )
+    cells = table_1(frame).cells.set_index("method")
+    assert cells.loc["Hydra-PPO", "total / LoRA-PPO, paper"] == "1.05"
+    assert cells.loc["Hydra-PPO", "total / LoRA-PPO, ours"] == "0.50"
+    assert cells.loc["Hydra-PPO", "s / LoRA-PPO, paper"] == "0.35"
+    assert cells.loc["Hydra-PPO", "s / LoRA-PPO, ours"] == "0.25"
+    assert cells.loc["full", "total GiB, ours"] == "–"
+    assert cells.loc["LoRA-PPO", "our case"] == "64 tokens, batch 1"
+
+
+def test_the_case_at_the_papers_conditions_is_preferred(make_frame: Frames) -> None:
+    frame = make_frame(
+        {"method": "hydra", "batch_size": 4, **PAPERS, "total_s_per_sample": 7.0},
+        {"method": "hydra", "batch_size": 8, **PAPERS, "prompt_len": 800, "total_s_per_sample": 9.0},
+    )
+    cells = table_1(frame).cells.set_index("method")
+    assert cells.loc["Hydra-PPO", "s/sample, ours"] == "7"
+    assert conditions(frame).startswith("The run has cases at the paper's model")
+
+
+def test_other_conditions_are_named(make_frame: Frames) -> None:
+    sentence = conditions(make_frame({}))
+    assert sentence.startswith("The run's conditions are others: model tiny, 64 tokens, setting modern.")
+
+
+def test_trlx_rows_take_the_fastest_ppo_case_of_their_model(make_frame: Frames) -> None:
+    frame = make_frame(
+        {"model": "facebook/opt-1.3b", "total_s_per_sample": 0.5},
+        {"model": "facebook/opt-1.3b", "total_s_per_sample": 0.25, "prompt_len": 64},
+        {"model": "facebook/opt-1.3b", "total_s_per_sample": 0.1, "family": "SFT", "method": "sft"},
+    )
+    assert trlx_table(frame).cells["ours"].tolist() == ["4 (Hydra-PPO, 128 tokens)", *["not run"] * 3]
+
+
+def test_a_run_without_measurements_has_dashes(make_frame: Frames) -> None:
+    cells = table_1(make_frame({"outcome": "oom"})).cells
+    assert set(cells["total GiB, ours"]) == {"–"}
