@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from rlhfkernels.errors import ModelError, RlhfKernelsError
+from rlhfkernels.models.presets import PRESETS
 
 # Out of memory is an outcome of its own. Errors of this package are sentences already.
 _PASSED_ON = (MemoryError, torch.OutOfMemoryError, RlhfKernelsError)
@@ -54,7 +55,7 @@ def _loading_error(name: str, attention: str | None, error: Exception) -> ModelE
             f"model {name!r} has no {attention} attention: set engine.attn_implementation to another (eager always "
             "works)."
         )
-    if not Path(name).exists():
+    if name not in PRESETS and not Path(name).exists():
         return ModelError(
             f"model {name!r} could not be fetched: it is no local folder or file, and the hub was not reached "
             f"or does not hold it ({_reason(error)})"
@@ -76,6 +77,26 @@ def forward_errors(name: str, class_name: str) -> Iterator[None]:
         raise ModelError(
             f"model {name!r} cannot be run: {class_name} raised {type(error).__name__} ({_first_line(error)})."
         ) from error
+
+
+@contextmanager
+def running_errors(names: Collection[str]) -> Iterator[None]:
+    """Turns any error of a step into a ModelError if a model is the user's: its configuration may describe no model.
+
+    A preset is known to run. An error there is a mistake of this package, and keeps its traceback.
+
+    Args:
+        names: of the models, as the case has them.
+    """
+    try:
+        yield
+    except _PASSED_ON:
+        raise
+    except Exception as error:
+        own = [repr(name) for name in names if name not in PRESETS]
+        if not own:
+            raise
+        raise ModelError(f"model {' or '.join(own)} cannot be run: {_named(error, _first_line(error))}.") from error
 
 
 def _reason(error: Exception) -> str:

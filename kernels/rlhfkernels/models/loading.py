@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from rlhfkernels.config.case import Case
+from rlhfkernels.config.rules import shown
 from rlhfkernels.errors import ModelError
 from rlhfkernels.models.cache import has_other_states
 from rlhfkernels.models.faults import AttentionError, forward_errors, loading_errors
@@ -25,6 +27,10 @@ M = TypeVar("M", bound=nn.Module)
 _POSITION_FIELDS = ("max_position_embeddings", "n_positions", "max_sequence_length")
 # Parts of the names of configuration fields that make a forward pass in train mode random.
 _NOISE_FIELDS = ("dropout", "pdrop", "layerdrop", "jitter")
+# Fields that this package reads. An architecture that does not declare one keeps any value of it.
+_NUMBER_FIELDS = (
+    "head_dim", "num_key_value_heads", "sliding_window", "final_logit_softcapping", "logits_scaling", "logit_scale",
+)  # fmt: skip
 _NUM_PROBE_TOKENS = 8
 # Tensors of a checkpoint that no forward pass of a causal language model misses, beside those that transformers itself
 # lists: masks and rotary tables that older versions saved and newer ones compute, and heads for other tasks.
@@ -108,7 +114,8 @@ def load_model(
     model = load_causal_lm(
         case, name, seed=seed, with_lm_head=with_lm_head, with_weights=with_weights, num_layers=num_layers
     )
-    loaded = _split(model, with_lm_head)
+    with loading_errors(name):  # fields of the configuration that transformers does not check
+        loaded = _split(model, with_lm_head)
     if with_weights:
         loaded.probe = _make_probe(name, model, case, with_lm_head)
     return loaded
@@ -132,6 +139,7 @@ def load_causal_lm(
     device = torch.device(case.device)
     config, source = _read_config(name)
     _check_architecture(name, config)
+    _check_numbers(name, config)
     _check_positions(case, name, config)
     for field, value in list(vars(config).items()):
         if any(part in field for part in _NOISE_FIELDS) and type(value) in (int, float):
@@ -149,7 +157,9 @@ def load_causal_lm(
         model, info = with_attention(name, load, *source.args, **options)
         _check_weights(name, model, info, with_lm_head)
         model = model.to(device)
-    if has_other_states(model):
+    with loading_errors(name):
+        keeps_other_states = has_other_states(model)
+    if keeps_other_states:
         raise ModelError(
             f"model {name!r} keeps states beside keys and values ({config.model_type}), which padding and the KV cache "
             "of generation would spoil: it must have attention layers alone."
@@ -184,6 +194,15 @@ def _check_architecture(model: str, config: Any) -> None:
         raise ModelError(f"model {model!r} is multimodal ({config.model_type}): it must read text alone.")
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"model {model!r} has an encoder ({config.model_type}): it must be a decoder alone.")
+
+
+def _check_numbers(model: str, config: Any) -> None:
+    """Refuses fields that are no finite numbers. ``None`` is the architecture's default; a list has one a layer."""
+    for field in _NUMBER_FIELDS:
+        value = getattr(config, field, None)
+        each = value if isinstance(value, list) and value else [value]
+        if any(v is not None and not (isinstance(v, (int, float)) and math.isfinite(v)) for v in each):
+            raise ModelError(f"model {model!r} has {field} {shown(value)} in its config: it must be a finite number.")
 
 
 def _check_weights(name: str, model: Any, info: Mapping[str, Iterable[str]], with_lm_head: bool) -> None:
