@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from rlhfkernels import PRESETS, Case, ModelError, build_step
 from rlhfkernels.models import loading
 from rlhfkernels.models.depth import alike_layers
-from rlhfkernels.models.faults import forward_errors, loading_errors
+from rlhfkernels.models.faults import forward_errors, loading_errors, running_errors
 from rlhfkernels.models.loading import load_model, load_tokenizer, max_positions, read_config
 
 # What the models' publishers state, in parameters.
@@ -331,6 +331,29 @@ def test_a_gguf_file_that_cannot_be_read_is_one_sentence(tmp_path: Path, content
     with pytest.raises(ModelError, match=r"^model '.*m\.gguf' ") as caught:
         read_config(str(path))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["x", {}, float("inf"), [2.0, "x"]])
+def test_a_field_that_no_architecture_checks_must_be_a_number(
+    make_case: Callable[..., Case], tmp_path: Path, value: object
+) -> None:
+    case = make_case()
+    change = {"final_logit_softcapping": value}
+    case = dataclasses.replace(case, model=with_config(case.model, tmp_path / "nonsense", change))
+    with pytest.raises(
+        ModelError, match=r"has final_logit_softcapping .* in its config: it must be a finite number\.$"
+    ):
+        load_model(case, seed=0, with_lm_head=True)
+
+
+def test_an_error_in_a_step_is_one_sentence_for_a_users_model_alone() -> None:
+    with (
+        pytest.raises(ModelError, match=r"^model './mine' cannot be run: no such width \(TypeError\)\.$"),
+        running_errors(("tiny", "./mine")),
+    ):
+        raise TypeError("no such width\nand more")
+    with pytest.raises(TypeError), running_errors(("tiny",)):
+        raise TypeError("no such width")
 
 
 @pytest.mark.parametrize("error", [MemoryError("x"), torch.OutOfMemoryError("x"), KeyboardInterrupt()])
