@@ -340,9 +340,7 @@ def test_a_field_that_no_architecture_checks_must_be_a_number(
     case = make_case()
     change = {"final_logit_softcapping": value}
     case = dataclasses.replace(case, model=with_config(case.model, tmp_path / "nonsense", change))
-    with pytest.raises(
-        ModelError, match=r"has final_logit_softcapping .* in its config: it must be a finite number\.$"
-    ):
+    with pytest.raises(ModelError, match=r"final_logit_softcapping .* in its config: it must be a finite number\.$"):
         load_model(case, seed=0, with_lm_head=True)
 
 
