@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rlhfreports.tables import ReportTable
 
 
+_MAX_TIMELINES = 100  # pictures, which take half a second each
 _DRAWN_FIELDS = ("method", "model", "prompt_len", "completion_len", "batch_size", "device", "dtype")
 
 
@@ -33,8 +34,8 @@ def draw_run(run_dir: Path, *, whole: bool = False, with_paper: bool = False) ->
 
     Args:
         run_dir: a folder with ``records.jsonl``.
-        whole: draw the timelines of all cases, not only of the largest case of each method and setting, and return
-            more than the memory table.
+        whole: draw the timelines of all cases, up to 100 of them, not only of the largest case of each method and
+            setting, and return more than the memory table.
         with_paper: lay the papers' numbers beside the run in the page.
 
     Returns:
@@ -77,7 +78,8 @@ def draw_run(run_dir: Path, *, whole: bool = False, with_paper: bool = False) ->
         gains = gain_table(frame)
         _write(run_dir, "gain", gains)
         printed += [Text(), gains.rich()] if whole else []
-    draw_timelines(frame if whole else largest_cases(frame), run_dir / TIMELINES_NAME)
+    draws_all = whole and len(frame) <= _MAX_TIMELINES
+    draw_timelines(frame if draws_all else largest_cases(frame), run_dir / TIMELINES_NAME)
     missing = missing_libraries()
     if missing:
         printed.append(Text(f"No page was written. It needs: pip install {' '.join(missing)}"))

@@ -14,6 +14,7 @@ from rlhfreports.phases import ceilings, phase_points, roofline_points
 from rlhfreports.plots import COLORS
 
 ALL = "all"
+_MAX_POINTS = 1000  # that one choice of the roofline shows: 5,000 took up to 0.25 s to draw
 # Of phases in their order: neighbours in a bar differ most.
 _PHASE_COLORS = tuple(COLORS[i] for i in (4, 2, 3, 1, 6, 5, 9, 10))
 _SYMBOLS = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right", "triangle-left")
@@ -140,7 +141,8 @@ def _roofline(page: Page, points: pd.DataFrame, lines: pd.DataFrame) -> Chart:
             ],
         )
     )
-    switches = [select("size", [ALL, *_sizes(points)], "case")]
+    sizes = _sizes(points) if len(points) > _MAX_POINTS else [ALL, *_sizes(points)]
+    switches = [select("size", sizes, "case")]
     switches += [select("machine", machines, "machine")] if len(machines) > 1 else []
     made = alt.layer(roof, dots).add_params(*switches, by_method, by_phase).properties(height=HEIGHT + 60)
     if len(machines) == 1:

@@ -82,7 +82,7 @@ def _ops_blocks(profiles: Sequence[tuple[str, Profile]]) -> list[Block]:
 def _ops_chart(ops: pd.DataFrame, name: str, title: str, what: str) -> Chart:
     caption = (
         f"The {what}s with the most time of their own, without what they call. A native op is one of this project's in "
-        "C. Python is the time between ops."
+        "C, and a program a decode step of many of them. Python is the time between ops."
         if what == "op"
         else "The kernels and copies of the device with the most time."
     )

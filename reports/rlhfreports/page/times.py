@@ -34,7 +34,7 @@ _CAPTION = (
     "time in proportion to the length. A word at the top marks a length that was not measured, such as OOM. Choose the "
     "batch size, the part of the step and the measure above. A click on a method in the legend shows it alone."
 )
-_ROW_PX = 13  # of the words at the top
+_ROW_PX, _MAX_ROWS = 13, 6  # of the words at the top, and how many of them lines never cross
 
 
 def times_section(page: Page) -> Section | None:
@@ -88,8 +88,12 @@ def latency_chart(page: Page, points: pd.DataFrame, failed: pd.DataFrame) -> Cha
     )
     shown, dash = legend_filter(), line_dash(page.frame)
     colors, shapes = method_scales(page.frame)
-    legend = alt.Legend(labelExpr="datum.label + (slopes[panel + '|' + kind + '|' + datum.label] ? '  (' + "
-                                  "slopes[panel + '|' + kind + '|' + datum.label] + ')' : '')")  # fmt: skip
+    slope = "slopes[panel + '|' + kind + '|' + datum.label]"
+    # Wider than other legends: a method and its slope take up to 260 pixels.
+    legend = alt.Legend(
+        labelExpr=f"datum.label + ({slope} ? '  (' + {slope} + ')' : '')",
+        columns={"expr": "clamp(floor((containerSize()[0] || 900) / 270), 1, 4)"},
+    )
     base = (
         alt.Chart(alt.NamedData("times"))
         .transform_filter("datum.panel === panel && datum.kind === kind")
@@ -105,7 +109,8 @@ def latency_chart(page: Page, points: pd.DataFrame, failed: pd.DataFrame) -> Cha
         )
         .encode(x=x, color=alt.Color("title:N", scale=colors, legend=legend), detail="line:N")
     )
-    y: dict[str, Any] = {"scale": alt.Scale(type="log", nice=False, padding=16), "title": None}
+    room = 16 + _ROW_PX * min(1 + int(words["row"].max()), _MAX_ROWS) if len(words) else 16
+    y: dict[str, Any] = {"scale": alt.Scale(type="log", nice=False, padding=room), "title": None}
     faded = alt.condition(shown, alt.value(1), alt.value(0.08))
     band = base.mark_area(strokeOpacity=0).encode(
         y=alt.Y("low:Q", **y), y2="high:Q", fillOpacity=alt.condition(shown, alt.value(0.15), alt.value(0.03))

@@ -56,7 +56,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 def test_a_page_is_built_when_records_have_come_and_after_a_rest(run_dir: Path, built: list[Path]) -> None:
     clock = Clock()
-    page = LivePage(run_dir, clock)
+    page = LivePage(run_dir, clock, clock)
     version, text = page.current()
     assert "no records yet" in text
     assert "my &lt;run&gt;" in text
@@ -90,7 +90,7 @@ def test_builds_take_at_most_a_tenth_of_the_time(
 
 
 def test_records_that_cannot_be_read_are_said_on_the_page_and_read_again(run_dir: Path, built: list[Path]) -> None:
-    page = LivePage(run_dir, Clock())
+    page = LivePage(run_dir, Clock(), Clock())
     (run_dir / "records.jsonl").write_text("<b>\n")
     assert "it is not JSON" in page.current()[1]
     (run_dir / "records.jsonl").unlink()

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from rlhfbench.records.profiles import profile_frames
+from rlhfreports.page import phases
 from rlhfreports.page.blocks import Block, Chart, Links, Table
 from rlhfreports.page.data import Page, Run
 from rlhfreports.page.render import rendered
@@ -96,6 +97,13 @@ def test_phases_and_roofline_need_no_profile(make_frame: Frames) -> None:
     for chart in (seconds, roofline):
         held = {name for frame in chart.data.values() for name in frame.columns}
         assert fields(chart.spec) <= held | {"sum_seconds_per_sample", "sum_floor_s_per_sample"}
+
+
+def test_a_long_run_shows_one_size_at_a_time(make_frame: Frames, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(phases, "_MAX_POINTS", 1)
+    frame = make_frame(CASE, {**CASE, "batch_size": 4})
+    found = switches(blocks_of(Run(name="r", frame=frame))["roofline"])
+    assert found == {"size": ["64 tokens, batch 4", "64 tokens, batch 1"]}
 
 
 def test_a_run_without_work_has_no_roofline(make_frame: Frames) -> None:

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pandas as pd
+
+from rlhfreports.page.blocks import Code, Items, Section, Text, downloads
+from rlhfreports.page.charts import DARK
+from rlhfreports.page.data import Page, Run
+from rlhfreports.page.render import columns_of, page_html, rendered, write_page
+from rlhfreports.plots import COLORS
+
+
+def decoded(column: Any) -> list[Any]:
+    return [column["values"][code] for code in column["codes"]] if isinstance(column, Mapping) else column
+
+
+def test_columns_are_json_without_absent_or_infinite_numbers() -> None:
+    frame = pd.DataFrame(
+        {
+            "text": pd.array(["a", None, "a", "a"], dtype="string"),
+            "whole": pd.array([1, None, 3, 4], dtype="Int64"),
+            "number": [1.23456789, float("nan"), float("inf"), 1.0],
+            "flag": [True, False, True, True],
+        }
+    )
+    found = columns_of(frame)
+    assert found["text"] == {"values": ["a", None], "codes": [0, 1, 0, 0]}
+    assert decoded(found["whole"]) == [1, None, 3, 4]
+    assert decoded(found["number"]) == [1.23457, None, None, 1.0]
+    assert decoded(found["flag"]) == [True, False, True, True]
+    json.dumps(found, allow_nan=False)
+
+
+def test_values_that_are_equal_but_of_two_types_stay_apart() -> None:
+    column = columns_of(pd.DataFrame({"x": pd.Series([1, True, 1, True, 1, True], dtype="object")}))["x"]
+    assert [type(value) for value in decoded(column)] == [int, bool] * 3
+
+
+def test_a_page_is_one_file_without_addresses_that_load(make_run: Callable[..., Run], rows: tuple[Any, ...]) -> None:
+    html = page_html(Page.of([make_run(*rows)]))
+    assert len(html.encode()) < 6_000_000
+    assert not re.search(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=[\"']?(?:https?:)?//", html)
+    # Data, specifications, two libraries and the page's own script: no library ends its element early.
+    assert html.count("</script>") == 5
+
+
+def test_blocks_are_escaped() -> None:
+    hostile = "<b>&"
+    section = Section(
+        id="s",
+        title=hostile,
+        blocks=[Text(text=hostile), Items(items=[hostile], title=hostile), Code(title=hostile, text=hostile)],
+    )
+    html = rendered(hostile, hostile, [section])
+    body = html[html.index("<body") : html.index('<script type="application/json"')]
+    assert "<b>" not in body
+    assert body.count("&lt;b&gt;&amp;") == 9
+
+
+def test_a_page_depends_on_its_runs_alone(make_run: Callable[..., Run], rows: tuple[Any, ...]) -> None:
+    assert page_html(Page.of([make_run(*rows)])) == page_html(Page.of([make_run(*rows)]))
+
+
+def test_a_page_is_written_whole(make_run: Callable[..., Run], tmp_path: Any) -> None:
+    path = write_page(Page.of([make_run({})]), tmp_path / "index.html")
+    assert path.read_text().rstrip().endswith("</html>")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["index.html"]
+
+
+def test_downloads_are_the_table_as_csv_markdown_and_latex() -> None:
+    cells = pd.DataFrame({"method": ["a_b|c"], "total GiB": ["1.0"]})
+    csv, markdown, latex = downloads("t", cells, 1, "method,bytes\na,1\n")
+    assert (csv.name, markdown.name, latex.name) == ("t.csv", "t.md", "t.tex")
+    assert csv.url == "data:text/csv;base64,bWV0aG9kLGJ5dGVzCmEsMQo="
+    assert "a_b\\|c" in markdown.content
+    assert r"a\_b|c & 1.0 \\" in latex.content
+    assert r"\begin{tabular}{lr}" in latex.content
+
+
+def test_every_colour_can_be_told_from_the_background_in_dark_mode() -> None:
+    def luminance(color: str) -> float:
+        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    background = luminance("#16191C")
+    for color in COLORS:
+        contrast = (luminance(DARK[color]) + 0.05) / (background + 0.05)
+        assert contrast >= 3, color  # WCAG's least for graphics
+    assert len(set(DARK.values())) == len(DARK)
