@@ -1,4 +1,4 @@
-"""Hostile command lines, sweeps and records: one sentence and an exit code, never a traceback.
+"""Hostile command lines, sweeps, models and records: one sentence and an exit code, never a traceback.
 
 Everything but the cases themselves runs: parsing, checks, the folder of a run, reading of records and tables.
 """
@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import os
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,23 @@ from hypothesis import strategies as st
 
 import rlhfreports
 from rlhfbench.cases import preflight
+from rlhfbench.cases.sweep import Sweep
 from rlhfbench.cli import main as cli
 from rlhfbench.cli import plan_output
+from rlhfbench.errors import SweepError
+from rlhfbench.evidence import collect
+from rlhfbench.gate import bisect, compare, selftest, sides
+from rlhfbench.gate.sides import Side
 from rlhfbench.planning import plans
+from rlhfbench.planning.predict import plan_case
 from rlhfbench.records.file import make_record
 from rlhfbench.records.schema import FIELDS
 from rlhfbench.runs import environment, max_batch, runner
 from rlhfbench.runs.runner import Runner
 from rlhfkernels.config.case import Case, option_annotations
+from rlhfkernels.engine import verify as engine_verify
+from rlhfkernels.errors import CaseError, ModelError
+from rlhfkernels.models.loading import read_config
 from rlhfkernels.ops.native import build
 from rlhfreports import gain, plots, predicted, slope_table, timelines
 
@@ -72,6 +82,25 @@ TEXTUAL = [
     "--model", "--methods", "--setting", "--prompts", "--prompt-field", "--demonstrations", "--pairs", "--device",
     "--dtype", "--out", "--resume", "--retry", "--sweep",
 ]  # fmt: skip
+OTHERS = {
+    "gate": [
+        "--base",
+        "--baseline",
+        "--step",
+        "--smallest-effect",
+        "--promised-effect",
+        "--budget-s",
+        "--summary",
+        "--out",
+        "--model",
+        "--device",
+        "--threads",
+    ],
+    "evidence": ["--budget-min", "--model", "--device", "--parts", "--blocks", "--out"],
+    "verify": ["--model", "--device", "--dtype"],
+}
+GATED = [[], ["--base", "main"], ["--self-test"], ["--bisect", "a", "b"], ["--baseline", "old"], ["--baseline", "file"],
+         ["--baseline", "stored", "--update-baseline"]]  # fmt: skip
 SWITCHES = [
     "--profile",
     "--no-profile",
@@ -148,7 +177,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(timelines, "draw_timeline", lambda *_, **__: None)
         # typer builds all verbs for each command, 20 ms of the 35 that an example takes.
         patch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
+        without_work(patch)
         yield path
+
+
+def without_work(patch: pytest.MonkeyPatch) -> None:
+    """Has ``verify``, ``gate`` and ``evidence`` measure nothing, and the gate ask git for nothing."""
+    side = Side(name="head", title="this", paths=())
+    part = {"outcome": "done", "wall_s": 1.0, "error": None}
+    patch.setattr(engine_verify, "verify", lambda model, **_: [])
+    patch.setattr(collect, "_run_part", lambda *_: part)
+    patch.setattr(collect, "report", lambda *_: "")
+    patch.setattr(sides, "only_gate", contextlib.nullcontext)
+    patch.setattr(sides, "repository", Path.cwd)
+    patch.setattr(sides, "head_side", lambda *_, **__: side)
+    patch.setattr(sides, "checked_out", lambda *_: contextlib.nullcontext(side))
+    patch.setattr(sides, "module_roots", lambda *_, **__: [])
+    patch.setattr(compare.Comparison, "run", lambda self: [])
+    patch.setattr(selftest, "self_test", lambda *_: [])
+    patch.setattr(bisect, "commits_between", lambda *_: [])
+    patch.setattr(bisect, "bisect", lambda *_: None)
 
 
 @pytest.fixture
@@ -200,6 +248,72 @@ def test_command_lines(verb: str, flags: list[list[str]], small: bool) -> None:
     if verb == "run" and not {"--out", "--resume"} & set(words):
         words += ["--out", f"run-{next(COUNTER)}"]
     check(verb, *(SMALL if small and verb in ("run", "plan") else []), *words)
+
+
+def other_flags(verb: str) -> st.SearchStrategy[list[str]]:
+    """Flags of ``verb``, ``gate`` and so on, mostly hostile."""
+    values = st.sampled_from([*NUMBERS, *TEXTS])
+    one = st.one_of(
+        st.tuples(st.sampled_from(OTHERS[verb]), values).map(list),
+        st.sampled_from(["--json", "--unknown", "--memory-only", "--update-baseline"]).map(lambda name: [name]),
+    )
+    start = st.sampled_from(GATED if verb == "gate" else [["--out", "evidence", "--device", "cpu"], []])
+    flags = st.tuples(start if verb != "verify" else st.just(["--model", "tiny"]), st.lists(one, max_size=2))
+    return flags.map(lambda found: [verb, *found[0], *(word for each in found[1] for word in each)])
+
+
+@fuzz(300)
+@given(st.sampled_from(list(OTHERS)).flatmap(other_flags))
+def test_command_lines_of_the_other_verbs(words: list[str]) -> None:
+    check(*words)
+
+
+SHAPE = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+         "num_attention_heads": 2, "vocab_size": 64}  # fmt: skip
+FIELDS_OF_MODELS = [
+    *SHAPE, "num_key_value_heads", "head_dim", "hidden_act", "rope_parameters", "rope_scaling", "layer_types",
+    "max_position_embeddings", "sliding_window", "tie_word_embeddings", "pad_token_id", "quantization_config", "dtype",
+    "final_logit_softcapping", "logits_scaling", "text_config", "auto_map", "rms_norm_eps",
+]  # fmt: skip
+HOSTILE = [
+    None, True, 0, 1, -1, 3, 2**31, 2**63, 10**30, 1.5, float("inf"), float("nan"), "", "x", "gpt2", "yarn", "\0",
+    [], [3], ["full_attention"], [[]], {}, {"a": 3}, {"rope_type": "yarn"}, {"rope_type": "linear", "factor": 0},
+    {"quant_method": "bitsandbytes"},
+]  # fmt: skip
+EMPTY = b'{"a": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}'
+WEIGHTS = [
+    b"", bytes(range(20)), b"\xff" * 20, len(EMPTY).to_bytes(8, "little") + EMPTY, (2).to_bytes(8, "little") + b"{}"
+]  # fmt: skip
+
+
+@fuzz(150)
+@given(
+    st.dictionaries(st.sampled_from(FIELDS_OF_MODELS), st.sampled_from(HOSTILE), max_size=2), st.sampled_from(WEIGHTS)
+)
+def test_model_folders(change: dict[str, Any], weights: bytes) -> None:
+    """Whatever a checkpoint holds, a plan of it succeeds or ends in one sentence. Nothing of it is stubbed."""
+    Path("fuzzed").mkdir(exist_ok=True)
+    Path("fuzzed/config.json").write_text(json.dumps(SHAPE | change))
+    Path("fuzzed/model.safetensors").write_bytes(weights)
+    grid = {"models": ["./fuzzed"], "methods": ["sft-lora"], "seq_lens": [8], "batch_sizes": [1]}
+    sweep, sentence = Sweep.from_spec(grid), ""
+    with contextlib.suppress(SweepError):
+        preflight.check(sweep)
+    try:
+        preflight.check_models(sweep)
+        plan_case(sweep.cases[0])
+    except (SweepError, ModelError, CaseError) as error:
+        sentence = str(error)
+    assert len(sentence.splitlines()) <= 1
+
+
+@fuzz(100)
+@given(st.binary(max_size=80), st.integers(0, 3), st.integers(0, 3), st.integers(0, 3))
+def test_gguf_files(content: bytes, version: int, num_tensors: int, num_values: int) -> None:
+    Path("fuzzed.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", version, num_tensors, num_values) + content)
+    check("plan", "--model", "./fuzzed.gguf", *SMALL)
+    with contextlib.suppress(ModelError):
+        read_config("./fuzzed.gguf")
 
 
 KEYS = st.sampled_from(

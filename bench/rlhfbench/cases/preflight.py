@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from rlhfbench.cases.sweep import Sweep
+from rlhfbench.cases.weights import check_gguf, check_safetensors
 from rlhfbench.errors import SweepError
 from rlhfbench.measure.nvml import num_visible_devices, visible_devices
 from rlhfkernels.config.case import vocabulary_problem
 from rlhfkernels.config.options import OPTION_PACKAGES
+from rlhfkernels.config.rules import shown
 from rlhfkernels.data.files import READERS, Demonstration, Pair, Text
 from rlhfkernels.errors import DataError, ModelError
 from rlhfkernels.methods.table import METHODS
@@ -29,6 +31,11 @@ from rlhfkernels.ops.native.build import BuildError, library_path
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length")
+# Sizes of a configuration, by the names that architectures give them, and the largest that is no mistake. A layer is
+# built on its own, a second for a thousand of them; widths only make numbers larger.
+_MAX_SIZES = dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 10_000)
+_MAX_SIZES |= dict.fromkeys(("hidden_size", "n_embd", "d_model", "num_attention_heads", "n_head", "n_heads"), 2**24)
+_MAX_SIZES |= {"vocab_size": 2**31 - 1}
 # Flags in /proc/cpuinfo, of x86 and Arm; any of them means that the CPU computes in the dtype.
 _INSTRUCTIONS = {"bfloat16": {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}}
 _DRIVER_GPUS = Path("/proc/driver/nvidia/gpus")
@@ -59,6 +66,7 @@ def check(sweep: Sweep) -> dict[str, ModelFacts]:
         SweepError: every problem, one sentence each.
     """
     facts, problems = _inspect(sweep)
+    problems += _check_weights(facts)
     for device in dict.fromkeys(case.device for case in sweep.cases):
         problems += _check_device(device)
     for option, packages in OPTION_PACKAGES.items():
@@ -150,11 +158,21 @@ def _inspect(sweep: Sweep) -> tuple[dict[str, ModelFacts], list[str]]:
     return facts, [*problems, *_check_positions(sweep, facts), *_check_vocabularies(sweep, facts)]
 
 
+def _check_weights(models: Iterable[str]) -> Iterator[str]:
+    """One sentence for each checkpoint folder whose weights cannot be loaded. Plans need none."""
+    for model in models:
+        if model not in PRESETS and (folder := Path(model).expanduser()).is_dir():
+            try:
+                check_safetensors(model, folder)
+            except ModelError as error:
+                yield str(error)
+
+
 def inspect_model(model: str) -> ModelFacts:
     """Looks up a preset, a checkpoint folder, a GGUF file or a hub id.
 
     Raises:
-        ModelError: there is no such model.
+        ModelError: there is no such model, or its config.json or GGUF file is malformed.
     """
     if model in PRESETS:
         preset = PRESETS[model]
@@ -169,6 +187,7 @@ def inspect_model(model: str) -> ModelFacts:
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise ModelError(f"model '{model}' is a file: it must be a .gguf file, or the folder of a checkpoint.")
+        check_gguf(model, path)  # a plan reads the file too
         return ModelFacts(model_type=None, max_positions=None)
     if _HUB_ID.fullmatch(model) and not model.startswith("."):
         return _inspect_hub(model)
@@ -231,10 +250,11 @@ def _is_hub_reachable() -> bool:
 def _facts(model: str, config_path: Path) -> ModelFacts:
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"model '{model}': its config.json is not JSON.") from error
     if not isinstance(config, dict):
         raise ModelError(f"model '{model}': its config.json is not an object.")
+    _check_sizes(model, config)
     positions = next((config[key] for key in _POSITION_KEYS if isinstance(config.get(key), int)), None)
     model_type: Any = config.get("model_type")
     vocabulary: Any = config.get("vocab_size")
@@ -244,6 +264,19 @@ def _facts(model: str, config_path: Path) -> ModelFacts:
         vocab_size=vocabulary if isinstance(vocabulary, int) else None,
         revision=config_path.parent.name if config_path.parent.parent.name == "snapshots" else None,
     )
+
+
+def _check_sizes(model: str, config: dict[str, Any]) -> None:
+    """Refuses sizes that are no numbers above 0. The loader judges lists, with one for each layer, and ``null``."""
+    for field, largest in _MAX_SIZES.items():
+        value = config.get(field)
+        if value is None or isinstance(value, list):
+            continue
+        if type(value) is not int or not 0 < value <= largest:
+            raise ModelError(
+                f"model '{model}' is invalid: its config.json has {field} {shown(value)}: it must be a whole number "
+                f"from 1 to {largest}."
+            )
 
 
 def _check_positions(sweep: Sweep, facts: dict[str, ModelFacts]) -> Iterator[str]:

@@ -53,9 +53,11 @@ def verify(
     from transformers.utils import logging
 
     from rlhfkernels.engine import verify as engine
+    from rlhfkernels.models.faults import running_errors
 
     logging.disable_progress_bar()
-    checks = engine.verify(model, **chosen)
+    with running_errors([model]):
+        checks = engine.verify(model, **chosen)
     if as_json:
         print(json.dumps([dataclasses.asdict(check) for check in checks]))
     else:

@@ -19,11 +19,6 @@ _GROUP_FILES = {
 }
 
 
-def resident_bytes() -> int:
-    """Returns the resident set size of this process."""
-    return int(psutil.Process().memory_info().rss)
-
-
 def peak_resident_bytes() -> int:
     """Returns the largest resident set since this process began."""
     try:

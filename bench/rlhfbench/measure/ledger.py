@@ -220,10 +220,6 @@ class Ledger(Observer):
         """The largest single storage that is no model part, among those freed so far or live when the block ended."""
         return self._tally.largest
 
-    def live_storages(self) -> dict[int, int]:
-        """Returns bytes by storage address of everything that lives now."""
-        return {key: entry.num_bytes for key, entry in self._entries.items()}
-
     def summary(self) -> str:
         """Returns a text table of bytes by part, at the highest moment and at the highest of each phase."""
         moments = [("peak", self.peak), *self.peaks.items()]

@@ -15,6 +15,7 @@ _GIB = 2**30
 # Estimate of the CUDA context, library workspaces and fragmentation; not yet measured on a GPU.
 _CONTEXT_BYTES = 3 * _GIB // 4
 _FRAGMENTATION = 0.02
+_SMALLEST_BYTES = _CONTEXT_BYTES / (1 - _FRAGMENTATION)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +90,9 @@ def find_accelerator(text: str) -> Accelerator:
         size = parse_size("gpu", text)
     except SweepError:
         raise SweepError([f"{unknown('gpu', text, ACCELERATORS)} A size such as 24GiB is valid too."]) from None
-    if size <= 0:
-        raise SweepError([f"gpu is {text!r}: a size must be above 0."])
-    return Accelerator(name=text.strip(), memory_bytes=size)
+    accelerator = Accelerator(name=text.strip(), memory_bytes=size)
+    if accelerator.usable_bytes <= 0:
+        raise SweepError(
+            [f"gpu is {text!r}: it must be above {_SMALLEST_BYTES / _GIB:.2f} GiB, which CUDA itself takes."]
+        )
+    return accelerator

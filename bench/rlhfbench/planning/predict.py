@@ -18,6 +18,7 @@ from rlhfbench.planning.recording import record_step
 from rlhfbench.planning.zero import Zero
 from rlhfbench.records.timelines import divided_timeline
 from rlhfkernels.config.case import Case
+from rlhfkernels.models.faults import running_errors
 from rlhfkernels.observer import PARTS, Observer
 from rlhfkernels.training.work import phase_work
 
@@ -34,10 +35,14 @@ def plan_case(case: Case, zero: Zero | None = None, *, with_timeline: bool = Fal
         every_layer: run every layer of the models, also where a few of them stand for all.
 
     Raises:
-        ModelError: the model's configuration cannot be read, or it is too short.
+        ModelError: the model's configuration cannot be read, describes no model that runs, or it is too short.
         CaseError: an option does not fit the model.
     """
-    zero = zero or Zero()
+    with running_errors(case.models):
+        return _plan_case(case, zero or Zero(), with_timeline=with_timeline, every_layer=every_layer)
+
+
+def _plan_case(case: Case, zero: Zero, *, with_timeline: bool, every_layer: bool) -> Plan:
     found = (None if every_layer else record_deep(case)) or record_step(case)
     timeline = Timeline() if with_timeline else None
     tally = Tally(None if timeline is None else timeline.note)

@@ -11,7 +11,8 @@ import torch
 
 from rlhfkernels.engine.trunk import Trunk
 from rlhfkernels.errors import CaseError, ModelError, NumericalError
-from rlhfkernels.models.loading import LoadedModel, forward_errors, rotary_limit
+from rlhfkernels.models.faults import forward_errors
+from rlhfkernels.models.loading import LoadedModel, rotary_limit
 from rlhfkernels.observer import Observer
 from rlhfkernels.ops.attention_mask import Segment
 

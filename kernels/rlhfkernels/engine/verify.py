@@ -21,7 +21,8 @@ from rlhfkernels.config.options import Options
 from rlhfkernels.engine.agreement import check_cache, decode, largest_error, tolerance, wide_log_softmax
 from rlhfkernels.engine.engine import Engine
 from rlhfkernels.errors import CaseError, ModelError
-from rlhfkernels.models.loading import forward_errors, load_causal_lm, read_max_positions
+from rlhfkernels.models.faults import forward_errors
+from rlhfkernels.models.loading import load_causal_lm, read_max_positions
 from rlhfkernels.seeding import seeded
 
 Outcome = Literal["ok", "wrong", "refused"]

@@ -150,17 +150,6 @@ METHODS: dict[str, Method] = {
 """Every method by name, in the order of reports."""
 
 
-def find_method(name: str) -> Method:
-    """The method called ``name``.
-
-    Raises:
-        CaseError: there is none; the message has the nearest names.
-    """
-    if name not in METHODS:
-        raise CaseError([unknown("method", name, METHODS)])
-    return METHODS[name]
-
-
 def families() -> dict[str, list[str]]:
     """The names of the methods of each family, in the table's order."""
     found: dict[str, list[str]] = {}

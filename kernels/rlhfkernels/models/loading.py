@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import logging
+import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,8 +15,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from rlhfkernels.config.case import Case
+from rlhfkernels.config.rules import shown
 from rlhfkernels.errors import ModelError
 from rlhfkernels.models.cache import has_other_states
+from rlhfkernels.models.faults import AttentionError, forward_errors, loading_errors
 from rlhfkernels.models.heads import LmHead
 from rlhfkernels.models.presets import PRESETS
 from rlhfkernels.seeding import seeded
@@ -26,6 +27,10 @@ M = TypeVar("M", bound=nn.Module)
 _POSITION_FIELDS = ("max_position_embeddings", "n_positions", "max_sequence_length")
 # Parts of the names of configuration fields that make a forward pass in train mode random.
 _NOISE_FIELDS = ("dropout", "pdrop", "layerdrop", "jitter")
+# Fields that this package reads. An architecture that does not declare one keeps any value of it.
+_NUMBER_FIELDS = (
+    "head_dim", "num_key_value_heads", "sliding_window", "final_logit_softcapping", "logits_scaling", "logit_scale",
+)  # fmt: skip
 _NUM_PROBE_TOKENS = 8
 # Tensors of a checkpoint that no forward pass of a causal language model misses, beside those that transformers itself
 # lists: masks and rotary tables that older versions saved and newer ones compute, and heads for other tasks.
@@ -109,7 +114,8 @@ def load_model(
     model = load_causal_lm(
         case, name, seed=seed, with_lm_head=with_lm_head, with_weights=with_weights, num_layers=num_layers
     )
-    loaded = _split(model, with_lm_head)
+    with loading_errors(name):  # fields of the configuration that transformers does not check
+        loaded = _split(model, with_lm_head)
     if with_weights:
         loaded.probe = _make_probe(name, model, case, with_lm_head)
     return loaded
@@ -133,6 +139,7 @@ def load_causal_lm(
     device = torch.device(case.device)
     config, source = _read_config(name)
     _check_architecture(name, config)
+    _check_numbers(name, config)
     _check_positions(case, name, config)
     for field, value in list(vars(config).items()):
         if any(part in field for part in _NOISE_FIELDS) and type(value) in (int, float):
@@ -150,7 +157,9 @@ def load_causal_lm(
         model, info = with_attention(name, load, *source.args, **options)
         _check_weights(name, model, info, with_lm_head)
         model = model.to(device)
-    if has_other_states(model):
+    with loading_errors(name):
+        keeps_other_states = has_other_states(model)
+    if keeps_other_states:
         raise ModelError(
             f"model {name!r} keeps states beside keys and values ({config.model_type}), which padding and the KV cache "
             "of generation would spoil: it must have attention layers alone."
@@ -164,7 +173,7 @@ def with_attention(name: str, load: Any, *args: Any, asked: str, **kwargs: Any) 
     for implementation in ("sdpa", "eager") if asked == "auto" else (asked,):
         try:
             return _loading(name, load, *args, attn_implementation=implementation, **kwargs)
-        except _AttentionError:
+        except AttentionError:
             if asked != "auto" or implementation == "eager":
                 raise
     raise AssertionError("the last attention returns or raises")
@@ -185,6 +194,15 @@ def _check_architecture(model: str, config: Any) -> None:
         raise ModelError(f"model {model!r} is multimodal ({config.model_type}): it must read text alone.")
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"model {model!r} has an encoder ({config.model_type}): it must be a decoder alone.")
+
+
+def _check_numbers(model: str, config: Any) -> None:
+    """Refuses fields that are no finite numbers. ``None`` is the architecture's default; a list has one a layer."""
+    for field in _NUMBER_FIELDS:
+        value = getattr(config, field, None)
+        each = value if isinstance(value, list) and value else [value]
+        if any(v is not None and not (isinstance(v, (int, float)) and math.isfinite(v)) for v in each):
+            raise ModelError(f"model {model!r} has {field} {shown(value)} in its config: it must be a finite number.")
 
 
 def _check_weights(name: str, model: Any, info: Mapping[str, Iterable[str]], with_lm_head: bool) -> None:
@@ -226,22 +244,6 @@ def _make_probe(name: str, model: Any, case: Case, with_lm_head: bool) -> Probe:
         else:
             output = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
     return Probe(tokens=tokens, output=output)
-
-
-@contextmanager
-def forward_errors(name: str, class_name: str) -> Iterator[None]:
-    """Turns an error of a forward pass into a ModelError. An out-of-memory error stays its cause.
-
-    Args:
-        name: of the model, as the case has it.
-        class_name: the architecture.
-    """
-    try:
-        yield
-    except (TypeError, AttributeError, LookupError, ValueError, RuntimeError) as error:
-        raise ModelError(
-            f"model {name!r} cannot be run: {class_name} raised {type(error).__name__} ({_first_line(error)})."
-        ) from error
 
 
 def clone_module(module: M) -> M:
@@ -328,38 +330,10 @@ def _read_config(model: str) -> tuple[Any, _Source | None]:
     return _loading(model, AutoConfig.from_pretrained, *source.args, **source.kwargs), source
 
 
-class _AttentionError(ModelError):
-    """The architecture lacks an attention implementation."""
-
-
 def _loading(model: str, load: Any, *args: Any, **kwargs: Any) -> Any:
     """Calls ``load``; what goes wrong in it is the user's model or network, said in one sentence."""
-    noise = logging.getLogger("transformers")
-    level = noise.level
-    noise.setLevel(logging.ERROR)
-    try:
+    with loading_errors(model, kwargs.get("attn_implementation")):
         return load(*args, **kwargs)
-    except ImportError as error:
-        raise ModelError(f"model {model!r} needs a package that is not installed: {_first_line(error)}") from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if "attention implementation" in str(error):
-            asked = kwargs.get("attn_implementation")
-            raise _AttentionError(
-                f"model {model!r} has no {asked} attention: set engine.attn_implementation to another (eager always "
-                "works)."
-            ) from error
-        if not Path(model).exists():
-            raise ModelError(
-                f"model {model!r} could not be fetched: it is no local folder or file, and the hub was not reached "
-                f"or does not hold it ({_first_line(error)})"
-            ) from error
-        raise ModelError(f"model {model!r} could not be loaded: {_first_line(error)}") from error
-    finally:
-        noise.setLevel(level)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0][:300] or type(error).__name__
 
 
 def _check_positions(case: Case, model: str, config: Any) -> None:

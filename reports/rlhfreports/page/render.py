@@ -34,7 +34,8 @@ def write_page(page: Page, path: str | Path) -> Path:
     path = Path(path)
     written = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        written.write_text(page_html(page), encoding="utf-8")
+        # A path in a command may be no UTF-8; Python keeps its bytes as lone surrogates, which UTF-8 cannot hold.
+        written.write_text(page_html(page), encoding="utf-8", errors="replace")
         written.replace(path)
     finally:
         written.unlink(missing_ok=True)

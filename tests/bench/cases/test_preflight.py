@@ -12,6 +12,9 @@ from rlhfbench.errors import SweepError
 from rlhfkernels.errors import ModelError
 from rlhfkernels.models.presets import PRESETS
 
+# The smallest file with a tensor, of no elements.
+_HEADER = b'{"a": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}'
+WEIGHTS = len(_HEADER).to_bytes(8, "little") + _HEADER
 GRID = {"methods": ["hydra"], "models": ["tiny"], "seq_lens": [8], "batch_sizes": [1]}
 
 
@@ -33,7 +36,7 @@ def checkpoint(tmp_path):
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_positions": 16}))
-    (folder / "model.safetensors").touch()
+    (folder / "model.safetensors").write_bytes(WEIGHTS)
     return folder
 
 
@@ -66,9 +69,40 @@ def test_a_broken_config(checkpoint, text):
     assert "its config.json is no" in sentence(checkpoint)
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"num_hidden_layers": -1}, "num_hidden_layers -1: it must be a whole number from 1 to 10000."),
+        ({"n_layer": 10**9}, "n_layer 1000000000: it must be a whole number from 1 to 10000."),
+        ({"hidden_size": 0}, "hidden_size 0: it must be a whole number from 1 to 16777216."),
+        ({"hidden_size": "x"}, "hidden_size 'x': it must be a whole number from 1 to 16777216."),
+        ({"num_attention_heads": 0}, "num_attention_heads 0: it must be a whole number from 1 to 16777216."),
+        ({"n_embd": True}, "n_embd True: it must be a whole number from 1 to 16777216."),
+        ({"vocab_size": -5}, "vocab_size -5: it must be a whole number from 1 to 2147483647."),
+        ({"vocab_size": 64.0}, "vocab_size 64.0: it must be a whole number from 1 to 2147483647."),
+    ],
+)
+def test_sizes_that_no_model_has(checkpoint, change, says):
+    (checkpoint / "config.json").write_text(json.dumps({"model_type": "gpt2", **change}))
+    assert sentence(checkpoint) == f"model '{checkpoint}' is invalid: its config.json has {says}"
+
+
+def test_a_size_may_be_absent_or_one_for_each_layer(checkpoint):
+    config = {"model_type": "gpt2", "vocab_size": 8, "num_attention_heads": [2, 4], "hidden_size": None}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    assert preflight.inspect_model(str(checkpoint)).vocab_size == 8
+
+
+def test_broken_weights_are_found_once_a_model_and_not_by_a_plan(checkpoint):
+    (checkpoint / "model.safetensors").write_bytes(b"")
+    grid = {"models": [str(checkpoint)], "batch_sizes": [1, 2], "methods": ["hydra", "sft"]}
+    assert problems(**grid) == (f"model '{checkpoint}' is invalid: its model.safetensors is empty.",)
+    preflight.check_models(Sweep.from_spec({**GRID, **grid}))
+
+
 def test_files_and_paths(tmp_path):
     (tmp_path / "model.gguf").touch()
-    assert preflight.inspect_model(str(tmp_path / "model.gguf")).max_positions is None
+    assert "its model.gguf is empty." in sentence(tmp_path / "model.gguf")
     (tmp_path / "model.bin").touch()
     assert "it must be a .gguf file" in sentence(tmp_path / "model.bin")
     assert "does not exist" in sentence(tmp_path / "absent")

@@ -39,6 +39,7 @@ WRONG = [
     (("run", "--option", "gamma=1"), "option 'gamma' is now called 'ppo.gamma'."),
     (("run", "--sweep", "absent.toml"), "sweep file 'absent.toml' cannot be read: No such file or directory."),
     (("run", "--sweep", "typo.toml"), "sweep key 'metods' is unknown: did you mean 'methods'"),
+    (("plan", "--gpu", "1KiB"), "gpu is '1KiB': it must be above 0.77 GiB, which CUDA itself takes."),
     (("run", "--time-budget-s", "0"), "time_budget_s is 0.0: it must be a finite number above 0 and at most 1000000."),
     (("run", "--memory-limit", "much"), "--memory-limit is 'much': it must be a size like 4GiB"),
     (("run", "--resume"), "Option '--resume' requires an argument."),

@@ -63,10 +63,9 @@ def test_a_case_that_does_not_fit_comes_with_advice(
 
 
 def test_a_device_smaller_than_its_reserve(make_case: Callable[..., Case], capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.invoke(["plan", "--model", make_case().model, *SMALL, "--gpu", "100MB"]) == 0
-    assert "its largest part is device reserve with 0.752 GiB, and what would help is a larger device." in (
-        capsys.readouterr().out.replace("\n", " ")
-    )
+    assert cli.invoke(["plan", "--model", make_case().model, *SMALL, "--gpu", "100MB"]) == 2
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", "gpu is '100MB': it must be above 0.77 GiB, which CUDA itself takes.\n")
 
 
 def test_batch_sizes_over_all_ranks_are_divided(

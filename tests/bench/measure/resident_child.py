@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 
 from rlhfbench.measure import host
@@ -16,6 +17,11 @@ from rlhfbench.measure.measurements import Announcer, run_under_ledger
 from rlhfkernels import Case, Options
 from rlhfkernels.observer import Observer
 from rlhfkernels.training.step import build_step
+
+
+def resident_bytes():
+    """Returns the resident set size of this process."""
+    return psutil.Process().memory_info().rss
 
 
 def reset_peak():
@@ -36,14 +42,14 @@ class Views(Observer):
 
     def enter_phase(self, name):
         if self.starts is None:
-            self.starts = host.resident_bytes(), self._ledger.total_bytes
+            self.starts = resident_bytes(), self._ledger.total_bytes
         reset_peak()
 
     def exit_phase(self, name):
         resident, counted = self.starts
         self.phases[name] = {
             "peak": [host.peak_resident_bytes() - resident, self._ledger.peaks[name].total_bytes - counted],
-            "end": [host.resident_bytes() - resident, self._ledger.total_bytes - counted],
+            "end": [resident_bytes() - resident, self._ledger.total_bytes - counted],
         }
 
 

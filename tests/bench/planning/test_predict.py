@@ -227,6 +227,13 @@ def test_accelerators_by_name_and_by_size() -> None:
         find_accelerator("a1000-80gb")
 
 
+@pytest.mark.parametrize("size", ["0", "1KiB", "0.7GiB", "783MiB"])
+def test_a_device_without_room_for_tensors_is_one_sentence(size: str) -> None:
+    with pytest.raises(SweepError, match=rf"^gpu is '{size}': it must be above 0\.77 GiB, which CUDA itself takes\.$"):
+        find_accelerator(size)
+    assert find_accelerator("784MiB").usable_bytes > 0
+
+
 def test_the_floor_needs_rates(make_case: Callable[..., Case]) -> None:
     plan = plan_case(make_case("hydra", dtype="bfloat16"))
     floor = plan.floor_s_per_sample(find_accelerator("a100-80gb"))

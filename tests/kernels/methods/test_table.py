@@ -5,9 +5,8 @@ import dataclasses
 import pytest
 
 from rlhfkernels.config.options import Options
-from rlhfkernels.errors import CaseError
 from rlhfkernels.methods.program import Role, WeightSet
-from rlhfkernels.methods.table import METHODS, families, find_method
+from rlhfkernels.methods.table import METHODS, families
 
 # Hydra-RLHF, Table 2: static models, LoRA weight sets.
 TABLE_2 = {"full": (4, 0), "lora": (4, 2), "dynamic-lora": (2, 2), "joined-hydra": (1, 1), "hydra": (1, 2)}
@@ -71,8 +70,3 @@ def test_a_sixth_method_is_a_row() -> None:
     assert len(linear_critic.adapter_sets) == 1
     assert [p.roles for p in linear_critic.score_passes] == [("reference", "critic", "reward")]
     assert [phase.name for phase in linear_critic.phases][2:] == ["update_actor", "update_critic", "optimize"]
-
-
-def test_an_unknown_method_names_the_nearest() -> None:
-    with pytest.raises(CaseError, match="method 'hydr' is unknown: did you mean 'hydra'"):
-        find_method("hydr")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhfkernels import PRESETS, Case, ModelError, build_step
 from rlhfkernels.models import loading
-from rlhfkernels.models.loading import load_model, load_tokenizer, max_positions
+from rlhfkernels.models.depth import alike_layers
+from rlhfkernels.models.faults import forward_errors, loading_errors, running_errors
+from rlhfkernels.models.loading import load_model, load_tokenizer, max_positions, read_config
 
 # What the models' publishers state, in parameters.
 PUBLISHED = {
@@ -214,7 +217,7 @@ def test_a_bias_of_a_head_that_nothing_reads_may_be_there(make_case: Callable[..
 def test_an_error_of_a_forward_pass_is_one_sentence() -> None:
     with (
         pytest.raises(ModelError, match=r"^model 'm' cannot be run: Net raised TypeError \(no such argument\)\.$"),
-        loading.forward_errors("m", "Net"),
+        forward_errors("m", "Net"),
     ):
         raise TypeError("no such argument\nand more")
 
@@ -268,6 +271,94 @@ def test_a_folder_without_a_model_is_one_sentence(
     with pytest.raises(ModelError, match=sentence) as caught:
         load_model(case, seed=0, with_lm_head=True)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("with_weights", [True, False])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": 0},
+        {"hidden_size": "x"},
+        {"num_attention_heads": 3},
+        {"num_attention_heads": 0},
+        {"vocab_size": None},
+        {"vocab_size": -5},
+        {"hidden_act": "nope"},
+        {"rope_parameters": 3},
+    ],
+    ids=str,
+)
+def test_a_config_with_nonsense_is_one_sentence(
+    make_case: Callable[..., Case], tmp_path: Path, change: dict[str, object], with_weights: bool
+) -> None:
+    case = dataclasses.replace(make_case(), model=with_config(make_case().model, tmp_path / "nonsense", change))
+    with pytest.raises(ModelError, match=r"^model '.*nonsense' could not be loaded: ") as caught:
+        load_model(case, seed=0, with_lm_head=True, with_weights=with_weights)
+    assert "\n" not in str(caught.value)
+
+
+def with_config(folder: str, to: Path, change: dict[str, object]) -> str:
+    """Copies a checkpoint and changes fields of its configuration."""
+    shutil.copytree(folder, to)
+    config = json.loads((to / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps(config | change))
+    return str(to)
+
+
+def test_the_layers_of_a_config_with_nonsense_are_one_sentence(make_case: Callable[..., Case], tmp_path: Path) -> None:
+    case = make_case()
+    case = dataclasses.replace(case, model=with_config(case.model, tmp_path / "nonsense", {"hidden_size": 0}))
+    with pytest.raises(ModelError, match="could not be loaded"):
+        alike_layers(case, case.model)
+
+
+@pytest.mark.parametrize("content", [b"", bytes(range(20)), b"\xff" * 8])
+def test_weights_that_cannot_be_read_are_one_sentence(
+    make_case: Callable[..., Case], tmp_path: Path, content: bytes
+) -> None:
+    case = make_case()
+    shutil.copytree(case.model, tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors").write_bytes(content)
+    with pytest.raises(ModelError, match=r"^model '.*broken' could not be loaded: ") as caught:
+        load_model(dataclasses.replace(case, model=str(tmp_path / "broken")), seed=0, with_lm_head=True)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF\x03\0\0\0", bytes(100)])
+def test_a_gguf_file_that_cannot_be_read_is_one_sentence(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=r"^model '.*m\.gguf' ") as caught:
+        read_config(str(path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["x", {}, float("inf"), [2.0, "x"]])
+def test_a_field_that_no_architecture_checks_must_be_a_number(
+    make_case: Callable[..., Case], tmp_path: Path, value: object
+) -> None:
+    case = make_case()
+    change = {"final_logit_softcapping": value}
+    case = dataclasses.replace(case, model=with_config(case.model, tmp_path / "nonsense", change))
+    with pytest.raises(ModelError, match=r"final_logit_softcapping .* in its config: it must be a finite number\.$"):
+        load_model(case, seed=0, with_lm_head=True)
+
+
+def test_an_error_in_a_step_is_one_sentence_for_a_users_model_alone() -> None:
+    with (
+        pytest.raises(ModelError, match=r"^model './mine' cannot be run: no such width \(TypeError\)\.$"),
+        running_errors(("tiny", "./mine")),
+    ):
+        raise TypeError("no such width\nand more")
+    with pytest.raises(TypeError), running_errors(("tiny",)):
+        raise TypeError("no such width")
+
+
+@pytest.mark.parametrize("error", [MemoryError("x"), torch.OutOfMemoryError("x"), KeyboardInterrupt()])
+def test_out_of_memory_while_loading_says_nothing_against_the_model(error: BaseException) -> None:
+    with pytest.raises(type(error)) as caught, loading_errors("m"):
+        raise error
+    assert caught.value is error
 
 
 def test_a_preset_has_no_tokenizer() -> None:
