@@ -215,6 +215,7 @@ TIED = (
     "ppo.num_mini_batches",
     "engine.micro_batch_size",
     "engine.backend",
+    "engine.cuda_graphs",
     "rollout.reward_model",
     "data.prompts",
     "data.demonstrations",
