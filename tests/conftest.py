@@ -152,8 +152,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     """Whole files to the workers of ``-n``, in order: the tests of a file share fixtures and caches."""
     from xdist.scheduler import LoadFileScheduling  # here, as xdist is optional
 
+    class Scheduling(LoadFileScheduling):  # type: ignore[misc]
+        """The tests of the evidence share a run of 90 s: its folder goes to one worker."""
+
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            folder = file.rpartition("/")[0]
+            return folder if folder.endswith("/evidence") else file
+
     config.option.loadscopereorder = False  # files with the fewest tests would come last, which are the longest
-    return LoadFileScheduling(config, log)
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -196,7 +196,7 @@ def without_work(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(compare.Comparison, "run", lambda self: [])
     patch.setattr(selftest, "self_test", lambda *_: [])
     patch.setattr(bisect, "commits_between", lambda *_: [])
-    patch.setattr(bisect, "bisect", lambda *_: None)
+    patch.setattr(bisect, "bisect", lambda *_: bisect.Tested(commit="abc", subject="a commit", findings=[]))
 
 
 @pytest.fixture

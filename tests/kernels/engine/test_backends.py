@@ -3,6 +3,7 @@ from __future__ import annotations
 import ctypes
 
 import pytest
+import torch
 
 from rlhfkernels import CaseError
 from rlhfkernels.engine import backends
@@ -28,9 +29,13 @@ def test_cuda_selects_triton_if_it_runs(
 ) -> None:
     monkeypatch.setattr(backends, "is_installed", lambda package: is_installed)
     monkeypatch.setattr(backends, "triton_unavailable_reason", lambda device: reason)
+    measured: list[object] = []
+    monkeypatch.setattr(backends, "_measure_rivals", lambda *which: measured.append(which))
     assert select_backend("torch", "cuda", "bfloat16") == "torch"
+    assert not measured
     if sentence is None:
         assert select_backend("auto", "cuda", "bfloat16") == select_backend("triton", "cuda", "bfloat16") == "triton"
+        assert measured == [(torch.device("cuda"), torch.bfloat16)] * 2
         return
     assert select_backend("auto", "cuda", "bfloat16") == "torch"
     with pytest.raises(CaseError) as caught:
