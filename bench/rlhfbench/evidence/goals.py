@@ -18,7 +18,7 @@ MAX_PLAN_ERROR = 0.03
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Found:
+class Measured:
     """Measurements of the parts.
 
     Attributes:
@@ -42,9 +42,9 @@ class Goal:
     """
 
     text: str
-    values: Callable[[Found], list[tuple[str, bool]]]
+    values: Callable[[Measured], list[tuple[str, bool]]]
 
-    def verdict(self, found: Found) -> tuple[str, str]:
+    def verdict(self, found: Measured) -> tuple[str, str]:
         """Returns what was found, and ``reached``, ``missed`` or ``not measured``; the last of a CPU."""
         values = self.values(found)
         shown = "; ".join(text for text, _ in values)
@@ -53,7 +53,7 @@ class Goal:
         return shown, "reached" if all(enough for _, enough in values) else "missed"
 
 
-def _decode(found: Found) -> list[tuple[str, bool]]:
+def _decode(found: Measured) -> list[tuple[str, bool]]:
     """The best of each batch, with CUDA graphs or without."""
     best: dict[int, dict[str, Any]] = {}
     for key, item in found.decode.items():
@@ -67,7 +67,7 @@ def _decode(found: Found) -> list[tuple[str, bool]]:
     return values
 
 
-def _update(found: Found) -> list[tuple[str, bool]]:
+def _update(found: Measured) -> list[tuple[str, bool]]:
     values = []
     for record in found.records:
         names = [phase.name for phase in METHODS[record["case"]["method"]].phases if phase.kind == "update"]
@@ -79,7 +79,7 @@ def _update(found: Found) -> list[tuple[str, bool]]:
     return values
 
 
-def _hydra(found: Found) -> list[tuple[str, bool]]:
+def _hydra(found: Measured) -> list[tuple[str, bool]]:
     values = []
     for record in found.records:
         seconds, total = at(record, "latency.total_s_per_sample"), at(record, "memory.total_bytes")
@@ -89,7 +89,7 @@ def _hydra(found: Found) -> list[tuple[str, bool]]:
     return values
 
 
-def _plan(found: Found) -> list[tuple[str, bool]]:
+def _plan(found: Measured) -> list[tuple[str, bool]]:
     values = []
     for record in found.records:
         error = plan_error(record)

@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhfbench.cases.settings import setting_of
 from rlhfbench.errors import RecordsError
-from rlhfbench.evidence.goals import GOALS, Found, plan_error
+from rlhfbench.evidence.goals import GOALS, Measured, plan_error
 from rlhfbench.evidence.items import read_items
 from rlhfbench.evidence.parts import PARTS
 from rlhfbench.evidence.request import GIB
@@ -39,7 +39,7 @@ def report(folder: Path, found: dict[str, Any]) -> str:
     settings = found["environment"]["settings"]
     runs = {name: _records(folder / "runs" / name) for name in ("methods", "lengths", "settings", "profile")}
     decode = read_items(folder / "decode.json")
-    goals = Found(on_cuda=settings["device"] != "cpu", records=_ok(runs["methods"]), decode=decode)
+    goals = Measured(on_cuda=settings["device"] != "cpu", records=_ok(runs["methods"]), decode=decode)
     sections = [
         f"# Evidence: {settings['model']} on {_device(found['environment'], settings['device'])}",
         _about(found["environment"]),

@@ -19,7 +19,7 @@ FIRST_TIMED_BLOCK = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Pair:
+class BlockPair:
     """A block of the base and one of the head.
 
     Attributes:
@@ -37,7 +37,7 @@ class Pair:
     steps: tuple[Sequence[Values], Sequence[Values]]
 
 
-def pairs_of(base: Record, head: Record) -> list[Pair]:
+def pairs_of(base: Record, head: Record) -> list[BlockPair]:
     """Returns the timed pairs of which both blocks are whole."""
     sides = [zip(block_values(record), record["latency"]["blocks"] or (), strict=True) for record in (base, head)]
     found = []
@@ -49,7 +49,9 @@ def pairs_of(base: Record, head: Record) -> list[Pair]:
         # One side may have had a turn more when the other failed.
         rounds = list(zip(*steps, strict=False)) if in_turns else [(base_s, head_s)]
         disturbed = (_is_disturbed(base_block), _is_disturbed(head_block))
-        found.append(Pair(base=base_s, head=head_s, log_ratios=_log_ratios(rounds), disturbed=disturbed, steps=steps))
+        found.append(
+            BlockPair(base=base_s, head=head_s, log_ratios=_log_ratios(rounds), disturbed=disturbed, steps=steps)
+        )
     return found
 
 

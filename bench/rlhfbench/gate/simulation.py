@@ -25,7 +25,7 @@ from rlhfbench.gate.decide import (
     share_done,
 )
 from rlhfbench.gate.other_rules import differs_by_asv, is_slower_by_threshold
-from rlhfbench.gate.pairs import Pair, Values, pairs_of
+from rlhfbench.gate.pairs import BlockPair, Values, pairs_of
 from rlhfbench.records.file import read_records
 
 NUM_TRIES = 200
@@ -42,7 +42,7 @@ class MeasuredCase:
     """
 
     kinds: Mapping[str, str]
-    pairs: Sequence[Pair]
+    pairs: Sequence[BlockPair]
     spent_s: float
 
     @property
@@ -158,13 +158,13 @@ def _rates_of_rule(
     return found / NUM_TRIES, alarms / others if others else 0.0
 
 
-def _of_two_runs(pairs: Sequence[Pair], rng: random.Random) -> tuple[Sequence[Values], Sequence[Values]]:
+def _of_two_runs(pairs: Sequence[BlockPair], rng: random.Random) -> tuple[Sequence[Values], Sequence[Values]]:
     """The steps of two sides from two processes of different pairs, as if one were a stored run."""
     old, new = rng.sample(pairs, 2) if len(pairs) > 1 else (pairs[0], pairs[0])
     return rng.choice(old.steps), rng.choice(new.steps)
 
 
-def _of_interleaved_rounds(pairs: Sequence[Pair], rng: random.Random) -> tuple[Sequence[Values], Sequence[Values]]:
+def _of_interleaved_rounds(pairs: Sequence[BlockPair], rng: random.Random) -> tuple[Sequence[Values], Sequence[Values]]:
     """The steps of two sides from two pairs, whose sides were timed next to each other."""
     base: list[Values] = []
     head: list[Values] = []
@@ -179,7 +179,7 @@ def _of_interleaved_rounds(pairs: Sequence[Pair], rng: random.Random) -> tuple[S
 class _Rule:
     """Another tool's rule: what it compares, and what it says of it."""
 
-    draw: Callable[[Sequence[Pair], random.Random], tuple[Sequence[Values], Sequence[Values]]]
+    draw: Callable[[Sequence[BlockPair], random.Random], tuple[Sequence[Values], Sequence[Values]]]
     flags: Callable[[Sequence[float], Sequence[float]], bool]
 
 

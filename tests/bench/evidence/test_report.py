@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from rlhfbench.evidence.goals import GOALS, Found, plan_error
+from rlhfbench.evidence.goals import GOALS, Measured, plan_error
 from rlhfbench.evidence.request import GIB
 
 
@@ -35,7 +35,7 @@ def verdicts(*records: dict[str, Any], on_cuda: bool = True, **fractions: float)
         for by, share in (("with graphs", 1.0), ("without graphs", 0.5))
     }
     decode["batch 32, with graphs"] = {"batch_size": 32, "by": "with graphs", "failed": "RuntimeError: x"}
-    found = Found(on_cuda=on_cuda, records=records, decode={"ceilings": {}, **decode})
+    found = Measured(on_cuda=on_cuda, records=records, decode={"ceilings": {}, **decode})
     return [goal.verdict(found)[1] for goal in GOALS]
 
 
@@ -66,7 +66,9 @@ def test_goals_without_measurements_and_on_a_cpu() -> None:
 
 
 def test_the_better_of_decoding_with_and_without_graphs_counts() -> None:
-    found = Found(on_cuda=True, records=[], decode={"batch 16, a": decoded("a", 0.5), "batch 16, b": decoded("b", 0.7)})
+    found = Measured(
+        on_cuda=True, records=[], decode={"batch 16, a": decoded("a", 0.5), "batch 16, b": decoded("b", 0.7)}
+    )
     assert GOALS[0].verdict(found) == ("batch 16: 0.70 b", "reached")
 
 

@@ -18,7 +18,7 @@ from rlhfbench.gate.compare import Comparison, GateOptions
 from rlhfbench.gate.decide import MIN_PAIRS, Effects, estimate
 from rlhfbench.gate.findings import Finding, sizes_of
 from rlhfbench.gate.output import exit_code, markdown, to_json
-from rlhfbench.gate.pairs import Pair, pairs_of
+from rlhfbench.gate.pairs import BlockPair, pairs_of
 from rlhfbench.gate.sides import Side
 from rlhfbench.gate.simulation import MeasuredCase, measured_cases, rates
 from rlhfbench.records.file import read_records
@@ -335,7 +335,7 @@ def test_simulated_rates_follow_the_noise(tmp_path):
     names = ("think", "update", "total")
     equal = dict.fromkeys(names, 1.0)
     wild = [
-        Pair(
+        BlockPair(
             base=equal,
             head=equal,
             log_ratios=dict.fromkeys(names, ratio),
