@@ -1,4 +1,4 @@
-"""How fast the page of 1,000 records answers, in a headless Chromium: ``pytest benchmarks/reports --benchmark``.
+"""Response times of the page of 1,000 records, in a headless Chromium: ``pytest benchmarks/reports --benchmark``.
 
 An answer is complete when the browser has drawn the frame after it. The goal is 200 ms.
 """

@@ -39,7 +39,7 @@ def line_of(frame: pd.DataFrame) -> pd.Series[str]:
 
 
 def size_of(frame: pd.DataFrame) -> pd.Series[str]:
-    """What rows of one bar chart share: ``128 tokens, batch 4``, with every other axis that varies."""
+    """The words that rows of one bar chart share: ``128 tokens, batch 4``, with every other axis that varies."""
     splits = frame[["seq_len", "prompt_len"]].drop_duplicates()
     length = frame["seq_len"].astype(str) + " tokens"
     if splits["seq_len"].nunique() < len(splits):

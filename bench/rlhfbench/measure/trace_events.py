@@ -1,4 +1,4 @@
-"""What a Chrome trace of the torch profiler says: time by op, and time by stack for a flame graph. Needs no torch.
+"""Readings of a Chrome trace of the torch profiler: time by op, and time by stack for a flame graph. Needs no torch.
 
 On CUDA a kernel counts to the op, and to the stack, that launched it.
 """

@@ -96,7 +96,7 @@ def _page_of(run_dir: Path) -> str:
 
 
 def _progress(run_dir: Path, num_records: int) -> str:
-    """How many cases are recorded, of how many."""
+    """The number of recorded cases, of how many."""
     try:
         num_cases = max(len(RunFolder(run_dir).load_sweep().cases), num_records)
     except RunFolderError:

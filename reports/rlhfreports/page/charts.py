@@ -1,4 +1,4 @@
-"""What all charts share: their colours in light and dark, their configuration, and the step to a specification.
+"""The common parts of all charts: colours in light and dark, their configuration, and the step to a specification.
 
 A chart names its data sources (``alt.NamedData``) and gives the type of every field, as Altair cannot see the data.
 The signal ``dark`` is true in dark mode: the page sets it. Colours that need it are expressions of it, so a change of

@@ -1,4 +1,4 @@
-"""What the page is made from: runs, each with its frame and what stands beside the records in its folder."""
+"""The inputs of the page: runs, each with its frame and what stands beside the records in its folder."""
 
 from __future__ import annotations
 
