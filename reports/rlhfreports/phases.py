@@ -71,7 +71,7 @@ def roofline_points(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def machine_of(frame: pd.DataFrame) -> pd.Series[str]:
-    """What the ceilings of each row depend on, as far as it varies: host, device, dtype, threads; else the device."""
+    """The words that tell the ceilings of rows apart: host, device, dtype and threads that vary; else the device."""
     columns = [name for name in (*_MACHINE, "run") if name in frame and frame[name].nunique(dropna=False) > 1]
     texts = [
         " · ".join(

@@ -209,7 +209,7 @@ def test_a_narrow_window_shows_all_without_scrolling_sideways(page: Any, width: 
 
 
 def brightness(page: Any, selector: str, style: str) -> float:
-    """Of a colour as the browser computed it, from 0 to 255."""
+    """Mean of the three components of a colour as the browser computed it, from 0 to 255."""
     color = page.locator(selector).first.evaluate(f"one => getComputedStyle(one).{style}")
     return sum(float(part) for part in color[color.index("(") + 1 : -1].split(",")[:3]) / 3
 

@@ -39,7 +39,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Page:
-    """What a section is made from.
+    """The input of a section.
 
     Attributes:
         runs: the runs, in the order in which they were named.

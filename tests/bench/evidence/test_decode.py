@@ -23,7 +23,7 @@ def keys(device: str, folder: Path) -> list[tuple[str, str | None]]:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What was asked of ``engine.cuda_graphs``; captures fail at batch 16."""
+    """The values asked of ``engine.cuda_graphs``; captures fail at batch 16."""
     asked: list[str] = []
 
     def measure(request: Request, batch_size: int, cuda_graphs: str, ceilings: dict[str, float]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ def entry(action: str, size: int, time_us: int) -> dict[str, Any]:
 
 
 def snapshot(*entries: dict[str, Any], active: int, total: int) -> dict[str, Any]:
-    """Of the second of two devices."""
+    """A snapshot of the second of two devices."""
     segments = [
         {"device": 0, "active_size": 10**9, "total_size": 10**9},
         {"device": 1, "active_size": active, "total_size": total},

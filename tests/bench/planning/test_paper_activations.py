@@ -1,4 +1,4 @@
-"""What a Llama layer of 2023 kept for the backward, at Table 1's size: the arithmetic on the page about planning.
+"""Activations that a Llama layer of 2023 kept for the backward, at Table 1's size: the arithmetic of docs/planning.md.
 
 Hydra-RLHF's Table 1 has 12.5 to 13.2 GiB of activations a sequence. The layer here is that of transformers 4.28 in
 plain torch ops, with LoRA on every linear layer, so that autograd keeps what it kept then.
