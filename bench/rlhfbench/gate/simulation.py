@@ -26,6 +26,7 @@ from rlhfbench.gate.decide import (
 )
 from rlhfbench.gate.other_rules import differs_by_asv, is_slower_by_threshold
 from rlhfbench.gate.pairs import BlockPair, Values, pairs_of
+from rlhfbench.records.blocks import quantity_of
 from rlhfbench.records.file import read_records
 
 NUM_TRIES = 200
@@ -53,11 +54,11 @@ class MeasuredCase:
     @property
     def longest_phase(self) -> str:
         """The phase that takes the most seconds."""
-        return max(self.kinds, key=self.pairs[0].base.__getitem__)
+        return max(self.kinds, key=lambda phase: self.pairs[0].base[quantity_of(phase)])
 
     def affected(self, phase: str) -> set[str]:
         """The quantities that the seconds of ``phase`` are part of."""
-        return {phase, self.kinds[phase], "total"}
+        return {quantity_of(phase), self.kinds[phase], "total"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,7 +150,7 @@ def _rates_of_rule(
                 for name in case.pairs[0].log_ratios
                 if rule.flags(
                     [step[name] for step in base],
-                    [step[name] + factors.get(name, 0.0) * step[phase] for step in head],
+                    [step[name] + factors.get(name, 0.0) * step[quantity_of(phase)] for step in head],
                 )
             }
             found += place == target and bool(flagged & case.affected(phase))
@@ -232,5 +233,5 @@ def _logs(case: MeasuredCase, slowdown: float, rng: random.Random) -> Iterator[d
     affected = case.affected(phase)
     while True:
         pair, sign = rng.choice(case.pairs), rng.choice((-1, 1))
-        added = {name: slowdown * pair.head[phase] / pair.head[name] for name in affected}
+        added = {name: slowdown * pair.head[quantity_of(phase)] / pair.head[name] for name in affected}
         yield {name: sign * ratio + math.log1p(added.get(name, 0.0)) for name, ratio in pair.log_ratios.items()}
