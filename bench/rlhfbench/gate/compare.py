@@ -221,6 +221,11 @@ def _with_changes_of(before: Sequence[Finding], now: Sequence[Finding]) -> list[
 
 
 def fit_at_once(case: Case, records: Sequence[Record | None]) -> bool:
-    """True if both sides may live at once. On a GPU they do not: two contexts share its memory and its caches."""
-    needed = [at(record, "memory.views.host_peak_bytes") or 0 for record in records if record is not None]
-    return case.device == "cpu" and sum(needed) < _MAX_SHARE_OF_MEMORY * psutil.virtual_memory().available
+    """True if both sides may live at once: the memory that each takes is known, and what is free holds both.
+
+    On a GPU they do not: two contexts share its memory and its caches.
+    """
+    needed = [at(record, "memory.views.host_peak_bytes") for record in records]
+    known = [num_bytes for num_bytes in needed if num_bytes is not None]
+    free = psutil.virtual_memory().available
+    return case.device == "cpu" and len(known) == len(needed) and sum(known) < _MAX_SHARE_OF_MEMORY * free

@@ -92,6 +92,8 @@ def test_both_sides_live_at_once_only_where_they_fit():
     assert compare.fit_at_once(CASE, records(free // 10))
     assert not compare.fit_at_once(CASE, records(free // 2))
     assert not compare.fit_at_once(dataclasses.replace(CASE, device="cuda"), records(1))
+    assert not compare.fit_at_once(CASE, [*records(1)[:1], *records(None)[:1]])
+    assert not compare.fit_at_once(CASE, [*records(1)[:1], None])
 
 
 def test_the_ratio_of_a_pair_in_turns_is_that_of_its_rounds():
