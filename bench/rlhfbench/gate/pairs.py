@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhfbench.measure.interference import disturbance
-from rlhfbench.measure.statistic import midmean_of
+from rlhfbench.measure.statistic import error_of_midmean, midmean_of
 from rlhfbench.records.blocks import block_values, step_values
 from rlhfbench.records.file import Record
 
@@ -26,6 +26,7 @@ class BlockPair:
         base: Seconds per sample of the base: ``total``, the kinds, and each phase.
         head: The same of the head.
         log_ratios: Of head to base, by quantity. Of steps that were taken in turns: the mid-mean over the rounds.
+        errors: Standard errors of the log ratios over the rounds, by quantity; 0 for a pair that has no rounds.
         disturbed: Whether something disturbed the base, and the head.
         steps: What ``base`` and ``head`` are of: every step of each.
     """
@@ -33,6 +34,7 @@ class BlockPair:
     base: Values
     head: Values
     log_ratios: Values
+    errors: Values
     disturbed: tuple[bool, bool]
     steps: tuple[Sequence[Values], Sequence[Values]]
 
@@ -49,17 +51,25 @@ def pairs_of(base: Record, head: Record) -> list[BlockPair]:
         # One side may have had a turn more when the other failed.
         rounds = list(zip(*steps, strict=False)) if in_turns else [(base_s, head_s)]
         disturbed = (_is_disturbed(base_block), _is_disturbed(head_block))
+        logs = _logs_of_rounds(rounds)
         found.append(
-            BlockPair(base=base_s, head=head_s, log_ratios=_log_ratios(rounds), disturbed=disturbed, steps=steps)
+            BlockPair(
+                base=base_s,
+                head=head_s,
+                log_ratios={name: midmean_of(values) for name, values in logs.items()},
+                errors={name: error_of_midmean(values) if len(values) > 1 else 0.0 for name, values in logs.items()},
+                disturbed=disturbed,
+                steps=steps,
+            )
         )
     return found
 
 
-def _log_ratios(rounds: Sequence[tuple[Values, Values]]) -> dict[str, float]:
-    """The mid-mean over rounds of each quantity that both sides have, and that took time in every round."""
+def _logs_of_rounds(rounds: Sequence[tuple[Values, Values]]) -> dict[str, list[float]]:
+    """Logarithms of head / base of every round, for each quantity that both sides have and that always took time."""
     names = [name for name in rounds[0][0] if name in rounds[0][1]]
     return {
-        name: midmean_of([math.log(head[name] / base[name]) for base, head in rounds])
+        name: [math.log(head[name] / base[name]) for base, head in rounds]
         for name in names
         if all(base[name] > 0 and head[name] > 0 for base, head in rounds)
     }

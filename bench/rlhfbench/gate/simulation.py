@@ -200,7 +200,7 @@ def _compare(
 ) -> tuple[list[set[Verdict]], list[int]]:
     """The verdicts on every case of one simulated comparison, and the pairs that each needed."""
     draws = [_logs(case, slowdown if place == target else 0.0, rng) for place, case in enumerate(cases)]
-    kept: list[dict[str, list[float]]] = [{} for _ in cases]
+    kept: list[dict[str, list[tuple[float, float]]]] = [{} for _ in cases]
     num_pairs, undecided = [0] * len(cases), list(range(len(cases)))
     verdicts: dict[tuple[int, str], Verdict] = {}
     levels = Levels()
@@ -215,7 +215,11 @@ def _compare(
             for _ in range(num_new):
                 for name, value in next(draws[place]).items():
                     kept[place].setdefault(name, []).append(value)
-        flat = {(place, name): estimate(logs) for place, case in enumerate(kept) for name, logs in case.items()}
+        flat = {
+            (place, name): estimate(*zip(*values, strict=True))
+            for place, case in enumerate(kept)
+            for name, values in case.items()
+        }
         share = share_done(look, min(map(spent_s, undecided)), budget_s)
         judged = judge(list(flat.values()), levels.take(share), effects)
         changes = {key: said for key, said in verdicts.items() if said in CHANGES}
@@ -227,11 +231,14 @@ def _compare(
     return [{said for (of, _), said in verdicts.items() if of == place} for place in range(len(cases))], num_pairs
 
 
-def _logs(case: MeasuredCase, slowdown: float, rng: random.Random) -> Iterator[dict[str, float]]:
-    """Logarithms of head / base by quantity, of pairs that are drawn, exchanged and slowed down, without end."""
+def _logs(case: MeasuredCase, slowdown: float, rng: random.Random) -> Iterator[dict[str, tuple[float, float]]]:
+    """Logarithms of head / base and their errors by quantity, of pairs that are drawn, exchanged and slowed down."""
     phase = case.longest_phase
     affected = case.affected(phase)
     while True:
         pair, sign = rng.choice(case.pairs), rng.choice((-1, 1))
         added = {name: slowdown * pair.head[quantity_of(phase)] / pair.head[name] for name in affected}
-        yield {name: sign * ratio + math.log1p(added.get(name, 0.0)) for name, ratio in pair.log_ratios.items()}
+        yield {
+            name: (sign * ratio + math.log1p(added.get(name, 0.0)), pair.errors[name])
+            for name, ratio in pair.log_ratios.items()
+        }

@@ -109,6 +109,7 @@ def test_the_ratio_of_a_pair_in_turns_is_that_of_its_rounds():
     (pair,) = pairs_of(record(1.0, 5.0), record(1.1, 50.0))
     assert pair.log_ratios["generate"] == pytest.approx(math.log(1.1))
     assert math.log(pair.head["total"] / pair.base["total"]) == pytest.approx(math.log(1.1))
+    assert pair.errors["generate"] == pytest.approx(0, abs=1e-12)  # the disturbed round is outside of the middle
     (swapped,) = pairs_of(record(1.1, 1.0), record(1.0, 5.0))
     assert swapped.log_ratios["total"] == pytest.approx(-math.log(1.1))
 
@@ -341,6 +342,7 @@ def test_simulated_rates_follow_the_noise(tmp_path):
             base=equal,
             head=equal,
             log_ratios=dict.fromkeys(names, ratio),
+            errors=dict.fromkeys(names, 0.0),
             disturbed=(False, False),
             steps=([equal], [equal]),
         )
