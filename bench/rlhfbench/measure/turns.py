@@ -16,7 +16,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 _GO, _DONE = b"g", b"d"
-_MIN_ROUNDS, _MAX_ROUNDS = 5, 100
+_MIN_ROUNDS, _MAX_ROUNDS = 5, 1000
 
 
 class Turns:
@@ -63,7 +63,7 @@ def run_in_turns(
     Args:
         jobs: Each is called, in a thread of its own, with the path that its process makes ``Turns`` of.
         folder: An existing folder with a short path, which no one else can read.
-        budget_s: Seconds of turns of all jobs together. There are 5 to 100 rounds.
+        budget_s: Seconds of turns of all jobs together. There are 5 to 1000 rounds.
         rng: Draws who goes first in each round.
         aborts: Called when this call is interrupted: they end the jobs.
     """

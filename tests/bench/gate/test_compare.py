@@ -63,7 +63,7 @@ def test_equal_sides_are_the_same_after_the_first_look(tmp_path):
         (record,) = read_records(tmp_path / "out" / name)
         blocks = record["latency"]["blocks"]
         assert [block["in_turns"] for block in blocks] == [False] + [True] * MIN_PAIRS
-        assert {len(block["phases"]["generate"]) for block in blocks[1:]} == {100}
+        assert {len(block["phases"]["generate"]) for block in blocks[1:]} == {1000}
 
 
 def test_an_older_base_is_timed_in_blocks_one_after_the_other(tmp_path):
@@ -82,6 +82,33 @@ def test_an_older_base_is_timed_in_blocks_one_after_the_other(tmp_path):
     for name in ("base", "head"):
         (record,) = read_records(tmp_path / "out" / name)
         assert not any(block["in_turns"] for block in record["latency"]["blocks"])
+
+
+def test_a_pair_is_timed_for_a_twentieth_of_the_budget_at_most_three_seconds():
+    budgets = (60.0, 600.0, 20.0)
+    assert [GateOptions(budget_s=budget_s).turns_s for budget_s in budgets] == [3.0, 3.0, 1.0]
+    assert GateOptions(budget_s=30.0, pair_s=3.0).turns_s == 3.0
+
+
+@pytest.mark.parametrize(
+    ("physical", "usable", "set_by_user", "threads"),
+    [
+        (2, 2, None, 1),
+        (8, 16, None, 8),
+        (8, 8, None, 7),
+        (16, 4, None, 3),
+        (1, 1, None, 1),
+        (None, 4, None, 1),
+        (8, 8, "4", None),
+    ],
+)
+def test_one_core_is_left_to_the_rest_of_the_machine(monkeypatch, physical, usable, set_by_user, threads):
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: physical)
+    monkeypatch.setattr(compare, "num_cores", lambda: usable)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if set_by_user is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", set_by_user)
+    assert compare.default_threads() == threads
 
 
 def test_both_sides_live_at_once_only_where_they_fit():
