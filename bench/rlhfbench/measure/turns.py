@@ -2,6 +2,10 @@
 
 The referee listens at two sockets and grants turns; each of the two processes connects to one of them, waits for a
 turn, takes one step and says so. While one steps, the other sleeps.
+
+A turn is a whole step. With one turn for each phase, the same phase of both runs 10 to 30 ms apart, and is known no
+better: over pairs of 6 s with one thread of a revision with itself, the ratios of a phase differ by 15 % from round to
+round either way, and the median error of a pair is 1.4 % in place of 0.9 %.
 """
 
 from __future__ import annotations
