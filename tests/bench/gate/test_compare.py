@@ -21,6 +21,7 @@ from rlhfbench.gate.output import exit_code, markdown, to_json
 from rlhfbench.gate.pairs import BlockPair, pairs_of
 from rlhfbench.gate.sides import Side
 from rlhfbench.gate.simulation import MeasuredCase, measured_cases, rates
+from rlhfbench.measure import turns
 from rlhfbench.records.file import read_records
 from rlhfbench.runs.forkserver import ForkServer
 from rlhfbench.runs.options import RunOptions
@@ -30,12 +31,14 @@ from rlhfkernels.config.case import Case
 from rlhfkernels.config.options import Options
 
 CASE = Case(method="hydra", model="tiny", prompt_len=4, completion_len=4, batch_size=2)
+NUM_ROUNDS = 20
 BASE, HEAD = Side(name="base", title="abc"), Side(name="head", title="the working tree")
 
 
 @pytest.fixture(autouse=True)
 def servers(monkeypatch, fake_server):
-    """Sides fork fake cases."""
+    """Sides fork fake cases, whose steps take no time: few rounds are as good as many."""
+    monkeypatch.setattr(turns, "_MAX_ROUNDS", NUM_ROUNDS)
     monkeypatch.setattr(compare, "ForkServer", lambda paths: ForkServer(target="fake_case:run_case", preload=()))
 
 
@@ -63,7 +66,7 @@ def test_equal_sides_are_the_same_after_the_first_look(tmp_path):
         (record,) = read_records(tmp_path / "out" / name)
         blocks = record["latency"]["blocks"]
         assert [block["in_turns"] for block in blocks] == [False] + [True] * MIN_PAIRS
-        assert {len(block["phases"]["generate"]) for block in blocks[1:]} == {1000}
+        assert {len(block["phases"]["generate"]) for block in blocks[1:]} == {NUM_ROUNDS}
 
 
 def test_an_older_base_is_timed_in_blocks_one_after_the_other(tmp_path):
