@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -195,6 +196,23 @@ def _changes(page: Any, chart: str, choose: Callable[[str], object], first: str,
     choose(first)
     assert any(changed), (chart, values)
     return True
+
+
+def test_the_tensor_under_the_cursor_is_named_and_elsewhere_the_moment(page: Any) -> None:
+    chart = page.locator("[data-chart='timeline-0']")
+    chart.scroll_into_view_if_needed()
+    box = chart.locator("svg.marks g.mark-area path").first.bounding_box()
+    words = chart.locator("svg.marks text", has_text=", event ")
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 2)
+    words.wait_for(timeout=_WAIT_MS)
+    assert re.fullmatch(r"\w[\w ]*, [\d.]+ GiB, event [\d,]+", words.first.text_content())
+    tensor = chart.locator("svg.marks g.mark-area path[fill-opacity='0']").first.bounding_box()
+    page.mouse.move(tensor["x"] + tensor["width"] / 2, tensor["y"] + tensor["height"] / 2)
+    tooltip = page.locator("#vg-tooltip-element.visible")
+    tooltip.wait_for(timeout=_WAIT_MS)
+    assert "8192 × 256 float32" in tooltip.inner_text()
+    assert "<script>" in tooltip.inner_text()
+    page.mouse.move(0, 0)
 
 
 @pytest.mark.parametrize("width", [360, 768])

@@ -9,6 +9,7 @@ from rlhfreports import frames
 from rlhfreports.page.blocks import Block, Chart, Section, Text
 from rlhfreports.page.charts import HEIGHT, by_mode, method_scales, select, specification
 from rlhfreports.page.data import Page, Run
+from rlhfreports.page.tooltips import tooltips
 from rlhfreports.plots import COLORS
 from rlhfreports.predicted import comparisons, has_predictions, worst_sentence
 from rlhfreports.ratios import resolution
@@ -46,12 +47,7 @@ def predicted_section(page: Page) -> Section | None:
             y=alt.Y("measured_gib:Q", title="measured GiB", scale=scale),
             color=alt.Color("title:N", scale=colors),
             shape=alt.Shape("title:N", scale=shapes),
-            tooltip=[
-                alt.Tooltip("case:N", title="case"),
-                alt.Tooltip("predicted_gib:Q", title="predicted GiB", format=".4~g"),
-                alt.Tooltip("measured_gib:Q", title="measured GiB", format=".4~g"),
-                alt.Tooltip("percent:Q", title="prediction off by, %", format="+.3f"),
-            ],
+            tooltip=tooltips("case", "predicted_gib", "measured_gib", "percent", percent="prediction off by, %"),
         )
         diagonal = (
             alt.Chart(alt.NamedData("predicted-line"))
@@ -113,15 +109,16 @@ def _charts(run: Run, name: str, title: str) -> list[Chart]:
             x=x,
             color=alt.Color("state:N", scale=states),
             shape=alt.Shape("state:N", scale=shapes),
-            tooltip=[
-                alt.Tooltip("line:N", title="method"),
-                alt.Tooltip("size:N", title="size"),
-                alt.Tooltip("block:Q", title="block"),
-                alt.Tooltip("percent:Q", title="from the median of its case, %", format="+.1f"),
-                alt.Tooltip("others:Q", title="taken by others, %", format=".1f"),
-                alt.Tooltip("mhz:Q", title="CPU MHz", format=".0f"),
-                alt.Tooltip("disturbed_by:N", title="disturbed by"),
-            ],
+            tooltip=tooltips(
+                "line",
+                "size",
+                "block",
+                "percent",
+                "others",
+                "mhz",
+                "disturbed_by",
+                percent="from the median of its case, %",
+            ),
         )
     )
     charts = []

@@ -19,6 +19,7 @@ from rlhfreports.page.charts import (
     specification,
 )
 from rlhfreports.page.data import Page
+from rlhfreports.page.tooltips import tooltips
 from rlhfreports.slopes import slope_table
 from rlhfreports.tables import outcome_word
 
@@ -121,12 +122,7 @@ def latency_chart(page: Page, points: pd.DataFrame, failed: pd.DataFrame) -> Cha
         y=alt.Y("seconds:Q", **y),
         shape=alt.Shape("title:N", scale=shapes),
         opacity=faded,
-        tooltip=[
-            alt.Tooltip("line:N", title="method"),
-            alt.Tooltip("seq_len:Q", title="tokens"),
-            alt.Tooltip("batch_size:Q", title="batch size"),
-            alt.Tooltip("shown:N", title="value"),
-        ],
+        tooltip=tooltips("line", "seq_len", "batch_size", "shown"),
     )
     marks = (
         alt.Chart(alt.NamedData("failures"))
@@ -138,12 +134,7 @@ def latency_chart(page: Page, points: pd.DataFrame, failed: pd.DataFrame) -> Cha
             text="word:N",
             color=alt.Color("title:N", scale=colors, legend=legend),
             opacity=faded,
-            tooltip=[
-                alt.Tooltip("line:N", title="method"),
-                alt.Tooltip("seq_len:Q", title="tokens"),
-                alt.Tooltip("word:N", title="outcome"),
-                alt.Tooltip("error:N", title="why"),
-            ],
+            tooltip=tooltips("line", "seq_len", "word", "error"),
         )
     )
     switches = [
