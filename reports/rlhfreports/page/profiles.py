@@ -164,9 +164,9 @@ def _flame_blocks(profiles: Sequence[tuple[str, Profile]]) -> list[Block]:
     if rects.empty:
         return []
     caption = (
-        "Callers above, what they call below, as wide as their time; equal calls from the same place are one. Drag to "
-        "move, Shift and the wheel to zoom, double-click for the whole. Recorded in a step of its own, in which Python "
-        "takes longer than usual."
+        "Callers above, what they call below, as wide as their time; equal calls from the same place are one. The "
+        "buttons above zoom and move; so do dragging, Shift with the wheel, and a double-click for the whole. Recorded "
+        "in a step of its own, in which Python takes longer than usual."
     )
     width = "scale('x', datum.x1) - scale('x', datum.x0)"
     base = (

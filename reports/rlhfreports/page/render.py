@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.resources
 import math
@@ -17,7 +18,7 @@ import vl_convert
 from markupsafe import Markup
 
 from rlhfreports.columns import shared_axes_text
-from rlhfreports.page.blocks import Chart, Section
+from rlhfreports.page.blocks import Chart, Section, Table
 from rlhfreports.page.data import Page
 from rlhfreports.page.sections import sections_of
 
@@ -52,10 +53,12 @@ def rendered(title: str, caption: str, sections: Sequence[Section]) -> str:
     charts = [block for section in sections for block in section.blocks if isinstance(block, Chart)]
     data = {name: columns_of(frame) for chart in charts for name, frame in chart.data.items()}
     specs = {chart.id: {"spec": chart.spec, "data": list(chart.data)} for chart in charts}
+    tables = [block for section in sections for block in section.blocks if isinstance(block, Table)]
+    files = {table.id: [dataclasses.asdict(file) for file in table.downloads] for table in tables}
     return (
         _environment()
         .get_template("page.html")
-        .render(title=title, caption=caption, sections=sections, data=data, specs=specs, **_libraries())
+        .render(title=title, caption=caption, sections=sections, data=data, specs=specs, files=files, **_libraries())
     )
 
 

@@ -111,12 +111,20 @@ def test_every_switch_has_a_label_and_starts_at_one_of_its_options(make_run: Run
         assert re.fullmatch(r"\w[\w ]*: ", switch["bind"]["name"])
 
 
+def test_every_row_of_a_table_is_a_row_of_its_files(make_run: Runs, rows: Rows) -> None:
+    tables = [block for block in blocks_of(*two_runs(make_run, rows), with_paper=True) if isinstance(block, Table)]
+    files = [(table, file) for table in tables for file in table.downloads]
+    assert len(files) >= 12
+    for table, file in files:
+        assert len(file.rows) == len(table.rows), file.name
+
+
 def test_ids_are_unique_and_every_link_stays_in_the_page(make_run: Runs, rows: Rows) -> None:
     found = parsed(page_html(Page.of(two_runs(make_run, rows), with_paper=True)))
     assert len(found.ids) == len(set(found.ids))
     assert found.links
     for link in found.links:
-        assert link.startswith("data:") or link.removeprefix("#") in found.ids, link
+        assert link.removeprefix("#") in found.ids, link
 
 
 def test_method_colours_are_those_of_the_static_pictures(make_run: Runs, rows: Rows) -> None:
@@ -167,7 +175,7 @@ def test_odd_runs_are_compared(make_run: Runs, first: str, second: str) -> None:
 
 def test_odd_runs_say_what_is_missing(make_run: Runs) -> None:
     assert "This run has no records yet." in words(make_run())
-    assert "No case was measured: 1 OOM, 1 skipped." in words(make_run(*ODD["all failed"]))
+    assert "No case was measured: 1 OOM, 1 SKIPPED." in words(make_run(*ODD["all failed"]))
     assert "how sure the times are is not known" in words(make_run({}, bare=True))
     assert "No environment is recorded." in words(make_run({}, bare=True))
 
