@@ -1,8 +1,8 @@
 """The frames that pictures are drawn from: one row per point, made from the frame of a run's records.
 
-The pictures of matplotlib and the charts of the page read these, so both show the same numbers. Every frame has the
-columns ``method``, ``title`` (of the method), ``line`` (the title with the setting and the run where these vary),
-``seq_len`` and ``batch_size``, and ``setting`` and ``run`` where these vary.
+The pictures of matplotlib and the charts of the page read these and no records, so both show the same numbers. Every
+frame has the columns ``method``, ``title`` (of the method), ``line`` (the title with the setting and the run where
+these vary), ``seq_len`` and ``batch_size``, and ``setting`` and ``run`` where these vary.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from rlhfreports.columns import RUN, axes_that_vary, axis_text, parts_of
+from rlhfreports.columns import IN_A_LINE, axes_that_vary, axis_text, parts_of
 from rlhfreports.panels import Panel, panels_of
 from rlhfreports.predicted import comparisons
 from rlhfreports.slopes import SLOPE_COLUMNS, slope_by_length
@@ -26,7 +26,6 @@ MEMORY = {
     "activation_bytes": "activation",
     "process_peak_bytes": "whole process",
 }
-IN_A_LINE = ("setting", RUN)  # axes that a line has in its name
 
 
 def line_of(frame: pd.DataFrame) -> pd.Series[str]:
@@ -74,7 +73,8 @@ def times(frame: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         ``panel``, ``kind`` (one of ``KINDS``), ``seconds`` per sample, ``low`` and ``high`` (the ends of its 95 %
-        interval, both ``seconds`` without one), and ``tokens`` of a sample: ``seq_len`` for each of its sequences.
+        interval, both ``seconds`` without one), ``tokens`` of a sample (``seq_len`` for each of its sequences), and
+        ``shows_batch``: the panel is that of the largest batch that fits, where each point has its own.
     """
     found = []
     for panel in panels_of(frame):
@@ -86,10 +86,21 @@ def times(frame: pd.DataFrame) -> pd.DataFrame:
             # A logarithmic axis has no 0: an interval that reaches it ends at a tenth of the point.
             low, high = np.maximum(seconds - width, seconds / 10), seconds + width
             of_kind = _shared(rows).assign(
-                panel=panel.title, kind=kind, seconds=seconds, low=low, high=high, tokens=tokens
+                panel=panel.title,
+                kind=kind,
+                seconds=seconds,
+                low=low,
+                high=high,
+                tokens=tokens,
+                shows_batch=panel.shows_batch,
             )
             found.append(of_kind[(seconds > 0) & np.isfinite(seconds)])
-    return _with_lines(frame, found, ("panel", "kind", "seconds", "low", "high", "tokens"))
+    return _with_lines(frame, found, ("panel", "kind", "seconds", "low", "high", "tokens", "shows_batch"))
+
+
+def panel_titles(frame: pd.DataFrame) -> list[str]:
+    """The panels of ``times`` and ``failures``, in their order."""
+    return [panel.title for panel in panels_of(frame)]
 
 
 def slopes(frame: pd.DataFrame) -> pd.DataFrame:

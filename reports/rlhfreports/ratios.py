@@ -14,8 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from rlhfreports.columns import axes_of
-from rlhfreports.panels import is_measured
+from rlhfreports.columns import axes_of, is_measured
 
 _SIZE = ("prompt_len", "completion_len", "batch_size")
 

@@ -19,8 +19,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from rlhfreports.columns import CASE_AXES, axes_of, axes_that_vary, methods_in_order, setting_order, shared_axes_text
-from rlhfreports.panels import Metric, is_measured
+from rlhfreports.columns import (
+    CASE_AXES,
+    axes_of,
+    axes_that_vary,
+    is_measured,
+    methods_in_order,
+    setting_order,
+    shared_axes_text,
+)
 from rlhfreports.ratios import t_quantile
 from rlhfreports.tables import ReportTable, text
 from rlhfreports.terminal import Column, terminal
@@ -65,7 +72,7 @@ class Quantity:
     """
 
     name: str
-    seconds: Metric
+    seconds: Callable[[pd.DataFrame], pd.Series[float]]
     lines: Callable[[pd.DataFrame], Iterator[Line]]
 
 

@@ -28,6 +28,16 @@ def test_times_have_a_row_per_case_and_kind_with_the_ends_of_the_interval(make_f
     assert set(found["line"]) == {"Hydra-PPO"}
 
 
+def test_the_panel_of_the_largest_batch_shows_the_batch_of_each_point(make_frame: Frames) -> None:
+    frame = make_frame({}, {"batch_size": 2}, {"method": "lora"}, {"method": "lora", "batch_size": 2, "outcome": "oom"})
+    titles = frames.panel_titles(frame)
+    assert titles == ["batch 1", "batch 2", "largest batch that fits"]
+    found = frames.times(frame)
+    assert set(found.loc[found["shows_batch"].astype(bool), "panel"]) == {titles[-1]}
+    assert set(found["panel"]) == set(titles)
+    assert set(frames.failures(frame)["panel"]) <= set(titles)
+
+
 def test_an_interval_that_reaches_zero_ends_at_a_tenth(make_frame: Frames) -> None:
     found = frames.times(make_frame({"total_s_per_sample": 1.0, "total_half_width_s_per_sample": 3.0}))
     assert found["low"][0] == pytest.approx(0.1)

@@ -74,7 +74,7 @@ def slope_texts(frame: pd.DataFrame) -> dict[str, str]:
 
 def latency_chart(page: Page, points: pd.DataFrame, failed: pd.DataFrame) -> Chart:
     """Time against length; the switches choose the panel, the kind of phases and the measure."""
-    panels = list(dict.fromkeys([*points["panel"], *failed["panel"]]))
+    panels = frames.panel_titles(page.frame)
     kinds = [kind for kind in frames.KINDS if (points["kind"] == kind).any()]
     words = failed.assign(
         word=[outcome_word(o) if o != "ok" else "no time" for o in failed["outcome"]],
