@@ -7,6 +7,7 @@ these vary), ``seq_len`` and ``batch_size``, and ``setting`` and ``run`` where t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,6 +16,7 @@ import pandas as pd
 from rlhfreports.columns import IN_A_LINE, axes_that_vary, axis_text, parts_of
 from rlhfreports.panels import Panel, panels_of
 from rlhfreports.predicted import comparisons
+from rlhfreports.ratios import t_quantile
 from rlhfreports.slopes import SLOPE_COLUMNS, slope_by_length
 from rlhfreports.tables import GIB
 
@@ -253,6 +255,29 @@ def block_times(frame: pd.DataFrame, blocks: pd.DataFrame) -> pd.DataFrame:
         others=100 * share,
         mhz=joined["cpu_mhz"],
     )[names].reset_index(drop=True)
+
+
+def drift(blocks: pd.DataFrame) -> tuple[float, float] | None:
+    """How many percent slower the blocks of a run became from its first to its last, with half of the 95 % interval.
+
+    A line through the blocks of each case, all with one slope: cases differ in their times and in when they ran.
+
+    Args:
+        blocks: from ``block_times``.
+
+    Returns:
+        ``None`` where no case has blocks enough.
+    """
+    of_case = blocks.assign(case=blocks["line"] + blocks["size"])[["case", "minutes", "percent"]].dropna()
+    means = of_case.groupby("case")[["minutes", "percent"]].transform("mean")
+    x, y = ((of_case[name] - means[name]).to_numpy(dtype=float) for name in ("minutes", "percent"))
+    degrees = len(of_case) - of_case["case"].nunique() - 1
+    if degrees < 1 or not (x**2).sum() > 0:
+        return None
+    slope = (x * y).sum() / (x**2).sum()
+    error = math.sqrt(((y - slope * x) ** 2).sum() / degrees / (x**2).sum())
+    span = float(of_case["minutes"].max() - of_case["minutes"].min())
+    return float(slope * span), t_quantile(degrees) * error * span
 
 
 def _has_memory(frame: pd.DataFrame) -> pd.Series[bool]:

@@ -103,7 +103,8 @@ class Table:
         caption: the sentence above it.
         headings: of the columns.
         rows: their cells.
-        titles: for each row what a pointer over it shows; empty for most.
+        titles: for each row what a pointer over it shows, empty for most; empty where no row has any.
+        kinds: for each row ``failed``, ``warned`` or nothing; empty where no row is.
         num_text_columns: columns of words, from the left. The others are numbers.
         filters: headings of columns that have a list of their values to choose from.
         downloads: the table as files.
@@ -115,7 +116,8 @@ class Table:
     caption: str
     headings: Sequence[str]
     rows: Sequence[Sequence[Cell]]
-    titles: Sequence[str]
+    titles: Sequence[str] = ()
+    kinds: Sequence[str] = ()
     num_text_columns: int
     filters: Sequence[str] = ()
     downloads: Sequence[Download] = ()
@@ -209,6 +211,7 @@ def table_of(
     is_folded: bool = False,
     orders: Mapping[str, Sequence[float | None]] | None = None,
     titles: Sequence[str] = (),
+    kinds: Sequence[str] = (),
     filters: Sequence[str] = (),
 ) -> Table:
     """A table of the page from one of the reports.
@@ -220,6 +223,7 @@ def table_of(
         is_folded: see ``Table``.
         orders: the numbers that columns are sorted by; the others are sorted by what their text begins with.
         titles: see ``Table``; empty for none.
+        kinds: see ``Table``; empty for none.
         filters: see ``Table``.
     """
     orders = orders or {}
@@ -236,7 +240,8 @@ def table_of(
         is_folded=is_folded,
         headings=table.headings,
         rows=list(zip(*columns, strict=True)),
-        titles=list(titles) or [""] * len(table.cells),
+        titles=titles,
+        kinds=kinds,
         num_text_columns=table.num_text_columns,
         filters=filters,
         downloads=downloads(name, table.cells, table.num_text_columns, table.csv()),

@@ -147,7 +147,6 @@ def _ops_table(profiles: Sequence[tuple[str, Profile]]) -> list[Block]:
             caption="Top ops of all phases and profiled cases.",
             headings=list(cells.columns),
             rows=rows,
-            titles=[""] * len(rows),
             num_text_columns=len(columns),
             filters=["case", "phase", "kind"],
             downloads=downloads("top-ops", cells, len(columns), ops.to_csv(index=False)),

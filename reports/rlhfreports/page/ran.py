@@ -79,7 +79,6 @@ def differences(runs: tuple[Run, ...]) -> Table:
         caption="What differs between the runs",
         headings=("what", *(run.name for run in runs)),
         rows=[[Cell(text=text) for text in row] for row in rows],
-        titles=[""] * len(rows),
         num_text_columns=1 + len(runs),
     )
 

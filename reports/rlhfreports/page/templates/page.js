@@ -2,6 +2,14 @@
 const json = (id) => JSON.parse(document.getElementById(id).textContent);
 const [columns, specs, files] = [json("page-data"), json("page-specs"), json("page-files")];
 
+// The exports of a library, which the page holds as base64 of gzip.
+async function library(id) {
+  const packed = await fetch(`data:;base64,${document.getElementById(id).textContent}`);
+  const text = await new Response(packed.body.pipeThrough(new DecompressionStream("gzip"))).text();
+  const url = URL.createObjectURL(new Blob([text], { type: "text/javascript" }));
+  return import(url);
+}
+
 const decoded = (column) => (Array.isArray(column) ? column : column.codes.map((code) => column.values[code]));
 const rowsOf = (table) => {
   const names = Object.keys(table);
@@ -44,6 +52,7 @@ const zoomButtons = (view) =>
 
 // A chart that fails leaves the others, and says so.
 async function drawCharts() {
+  await library("vega-library");
   for (const figure of document.querySelectorAll("[data-chart]")) {
     await drawChart(figure).catch((error) => {
       figure.textContent = "This chart cannot be drawn.";
@@ -71,9 +80,7 @@ function download(file, table) {
 }
 
 async function makeTables() {
-  const source = document.getElementById("tables-library").textContent;
-  const url = URL.createObjectURL(new Blob([source], { type: "text/javascript" }));
-  const { default: DataTable } = await import(url);
+  const { default: DataTable } = await library("tables-library");
   for (const table of document.querySelectorAll("table[data-filters]")) {
     const filters = JSON.parse(table.dataset.filters);
     const numRows = table.tBodies[0].rows.length;
