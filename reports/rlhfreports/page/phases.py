@@ -98,7 +98,7 @@ def _roofline(page: Page, points: pd.DataFrame, lines: pd.DataFrame) -> Chart:
     y = alt.Y(
         "flops_per_s:Q",
         title="FLOP/s",
-        scale=alt.Scale(type="log", nice=False),
+        scale=alt.Scale(type="log", nice=False, padding=12),
         axis=alt.Axis(format="~s"),
     )
     grey = by_mode("#555555", "#BBBBBB")

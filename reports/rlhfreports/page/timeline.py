@@ -214,7 +214,7 @@ def _tensors(run: Run, name: str) -> Any:
         .transform_calculate(
             low="datum.below + min(datum.from, datum.own)", high="datum.below + min(datum.to, datum.own)"
         )
-        .mark_area(interpolate="step-after", stroke=edge, strokeWidth=0.5, strokeOpacity=0.4)
+        .mark_area(interpolate="step-after", stroke=edge, strokeWidth=0.5, strokeOpacity=0.25)
         .encode(
             x=_x(),
             y=alt.Y("low:Q", title="GiB"),

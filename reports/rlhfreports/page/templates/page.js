@@ -29,7 +29,7 @@ async function drawChart(figure) {
   const { view } = await vegaEmbed(figure, { ...spec, datasets, params }, { actions, bind, renderer: "svg" });
   figure.querySelector("summary")?.setAttribute("aria-label", "Save this chart as a picture");
   views.push(view);
-  if (spec.params.some((p) => p.name === "zoom")) bind.append(...zoomButtons(view));
+  if (spec.params.some((p) => p.name === "zoom")) bind.append(zoomButtons(view));
 }
 
 // What the wheel and dragging do, for the keyboard and for touch: each button gives the new ends of the x axis.
@@ -45,10 +45,12 @@ const button = (text, act) => {
   made.addEventListener("click", act);
   return made;
 };
-const zoomButtons = (view) =>
-  Object.entries(ZOOMS).map(([text, ends]) =>
-    button(text, () => view.signal("zoom_x0", ends(...view.scale("x").domain())).runAsync()),
-  );
+function zoomButtons(view) {
+  const group = document.createElement("span");
+  const move = (ends) => view.signal("zoom_x0", ends(...view.scale("x").domain())).runAsync();
+  group.append(...Object.entries(ZOOMS).map(([text, ends]) => button(text, () => move(ends))));
+  return group;
+}
 
 // A chart that fails leaves the others, and says so.
 async function drawCharts() {
