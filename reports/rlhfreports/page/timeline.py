@@ -18,10 +18,10 @@ from rlhfreports.tables import GIB
 from rlhfreports.timelines import Floats, scale
 
 _CAPTION = (
-    "Live bytes by part over the events of one step: tensors made, named and freed. Short phases are widened. Move "
-    "over an area to read the tensor under the cursor, where it is one of the largest of its part. Elsewhere "
-    "the line below says what the moment is: its phase, total and event."
+    "Live bytes by part over the events of one step: tensors made, named and freed. Short phases are widened. The line "
+    "below says what the moment under the cursor is: its phase, total and event."
 )
+_OF_TENSORS = " Over an edged area it is the tensor that is named, one of the largest of its part."
 _BEFORE = "made before the step"
 
 
@@ -33,12 +33,13 @@ def timeline_chart(run: Run, name: str, title: str) -> Chart | None:
     cases = list(dict.fromkeys(moments["case"]))
     layers = [_areas(run, name), *_phases(name), *_moments(name), *([_tensors(run, name)] if len(tensors) else [])]
     made = alt.layer(*layers).add_params(select("shown_case", cases, "case", cases[-1]))
+    caption = _CAPTION + (_OF_TENSORS if len(tensors) else "")
     data = {f"{name}-moments": moments, f"{name}-phases": spans}
     return Chart(
         id=name,
         title=f"Memory over one step{f', {title}' if title else ''}",
-        caption=_CAPTION,
-        spec=specification(made.properties(height=HEIGHT), description=_CAPTION),
+        caption=caption,
+        spec=specification(made.properties(height=HEIGHT), description=caption),
         data=data | ({f"{name}-tensors": tensors} if len(tensors) else {}),
     )
 
@@ -94,7 +95,7 @@ def _frames_of(timeline: Timeline, num_before: int) -> tuple[pd.DataFrame, pd.Da
 
 
 def _named(tensors: pd.DataFrame, moments: pd.DataFrame, phases: pd.DataFrame, parts: list[str]) -> pd.DataFrame:
-    """The tensors that live at one moment or more, in words."""
+    """The tensors that live at one moment or more and are high enough to be pointed at, in words."""
     events = moments["event"].to_numpy()
     first, after = (np.searchsorted(events, tensors[name].to_numpy(dtype=int)) for name in ("first_event", "end_event"))
     bounds = phases["first_event"].to_numpy()
@@ -118,7 +119,9 @@ def _named(tensors: pd.DataFrame, moments: pd.DataFrame, phases: pd.DataFrame, p
             "end": start + np.minimum(after, len(moments) - 1),
         }
     )
-    return rows[(after > first) & rows["place"].notna()]
+    # A lower one is under a pixel of the chart. With all of them a choice of case took five times as long.
+    is_seen = rows["gib"] >= moments["gib"].max() / HEIGHT
+    return rows[(after > first) & rows["place"].notna() & is_seen]
 
 
 _IN_CASE = "datum.case === shown_case"

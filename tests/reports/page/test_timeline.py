@@ -10,6 +10,7 @@ from rlhfreports.page.data import Run
 from rlhfreports.page.timeline import timeline_chart, timeline_frames
 
 Runs = Callable[..., Run]
+GIB = 2**30
 
 
 def test_moments_have_their_phase_and_every_part(make_run: Runs) -> None:
@@ -42,6 +43,14 @@ def test_moments_of_a_second_case_have_numbers_of_their_own(make_run: Runs) -> N
     assert tensors.loc[tensors["case"].str.startswith("LoRA"), "first"].tolist() == [4, 5, 7]
 
 
+def test_a_tensor_under_a_pixel_of_the_chart_is_left_out(make_run: Runs) -> None:
+    run = make_run({})
+    points, phases, tensors = run.timelines["case0"]
+    smaller = tensors.assign(bytes=[GIB, 3 * GIB // 400, 3 * GIB // 300])
+    _, _, found = timeline_frames(dataclasses.replace(run, timelines={"case0": (points, phases, smaller)}))
+    assert found["tensor"].tolist() == ["16 × 4 float32", "2 float32"]
+
+
 def test_a_timeline_without_tensors_is_drawn_without_them(make_run: Runs) -> None:
     run = make_run({})
     points, phases, tensors = run.timelines["case0"]
@@ -51,6 +60,8 @@ def test_a_timeline_without_tensors_is_drawn_without_them(make_run: Runs) -> Non
     named = timeline_chart(run, "t", "")
     assert named is not None
     assert len(named.spec["layer"]) == len(chart.spec["layer"]) + 1
+    assert "tensor that is named" in named.caption
+    assert "tensor that is named" not in chart.caption
 
 
 def test_no_timeline_makes_no_chart(make_run: Runs) -> None:
