@@ -121,7 +121,8 @@ def _named(tensors: pd.DataFrame, moments: pd.DataFrame, phases: pd.DataFrame, p
     )
     # A lower one is under a pixel of the chart. With all of them a choice of case took five times as long.
     is_seen = rows["gib"] >= moments["gib"].max() / HEIGHT
-    return rows[(after > first) & rows["place"].notna() & is_seen]
+    found: pd.DataFrame = rows[(after > first) & rows["place"].notna() & is_seen]
+    return found
 
 
 _IN_CASE = "datum.case === shown_case"
