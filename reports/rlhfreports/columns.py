@@ -15,6 +15,8 @@ The harness documents and makes its columns (``rlhfbench.records_frame``). Repor
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 
 _PART_END = "_part_bytes"
@@ -33,6 +35,7 @@ CASE_AXES: dict[str, str] = {
     "options": "{}",
 }
 AXES: dict[str, str] = {RUN: "{}", **CASE_AXES}
+IN_A_LINE = ("setting", RUN)  # axes that a line of a picture has in its name
 # Axes that a setting may change. While each setting has one value, its name stands for them.
 _SETTING_AXES = ("dtype", "lora_rank")
 _QUIET_AXES = ("seed",)  # left out of captions
@@ -113,3 +116,9 @@ def methods_in_order(frame: pd.DataFrame) -> pd.DataFrame:
     """
     methods = frame[["method", "method_title", "method_order"]].drop_duplicates("method")
     return methods.sort_values("method_order", kind="stable", na_position="last", ignore_index=True)
+
+
+def is_measured(rows: pd.DataFrame) -> pd.Series[bool]:
+    """True for rows that are ok and have a time that a logarithmic axis can show."""
+    total = rows["total_s_per_sample"].astype("float64").fillna(math.nan)
+    return (rows["outcome"] == "ok").fillna(False).astype(bool) & total.gt(0) & (total < math.inf)

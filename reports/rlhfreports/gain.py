@@ -28,11 +28,11 @@ from rlhfreports.columns import (
     axes_of,
     axes_that_vary,
     axis_text,
+    is_measured,
     methods_in_order,
     setting_order,
     shared_axes_text,
 )
-from rlhfreports.panels import is_measured
 from rlhfreports.ratios import Ratio, ratio
 from rlhfreports.tables import ABSENT, GIB, ReportTable, outcome_word, text
 from rlhfreports.terminal import Column, terminal

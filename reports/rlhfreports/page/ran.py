@@ -11,7 +11,7 @@ import pandas as pd
 
 from rlhfreports.page.blocks import Block, Cell, Code, Items, Section, Table, Text
 from rlhfreports.page.data import Page, Run
-from rlhfreports.tables import ABSENT
+from rlhfreports.tables import ABSENT, outcome_word
 
 # Of an environment: different in every run, and no cause of a difference.
 _OF_EVERY_RUN = ("run_id", "started_at", "load_average", "resumed")
@@ -59,7 +59,9 @@ def warnings(run: Run) -> list[str]:
         )
     outcomes = run.frame["outcome"].value_counts(sort=False)
     if set(outcomes.index) - {"ok"}:
-        found.append(f"Outcomes: {', '.join(f'{count} {outcome}' for outcome, count in outcomes.items())}.")
+        found.append(
+            f"Outcomes: {', '.join(f'{count} {outcome_word(outcome)}' for outcome, count in outcomes.items())}."
+        )
     return found
 
 
@@ -77,7 +79,6 @@ def differences(runs: tuple[Run, ...]) -> Table:
         caption="What differs between the runs",
         headings=("what", *(run.name for run in runs)),
         rows=[[Cell(text=text) for text in row] for row in rows],
-        titles=[""] * len(rows),
         num_text_columns=1 + len(runs),
     )
 
