@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -98,28 +98,34 @@ def _newest(entries: Iterable[Record]) -> list[Record]:
         entries: Records, and blocks ``{"block_of", "run", "block"}``, oldest first. A block of no record is dropped:
             its record was replaced in a run that was tried again.
     """
-    kept: dict[tuple[Any, ...], Record] = {}
+    kept: dict[int, Record] = {}
+    places: dict[str, dict[int, str | None]] = {}  # by case: places in kept, with the run of each
     for number, record in enumerate(entries):
         if "block_of" in record:
-            _add_block(kept, record)
+            _add_block(kept, places.get(record["block_of"], {}), record)
             continue
         case_id, run_id = str(record["case"]["id"]), at(record, "run.id")
-        if run_id is None:
-            kept[case_id, None, number] = record
-            continue
-        for key in [key for key in kept if key[0] == case_id and key[1] in (None, run_id)]:
-            del kept[key]
-        kept[case_id, str(run_id), number] = record
+        own = places.setdefault(case_id, {})
+        for place in [place for place, run in own.items() if run_id is not None and run in (None, run_id)]:
+            del kept[place], own[place]
+        kept[number], own[number] = record, run_id
     return [summarize(record) for record in kept.values()]
 
 
-def _add_block(kept: dict[tuple[Any, ...], Record], entry: Record) -> None:
-    """Adds the block of ``entry`` to its record, which is replaced by a copy."""
-    for key in reversed(kept):
-        if key[:2] == (entry["block_of"], at(entry, "run.id")):
-            latency = kept[key]["latency"]
+def _add_block(kept: dict[int, Record], places: Mapping[int, str | None], entry: Record) -> None:
+    """Adds the block of ``entry`` to its record, which is replaced by a copy.
+
+    Args:
+        kept: the records by their places.
+        places: those of the records of its case, with the run of each.
+        entry: the block.
+    """
+    for place in sorted(places, reverse=True):
+        if places[place] == at(entry, "run.id"):
+            latency = kept[place]["latency"]
             _check_phases(entry["block_of"], entry["block"], latency["phases"])
-            kept[key] = {**kept[key], "latency": {**latency, "blocks": [*(latency["blocks"] or ()), entry["block"]]}}
+            blocks = [*(latency["blocks"] or ()), entry["block"]]
+            kept[place] = {**kept[place], "latency": {**latency, "blocks": blocks}}
             return
 
 
