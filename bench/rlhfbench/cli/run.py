@@ -230,6 +230,8 @@ def run(
         cases = folder.load_sweep()
     else:
         cases = make_sweep(spec, sweep, setting)
+    if place is not None:
+        place.check(cases.cases)
     how: dict[str, Any] = {"resume": resume is not None, "retry": retried}
     # SIGTERM ends a run as Ctrl-C does: the records are whole, and the command that resumes is printed.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -8,8 +8,8 @@ import socket
 from rlhfbench.errors import SweepError
 
 LOCAL = "local"
-CONNECT_S = 3.0
-ANSWER_S = 4.0
+CONNECT_S = 2.0
+ANSWER_S = 3.0
 _ADDRESS = re.compile(r"(?P<host>[^\s:/\[\]]+|\[[0-9A-Fa-f:.]+\]):(?P<port>[0-9]{1,5})")
 # What a client of HTTP/2 sends first: the preface, and an empty frame of settings. Every gRPC server answers with its
 # own settings, whose frame has this type.

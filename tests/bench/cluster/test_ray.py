@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -20,6 +21,12 @@ from rlhfbench.runs.runner import run_sweep
 pytest.importorskip("ray")
 
 FAKE_SERVER = {"target": "fake_case:run_case", "preload": ()}
+# The command line with fake cases, which need no memory.
+DRIVER = (
+    "from rlhfbench.cluster import needs; needs._planned_bytes = lambda *_: {}; "
+    f"from rlhfbench.cluster.place import Cluster; Cluster.server_arguments = {FAKE_SERVER!r}; "
+    "from rlhfbench.cli.main import main; main()"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -68,26 +75,26 @@ def test_every_outcome_and_its_files_come_back_from_the_nodes(tmp_path, nodes, t
     assert said.endswith(" GiB, no GPU.")
 
 
-def test_a_killed_driver_leaves_no_process_and_its_run_is_resumed(tmp_path, nodes, told, sweep_of):
+def test_an_ended_driver_leaves_no_process_and_its_run_is_resumed(tmp_path, nodes, told, sweep_of):
     sweep = sweep_of("ok", "chatter", "hang-first")
-    fifo = Path(os.environ["FAKE_CASE_FIFO"])
-    os.mkfifo(fifo)
-    out = tmp_path / "run"
-    sweep_file = tmp_path / "sweep.toml"
+    out, sweep_file = tmp_path / "run", tmp_path / "sweep.toml"
     sweep_file.write_text(sweep.to_toml())
-    program = (
-        f"from rlhfbench.cluster import needs; needs._planned_bytes = lambda *_: {{}}; "
-        f"from rlhfbench.cluster.place import Cluster; Cluster.server_arguments = {FAKE_SERVER!r}; "
-        "from rlhfbench.cli.main import main; main()"
-    )
-    arguments = ["run", "--sweep", str(sweep_file), "--ray", nodes.address, "--ray-group", "case", "--out", str(out)]
-    driver = subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=subprocess.DEVNULL)
-    with fifo.open() as pipe:
-        case = psutil.Process(int(pipe.read()))
-    driver.kill()
-    driver.wait()
-    case.wait(timeout=15)
-    before = (out / "records.jsonl").read_text()
+    flags = ["--sweep", str(sweep_file), "--ray", nodes.address, "--ray-group", "case", "--out", str(out)]
+    before = ""
+    for number, code in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
+        fifo = Path(os.environ["FAKE_CASE_FIFO"])
+        os.mkfifo(fifo)
+        driver = subprocess.Popen([sys.executable, "-c", DRIVER, "run", *flags], stderr=subprocess.PIPE, text=True)
+        with fifo.open() as pipe:
+            case = psutil.Process(int(pipe.read()))
+        driver.send_signal(number)
+        said = driver.communicate()[1]
+        assert driver.returncode == code
+        assert (f"To resume: rlhfbench run --resume {out}" in said) == (code == 130)
+        case.wait(timeout=15)
+        after = (out / "records.jsonl").read_text()
+        assert after.startswith(before)
+        before, flags = after, ["--resume", str(out)]
     run(sweep, out, nodes, told, resume=True)
     after = (out / "records.jsonl").read_text()
     assert after.startswith(before)
