@@ -107,6 +107,7 @@ def nodes(tmp_path_factory):
         path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
         patch.setenv("PYTHONPATH", path)
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_prestart_worker_first_driver", "0")  # each test is a driver: half of the processes
         patch.setenv("FAKE_CASE_FIFO", str(tmp_path_factory.mktemp("fifo") / "fifo"))
         with warnings.catch_warnings():
             three = Nodes(["n1", "n2", "n3"])

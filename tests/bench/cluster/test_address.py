@@ -40,9 +40,23 @@ def test_another_form_of_address_is_one_sentence(text):
         check_address(text)
 
 
-def test_local_and_a_server_of_http_2_pass(server):
+def test_a_cluster_of_this_machine_needs_no_answer():
     check_address(LOCAL)
-    check_address(server(SETTINGS))
+
+
+def test_a_server_of_http_2_is_asked_whether_it_is_a_cluster(server, monkeypatch):
+    monkeypatch.setattr(address, "_ASK", "import sys; sys.exit(sys.argv[1] != %r)" % (where := server(SETTINGS)))
+    check_address(where)
+    monkeypatch.setattr(address, "_ASK", "raise SystemExit(1)")
+    with pytest.raises(SweepError, match="no Ray cluster answers there"):
+        check_address(server(SETTINGS))
+
+
+def test_a_server_that_keeps_ray_waiting_is_no_cluster(server, monkeypatch):
+    monkeypatch.setattr(address, "_ASK", "import threading; threading.Event().wait()")
+    monkeypatch.setattr(address, "MAX_S", 0.1)
+    with pytest.raises(SweepError, match="no Ray cluster answers there"):
+        check_address(server(SETTINGS))
 
 
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", SETTINGS[:5]])
@@ -52,7 +66,7 @@ def test_another_server_is_no_cluster(server, answer):
 
 
 def test_a_port_that_nobody_listens_on_and_a_server_that_is_silent_are_no_cluster(monkeypatch):
-    assert address.CONNECT_S + address.ANSWER_S < 10
+    assert address.CONNECT_S + address.ANSWER_S < address.MAX_S < 10
     monkeypatch.setattr(address, "ANSWER_S", 0.05)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         where = f"127.0.0.1:{silent.getsockname()[1]}"
