@@ -60,7 +60,8 @@ def test_a_server_that_keeps_ray_waiting_is_no_cluster(server, monkeypatch):
 
 
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", SETTINGS[:5]])
-def test_another_server_is_no_cluster(server, answer):
+def test_another_server_is_no_cluster(server, answer, monkeypatch):
+    monkeypatch.setattr(address, "_ASK", "")  # it is not asked
     with pytest.raises(SweepError, match="no Ray cluster answers there"):
         check_address(server(answer))
 

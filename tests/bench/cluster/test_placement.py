@@ -47,7 +47,7 @@ def test_cases_on_their_own_spread_over_the_nodes(works):
 
 
 def test_no_two_cases_share_a_core_a_device_or_memory(works):
-    machines = [node("a", 7, num_gpus=3, memory_bytes=10 * GIB), node("b", 4, memory_bytes=6 * GIB), node("c", 2)]
+    machines = [node("a", 7, num_gpus=3, memory_bytes=5 * GIB), node("b", 4, memory_bytes=6 * GIB), node("c", 2)]
     needs = [
         ONE,
         GPU,
