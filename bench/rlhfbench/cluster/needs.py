@@ -47,7 +47,7 @@ def needs_of(
         needed = planned.get(case.id)
         if needed is not None and options.memory_limit_bytes is not None:
             needed = min(needed, options.memory_limit_bytes)  # beyond it the case is out of memory anywhere
-        num_ranks = int(case.options.flat().get("parallel.world_size", 1))
+        num_ranks = case.options.parallel.world_size
         if needed is not None and kind == "cpu":
             needed = num_ranks * (needed + PROCESS_BYTES)
         num_cores = None if options.num_threads is None else num_ranks * options.num_threads

@@ -54,6 +54,16 @@ def test_a_limit_bounds_what_a_case_needs_and_a_device_has_its_own_memory(tmp_pa
     ]
 
 
+def test_each_rank_has_a_device_cores_and_memory_of_its_own(tmp_path, planned):
+    ranks = Options.of({"parallel.strategy": "ddp", "parallel.world_size": 4})
+    cases = [*sized(1, options=ranks), *sized(1, options=ranks, device="cuda")]
+    need_of = needs_of(cases, RunOptions(num_threads=2), tmp_path, print)
+    assert [need_of(case) for case in cases] == [
+        Need(device="cpu", num_devices=4, num_cores=8, memory_bytes=4 * (1000 + PROCESS_BYTES)),
+        Need(device="cuda", num_devices=4, num_cores=8, memory_bytes=1000),
+    ]
+
+
 def test_a_case_that_cannot_be_planned_needs_a_device_only(tmp_path, monkeypatch):
     monkeypatch.setattr(needs, "map_parallel", lambda function, cases, *, preload: [None for _ in cases])
     assert needs_of([CASE], RunOptions(), tmp_path, print)(CASE) == Need(device="cpu")
