@@ -25,6 +25,8 @@ _PARTS_OF_RANKS = ("gathered", "buckets")
 # Columns that tell cases apart beside method, length and batch size, and the words for a value of each. Frames of one
 # run have no column ``run``.
 RUN = "run"
+# The machine that ran a case. Times of several machines are never compared within a run, so it is an axis like others.
+HOST = "host"
 CASE_AXES: dict[str, str] = {
     "model": "{}",
     "device": "{}",
@@ -34,11 +36,11 @@ CASE_AXES: dict[str, str] = {
     "setting": "setting {}",
     "options": "{}",
 }
-AXES: dict[str, str] = {RUN: "{}", **CASE_AXES}
+AXES: dict[str, str] = {RUN: "{}", HOST: "on {}", **CASE_AXES}
 IN_A_LINE = ("setting", RUN)  # axes that a line of a picture has in its name
 # Axes that a setting may change. While each setting has one value, its name stands for them.
 _SETTING_AXES = ("dtype", "lora_rank")
-_QUIET_AXES = ("seed",)  # left out of captions
+_QUIET_AXES = ("seed", HOST)  # left out of captions
 _MAX_WORD_CHARS = 60  # in captions; the end of a checkpoint's path is kept, as it holds the name
 
 
@@ -64,13 +66,17 @@ def axes_that_vary(frame: pd.DataFrame) -> list[str]:
 
 
 def _differing(frame: pd.DataFrame) -> list[str]:
-    return [axis for axis in axes_of(frame) if frame[axis].nunique(dropna=False) > 1]
+    return [
+        axis
+        for axis in axes_of(frame)
+        if (len(hosts_of(frame)) if axis == HOST else frame[axis].nunique(dropna=False)) > 1
+    ]
 
 
 def _implied(frame: pd.DataFrame) -> list[str]:
     if RUN in frame and frame[RUN].nunique() > 1:
         by_run = frame.groupby(RUN)
-        of_run = [axis for axis in CASE_AXES if by_run[axis].nunique(dropna=False).max() == 1]
+        of_run = [axis for axis in axes_of(frame) if axis != RUN and by_run[axis].nunique(dropna=False).max() == 1]
         return list(dict.fromkeys([*of_run, *_implied(frame.drop(columns=RUN))]))
     if not (frame["setting_order"] > 0).any():
         return ["setting"]
@@ -78,6 +84,27 @@ def _implied(frame: pd.DataFrame) -> list[str]:
         return []
     by_setting = frame.groupby("setting", dropna=False)
     return [axis for axis in _SETTING_AXES if by_setting[axis].nunique(dropna=False).max() == 1]
+
+
+def hosts_of(frame: pd.DataFrame) -> list[str]:
+    """The machines that cases of ``frame`` were measured on."""
+    if HOST not in frame:
+        return []
+    measured = (frame["outcome"] == "ok").fillna(False).astype(bool)
+    return list(frame.loc[measured, HOST].dropna().unique())
+
+
+def hosts_note(frame: pd.DataFrame) -> str | None:
+    """One sentence on the machines of one run, if there are several: why their times are not compared."""
+    if RUN in frame and frame[RUN].nunique() > 1:
+        return None
+    hosts = hosts_of(frame)
+    if len(hosts) < 2:
+        return None
+    return (
+        f"Cases were measured on {len(hosts)} machines ({', '.join(hosts)}): times are compared only between cases of "
+        "one machine."
+    )
 
 
 def setting_order(frame: pd.DataFrame) -> list[str]:

@@ -21,8 +21,10 @@ import pandas as pd
 
 from rlhfreports.columns import (
     CASE_AXES,
+    HOST,
     axes_of,
     axes_that_vary,
+    hosts_note,
     is_measured,
     methods_in_order,
     setting_order,
@@ -157,13 +159,14 @@ EXPLANATION = (
 _COLUMNS = {
     "method": "string",
     "method_title": "string",
+    HOST: "string",
     **{axis: "Int64" if axis in ("lora_rank", "seed") else "string" for axis in CASE_AXES},
     **dict.fromkeys(("quantity", "against", "held"), "string"),
     "num_points": "Int64",
     **dict.fromkeys(("smallest", "largest"), "Int64"),
     **dict.fromkeys(("slope", "half_width", "standard_error", "r_squared"), "Float64"),
 }
-_SHARED = ("method", "method_title", *CASE_AXES)
+_SHARED = ("method", "method_title", HOST, *CASE_AXES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -224,7 +227,7 @@ def slope_table(frame: pd.DataFrame) -> SlopeTable:
                 fitted = _fit(line, quantity)
                 if fitted:
                     first = group.iloc[0]
-                    rows.append({"_place": place, **{name: first[name] for name in _SHARED}, **fitted})
+                    rows.append({"_place": place, **{name: first.get(name) for name in _SHARED}, **fitted})
     columns: dict[str, Any] = {
         name: pd.array([row.get(name) for row in rows], dtype=dtype)  # type: ignore[call-overload]
         for name, dtype in _COLUMNS.items()
@@ -258,6 +261,7 @@ def slope_table(frame: pd.DataFrame) -> SlopeTable:
         cells=pd.DataFrame({name: [text(value) for value in values] for name, values in {**words, **numbers}.items()}),
         num_text_columns=len(words),
         explanation=EXPLANATION,
+        notes=(note,) if (note := hosts_note(frame)) else (),
         frame=found,
         axes=axes,
         methods=tuple(methods_in_order(frame)["method"]),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from rlhfreports.columns import hosts_note
 from rlhfreports.page.blocks import Block, Cell, Code, Items, Section, Table, Text
 from rlhfreports.page.data import Page, Run
 from rlhfreports.tables import ABSENT, outcome_word
@@ -52,11 +53,9 @@ def warnings(run: Run) -> list[str]:
         found.append(f"The code had changes beside commit {str(source.get('commit'))[:12]}.")
     if len(run.environments) > 1:
         found.append(f"The run was resumed {len(run.environments) - 1} times.")
-    hosts = run.frame["host"].dropna().unique()
-    if len(hosts) > 1:
-        found.append(
-            f"Its records come from {len(hosts)} machines: {', '.join(hosts)}. Their times are not comparable."
-        )
+    note = hosts_note(run.frame)
+    if note is not None:
+        found.append(note)
     outcomes = run.frame["outcome"].value_counts(sort=False)
     if set(outcomes.index) - {"ok"}:
         found.append(

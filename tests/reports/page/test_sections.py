@@ -230,7 +230,7 @@ def test_odd_runs_say_what_is_missing(make_run: Runs) -> None:
 
 def test_records_of_two_machines_are_warned_of(make_run: Runs) -> None:
     html = page_html(Page.of([make_run({"host": "one"}, {"host": "two", "prompt_len": 64})]))
-    assert "Its records come from 2 machines: one, two. Their times are not comparable." in html
+    assert "Cases were measured on 2 machines (one, two): times are compared only between cases of one machine." in html
 
 
 def test_environments_of_two_machines_are_compared(make_run: Runs, rows: Rows) -> None:
