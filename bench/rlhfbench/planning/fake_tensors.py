@@ -64,7 +64,8 @@ class _Recipe:
 
 # By op and description of its arguments; None where only torch can. All modes of a process share them.
 _recipes: dict[Hashable, _Recipe | None] = {}
-_cacheable: dict[Any, bool] = {}
+# Ops by their identity, as the hash of an op is a call of Python, and whether their outputs can be cached.
+_ops: dict[int, tuple[Any, bool]] = {}
 
 
 class CachingFakeTensorMode(FakeTensorMode):  # type: ignore[no-untyped-call]
@@ -110,12 +111,13 @@ class CachingFakeTensorMode(FakeTensorMode):  # type: ignore[no-untyped-call]
         self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], tensors: list[FakeTensor]
     ) -> tuple[Hashable, ...]:
         """Describes a call by all that its outputs depend on, and appends its tensors to ``tensors``."""
-        cacheable = _cacheable.get(func)
-        if cacheable is None:
-            cacheable = _cacheable[func] = _is_cacheable(func)
-        if not cacheable:
+        identity = id(func)
+        known = _ops.get(identity)
+        if known is None:
+            known = _ops[identity] = (func, _is_cacheable(func))
+        if not known[1]:
             raise _UncacheableError
-        parts: list[Any] = [func, torch.get_default_dtype(), torch.is_inference_mode_enabled()]
+        parts: list[Any] = [identity, torch.get_default_dtype(), torch.is_inference_mode_enabled()]
         self._describe(args, parts, tensors)
         for name, value in kwargs.items():
             parts.append(name)
