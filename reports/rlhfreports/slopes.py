@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from rlhfreports.columns import CASE_AXES, axes_of, axes_that_vary, methods_in_order, setting_order, shared_axes_text
+from rlhfreports.once import once_per_frame
 from rlhfreports.panels import Metric, is_measured
 from rlhfreports.ratios import t_quantile
 from rlhfreports.tables import ReportTable, text
@@ -201,6 +203,7 @@ class SlopeTable(ReportTable):
         )
 
 
+@once_per_frame
 def slope_table(frame: pd.DataFrame) -> SlopeTable:
     """Fits every line through two or more measured cases of ``frame``.
 
@@ -292,16 +295,21 @@ def _ordered(found: pd.DataFrame, rows: list[dict[str, Any]], frame: pd.DataFram
 
 def _fit(line: Line, quantity: Quantity) -> dict[str, Any] | None:
     """The fit of ``line``, ``None`` where fewer than two sizes have a time."""
-    from scipy.stats import linregress
-
     seconds = quantity.seconds(line.rows)
     usable = (seconds > 0) & (seconds < math.inf)
     sizes = line.rows.loc[usable, line.size].to_numpy(dtype=float)
     if len(set(sizes)) < 2:
         return None
     logs = np.log(seconds[usable].to_numpy(dtype=float))
-    fit = linregress(np.log(sizes), logs)
+    log_sizes = np.log(sizes)
+    slope = statistics.linear_regression(log_sizes.tolist(), logs.tolist()).slope
     has_error = len(sizes) >= MIN_POINTS_FOR_ERROR
+    # Equal times have no variance to explain.
+    varies = np.ptp(logs) > 0
+    r_squared = (
+        min(statistics.correlation(log_sizes.tolist(), logs.tolist()) ** 2, 1.0) if has_error and varies else 0.0
+    )
+    error = math.sqrt((1 - r_squared) * np.var(logs) / np.var(log_sizes) / (len(sizes) - 2)) if has_error else None
     return {
         "quantity": quantity.name,
         "against": SIZES[line.size][0],
@@ -309,11 +317,10 @@ def _fit(line: Line, quantity: Quantity) -> dict[str, Any] | None:
         "num_points": len(sizes),
         "smallest": int(min(sizes)),
         "largest": int(max(sizes)),
-        "slope": float(fit.slope),
+        "slope": slope,
         "half_width": _half_width(line.rows[usable], line.size, quantity),
-        "standard_error": float(fit.stderr) if has_error else None,
-        # Equal times have no variance to explain.
-        "r_squared": float(fit.rvalue) ** 2 if has_error and np.ptp(logs) > 0 else None,
+        "standard_error": error,
+        "r_squared": r_squared if has_error and varies else None,
     }
 
 
