@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+from contextlib import suppress
 from unittest import mock
 
 
@@ -16,6 +17,8 @@ def _import_planner() -> None:
     utils = importlib.import_module("transformers.utils")  # here, where no collection runs
     with mock.patch.object(utils, "is_scipy_available", return_value=False):
         importlib.import_module("rlhfbench.planning.predict")
+    with suppress(ImportError):  # not in every version of transformers and PEFT
+        importlib.import_module("rlhfkernels.models.warm")
 
 
 gc.disable()

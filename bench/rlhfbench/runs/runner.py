@@ -20,7 +20,7 @@ from rlhfbench.records.file import Record, RecordsFile, make_plan, make_record
 from rlhfbench.records.timelines import write_timeline
 from rlhfbench.runs import environment
 from rlhfbench.runs.folder import RunFolder, Segment
-from rlhfbench.runs.forkserver import Exit, ForkServer, last_line
+from rlhfbench.runs.forkserver import WARM, Exit, ForkServer, last_line
 from rlhfbench.runs.options import RunOptions
 from rlhfbench.runs.progress import Progress, make_progress
 from rlhfbench.runs.titles import Titles
@@ -151,7 +151,7 @@ def make_server(models: Iterable[ModelFacts]) -> ForkServer:
     It imports the module of each architecture too, which saves half a second a case.
     """
     types = dict.fromkeys(model.model_type for model in models if model.model_type)
-    return ForkServer(optional=[f"transformers.models.{name}.modeling_{name}" for name in types])
+    return ForkServer(optional=[*WARM, *(f"transformers.models.{name}.modeling_{name}" for name in types)])
 
 
 class _Sampler(Protocol):
