@@ -7,6 +7,7 @@ object detection.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 from contextlib import suppress
@@ -26,4 +27,5 @@ try:
     _import_planner()
 finally:
     gc.enable()
+atexit.register(gc.unfreeze)  # Triton's bindings print what lives at the end as leaked
 gc.freeze()  # a collection in a forked process would copy the pages of these modules
