@@ -322,7 +322,7 @@ class Runner:
         """Predicts the memory of ``case`` and returns the ``plan`` of its record, which may be an error."""
         watch = _Watch(self._progress)
         log_path = self._folder.log_path(f"{case.id}-plan")
-        request = {"case": case.to_dict(), "plan": True}
+        request = {"case": case.to_dict(), "plan": True, "num_threads": self._options.num_threads}
         kills = num_oom_kills()
         end = self._server.run(request, log_path=log_path, timeout_s=self._options.case_timeout_s, on_message=watch)
         result = self._result(end, watch, log_path, oom_killed=num_oom_kills() > kills)
