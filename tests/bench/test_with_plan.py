@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-import pytest
-
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.records.timelines import read_timeline
 from rlhfbench.runs.drawing import draw_run

@@ -51,15 +51,8 @@ def run_case(request: dict[str, Any], send: Callable[[dict[str, Any]], None]) ->
     try:
         case = Case.from_dict(request["case"])
         if request.get("plan"):
-            send(
-                {
-                    "result": {
-                        "outcome": "ok",
-                        "error": None,
-                        "memory": _predict_memory(case, stage, request["num_threads"]),
-                    }
-                }
-            )
+            memory = _predict_memory(case, stage, request["num_threads"])
+            send({"result": {"outcome": "ok", "error": None, "memory": memory}})
             return
         stage.notify("import")
         from rlhfbench.measure import MeasurementOptions, measure_case
