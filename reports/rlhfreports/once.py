@@ -23,7 +23,7 @@ def once_per_frame(
     found: dict[int, dict[Hashable, Result]] = {}
 
     @functools.wraps(function)
-    def remembered(frame: pd.DataFrame, *args: More.args, **kwargs: More.kwargs) -> Result:
+    def remembered(frame: pd.DataFrame, /, *args: More.args, **kwargs: More.kwargs) -> Result:
         if id(frame) not in found:
             found[id(frame)] = {}
             weakref.finalize(frame, found.pop, id(frame))

@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 _UNCACHED_TAGS = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view})
 _DEVICE = torch.ops.prim.device.default
-# The matmul of a mixture of experts, since torch 2.9. Fake tensors know it in bfloat16 alone, CPUs in float32 too.
-_GROUPED_MATMUL = getattr(torch.ops.aten._grouped_mm, "default", None) if hasattr(torch, "_grouped_mm") else None
+# The matmul of a mixture of experts. Fake tensors know it in bfloat16 alone, CPUs in float32 too.
+_GROUPED_MATMUL = torch.ops.aten._grouped_mm.default
 # A plan of Llama-7B adds a thousand, a batch of another size as many. 30,000 take some 50 MB.
 _MAX_RECIPES = 30_000
 
