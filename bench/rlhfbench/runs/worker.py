@@ -43,7 +43,7 @@ def run_case(request: dict[str, Any], send: Callable[[dict[str, Any]], None]) ->
     """Runs ``request["case"]`` and sends ``{"result": {"outcome", "error", ...}}``.
 
     Args:
-        request: ``case`` (as in a record), and either ``plan: True`` and ``num_threads`` to predict its memory, or
+        request: ``case`` (as in a record), and either ``plan: True`` (and ``num_threads``) to predict its memory, or
             ``settings`` (the fields of ``MeasurementOptions``) and ``memory_limit_bytes`` to measure it.
         send: sends one message to the runner.
     """
@@ -51,7 +51,7 @@ def run_case(request: dict[str, Any], send: Callable[[dict[str, Any]], None]) ->
     try:
         case = Case.from_dict(request["case"])
         if request.get("plan"):
-            memory = _predict_memory(case, stage, request["num_threads"])
+            memory = _predict_memory(case, stage, request.get("num_threads"))
             send({"result": {"outcome": "ok", "error": None, "memory": memory}})
             return
         stage.notify("import")
