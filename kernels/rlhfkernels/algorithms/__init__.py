@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from rlhfkernels.algorithms import best_of_n, dpo, ppo, sft
-from rlhfkernels.algorithms.common import Counts, Loss, Reader
+from rlhfkernels.algorithms.common import AllSum, Counts, Loss, Reader
 from rlhfkernels.config.options import Options
 from rlhfkernels.data.batch import Batch
 
@@ -45,8 +45,8 @@ OBJECTIVES: dict[str, Objective] = {
     ),
 }
 
-# Each fills columns of the batch and returns statistics, scalars by name.
-DERIVATIONS: dict[str, Callable[[Batch, Options], dict[str, torch.Tensor]]] = {
+# Each fills columns of the batch and returns statistics, scalars by name. ``AllSum`` is over the ranks of the step.
+DERIVATIONS: dict[str, Callable[[Batch, Options, AllSum], dict[str, torch.Tensor]]] = {
     "advantages": ppo.advantages,
     "best_of_n": best_of_n.select,
 }

@@ -9,6 +9,7 @@ import math
 
 import torch
 
+from rlhfkernels.algorithms.common import AllSum, alone
 from rlhfkernels.config.options import Options
 from rlhfkernels.data.batch import Batch
 
@@ -46,7 +47,7 @@ def expected_best(scores: torch.Tensor, n: int) -> torch.Tensor:
     return (scores.sort(-1).values * torch.tensor(weights, dtype=scores.dtype, device=scores.device)).sum(-1)
 
 
-def select(batch: Batch, options: Options) -> dict[str, torch.Tensor]:
+def select(batch: Batch, options: Options, all_sum: AllSum = alone) -> dict[str, torch.Tensor]:
     """Fills the column ``best`` [b]: which of its samples each prompt keeps.
 
     Returns:
@@ -56,4 +57,5 @@ def select(batch: Batch, options: Options) -> dict[str, torch.Tensor]:
     batch["best"] = best_index(scores)
     kept = scores.gather(1, batch["best"][:, None])
     bound = torch.full_like(kept[0, 0], kl_bound(scores.shape[1]))
-    return {"score": scores.mean(), "best_score": kept.mean(), "kl_bound": bound}
+    sums = all_sum(torch.stack([scores.mean(), kept.mean(), torch.ones_like(bound)]))
+    return {"score": sums[0] / sums[2], "best_score": sums[1] / sums[2], "kl_bound": bound}

@@ -6,10 +6,13 @@ Shapes: n = sequences, b = data rows, c = completion length.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 import torch
+
+# Adds a tensor up over the ranks of a step, in place.
+AllSum = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Reader(Protocol):
@@ -59,6 +62,11 @@ class Loss:
 def masked_mean(values: torch.Tensor, mask: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
     """Σ values · mask / count, a scalar."""
     return (values * mask).sum() / count
+
+
+def alone(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over the ranks where there is one."""
+    return tensor
 
 
 def sequence_logprobs(logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

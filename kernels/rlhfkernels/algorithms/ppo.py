@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from rlhfkernels.algorithms.advantages import gae, shaped_rewards, whiten
-from rlhfkernels.algorithms.common import Counts, Loss, Reader, masked_mean
+from rlhfkernels.algorithms.common import AllSum, Counts, Loss, Reader, alone
 from rlhfkernels.config.options import Options
 from rlhfkernels.data.batch import Batch
 
@@ -91,7 +91,7 @@ def value(read: Reader, batch: Batch, options: Options, counts: Counts) -> Loss:
     return Loss(ppo.vf_coef * loss)
 
 
-def advantages(batch: Batch, options: Options) -> dict[str, torch.Tensor]:
+def advantages(batch: Batch, options: Options, all_sum: AllSum = alone) -> dict[str, torch.Tensor]:
     """Clips the scores, and fills in ``advantages`` (whitened) and ``returns``.
 
     Returns:
@@ -110,5 +110,8 @@ def advantages(batch: Batch, options: Options) -> dict[str, torch.Tensor]:
     estimates, batch["returns"] = gae(
         rewards, batch["old_values"], batch.mask, gamma=ppo.gamma, lam=ppo.lam, terminal_values=terminal
     )
-    batch["advantages"] = whiten(estimates, batch.mask)
-    return {"score": scores.mean(), "kl": masked_mean(old - reference, batch.mask, batch.mask.sum())}
+    batch["advantages"] = whiten(estimates, batch.mask, all_sum=all_sum)
+    count = batch.mask.sum()
+    penalised = ((old - reference) * batch.mask).sum()
+    sums = all_sum(torch.stack([scores.sum(), torch.ones_like(scores).sum(), penalised, count]))
+    return {"score": sums[0] / sums[1], "kl": sums[2] / sums[3]}

@@ -32,7 +32,7 @@ class Case:
         model: a preset, a checkpoint folder, a .gguf file or a hub id.
         prompt_len: tokens of a prompt.
         completion_len: tokens of a completion.
-        batch_size: data rows a step: prompts, demonstrations or pairs.
+        batch_size: data rows a step: prompts, demonstrations or pairs; those of one rank where there are several.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: of the weights.
         seed: of weights, data and samples.
@@ -125,6 +125,11 @@ class Case:
         return self.prompt_len + self.completion_len
 
     @property
+    def rows_per_step(self) -> int:
+        """Data rows of a step over all ranks."""
+        return self.batch_size * self.options.parallel.world_size
+
+    @property
     def micro_batch_size(self) -> int:
         """Data rows per differentiated forward pass."""
         return self.options.engine.micro_batch_size or self.mini_batch_size
@@ -183,6 +188,7 @@ def _problems(case: Case) -> Iterator[str]:
     yield from _check_optimizer(case)
     yield from _check_backend(case)
     yield from _check_reward_model(case)
+    yield from _check_parallel(case)
 
 
 def _check_data(case: Case) -> Iterator[str]:
@@ -232,6 +238,28 @@ def _check_reward_model(case: Case) -> Iterator[str]:
         yield (
             f"rollout.reward_model is {model!r}: method {case.method!r} has no base of its own for the reward, so it "
             "must be none."
+        )
+
+
+def _check_parallel(case: Case) -> Iterator[str]:
+    parallel = case.options.parallel
+    if parallel.strategy is None and parallel.world_size > 1:
+        yield f"parallel.world_size is {parallel.world_size}: it needs parallel.strategy, one of ddp, fsdp, deepspeed."
+    if parallel.strategy != "deepspeed" and parallel.zero_stage:
+        yield (
+            f"parallel.zero_stage is {parallel.zero_stage}: ZeRO is DeepSpeed's, so parallel.strategy must be "
+            "'deepspeed'."
+        )
+    accumulated = case.options.optimizer.grad_accum_dtype
+    if parallel.strategy in ("ddp", "fsdp") and accumulated not in (None, case.dtype):
+        yield (
+            f"optimizer.grad_accum_dtype is {accumulated!r}: with parallel.strategy {parallel.strategy!r} torch adds "
+            f"gradients up in the dtype of the weights, so it must be none or {case.dtype!r}."
+        )
+    if parallel.gather == "rollout" and not parallel.divides_weights:
+        yield (
+            "parallel.gather is 'rollout': no weights are divided, so parallel.strategy must be 'fsdp' or "
+            "parallel.zero_stage 3."
         )
 
 

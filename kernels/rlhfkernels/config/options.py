@@ -97,7 +97,7 @@ class OptimizerOptions:
         max_grad_norm: the gradient norm of each parameter group is clipped to this.
         grad_accum_dtype: dtype in which gradients are added up over micro-batches and over chunks of positions, at
             least that of the weight; DeepSpeed has this name. ``None`` is float32 where there are several to add, else
-            the dtype of the weight.
+            the dtype of the weight; with a ``parallel.strategy`` it is that of the weight.
     """
 
     name: Literal["adamw", "adamw8bit", "sgd"] = "adamw"
@@ -224,6 +224,32 @@ class BestOfNOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelOptions:
+    """One step over several processes, each with ``batch_size`` data rows of its own.
+
+    Attributes:
+        strategy: ``ddp``, every rank holds all weights and gradients are averaged (torch's
+            ``DistributedDataParallel``); ``fsdp``, weights, gradients and optimizer states are divided among the ranks
+            (torch's ``fully_shard``); ``deepspeed``, what ``zero_stage`` divides (DeepSpeed's ZeRO). ``None`` is one
+            process.
+        world_size: processes.
+        zero_stage: what DeepSpeed divides: 0 nothing, 1 optimizer states, 2 gradients too, 3 weights too.
+        gather: divided weights are gathered for generation ``layer`` by layer, for every token, or once a ``rollout``,
+            whole.
+    """
+
+    strategy: Literal["ddp", "fsdp", "deepspeed"] | None = None
+    world_size: Annotated[int, Ge(1), Le(65_536)] = 1
+    zero_stage: Annotated[int, Ge(0), Le(3)] = 0
+    gather: Literal["layer", "rollout"] = "layer"
+
+    @property
+    def divides_weights(self) -> bool:
+        """True where a rank holds a part of each weight, and gathers the rest to use it."""
+        return self.strategy == "fsdp" or self.zero_stage == 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
     """Every option of a case, by group.
 
@@ -237,6 +263,7 @@ class Options:
         sft: see ``SFTOptions``.
         dpo: see ``DPOOptions``.
         best_of_n: see ``BestOfNOptions``.
+        parallel: see ``ParallelOptions``.
     """
 
     lora: LoraOptions = LoraOptions()
@@ -248,6 +275,7 @@ class Options:
     sft: SFTOptions = SFTOptions()
     dpo: DPOOptions = DPOOptions()
     best_of_n: BestOfNOptions = BestOfNOptions()
+    parallel: ParallelOptions = ParallelOptions()
 
     @classmethod
     def of(cls, values: Mapping[str, Any] = {}, /) -> Self:

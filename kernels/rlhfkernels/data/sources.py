@@ -17,6 +17,7 @@ from rlhfkernels.data.batch import Batch
 from rlhfkernels.data.files import Demonstration, Pair, Text, read_demonstrations, read_pairs, read_prompts
 from rlhfkernels.errors import DataError, ModelError
 from rlhfkernels.methods.program import SEQUENCES_PER_ROW, SourceName
+from rlhfkernels.parallel.world import ALONE, World
 
 
 class Prompts(NamedTuple):
@@ -64,16 +65,25 @@ class _Rows:
         tokenizer: of the model; ``None`` (a preset) encodes text as its UTF-8 bytes.
         with_rows: read the file. Without, a file stands for random tokens with a mask: the shapes that short prompts
             give, for a plan.
+        world: the ranks, which take the rows of a file in turns of ``batch_size``.
 
     Raises:
         DataError: the file cannot be used.
         ModelError: the vocabulary is too small for bytes.
     """
 
-    def __init__(self, case: Case, vocab_size: int, tokenizer: Any | None, *, with_rows: bool = True) -> None:
+    def __init__(
+        self,
+        case: Case,
+        vocab_size: int,
+        tokenizer: Any | None,
+        *,
+        with_rows: bool = True,
+        world: World = ALONE,
+    ) -> None:
         self._case, self._vocab_size, self._tokenizer = case, vocab_size, tokenizer
         self._path = case.data_file
-        self._next = 0
+        self._next, self._stride = world.rank * case.batch_size, world.size * case.batch_size
         self._fixed: Batch | None = None
         self._prompts: list[list[int]] = []
         self._num_truncated = self._num_dropped = 0
@@ -116,7 +126,7 @@ class _Rows:
         """Indices of the next rows."""
         case, num_rows = self._case, len(self._prompts)
         rows = [(self._next + i) % num_rows for i in range(case.batch_size)]
-        self._next = (self._next + case.batch_size) % num_rows
+        self._next = (self._next + self._stride) % num_rows
         return rows
 
     def _prompts_of(self, rows: Sequence[int]) -> Prompts:
@@ -163,9 +173,17 @@ class _CompletionSource(_Rows):
 
     _num_completions = 1
 
-    def __init__(self, case: Case, vocab_size: int, tokenizer: Any | None, *, with_rows: bool = True) -> None:
+    def __init__(
+        self,
+        case: Case,
+        vocab_size: int,
+        tokenizer: Any | None,
+        *,
+        with_rows: bool = True,
+        world: World = ALONE,
+    ) -> None:
         self._completions: list[list[list[int]]] = []
-        super().__init__(case, vocab_size, tokenizer, with_rows=with_rows)
+        super().__init__(case, vocab_size, tokenizer, with_rows=with_rows, world=world)
 
     def _rows(self, path: str) -> tuple[Sequence[Demonstration] | Sequence[Pair], int]:
         """The rows of the file, and the number of rows that it dropped."""

@@ -5,9 +5,11 @@ Shapes: b = data rows, n = sequences, p = prompt length, c = completion length, 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -30,8 +32,11 @@ from rlhfkernels.models.saving import save_model
 from rlhfkernels.observer import Observer
 from rlhfkernels.ops.sample import sample
 from rlhfkernels.ops.token_logprobs import token_logprobs
+from rlhfkernels.parallel.strategies import STRATEGIES, BaseModule, Strategy
+from rlhfkernels.parallel.world import ALONE, World
 from rlhfkernels.seeding import seeded
 
+T = TypeVar("T")
 # Bases of one origin start from equal weights, bases of different origins do not.
 _ORIGIN_SEED: dict[Origin, int] = {"policy": 0, "reward": 1}
 _ADAPTER_SEED, _HEAD_SEED = 1000, 2000
@@ -49,6 +54,7 @@ class Engine:
         with_weights: load real weights. Without, weights are random and only configurations are read.
         check: refuse models that this engine would run wrongly.
         num_layers: build bases without weights with their first layers alone.
+        world: the ranks that share the case.
 
     Raises:
         ModelError: the model cannot be loaded or is too short.
@@ -56,7 +62,13 @@ class Engine:
     """
 
     def __init__(
-        self, case: Case, *, with_weights: bool = True, check: bool = True, num_layers: int | None = None
+        self,
+        case: Case,
+        *,
+        with_weights: bool = True,
+        check: bool = True,
+        num_layers: int | None = None,
+        world: World = ALONE,
     ) -> None:
         self.case = case
         # Without weights only shapes matter: generation skips decode steps, and optimizers need not compute.
@@ -74,7 +86,14 @@ class Engine:
         if check:
             self._check_models()
         self.scalar_heads = self._make_scalar_heads()
+        self.strategy = self._divide(world)
         self.parameters_of_role = self._declare_trained()
+        self.strategy.declare_trained(
+            {
+                pass_key(p.weights): [w for name in p.roles for w in self.parameters_of_role.get(name, ())]
+                for p in self.method.update_passes
+            }
+        )
 
     def _load_models(self, with_weights: bool, num_layers: int | None) -> dict[str, LoadedModel]:
         models: dict[str, LoadedModel] = {}
@@ -121,8 +140,16 @@ class Engine:
             CaseError: see ``rlhfkernels.engine.agreement.check_packing``.
         """
         case, name = self.case, self.case.model_of(self.method.origins[base])
-        size = {"max_length": case.seq_len, "vocab_size": self.vocab_size}
-        check_packing(name, self.trunks[base], case.dtype, device=case.device, **size)
+        check = functools.partial(
+            check_packing,
+            name,
+            self.trunks[base],
+            case.dtype,
+            device=case.device,
+            max_length=case.seq_len,
+            vocab_size=self.vocab_size,
+        )
+        self.strategy.read(base, check)
 
     @property
     def vocab_size(self) -> int:
@@ -161,6 +188,23 @@ class Engine:
                 with seeded(self.device, self.case.seed + _HEAD_SEED):
                     made[name] = ScalarHead(hidden_size, device=self.device, dtype=getattr(torch, self.case.dtype))
         return made[name]
+
+    def _divide(self, world: World) -> Strategy:
+        """The strategy of the case, with the weights of all bases divided by it; without weights there is one rank."""
+        strategy = STRATEGIES[self.case.options.parallel.strategy if self.with_weights else None](
+            self.case.options, world, self.device, may_skip=any(model.has_experts for model in self.models.values())
+        )
+        heads = {
+            base: [self.scalar_heads[name] for name in self.scalar_heads if self.method.roles[name].base == base]
+            for base in self.models
+        }
+        strategy.divide(
+            {
+                base: BaseModule(model.trunk, [*([] if model.lm_head is None else [model.lm_head]), *heads[base]])
+                for base, model in self.models.items()
+            }
+        )
+        return strategy
 
     def _declare_trained(self) -> dict[str, list[nn.Parameter]]:
         """The trained weights of each role; a weight that two roles train belongs to the first."""
@@ -276,6 +320,14 @@ class Engine:
         scalars: torch.Tensor = self.scalar_heads[role](hidden.gather(1, index).squeeze(1))
         return scalars
 
+    def read(self, weights: WeightSet, function: Callable[[], T]) -> T:
+        """Calls ``function``, which reads a weight set without a graph, with its weights at hand."""
+        return self.strategy.read(weights.base, function)
+
+    def train(self, weights: WeightSet, function: Callable[[], torch.Tensor], *, is_last: bool) -> torch.Tensor:
+        """Calls ``function``, whose scalar a backward follows; see ``Strategy.train``."""
+        return self.strategy.train(pass_key(weights), weights.base, function, is_last=is_last)
+
     @torch.no_grad()
     def generate(
         self, role: str, prompts: Prompts, generator: torch.Generator | None, observer: Observer, *, samples: int = 1
@@ -297,9 +349,17 @@ class Engine:
             part if samples == 1 or part is None else part.repeat_interleave(samples, 0) for part in prompts
         )
         assert tokens is not None
-        (n, p), c = tokens.shape, case.completion_len
-        batch = empty_completions(tokens, mask, c, prompts.tokens.shape[0])
+        batch = empty_completions(tokens, mask, case.completion_len, prompts.tokens.shape[0])
         observer.tag("rollout", batch.tensors())
+        self.strategy.generate(self.method.roles[role].base, lambda: self._decode(role, batch, generator, observer))
+        if options.stop_token_id is not None:
+            batch["old_logprobs"].mul_(batch.mask)
+        return batch
+
+    def _decode(self, role: str, batch: Batch, generator: torch.Generator | None, observer: Observer) -> None:
+        """Samples the completions of ``batch``, one position at a time."""
+        options, tokens = self.case.options.rollout, batch.tokens[:, : batch.prompt_len]
+        n, p, c = batch.num_sequences, batch.prompt_len, self.case.completion_len
         weights, head = self.method.roles[role].weights, self.lm_head(role)
         decoder = self.trunks[weights.base].decoder(weights.adapter, p + c - 1, observer)
         ended = torch.zeros(n, dtype=torch.bool, device=tokens.device) if options.stop_token_id is not None else None
@@ -320,16 +380,13 @@ class Engine:
                 logits.div_(options.temperature)
             token, logprob = sample(logits, generator, backend=self.backend)
             if ended is not None:
-                if t > p and (t - p) % check_every == 0 and bool(ended.all()):
+                if t > p and (t - p) % check_every == 0 and self.strategy.all_ended(bool(ended.all())):
                     batch.mask[:, t - p :] = 0
                     break
                 token, ended = _stop(batch, t, token, ended, options.stop_token_id)
             batch.tokens[:, t] = token
             batch["old_logprobs"][:, t - p] = logprob
             start = t
-        if options.stop_token_id is not None:
-            batch["old_logprobs"].mul_(batch.mask)
-        return batch
 
     def check_sampled(self, role: str, batch: Batch) -> None:
         """Checks the log-probabilities of a generation. It waits for the device, so it belongs behind the phase.
@@ -343,14 +400,20 @@ class Engine:
     def release(self, base: str) -> None:
         """Frees the weights of a base that nothing reads any more."""
         del self.models[base], self.trunks[base], self.adapters[base]
+        self.strategy.release(base)
 
     def save(self, folder: Path) -> None:
         """Writes every trained weight under ``folder``, and every adapter set and scalar head.
 
         An adapter set is a folder as plain PEFT reads it, a model whose own weights are trained one as transformers
         reads it, under the name of its base, and a scalar head the file ``ROLE_head.safetensors`` with ``weight``
-        [1, d].
+        [1, d]. Where ranks share the weights, all of them call it and the first one writes.
         """
+        with self.strategy.whole():
+            if self.strategy.world.rank == 0:
+                self._write(folder)
+
+    def _write(self, folder: Path) -> None:
         for base in self._trained_bases():
             save_model(self.models[base], self.case.model_of(self.method.origins[base]), folder / base)
         for base, adapters in self.adapters.items():
@@ -368,6 +431,11 @@ class Engine:
         """The bases of which a weight of the trunk or of the language-model head is trained."""
         roles = (self.method.roles[name] for name in self.method.trained_roles)
         return list(dict.fromkeys(role.base for role in roles if "base" in role.trains or _trains_lm_head(role)))
+
+
+def pass_key(weights: WeightSet) -> str:
+    """The name of the differentiated pass over a weight set: there is one at most."""
+    return weights.base if weights.adapter is None else f"{weights.base}.{weights.adapter}"
 
 
 def _trains_lm_head(role: Role) -> bool:

@@ -52,7 +52,7 @@ class Adapters:
         seed: int,
     ) -> None:
         self.names = tuple(names)
-        self._trained: set[int] = set()
+        self._trained: frozenset[str] = frozenset()
         self._active: str | None = None
         self._config = LoraConfig(
             r=rank,
@@ -110,7 +110,7 @@ class Adapters:
 
     def train(self, names: Iterable[str]) -> None:
         """Declares the trained adapter sets, independent of which one is active."""
-        self._trained = {id(parameter) for name in names for parameter in self.parameters(name)}
+        self._trained = frozenset(names)
         self._restore()
 
     @property
@@ -132,8 +132,9 @@ class Adapters:
         self._restore()
 
     def _restore(self) -> None:
-        for parameter in self.parameters():
-            parameter.requires_grad_(id(parameter) in self._trained)
+        for name in self.names:
+            for parameter in self.parameters(name):
+                parameter.requires_grad_(name in self._trained)
 
     def save(self, name: str, folder: Path, *, prefix: str | None, base_model: str) -> None:
         """Writes adapter set ``name`` as plain PEFT reads it.

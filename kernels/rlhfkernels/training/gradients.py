@@ -5,6 +5,7 @@ Shapes: n = sequences, b = data rows, c = completion length.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -44,7 +45,7 @@ class PassForm:
         self.in_two_passes = any(objective.in_two_passes(options) for objective in self.objectives)
 
 
-def add_gradients(engine: Engine, form: PassForm, part: Batch, counts: Counts) -> list[Loss]:
+def add_gradients(engine: Engine, form: PassForm, part: Batch, counts: Counts, *, is_last: bool) -> list[Loss]:
     """Adds the gradients of a pass over a micro-batch to the weights; its graph is gone on return.
 
     Args:
@@ -52,16 +53,29 @@ def add_gradients(engine: Engine, form: PassForm, part: Batch, counts: Counts) -
         form: the pass, and how it is differentiated.
         part: the micro-batch.
         counts: the divisors, of the whole mini-batch.
+        is_last: the micro-batch is the last of its mini-batch.
 
     Returns:
         The loss of every stage of the pass, in order.
     """
     if form.in_two_passes:
-        return _add_in_two_passes(engine, form, part, counts)
-    return _differentiated(read_losses(engine, form, part, counts, train=True))
+        return _add_in_two_passes(engine, form, part, counts, is_last=is_last)
+    losses: list[Loss] = []
+
+    def forward() -> torch.Tensor:
+        losses.extend(_losses(engine, form, part, counts, train=True))
+        return _sum(losses)
+
+    _backward(engine.train(form.p.weights, forward, is_last=is_last))
+    return losses
 
 
-def read_losses(engine: Engine, form: PassForm, part: Batch, counts: Counts, *, train: bool = False) -> list[Loss]:
+def read_losses(engine: Engine, form: PassForm, part: Batch, counts: Counts) -> list[Loss]:
+    """The loss of every stage of a pass over a micro-batch, without a graph; arguments as in ``add_gradients``."""
+    return engine.read(form.p.weights, lambda: _losses(engine, form, part, counts))
+
+
+def _losses(engine: Engine, form: PassForm, part: Batch, counts: Counts, *, train: bool = False) -> list[Loss]:
     """The loss of every stage of a pass over a micro-batch.
 
     Args:
@@ -91,29 +105,39 @@ def _losses_of(form: PassForm, readers: Sequence[Reader], part: Batch, counts: C
     ]
 
 
-def _differentiated(losses: list[Loss]) -> list[Loss]:
-    torch.stack([loss.value for loss in losses]).sum().backward()  # type: ignore[no-untyped-call]
-    return losses
+def _sum(losses: list[Loss]) -> torch.Tensor:
+    return torch.stack([loss.value for loss in losses]).sum()
 
 
-def _add_in_two_passes(engine: Engine, form: PassForm, part: Batch, counts: Counts) -> list[Loss]:
+def _backward(loss: torch.Tensor) -> None:
+    loss.backward()  # type: ignore[no-untyped-call]
+
+
+def _add_in_two_passes(engine: Engine, form: PassForm, part: Batch, counts: Counts, *, is_last: bool) -> list[Loss]:
     """Reads all log-probabilities without a graph, then the sequences of a data row one after the other with one.
 
     The loss is differentiated by the log-probabilities of the first pass, and the second passes that gradient on. A
     graph holds the activations of one sequence for each data row of the micro-batch.
     """
     weights, start = form.p.weights, part.prompt_len - 1
+
+    def read(batch: Batch, *, train: bool = False) -> list[torch.Tensor]:
+        hidden = engine.hidden(weights, batch.tokens, batch.attention_mask, start=start, train=train)
+        return [engine.logprobs(stage.role, hidden, batch.completions)[0] for stage in form.stages]
+
     with torch.no_grad():
-        hidden = engine.hidden(weights, part.tokens, part.attention_mask, start=start)
-        leaves = [LeafReader(engine.logprobs(stage.role, hidden, part.completions)[0]) for stage in form.stages]
-        del hidden
-    losses = _differentiated(_losses_of(form, leaves, part, counts))
+        leaves = [LeafReader(logprobs) for logprobs in engine.read(weights, lambda: read(part))]
+    losses = _losses_of(form, leaves, part, counts)
+    _backward(_sum(losses))
     per_row = part.num_sequences // part.num_rows
+
+    def replayed(i: int) -> torch.Tensor:
+        """A scalar with the loss's gradient in sequence ``i`` of every data row."""
+        logprobs = read(part.sequence_of_rows(i), train=True)
+        products = [(each * leaf.gradient[i::per_row]).sum() for each, leaf in zip(logprobs, leaves, strict=True)]
+        return torch.stack(products).sum()
+
     for i in range(per_row):
-        one = part.sequence_of_rows(i)
-        hidden = engine.hidden(weights, one.tokens, one.attention_mask, start=start, train=True)
-        logprobs = [engine.logprobs(stage.role, hidden, one.completions)[0] for stage in form.stages]
-        del hidden
-        torch.autograd.backward(logprobs, [leaf.gradient[i::per_row] for leaf in leaves])
-        del logprobs
+        is_last_backward = is_last and i == per_row - 1
+        _backward(engine.train(weights, functools.partial(replayed, i), is_last=is_last_backward))
     return losses

@@ -6,9 +6,10 @@ torch's fused kernel, or bitsandbytes'.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from torch import nn
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
+from rlhfkernels.algorithms.common import AllSum
 from rlhfkernels.config.options import OPTION_PACKAGES, OptimizerOptions
 from rlhfkernels.errors import CaseError
+from rlhfkernels.parallel.strategies import local
 
 # Gradients are cast to the master weights' dtype in chunks of this many bytes: a cast of all of them at once would
 # add 4 bytes a weight to the peak.
@@ -39,6 +42,7 @@ class Optimizer:
         warmup_steps: steps of linear warm-up.
         total_steps: the step at which the cosine reaches 0.
         max_grad_norm: the group's gradient norm is clipped to this before the update.
+        all_ranks: the squared norm of a gradient, from that of what this rank holds of it; ``None`` holds it whole.
     """
 
     def __init__(
@@ -49,16 +53,25 @@ class Optimizer:
         warmup_steps: int,
         total_steps: int,
         max_grad_norm: float,
+        all_ranks: AllSum | None = None,
     ) -> None:
-        self.parameters = list(parameters)
+        # Of divided weights the rank's part alone is trained here.
+        self.parameters = [parameter for parameter in parameters if local(parameter).numel()]
+        self._all_ranks = all_ranks
+        dtypes = [torch.float32, *(parameter.dtype for parameter in parameters)]
+        self._dtype = functools.reduce(torch.promote_types, dtypes)  # of the norm, the same on all ranks
         self.peak_lr, self.warmup_steps, self.total_steps = lr, warmup_steps, total_steps
         self.max_grad_norm = max_grad_norm
         self.num_steps = 0
         self.masters: list[torch.Tensor] = [
-            p.detach().float() if p.dtype.itemsize < 4 else p.detach() for p in self.parameters
+            held.float() if held.dtype.itemsize < 4 else held for held in self._held(range(len(self.parameters)))
         ]
         # A float32 weight is its own master; only copies are tensors of the optimizer.
         self._is_copy = [m.dtype != p.dtype for m, p in zip(self.masters, self.parameters, strict=True)]
+
+    def _held(self, rows: Iterable[int]) -> list[torch.Tensor]:
+        """What this rank holds of the weights, without a graph."""
+        return [local(self.parameters[i].detach()) for i in rows]
 
     @property
     def lr(self) -> float:
@@ -75,7 +88,9 @@ class Optimizer:
         Returns:
             The gradient norm before clipping, a scalar.
         """
-        norm = _total_norm([p.grad for p in self.parameters if p.grad is not None])
+        norm = _total_norm([local(p.grad) for p in self.parameters if p.grad is not None])
+        if self._all_ranks is not None:
+            norm = self._all_ranks(norm.to(self._dtype).square()).sqrt()
         factor = (self.max_grad_norm / (norm + _NORM_EPS)).clamp_(max=1.0)
         for rows in self._chunks():
             masters = [self.masters[i] for i in rows]
@@ -86,9 +101,7 @@ class Optimizer:
                 self._update(rows, masters, grads)
                 copied = [i for i in rows if self._is_copy[i]]
                 if copied:
-                    torch._foreach_copy_(
-                        [self.parameters[i].detach() for i in copied], [self.masters[i] for i in copied]
-                    )
+                    torch._foreach_copy_(self._held(copied), [self.masters[i] for i in copied])
             for weight in weights:
                 weight.grad = None
         self.num_steps += 1
@@ -104,10 +117,11 @@ class Optimizer:
         for i, parameter in enumerate(self.parameters):
             if parameter.grad is None:
                 continue
-            size += parameter.numel() * 4
+            num_bytes = self.masters[i].numel() * 4
+            size += num_bytes
             if chunks[-1] and size > _WIDEN_BYTES:
                 chunks.append([])
-                size = parameter.numel() * 4
+                size = num_bytes
             chunks[-1].append(i)
         return [chunk for chunk in chunks if chunk]
 
@@ -122,10 +136,8 @@ class AdamW(Optimizer):
         **schedule: the arguments of ``Optimizer``.
     """
 
-    def __init__(
-        self, parameters: Sequence[nn.Parameter], *, weight_decay: float, eps: float, **schedule: float
-    ) -> None:
-        super().__init__(parameters, **schedule)  # type: ignore[arg-type]
+    def __init__(self, parameters: Sequence[nn.Parameter], *, weight_decay: float, eps: float, **schedule: Any) -> None:
+        super().__init__(parameters, **schedule)
         self.weight_decay, self.eps = weight_decay, eps
         self.first = [torch.zeros_like(m) for m in self.masters]
         self.second = [torch.zeros_like(m) for m in self.masters]
@@ -160,11 +172,9 @@ class SGD(Optimizer):
     Arguments as ``AdamW``; ``eps`` is unused.
     """
 
-    def __init__(
-        self, parameters: Sequence[nn.Parameter], *, weight_decay: float, eps: float, **schedule: float
-    ) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], *, weight_decay: float, eps: float, **schedule: Any) -> None:
         del eps
-        super().__init__(parameters, **schedule)  # type: ignore[arg-type]
+        super().__init__(parameters, **schedule)
         self.weight_decay = weight_decay
 
     def _update(self, rows: Sequence[int], masters: list[torch.Tensor], grads: list[torch.Tensor]) -> None:
@@ -190,10 +200,8 @@ class AdamW8bitStates(Optimizer):
     class, so that it needs no bitsandbytes. Arguments as ``AdamW``.
     """
 
-    def __init__(
-        self, parameters: Sequence[nn.Parameter], *, weight_decay: float, eps: float, **schedule: float
-    ) -> None:
-        super().__init__(parameters, **schedule)  # type: ignore[arg-type]
+    def __init__(self, parameters: Sequence[nn.Parameter], *, weight_decay: float, eps: float, **schedule: Any) -> None:
+        super().__init__(parameters, **schedule)
         self.weight_decay, self.eps = weight_decay, eps
         self.maps = self._make_maps()
         self.states = [self._make_state(master) for master in self.masters]
@@ -231,9 +239,7 @@ class AdamW8bit(AdamW8bitStates):
         CaseError: bitsandbytes is not installed.
     """
 
-    def __init__(
-        self, parameters: Sequence[nn.Parameter], *, weight_decay: float, eps: float, **schedule: float
-    ) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], *, weight_decay: float, eps: float, **schedule: Any) -> None:
         self._package = _package_of("adamw8bit")
         super().__init__(parameters, weight_decay=weight_decay, eps=eps, **schedule)
         for master, state in zip(self.masters, self.states, strict=True):
@@ -281,6 +287,7 @@ def make_optimizer(
     *,
     learning_rate: float | None = None,
     computes: bool = True,
+    all_ranks: AllSum | None = None,
 ) -> Optimizer:
     """Makes the optimizer that ``options`` name.
 
@@ -289,6 +296,7 @@ def make_optimizer(
         parameters: the trained weights.
         learning_rate: peak learning rate; ``None`` is that of the options.
         computes: ``False`` for a plan: the memory alone counts, and no optional package is needed.
+        all_ranks: see ``Optimizer``.
 
     Raises:
         CaseError: an optional package is not installed.
@@ -299,6 +307,7 @@ def make_optimizer(
         warmup_steps=options.warmup_steps,
         total_steps=options.max_steps,
         max_grad_norm=options.max_grad_norm,
+        all_ranks=all_ranks,
         weight_decay=options.weight_decay,
         eps=options.adam_epsilon,
     )
@@ -326,4 +335,4 @@ def _total_norm(grads: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def _widened(grad: torch.Tensor | None, master: torch.Tensor) -> torch.Tensor:
     assert grad is not None
-    return grad.to(master.dtype)
+    return local(grad).to(master.dtype)

@@ -6,6 +6,7 @@ Shapes: n = sequences, b = data rows, p = prompt length, c = completion length.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import random
@@ -27,6 +28,7 @@ from rlhfkernels.errors import NumericalError
 from rlhfkernels.methods.program import Derive, ForwardPass, Generate, Optimize, Phase, Read
 from rlhfkernels.models.loading import load_tokenizer
 from rlhfkernels.observer import Observer
+from rlhfkernels.parallel.world import ALONE, World
 from rlhfkernels.training.gradients import PassForm, add_gradients, read_losses
 from rlhfkernels.training.optimizers import Optimizer, make_optimizer
 from rlhfkernels.training.quantities import QUANTITIES
@@ -92,6 +94,7 @@ def build_step(
     reward_fn: RewardFunction | None = None,
     with_weights: bool = True,
     num_layers: int | None = None,
+    world: World = ALONE,
 ) -> TrainingStep:
     """Loads what ``case`` names onto its device and returns its step.
 
@@ -101,6 +104,7 @@ def build_step(
         with_weights: load real weights and data; without, random ones of the same shapes stand for them, as a planner
             on fake tensors needs.
         num_layers: build models without weights with their first layers alone.
+        world: the ranks that share the case, of which this process is one.
 
     Raises:
         ModelError: the model cannot be loaded or is too short.
@@ -110,9 +114,9 @@ def build_step(
     generator = None
     if with_weights:
         generator = torch.Generator(torch.device(case.device))
-        generator.manual_seed(case.seed)
-    engine = Engine(case, with_weights=with_weights, num_layers=num_layers)
-    return TrainingStep(case, engine, reward_fn, generator=generator)
+        generator.manual_seed(case.seed + world.rank)  # every rank samples its own
+    engine = Engine(case, with_weights=with_weights, num_layers=num_layers, world=world)
+    return TrainingStep(case, engine, reward_fn, generator=generator, world=world)
 
 
 class TrainingStep:
@@ -121,14 +125,21 @@ class TrainingStep:
     Attributes:
         case: what is run.
         engine: the models.
+        world: the ranks that share the case.
         phases: the phases, in order: ``prepare``, where there is one, then those of every step.
         optimizers: one for each trained role that owns weights.
     """
 
     def __init__(
-        self, case: Case, engine: Engine, reward_fn: RewardFunction | None, *, generator: torch.Generator | None
+        self,
+        case: Case,
+        engine: Engine,
+        reward_fn: RewardFunction | None,
+        *,
+        generator: torch.Generator | None,
+        world: World = ALONE,
     ) -> None:
-        self.case = case
+        self.case, self.world = case, world
         self.engine = engine
         self.method = engine.method
         self.phases: tuple[Phase, ...] = self.method.phases
@@ -138,7 +149,9 @@ class TrainingStep:
         self._derive_options = case.options if reward_fn is None else case.options.replace({"ppo.reward_clip": None})
         with_rows = engine.with_weights
         tokenizer = load_tokenizer(case.model) if case.data_file is not None and with_rows else None
-        self._source: Source = SOURCES[self.method.source](case, engine.vocab_size, tokenizer, with_rows=with_rows)
+        self._source: Source = SOURCES[self.method.source](
+            case, engine.vocab_size, tokenizer, with_rows=with_rows, world=world
+        )
         self._generator = generator
         self._prepared: dict[str, torch.Tensor] = {}
         self._is_prepared = self.method.prepare is None
@@ -146,6 +159,8 @@ class TrainingStep:
             if PassForm(p, case.options).packs:
                 engine.check_packing(p.weights.base)
         self._order = random.Random(case.seed)
+        # Where every sequence has the case's lengths, no rank need ask the others for theirs.
+        self._lengths_differ = case.data_file is not None or case.options.rollout.stop_token_id is not None
         self._is_first = True
         self._set_gradient_dtypes()
         self.optimizers = {
@@ -161,14 +176,20 @@ class TrainingStep:
         has_several = self.case.micro_batch_size < self.case.mini_batch_size or len(set(passes)) < len(passes)
         has_several |= any(PassForm(p, self.case.options).in_two_passes for p in self.method.update_passes)
         name = self.case.options.optimizer.grad_accum_dtype or ("float32" if has_several else None)
-        if name is not None:
+        if name is not None and self.case.options.parallel.strategy is None:  # else the library decides
             for parameter in self.trained_parameters():
                 parameter.grad_dtype = torch.promote_types(parameter.dtype, getattr(torch, name))
 
     def _make_optimizer(self, stage: Optimize, parameters: list[nn.Parameter]) -> Optimizer:
         own = None if stage.learning_rate is None else self._options[stage.learning_rate]
         options = self.case.options.optimizer
-        return make_optimizer(options, parameters, learning_rate=own, computes=self.engine.with_weights)
+        return make_optimizer(
+            options,
+            parameters,
+            learning_rate=own,
+            computes=self.engine.with_weights,
+            all_ranks=self.engine.strategy.squared_norm,
+        )
 
     @property
     def trunk_taken(self) -> str:
@@ -201,6 +222,7 @@ class TrainingStep:
     def persistent_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(part, tensor) of all that lives between steps: weights, master copies, moments, prepared columns."""
         yield from self.engine.persistent_tensors()
+        yield from self.engine.strategy.tensors()
         for optimizer in self.optimizers.values():
             yield from (("optimizer", tensor) for tensor in optimizer.tensors())
         yield from (("rollout", tensor) for tensor in (*self._source.tensors(), *self._prepared.values()))
@@ -315,7 +337,7 @@ class TrainingStep:
             batch[SCORES].copy_(self._reward_fn(batch))
         for stage in phase.stages:
             if isinstance(stage, Derive):
-                stats.metrics |= DERIVATIONS[stage.function](batch, self._derive_options)
+                stats.metrics |= DERIVATIONS[stage.function](batch, self._derive_options, self.world.all_sum)
         observer.tag("rollout", batch.tensors())
         return batch
 
@@ -328,11 +350,14 @@ class TrainingStep:
         for rows in self._micro_batches(range(batch.num_rows)):
             part = batch.select(rows)
             for p in passes:
-                hidden = self.engine.hidden(p.weights, part.tokens, part.attention_mask, start=part.prompt_len - 1)
-                for stage in p.stages:
-                    assert isinstance(stage, Read)
-                    part[stage.into].copy_(QUANTITIES[stage.quantity].read(self.engine, stage.role, hidden, part))
-                del hidden
+                self.engine.read(p.weights, functools.partial(self._read_pass, p, part))
+
+    def _read_pass(self, p: ForwardPass, part: Batch) -> None:
+        """Fills the columns of a micro-batch that one pass reads."""
+        hidden = self.engine.hidden(p.weights, part.tokens, part.attention_mask, start=part.prompt_len - 1)
+        for stage in p.stages:
+            assert isinstance(stage, Read)
+            part[stage.into].copy_(QUANTITIES[stage.quantity].read(self.engine, stage.role, hidden, part))
 
     def _without_reward(self, p: ForwardPass) -> ForwardPass:
         """The pass without what a reward function gives."""
@@ -396,10 +421,17 @@ class TrainingStep:
         form = PassForm(p, self.case.options)
         selected = batch.select(_rows(indices))
         tokens = (selected.predicted_mask if form.reads_prompt else selected.mask).sum()
+        if self._lengths_differ:
+            # Gradients are averaged over ranks: the divisor is the mean of theirs.
+            tokens = self.world.all_sum(tokens) / self.world.size
         counts = Counts(tokens=tokens, rows=len(indices))
-        read = add_gradients if train else read_losses
-        for rows in self._micro_batches(indices):
-            losses = read(self.engine, form, batch.select(rows), counts)
+        micro_batches = list(self._micro_batches(indices))
+        for i, rows in enumerate(micro_batches):
+            part = batch.select(rows)
+            if train:
+                losses = add_gradients(self.engine, form, part, counts, is_last=i == len(micro_batches) - 1)
+            else:
+                losses = read_losses(self.engine, form, part, counts)
             yield [(stage.role, loss) for stage, loss in zip(form.stages, losses, strict=True)]
 
     def _mini_batches(self) -> Iterator[Sequence[int]]:

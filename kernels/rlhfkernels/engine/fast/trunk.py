@@ -69,10 +69,14 @@ class FastTrunk(PlainTrunk):
 def make_fast_trunk(case: Case, model: LoadedModel, adapters: Adapters) -> PlainTrunk:
     """Returns a fast trunk if it supports the model and the case's options, else a plain one; see ``name``.
 
+    Divided weights are gathered by hooks of the modules, which the fast trunk does not call.
+
     Raises:
         CaseError: CUDA graphs are asked for, which a plain trunk has none of.
     """
-    if model.attention == "sdpa" and case.options.engine.cache_implementation == "static":
+    options = case.options
+    covered = options.engine.cache_implementation == "static" and not options.parallel.divides_weights
+    if model.attention == "sdpa" and covered:
         blocks = read_blocks(model.trunk, select_backend(case.options.engine.backend, case.device, case.dtype))
         if blocks is not None:
             return FastTrunk(case, model, adapters, blocks)

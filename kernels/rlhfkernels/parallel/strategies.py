@@ -1,0 +1,240 @@
+"""How the ranks of a step share its weights: not at all, or as torch and DeepSpeed do it.
+
+The unit is a ``BaseModule``: a trunk, the heads that read it, and their adapters. Its forward calls a function, so that
+the hooks of torch and DeepSpeed, which gather weights before a forward and reduce gradients in a backward, see every
+forward pass of the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from rlhfkernels.config.options import Options
+from rlhfkernels.parallel.world import World
+
+T = TypeVar("T")
+
+
+class BaseModule(nn.Module):
+    """One base with everything that reads it.
+
+    Args:
+        trunk: with its adapters.
+        heads: the language-model head and the scalar heads that read the trunk; a tied head stays tied.
+    """
+
+    def __init__(self, trunk: nn.Module, heads: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.heads = nn.ModuleList(heads)
+
+    def forward(self, function: Callable[[], T]) -> T:
+        """Calls ``function``, which reads the base's weights."""
+        return function()
+
+
+class Strategy:
+    """One process with all weights.
+
+    Args:
+        options: of the case.
+        world: the ranks.
+        device: of this rank.
+        may_skip: a backward may leave trained weights out: a router may send no token of a rank to an expert.
+    """
+
+    def __init__(self, options: Options, world: World, device: torch.device, *, may_skip: bool = False) -> None:
+        self.options, self.world, self.device, self.may_skip = options, world, device, may_skip
+
+    def divide(self, bases: Mapping[str, BaseModule]) -> None:
+        """Divides the weights of all bases among the ranks; before any of them is declared trained."""
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(part, tensor) of what lives between steps beside weights and optimizer states."""
+        yield from ()
+
+    def release(self, base: str) -> None:
+        """Lets go of a base that nothing reads any more."""
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Gathers every weight on every rank inside the block."""
+        yield
+
+    def declare_trained(self, passes: Mapping[str, Sequence[nn.Parameter]]) -> None:
+        """Declares the weights that each differentiated pass trains; the keys are those of ``train``."""
+
+    def read(self, base: str, function: Callable[[], T]) -> T:
+        """Calls ``function``, which reads the weights of ``base`` without a graph."""
+        return function()
+
+    def generate(self, base: str, function: Callable[[], T]) -> T:
+        """Calls ``function``, which generates with ``base``."""
+        return function()
+
+    def train(self, key: str, base: str, function: Callable[[], torch.Tensor], *, is_last: bool) -> torch.Tensor:
+        """Calls ``function``, whose result a backward follows, which adds up the gradients of all ranks.
+
+        Args:
+            key: of the pass; see ``declare_trained``.
+            base: that it reads.
+            function: returns a scalar with a graph.
+            is_last: no other backward of the pass follows before the optimizer's step. Gradients may wait for it.
+        """
+        return function()
+
+    def all_ended(self, ended: bool) -> bool:
+        """True where every rank that must go on together has ``ended``."""
+        return ended
+
+    @property
+    def squared_norm(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """Takes the squared norm of what this rank holds of a gradient to that of all; ``None`` where it holds all."""
+        return None
+
+
+class DataParallel(Strategy):
+    """Every rank holds all weights; torch's ``DistributedDataParallel`` averages the gradients."""
+
+    def declare_trained(self, passes: Mapping[str, Sequence[nn.Parameter]]) -> None:
+        """See ``Strategy.declare_trained``."""
+        from torch.nn.parallel import DistributedDataParallel  # it imports the compiler
+
+        self._buckets: dict[tuple[str, int], torch.Tensor] = {}
+        self._modules = {
+            key: DistributedDataParallel(
+                _Trained(parameters),
+                find_unused_parameters=self.may_skip,
+                # The gradients live in the buckets: as views they take no memory of their own.
+                gradient_as_bucket_view=True,
+            )
+            for key, parameters in passes.items()
+        }
+        for key, module in self._modules.items():
+            # A lambda: torch compares annotations with its class, and here they are texts.
+            module.register_comm_hook(key, lambda key, bucket: self._average(key, bucket))
+
+    def _average(self, key: str, bucket: Any) -> torch.futures.Future[torch.Tensor]:
+        """Averages a bucket as the module itself would, and remembers it: it lives between steps, gradients or not."""
+        from torch.distributed import group
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+        assert group.WORLD is not None, "the rank has joined its world"
+        self._buckets[key, bucket.index()] = bucket.buffer()
+        found: torch.futures.Future[torch.Tensor] = allreduce_hook(group.WORLD, bucket)
+        return found
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """See ``Strategy.tensors``: the buckets, which are the gradients."""
+        yield from (("gradients", bucket) for bucket in self._buckets.values())
+
+    def train(self, key: str, base: str, function: Callable[[], torch.Tensor], *, is_last: bool) -> torch.Tensor:
+        """See ``Strategy.train``."""
+        module = self._modules[key]
+        if is_last:
+            return module(function)  # type: ignore[no-any-return]
+        with module.no_sync():
+            return module(function)  # type: ignore[no-any-return]
+
+
+class _Trained(nn.Module):
+    """The weights that a pass trains; its forward calls a function that reads them."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(parameters)
+
+    def forward(self, function: Callable[[], T]) -> T:
+        return function()
+
+
+class FullyShard(Strategy):
+    """Weights, gradients and optimizer states are divided by torch's ``fully_shard``, layer by layer.
+
+    A rank gathers a layer to run it and frees it after. Embeddings, last norm and heads stay gathered from a forward to
+    its backward.
+    """
+
+    def divide(self, bases: Mapping[str, BaseModule]) -> None:
+        """See ``Strategy.divide``."""
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        mesh = init_device_mesh(self.device.type, (self.world.size,))
+        self._modules: dict[str, Any] = {}
+        for base, module in bases.items():
+            for layer in module.modules():
+                if isinstance(layer, GradientCheckpointingLayer):
+                    fully_shard(layer, mesh=mesh)
+            self._modules[base] = fully_shard(module, mesh=mesh)
+
+    def read(self, base: str, function: Callable[[], T]) -> T:
+        """See ``Strategy.read``."""
+        module = self._modules[base]
+        result: T = module(function)
+        module.reshard()  # the root stays gathered for a backward, and none follows
+        return result
+
+    def generate(self, base: str, function: Callable[[], T]) -> T:
+        """See ``Strategy.generate``."""
+        if self.options.parallel.gather == "layer":
+            return self.read(base, function)
+        layers = self._layers(base)
+        for layer in layers:
+            layer.set_reshard_after_forward(False, recurse=False)
+        try:
+            return self.read(base, function)
+        finally:
+            for layer in layers:
+                layer.set_reshard_after_forward(True, recurse=False)
+                layer.reshard()
+
+    def release(self, base: str) -> None:
+        """See ``Strategy.release``."""
+        del self._modules[base]
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """See ``Strategy.whole``."""
+        units = [unit for base, root in self._modules.items() for unit in (root, *self._layers(base))]
+        for unit in units:
+            unit.unshard()
+        yield
+        for unit in units:
+            unit.reshard()
+
+    def _layers(self, base: str) -> list[Any]:
+        from torch.distributed.fsdp import FSDPModule
+
+        module = self._modules[base]
+        return [layer for layer in module.modules() if isinstance(layer, FSDPModule) and layer is not module]
+
+    def train(self, key: str, base: str, function: Callable[[], torch.Tensor], *, is_last: bool) -> torch.Tensor:
+        """See ``Strategy.train``; gradients are reduced in every backward, since whole ones would not fit."""
+        return self._modules[base](function)  # type: ignore[no-any-return]
+
+    def all_ended(self, ended: bool) -> bool:
+        """See ``Strategy.all_ended``: every layer is gathered by all ranks together."""
+        count = torch.tensor(float(ended), device=self.device)
+        return bool(self.world.all_sum(count) == self.world.size)
+
+    @property
+    def squared_norm(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """See ``Strategy.squared_norm``."""
+        return self.world.all_sum
+
+
+# By ``parallel.strategy``.
+STRATEGIES: dict[str | None, type[Strategy]] = {None: Strategy, "ddp": DataParallel, "fsdp": FullyShard}
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor that may be divided."""
+    to_local: Callable[[], torch.Tensor] | None = getattr(tensor, "to_local", None)  # of torch's ``DTensor``
+    return tensor if to_local is None else to_local()
