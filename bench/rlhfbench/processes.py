@@ -20,7 +20,11 @@ _PR_SET_PDEATHSIG = 1
 
 
 def map_parallel(
-    function: Callable[[Input], Output], inputs: Sequence[Input], *, preload: Sequence[str]
+    function: Callable[[Input], Output],
+    inputs: Sequence[Input],
+    *,
+    preload: Sequence[str],
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> list[Output]:
     """Calls ``function`` with each of ``inputs`` on all cores, for work in pure Python.
 
@@ -28,6 +32,7 @@ def map_parallel(
         function: picklable, as are its inputs, results and errors.
         inputs: one argument per call. A single one is handled in this process.
         preload: modules that are imported once for all processes.
+        meanwhile: called in this process while another one imports ``preload``; not called where none does.
 
     Returns:
         The results in the order of ``inputs``.
@@ -41,9 +46,12 @@ def map_parallel(
     # Imported here: the fork server imports this module, and needs no pool.
     from concurrent.futures import ProcessPoolExecutor
     from concurrent.futures.process import BrokenProcessPool
+    from multiprocessing import forkserver  # Windows has none
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
+    forkserver.ensure_running()
+    meanwhile()
     with ProcessPoolExecutor(num_processes, context, initializer=_start) as pool:
         try:
             return list(pool.map(function, inputs))

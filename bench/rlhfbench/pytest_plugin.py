@@ -149,7 +149,7 @@ class Measurer:
         from rlhfbench.records.file import RecordsFile
         from rlhfbench.runs.case_process import ThisMachine
         from rlhfbench.runs.folder import RunFolder
-        from rlhfbench.runs.forkserver import ForkServer
+        from rlhfbench.runs.forkserver import WARM, ForkServer
         from rlhfbench.runs.options import RunOptions
         from rlhfbench.runs.progress import Silent
         from rlhfbench.runs.runner import Runner
@@ -157,7 +157,7 @@ class Measurer:
         folder = RunFolder(self._opened.enter_context(tempfile.TemporaryDirectory(prefix="rlhfbench-")))
         folder.prepare(self._sweep, resume=False)
         records = self._opened.enter_context(RecordsFile(folder.path))
-        server = self._opened.enter_context(ForkServer())
+        server = self._opened.enter_context(ForkServer(optional=WARM))
         runner = Runner(folder, RunOptions(time_budget_s=self._time_budget_s), records, ThisMachine(server), Silent())
 
         def run(case: Case) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from rlhfreports.columns import (
     setting_order,
     shared_axes_text,
 )
+from rlhfreports.once import once_per_frame
 from rlhfreports.ratios import Ratio, ratio
 from rlhfreports.tables import ABSENT, GIB, ReportTable, outcome_word, text
 from rlhfreports.terminal import Column, terminal
@@ -117,6 +118,7 @@ def has_gain(frame: pd.DataFrame, baseline: str = BASELINE) -> bool:
     return any(True for _ in _pairs(frame, baseline))
 
 
+@once_per_frame
 def gain_table(frame: pd.DataFrame, baseline: str = BASELINE) -> GainTable:
     """Divides the gain over ``baseline`` of every method of its family that was measured at two or more batch sizes.
 
@@ -161,6 +163,7 @@ def gain_table(frame: pd.DataFrame, baseline: str = BASELINE) -> GainTable:
     )
 
 
+@once_per_frame
 def _pairs(frame: pd.DataFrame, baseline: str) -> list[tuple[pd.DataFrame, pd.DataFrame]]:
     """(rows of the baseline, rows of a method) of cases that differ in method and batch size alone, failures too."""
     places = {setting: place for place, setting in enumerate(setting_order(frame))}

@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 
 from rlhfreports.columns import axes_of, is_measured
+from rlhfreports.once import once_per_frame
 
 _SIZE = ("prompt_len", "completion_len", "batch_size")
 
@@ -93,6 +94,7 @@ def interval_decimals(value: float, half_width: float) -> int:
     return max(0, decimals, -math.floor(math.log10(value)) if value > 0 else 0)
 
 
+@once_per_frame
 def control_ratios(frame: pd.DataFrame) -> list[Ratio]:
     """Returns the ratios of methods that do the same work as another one, case by case: each should be 1."""
     found = []

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from rlhfreports.columns import (
     setting_order,
     shared_axes_text,
 )
+from rlhfreports.once import once_per_frame
 from rlhfreports.ratios import t_quantile
 from rlhfreports.tables import ReportTable, text
 from rlhfreports.terminal import Column, terminal
@@ -213,6 +215,7 @@ class SlopeTable(ReportTable):
         )
 
 
+@once_per_frame
 def slope_table(frame: pd.DataFrame) -> SlopeTable:
     """Fits every line through two or more measured cases of ``frame``.
 
@@ -305,8 +308,6 @@ def _ordered(found: pd.DataFrame, rows: list[dict[str, Any]], frame: pd.DataFram
 
 def _fit(line: Line, quantity: Quantity) -> dict[str, Any] | None:
     """The fit of ``line``, ``None`` where fewer than two sizes have a time."""
-    from scipy.stats import linregress
-
     if quantity.column not in line.rows:
         return None
     factor = quantity.factor(line.rows)
@@ -316,8 +317,15 @@ def _fit(line: Line, quantity: Quantity) -> dict[str, Any] | None:
     if len(set(sizes)) < 2:
         return None
     logs = np.log(seconds[usable])
-    fit = linregress(np.log(sizes), logs)
+    log_sizes = np.log(sizes)
+    slope = statistics.linear_regression(log_sizes.tolist(), logs.tolist()).slope
     has_error = len(sizes) >= MIN_POINTS_FOR_ERROR
+    # Equal times have no variance to explain.
+    varies = np.ptp(logs) > 0
+    r_squared = (
+        min(statistics.correlation(log_sizes.tolist(), logs.tolist()) ** 2, 1.0) if has_error and varies else 0.0
+    )
+    error = math.sqrt((1 - r_squared) * np.var(logs) / np.var(log_sizes) / (len(sizes) - 2)) if has_error else None
     return {
         "quantity": quantity.name,
         "against": SIZES[line.size][0],
@@ -325,11 +333,10 @@ def _fit(line: Line, quantity: Quantity) -> dict[str, Any] | None:
         "num_points": len(sizes),
         "smallest": int(min(sizes)),
         "largest": int(max(sizes)),
-        "slope": float(fit.slope),
+        "slope": slope,
         "half_width": _half_width(line.rows[usable], sizes, _BLOCK_COLUMNS[quantity.column], factor[usable]),
-        "standard_error": float(fit.stderr) if has_error else None,
-        # Equal times have no variance to explain.
-        "r_squared": float(fit.rvalue) ** 2 if has_error and np.ptp(logs) > 0 else None,
+        "standard_error": error,
+        "r_squared": r_squared if has_error and varies else None,
     }
 
 

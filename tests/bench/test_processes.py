@@ -41,6 +41,13 @@ def test_one_input_or_one_core_needs_no_process(monkeypatch: pytest.MonkeyPatch)
     assert {pid for pid, _ in map_parallel(pid_and_square, [3, 4], preload=[])} == {os.getpid()}
 
 
+def test_this_process_works_while_another_one_imports() -> None:
+    done: list[int] = []
+    map_parallel(pid_and_square, [3, 4], preload=[], meanwhile=lambda: done.append(os.getpid()))
+    map_parallel(pid_and_square, [3], preload=[], meanwhile=lambda: done.append(0))  # nothing is imported elsewhere
+    assert done == [os.getpid()]
+
+
 @pytest.mark.parametrize(("number", "kind"), [(1, CaseError), (2, SweepError)])
 def test_a_users_mistake_comes_back_with_its_problems(number: int, kind: type[CaseError | SweepError]) -> None:
     with pytest.raises(kind) as caught:

@@ -36,6 +36,8 @@ _POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length
 _MAX_SIZES = dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 10_000)
 _MAX_SIZES |= dict.fromkeys(("hidden_size", "n_embd", "d_model", "num_attention_heads", "n_head", "n_heads"), 2**24)
 _MAX_SIZES |= {"vocab_size": 2**31 - 1}
+# Names of the width of a model and of the number of its heads.
+_HEADS = (("hidden_size", "num_attention_heads"), ("n_embd", "n_head"), ("d_model", "n_heads"))
 # Flags in /proc/cpuinfo, of x86 and Arm; any of them means that the CPU computes in the dtype.
 _INSTRUCTIONS = {"bfloat16": {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}}
 _DRIVER_GPUS = Path("/proc/driver/nvidia/gpus")
@@ -259,6 +261,7 @@ def _facts(model: str, config_path: Path) -> ModelFacts:
     if not isinstance(config, dict):
         raise ModelError(f"model '{model}': its config.json is not an object.")
     _check_sizes(model, config)
+    _check_heads(model, config)
     positions = next((config[key] for key in _POSITION_KEYS if isinstance(config.get(key), int)), None)
     model_type: Any = config.get("model_type")
     vocabulary: Any = config.get("vocab_size")
@@ -281,6 +284,22 @@ def _check_sizes(model: str, config: dict[str, Any]) -> None:
                 f"model '{model}' is invalid: its config.json has {field} {shown(value)}: it must be a whole number "
                 f"from 1 to {largest}."
             )
+
+
+def _check_heads(model: str, config: dict[str, Any]) -> None:
+    """Refuses heads that do not divide the width, where the width of a head is not given, or key heads the heads."""
+    for width, heads in _HEADS:
+        total, number = config.get(width), config.get(heads)
+        if config.get("head_dim") is None and isinstance(total, int) and isinstance(number, int) and total % number:
+            raise ModelError(
+                f"model '{model}' is invalid: its config.json has {heads} {number}: it must divide {width} {total}."
+            )
+    number, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    if type(groups) is int and isinstance(number, int) and (groups < 1 or number % groups):
+        raise ModelError(
+            f"model '{model}' is invalid: its config.json has num_key_value_heads {groups}: it must divide "
+            f"num_attention_heads {number}."
+        )
 
 
 def _check_positions(sweep: Sweep, facts: dict[str, ModelFacts]) -> Iterator[str]:

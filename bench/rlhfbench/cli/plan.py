@@ -91,6 +91,7 @@ def plan(
         gpu=gpu,
         global_batch=global_batch,
         with_timeline=out is not None,
+        meanwhile=(lambda: None) if as_json and out is None else plan_output.import_libraries,
         **given(zero_stage=zero_stage, world_size=world_size),
     )
     objects = planning.plan_objects(planned, gpu)

@@ -29,7 +29,7 @@ from rlhfbench.records.file import Record, RecordsFile
 from rlhfbench.records.schema import at
 from rlhfbench.runs.case_process import ThisMachine
 from rlhfbench.runs.folder import RunFolder
-from rlhfbench.runs.forkserver import ForkServer
+from rlhfbench.runs.forkserver import WARM, ForkServer
 from rlhfbench.runs.options import RunOptions
 from rlhfbench.runs.progress import Silent
 from rlhfbench.runs.runner import Runner
@@ -90,7 +90,7 @@ class Timed:
         run_folder = RunFolder(folder)
         run_folder.prepare(sweep, resume=False)
         self.records = opened.enter_context(RecordsFile(folder))
-        self._server = ForkServer(paths=side.paths)
+        self._server = ForkServer(paths=side.paths, optional=WARM)
         opened.callback(self._server.close)
         self._block_s = options.turns_s / 2
         run_options = RunOptions(

@@ -32,6 +32,7 @@ from rlhfkernels.config.case import Case
 from rlhfkernels.errors import ModelError
 from rlhfkernels.methods.program import Phase
 from rlhfkernels.observer import Observer
+from rlhfkernels.ops.taken import taken
 from rlhfkernels.training.step import TrainingStep, build_step
 from rlhfkernels.training.work import phase_work
 
@@ -239,6 +240,7 @@ def _measure_once(
         "engine": step.trunk_taken,
         "attention": step.attention_taken,
         "kernels": step.backend_taken,
+        "taken": ", ".join(taken()),
         "num_threads": torch.get_num_threads(),
         "timeline": followed,
     }

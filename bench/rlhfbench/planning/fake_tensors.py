@@ -15,6 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 _UNCACHED_TAGS = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view})
 _DEVICE = torch.ops.prim.device.default
+# The matmul of a mixture of experts. Fake tensors know it in bfloat16 alone, CPUs in float32 too.
+_GROUPED_MATMUL = torch.ops.aten._grouped_mm.default
 # A plan of Llama-7B adds a thousand, a batch of another size as many. 30,000 take some 50 MB.
 _MAX_RECIPES = 30_000
 
@@ -64,7 +66,8 @@ class _Recipe:
 
 # By op and description of its arguments; None where only torch can. All modes of a process share them.
 _recipes: dict[Hashable, _Recipe | None] = {}
-_cacheable: dict[Any, bool] = {}
+# Ops by their identity, as the hash of an op is a call of Python, and whether their outputs can be cached.
+_ops: dict[int, tuple[Any, bool]] = {}
 
 
 class CachingFakeTensorMode(FakeTensorMode):  # type: ignore[no-untyped-call]
@@ -95,27 +98,36 @@ class CachingFakeTensorMode(FakeTensorMode):  # type: ignore[no-untyped-call]
         try:
             key = self._key(func, args, kwargs, tensors)
         except _UncacheableError:
-            return super().__torch_dispatch__(func, types, args, kwargs)
+            return self._ask_torch(func, types, args, kwargs)
         if key not in _recipes:
-            result = super().__torch_dispatch__(func, types, args, kwargs)
+            result = self._ask_torch(func, types, args, kwargs)
             keeps_arguments = key == self._key(func, args, kwargs, [])
             if len(_recipes) >= _MAX_RECIPES:
                 _recipes.clear()
             _recipes[key] = self._recipe_of(result, tensors) if keeps_arguments else None
             return result
         recipe = _recipes[key]
-        return super().__torch_dispatch__(func, types, args, kwargs) if recipe is None else self._make(recipe, tensors)
+        return self._ask_torch(func, types, args, kwargs) if recipe is None else self._make(recipe, tensors)
+
+    def _ask_torch(self, func: Any, types: Sequence[type], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        if func is not _GROUPED_MATMUL or args[0].dtype == torch.bfloat16:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        with self:
+            halves = [each.to(torch.bfloat16) for each in args[:2]]
+            result = func(*halves, *args[2:], **kwargs)
+            return torch.empty_strided(result.shape, result.stride(), dtype=args[0].dtype, device=result.device)
 
     def _key(
         self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], tensors: list[FakeTensor]
     ) -> tuple[Hashable, ...]:
         """Describes a call by all that its outputs depend on, and appends its tensors to ``tensors``."""
-        cacheable = _cacheable.get(func)
-        if cacheable is None:
-            cacheable = _cacheable[func] = _is_cacheable(func)
-        if not cacheable:
+        identity = id(func)
+        known = _ops.get(identity)
+        if known is None:
+            known = _ops[identity] = (func, _is_cacheable(func))
+        if not known[1]:
             raise _UncacheableError
-        parts: list[Any] = [func, torch.get_default_dtype(), torch.is_inference_mode_enabled()]
+        parts: list[Any] = [identity, torch.get_default_dtype(), torch.is_inference_mode_enabled()]
         self._describe(args, parts, tensors)
         for name, value in kwargs.items():
             parts.append(name)

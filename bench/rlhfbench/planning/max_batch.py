@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from rlhfbench.processes import map_parallel
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MAX_BATCH_SIZE = 512
 # A batch is skipped without a plan if the line through two smaller ones puts it 1 % over the device.
 _MARGIN = 1.01
-_PLANNING = "rlhfbench.planning.predict"  # imports torch, so it is imported where something is planned
+_PRELOAD = ("rlhfbench.planning.preload",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +41,12 @@ class Planned:
 
 
 def plan_kinds(
-    cases: Sequence[Case], zero: Zero, *, usable_bytes: int | None = None, with_timeline: bool = False
+    cases: Sequence[Case],
+    zero: Zero,
+    *,
+    usable_bytes: int | None = None,
+    with_timeline: bool = False,
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> list[Planned]:
     """Plans ``cases`` and finds the largest batch of each kind, one kind per process.
 
@@ -50,6 +55,7 @@ def plan_kinds(
         zero: the division among ranks.
         usable_bytes: memory that a step may take; ``None`` searches for no largest batch.
         with_timeline: keep the timeline of each step.
+        meanwhile: see ``map_parallel``.
 
     Raises:
         ModelError, CaseError: as for ``plan_case``.
@@ -61,7 +67,7 @@ def plan_kinds(
     one = functools.partial(_plan_kind, zero=zero, usable_bytes=usable_bytes, with_timeline=with_timeline)
     # Longest first: the last process to finish then has a short kind.
     longest_first = sorted(kinds.values(), key=_num_ops, reverse=True)
-    planned = map_parallel(one, longest_first, preload=(_PLANNING,))
+    planned = map_parallel(one, longest_first, preload=_PRELOAD, meanwhile=meanwhile)
     by_case = {item.plan.case: item for kind in planned for item in kind}
     return [by_case[case] for case in cases]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rlhfbench.cases import preflight
@@ -20,6 +20,7 @@ def plan(
     world_size: int = 1,
     global_batch: bool = False,
     with_timeline: bool = False,
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> list[Planned]:
     """Predicts the memory of one training step of each case.
 
@@ -31,6 +32,8 @@ def plan(
         world_size: number of ranks.
         global_batch: batch sizes are over all ranks, and not of one rank.
         with_timeline: keep the bytes over time of each step.
+        meanwhile: called after the checks, while other processes import what they plan with; not called where this
+            process plans alone.
 
     Returns:
         One plan per case, in their order, of one rank. ``plan.memory`` is the ``memory`` object of a record, in bytes.
@@ -56,6 +59,7 @@ def plan(
         zero,
         usable_bytes=None if accelerator is None else accelerator.usable_bytes,
         with_timeline=with_timeline,
+        meanwhile=meanwhile,
     )
 
 

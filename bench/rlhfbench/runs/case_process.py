@@ -77,7 +77,8 @@ class ThisMachine:
 
     def _plan(self, task: Task) -> dict[str, Any]:
         """Predicts the memory of the case and returns the ``plan`` of its record, which may be an error."""
-        request = {"case": task.case.to_dict(), "plan": True}
+        settings = (task.request or {}).get("settings", {})
+        request = {"case": task.case.to_dict(), "plan": True, "num_threads": settings.get("num_threads")}
         result, _ = self._run(request, task.plan_log_path, task.timeout_s)
         return make_plan(result.get("memory"), result["error"])
 

@@ -28,6 +28,8 @@ from rlhfbench.runs.forkserver_process import Lines, Message
 
 WORKER = "rlhfbench.runs.worker:run_case"
 PRELOAD = ("torch", "transformers", "peft", "rlhfkernels.training.step", "rlhfbench.measure.measurements")
+# Optional: the versions of transformers, of PEFT or of this package (a gate's base) may lack what it needs.
+WARM = ("rlhfkernels.models.warm",)
 _DIED: Message = {"exit": None, "max_rss_bytes": None}  # the exit status when the server died with the case
 _KILL_WAIT_S = 10.0  # seconds that a killed process may take to exit before the server is killed
 

@@ -19,7 +19,7 @@ from rlhfbench.runs import environment
 from rlhfbench.runs.case_process import ThisMachine
 from rlhfbench.runs.execution import Ended, Executor, Place, Setup, Task
 from rlhfbench.runs.folder import RunFolder, Segment
-from rlhfbench.runs.forkserver import ForkServer
+from rlhfbench.runs.forkserver import WARM, ForkServer
 from rlhfbench.runs.options import RunOptions
 from rlhfbench.runs.progress import Progress, make_progress
 from rlhfbench.runs.titles import Titles
@@ -177,7 +177,8 @@ def make_server(model_types: Iterable[str] = ()) -> ForkServer:
 
     It imports the module of each architecture too, which saves half a second a case.
     """
-    return ForkServer(optional=[f"transformers.models.{name}.modeling_{name}" for name in model_types])
+    architectures = (f"transformers.models.{name}.modeling_{name}" for name in model_types)
+    return ForkServer(optional=[*WARM, *architectures])
 
 
 class Runner:

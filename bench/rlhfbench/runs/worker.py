@@ -43,15 +43,16 @@ def run_case(request: dict[str, Any], send: Callable[[dict[str, Any]], None]) ->
     """Runs ``request["case"]`` and sends ``{"result": {"outcome", "error", ...}}``.
 
     Args:
-        request: ``case`` (as in a record), and either ``plan: True`` to predict its memory, or ``settings`` (the
-            fields of ``MeasurementOptions``) and ``memory_limit_bytes`` to measure it.
+        request: ``case`` (as in a record), and either ``plan: True`` (and ``num_threads``) to predict its memory, or
+            ``settings`` (the fields of ``MeasurementOptions``) and ``memory_limit_bytes`` to measure it.
         send: sends one message to the runner.
     """
     stage = Stage(send)
     try:
         case = Case.from_dict(request["case"])
         if request.get("plan"):
-            send({"result": {"outcome": "ok", "error": None, "memory": _predict_memory(case, stage)}})
+            memory = _predict_memory(case, stage, request.get("num_threads"))
+            send({"result": {"outcome": "ok", "error": None, "memory": memory}})
             return
         stage.notify("import")
         from rlhfbench.measure import MeasurementOptions, measure_case
@@ -71,10 +72,15 @@ def run_case(request: dict[str, Any], send: Callable[[dict[str, Any]], None]) ->
         send({"result": {"outcome": "ok", "error": None, **result}})
 
 
-def _predict_memory(case: Case, stage: Stage) -> dict[str, Any]:
-    """The ``memory`` object of a plan of ``case``."""
+def _predict_memory(case: Case, stage: Stage, num_threads: int | None) -> dict[str, Any]:
+    """The ``memory`` object of a plan of ``case``. Scratch buffers on the CPU grow with the number of threads."""
     stage.notify("plan")
+    import torch
+
     from rlhfbench.planning.predict import plan_case
+
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
 
     return plan_case(case).memory
 

@@ -228,6 +228,8 @@ def _check_backend(case: Case) -> Iterator[str]:
         yield f"engine.backend is {backend!r}: it has no {case.dtype}, so dtype must be float32."
     if case.options.engine.cuda_graphs == "on" and case.device == "cpu":
         yield "engine.cuda_graphs is 'on': it needs a CUDA device, so device must not be 'cpu'."
+    if case.options.engine.cuda_graphs == "on" and case.options.engine.trunk == "plain":
+        yield "engine.cuda_graphs is 'on': it captures steps of the fast trunk, so engine.trunk must not be 'plain'."
 
 
 def _check_reward_model(case: Case) -> Iterator[str]:

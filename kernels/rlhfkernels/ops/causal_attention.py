@@ -60,7 +60,7 @@ def causal_attention(
             out: torch.Tensor = _CausalAttention.apply(qkv, layout, mask, span)  # type: ignore[no-untyped-call]
             return out
         return native.forward(qkv, layout, mask, span, with_logsumexp=False)[0]
-    if mask.padding is None and FLASH.is_taken(qkv, backend):
+    if mask.padding is None and FLASH.takes(qkv, backend):
         return _flash(qkv, layout, mask, span)
     return _torch(qkv, layout, mask, span)
 

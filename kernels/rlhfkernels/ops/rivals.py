@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from rlhfkernels.ops.dispatch import is_installed
 from rlhfkernels.ops.native.build import BuildError, cache_folder
 from rlhfkernels.ops.remembered import remembered
+from rlhfkernels.ops.taken import note_taken
 
 Tensors = tuple[torch.Tensor, ...]
 OURS = "ours"
@@ -58,6 +59,13 @@ class Rival:
         if not x.is_cuda or backend == "torch" or x.dtype not in _TOLERANCE or isinstance(x, FakeTensor):
             return False
         return is_installed(self.package) and self.is_chosen(x.device, x.dtype)
+
+    def takes(self, x: torch.Tensor, backend: str) -> bool:
+        """Returns ``is_taken``, and notes it: called where the library then computes the op."""
+        taken = self.is_taken(x, backend)
+        if taken:
+            note_taken(self.package)
+        return taken
 
     def is_chosen(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Returns whether the library is as good on ``device``; measures where nothing is remembered."""

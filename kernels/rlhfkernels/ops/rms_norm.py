@@ -42,7 +42,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, backend: str 
     with_graph = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if not with_graph and _is_bound_by_launch(x):
         return nn.functional.rms_norm(x, weight.shape, weight, eps)
-    if with_graph and LIGER.is_taken(x, backend):
+    if with_graph and LIGER.takes(x, backend):
         return _liger((x, weight), eps)
     kernels = _kernels(x, weight, backend)
     if with_graph:

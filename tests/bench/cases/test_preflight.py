@@ -80,6 +80,16 @@ def test_a_broken_config(checkpoint, text):
         ({"n_embd": True}, "n_embd True: it must be a whole number from 1 to 16777216."),
         ({"vocab_size": -5}, "vocab_size -5: it must be a whole number from 1 to 2147483647."),
         ({"vocab_size": 64.0}, "vocab_size 64.0: it must be a whole number from 1 to 2147483647."),
+        ({"num_attention_heads": 3, "hidden_size": 32}, "num_attention_heads 3: it must divide hidden_size 32."),
+        ({"n_head": 3, "n_embd": 32}, "n_head 3: it must divide n_embd 32."),
+        (
+            {"num_attention_heads": 4, "num_key_value_heads": 3},
+            "num_key_value_heads 3: it must divide num_attention_heads 4.",
+        ),
+        (
+            {"num_attention_heads": 4, "num_key_value_heads": 0},
+            "num_key_value_heads 0: it must divide num_attention_heads 4.",
+        ),
     ],
 )
 def test_sizes_that_no_model_has(checkpoint, change, says):
@@ -89,6 +99,12 @@ def test_sizes_that_no_model_has(checkpoint, change, says):
 
 def test_a_size_may_be_absent_or_one_for_each_layer(checkpoint):
     config = {"model_type": "gpt2", "vocab_size": 8, "num_attention_heads": [2, 4], "hidden_size": None}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    assert preflight.inspect_model(str(checkpoint)).vocab_size == 8
+
+
+def test_heads_with_a_width_of_their_own_need_not_divide_that_of_the_model(checkpoint):
+    config = {"model_type": "qwen3", "hidden_size": 32, "num_attention_heads": 3, "head_dim": 16, "vocab_size": 8}
     (checkpoint / "config.json").write_text(json.dumps(config))
     assert preflight.inspect_model(str(checkpoint)).vocab_size == 8
 

@@ -127,12 +127,14 @@ def test_the_measurements_in_their_order(fake, tmp_path):
         "engine",
         "attention",
         "kernels",
+        "taken",
         "num_threads",
         "block",
         "timeline",
     }
     assert set(result) == objects
     assert result["num_threads"] == torch.get_num_threads()
+    assert result["taken"] == ""  # on a CPU
     assert result["prompts"] == step.data_summary()
     assert result["timeline"] is None
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhfbench.errors import SweepError
 from rlhfbench.measure.ledger import Ledger
@@ -73,6 +75,35 @@ def test_gradients_that_add_up_in_another_dtype_are_planned_to_the_byte(
     owned = [sum(p.numel() for p in each) for each in build_step(case).engine.parameters_of_role.values()]
     held = max(phase["parts"]["gradients"] for phase in memory["phases"].values())
     assert held in {width * sum(owned), *(width * each for each in owned)}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["full", "hydra"])
+def test_the_matmuls_of_a_mixture_of_experts_are_planned_to_the_byte(
+    tmp_path: Path, make_case: Callable[..., Case], method: str, dtype: str
+) -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 48}
+    more = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **shape, **more))
+    model.save_pretrained(tmp_path)
+    case = dataclasses.replace(make_case(method, dtype=dtype), model=str(tmp_path))
+    plan, memory = plan_case(case).memory, measured(case)
+    assert {name: plan[name] for name in NAMES} == {name: memory[name] for name in NAMES}
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("method", ["full", "hydra", "dpo-lora"])
+def test_the_plan_is_what_the_ledger_measures_with_as_many_threads(
+    make_case: Callable[..., Case], method: str, num_threads: int
+) -> None:
+    """Scratch buffers of the ops in C grow with them."""
+    case = make_case(method, "wide-llama", dtype="float32", prompt_len=24, completion_len=24, batch_size=4)
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        assert plan_case(case).memory["phases"] == measured(case)["phases"]
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("library")

@@ -175,6 +175,10 @@ def test_an_integer_for_a_float_is_the_same_case() -> None:
             "engine.cuda_graphs is 'on': it needs a CUDA device, so device must not be 'cpu'.",
         ),
         (
+            {"device": "cuda", "options": Options.of({"engine.cuda_graphs": "on", "engine.trunk": "plain"})},
+            "engine.cuda_graphs is 'on': it captures steps of the fast trunk, so engine.trunk must not be 'plain'.",
+        ),
+        (
             {"options": Options.of({"parallel.world_size": 2})},
             "parallel.world_size is 2: it needs parallel.strategy, one of ddp, fsdp, deepspeed.",
         ),

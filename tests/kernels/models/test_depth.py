@@ -30,6 +30,11 @@ def test_layers_that_are_all_alike(tmp_path: Path, model_type: str) -> None:
     assert layers_of(tmp_path, model_type) == Layers(count=8, period=1)
 
 
+def test_a_folder_that_changes_is_looked_at_again(tmp_path: Path) -> None:
+    assert layers_of(tmp_path, "llama") == Layers(count=8, period=1)
+    assert layers_of(tmp_path, "llama", num_hidden_layers=6) == Layers(count=6, period=1)
+
+
 def test_a_setting_whose_name_ends_in_idx_is_no_index(tmp_path: Path) -> None:
     """GPT-2's ``scale_attn_by_inverse_layer_idx`` is False, which equals the index of the first layer."""
     assert layers_of(tmp_path, "gpt2", n_layer=8, n_head=4, n_embd=32) == Layers(count=8, period=1)

@@ -15,7 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rlhfkernels.ops import causal_attention as attention_module
-from rlhfkernels.ops import rivals, rms_norm
+from rlhfkernels.ops import rivals, rms_norm, taken
 from rlhfkernels.ops.attention_mask import AttentionSpan, CausalMask
 from rlhfkernels.ops.causal_attention import FLASH, causal_attention, causal_attention_reference
 from rlhfkernels.ops.qkv_layout import QkvLayout
@@ -41,6 +41,12 @@ class Clock:
             return tensors[0] * factor
 
         return call
+
+
+@pytest.fixture(autouse=True)
+def nothing_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tests of this process measure steps, and ask what they took."""
+    monkeypatch.setattr(taken, "_taken", set())
 
 
 def rival_of(ours: Callable[[Tensors], torch.Tensor], theirs: Callable[[Tensors], torch.Tensor]) -> Rival:
@@ -125,6 +131,9 @@ def test_only_real_cuda_tensors_of_an_installed_library_ask_for_it(monkeypatch: 
     monkeypatch.setattr(rivals, "is_installed", lambda package: package == "library")
     x: Any = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=torch.device("cuda:0"))
     assert rival.is_taken(x, "triton")
+    assert rival.takes(x, "triton")
+    assert not dataclasses.replace(rival, package="absent").takes(x, "triton")
+    assert taken.taken() == ["library"]
     assert not rival.is_taken(x, "torch")
     assert not dataclasses.replace(rival, package="absent").is_taken(x, "triton")
     assert not rival.is_taken(SimpleNamespace(**{**vars(x), "dtype": torch.float64}), "triton")  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from rlhfkernels.observer import Observer
+from rlhfkernels.ops.taken import CUDA_GRAPHS, note_taken
 
 Step = Callable[[], None]
 
@@ -103,6 +104,7 @@ class CudaGraphs:
             warnings.warn(f"decode steps run without CUDA graphs: {reason}", RuntimeWarning, stacklevel=2)
             return None
         self._hold(torch.cuda.memory_reserved(self._device) - reserved_bytes)
+        note_taken(CUDA_GRAPHS)
         return graph.replay
 
     def _hold(self, num_bytes: int) -> None:

@@ -12,6 +12,7 @@ from rlhfkernels.engine.fast.blocks import Blocks, read_blocks
 from rlhfkernels.engine.fast.decoding import FastDecoder
 from rlhfkernels.engine.fast.forward_pass import run_blocks, run_packed
 from rlhfkernels.engine.trunk import Decoder, PlainTrunk
+from rlhfkernels.errors import CaseError
 from rlhfkernels.models.adapters import Adapters
 from rlhfkernels.models.loading import LoadedModel
 from rlhfkernels.observer import Observer
@@ -69,6 +70,9 @@ def make_fast_trunk(case: Case, model: LoadedModel, adapters: Adapters) -> Plain
     """Returns a fast trunk if it supports the model and the case's options, else a plain one; see ``name``.
 
     Divided weights are gathered by hooks of the modules, which the fast trunk does not call.
+
+    Raises:
+        CaseError: CUDA graphs are asked for, which a plain trunk has none of.
     """
     options = case.options
     covered = options.engine.cache_implementation == "static" and not options.parallel.divides_weights
@@ -76,4 +80,7 @@ def make_fast_trunk(case: Case, model: LoadedModel, adapters: Adapters) -> Plain
         blocks = read_blocks(model.trunk, select_backend(case.options.engine.backend, case.device, case.dtype))
         if blocks is not None:
             return FastTrunk(case, model, adapters, blocks)
+    if case.options.engine.cuda_graphs == "on":
+        why = f"the plain trunk runs {type(model.trunk).__name__} with the case's attention and KV cache"
+        raise CaseError([f"engine.cuda_graphs is 'on': {why}, and has no graphs, so it must be auto or off."])
     return PlainTrunk(case, model, adapters)

@@ -13,6 +13,7 @@ from rlhfkernels import Observer
 from rlhfkernels.engine.fast import capture
 from rlhfkernels.engine.fast.capture import CudaGraphs, make_capture, run_eagerly, side_stream
 from rlhfkernels.engine.fast.decoding import takes_graphs
+from rlhfkernels.ops import taken
 
 CPU = torch.device("cpu")
 
@@ -66,6 +67,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         "memory_reserved": lambda device: reserved_bytes[0],
         "stream": on_stream,
     }
+    monkeypatch.setattr(taken, "_taken", set())
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     side_stream.cache_clear()
@@ -82,6 +84,7 @@ def test_a_step_runs_once_then_is_captured_on_the_side_stream(calls: list[str]) 
     steps = ["on side", "step", "begin in pool, thread_local", "step", "end", "off side"]
     assert calls == ["side waits for main", *steps, "main waits for side"]
     assert replay is not None
+    assert taken.taken() == ["cuda_graphs"]
     replay()
     assert calls[-1] == "replay"
 
@@ -110,6 +113,7 @@ def test_a_failed_capture_leaves_the_steps_to_run_one_by_one(calls: list[str]) -
     graphs = make(calls)
     with pytest.warns(RuntimeWarning, match="run without CUDA graphs: operation not permitted$"):
         assert graphs(failing_at(2, RuntimeError("operation not permitted\nlong advice"))) is None
+    assert taken.taken() == []
     assert calls[-3:] == ["end", "off side", "main waits for side"]
     del calls[:]
     assert graphs(lambda: calls.append("step")) is None

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 
 from rlhfkernels import Batch, Case, Observer, TrainingStep, build_step
 from rlhfkernels.engine.engine import Engine
+from rlhfkernels.engine.fast.trunk import make_fast_trunk
+from rlhfkernels.errors import CaseError
 from rlhfkernels.methods.table import families
 
 Generated = Callable[[TrainingStep], Batch]
@@ -120,3 +123,12 @@ def test_fused_weights_take_no_more_memory(make_case: Callable[..., Case]) -> No
 )
 def test_unsupported_cases_take_the_plain_trunk(make_case: Callable[..., Case], changes: dict[str, str]) -> None:
     assert Engine(make_case(**changes)).trunks["hydra"].name == "plain"
+
+
+def test_graphs_that_the_plain_trunk_would_ignore_are_refused(make_case: Callable[..., Case]) -> None:
+    """The case that asks names CUDA: only the choice of the trunk is made here."""
+    case = make_case("hydra", engine__cache_implementation="dynamic")
+    engine = Engine(case)
+    asked = dataclasses.replace(case, device="cuda", options=case.options.replace({"engine.cuda_graphs": "on"}))
+    with pytest.raises(CaseError, match="has no graphs, so it must be auto or off"):
+        make_fast_trunk(asked, engine.models["hydra"], engine.adapters["hydra"])
