@@ -112,9 +112,7 @@ def _backward(loss: torch.Tensor) -> None:
     loss.backward()  # type: ignore[no-untyped-call]
 
 
-def _add_in_two_passes(
-    engine: Engine, form: PassForm, part: Batch, counts: Counts, *, is_last: bool
-) -> list[Loss]:
+def _add_in_two_passes(engine: Engine, form: PassForm, part: Batch, counts: Counts, *, is_last: bool) -> list[Loss]:
     """Reads all log-probabilities without a graph, then the sequences of a data row one after the other with one.
 
     The loss is differentiated by the log-probabilities of the first pass, and the second passes that gradient on. A
@@ -133,9 +131,7 @@ def _add_in_two_passes(
     per_row = part.num_sequences // part.num_rows
     for i in range(per_row):
         one = part.sequence_of_rows(i)
-        logprobs = engine.train(
-            weights, lambda one=one: read(one, train=True), is_last=is_last and i == per_row - 1
-        )
+        logprobs = engine.train(weights, lambda one=one: read(one, train=True), is_last=is_last and i == per_row - 1)
         torch.autograd.backward(logprobs, [leaf.gradient[i::per_row] for leaf in leaves])
         del logprobs
     return losses
