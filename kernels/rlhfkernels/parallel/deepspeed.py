@@ -12,6 +12,7 @@ import importlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -34,13 +35,14 @@ class _DeepSpeed(Strategy):
         options: of the case.
         world: the ranks.
         device: of this rank.
+        may_skip: see ``Strategy``.
 
     Raises:
         CaseError: DeepSpeed is not installed.
     """
 
-    def __init__(self, options: Options, world: World, device: torch.device) -> None:
-        super().__init__(options, world, device)
+    def __init__(self, options: Options, world: World, device: torch.device, *, may_skip: bool = False) -> None:
+        super().__init__(options, world, device, may_skip=may_skip)
         self._package = _load(device)
 
     def declare_trained(self, roles: Mapping[str, Sequence[nn.Parameter]], passes: Mapping[str, Sequence[str]]) -> None:
@@ -52,7 +54,7 @@ class _DeepSpeed(Strategy):
         }
         self._roles_of_pass = {key: [role for role in found if role in self._engines] for key, found in passes.items()}
 
-    def train(self, key: str, base: str, function: Callable[[], T], *, is_last: bool) -> T:
+    def train(self, key: str, base: str, function: Callable[[], torch.Tensor], *, is_last: bool) -> torch.Tensor:
         """See ``Strategy.train``. The backward of a pass that trains weights of two roles goes through both engines."""
         for role in self._roles_of_pass[key]:
             function = functools.partial(self._engines[role], function)
@@ -91,8 +93,8 @@ class _DeepSpeed(Strategy):
 class _Stage0(_DeepSpeed):
     """Stage 0: nothing is divided; gradients are averaged in one all-reduce, before the optimizer's step."""
 
-    def train(self, key: str, base: str, function: Callable[[], T], *, is_last: bool) -> T:
-        """See ``Strategy.train``. The engine does not see the pass: in stage 0 it refuses backwards that it did not run."""
+    def train(self, key: str, base: str, function: Callable[[], torch.Tensor], *, is_last: bool) -> torch.Tensor:
+        """See ``Strategy.train``. The engine does not see the pass: in stage 0 it would have to run the backward."""
         return function()
 
     def optimizer(self, role: str, schedule: Schedule) -> RoleOptimizer:
@@ -105,7 +107,7 @@ class _Stage3(_DeepSpeed):
 
     def divide(self, bases: Mapping[str, BaseModule]) -> None:
         """See ``Strategy.divide``; DeepSpeed divides weights and makes optimizers together, in ``declare_trained``."""
-        self._bases = bases
+        self._bases = dict(bases)
 
     def declare_trained(self, roles: Mapping[str, Sequence[nn.Parameter]], passes: Mapping[str, Sequence[str]]) -> None:
         """See ``Strategy.declare_trained``."""
@@ -134,7 +136,18 @@ class _Stage3(_DeepSpeed):
         with self._package.zero.GatheredParameters(list(self._bases[base].parameters())):
             return self.read(base, function)
 
-    def train(self, key: str, base: str, function: Callable[[], T], *, is_last: bool) -> T:
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """See ``Strategy.whole``."""
+        with self._package.zero.GatheredParameters([p for module in self._bases.values() for p in module.parameters()]):
+            yield
+
+    def release(self, base: str) -> None:
+        """See ``Strategy.release``."""
+        del self._bases[base]
+        self._divided.pop(base).engine.destroy()
+
+    def train(self, key: str, base: str, function: Callable[[], torch.Tensor], *, is_last: bool) -> torch.Tensor:
         """See ``Strategy.train``."""
         return self._divided[base].engine(function)  # type: ignore[no-any-return]
 
@@ -281,13 +294,13 @@ def _make_optimizer(options: OptimizerOptions, groups: Sequence[Sequence[nn.Para
 _STAGES: dict[int, type[_DeepSpeed]] = {0: _Stage0, 1: _DeepSpeed, 2: _DeepSpeed, 3: _Stage3}
 
 
-def make_deepspeed(options: Options, world: World, device: torch.device) -> Strategy:
+def make_deepspeed(options: Options, world: World, device: torch.device, *, may_skip: bool = False) -> Strategy:
     """Makes DeepSpeed's strategy of the case's ``parallel.zero_stage``; arguments as ``Strategy``.
 
     Raises:
         CaseError: DeepSpeed is not installed.
     """
-    return _STAGES[options.parallel.zero_stage](options, world, device)
+    return _STAGES[options.parallel.zero_stage](options, world, device, may_skip=may_skip)
 
 
 def _load(device: torch.device) -> Any:
