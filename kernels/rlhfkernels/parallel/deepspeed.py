@@ -11,11 +11,13 @@ import functools
 import importlib
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from packaging.version import Version
 from torch import nn
 
 from rlhfkernels.config.options import OPTION_PACKAGES, OptimizerOptions, Options
@@ -24,6 +26,8 @@ from rlhfkernels.parallel.strategies import BaseModule, RoleOptimizer, Schedule,
 from rlhfkernels.parallel.world import World
 
 T = TypeVar("T")
+# The first whose steps end where the caller says (``managed_gradient_accumulation``).
+_OLDEST = Version("0.19.0")
 # As in ``rlhfkernels.training.optimizers``: what is added to the norm that divides.
 _NORM_EPS = 1e-6
 
@@ -69,11 +73,7 @@ class _DeepSpeed(Strategy):
         dtype = next(module.parameters()).dtype
         optimizer = _make_optimizer(self.options.optimizer, groups) if groups else None
         engine, *_ = self._package.initialize(
-            model=module,
-            optimizer=optimizer,
-            model_parameters=list(module.parameters()) if groups else None,
-            config=self._config(dtype),
-            dist_init_required=False,
+            model=module, optimizer=optimizer, config=self._config(dtype), dist_init_required=False
         )
         return engine
 
@@ -183,11 +183,14 @@ class _ZeroOptimizer:
 
     def step(self) -> torch.Tensor:
         """See ``RoleOptimizer.step``."""
+        self._update()
+        return torch.as_tensor(self._engine.get_global_grad_norm())
+
+    def _update(self) -> None:
         for group in self._engine.basic_optimizer.param_groups:
             group["lr"] = self._schedule(self._num_steps)
         self._num_steps += 1
         self._engine.step()
-        return torch.as_tensor(self._engine.get_global_grad_norm())
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """See ``RoleOptimizer.tensors``."""
@@ -204,7 +207,10 @@ class _ReplicatedOptimizer(_ZeroOptimizer):
     def step(self) -> torch.Tensor:
         """See ``RoleOptimizer.step``."""
         self._engine.allreduce_gradients()
-        return super().step()
+        grads = [parameter.grad for parameter in self._engine.module.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(grads)
+        self._update()
+        return norm
 
 
 class _DividedOptimizer(_ZeroOptimizer):
@@ -307,7 +313,7 @@ def _load(device: torch.device) -> Any:
     """DeepSpeed, told of the device: it would look for one, and log that it found none.
 
     Raises:
-        CaseError: it is not installed.
+        CaseError: it is not installed, or it is too old.
     """
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
@@ -316,7 +322,16 @@ def _load(device: torch.device) -> Any:
         package = importlib.import_module(name)
     except ImportError as error:
         raise CaseError([f"parallel.strategy is 'deepspeed': it needs {name}, which is not installed."]) from error
+    if Version(package.__version__) < _OLDEST:
+        problem = f"parallel.strategy is 'deepspeed': it needs {name} {_OLDEST} or later, and {package.__version__} is"
+        raise CaseError([f"{problem} installed."])
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # Without this, a run on CPUs would begin with the compilation of an all-reduce over shared memory.
     package.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It comes from backwards too, which run in threads of their own.
+    warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
+        # It imports torch's compiler, which takes 2 s: the first backward would import it.
+        importlib.import_module(f"{name}.runtime.zero.muon.muon_optimizer")
     return package
