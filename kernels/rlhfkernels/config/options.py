@@ -98,7 +98,7 @@ class OptimizerOptions:
         max_grad_norm: the gradient norm of each parameter group is clipped to this.
         grad_accum_dtype: dtype in which gradients are added up over micro-batches and over chunks of positions, at
             least that of the weight; DeepSpeed has this name. ``None`` is float32 where there are several to add, else
-            the dtype of the weight.
+            the dtype of the weight; with a ``parallel.strategy`` it is that of the weight.
     """
 
     name: Literal["adamw", "adamw8bit", "sgd"] = "adamw"
@@ -250,6 +250,11 @@ class ParallelOptions:
     def divides_weights(self) -> bool:
         """True where a rank holds a part of each weight, and gathers the rest to use it."""
         return self.strategy == "fsdp" or self.zero_stage == 3
+
+    @property
+    def moves_weights(self) -> bool:
+        """True where trained weights lie in storages of the library that divides them, or their optimizer's states."""
+        return self.strategy == "fsdp" or self.zero_stage >= 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,6 +5,7 @@ Shapes: b = data rows, n = sequences, p = prompt length, c = completion length, 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -137,9 +138,16 @@ class Engine:
             CaseError: see ``rlhfkernels.engine.agreement.check_packing``.
         """
         case, name = self.case, self.case.model_of(self.method.origins[base])
-        size = {"max_length": case.seq_len, "vocab_size": self.vocab_size}
-        trunk, options = self.trunks[base], {"device": case.device, **size}
-        self.strategy.read(base, lambda: check_packing(name, trunk, case.dtype, **options))
+        check = functools.partial(
+            check_packing,
+            name,
+            self.trunks[base],
+            case.dtype,
+            device=case.device,
+            max_length=case.seq_len,
+            vocab_size=self.vocab_size,
+        )
+        self.strategy.read(base, check)
 
     @property
     def vocab_size(self) -> int:
@@ -180,8 +188,8 @@ class Engine:
         return made[name]
 
     def _divide(self, world: World) -> Strategy:
-        """The strategy of the case, with the weights of all bases divided by it."""
-        strategy = STRATEGIES[self.case.options.parallel.strategy](
+        """The strategy of the case, with the weights of all bases divided by it; without weights there is one rank."""
+        strategy = STRATEGIES[self.case.options.parallel.strategy if self.with_weights else None](
             self.case.options, world, self.device, may_skip=any(model.has_experts for model in self.models.values())
         )
         heads = {

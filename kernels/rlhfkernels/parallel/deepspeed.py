@@ -328,8 +328,9 @@ def _load(device: torch.device) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # Without this, a run on CPUs would begin with the compilation of an all-reduce over shared memory.
     package.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # It comes from backwards too, which run in threads of their own.
+    # They come from backwards too, which run in threads of their own.
     warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", "`torch.distributed.reduce_scatter_tensor` is deprecated", FutureWarning)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
         # It imports torch's compiler, which takes 2 s: the first backward would import it.

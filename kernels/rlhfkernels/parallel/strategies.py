@@ -72,6 +72,10 @@ class Strategy:
     def divide(self, bases: Mapping[str, BaseModule]) -> None:
         """Divides the weights of all bases among the ranks; before any of them is declared trained."""
 
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(part, tensor) of what lives between steps beside weights and optimizer states."""
+        yield from ()
+
     def release(self, base: str) -> None:
         """Lets go of a base that nothing reads any more."""
 
@@ -133,6 +137,7 @@ class DataParallel(Strategy):
         """See ``Strategy.declare_trained``."""
         from torch.nn.parallel import DistributedDataParallel  # it imports the compiler
 
+        self._buckets: dict[tuple[str, int], torch.Tensor] = {}
         self._modules = {
             key: DistributedDataParallel(
                 TrainedWeights([weight for role in found for weight in roles.get(role, ())]),
@@ -142,6 +147,23 @@ class DataParallel(Strategy):
             )
             for key, found in passes.items()
         }
+        for key, module in self._modules.items():
+            # A lambda: torch compares annotations with its class, and here they are texts.
+            module.register_comm_hook(key, lambda key, bucket: self._average(key, bucket))
+
+    def _average(self, key: str, bucket: Any) -> torch.futures.Future[torch.Tensor]:
+        """Averages a bucket as the module itself would, and remembers it: it lives between steps, gradients or not."""
+        from torch.distributed import group
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+        assert group.WORLD is not None, "the rank has joined its world"
+        self._buckets[key, bucket.index()] = bucket.buffer()
+        found: torch.futures.Future[torch.Tensor] = allreduce_hook(group.WORLD, bucket)
+        return found
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """See ``Strategy.tensors``: the buckets, which are the gradients."""
+        yield from (("gradients", bucket) for bucket in self._buckets.values())
 
     def train(self, key: str, base: str, function: Callable[[], torch.Tensor], *, is_last: bool) -> torch.Tensor:
         """See ``Strategy.train``."""

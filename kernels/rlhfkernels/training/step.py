@@ -177,7 +177,7 @@ class TrainingStep:
         has_several = self.case.micro_batch_size < self.case.mini_batch_size or len(set(passes)) < len(passes)
         has_several |= any(PassForm(p, self.case.options).in_two_passes for p in self.method.update_passes)
         name = self.case.options.optimizer.grad_accum_dtype or ("float32" if has_several else None)
-        if name is not None and not self.case.options.parallel.divides_weights:
+        if name is not None and self.case.options.parallel.strategy is None:  # else the library decides
             for parameter in self.trained_parameters():
                 parameter.grad_dtype = torch.promote_types(parameter.dtype, getattr(torch, name))
 
@@ -224,6 +224,7 @@ class TrainingStep:
     def persistent_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(part, tensor) of all that lives between steps: weights, master copies, moments, prepared columns."""
         yield from self.engine.persistent_tensors()
+        yield from self.engine.strategy.tensors()
         for optimizer in self.optimizers.values():
             yield from (("optimizer", tensor) for tensor in optimizer.tensors())
         yield from (("rollout", tensor) for tensor in (*self._source.tensors(), *self._prepared.values()))
