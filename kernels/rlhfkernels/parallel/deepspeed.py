@@ -47,7 +47,7 @@ class _DeepSpeed(Strategy):
 
     def __init__(self, options: Options, world: World, device: torch.device, *, may_skip: bool = False) -> None:
         super().__init__(options, world, device, may_skip=may_skip)
-        self._package = _load(device)
+        self._package = load(device)
 
     def declare_trained(self, roles: Mapping[str, Sequence[nn.Parameter]], passes: Mapping[str, Sequence[str]]) -> None:
         """See ``Strategy.declare_trained``."""
@@ -111,7 +111,6 @@ class _Stage3(_DeepSpeed):
 
     def declare_trained(self, roles: Mapping[str, Sequence[nn.Parameter]], passes: Mapping[str, Sequence[str]]) -> None:
         """See ``Strategy.declare_trained``."""
-        self._roles = roles
         self._divided: dict[str, _DividedBase] = {}
         for base, module in self._bases.items():
             held = {id(p) for p in module.parameters()}
@@ -119,7 +118,7 @@ class _Stage3(_DeepSpeed):
             for head in module.heads:  # read by their weights, not as modules
                 for parameter in head.parameters():
                     self._package.zero.register_external_parameter(module, parameter)
-            self._divided[base] = _DividedBase(self._make_engine(module, list(found.values())), list(found))
+            self._divided[base] = _DividedBase(self._make_engine(module, list(found.values())), found)
 
     def read(self, base: str, function: Callable[[], T]) -> T:
         """See ``Strategy.read``."""
@@ -156,8 +155,8 @@ class _Stage3(_DeepSpeed):
         base = next(base for base in self._divided.values() if role in base.roles)
         return _DividedOptimizer(
             base,
-            base.roles.index(role),
-            self._roles[role],
+            list(base.roles).index(role),
+            base.roles[role],
             schedule,
             world=self.world,
             max_grad_norm=self.options.optimizer.max_grad_norm,
@@ -267,10 +266,10 @@ class _DividedBase:
 
     Args:
         engine: DeepSpeed's.
-        roles: that own weights of the base.
+        roles: the weights of the base that each of its roles owns.
     """
 
-    def __init__(self, engine: Any, roles: Sequence[str]) -> None:
+    def __init__(self, engine: Any, roles: Mapping[str, Sequence[nn.Parameter]]) -> None:
         self.engine, self.roles = engine, roles
         self._num_ready = 0
 
@@ -280,6 +279,18 @@ class _DividedBase:
         if self._num_ready == len(self.roles):
             self._num_ready = 0
             self.engine.step()
+            self._clear()
+
+    def _clear(self) -> None:
+        """Sets the gradients to zero.
+
+        A step's first backward overwrites them and the others add: what the first does not train would keep its own.
+        """
+        from deepspeed.utils import safe_set_local_grad
+
+        for parameters in self.roles.values():
+            for parameter in parameters:
+                safe_set_local_grad(parameter, torch.zeros_like(parameter.ds_tensor))
 
 
 def _states(optimizer: torch.optim.Optimizer, master: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -309,7 +320,7 @@ def make_deepspeed(options: Options, world: World, device: torch.device, *, may_
     return _STAGES[options.parallel.zero_stage](options, world, device, may_skip=may_skip)
 
 
-def _load(device: torch.device) -> Any:
+def load(device: torch.device) -> Any:
     """DeepSpeed, told of the device: it would look for one, and log that it found none.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from rlhfkernels import Batch, Case, Observer, TrainingStep, build_step
+from rlhfkernels.parallel.deepspeed import load
 from rlhfkernels.parallel.world import World
 from rlhfkernels.training.step import StepStats
 
@@ -34,7 +35,7 @@ class Kind:
 def zero(stage: int, trunk: str = "fast") -> Kind:
     """DeepSpeed, whose master weights are in float32; buckets smaller than a gradient, so that there are several."""
     options = {"parallel.strategy": "deepspeed", "parallel.zero_stage": stage, "parallel.reduce_bucket_size": 3000}
-    return Kind(options, trunk, "float32", rel=1e-3, abs=2e-5)
+    return Kind(options, trunk, "float32", rel=1e-3, abs=1e-5)
 
 
 STRATEGIES = {
@@ -49,10 +50,22 @@ PPO = ("full", "lora", "hydra", "joined-hydra")
 # A step of SGD of length 1 moves every weight by its clipped gradient; AdamW's third step holds both moments.
 OPTIMIZERS = {
     "gradients": ({"optimizer.name": "sgd", "optimizer.learning_rate": 1.0, "optimizer.max_grad_norm": 0.01}, 1),
-    "weights": ({"optimizer.learning_rate": 1e-2}, 3),
+    # With the default epsilon a gradient of 1e-8 moves a weight as far as one of 1, and so does its rounding.
+    "weights": ({"optimizer.learning_rate": 1e-2, "optimizer.adam_epsilon": 1e-3}, 3),
 }
 
 Make = Callable[..., Case]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _deepspeed_is_imported() -> Iterator[None]:
+    """Imports DeepSpeed before any rank is forked: each of them would take 3 s."""
+    pytest.importorskip("deepspeed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        patch.setenv("LOCAL_RANK", "0")
+        load(torch.device("cpu"))
+        yield
 
 
 def weights_of(step: TrainingStep) -> dict[str, torch.Tensor]:
@@ -126,9 +139,19 @@ def check(alone: Any, ranks: list[Any], kind: Kind) -> None:
     assert set(first[0]) == set(own[0])
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("method", PPO)
+@pytest.mark.parametrize(
+    ("method", "strategy", "optimizer"),
+    [
+        (method, strategy, optimizer)
+        for method in PPO
+        for strategy in STRATEGIES
+        for optimizer in OPTIMIZERS
+        # One of the two for DeepSpeed, whose ranks start in 1 s: with adapters alone AdamW's steps clip too little.
+        if not strategy.startswith("zero")
+        or optimizer == ("weights" if method == "full" else "gradients")
+        or (method, optimizer) == ("hydra", "weights")
+    ],
+)
 def test_two_ranks_do_the_step_of_one_process(
     make_case: Make, on_ranks: Any, method: str, strategy: str, optimizer: str
 ) -> None:
@@ -164,7 +187,7 @@ def test_ranks_take_the_rows_of_a_file_in_turns(
         for i, names in enumerate(texts)
     ]
     file.write_text("\n".join(json.dumps(row) for row in rows))
-    changes |= {f"data.{source}": str(file), "optimizer.learning_rate": 1e-2}
+    changes |= {f"data.{source}": str(file), "optimizer.learning_rate": 1e-2, "optimizer.adam_epsilon": 1e-3}
     kind = STRATEGIES[strategy]
     # Text needs a vocabulary of 256.
     one, case = (
