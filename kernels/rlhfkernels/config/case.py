@@ -251,8 +251,8 @@ def _check_parallel(case: Case) -> Iterator[str]:
     accumulated = case.options.optimizer.grad_accum_dtype
     if parallel.strategy is not None and accumulated not in (None, case.dtype):
         yield (
-            f"optimizer.grad_accum_dtype is {accumulated!r}: with parallel.strategy {parallel.strategy!r} gradients add "
-            f"up in the dtype of the weights, so it must be none or {case.dtype!r}."
+            f"optimizer.grad_accum_dtype is {accumulated!r}: with parallel.strategy {parallel.strategy!r} gradients "
+            f"add up in the dtype of the weights, so it must be none or {case.dtype!r}."
         )
     if parallel.strategy == "deepspeed":
         yield from _check_deepspeed(case)
