@@ -25,11 +25,11 @@ _DIVIDES: dict[int, tuple[str, ...]] = {
     2: ("optimizer", "gradients"),
     3: ("optimizer", "gradients", "base", "adapters", "heads"),
 }
-# zero/config.py: ``reduce_bucket_size`` and ``stage3_max_live_parameters``, in elements. ``allgather_bucket_size``
+# zero/config.py: ``stage3_max_live_parameters``, in elements. ``allgather_bucket_size``
 # takes nothing: the weights are gathered in place (runtime/utils.py, all_gather_into_tensor_dp_groups). What is
 # prefetched, ``stage3_prefetch_bucket_size``, is part of what is live (zero/partitioned_param_coordinator.py,
 # fetch_sub_module).
-_REDUCE_BUCKET, _MAX_LIVE = 500_000_000, 1_000_000_000
+_MAX_LIVE = 1_000_000_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +83,7 @@ class Zero:
             from rlhfkernels.training.sizes import StepSizes
 
             sizes = StepSizes.of(step)
-        bucket = _REDUCE_BUCKET * sizes.trained_item  # the buffers are of the dtype that the model is trained in
+        bucket = step.case.options.parallel.reduce_bucket_size * sizes.trained_item  # the buffers are of the dtype that the model is trained in
         if self.stage < 3:
             return none | {phase.name: bucket for phase in step.phases if phase.kind == "update" and phase.passes}
         bases = _bases_of_phases(step)

@@ -135,6 +135,17 @@ class _Stage3(_DeepSpeed):
         with self._package.zero.GatheredParameters(list(self._bases[base].parameters())):
             return self.read(base, function)
 
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """See ``Strategy.tensors``: the partitions, and the buffers that DeepSpeed keeps between steps."""
+        for module in self._bases.values():
+            yield from (("base", parameter.ds_tensor) for parameter in module.parameters())
+        for base in self._divided.values():
+            if base.roles:
+                zero = base.engine.optimizer
+                yield "gradients", zero.grad_partitions_flat_buffer
+                for bucket in zero.ipg_buckets.values():
+                    yield "buckets", bucket.buffer
+
     @contextmanager
     def whole(self) -> Iterator[None]:
         """See ``Strategy.whole``."""
