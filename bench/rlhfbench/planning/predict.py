@@ -52,7 +52,7 @@ def _plan_case(case: Case, zero: Zero, *, with_timeline: bool, every_layer: bool
     for stretch in found.stretches:
         replay(stretch, tally, Observer() if timeline is None else timeline)
     work, buckets = phase_work(found.step, found.sizes), zero.buckets(found.step, found.sizes)
-    divide = functools.partial(zero.divide, masters=zero.masters(found.sizes))
+    divide = functools.partial(zero.divide, sizes=found.sizes)
     memory = divided(memory_object(tally, dict(_NO_VIEWS)), divide, buckets)
     kept = None if timeline is None else divided_timeline(timeline.to_dict(tally.peaks), divide)
     return Plan(case=case, memory=memory, work=work, zero=zero, buckets=buckets, timeline=kept)

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from packaging.version import Version
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from rlhfkernels.config.options import OPTION_PACKAGES, OptimizerOptions, Options
 from rlhfkernels.errors import CaseError
@@ -27,7 +27,7 @@ from rlhfkernels.parallel.world import World
 
 T = TypeVar("T")
 # The first whose steps end where the caller says (``managed_gradient_accumulation``).
-_OLDEST = Version("0.19.0")
+_OLDEST = "0.19.0"
 # As in ``rlhfkernels.training.optimizers``: what is added to the norm that divides.
 _NORM_EPS = 1e-6
 
@@ -344,7 +344,7 @@ def load(device: torch.device) -> Any:
         package = importlib.import_module(name)
     except ImportError as error:
         raise CaseError([f"parallel.strategy is 'deepspeed': it needs {name}, which is not installed."]) from error
-    if Version(package.__version__) < _OLDEST:
+    if TorchVersion(package.__version__) < _OLDEST:
         problem = f"parallel.strategy is 'deepspeed': it needs {name} {_OLDEST} or later, and {package.__version__} is"
         raise CaseError([f"{problem} installed."])
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
