@@ -138,7 +138,7 @@ class _Stage3(_DeepSpeed):
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See ``Strategy.tensors``: the partitions, and the buffers that DeepSpeed keeps between steps."""
         for module in self._bases.values():
-            yield from (("base", parameter.ds_tensor) for parameter in module.parameters())
+            yield from (("base", _part(parameter)) for parameter in module.parameters())
         for base in self._divided.values():
             if base.roles:
                 zero = base.engine.optimizer
@@ -301,7 +301,13 @@ class _DividedBase:
 
         for parameters in self.roles.values():
             for parameter in parameters:
-                safe_set_local_grad(parameter, torch.zeros_like(parameter.ds_tensor))
+                safe_set_local_grad(parameter, torch.zeros_like(_part(parameter)))
+
+
+def _part(parameter: nn.Parameter) -> torch.Tensor:
+    """The rank's part of a weight in stage 3, flat."""
+    part: torch.Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+    return part
 
 
 def _states(optimizer: torch.optim.Optimizer, master: torch.Tensor) -> Iterator[torch.Tensor]:
