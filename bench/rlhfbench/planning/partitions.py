@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RoleGradients:
-    """Bytes of one role's gradients on the rank that holds most.
+    """Bytes of one role's gradients on one rank.
 
     Attributes:
         role: that owns the weights.
@@ -30,8 +30,8 @@ class RoleGradients:
     tensors: int
 
 
-def role_gradients(step: TrainingStep, sizes: StepSizes, world_size: int) -> list[RoleGradients]:
-    """The gradients of every role with an optimizer, in the order of the optimizers' steps.
+def role_gradients(step: TrainingStep, sizes: StepSizes, world_size: int) -> list[list[RoleGradients]]:
+    """For every rank, the gradients of every role with an optimizer, in the order of the optimizers' steps.
 
     Args:
         step: the step; of a few layers where ``sizes`` is of a deeper model. Weights then count in proportion.
@@ -40,22 +40,23 @@ def role_gradients(step: TrainingStep, sizes: StepSizes, world_size: int) -> lis
     """
     counts = {role: [p.numel() for p in step.engine.parameters_of_role[role]] for role in step.optimizers}
     total = sum(itertools.chain.from_iterable(counts.values()))
-    found = []
+    found: list[list[RoleGradients]] = [[] for _ in range(world_size)]
     for role, numels in counts.items():
         whole = sizes.trained.num_bytes * sum(numels) // total
         partition = -(-whole // world_size)
-        beyond = _beyond_boundaries(numels, world_size) * sizes.trained_item
-        found.append(RoleGradients(role=role, whole=whole, partition=partition, tensors=partition + beyond))
+        for rank, beyond in enumerate(_beyond_boundaries(numels, world_size)):
+            tensors = partition + beyond * sizes.trained_item
+            found[rank].append(RoleGradients(role=role, whole=whole, partition=partition, tensors=tensors))
     return found
 
 
-def _beyond_boundaries(numels: Sequence[int], world_size: int) -> int:
-    """Elements of the tensors that one of equal parts touches, without the part itself: the most of any part."""
+def _beyond_boundaries(numels: Sequence[int], world_size: int) -> list[int]:
+    """For each of equal parts, the elements of the tensors that it touches, without the part itself."""
     size = -(-sum(numels) // world_size)
     ends = list(itertools.accumulate(numels))
-    most = 0
-    for start in range(0, ends[-1], size):
-        stop = min(start + size, ends[-1])
+    found = []
+    for rank in range(world_size):
+        start, stop = min(rank * size, ends[-1]), min((rank + 1) * size, ends[-1])
         touched = sum(n for n, end in zip(numels, ends, strict=True) if end > start and end - n < stop)
-        most = max(most, touched - (stop - start))
-    return most
+        found.append(touched - (stop - start))
+    return found

@@ -61,7 +61,13 @@ def _plan_case(case: Case, zero: Zero, *, with_timeline: bool, every_layer: bool
 def divided(
     memory: dict[str, Any], divide: Callable[[dict[str, int]], dict[str, int]], buckets: dict[str, int]
 ) -> dict[str, Any]:
-    """``memory`` on one rank, as ``divide`` divides parts: every phase's parts divided, and the peak found again, where the buckets stand too."""
+    """``memory`` on one rank.
+
+    Args:
+        memory: of one process.
+        divide: the parts of a rank.
+        buckets: bytes by phase that stand beside the parts where the peak is found again.
+    """
     phases = {name: divide(phase["parts"]) for name, phase in memory["phases"].items()}
     totals = {name: sum(parts.values()) for name, parts in phases.items()}
     peak_phase = max(totals, key=lambda name: totals[name] + buckets[name])
