@@ -35,7 +35,7 @@ def map_parallel(
     Raises:
         ForkServerError: A process died.
     """
-    num_processes = min(len(inputs), _num_cores(), MAX_PROCESSES)
+    num_processes = min(len(inputs), num_cores(), MAX_PROCESSES)
     if num_processes <= 1 or "forkserver" not in multiprocessing.get_all_start_methods():  # Windows has no such server
         return [function(item) for item in inputs]
     # Imported here: the fork server imports this module, and needs no pool.
@@ -51,8 +51,8 @@ def map_parallel(
             raise ForkServerError("a worker process was killed: is the machine out of memory?") from error
 
 
-def _num_cores() -> int:
-    """Number of cores that this process may use."""
+def num_cores() -> int:
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

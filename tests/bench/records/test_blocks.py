@@ -9,7 +9,7 @@ import pytest
 
 from rlhfbench.errors import RecordsError
 from rlhfbench.measure.statistic import half_width
-from rlhfbench.records.blocks import summarize, wrong_block
+from rlhfbench.records.blocks import block_values, summarize, wrong_block
 from rlhfbench.records.file import RecordsFile, make_record, read_records
 from rlhfkernels.config.case import Case
 
@@ -57,6 +57,22 @@ def test_latency_is_the_mean_of_the_blocks_midmeans_and_adds_up():
     assert latency["total_block_s_per_sample"] == [6.5 / 4, 10.0 / 4]
     assert latency["total_half_width_s_per_sample"] == pytest.approx(half_width([6.5 / 4, 10.0 / 4]))
     assert latency["stopped_because"] == "steady"
+
+
+def test_a_phase_with_the_name_of_a_kind_leaves_the_sum_of_the_kind():
+    """DPO and SFT have the phases update and optimize, both of the kind update."""
+    made = record(block((1.0, 4.0)))
+    made["latency"]["phases"] = {
+        "think": {"kind": "inference"},
+        "update": {"kind": "update"},
+        "step": {"kind": "update"},
+    }
+    made["latency"]["blocks"][0]["phases"] = {"think": [1.0], "update": [4.0], "step": [1.0]}
+    (values,) = block_values(made)
+    assert values == {
+        "total": 6.0 / 4, "inference": 1.0 / 4, "update": 5.0 / 4, "think": 1.0 / 4, "phase update": 4.0 / 4,
+        "step": 1.0 / 4,
+    }  # fmt: skip
 
 
 def test_one_block_has_no_interval():
