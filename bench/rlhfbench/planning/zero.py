@@ -37,8 +37,8 @@ _MAX_LIVE = 1_000_000_000
 class Zero:
     """The division of a step by DeepSpeed's ZeRO.
 
-    On two ranks stages 0 to 2 come within 1 % of what a ledger measures. Stage 3 does not: DeepSpeed gathers weights into a
-    flat buffer, copies each out of it, and keeps weights below 100,000 elements whole, which is not counted.
+    On two ranks stages 0 to 2 come within 1 % of what a ledger measures. Stage 3 does not: DeepSpeed gathers weights
+    into a flat buffer, copies each out of it, and keeps weights below 100,000 elements whole, which is not counted.
 
     Attributes:
         stage: 0 to 3.
