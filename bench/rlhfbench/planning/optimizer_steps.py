@@ -83,7 +83,9 @@ class GradientsWatch(Observer):
         self._num_boundaries += 1
         if all(isinstance(stage, Optimize) for stage in self._stages[name]):
             self.found[self._num_boundaries] = tuple(
-                (role, _trained(optimizer)) for role, optimizer in self._step.optimizers.items()
+                (role, _trained(optimizer))
+                for role, optimizer in self._step.optimizers.items()
+                if isinstance(optimizer, Optimizer)  # a plan's are
             )
 
     def exit_phase(self, name: str) -> None:

@@ -7,6 +7,8 @@ layer more does, and that is repeated.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from rlhfbench.measure.measurements import OUTER_VIEWS, memory_object, persistent_model_bytes
@@ -43,20 +45,30 @@ def plan_case(case: Case, zero: Zero | None = None, *, with_timeline: bool = Fal
 
 
 def _plan_case(case: Case, zero: Zero, *, with_timeline: bool, every_layer: bool) -> Plan:
-    found = (None if every_layer else record_deep(case)) or record_step(case)
+    of_a_rank = zero.of_a_rank(case)
+    found = (None if every_layer else record_deep(of_a_rank)) or record_step(of_a_rank)
     timeline = Timeline() if with_timeline else None
     tally = Tally(None if timeline is None else timeline.note)
     for stretch in found.stretches:
         replay(stretch, tally, Observer() if timeline is None else timeline)
     work, buckets = phase_work(found.step, found.sizes), zero.buckets(found.step, found.sizes)
-    memory = divided(memory_object(tally, dict(_NO_VIEWS)), zero, buckets)
-    kept = None if timeline is None else divided_timeline(timeline.to_dict(tally.peaks), zero.divide)
+    divide = functools.partial(zero.divide, sizes=found.sizes)
+    memory = divided(memory_object(tally, dict(_NO_VIEWS)), divide, buckets)
+    kept = None if timeline is None else divided_timeline(timeline.to_dict(tally.peaks), divide)
     return Plan(case=case, memory=memory, work=work, zero=zero, buckets=buckets, timeline=kept)
 
 
-def divided(memory: dict[str, Any], zero: Zero, buckets: dict[str, int]) -> dict[str, Any]:
-    """``memory`` on one rank: every phase's parts divided, and the peak found again, where the buckets stand too."""
-    phases = {name: zero.divide(phase["parts"]) for name, phase in memory["phases"].items()}
+def divided(
+    memory: dict[str, Any], divide: Callable[[dict[str, int]], dict[str, int]], buckets: dict[str, int]
+) -> dict[str, Any]:
+    """``memory`` on one rank.
+
+    Args:
+        memory: of one process.
+        divide: the parts of a rank.
+        buckets: bytes by phase that stand beside the parts where the peak is found again.
+    """
+    phases = {name: divide(phase["parts"]) for name, phase in memory["phases"].items()}
     totals = {name: sum(parts.values()) for name, parts in phases.items()}
     peak_phase = max(totals, key=lambda name: totals[name] + buckets[name])
     parts, total = phases[peak_phase], totals[peak_phase]

@@ -251,16 +251,30 @@ def _check_parallel(case: Case) -> Iterator[str]:
             "'deepspeed'."
         )
     accumulated = case.options.optimizer.grad_accum_dtype
-    if parallel.strategy in ("ddp", "fsdp") and accumulated not in (None, case.dtype):
+    if parallel.strategy is not None and accumulated not in (None, case.dtype):
         yield (
-            f"optimizer.grad_accum_dtype is {accumulated!r}: with parallel.strategy {parallel.strategy!r} torch adds "
-            f"gradients up in the dtype of the weights, so it must be none or {case.dtype!r}."
+            f"optimizer.grad_accum_dtype is {accumulated!r}: with parallel.strategy {parallel.strategy!r} gradients "
+            f"add up in the dtype of the weights, so it must be none or {case.dtype!r}."
         )
+    if parallel.strategy == "deepspeed":
+        yield from _check_deepspeed(case)
     if parallel.gather == "rollout" and not parallel.divides_weights:
         yield (
             "parallel.gather is 'rollout': no weights are divided, so parallel.strategy must be 'fsdp' or "
             "parallel.zero_stage 3."
         )
+
+
+def _check_deepspeed(case: Case) -> Iterator[str]:
+    if case.dtype == "float64":
+        yield "parallel.strategy is 'deepspeed': its master weights are float32, so dtype must be float32 or bfloat16."
+    if case.options.lora.dtype not in (None, case.dtype):
+        yield (
+            f"lora.dtype is {case.options.lora.dtype!r}: DeepSpeed lays trained weights in one storage, so it must be "
+            f"none or {case.dtype!r}."
+        )
+    if case.options.optimizer.name == "adamw8bit":
+        yield "optimizer.name is 'adamw8bit': DeepSpeed divides the states of torch's, so it must be adamw or sgd."
 
 
 def vocabulary_problem(sizes: dict[str, int]) -> str:

@@ -27,6 +27,7 @@ CPU_LOGPROB_CHUNK = 128
 OPTION_PACKAGES: dict[str, dict[str, str]] = {
     "optimizer.name": {"adamw8bit": "bitsandbytes"},
     "engine.backend": {"triton": "triton"},
+    "parallel.strategy": {"deepspeed": "deepspeed"},
 }
 
 
@@ -236,17 +237,24 @@ class ParallelOptions:
         zero_stage: what DeepSpeed divides: 0 nothing, 1 optimizer states, 2 gradients too, 3 weights too.
         gather: divided weights are gathered for generation ``layer`` by layer, for every token, or once a ``rollout``,
             whole.
+        reduce_bucket_size: elements of DeepSpeed's buffer of gradients, in stages 1 to 3.
     """
 
     strategy: Literal["ddp", "fsdp", "deepspeed"] | None = None
     world_size: Annotated[int, Ge(1), Le(65_536)] = 1
     zero_stage: Annotated[int, Ge(0), Le(3)] = 0
     gather: Literal["layer", "rollout"] = "layer"
+    reduce_bucket_size: Count = 500_000_000
 
     @property
     def divides_weights(self) -> bool:
         """True where a rank holds a part of each weight, and gathers the rest to use it."""
         return self.strategy == "fsdp" or self.zero_stage == 3
+
+    @property
+    def moves_weights(self) -> bool:
+        """True where trained weights lie in storages of the library that divides them, or their optimizer's states."""
+        return self.strategy == "fsdp" or self.zero_stage >= 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -32,7 +32,8 @@ from rlhfkernels.models.saving import save_model
 from rlhfkernels.observer import Observer
 from rlhfkernels.ops.sample import sample
 from rlhfkernels.ops.token_logprobs import token_logprobs
-from rlhfkernels.parallel.strategies import STRATEGIES, BaseModule, Strategy
+from rlhfkernels.parallel.strategies import BaseModule, Strategy
+from rlhfkernels.parallel.table import STRATEGIES
 from rlhfkernels.parallel.world import ALONE, World
 from rlhfkernels.seeding import seeded
 
@@ -89,10 +90,7 @@ class Engine:
         self.strategy = self._divide(world)
         self.parameters_of_role = self._declare_trained()
         self.strategy.declare_trained(
-            {
-                pass_key(p.weights): [w for name in p.roles for w in self.parameters_of_role.get(name, ())]
-                for p in self.method.update_passes
-            }
+            self.parameters_of_role, {pass_key(p.weights): p.roles for p in self.method.update_passes}
         )
 
     def _load_models(self, with_weights: bool, num_layers: int | None) -> dict[str, LoadedModel]:

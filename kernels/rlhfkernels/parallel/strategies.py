@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -18,6 +18,24 @@ from rlhfkernels.config.options import Options
 from rlhfkernels.parallel.world import World
 
 T = TypeVar("T")
+# The learning rate of a step, from 0.
+Schedule = Callable[[int], float]
+
+
+class RoleOptimizer(Protocol):
+    """The optimizer of one role's weights."""
+
+    def step(self) -> torch.Tensor:
+        """Clips the gradients, updates the weights, frees the gradients.
+
+        Returns:
+            The gradient norm before clipping, a scalar.
+        """
+        ...
+
+    def tensors(self) -> Iterable[torch.Tensor]:
+        """Master copies and moments."""
+        ...
 
 
 class BaseModule(nn.Module):
@@ -66,8 +84,13 @@ class Strategy:
         """Gathers every weight on every rank inside the block."""
         yield
 
-    def declare_trained(self, passes: Mapping[str, Sequence[nn.Parameter]]) -> None:
-        """Declares the weights that each differentiated pass trains; the keys are those of ``train``."""
+    def declare_trained(self, roles: Mapping[str, Sequence[nn.Parameter]], passes: Mapping[str, Sequence[str]]) -> None:
+        """Declares what is trained, before the first pass.
+
+        Args:
+            roles: the trained weights that each role owns.
+            passes: the roles whose weights each differentiated pass trains; the keys are those of ``train``.
+        """
 
     def read(self, base: str, function: Callable[[], T]) -> T:
         """Calls ``function``, which reads the weights of ``base`` without a graph."""
@@ -92,6 +115,15 @@ class Strategy:
         """True where every rank that must go on together has ``ended``."""
         return ended
 
+    def optimizer(self, role: str, schedule: Schedule) -> RoleOptimizer | None:
+        """The optimizer of a role where the library that divides the weights has its own; ``None`` elsewhere.
+
+        Args:
+            role: it owns trained weights.
+            schedule: the learning rate of a step.
+        """
+        return None
+
     @property
     def squared_norm(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """Takes the squared norm of what this rank holds of a gradient to that of all; ``None`` where it holds all."""
@@ -101,19 +133,19 @@ class Strategy:
 class DataParallel(Strategy):
     """Every rank holds all weights; torch's ``DistributedDataParallel`` averages the gradients."""
 
-    def declare_trained(self, passes: Mapping[str, Sequence[nn.Parameter]]) -> None:
+    def declare_trained(self, roles: Mapping[str, Sequence[nn.Parameter]], passes: Mapping[str, Sequence[str]]) -> None:
         """See ``Strategy.declare_trained``."""
         from torch.nn.parallel import DistributedDataParallel  # it imports the compiler
 
         self._buckets: dict[tuple[str, int], torch.Tensor] = {}
         self._modules = {
             key: DistributedDataParallel(
-                _Trained(parameters),
+                TrainedWeights([weight for role in found for weight in roles.get(role, ())]),
                 find_unused_parameters=self.may_skip,
                 # The gradients live in the buckets: as views they take no memory of their own.
                 gradient_as_bucket_view=True,
             )
-            for key, parameters in passes.items()
+            for key, found in passes.items()
         }
         for key, module in self._modules.items():
             # A lambda: torch compares annotations with its class, and here they are texts.
@@ -142,14 +174,15 @@ class DataParallel(Strategy):
             return module(function)  # type: ignore[no-any-return]
 
 
-class _Trained(nn.Module):
-    """The weights that a pass trains; its forward calls a function that reads them."""
+class TrainedWeights(nn.Module):
+    """Weights that are trained; the forward calls a function that reads them."""
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         super().__init__()
         self.weights = nn.ParameterList(parameters)
 
     def forward(self, function: Callable[[], T]) -> T:
+        """Calls ``function``, which reads the weights."""
         return function()
 
 
@@ -228,10 +261,6 @@ class FullyShard(Strategy):
     def squared_norm(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """See ``Strategy.squared_norm``."""
         return self.world.all_sum
-
-
-# By ``parallel.strategy``.
-STRATEGIES: dict[str | None, type[Strategy]] = {None: Strategy, "ddp": DataParallel, "fsdp": FullyShard}
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

@@ -313,6 +313,12 @@ def make_optimizer(
     )
 
 
+def learning_rate(options: OptimizerOptions, peak: float | None, step: int) -> float:
+    """The learning rate of a step, from 0; ``peak`` is that of the options where it is ``None``."""
+    highest = options.learning_rate if peak is None else peak
+    return highest * cosine_factor(step, options.warmup_steps, options.max_steps)
+
+
 def cosine_factor(step: int, warmup_steps: int, total_steps: int) -> float:
     """Linear warm-up to 1 over ``warmup_steps``, then half a cosine to 0 at ``total_steps``."""
     if step < warmup_steps:

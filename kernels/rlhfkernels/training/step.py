@@ -28,9 +28,10 @@ from rlhfkernels.errors import NumericalError
 from rlhfkernels.methods.program import Derive, ForwardPass, Generate, Optimize, Phase, Read
 from rlhfkernels.models.loading import load_tokenizer
 from rlhfkernels.observer import Observer
+from rlhfkernels.parallel.strategies import RoleOptimizer
 from rlhfkernels.parallel.world import ALONE, World
 from rlhfkernels.training.gradients import PassForm, add_gradients, read_losses
-from rlhfkernels.training.optimizers import Optimizer, make_optimizer
+from rlhfkernels.training.optimizers import learning_rate, make_optimizer
 from rlhfkernels.training.quantities import QUANTITIES
 
 RewardFunction = Callable[[Batch], torch.Tensor]
@@ -180,10 +181,11 @@ class TrainingStep:
             for parameter in self.trained_parameters():
                 parameter.grad_dtype = torch.promote_types(parameter.dtype, getattr(torch, name))
 
-    def _make_optimizer(self, stage: Optimize, parameters: list[nn.Parameter]) -> Optimizer:
+    def _make_optimizer(self, stage: Optimize, parameters: list[nn.Parameter]) -> RoleOptimizer:
         own = None if stage.learning_rate is None else self._options[stage.learning_rate]
         options = self.case.options.optimizer
-        return make_optimizer(
+        divided = self.engine.strategy.optimizer(stage.role, functools.partial(learning_rate, options, own))
+        return divided or make_optimizer(
             options,
             parameters,
             learning_rate=own,

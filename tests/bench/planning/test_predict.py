@@ -216,12 +216,12 @@ def test_the_peak_may_move_when_ranks_share() -> None:
     light = {**dict.fromkeys(PARTS, 0), "optimizer": 10, "activations": 50}
     memory = {"phases": {"optimize": {"parts": heavy}, "update_actor": {"parts": light}}, "views": {}}
     none = dict.fromkeys(memory["phases"], 0)
-    whole, shared = divided(memory, Zero(), none), divided(memory, Zero(stage=1, world_size=10), none)
+    whole, shared = divided(memory, Zero().divide, none), divided(memory, Zero(stage=1, world_size=10).divide, none)
     assert (whole["peak_phase"], whole["total_bytes"]) == ("optimize", 101)
     assert (shared["peak_phase"], shared["total_bytes"]) == ("update_actor", 51)
     assert shared["model_bytes"] + shared["activation_bytes"] + shared["rollout_bytes"] == 51
     assert (whole["persistent_model_bytes"], shared["persistent_model_bytes"]) == (100, 10)
-    moved = divided(memory, Zero(), none | {"update_actor": 51})
+    moved = divided(memory, Zero().divide, none | {"update_actor": 51})
     assert (moved["peak_phase"], moved["total_bytes"]) == ("update_actor", 60)
 
 

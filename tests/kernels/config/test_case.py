@@ -192,11 +192,29 @@ def test_an_integer_for_a_float_is_the_same_case() -> None:
             "parallel.zero_stage 3.",
         ),
         (
+            {"dtype": "float64", "options": Options.of({"parallel.strategy": "deepspeed"})},
+            "parallel.strategy is 'deepspeed': its master weights are float32, so dtype must be float32 or bfloat16.",
+        ),
+        (
+            {
+                "dtype": "bfloat16",
+                "options": Options.of({"parallel.strategy": "deepspeed", "lora.dtype": "float32"}),
+            },
+            "lora.dtype is 'float32': DeepSpeed lays trained weights in one storage, so it must be none or 'bfloat16'.",
+        ),
+        (
+            {
+                "dtype": "float32",
+                "options": Options.of({"parallel.strategy": "deepspeed", "optimizer.name": "adamw8bit"}),
+            },
+            "optimizer.name is 'adamw8bit': DeepSpeed divides the states of torch's, so it must be adamw or sgd.",
+        ),
+        (
             {
                 "dtype": "bfloat16",
                 "options": Options.of({"parallel.strategy": "ddp", "optimizer.grad_accum_dtype": "float32"}),
             },
-            "optimizer.grad_accum_dtype is 'float32': with parallel.strategy 'ddp' torch adds gradients up in the "
+            "optimizer.grad_accum_dtype is 'float32': with parallel.strategy 'ddp' gradients add up in the "
             "dtype of the weights, so it must be none or 'bfloat16'.",
         ),
         (

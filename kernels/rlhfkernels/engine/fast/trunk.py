@@ -69,13 +69,14 @@ class FastTrunk(PlainTrunk):
 def make_fast_trunk(case: Case, model: LoadedModel, adapters: Adapters) -> PlainTrunk:
     """Returns a fast trunk if it supports the model and the case's options, else a plain one; see ``name``.
 
-    Divided weights are gathered by hooks of the modules, which the fast trunk does not call.
+    Divided weights are gathered by hooks of the modules, which the fast trunk does not call. DeepSpeed's stages 1 and 2
+    move trained weights, and the fast trunk has them in storages of its own.
 
     Raises:
         CaseError: CUDA graphs are asked for, which a plain trunk has none of.
     """
     options = case.options
-    covered = options.engine.cache_implementation == "static" and not options.parallel.divides_weights
+    covered = options.engine.cache_implementation == "static" and not options.parallel.moves_weights
     if model.attention == "sdpa" and covered:
         blocks = read_blocks(model.trunk, select_backend(case.options.engine.backend, case.device, case.dtype))
         if blocks is not None:

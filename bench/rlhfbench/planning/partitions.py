@@ -1,0 +1,62 @@
+"""What one rank holds of each role's gradients in DeepSpeed's stages 0 to 2, where a role has an engine of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rlhfkernels.training.sizes import StepSizes
+    from rlhfkernels.training.step import TrainingStep
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RoleGradients:
+    """Bytes of one role's gradients on one rank.
+
+    Attributes:
+        role: that owns the weights.
+        whole: of all its weights.
+        partition: of the rank's part of them.
+        tensors: of the gradients that the part touches, each whole. DeepSpeed averages and copies whole tensors
+            (zero/stage_1_and_2.py, ``get_all_grad_tensors``), so that one that lies across a boundary counts twice.
+    """
+
+    role: str
+    whole: int
+    partition: int
+    tensors: int
+
+
+def role_gradients(step: TrainingStep, sizes: StepSizes, world_size: int) -> list[list[RoleGradients]]:
+    """For every rank, the gradients of every role with an optimizer, in the order of the optimizers' steps.
+
+    Args:
+        step: the step; of a few layers where ``sizes`` is of a deeper model. Weights then count in proportion.
+        sizes: of the whole step.
+        world_size: ranks.
+    """
+    counts = {role: [p.numel() for p in step.engine.parameters_of_role[role]] for role in step.optimizers}
+    total = sum(itertools.chain.from_iterable(counts.values()))
+    found: list[list[RoleGradients]] = [[] for _ in range(world_size)]
+    for role, numels in counts.items():
+        whole = sizes.trained.num_bytes * sum(numels) // total
+        partition = -(-whole // world_size)
+        for rank, beyond in enumerate(_beyond_boundaries(numels, world_size)):
+            tensors = partition + beyond * sizes.trained_item
+            found[rank].append(RoleGradients(role=role, whole=whole, partition=partition, tensors=tensors))
+    return found
+
+
+def _beyond_boundaries(numels: Sequence[int], world_size: int) -> list[int]:
+    """For each of equal parts, the elements of the tensors that it touches, without the part itself."""
+    size = -(-sum(numels) // world_size)
+    ends = list(itertools.accumulate(numels))
+    found = []
+    for rank in range(world_size):
+        start, stop = min(rank * size, ends[-1]), min((rank + 1) * size, ends[-1])
+        touched = sum(n for n, end in zip(numels, ends, strict=True) if end > start and end - n < stop)
+        found.append(touched - (stop - start))
+    return found

@@ -1,0 +1,366 @@
+"""DeepSpeed's ZeRO: an engine for each trained role in stages 0 to 2, an engine for each base in stage 3.
+
+Stages 0 to 2 keep all weights on every rank, and DeepSpeed needs the trained ones alone: an engine for each role gives
+the role a learning rate and a gradient norm of its own. Stage 3 divides every weight of a base, so that a base has one
+engine, with a parameter group for each role.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.torch_version import TorchVersion
+
+from rlhfkernels.config.options import OPTION_PACKAGES, OptimizerOptions, Options
+from rlhfkernels.errors import CaseError
+from rlhfkernels.parallel.strategies import BaseModule, RoleOptimizer, Schedule, Strategy, TrainedWeights
+from rlhfkernels.parallel.world import World
+
+T = TypeVar("T")
+# The first whose steps end where the caller says (``managed_gradient_accumulation``).
+_OLDEST = "0.19.0"
+# As in ``rlhfkernels.training.optimizers``: what is added to the norm that divides.
+_NORM_EPS = 1e-6
+
+
+class _DeepSpeed(Strategy):
+    """Every rank holds all weights; the optimizer states are divided in stage 1, the gradients too in stage 2.
+
+    Args:
+        options: of the case.
+        world: the ranks.
+        device: of this rank.
+        may_skip: see ``Strategy``.
+
+    Raises:
+        CaseError: DeepSpeed is not installed.
+    """
+
+    def __init__(self, options: Options, world: World, device: torch.device, *, may_skip: bool = False) -> None:
+        super().__init__(options, world, device, may_skip=may_skip)
+        self._package = load(device)
+
+    def declare_trained(self, roles: Mapping[str, Sequence[nn.Parameter]], passes: Mapping[str, Sequence[str]]) -> None:
+        """See ``Strategy.declare_trained``."""
+        self._engines = {
+            role: self._make_engine(TrainedWeights(parameters), [parameters])
+            for role, parameters in roles.items()
+            if parameters
+        }
+        self._roles_of_pass = {key: [role for role in found if role in self._engines] for key, found in passes.items()}
+
+    def train(self, key: str, base: str, function: Callable[[], torch.Tensor], *, is_last: bool) -> torch.Tensor:
+        """See ``Strategy.train``. The backward of a pass that trains weights of two roles goes through both engines."""
+        for role in self._roles_of_pass[key]:
+            function = functools.partial(self._engines[role], function)
+        return function()
+
+    def optimizer(self, role: str, schedule: Schedule) -> RoleOptimizer:
+        """See ``Strategy.optimizer``."""
+        return _ZeroOptimizer(self._engines[role], schedule)
+
+    def _make_engine(self, module: nn.Module, groups: Sequence[Sequence[nn.Parameter]]) -> Any:
+        """DeepSpeed's engine of a module, with an optimizer of one parameter group for each of ``groups``."""
+        dtype = next(module.parameters()).dtype
+        optimizer = _make_optimizer(self.options.optimizer, groups) if groups else None
+        engine, *_ = self._package.initialize(
+            model=module, optimizer=optimizer, config=self._config(dtype), dist_init_required=False
+        )
+        return engine
+
+    def _config(self, dtype: torch.dtype) -> dict[str, Any]:
+        parallel, stage = self.options.parallel, self.options.parallel.zero_stage
+        return {
+            "train_micro_batch_size_per_gpu": 1,  # it counts samples alone
+            "zero_optimization": {"stage": stage, "reduce_bucket_size": parallel.reduce_bucket_size},
+            "zero_allow_untested_optimizer": True,
+            "bf16": {"enabled": dtype == torch.bfloat16},
+            "gradient_clipping": self.options.optimizer.max_grad_norm if stage < 3 else 0.0,
+            # A step has as many backwards as the method needs.
+            "managed_gradient_accumulation": stage == 0,
+        }
+
+
+class _Stage0(_DeepSpeed):
+    """Stage 0: nothing is divided; gradients are averaged in one all-reduce, before the optimizer's step."""
+
+    def train(self, key: str, base: str, function: Callable[[], torch.Tensor], *, is_last: bool) -> torch.Tensor:
+        """See ``Strategy.train``. The engine does not see the pass: in stage 0 it would have to run the backward."""
+        return function()
+
+    def optimizer(self, role: str, schedule: Schedule) -> RoleOptimizer:
+        """See ``Strategy.optimizer``."""
+        return _ReplicatedOptimizer(self._engines[role], schedule)
+
+
+class _Stage3(_DeepSpeed):
+    """Stage 3: weights are divided too, those of frozen bases as well; a rank gathers those of a module to run it."""
+
+    def divide(self, bases: Mapping[str, BaseModule]) -> None:
+        """See ``Strategy.divide``; DeepSpeed divides weights and makes optimizers together, in ``declare_trained``."""
+        self._bases = dict(bases)
+
+    def declare_trained(self, roles: Mapping[str, Sequence[nn.Parameter]], passes: Mapping[str, Sequence[str]]) -> None:
+        """See ``Strategy.declare_trained``."""
+        self._divided: dict[str, _DividedBase] = {}
+        for base, module in self._bases.items():
+            held = {id(p) for p in module.parameters()}
+            found = {role: list(ps) for role, ps in roles.items() if ps and id(ps[0]) in held}
+            for head in module.heads:  # read by their weights, not as modules
+                for parameter in head.parameters():
+                    self._package.zero.register_external_parameter(module, parameter)
+            self._divided[base] = _DividedBase(self._make_engine(module, list(found.values())), found)
+
+    def read(self, base: str, function: Callable[[], T]) -> T:
+        """See ``Strategy.read``."""
+        found: list[T] = []
+        self._divided[base].engine.module(
+            lambda: found.append(function())
+        )  # DeepSpeed looks for tensors in what it returns
+        return found[0]
+
+    def generate(self, base: str, function: Callable[[], T]) -> T:
+        """See ``Strategy.generate``."""
+        if self.options.parallel.gather == "layer":
+            return self.read(base, function)
+        with self._package.zero.GatheredParameters(list(self._bases[base].parameters())):
+            return self.read(base, function)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """See ``Strategy.tensors``: the partitions, and the buffers that DeepSpeed keeps between steps."""
+        for module in self._bases.values():
+            yield from (("base", _part(parameter)) for parameter in module.parameters())
+        for base in self._divided.values():
+            if base.roles:
+                zero = base.engine.optimizer
+                yield "gradients", zero.grad_partitions_flat_buffer
+                for bucket in zero.ipg_buckets.values():
+                    yield "buckets", bucket.buffer
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """See ``Strategy.whole``."""
+        with self._package.zero.GatheredParameters([p for module in self._bases.values() for p in module.parameters()]):
+            yield
+
+    def release(self, base: str) -> None:
+        """See ``Strategy.release``."""
+        del self._bases[base]
+        self._divided.pop(base).engine.destroy()
+
+    def train(self, key: str, base: str, function: Callable[[], torch.Tensor], *, is_last: bool) -> torch.Tensor:
+        """See ``Strategy.train``."""
+        return self._divided[base].engine(function)  # type: ignore[no-any-return]
+
+    def optimizer(self, role: str, schedule: Schedule) -> RoleOptimizer:
+        """See ``Strategy.optimizer``."""
+        base = next(base for base in self._divided.values() if role in base.roles)
+        return _DividedOptimizer(
+            base,
+            list(base.roles).index(role),
+            base.roles[role],
+            schedule,
+            world=self.world,
+            max_grad_norm=self.options.optimizer.max_grad_norm,
+        )
+
+    def all_ended(self, ended: bool) -> bool:
+        """See ``Strategy.all_ended``: every layer is gathered by all ranks together."""
+        count = torch.tensor(float(ended), device=self.device)
+        return bool(self.world.all_sum(count) == self.world.size)
+
+
+class _ZeroOptimizer:
+    """The optimizer of a role in stages 1 and 2: DeepSpeed reduces, clips, updates and gathers.
+
+    Args:
+        engine: of the role.
+        schedule: the learning rate of a step.
+    """
+
+    def __init__(self, engine: Any, schedule: Schedule) -> None:
+        self._engine, self._schedule = engine, schedule
+        self._num_steps = 0
+
+    def step(self) -> torch.Tensor:
+        """See ``RoleOptimizer.step``."""
+        self._update()
+        return torch.as_tensor(self._engine.get_global_grad_norm())
+
+    def _update(self) -> None:
+        for group in self._engine.basic_optimizer.param_groups:
+            group["lr"] = self._schedule(self._num_steps)
+        self._num_steps += 1
+        self._engine.step()
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """See ``RoleOptimizer.tensors``."""
+        optimizer = self._engine.basic_optimizer
+        for group in optimizer.param_groups:
+            for master in group["params"]:
+                yield master
+                yield from _states(optimizer, master)
+
+
+class _ReplicatedOptimizer(_ZeroOptimizer):
+    """The optimizer of a role in stage 0: gradients are averaged in one all-reduce, every rank updates all weights."""
+
+    def step(self) -> torch.Tensor:
+        """See ``RoleOptimizer.step``."""
+        self._engine.allreduce_gradients()
+        grads = [parameter.grad for parameter in self._engine.module.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(grads)
+        self._update()
+        return norm
+
+
+class _DividedOptimizer(_ZeroOptimizer):
+    """The optimizer of a role in stage 3.
+
+    DeepSpeed clips all weights of an engine together, and updates them together. Here each role's gradient is clipped
+    to its own norm, and the last role of a base runs the engine's step: no pass lies between the roles' steps.
+    """
+
+    def __init__(
+        self,
+        base: _DividedBase,
+        group: int,
+        parameters: Sequence[nn.Parameter],
+        schedule: Schedule,
+        *,
+        world: World,
+        max_grad_norm: float,
+    ) -> None:
+        super().__init__(base.engine, schedule)
+        self._base, self._group, self._parameters = base, group, parameters
+        self._world, self._max_grad_norm = world, max_grad_norm
+
+    def step(self) -> torch.Tensor:
+        """See ``RoleOptimizer.step``."""
+        norm = self._clip()
+        self._engine.basic_optimizer.param_groups[self._group]["lr"] = self._schedule(self._num_steps)
+        self._num_steps += 1
+        self._base.step()
+        return norm
+
+    def _clip(self) -> torch.Tensor:
+        """Clips the role's gradient to its norm over all ranks, and returns the norm before."""
+        from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
+
+        grads = [safe_get_local_grad(parameter) for parameter in self._parameters]
+        norm = self._world.all_sum(torch.stack([grad.square().sum() for grad in grads]).sum()).sqrt()
+        factor = (self._max_grad_norm / (norm + _NORM_EPS)).clamp_(max=1.0)
+        for parameter, grad in zip(self._parameters, grads, strict=True):
+            safe_set_local_grad(parameter, grad * factor)
+        return norm
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """See ``RoleOptimizer.tensors``."""
+        zero = self._engine.optimizer
+        for i, master in enumerate(zero.fp32_partitioned_groups_flat):
+            if zero.sub_group_to_group_id[i] == self._group:
+                yield master
+                yield from _states(self._engine.basic_optimizer, master)
+
+
+class _DividedBase:
+    """The engine of a base in stage 3, which steps when all of its roles have.
+
+    Args:
+        engine: DeepSpeed's.
+        roles: the weights of the base that each of its roles owns.
+    """
+
+    def __init__(self, engine: Any, roles: Mapping[str, Sequence[nn.Parameter]]) -> None:
+        self.engine, self.roles = engine, roles
+        self._num_ready = 0
+
+    def step(self) -> None:
+        """Notes that one role is ready; with the last, all are updated."""
+        self._num_ready += 1
+        if self._num_ready == len(self.roles):
+            self._num_ready = 0
+            self.engine.step()
+            self._clear()
+
+    def _clear(self) -> None:
+        """Sets the gradients to zero.
+
+        A step's first backward overwrites them and the others add: what the first does not train would keep its own.
+        """
+        from deepspeed.utils import safe_set_local_grad
+
+        for parameters in self.roles.values():
+            for parameter in parameters:
+                safe_set_local_grad(parameter, torch.zeros_like(_part(parameter)))
+
+
+def _part(parameter: nn.Parameter) -> torch.Tensor:
+    """The rank's part of a weight in stage 3, flat."""
+    part: torch.Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+    return part
+
+
+def _states(optimizer: torch.optim.Optimizer, master: torch.Tensor) -> Iterator[torch.Tensor]:
+    yield from (held for held in optimizer.state[master].values() if isinstance(held, torch.Tensor))
+
+
+def _make_optimizer(options: OptimizerOptions, groups: Sequence[Sequence[nn.Parameter]]) -> torch.optim.Optimizer:
+    """Torch's optimizer, which DeepSpeed gives its partitions; the learning rate is set before every step."""
+    named = [{"params": list(group)} for group in groups]
+    if options.name == "sgd":
+        return torch.optim.SGD(named, lr=0.0, weight_decay=options.weight_decay)
+    return torch.optim.AdamW(
+        named, lr=0.0, betas=(0.9, 0.999), eps=options.adam_epsilon, weight_decay=options.weight_decay, fused=True
+    )
+
+
+# By ``parallel.zero_stage``.
+_STAGES: dict[int, type[_DeepSpeed]] = {0: _Stage0, 1: _DeepSpeed, 2: _DeepSpeed, 3: _Stage3}
+
+
+def make_deepspeed(options: Options, world: World, device: torch.device, *, may_skip: bool = False) -> Strategy:
+    """Makes DeepSpeed's strategy of the case's ``parallel.zero_stage``; arguments as ``Strategy``.
+
+    Raises:
+        CaseError: DeepSpeed is not installed.
+    """
+    return _STAGES[options.parallel.zero_stage](options, world, device, may_skip=may_skip)
+
+
+def load(device: torch.device) -> Any:
+    """DeepSpeed, told of the device: it would look for one, and log that it found none.
+
+    Raises:
+        CaseError: it is not installed, or it is too old.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    name = OPTION_PACKAGES["parallel.strategy"]["deepspeed"]
+    try:
+        package = importlib.import_module(name)
+    except ImportError as error:
+        raise CaseError([f"parallel.strategy is 'deepspeed': it needs {name}, which is not installed."]) from error
+    if TorchVersion(package.__version__) < _OLDEST:
+        problem = f"parallel.strategy is 'deepspeed': it needs {name} {_OLDEST} or later, and {package.__version__} is"
+        raise CaseError([f"{problem} installed."])
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Without this, a run on CPUs would begin with the compilation of an all-reduce over shared memory.
+    package.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # They come from backwards too, which run in threads of their own.
+    warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", "`torch.distributed.reduce_scatter_tensor` is deprecated", FutureWarning)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
+        # It imports torch's compiler, which takes 2 s: the first backward would import it.
+        importlib.import_module(f"{name}.runtime.zero.muon.muon_optimizer")
+    return package

@@ -1,0 +1,43 @@
+"""What a plan says of a rank under DeepSpeed, beside the ledger of the rank that holds most."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from rlhfbench.measure.measurements import OUTER_VIEWS, measure_memory, memory_object
+from rlhfbench.planning.predict import plan_case
+from rlhfbench.planning.zero import Zero
+from rlhfkernels import Case, Options, build_step
+from rlhfkernels.parallel.world import World
+
+
+def case_of(method: str, stage: int) -> Case:
+    options = {
+        "parallel.strategy": "deepspeed",
+        "parallel.world_size": 2,
+        "parallel.zero_stage": stage,
+        "parallel.reduce_bucket_size": 100_000,
+    }
+    sizes = {"prompt_len": 12, "completion_len": 3, "batch_size": 2}
+    return Case(method=method, model="tiny", dtype="float32", **sizes, options=Options.of(options))
+
+
+def total_bytes(world: World, case: Case) -> int:
+    """The highest total of a rank's second step: the moments are made in the first."""
+    step = build_step(case, world=world)
+    step.run()
+    ledger = measure_memory(step, "cpu", lambda name: None)
+    total: int = memory_object(ledger, dict.fromkeys(OUTER_VIEWS))["total_bytes"]
+    return total
+
+
+@pytest.mark.parametrize(
+    ("method", "stage"), [("full", 0), ("full", 1), ("full", 2), ("joined-hydra", 1), ("hydra", 2)]
+)
+def test_a_plan_is_within_a_percent_of_the_worst_rank(on_ranks: Any, method: str, stage: int) -> None:
+    pytest.importorskip("deepspeed")
+    case = case_of(method, stage)
+    worst = max(on_ranks(2, total_bytes, case))
+    assert plan_case(case, Zero(stage=stage, world_size=2)).total_bytes == pytest.approx(worst, rel=0.01)
