@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from rlhfbench.errors import ForkServerError
@@ -35,7 +36,7 @@ def map_parallel(
     Raises:
         ForkServerError: A process died.
     """
-    num_processes = min(len(inputs), _num_cores(), MAX_PROCESSES)
+    num_processes = min(len(inputs), num_cores(), MAX_PROCESSES)
     if num_processes <= 1 or "forkserver" not in multiprocessing.get_all_start_methods():  # Windows has no such server
         return [function(item) for item in inputs]
     # Imported here: the fork server imports this module, and needs no pool.
@@ -51,7 +52,7 @@ def map_parallel(
             raise ForkServerError("a worker process was killed: is the machine out of memory?") from error
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
     """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -68,3 +69,12 @@ def die_with_parent(parent_pid: int, number: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number))
     if os.getppid() != parent_pid:  # the parent died before the call
         os._exit(1)
+
+
+def num_oom_kills() -> int:
+    """Number of times that Linux killed a process for memory since boot; 0 on other systems."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)

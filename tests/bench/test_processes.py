@@ -25,7 +25,7 @@ def die(number: int) -> None:
 
 @pytest.fixture(autouse=True)
 def _two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel, "_num_cores", lambda: 2)
+    monkeypatch.setattr(parallel, "num_cores", lambda: 2)
 
 
 def test_results_come_from_other_processes_in_the_order_of_the_inputs() -> None:
@@ -37,7 +37,7 @@ def test_results_come_from_other_processes_in_the_order_of_the_inputs() -> None:
 def test_one_input_or_one_core_needs_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert map_parallel(pid_and_square, [3], preload=[]) == [(os.getpid(), 9)]
     assert map_parallel(pid_and_square, [], preload=[]) == []
-    monkeypatch.setattr(parallel, "_num_cores", lambda: 1)
+    monkeypatch.setattr(parallel, "num_cores", lambda: 1)
     assert {pid for pid, _ in map_parallel(pid_and_square, [3, 4], preload=[])} == {os.getpid()}
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlhfbench.cli import common
+from rlhfbench.cli import common, ranks
 from rlhfbench.cli.common import (
     DONE,
     INTERRUPTED,
@@ -22,7 +22,6 @@ from rlhfbench.cli.common import (
     draw,
     epilog,
     given,
-    make_sweep,
     number,
     print_table,
 )
@@ -39,6 +38,7 @@ MEASUREMENT, OUTPUT = "Measurement", "Output"
 EPILOG = epilog(
     "rlhfbench run",
     "rlhfbench run --model gpt2 --methods lora,hydra --seq-lens 256,512",
+    "rlhfbench run --methods dpo --world-size 1,2 --parallel fsdp",
     "rlhfbench run --sweep sweep.toml --option engine.gradient_checkpointing=true",
     "rlhfbench run --resume rlhfbench-run-20260101T120000Z --retry crashed",
 )
@@ -64,6 +64,10 @@ def run(
     device: common.Device = None,
     dtype: common.Dtype = None,
     lora_rank: common.LoraRank = None,
+    world_size: ranks.WorldSize = None,
+    parallel: ranks.Parallel = None,
+    zero_stage: ranks.ZeroStage = None,
+    global_batch: ranks.GlobalBatch = False,
     time_budget_s: Annotated[
         float | None,
         typer.Option(
@@ -204,10 +208,10 @@ def run(
     if max_batch_limit is not None and not max_batch:
         raise SweepError(["--max-batch-limit needs --max-batch."])
     options = RunOptions.recorded({**settings, **values})
-    if resume is not None and not spec and sweep is None and setting is None:
+    if resume is not None and not spec and sweep is None and setting is None and world_size is None:
         cases = folder.load_sweep()
     else:
-        cases = make_sweep(spec, sweep, setting)
+        cases = ranks.make_ranked_sweep(spec, sweep, setting, ctx.params)
     how: dict[str, Any] = {"resume": resume is not None, "retry": retried}
     # SIGTERM ends a run as Ctrl-C does: the records are whole, and the command that resumes is printed.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)

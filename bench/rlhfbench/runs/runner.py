@@ -16,11 +16,13 @@ from rlhfbench.cases import preflight
 from rlhfbench.cases.preflight import ModelFacts
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.errors import RunFolderError
+from rlhfbench.processes import num_oom_kills
 from rlhfbench.records.file import Record, RecordsFile, make_plan, make_record
 from rlhfbench.records.timelines import write_timeline
 from rlhfbench.runs import environment
 from rlhfbench.runs.folder import RunFolder, Segment
-from rlhfbench.runs.forkserver import Exit, ForkServer, last_line
+from rlhfbench.runs.forkserver import ForkServer, last_line
+from rlhfbench.runs.job import Exit
 from rlhfbench.runs.options import RunOptions
 from rlhfbench.runs.progress import Progress, make_progress
 from rlhfbench.runs.titles import Titles
@@ -437,12 +439,3 @@ def _skipped(case: Case, smaller: Case) -> Record:
     )
     error = {"kind": "Dominates", "message": message, "phase": None}
     return make_record(case, outcome="skipped", error=error, measured={}, started_at=environment.now(), wall_s=0.0)
-
-
-def num_oom_kills() -> int:
-    """Number of times that Linux killed a process for memory since boot; 0 on other systems."""
-    try:
-        lines = Path("/proc/vmstat").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)

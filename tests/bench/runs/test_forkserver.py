@@ -82,7 +82,7 @@ def test_messages_larger_than_a_pipe_and_a_log(run):
 
 def test_the_last_message_arrives_even_if_the_exit_status_arrives_first(run, server, monkeypatch, tmp_path):
     os.mkfifo(tmp_path / "fifo")
-    receive = server._receive
+    receive = server.receive
 
     def receive_to_the_end():
         heard = receive()
@@ -91,7 +91,7 @@ def test_the_last_message_arrives_even_if_the_exit_status_arrives_first(run, ser
             heard += receive()
         return heard
 
-    monkeypatch.setattr(server, "_receive", receive_to_the_end)
+    monkeypatch.setattr(server, "receive", receive_to_the_end)
     end, messages, _ = run("wait", fifo=str(tmp_path / "fifo"))
     assert end.code == 0
     assert messages[-1]["result"]["outcome"] == "ok"
