@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # records read ``PARTS`` without torch
     import torch
 
-# The parts of memory. The ledger finds ``activations`` (tensors that autograd saved) and ``temporary`` (the rest); the
-# others are declared with ``Observer.tag``.
+# The parts of memory. The ledger finds ``activations`` (tensors that autograd saved), ``gathered`` (weights that other
+# ranks hold), ``buckets`` (other memory of collectives) and ``temporary`` (the rest); the others are declared with
+# ``Observer.tag``.
 PARTS = (
     "base",
     "adapters",
@@ -23,6 +24,8 @@ PARTS = (
     "kv_cache",
     "activations",
     "rollout",
+    "gathered",
+    "buckets",
     "temporary",
 )
 

@@ -23,7 +23,7 @@ from rlhfbench.measure.tensor_hooks import observe_storages
 from rlhfkernels.naming import unknown
 from rlhfkernels.observer import PARTS, Observer
 
-ACTIVATION_PARTS = ("kv_cache", "activations", "temporary")
+ACTIVATION_PARTS = ("kv_cache", "activations", "gathered", "buckets", "temporary")
 
 # Allocation granularity: torch's CUDA caching allocator rounds every request up to 512 bytes. CPU: bytes.
 _BLOCK_BYTES = {"cuda": 512}
@@ -31,8 +31,8 @@ _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 _INDEX = {part: index for index, part in enumerate(PARTS)}
 _MODEL = frozenset(_INDEX[part] for part in MODEL_PARTS)
-_GRADIENTS, _OPTIMIZER, _ACTIVATIONS, _TEMPORARY = (
-    _INDEX[part] for part in ("gradients", "optimizer", "activations", "temporary")
+_GRADIENTS, _OPTIMIZER, _ACTIVATIONS, _GATHERED, _BUCKETS, _TEMPORARY = (
+    _INDEX[part] for part in ("gradients", "optimizer", "activations", "gathered", "buckets", "temporary")
 )
 
 
@@ -221,12 +221,19 @@ class Ledger(Observer):
         return self._tally.largest
 
     def summary(self) -> str:
-        """Returns a text table of bytes by part, at the highest moment and at the highest of each phase."""
+        """Returns a text table of bytes by part, at the highest moment and at the highest of each phase.
+
+        Parts that are empty at all of them are left out.
+        """
         moments = [("peak", self.peak), *self.peaks.items()]
         unit, unit_bytes = next((row for row in _UNITS if row[1] <= self.peak.total_bytes), _UNITS[-1])
         rows = [
             [unit, *(name for name, _ in moments)],
-            *([part, *(f"{m.parts[part] / unit_bytes:.2f}" for _, m in moments)] for part in PARTS),
+            *(
+                [part, *(f"{m.parts[part] / unit_bytes:.2f}" for _, m in moments)]
+                for part in PARTS
+                if any(m.parts[part] for _, m in moments)
+            ),
             ["total", *(f"{m.total_bytes / unit_bytes:.2f}" for _, m in moments)],
         ]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -253,11 +260,32 @@ class Ledger(Observer):
                 entry.shape = tensor.shape
                 self._resize(entry, self._size(storage))
 
-    def on_resize(self, storage: torch.UntypedStorage) -> None:
-        """Updates the size of a storage that was resized by no op."""
+    def on_resize(self, storage: torch.UntypedStorage, num_bytes_before: int) -> None:
+        """Updates the size of a storage that was resized by no op.
+
+        Divided weights are gathered into storages that are empty in between: torch's ``fully_shard`` grows them again.
+        """
         entry = self._entries.get(storage._cdata)
-        if entry is not None and self._size(storage) != entry.num_bytes:
+        if entry is None and num_bytes_before == 0 and self._is_ours(storage.device):
+            entry = self._add(storage, torch.Size([storage.nbytes()]), None)
+            entry.declared = True
+            self._move(entry, _GATHERED)
+            self._tally.refresh_peak()
+        elif entry is not None and self._size(storage) != entry.num_bytes:
             self._resize(entry, self._size(storage))
+
+    def on_collective(self, op: object, tensors: Iterable[torch.Tensor]) -> None:
+        """Counts what a collective reads and writes as ``gathered`` (an all-gather's) or ``buckets``.
+
+        A gradient that lies in a bucket is declared later, and then counts as one.
+        """
+        gathers = "gather" in str(op)
+        for tensor in tensors:
+            for entry in self._entries_of(tensor, op):
+                if not entry.declared:
+                    entry.declared = gathers
+                    self._move(entry, _GATHERED if gathers else _BUCKETS)
+                    self._tally.refresh_peak()
 
     def on_save(self, tensor: torch.Tensor, alias: torch.Tensor) -> None:
         """Counts a saved reference to the storage of ``tensor`` for as long as ``alias``, a view of it, lives."""
@@ -282,11 +310,13 @@ class Ledger(Observer):
         storage = tensor.untyped_storage()
         entry = self._entries.get(storage._cdata)
         if entry is None:
-            device = tensor.device
-            if device.type != self._device.type or self._device.index not in (None, device.index):
+            if not self._is_ours(tensor.device):
                 return []
             entry = self._add(storage, tensor.shape, op)
         return [entry]
+
+    def _is_ours(self, device: torch.device) -> bool:
+        return device.type == self._device.type and self._device.index in (None, device.index)
 
     def _add(self, storage: torch.UntypedStorage, shape: torch.Size, op: object) -> _Entry:
         entry = _Entry(storage, self._died)

@@ -27,8 +27,11 @@ class StorageObserver(Protocol):
     def on_write(self, tensor: torch.Tensor) -> None:
         """Called after an op that may have written into ``tensor``."""
 
-    def on_resize(self, storage: torch.UntypedStorage) -> None:
+    def on_resize(self, storage: torch.UntypedStorage, num_bytes_before: int) -> None:
         """Called after ``storage`` was resized."""
+
+    def on_collective(self, op: object, tensors: Iterable[torch.Tensor]) -> None:
+        """Called after a collective of ``torch.distributed`` began to read and write ``tensors``."""
 
     def on_save(self, tensor: torch.Tensor, alias: torch.Tensor) -> None:
         """Called when autograd saves ``tensor``; it holds it for as long as ``alias`` lives."""
@@ -46,6 +49,8 @@ def observe_storages(observer: StorageObserver) -> Iterator[None]:
 
 
 _DEVICE = torch.ops.prim.device.default
+# Of the ops that send: those of process groups, and their functional twins.
+_COLLECTIVES = ("c10d", "_c10d_functional")
 
 
 class _OpObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -54,7 +59,7 @@ class _OpObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, observer: StorageObserver) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._observer = observer
-        self._writes: dict[Any, bool] = {}
+        self._kinds: dict[Any, tuple[bool, bool]] = {}  # whether an op writes to its inputs, and whether it sends them
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -70,9 +75,10 @@ class _OpObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in _tensors(args):
             on_tensor(tensor, None)
         result = func(*args, **kwargs) if kwargs else func(*args)
-        writes = self._writes.get(func)
-        if writes is None:
-            writes = self._writes[func] = bool(func._schema.is_mutable)
+        kind = self._kinds.get(func)
+        if kind is None:
+            kind = self._kinds[func] = (bool(func._schema.is_mutable), func.namespace in _COLLECTIVES)
+        writes, sends = kind
         if writes:
             for tensor in _tensors(args):
                 self._observer.on_write(tensor)
@@ -84,6 +90,8 @@ class _OpObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif result is not None:
             for tensor in _tensors(result if isinstance(result, (list, tuple)) else (result,)):
                 on_tensor(tensor, func)
+        if sends:
+            self._observer.on_collective(func, _nested_tensors(args))
         return result
 
 
@@ -96,6 +104,13 @@ def _tensors(values: Iterable[Any]) -> list[torch.Tensor]:
         elif isinstance(value, (list, tuple)):
             found += [item for item in value if isinstance(item, torch.Tensor)]
     return found
+
+
+def _nested_tensors(value: Any) -> list[torch.Tensor]:
+    """Returns the tensors in ``value``, however deep: a gather takes lists of lists."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [tensor for item in value for tensor in _nested_tensors(item)] if isinstance(value, (list, tuple)) else []
 
 
 def _saved_alias(observer: StorageObserver, tensor: torch.Tensor) -> torch.Tensor:
@@ -138,8 +153,9 @@ def _observe_resizes(observer: StorageObserver) -> Iterator[None]:
     resize = torch.UntypedStorage.resize_
 
     def resize_observed(storage: torch.UntypedStorage, size: int) -> Any:
+        before = storage.nbytes()
         result = resize(storage, size)
-        observer.on_resize(storage)
+        observer.on_resize(storage, before)
         return result
 
     torch.UntypedStorage.resize_ = resize_observed  # type: ignore[method-assign, assignment]

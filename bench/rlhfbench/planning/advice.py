@@ -101,6 +101,8 @@ REMEDIES: dict[str, tuple[Remedy, ...]] = {
         *_divided_from(1),
     ),
     "kv_cache": (_NARROWER, _SHORTER),
+    "gathered": (_NARROWER, _SMALLER_MODEL),
+    "buckets": (Remedy("a smaller reduce_bucket_size"),),
     "activations": (
         Remedy(
             "--option engine.gradient_checkpointing=true",

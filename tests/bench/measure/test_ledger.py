@@ -328,8 +328,8 @@ def test_on_change_is_called_after_every_change():
 
 
 def test_an_unknown_part_is_an_error():
-    with Ledger("cpu") as ledger, pytest.raises(ValueError, match=r"part 'bases' is unknown: did you mean 'base'\?"):
-        ledger.tag("bases", [torch.ones(1)])
+    with Ledger("cpu") as ledger, pytest.raises(ValueError, match=r"part 'heads_' is unknown: did you mean 'heads'\?"):
+        ledger.tag("heads_", [torch.ones(1)])
 
 
 def test_no_hook_stays_behind():

@@ -87,7 +87,7 @@ def test_a_record_becomes_a_row():
         "persistent_model_bytes": 160,
         "largest_tensor_bytes": 16,
         "gradients_part_bytes": 30,
-        "temporary_part_bytes": 80,
+        "temporary_part_bytes": 100,
         "peak_phase": "update_actor_critic",
         "host_peak_bytes": 5_000_000_000,
         "process_peak_bytes": 5_000_000_000,
