@@ -306,7 +306,8 @@ class Ledger(Observer):
             return []
         if is_traceable_wrapper_subclass(tensor):
             names, _ = tensor.__tensor_flatten__()
-            return [entry for name in names for entry in self._entries_of(getattr(tensor, name), op)]
+            inner = [getattr(tensor, name) for name in names]  # of a DTensor one is its mesh
+            return [e for part in inner if isinstance(part, torch.Tensor) for e in self._entries_of(part, op)]
         storage = tensor.untyped_storage()
         entry = self._entries.get(storage._cdata)
         if entry is None:
