@@ -140,7 +140,8 @@ class Engine:
         """
         case, name = self.case, self.case.model_of(self.method.origins[base])
         size = {"max_length": case.seq_len, "vocab_size": self.vocab_size}
-        check_packing(name, self.trunks[base], case.dtype, device=case.device, **size)
+        trunk, options = self.trunks[base], {"device": case.device, **size}
+        self.strategy.read(base, lambda: check_packing(name, trunk, case.dtype, **options))
 
     @property
     def vocab_size(self) -> int:
@@ -182,7 +183,9 @@ class Engine:
 
     def _divide(self, world: World) -> Strategy:
         """The strategy of the case, with the weights of all bases divided by it."""
-        strategy = STRATEGIES[self.case.options.parallel.strategy](self.case.options, world, self.device)
+        strategy = STRATEGIES[self.case.options.parallel.strategy](
+            self.case.options, world, self.device, may_skip=any(model.has_experts for model in self.models.values())
+        )
         heads = {
             base: [self.scalar_heads[name] for name in self.scalar_heads if self.method.roles[name].base == base]
             for base in self.models
@@ -313,8 +316,8 @@ class Engine:
         """Calls ``function``, which reads a weight set without a graph, with its weights at hand."""
         return self.strategy.read(weights.base, function)
 
-    def train(self, weights: WeightSet, function: Callable[[], T], *, is_last: bool) -> T:
-        """Calls ``function``, whose result a backward follows; see ``Strategy.train``."""
+    def train(self, weights: WeightSet, function: Callable[[], torch.Tensor], *, is_last: bool) -> torch.Tensor:
+        """Calls ``function``, whose scalar a backward follows; see ``Strategy.train``."""
         return self.strategy.train(pass_key(weights), weights.base, function, is_last=is_last)
 
     @torch.no_grad()
@@ -389,14 +392,20 @@ class Engine:
     def release(self, base: str) -> None:
         """Frees the weights of a base that nothing reads any more."""
         del self.models[base], self.trunks[base], self.adapters[base]
+        self.strategy.release(base)
 
     def save(self, folder: Path) -> None:
         """Writes every trained weight under ``folder``, and every adapter set and scalar head.
 
         An adapter set is a folder as plain PEFT reads it, a model whose own weights are trained one as transformers
         reads it, under the name of its base, and a scalar head the file ``ROLE_head.safetensors`` with ``weight``
-        [1, d].
+        [1, d]. Where ranks share the weights, all of them call it and the first one writes.
         """
+        with self.strategy.whole():
+            if self.strategy.world.rank == 0:
+                self._write(folder)
+
+    def _write(self, folder: Path) -> None:
         for base in self._trained_bases():
             save_model(self.models[base], self.case.model_of(self.method.origins[base]), folder / base)
         for base, adapters in self.adapters.items():

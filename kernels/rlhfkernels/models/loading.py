@@ -31,6 +31,8 @@ _NOISE_FIELDS = ("dropout", "pdrop", "layerdrop", "jitter")
 _NUMBER_FIELDS = (
     "head_dim", "num_key_value_heads", "sliding_window", "final_logit_softcapping", "logits_scaling", "logit_scale",
 )  # fmt: skip
+# Fields of which one is the number of experts of a layer.
+_EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _NUM_PROBE_TOKENS = 8
 # Tensors of a checkpoint that no forward pass of a causal language model misses, beside those that transformers itself
 # lists: masks and rotary tables that older versions saved and newer ones compute, and heads for other tasks.
@@ -75,6 +77,11 @@ class LoadedModel:
     vocab_size: int
     prefix: str
     probe: Probe | None = None
+
+    @property
+    def has_experts(self) -> bool:
+        """True for a mixture of experts, of which a batch may miss some."""
+        return any(getattr(self.trunk.config, name, None) for name in _EXPERT_FIELDS)
 
     @property
     def attention(self) -> str:

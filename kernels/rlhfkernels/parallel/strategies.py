@@ -7,7 +7,8 @@ forward pass of the engine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -44,13 +45,22 @@ class Strategy:
         options: of the case.
         world: the ranks.
         device: of this rank.
+        may_skip: a backward may leave trained weights out: a router may send no token of a rank to an expert.
     """
 
-    def __init__(self, options: Options, world: World, device: torch.device) -> None:
-        self.options, self.world, self.device = options, world, device
+    def __init__(self, options: Options, world: World, device: torch.device, *, may_skip: bool = False) -> None:
+        self.options, self.world, self.device, self.may_skip = options, world, device, may_skip
 
     def divide(self, bases: Mapping[str, BaseModule]) -> None:
         """Divides the weights of all bases among the ranks; before any of them is declared trained."""
+
+    def release(self, base: str) -> None:
+        """Lets go of a base that nothing reads any more."""
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Gathers every weight on every rank inside the block."""
+        yield
 
     def declare_trained(self, passes: Mapping[str, Sequence[nn.Parameter]]) -> None:
         """Declares the weights that each differentiated pass trains; the keys are those of ``train``."""
@@ -63,13 +73,15 @@ class Strategy:
         """Calls ``function``, which generates with ``base``."""
         return function()
 
-    def train(self, key: str, base: str, function: Callable[[], T], *, is_last: bool) -> T:
+    def train(
+        self, key: str, base: str, function: Callable[[], torch.Tensor], *, is_last: bool
+    ) -> torch.Tensor:
         """Calls ``function``, whose result a backward follows, which adds up the gradients of all ranks.
 
         Args:
             key: of the pass; see ``declare_trained``.
             base: that it reads.
-            function: returns a tensor with a graph, or several.
+            function: returns a scalar with a graph.
             is_last: no other backward of the pass follows before the optimizer's step. Gradients may wait for it.
         """
         return function()
@@ -94,15 +106,16 @@ class DataParallel(Strategy):
         self._modules = {
             key: DistributedDataParallel(
                 _Trained(parameters),
-                # A router may send no token of a rank to an expert.
-                find_unused_parameters=True,
+                find_unused_parameters=self.may_skip,
                 # The gradients live in the buckets: as views they take no memory of their own.
                 gradient_as_bucket_view=True,
             )
             for key, parameters in passes.items()
         }
 
-    def train(self, key: str, base: str, function: Callable[[], T], *, is_last: bool) -> T:
+    def train(
+        self, key: str, base: str, function: Callable[[], torch.Tensor], *, is_last: bool
+    ) -> torch.Tensor:
         """See ``Strategy.train``."""
         module = self._modules[key]
         if is_last:
@@ -164,13 +177,29 @@ class FullyShard(Strategy):
                 layer.set_reshard_after_forward(True, recurse=False)
                 layer.reshard()
 
+    def release(self, base: str) -> None:
+        """See ``Strategy.release``."""
+        del self._modules[base]
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """See ``Strategy.whole``."""
+        units = [unit for base, root in self._modules.items() for unit in (root, *self._layers(base))]
+        for unit in units:
+            unit.unshard()
+        yield
+        for unit in units:
+            unit.reshard()
+
     def _layers(self, base: str) -> list[Any]:
         from torch.distributed.fsdp import FSDPModule
 
         module = self._modules[base]
         return [layer for layer in module.modules() if isinstance(layer, FSDPModule) and layer is not module]
 
-    def train(self, key: str, base: str, function: Callable[[], T], *, is_last: bool) -> T:
+    def train(
+        self, key: str, base: str, function: Callable[[], torch.Tensor], *, is_last: bool
+    ) -> torch.Tensor:
         """See ``Strategy.train``; gradients are reduced in every backward, since whole ones would not fit."""
         return self._modules[base](function)  # type: ignore[no-any-return]
 

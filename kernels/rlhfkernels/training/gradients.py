@@ -5,6 +5,7 @@ Shapes: n = sequences, b = data rows, c = completion length.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -131,11 +132,14 @@ def _add_in_two_passes(
     losses = _losses_of(form, leaves, part, counts)
     _backward(_sum(losses))
     per_row = part.num_sequences // part.num_rows
+
+    def replayed(i: int) -> torch.Tensor:
+        """A scalar with the loss's gradient in sequence ``i`` of every data row."""
+        logprobs = read(part.sequence_of_rows(i), train=True)
+        products = [(each * leaf.gradient[i::per_row]).sum() for each, leaf in zip(logprobs, leaves, strict=True)]
+        return torch.stack(products).sum()
+
     for i in range(per_row):
-        one = part.sequence_of_rows(i)
-        logprobs = engine.train(
-            weights, lambda one=one: read(one, train=True), is_last=is_last and i == per_row - 1
-        )
-        torch.autograd.backward(logprobs, [leaf.gradient[i::per_row] for leaf in leaves])
-        del logprobs
+        is_last_backward = is_last and i == per_row - 1
+        _backward(engine.train(weights, functools.partial(replayed, i), is_last=is_last_backward))
     return losses

@@ -1,0 +1,146 @@
+"""Ranks of b rows each do the step of one process with all rows: gradients, clipping, weights, statistics."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhfkernels import Batch, Case, Observer, TrainingStep, build_step
+from rlhfkernels.parallel.world import World
+from rlhfkernels.training.step import StepStats
+
+ROWS = 4  # of a step, over all ranks
+# Divided weights need the plain trunk, whose norms are in float32: so the one process has it too.
+STRATEGIES = {"ddp": "fast", "fsdp": "plain"}
+PPO = ("full", "lora", "hydra", "joined-hydra")
+# A step of SGD of length 1 moves every weight by its clipped gradient; AdamW's third step holds both moments.
+OPTIMIZERS = {
+    "gradients": ({"optimizer.name": "sgd", "optimizer.learning_rate": 1.0, "optimizer.max_grad_norm": 0.01}, 1),
+    "weights": ({"optimizer.learning_rate": 1e-2}, 3),
+}
+
+Make = Callable[..., Case]
+
+
+def weights_of(step: TrainingStep) -> dict[str, torch.Tensor]:
+    """Every trained weight, whole."""
+    return {
+        f"{role}.{i}": getattr(weight, "full_tensor", weight.detach)().detach()
+        for role, weights in step.engine.parameters_of_role.items()
+        for i, weight in enumerate(weights)
+    }
+
+
+def rollouts(step: TrainingStep, count: int) -> list[Batch]:
+    """Rollouts of which some completions end early, in float64 throughout."""
+    stage = step.method.generate
+    assert stage is not None
+    found = []
+    for i in range(count):
+        prompts = step._source.next_batch(step._generator)
+        batch = step.engine.generate(stage.role, prompts, step._generator, Observer())
+        batch.mask = batch.mask.double()
+        batch.mask[i % ROWS, 3:] = 0
+        batch.mask[-1, 1:] = 0
+        batch["old_logprobs"] = batch["old_logprobs"].double()
+        found.append(batch)
+    return found
+
+
+def trained_on(step: TrainingStep, batches: list[Batch]) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+    """Statistics of each step on ``batches``, and the weights after the last."""
+    step._lengths_differ = True  # as with a stop token, which would leave the lengths to chance
+    (score,) = (phase for phase in step.phases if phase.name == "score")
+    found = []
+    for batch in batches:
+        stats = StepStats()
+        step._score(score, batch, stats, Observer())
+        found.append(step.update(batch, stats=stats).to_dict())
+    return found, weights_of(step)
+
+
+def rank_on_rollouts(world: World, case: Case, batches: list[Batch]) -> Any:
+    step = build_step(case, world=world)
+    size = case.batch_size
+    return trained_on(step, [batch.select(slice(world.rank * size, (world.rank + 1) * size)) for batch in batches])
+
+
+def rank_on_data(world: World, case: Case, num_steps: int) -> Any:
+    step = build_step(case, world=world)
+    return [step.run().to_dict() for _ in range(num_steps)], weights_of(step)
+
+
+def options_of(strategy: str | None, size: int, changes: dict[str, Any]) -> dict[str, Any]:
+    parallel = {} if strategy is None else {"parallel.strategy": strategy, "parallel.world_size": size}
+    return {name.replace(".", "__"): value for name, value in {**parallel, **changes}.items()}
+
+
+def check(alone: Any, ranks: list[Any]) -> None:
+    (own, expected), (first, _) = alone, ranks[0]
+    for statistics, found in ranks:
+        for name, weight in expected.items():
+            torch.testing.assert_close(found[name], weight, rtol=1e-9, atol=1e-12)
+        for mine, theirs in zip(own, statistics, strict=True):
+            norms = {name: value for name, value in mine.items() if name.endswith("norm") or name in ("score", "kl")}
+            assert {name: theirs[name] for name in norms} == pytest.approx(norms, rel=1e-9, abs=1e-12)
+    for mine, theirs in zip(own, zip(*(statistics for statistics, _ in ranks), strict=True), strict=True):
+        losses = {name: sum(each[name] for each in theirs) / len(ranks) for name in mine if name.endswith("loss")}
+        assert losses == pytest.approx({name: mine[name] for name in losses}, rel=1e-9, abs=1e-12)
+    assert set(first[0]) == set(own[0])
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("method", PPO)
+def test_two_ranks_do_the_step_of_one_process(
+    make_case: Make, on_ranks: Any, method: str, strategy: str, kind: str
+) -> None:
+    changes, num_steps = OPTIMIZERS[kind]
+    changes = {"engine.trunk": STRATEGIES[strategy], **changes}
+    step = build_step(make_case(method, batch_size=ROWS, **options_of(None, 1, changes)))
+    batches = rollouts(step, num_steps)
+    case = make_case(method, batch_size=ROWS // 2, **options_of(strategy, 2, changes))
+    ranks = on_ranks(2, rank_on_rollouts, case, batches)
+    before = {name: weight.clone() for name, weight in weights_of(step).items()}
+    alone = trained_on(step, copy.deepcopy(batches))
+    check(alone, ranks)
+    assert any(not torch.equal(weight, before[name]) for name, weight in alone[1].items())
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("sft", {}),
+        ("sft-lora", {"sft.packing": True, "engine.micro_batch_size": 1}),
+        ("dpo", {"dpo.forward": "two-pass"}),
+        ("dpo-lora", {"dpo.precompute_ref_log_probs": True}),
+    ],
+)
+def test_four_ranks_take_the_rows_of_a_file_in_turns(
+    make_case: Make, on_ranks: Any, tmp_path: Path, method: str, changes: dict[str, Any], strategy: str
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    kind = "pairs" if method.startswith("dpo") else "demonstrations"
+    texts = [("chosen", "rejected") if kind == "pairs" else ("completion",)] * 12
+    rows = [
+        {"prompt": "x" * (1 + i % 4), **{name: chr(97 + i) * (1 + (i + k) % 5) for k, name in enumerate(names)}}
+        for i, names in enumerate(texts)
+    ]
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    changes |= {f"data.{kind}": str(file), "optimizer.learning_rate": 1e-2, "engine.trunk": STRATEGIES[strategy]}
+    # Text needs a vocabulary of 256.
+    one, case = (
+        dataclasses.replace(make_case(method, batch_size=rows, **options_of(*ranks, changes)), model="tiny")
+        for rows, ranks in ((ROWS, (None, 1)), (1, (strategy, 4)))
+    )
+    step = build_step(one)
+    ranks = on_ranks(4, rank_on_data, case, 3)
+    check(([step.run().to_dict() for _ in range(3)], weights_of(step)), ranks)
