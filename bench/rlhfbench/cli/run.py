@@ -26,6 +26,7 @@ from rlhfbench.cli.common import (
     print_table,
 )
 from rlhfbench.errors import RecordsError, SweepError
+from rlhfbench.launch import Launch, find_launch
 from rlhfbench.records.schema import OUTCOMES
 from rlhfbench.runs.options import RunOptions
 from rlhfkernels.naming import unknown
@@ -179,6 +180,13 @@ def run(
     from rlhfbench.runs import environment
 
     environment.check_system()  # first: the runner imports modules that Windows lacks
+    launch = find_launch()
+    if launch is not None:
+        from rlhfbench.runs.agents import head
+
+        if launch.rank:
+            return _follow(launch)
+        ctx.call_on_close(head().end)  # whatever becomes of the run, the others end
     from rlhfbench.runs import runner
     from rlhfbench.runs.folder import RunFolder
 
@@ -227,6 +235,16 @@ def run(
     finally:
         signal.signal(signal.SIGTERM, before)
     return _finish(result, as_json=as_json)
+
+
+def _follow(launch: Launch) -> int:
+    """Starts this process's rank of every case of the run that the process of rank 0 makes."""
+    from rlhfbench.runs.agents import follow
+    from rlhfbench.runs.forkserver import ForkServer
+
+    with ForkServer() as server:
+        follow(launch, server)
+    return DONE
 
 
 def _outcomes(text: str | None) -> list[str]:

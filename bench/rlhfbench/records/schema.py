@@ -237,7 +237,12 @@ _MEASURED: tuple[Field, ...] = (
         "base + adapters + heads + gradients + optimizer, at the highest total of the step",
         in_plan=True,
     ),
-    Field("memory.activation_bytes", "Int64", "kv_cache + activations + gathered + buckets + temporary, at that moment", in_plan=True),
+    Field(
+        "memory.activation_bytes",
+        "Int64",
+        "kv_cache + activations + gathered + buckets + temporary, at that moment",
+        in_plan=True,
+    ),
     Field("memory.rollout_bytes", "Int64", "rollout, at that moment", in_plan=True),
     Field("memory.total_bytes", "Int64", "model_bytes + activation_bytes + rollout_bytes", in_plan=True),
     Field(

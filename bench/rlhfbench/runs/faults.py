@@ -169,6 +169,9 @@ def _death(rank: Rank, others: Sequence[Rank], *, oom_killed: bool) -> Result:
     else:
         kind, how = "Exit", f"exited with status {rank.exit.code} and left no result"
     message = f"rank {rank.number} {how} in phase {rank.where}{_waited(others)}"
+    said = last_line(rank.log)
+    if outcome == "crashed" and said:
+        message += f" Last line of its log: {said}"
     return {"outcome": outcome, "error": {"kind": kind, "message": message, "phase": rank.where}}
 
 
@@ -186,6 +189,12 @@ def _hang(ranks: Sequence[Rank], verdict: Verdict) -> Result:
         message = f"rank {first.number} was still in phase {first.where} at the case's timeout{_waited(others)}"
     kind = "Hang" if verdict is Verdict.STALL else "Timeout"
     return {"outcome": "timeout", "error": {"kind": kind, "message": message, "phase": first.where}}
+
+
+def last_line(text: str) -> str:
+    """The last line of ``text`` that is not blank, at most 300 characters."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else ""
 
 
 def _waited(others: Sequence[Rank]) -> str:

@@ -23,6 +23,9 @@ from pathlib import Path
 from typing import BinaryIO, Self
 
 from rlhfbench.errors import ForkServerError
+from rlhfbench.launch import find_launch
+from rlhfbench.runs.agents import head
+from rlhfbench.runs.faults import last_line
 from rlhfbench.runs.forkserver_process import Lines, Message
 from rlhfbench.runs.job import KILL_WAIT_S, Exit, Job, finish
 from rlhfbench.runs.ranks import run_ranks, world_of
@@ -149,7 +152,8 @@ class ForkServer:
         """
         world = world_of(request)
         if world is not None:
-            return run_ranks(self, request, world, log_path=log_path, timeout_s=timeout_s, on_message=on_message)
+            run = run_ranks if find_launch() is None else head().run
+            return run(self, request, world, log_path=log_path, timeout_s=timeout_s, on_message=on_message)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with self.job([request], [log_path], lambda number, message: on_message(message)) as job:
             finish(job, deadline)
@@ -234,9 +238,3 @@ def worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
     if {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & environment.keys():
         return dict(environment)
     return {**environment, "GOMP_SPINCOUNT": "1000"}
-
-
-def last_line(text: str) -> str:
-    """The last line of ``text`` that is not blank, at most 300 characters."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else ""

@@ -21,7 +21,7 @@ TICK_S = 1.0
 STALL_S = 8.0
 _STALL_CPU_SHARE = 0.03
 GRACE_S = 4.0  # seconds that ranks have to notice the end of another
-_DUMP_S = 1.0
+_DUMP_S = 1.5
 
 # Modules that the fork server imports for the ranks of a case, by strategy; a second or more of the compiler's.
 _PRELOAD = {

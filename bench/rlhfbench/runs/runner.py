@@ -20,8 +20,9 @@ from rlhfbench.processes import num_oom_kills
 from rlhfbench.records.file import Record, RecordsFile, make_plan, make_record
 from rlhfbench.records.timelines import write_timeline
 from rlhfbench.runs import environment
+from rlhfbench.runs.faults import last_line
 from rlhfbench.runs.folder import RunFolder, Segment
-from rlhfbench.runs.forkserver import ForkServer, last_line
+from rlhfbench.runs.forkserver import ForkServer
 from rlhfbench.runs.job import Exit
 from rlhfbench.runs.options import RunOptions
 from rlhfbench.runs.progress import Progress, make_progress

@@ -110,6 +110,10 @@ def join(
     if sys.platform == "linux" and place["local_size"] == place["size"]:
         # All ranks are here: the loopback needs no name of this machine, which may have none that resolves.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    # A case's ranks meet at an address of their own, and not at the launcher's. DeepSpeed reads the rest.
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
+    os.environ |= {"RANK": str(place["rank"]), "WORLD_SIZE": str(place["size"])}
+    os.environ["LOCAL_RANK"] = str(place["local_rank"])
     world = join_world(
         rank=place["rank"],
         size=place["size"],

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from rlhfbench.errors import ForkServerError
-from rlhfbench.runs.forkserver import ForkServer, last_line, worker_environment
+from rlhfbench.runs.faults import last_line
+from rlhfbench.runs.forkserver import ForkServer, worker_environment
 from rlhfbench.runs.forkserver_process import Lines
 
 HERE = Path(__file__).parents[1]
