@@ -143,7 +143,7 @@ def judge(ranks: Sequence[Rank], verdict: Verdict, *, oom_killed: bool) -> Resul
         if len(same) == len(ranks) > 1:  # the case itself is wrong, and every rank says so
             return _without_stack(first.result)
         error = first.result["error"]
-        message = f"rank {first.number} failed in phase {first.where}: {error['message']}{_waited(others)}"
+        message = f"rank {first.number} failed in phase {first.where}: {error['message'].rstrip('.')}{_waited(others)}"
         return {"outcome": first.result["outcome"], "error": {**error, "message": message}}
     return _death(first, others, oom_killed=oom_killed)
 

@@ -5,38 +5,21 @@ import json
 import os
 import select
 import time
-from pathlib import Path
 
 import pytest
 
-from rlhfbench.runs.forkserver import PRELOAD, ForkServer
+from rlhfbench.runs import ranks
 from rlhfbench.runs.ranks import STALL_S
-from rlhfkernels.config.case import Case
-from rlhfkernels.config.options import Options
 
 MAX_FAULT_S = 15.0
 
 
-@pytest.fixture(scope="module")
-def server():
-    """A fork server whose import path has ``rank_steps``."""
-    with pytest.MonkeyPatch.context() as patch:
-        here = str(Path(__file__).parents[1])
-        patch.setenv("PYTHONPATH", os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])]))
-        with ForkServer(preload=(*PRELOAD, "rank_steps")) as server:
-            yield server
-
-
 @pytest.fixture
-def run(server, tmp_path, monkeypatch):
-    """Runs a case of two ranks whose step misbehaves in the given way; returns (result, stages, pids, seconds)."""
+def run(rank_server, rank_request, tmp_path, monkeypatch):
+    """Runs a case of two ranks whose step misbehaves in the given way; returns (result, exit, seconds)."""
 
-    def run(kind, *, size=2, timeout_s=60.0, **settings):
-        options = {"parallel.strategy": "ddp", "parallel.world_size": size, "data.prompt_field": kind}
-        case = Case(
-            method="dpo", model="tiny", prompt_len=4, completion_len=4, batch_size=1, options=Options.of(options)
-        )
-        jobs, messages, forked = [], [], server.job
+    def run(kind, *, timeout_s=60.0, **settings):
+        jobs, messages, forked = [], [], rank_server.job
 
         @contextlib.contextmanager
         def job(*arguments):
@@ -44,18 +27,14 @@ def run(server, tmp_path, monkeypatch):
                 jobs.append(started)
                 yield started
 
-        monkeypatch.setattr(server, "job", job)
-        request = {
-            "case": case.to_dict(),
-            "memory_limit_bytes": None,
-            "settings": {"time_budget_s": 0.2, "num_blocks": 1, "step": "rank_steps:make", **settings},
-        }
+        monkeypatch.setattr(rank_server, "job", job)
+        request = rank_request(kind, **settings)
         started_s = time.monotonic()
         log_path = tmp_path / f"{kind}.log"
-        end = server.run(request, log_path=log_path, timeout_s=timeout_s, on_message=messages.append)
+        end = rank_server.run(request, log_path=log_path, timeout_s=timeout_s, on_message=messages.append)
         spent_s = time.monotonic() - started_s
         (result,) = [message["result"] for message in messages if "result" in message]
-        assert len(jobs[0].pids) == size
+        assert len(jobs[0].pids) == 2
         assert all(is_gone(pid) for pid in jobs[0].pids)
         return result, end, spent_s
 
@@ -147,9 +126,8 @@ def test_a_rank_that_fails_ends_the_case_and_is_named(run, kind, outcome, error)
     assert spent_s < MAX_FAULT_S
 
 
-@pytest.mark.parametrize("kind", ["hang", "ddp-hang"])
-def test_a_rank_that_sleeps_for_ever_is_noticed_and_named(run, kind):
-    result, _, spent_s = run(kind)
+def test_a_rank_that_sleeps_for_ever_is_noticed_and_named(run):
+    result, _, spent_s = run("hang")
     assert result["outcome"] == "timeout"
     assert result["error"] == {
         "kind": "Hang",
@@ -157,6 +135,13 @@ def test_a_rank_that_sleeps_for_ever_is_noticed_and_named(run, kind):
         "phase": "update",
     }
     assert STALL_S <= spent_s < MAX_FAULT_S + 5.0  # with the start of the processes, on a busy machine
+
+
+def test_a_wait_at_the_end_of_a_backward_pass_has_the_name_of_its_collective(run, monkeypatch):
+    monkeypatch.setattr(ranks, "STALL_S", 3.0)
+    result, _, _ = run("ddp-hang")
+    assert result["outcome"] == "timeout"
+    assert result["error"]["message"] == "rank 1 hung in phase update; the other rank waited in all_reduce."
 
 
 def test_a_case_that_takes_too_long_names_who_was_late(run):
