@@ -239,10 +239,10 @@ def run(
 
 def _follow(launch: Launch) -> int:
     """Starts this process's rank of every case of the run that the process of rank 0 makes."""
+    from rlhfbench.runs import runner
     from rlhfbench.runs.agents import follow
-    from rlhfbench.runs.forkserver import ForkServer
 
-    with ForkServer() as server:
+    with runner.make_server(()) as server:
         follow(launch, server)
     return DONE
 
