@@ -306,8 +306,8 @@ class Ledger(Observer):
             return []
         if is_traceable_wrapper_subclass(tensor):
             names, _ = tensor.__tensor_flatten__()
-            inner = [getattr(tensor, name) for name in names]  # of a DTensor one is its mesh
-            return [e for part in inner if isinstance(part, torch.Tensor) for e in self._entries_of(part, op)]
+            inner = [value for name in names if isinstance(value := getattr(tensor, name), torch.Tensor)]
+            return [entry for each in inner for entry in self._entries_of(each, op)]
         storage = tensor.untyped_storage()
         entry = self._entries.get(storage._cdata)
         if entry is None:

@@ -94,14 +94,12 @@ def _discounted_sums(deltas: torch.Tensor, discount: float) -> torch.Tensor:
     return sums
 
 
-def whiten(
-    values: torch.Tensor, mask: torch.Tensor, *, eps: float = 1e-8, all_sum: AllSum = alone
-) -> torch.Tensor:
+def whiten(values: torch.Tensor, mask: torch.Tensor, *, eps: float = 1e-8, all_sum: AllSum = alone) -> torch.Tensor:
     """Subtracts the masked mean and divides by the masked standard deviation (population), [b, c]; 0 after the end.
 
     Both are over all ranks: ``all_sum`` adds up theirs.
     """
-    total, count = all_sum(torch.stack([(values * mask).sum(), mask.sum().to(values.dtype)]))
+    total, count = all_sum(torch.stack([(values * mask).sum(), mask.sum().to(values.dtype)])).unbind()
     centred = (values - total / count) * mask
     variance = all_sum(centred.square().sum()) / count
     return centred * torch.rsqrt(variance + eps)

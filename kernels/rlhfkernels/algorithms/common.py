@@ -11,7 +11,6 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-
 # Adds a tensor up over the ranks of a step, in place.
 AllSum = Callable[[torch.Tensor], torch.Tensor]
 

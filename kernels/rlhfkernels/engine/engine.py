@@ -5,6 +5,7 @@ Shapes: b = data rows, n = sequences, p = prompt length, c = completion length, 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -139,9 +140,16 @@ class Engine:
             CaseError: see ``rlhfkernels.engine.agreement.check_packing``.
         """
         case, name = self.case, self.case.model_of(self.method.origins[base])
-        size = {"max_length": case.seq_len, "vocab_size": self.vocab_size}
-        trunk, options = self.trunks[base], {"device": case.device, **size}
-        self.strategy.read(base, lambda: check_packing(name, trunk, case.dtype, **options))
+        check = functools.partial(
+            check_packing,
+            name,
+            self.trunks[base],
+            case.dtype,
+            device=case.device,
+            max_length=case.seq_len,
+            vocab_size=self.vocab_size,
+        )
+        self.strategy.read(base, check)
 
     @property
     def vocab_size(self) -> int:

@@ -54,6 +54,10 @@ class Strategy:
     def divide(self, bases: Mapping[str, BaseModule]) -> None:
         """Divides the weights of all bases among the ranks; before any of them is declared trained."""
 
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(part, tensor) of what lives between steps beside weights and optimizer states."""
+        yield from ()
+
     def release(self, base: str) -> None:
         """Lets go of a base that nothing reads any more."""
 
@@ -73,9 +77,7 @@ class Strategy:
         """Calls ``function``, which generates with ``base``."""
         return function()
 
-    def train(
-        self, key: str, base: str, function: Callable[[], torch.Tensor], *, is_last: bool
-    ) -> torch.Tensor:
+    def train(self, key: str, base: str, function: Callable[[], torch.Tensor], *, is_last: bool) -> torch.Tensor:
         """Calls ``function``, whose result a backward follows, which adds up the gradients of all ranks.
 
         Args:
@@ -103,6 +105,7 @@ class DataParallel(Strategy):
         """See ``Strategy.declare_trained``."""
         from torch.nn.parallel import DistributedDataParallel  # it imports the compiler
 
+        self._buckets: dict[tuple[str, int], torch.Tensor] = {}
         self._modules = {
             key: DistributedDataParallel(
                 _Trained(parameters),
@@ -112,10 +115,25 @@ class DataParallel(Strategy):
             )
             for key, parameters in passes.items()
         }
+        for key, module in self._modules.items():
+            # A lambda: torch compares annotations with its class, and here they are texts.
+            module.register_comm_hook(key, lambda key, bucket: self._average(key, bucket))
 
-    def train(
-        self, key: str, base: str, function: Callable[[], torch.Tensor], *, is_last: bool
-    ) -> torch.Tensor:
+    def _average(self, key: str, bucket: Any) -> torch.futures.Future[torch.Tensor]:
+        """Averages a bucket as the module itself would, and remembers it: it lives between steps, gradients or not."""
+        from torch.distributed import group
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+        assert group.WORLD is not None, "the rank has joined its world"
+        self._buckets[key, bucket.index()] = bucket.buffer()
+        found: torch.futures.Future[torch.Tensor] = allreduce_hook(group.WORLD, bucket)
+        return found
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """See ``Strategy.tensors``: the buckets, which are the gradients."""
+        yield from (("gradients", bucket) for bucket in self._buckets.values())
+
+    def train(self, key: str, base: str, function: Callable[[], torch.Tensor], *, is_last: bool) -> torch.Tensor:
         """See ``Strategy.train``."""
         module = self._modules[key]
         if is_last:
@@ -144,8 +162,8 @@ class FullyShard(Strategy):
 
     def divide(self, bases: Mapping[str, BaseModule]) -> None:
         """See ``Strategy.divide``."""
-        from torch.distributed.fsdp import fully_shard
         from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
         from transformers.modeling_layers import GradientCheckpointingLayer
 
         mesh = init_device_mesh(self.device.type, (self.world.size,))
@@ -197,9 +215,7 @@ class FullyShard(Strategy):
         module = self._modules[base]
         return [layer for layer in module.modules() if isinstance(layer, FSDPModule) and layer is not module]
 
-    def train(
-        self, key: str, base: str, function: Callable[[], torch.Tensor], *, is_last: bool
-    ) -> torch.Tensor:
+    def train(self, key: str, base: str, function: Callable[[], torch.Tensor], *, is_last: bool) -> torch.Tensor:
         """See ``Strategy.train``; gradients are reduced in every backward, since whole ones would not fit."""
         return self._modules[base](function)  # type: ignore[no-any-return]
 

@@ -113,9 +113,7 @@ def _backward(loss: torch.Tensor) -> None:
     loss.backward()  # type: ignore[no-untyped-call]
 
 
-def _add_in_two_passes(
-    engine: Engine, form: PassForm, part: Batch, counts: Counts, *, is_last: bool
-) -> list[Loss]:
+def _add_in_two_passes(engine: Engine, form: PassForm, part: Batch, counts: Counts, *, is_last: bool) -> list[Loss]:
     """Reads all log-probabilities without a graph, then the sequences of a data row one after the other with one.
 
     The loss is differentiated by the log-probabilities of the first pass, and the second passes that gradient on. A

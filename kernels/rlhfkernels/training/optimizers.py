@@ -136,9 +136,7 @@ class AdamW(Optimizer):
         **schedule: the arguments of ``Optimizer``.
     """
 
-    def __init__(
-        self, parameters: Sequence[nn.Parameter], *, weight_decay: float, eps: float, **schedule: Any
-    ) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], *, weight_decay: float, eps: float, **schedule: Any) -> None:
         super().__init__(parameters, **schedule)
         self.weight_decay, self.eps = weight_decay, eps
         self.first = [torch.zeros_like(m) for m in self.masters]
@@ -174,9 +172,7 @@ class SGD(Optimizer):
     Arguments as ``AdamW``; ``eps`` is unused.
     """
 
-    def __init__(
-        self, parameters: Sequence[nn.Parameter], *, weight_decay: float, eps: float, **schedule: Any
-    ) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], *, weight_decay: float, eps: float, **schedule: Any) -> None:
         del eps
         super().__init__(parameters, **schedule)
         self.weight_decay = weight_decay
@@ -204,9 +200,7 @@ class AdamW8bitStates(Optimizer):
     class, so that it needs no bitsandbytes. Arguments as ``AdamW``.
     """
 
-    def __init__(
-        self, parameters: Sequence[nn.Parameter], *, weight_decay: float, eps: float, **schedule: Any
-    ) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], *, weight_decay: float, eps: float, **schedule: Any) -> None:
         super().__init__(parameters, **schedule)
         self.weight_decay, self.eps = weight_decay, eps
         self.maps = self._make_maps()
@@ -245,9 +239,7 @@ class AdamW8bit(AdamW8bitStates):
         CaseError: bitsandbytes is not installed.
     """
 
-    def __init__(
-        self, parameters: Sequence[nn.Parameter], *, weight_decay: float, eps: float, **schedule: Any
-    ) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], *, weight_decay: float, eps: float, **schedule: Any) -> None:
         self._package = _package_of("adamw8bit")
         super().__init__(parameters, weight_decay=weight_decay, eps=eps, **schedule)
         for master, state in zip(self.masters, self.states, strict=True):

@@ -222,6 +222,7 @@ class TrainingStep:
     def persistent_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(part, tensor) of all that lives between steps: weights, master copies, moments, prepared columns."""
         yield from self.engine.persistent_tensors()
+        yield from self.engine.strategy.tensors()
         for optimizer in self.optimizers.values():
             yield from (("optimizer", tensor) for tensor in optimizer.tensors())
         yield from (("rollout", tensor) for tensor in (*self._source.tensors(), *self._prepared.values()))
