@@ -248,6 +248,12 @@ def _check_parallel(case: Case) -> Iterator[str]:
             f"parallel.zero_stage is {parallel.zero_stage}: ZeRO is DeepSpeed's, so parallel.strategy must be "
             "'deepspeed'."
         )
+    accumulated = case.options.optimizer.grad_accum_dtype
+    if parallel.strategy in ("ddp", "fsdp") and accumulated not in (None, case.dtype):
+        yield (
+            f"optimizer.grad_accum_dtype is {accumulated!r}: with parallel.strategy {parallel.strategy!r} torch adds "
+            f"gradients up in the dtype of the weights, so it must be none or {case.dtype!r}."
+        )
     if parallel.gather == "rollout" and not parallel.divides_weights:
         yield (
             "parallel.gather is 'rollout': no weights are divided, so parallel.strategy must be 'fsdp' or "

@@ -97,7 +97,7 @@ class OptimizerOptions:
         max_grad_norm: the gradient norm of each parameter group is clipped to this.
         grad_accum_dtype: dtype in which gradients are added up over micro-batches and over chunks of positions, at
             least that of the weight; DeepSpeed has this name. ``None`` is float32 where there are several to add, else
-            the dtype of the weight.
+            the dtype of the weight; with a ``parallel.strategy`` it is that of the weight.
     """
 
     name: Literal["adamw", "adamw8bit", "sgd"] = "adamw"

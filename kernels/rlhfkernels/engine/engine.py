@@ -190,8 +190,8 @@ class Engine:
         return made[name]
 
     def _divide(self, world: World) -> Strategy:
-        """The strategy of the case, with the weights of all bases divided by it."""
-        strategy = STRATEGIES[self.case.options.parallel.strategy](
+        """The strategy of the case, with the weights of all bases divided by it; without weights there is one rank."""
+        strategy = STRATEGIES[self.case.options.parallel.strategy if self.with_weights else None](
             self.case.options, world, self.device, may_skip=any(model.has_experts for model in self.models.values())
         )
         heads = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ def save_model(model: LoadedModel, name: str, folder: Path) -> None:
     # An adapter wraps a linear layer as ``base_layer``. The fast trunk keeps weights side by side in one storage.
     state = {
         prefix + key.replace(".base_layer.", "."): _own(tensor)
-        for key, tensor in model.trunk.state_dict().items()
+        for key, tensor in _tensors(model.trunk)
         if ".lora_" not in key
     }
     if model.lm_head is not None:
@@ -47,6 +48,15 @@ def _head_state(model: LoadedModel, shell: torch.nn.Module) -> dict[str, torch.T
     return {
         f"{owner}.{key}": _own(parameter) for key, parameter in head.named_parameters() if id(parameter) not in tied
     }
+
+
+def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors of ``module.state_dict()``, which ``fully_shard`` changes: it would divide gathered weights."""
+    yield from module.named_parameters(remove_duplicate=False)
+    for name, child in module.named_modules():
+        for key, buffer in child.named_buffers(recurse=False):
+            if key not in child._non_persistent_buffers_set:
+                yield f"{name}.{key}" if name else key, buffer
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:

@@ -176,7 +176,7 @@ class TrainingStep:
         has_several = self.case.micro_batch_size < self.case.mini_batch_size or len(set(passes)) < len(passes)
         has_several |= any(PassForm(p, self.case.options).in_two_passes for p in self.method.update_passes)
         name = self.case.options.optimizer.grad_accum_dtype or ("float32" if has_several else None)
-        if name is not None and not self.case.options.parallel.divides_weights:
+        if name is not None and self.case.options.parallel.strategy is None:  # else the library decides
             for parameter in self.trained_parameters():
                 parameter.grad_dtype = torch.promote_types(parameter.dtype, getattr(torch, name))
 

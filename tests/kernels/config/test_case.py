@@ -175,6 +175,27 @@ def test_an_integer_for_a_float_is_the_same_case() -> None:
             "engine.cuda_graphs is 'on': it needs a CUDA device, so device must not be 'cpu'.",
         ),
         (
+            {"options": Options.of({"parallel.world_size": 2})},
+            "parallel.world_size is 2: it needs parallel.strategy, one of ddp, fsdp, deepspeed.",
+        ),
+        (
+            {"options": Options.of({"parallel.strategy": "fsdp", "parallel.zero_stage": 3})},
+            "parallel.zero_stage is 3: ZeRO is DeepSpeed's, so parallel.strategy must be 'deepspeed'.",
+        ),
+        (
+            {"options": Options.of({"parallel.strategy": "ddp", "parallel.gather": "rollout"})},
+            "parallel.gather is 'rollout': no weights are divided, so parallel.strategy must be 'fsdp' or "
+            "parallel.zero_stage 3.",
+        ),
+        (
+            {
+                "dtype": "bfloat16",
+                "options": Options.of({"parallel.strategy": "ddp", "optimizer.grad_accum_dtype": "float32"}),
+            },
+            "optimizer.grad_accum_dtype is 'float32': with parallel.strategy 'ddp' torch adds gradients up in the "
+            "dtype of the weights, so it must be none or 'bfloat16'.",
+        ),
+        (
             {"dtype": "bfloat16", "options": Options.of({"engine.backend": "native"})},
             "engine.backend is 'native': it has no bfloat16, so dtype must be float32.",
         ),

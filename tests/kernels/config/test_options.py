@@ -22,6 +22,10 @@ TIED = (
     "data.prompts",
     "data.demonstrations",
     "data.pairs",
+    "parallel.strategy",
+    "parallel.world_size",
+    "parallel.zero_stage",
+    "parallel.gather",
 )
 
 

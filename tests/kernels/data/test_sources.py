@@ -9,6 +9,7 @@ import torch
 
 from rlhfkernels import Case, DataError, ModelError, build_step
 from rlhfkernels.data.sources import DemonstrationSource, PairSource, PromptSource
+from rlhfkernels.parallel.world import World
 
 
 def write_prompts(path: Path, prompts: list[object]) -> str:
@@ -167,3 +168,12 @@ def test_the_data_set_of_random_rows_is_one_batch_from_then_on(make_case: Callab
         later["column"] = batch.mask
     assert {id(tensor) for tensor in source.tensors()} == {id(batch.tokens), id(batch.mask)}
     assert source.lengths() == {}
+
+
+def test_ranks_take_the_rows_of_a_file_in_turns(make_case: Callable[..., Case], tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": chr(97 + i)}) for i in range(5)))
+    case = make_case(batch_size=2, prompt_len=1, data__prompts=str(file))
+    ranks = [PromptSource(case, 256, None, world=World(rank, 2)) for rank in range(2)]
+    taken = [[source.next_batch(None).tokens.flatten().tolist() for _ in range(2)] for source in ranks]
+    assert [["".join(map(chr, rows)) for rows in rank] for rank in taken] == [["ab", "ea"], ["cd", "bc"]]

@@ -1,0 +1,104 @@
+"""What ranks do together beside the update: generate, stop, save, let go of a base."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlhfkernels import Case, build_step
+from rlhfkernels.parallel.world import World
+
+Make = Callable[..., Case]
+FSDP = {"parallel__strategy": "fsdp", "parallel__world_size": 2}
+
+
+def statistics(world: World, case: Case) -> dict[str, float | None]:
+    return build_step(case, world=world).run().to_dict()
+
+
+@pytest.mark.parametrize("method", ["hydra", "full"])
+def test_gathering_once_a_rollout_changes_nothing(make_case: Make, on_ranks: Any, method: str) -> None:
+    by_layer, by_rollout = (
+        on_ranks(2, statistics, make_case(method, **FSDP, parallel__gather=how)) for how in ("layer", "rollout")
+    )
+    assert by_layer == by_rollout
+    assert by_layer[0]["kl"] == by_layer[1]["kl"]  # of all ranks
+    assert by_layer[0]["actor_loss"] != by_layer[1]["actor_loss"]  # of their own rows, which differ
+
+
+def ends(world: World, case: Case) -> list[list[int]]:
+    step = build_step(case, world=world)
+    batch, _ = step.infer()
+    return batch.mask.sum(1).int().tolist()
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_ranks_that_stop_at_different_tokens_stay_together(make_case: Make, on_ranks: Any, strategy: str) -> None:
+    options = {**FSDP, "parallel__strategy": strategy, "rollout__stop_token_id": 3, "rollout__temperature": 5.0}
+    found = on_ranks(2, ends, make_case("lora", batch_size=1, completion_len=40, **options))
+    assert found[0] != found[1]  # one rank's only sequence ended first
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"engine__micro_batch_size": 1, "ppo__num_mini_batches": 2, "ppo__num_ppo_epochs": 2},
+        {"engine__gradient_checkpointing": True},
+        {"lora__dtype": "float32"},
+        {"engine__cache_implementation": "dynamic", "engine__attn_implementation": "eager"},
+        {"ppo__critic_head": "frozen"},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_the_options_of_a_step_work_on_ranks(
+    make_case: Make, on_ranks: Any, strategy: str, options: dict[str, Any]
+) -> None:
+    case = make_case("hydra", dtype="bfloat16", **{**FSDP, "parallel__strategy": strategy}, **options)
+    first, second = on_ranks(2, statistics, case)
+    norms = {name: value for name, value in first.items() if name.endswith("norm")}
+    assert norms == {name: second[name] for name in norms}
+    assert all(norms.values())
+
+
+def saved(world: World, case: Case, folder: Path) -> None:
+    step = build_step(case, world=world)
+    step.save(folder)
+    world.barrier()
+    step.run()  # the weights are divided again
+
+
+@pytest.mark.parametrize(("method", "files"), [("full", 4), ("hydra", 4)])
+def test_divided_weights_are_saved_whole(
+    make_case: Make, on_ranks: Any, tmp_path: Path, method: str, files: int
+) -> None:
+    on_ranks(2, saved, make_case(method, **FSDP), tmp_path / "ranks")
+    build_step(make_case(method)).save(tmp_path / "alone")
+    names = sorted(path.relative_to(tmp_path / "alone") for path in (tmp_path / "alone").rglob("*.safetensors"))
+    assert len(names) == files
+    for name in names:
+        alone, ranks = (load_file(tmp_path / folder / name) for folder in ("alone", "ranks"))
+        assert alone.keys() == ranks.keys()
+        assert all(torch.equal(ranks[key], tensor) for key, tensor in alone.items()), name
+
+
+def bases_after(world: World, case: Case) -> list[str]:
+    step = build_step(case, world=world)
+    step.run()
+    return sorted(step.engine.models)
+
+
+def test_a_divided_reference_is_let_go(make_case: Make, on_ranks: Any, tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": "ab", "chosen": chr(97 + i), "rejected": "xyz"} for i in range(4)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    options = {"dpo__precompute_ref_log_probs": True, "data__pairs": str(file)}
+    case = dataclasses.replace(make_case("dpo", batch_size=1, **FSDP, **options), model="tiny", dtype="float32")
+    assert on_ranks(2, bases_after, case) == [["policy"], ["policy"]]
