@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rlhfbench.cli.common import make_sweep, number, numbers
 from rlhfbench.errors import SweepError
+
+if TYPE_CHECKING:
+    from rlhfbench.cases.sweep import Sweep
+    from rlhfkernels.config.case import Case
 
 RANKS = "Ranks"
 
@@ -43,7 +47,9 @@ GlobalBatch = Annotated[
 ]
 
 
-def make_ranked_sweep(spec: Mapping[str, Any], file: str | None, setting: str | None, params: Mapping[str, Any]) -> Any:
+def make_ranked_sweep(
+    spec: Mapping[str, Any], file: str | None, setting: str | None, params: Mapping[str, Any]
+) -> Sweep:
     """The sweep of ``rlhfbench.cli.common.make_sweep`` over the ranks that options and launcher name.
 
     Args:
@@ -85,12 +91,13 @@ def _ranked(spec: Mapping[str, Any], size: int, params: Mapping[str, Any]) -> di
     return {**spec, "options": own | spec.get("options", {})}
 
 
-def _of_one_rank(sweep: Any) -> Any:
+def _of_one_rank(sweep: Sweep) -> Sweep:
     """The sweep whose batch sizes are of one rank, where they were over all."""
     from rlhfbench.cases.sweep import Sweep
     from rlhfbench.planning.zero import cases_of_a_rank
 
-    cases, problems = [], []
+    cases: list[Case] = []
+    problems: list[str] = []
     for case in sweep.cases:
         try:
             cases += cases_of_a_rank([case], case.options.parallel.world_size)

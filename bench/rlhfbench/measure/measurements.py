@@ -245,16 +245,16 @@ def _measure_once(
     def run(observer: Observer) -> None:
         step.run(Announcer(notify, observer)).check_finite()
 
-    of_world = None
+    of_world: dict[str, Any] = {}
     if world is not None:
         notify("collectives")
         counter = ranks.measure_collectives(run, case.device, world)
-        of_world, memory, followed = ranks.gather(case, world, counter, timing.own_steps_s, memory, followed)
+        of_world["world"], memory, followed = ranks.gather(case, world, counter, timing.own_steps_s, memory, followed)
     if options.profile_dir is not None:
         notify("profile")
         profile_step(run, ranks.profile_dir(Path(options.profile_dir), world or ALONE), case.id, case.device)
     return {
-        "world": of_world,
+        **of_world,
         "memory": memory,
         "latency": {"phases": {phase.name: {"kind": phase.kind} for phase in phases}},
         "stats": timing.stats,

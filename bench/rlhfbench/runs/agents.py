@@ -27,7 +27,7 @@ from rlhfbench.runs.job import Exit
 from rlhfbench.runs.ranks import TICK_S, LocalRanks, Server, conclude, rank_request, supervise
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch._C._distributed_c10d import Store
 
 MEET_S = 60.0  # seconds within which all processes must have come
 _LOST_S = 10.0  # seconds without a state after which a process is gone
@@ -41,7 +41,8 @@ def meet(launch: Launch) -> Store:
     Raises:
         SweepError: the port is in use, or rank 0 does not answer within a minute.
     """
-    from torch.distributed import DistError, PrefixStore, TCPStore
+    from torch._C._distributed_c10d import PrefixStore, TCPStore
+    from torch.distributed import DistError
 
     where = f"{launch.host}:{launch.port}"
     try:

@@ -29,8 +29,9 @@ def draw_run(run_dir: Path, *, whole: bool = False, with_paper: bool = False) ->
 
     Always ``memory_table`` (.md, .csv), ``latency`` and ``throughput`` (.png, .svg). ``index.html``, the interactive
     page, where its libraries are installed. ``slopes`` (.md, .csv) if a method was measured at two lengths or batch
-    sizes; ``gain`` (.md, .csv) if the baseline was measured, and another method at two batch sizes; ``predicted`` (.md,
-    .png, .svg) if memory was predicted; ``scaling`` (.md, .csv, .png, .svg) if cases differ in their ranks alone; pictures of the timelines beside them.
+    sizes; ``gain`` (.md, .csv) if the baseline was measured, and another method at two batch sizes; ``scaling`` (.md,
+    .csv, .png, .svg) if cases differ in their ranks alone; ``predicted`` (.md, .png, .svg) if memory was predicted;
+    pictures of the timelines beside them.
 
     Args:
         run_dir: a folder with ``records.jsonl``.

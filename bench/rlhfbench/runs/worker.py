@@ -33,10 +33,15 @@ _LOST_PEER_MESSAGES = ("gloo", "nccl", "connection closed by peer", "connection 
 
 
 class Stage:
-    """The current stage of a case. Sends each change, and keeps the last for the message of a failure."""
+    """The current stage of a case. Sends each change, and keeps the last for the message of a failure.
 
-    def __init__(self, send: Callable[[dict[str, Any]], None]) -> None:
-        self._send = send
+    Args:
+        send: sends one message.
+        is_rank: the process is one of several, and says the phase of timed steps too: if it dies, it is named with it.
+    """
+
+    def __init__(self, send: Callable[[dict[str, Any]], None], *, is_rank: bool = False) -> None:
+        self._send, self._is_rank = send, is_rank
         self.name: str | None = None
 
     def notify(self, name: str) -> None:
@@ -47,7 +52,8 @@ class Stage:
     def enter(self, name: str) -> None:
         """Enters a stage or a phase quietly: it is told only if the process dies in it."""
         self.name = name
-        self._send({"phase": name})
+        if self._is_rank:
+            self._send({"phase": name})
 
 
 def run_case(request: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None:
@@ -59,8 +65,8 @@ def run_case(request: dict[str, Any], send: Callable[[dict[str, Any]], None]) ->
             rank of several: see ``rlhfbench.runs.ranks.rank_request``.
         send: sends one message to the runner.
     """
-    stage = Stage(send)
     place = request.get("rank")
+    stage = Stage(send, is_rank=place is not None)
     try:
         case = Case.from_dict(request["case"])
         if request.get("plan"):
