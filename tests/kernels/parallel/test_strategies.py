@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlhfkernels import Case, build_step
+from rlhfkernels.parallel.strategies import DataParallel
 from rlhfkernels.parallel.world import World
 
 Make = Callable[..., Case]
@@ -102,3 +103,22 @@ def test_a_divided_reference_is_let_go(make_case: Make, on_ranks: Any, tmp_path:
     options = {"dpo__precompute_ref_log_probs": True, "data__pairs": str(file)}
     case = dataclasses.replace(make_case("dpo", batch_size=1, **FSDP, **options), model="tiny", dtype="float32")
     assert on_ranks(2, bases_after, case) == [["policy"], ["policy"]]
+
+
+def buckets_sent(world: World, case: Case) -> int:
+    step = build_step(case, world=world)
+    step.run()
+    strategy, sent = step.engine.strategy, []
+    assert isinstance(strategy, DataParallel)
+    average = strategy._average
+    strategy._average = lambda key, bucket: sent.append(key) or average(key, bucket)  # type: ignore[method-assign]
+    step.run()
+    return len(sent)
+
+
+def test_gradients_are_sent_once_a_mini_batch(make_case: Make, on_ranks: Any) -> None:
+    options = {**FSDP, "parallel__strategy": "ddp"}
+    whole, split = (
+        on_ranks(2, buckets_sent, make_case("lora", engine__micro_batch_size=size, **options)) for size in (4, 1)
+    )
+    assert whole == split == [2, 2]  # the actor's and the critic's
