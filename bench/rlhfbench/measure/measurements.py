@@ -20,7 +20,7 @@ from rlhfbench.measure.injection import InjectedStep
 from rlhfbench.measure.interference import Interference
 from rlhfbench.measure.ledger import ACTIVATION_PARTS, Ledger, block_bytes
 from rlhfbench.measure.options import MeasurementOptions
-from rlhfbench.measure.profile import profile_step
+from rlhfbench.measure.profile import num_profiled_steps, profile_step
 from rlhfbench.measure.statistic import DEFAULT_BLOCKS
 from rlhfbench.measure.stopping import Reason, StoppingRule
 from rlhfbench.measure.tally import MODEL_PARTS, Tally
@@ -252,7 +252,11 @@ def _measure_once(
         of_world["world"], memory, followed = ranks.gather(case, world, counter, timing.own_steps_s, memory, followed)
     if options.profile_dir is not None:
         notify("profile")
-        profile_step(run, ranks.profile_dir(Path(options.profile_dir), world or ALONE), case.id, case.device)
+        if world is None or world.rank == 0:
+            profile_step(run, Path(options.profile_dir), case.id, case.device)
+        else:  # the first rank's profile needs the others' steps; theirs would take its time and double its size
+            for _ in range(num_profiled_steps(case.device)):
+                run(Observer())
     return {
         **of_world,
         "memory": memory,

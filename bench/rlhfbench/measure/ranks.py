@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,11 +66,6 @@ def slowest_steps(steps_s: list[dict[str, float]], world: World) -> list[dict[st
 def own_s(seconds: float, world: World) -> float:
     """CPU seconds of all ranks on this machine."""
     return math.fsum(spent for host, spent in world.gather((platform.node(), seconds)) if host == platform.node())
-
-
-def profile_dir(directory: Path, world: World) -> Path:
-    """The folder of this rank's profile: that of rank 0 is the case's, and the others' lie in it."""
-    return directory if world.rank == 0 else directory / f"rank{world.rank}"
 
 
 def gather(

@@ -92,6 +92,13 @@ def test_the_others_wait_for_a_slow_rank(run, kind):
         assert world["collectives"]["update"]["all_reduce"]["calls"] >= 1
 
 
+def test_the_profile_is_of_the_first_rank_and_the_others_step_with_it(run, tmp_path):
+    result, _, _ = run("well", profile_dir=str(tmp_path / "profile"))
+    assert (result["outcome"], result["error"]) == ("ok", None)
+    names = sorted(path.name.partition("-")[2] or path.name for path in (tmp_path / "profile").iterdir())
+    assert names == ["profile.json", "score.json.gz", "update.json.gz"]
+
+
 def test_later_blocks_are_timed_with_all_ranks(run):
     result, _, _ = run("well", block=1)
     assert result["outcome"] == "ok"
