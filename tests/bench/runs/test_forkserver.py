@@ -3,6 +3,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from rlhfbench.errors import ForkServerError
 from rlhfbench.runs.faults import last_line
 from rlhfbench.runs.forkserver import ForkServer, worker_environment
 from rlhfbench.runs.forkserver_process import Lines
+from rlhfbench.runs.job import finish
 
 HERE = Path(__file__).parents[1]
 
@@ -64,6 +66,44 @@ def test_a_case_gets_its_request_and_its_messages_come_in_order(run):
     assert messages[2]["result"]["prompts"]["more"] == [1, "é"]
     assert end.pid not in (None, os.getpid())
     assert end.max_rss_bytes > 2**20
+
+
+def test_a_job_has_several_processes_each_with_its_messages_log_and_exit(server, tmp_path):
+    kinds = ("chatter", "exit", "hang")
+    requests = [{"case": {"options": {"data": {"prompt_field": kind}}}, "preload": ["colorsys"]} for kind in kinds]
+    logs = [tmp_path / f"{kind}.log" for kind in kinds]
+    results = {}
+
+    def take(number, message):
+        if "result" in message:
+            results[number] = message["result"]["outcome"]
+
+    with server.job(requests, logs, take) as job:
+        while None in job.exits[:2]:
+            job.wait(60)
+        assert not job.is_over
+        job.dump()  # who runs writes its stack
+        until_s = time.monotonic() + 60
+        while "in _hang" not in logs[2].read_text() and time.monotonic() < until_s:
+            job.wait(0.05)
+        assert job.kill()
+        finish(job, None)
+    assert [end.code for end in job.exits] == [0, 7, -signal.SIGKILL]
+    assert [end.pid for end in job.exits] == job.pids
+    assert len(set(job.pids)) == 3
+    assert results == {0: "ok"}
+    assert logs[0].read_text() == "said on stdout\n"
+    assert logs[1].read_text() == "before the end\n"
+    assert "in _hang" in logs[2].read_text()
+    assert is_gone(job.pids[2])
+
+
+def test_a_phase_is_told_with_the_exit_and_wakes_no_one(server, tmp_path):
+    request = {"case": {"options": {"data": {"prompt_field": "in-a-phase"}}}}
+    told = []
+    end = server.run(request, log_path=tmp_path / "log", on_message=told.append)
+    assert (end.code, end.phase) == (-signal.SIGKILL, "optimize")
+    assert told == [{"notify": "build"}, {"notify": "phase:score"}]
 
 
 def test_each_case_is_a_fresh_process_of_the_same_server(run, server):
