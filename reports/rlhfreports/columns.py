@@ -18,6 +18,7 @@ from __future__ import annotations
 import pandas as pd
 
 _PART_END = "_part_bytes"
+_PARTS_OF_RANKS = ("gathered", "buckets")
 
 # Columns that tell cases apart beside method, length and batch size, and the words for a value of each. Frames of one
 # run have no column ``run``.
@@ -44,8 +45,9 @@ def axes_of(frame: pd.DataFrame) -> list[str]:
 
 
 def parts_of(frame: pd.DataFrame) -> list[str]:
-    """The parts of memory that ``frame`` has columns for, in the order of the columns."""
-    return [name.removesuffix(_PART_END) for name in frame.columns if name.endswith(_PART_END)]
+    """The parts of memory that ``frame`` has columns for, in their order; those of ranks only where a case has some."""
+    parts = [name.removesuffix(_PART_END) for name in frame.columns if name.endswith(_PART_END)]
+    return [part for part in parts if part not in _PARTS_OF_RANKS or frame[f"{part}{_PART_END}"].fillna(0).any()]
 
 
 def axes_that_vary(frame: pd.DataFrame) -> list[str]:

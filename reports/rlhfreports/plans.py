@@ -24,12 +24,24 @@ from rlhfreports.terminal import Column, TerminalTable, terminal
 
 _CAPTION_CHARS = 90  # per line of a picture's caption
 # Of the parts in the order of their columns; frozen weights are grey.
-PART_COLORS = ("#7A7A7A", COLORS[4], "#B0B0B0", COLORS[2], COLORS[3], COLORS[6], COLORS[1], COLORS[7], COLORS[5])
+PART_COLORS = {
+    "base": "#7A7A7A",
+    "adapters": COLORS[4],
+    "heads": "#B0B0B0",
+    "gradients": COLORS[2],
+    "optimizer": COLORS[3],
+    "kv_cache": COLORS[6],
+    "activations": COLORS[1],
+    "rollout": COLORS[7],
+    "gathered": "#8C6D31",
+    "buckets": "#C7A76C",
+    "temporary": COLORS[5],
+}
 
 
 def part_colors(parts: Sequence[str]) -> list[str]:
     """A colour for each of ``parts``."""
-    return [PART_COLORS[i % len(PART_COLORS)] for i in range(len(parts))]
+    return [PART_COLORS.get(part, COLORS[0]) for part in parts]
 
 
 def _buckets(frame: pd.DataFrame) -> tuple[str, ...]:

@@ -10,10 +10,13 @@ from rlhfkernels.observer import PARTS
 from rlhfreports.plans import draw_plan, plan_figure, plan_table
 
 GIB = 2**30
+# The parts that one process has.
+ALONE = [part for part in PARTS if part not in ("gathered", "buckets")]
 
 
 def frame() -> pd.DataFrame:
-    row = {f"{part}_part_bytes": (i + 1) * GIB for i, part in enumerate(PARTS)}
+    row = {f"{part}_part_bytes": (i + 1) * GIB for i, part in enumerate(ALONE)}
+    row |= {f"{part}_part_bytes": 0 for part in PARTS if part not in ALONE}
     total = sum(row.values())
     shared = {"seq_len": 800, "total_bytes": total, "model_bytes": 1, "activation_bytes": 1, "peak_phase": "score"}
     shared |= {"bucket_bytes": 0, "setting": "modern"}
@@ -37,9 +40,15 @@ def test_the_table_has_every_part_and_result() -> None:
 
 def test_bars_are_stacked_to_the_total_with_the_device_as_a_line() -> None:
     (axes,) = plan_figure(frame(), caption="tiny", limit_bytes=40 * GIB).axes
-    assert len(axes.patches) == 2 * len(PARTS)
+    assert len(axes.patches) == 2 * len(ALONE)
     assert max(bar.get_x() + bar.get_width() for bar in axes.patches) == pytest.approx(45)
     assert axes.lines[0].get_xdata()[0] == 40
+
+
+def test_the_parts_of_ranks_are_shown_where_a_case_has_them() -> None:
+    ranks = frame().assign(gathered_part_bytes=[0, GIB])
+    names = [" ".join(column.name.split()) for column in plan_table(ranks, caption="tiny").columns]
+    assert [name for name in names if "gathered" in name or "bucket" in name] == ["gathered GiB"]
 
 
 def test_zero_buckets_are_shown_outside_the_total() -> None:

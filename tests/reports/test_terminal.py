@@ -79,7 +79,7 @@ def plan_frame() -> pd.DataFrame:
                 "seq_len": length,
                 "batch_size": 16,
                 **parts,
-                "kv_cache_part_bytes": 0,
+                **dict.fromkeys(("kv_cache_part_bytes", "gathered_part_bytes", "buckets_part_bytes"), 0),
                 "total_bytes": 123 * GIB,
                 "bucket_bytes": GIB,
                 "peak_phase": "update_actor_critic",

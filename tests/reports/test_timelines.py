@@ -34,7 +34,7 @@ def test_areas_are_stacked_to_the_total_and_the_peak_is_marked() -> None:
     frame = points([3.0, 6.0, 9.0, 3.0])
     (axes,) = timeline_figure(frame, phases(("score", 0, 2), ("update_actor", 2, 4)), **WORDS).axes
     areas = [area for area in axes.collections if isinstance(area, PolyCollection)]
-    assert len(areas) == len(PARTS)
+    assert len(areas) == len(PARTS) - 2  # those of ranks are left out
     assert max(area.get_paths()[0].vertices[:, 1].max() for area in areas) == pytest.approx(9.0)
     assert areas[0].get_paths()[0].vertices[:, 1].max() == pytest.approx(3.0)  # base
     (dot,) = [line for line in axes.lines if line.get_marker() == "o"]
