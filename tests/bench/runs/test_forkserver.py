@@ -72,14 +72,16 @@ def test_a_job_has_several_processes_each_with_its_messages_log_and_exit(server,
     kinds = ("chatter", "exit", "hang")
     requests = [{"case": {"options": {"data": {"prompt_field": kind}}}, "preload": ["colorsys"]} for kind in kinds]
     logs = [tmp_path / f"{kind}.log" for kind in kinds]
-    results = {}
+    results, stages = {}, []
 
     def take(number, message):
         if "result" in message:
             results[number] = message["result"]["outcome"]
+        elif number == 2:
+            stages.append(message["notify"].split()[0])
 
     with server.job(requests, logs, take) as job:
-        while None in job.exits[:2]:
+        while None in job.exits[:2] or "hanging" not in stages:
             job.wait(60)
         assert not job.is_over
         job.dump()  # who runs writes its stack
