@@ -54,7 +54,7 @@ def _steady(request, send, seconds=1.0):
     phases = {"generate": [generate_s] * num_steps, "optimize": [seconds] * num_steps}
     block = {"phases": phases, "stopped_because": "budget", "in_turns": "turns" in settings, "error": None}
     kinds = {"generate": {"kind": "inference"}, "optimize": {"kind": "update"}}
-    memory = {**SOME_MEMORY, "total_bytes": 6 + injected.get("held_bytes", 0)}
+    memory = {**SOME_MEMORY, "total_bytes": 6 + injected.get("held_bytes", 0), "views": {"host_peak_bytes": 1}}
     once = {"memory": memory, "latency": {"phases": kinds, "num_blocks": settings["num_blocks"] or 2}}
     send({"result": {"outcome": "ok", "error": None, **({} if settings["block"] else once), "block": block}})
 

@@ -120,7 +120,8 @@ def gate(
             metavar="N",
             parser=number("--threads", int),
             rich_help_panel=JUDGEMENT,
-            help="Threads of torch in a case; torch chooses by default.",
+            help="Threads of torch in a case.  [default: one core is left to the rest of the machine]",
+            show_default=False,
         ),
     ] = None,
     out: Annotated[

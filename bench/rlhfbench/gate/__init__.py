@@ -21,18 +21,21 @@ def compare_with(
     Args:
         base: A revision of the repository that the working folder lies in, or the folder of a run.
         sweep: The cases. Those of a stored run are its own.
-        out: A new folder for the runs.
+        out: A new or an empty folder for the runs.
         options: How to compare.
         tell: Receives a line after each look at the data.
 
     Raises:
-        GateError: The two cannot be compared, or another gate runs on this machine.
+        GateError: The two cannot be compared, ``out`` is not empty, or another gate runs on this machine.
     """
+    from rlhfbench.errors import GateError
     from rlhfbench.gate import baseline, sides
     from rlhfbench.gate.compare import Comparison, GateOptions
     from rlhfbench.runs.folder import RunFolder
 
     options = options or GateOptions()
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise GateError(f"out is '{out}': it must be a new or an empty folder.")
     with sides.only_gate():
         if RunFolder(base).is_run:
             return baseline.compare_with_run(Path(base), out, options)

@@ -1,7 +1,8 @@
 """Decision of the gate: from pairs of blocks to a verdict for each case and quantity.
 
 A pair is a block of the base and a block of the head, whose steps were taken in turns where possible. The ratio of a
-pair is free of what both share. The interval of a ratio is Student's t of the logarithms of the ratios of pairs.
+pair is free of what both share. The interval of a ratio is that of a meta-analysis of the logarithms of the pairs'
+ratios, each of which counts by its precision.
 
 A time has changed if its p-value, corrected by Holm over the whole sweep, is below the level of this look *and* its
 95 % interval lies wholly beyond the smallest effect that counts. It is the same if its interval excludes every effect
@@ -27,6 +28,8 @@ PAIRS_PER_LOOK = 2
 MAX_LOOKS = 8
 # A change of memory, as the ledger counts it, from which on it counts: it repeats to the byte.
 MEMORY_EFFECT = 0.001
+# Least error of a pair, as a share of the median: five rounds may agree by chance, and would outweigh all other pairs.
+_LEAST_ERROR = 0.5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +50,7 @@ class Estimate:
     """The ratio head / base of one time.
 
     Attributes:
-        ratio: Geometric mean over the pairs.
+        ratio: Geometric mean over the pairs, weighted by their precision.
         low: Lower end of its 95 % interval.
         high: Upper end.
         p_value: Two-sided, of no change.
@@ -61,14 +64,48 @@ class Estimate:
     num_pairs: int
 
 
-def estimate(logs: Sequence[float]) -> Estimate:
-    """Returns the estimate from the logarithms of the ratios of at least two pairs."""
+def estimate(logs: Sequence[float], errors: Sequence[float] = ()) -> Estimate:
+    """Returns the estimate from the logarithms of the ratios of at least two pairs.
+
+    Other load comes and goes, so some pairs are known ten times as well as others. Each counts by its precision, as in
+    a meta-analysis of random effects: weights 1 / (error² + variance between pairs) with DerSimonian and Laird's
+    variance, and Hartung and Knapp's interval. Without errors, all count alike, and the interval is Student's t.
+
+    The standard error is no less than the rounds inside the pairs allow: few pairs may lie close together on one side
+    of 0 by chance. Of eight that scatter by the same amount around 0, all do so in one of 128 comparisons.
+
+    Args:
+        logs: One of each pair.
+        errors: Standard error of each, from the rounds of its pair. The rule cannot see which side was disturbed: it
+            is the same for both signs of the logarithm.
+    """
     from scipy.special import stdtr, stdtrit
 
-    num = len(logs)
-    mean, spread = statistics.fmean(logs), statistics.stdev(logs) / math.sqrt(num)
+    num, typical = len(logs), statistics.median(errors) if errors else 0.0
+    weights, least_variance = [1.0] * num, 0.0
+    if typical:
+        squares = [max(error, _LEAST_ERROR * typical) ** 2 for error in errors]
+        between = _variance_between(logs, squares)
+        weights = [1 / (square + between) for square in squares]
+        least_variance = 1 / math.fsum(weights)
+    mean, scatter = _weighted(logs, weights)
+    spread = math.sqrt(max(scatter / (num - 1) / math.fsum(weights), least_variance))
     width = float(stdtrit(num - 1, 1 - SIGNIFICANCE / 2)) * spread
     return _estimate(mean, width, 2 * float(stdtr(num - 1, -abs(mean) / spread)) if spread else float(mean == 0), num)
+
+
+def _weighted(values: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:
+    """The weighted mean, and the weighted sum of squared distances from it."""
+    mean = math.fsum(weight * value for weight, value in zip(weights, values, strict=True)) / math.fsum(weights)
+    return mean, math.fsum(weight * (value - mean) ** 2 for weight, value in zip(weights, values, strict=True))
+
+
+def _variance_between(logs: Sequence[float], squares: Sequence[float]) -> float:
+    """DerSimonian and Laird's variance between pairs, from the squared error of each."""
+    weights = [1 / square for square in squares]
+    total = math.fsum(weights)
+    excess = _weighted(logs, weights)[1] - (len(logs) - 1)
+    return max(0.0, excess / (total - math.fsum(weight**2 for weight in weights) / total))
 
 
 def estimate_unpaired(base: Sequence[float], head: Sequence[float]) -> Estimate:

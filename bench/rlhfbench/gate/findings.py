@@ -123,7 +123,7 @@ def _times(case: Case, base: Record, head: Record) -> Iterator[Finding]:
                 verdict="ambiguous",
                 base=statistics.fmean(pair.base[name] for pair in kept),
                 head=statistics.fmean(pair.head[name] for pair in kept),
-                estimate=estimate([pair.log_ratios[name] for pair in kept]),
+                estimate=estimate([pair.log_ratios[name] for pair in kept], [pair.errors[name] for pair in kept]),
                 num_set_aside=len(counted) - sum(counted),
             )
 

@@ -30,7 +30,8 @@ def self_test(side: Side, sweep: Sweep, out: Path, options: GateOptions, tell: C
         GateError: no case could be measured.
     """
     # As many pairs as a comparison can take: an ambiguity that never ends. Few pairs would make all draws alike.
-    patient = dataclasses.replace(options, effects=Effects(smallest=options.effects.smallest, promised=1e-9))
+    never = Effects(smallest=options.effects.smallest, promised=1e-9)
+    patient = dataclasses.replace(options, effects=never, budget_s=3 * options.budget_s, pair_s=options.turns_s)
     base, head = (dataclasses.replace(side, name=name) for name in ("base", "head"))
     comparison = Comparison(base, head, sweep, out / "clean", patient)
     clean = comparison.run()

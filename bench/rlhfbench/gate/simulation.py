@@ -26,6 +26,7 @@ from rlhfbench.gate.decide import (
 )
 from rlhfbench.gate.other_rules import differs_by_asv, is_slower_by_threshold
 from rlhfbench.gate.pairs import BlockPair, Values, pairs_of
+from rlhfbench.records.blocks import quantity_of
 from rlhfbench.records.file import read_records
 
 NUM_TRIES = 200
@@ -53,11 +54,11 @@ class MeasuredCase:
     @property
     def longest_phase(self) -> str:
         """The phase that takes the most seconds."""
-        return max(self.kinds, key=self.pairs[0].base.__getitem__)
+        return max(self.kinds, key=lambda phase: self.pairs[0].base[quantity_of(phase)])
 
     def affected(self, phase: str) -> set[str]:
         """The quantities that the seconds of ``phase`` are part of."""
-        return {phase, self.kinds[phase], "total"}
+        return {quantity_of(phase), self.kinds[phase], "total"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,7 +150,7 @@ def _rates_of_rule(
                 for name in case.pairs[0].log_ratios
                 if rule.flags(
                     [step[name] for step in base],
-                    [step[name] + factors.get(name, 0.0) * step[phase] for step in head],
+                    [step[name] + factors.get(name, 0.0) * step[quantity_of(phase)] for step in head],
                 )
             }
             found += place == target and bool(flagged & case.affected(phase))
@@ -199,7 +200,7 @@ def _compare(
 ) -> tuple[list[set[Verdict]], list[int]]:
     """The verdicts on every case of one simulated comparison, and the pairs that each needed."""
     draws = [_logs(case, slowdown if place == target else 0.0, rng) for place, case in enumerate(cases)]
-    kept: list[dict[str, list[float]]] = [{} for _ in cases]
+    kept: list[dict[str, list[tuple[float, float]]]] = [{} for _ in cases]
     num_pairs, undecided = [0] * len(cases), list(range(len(cases)))
     verdicts: dict[tuple[int, str], Verdict] = {}
     levels = Levels()
@@ -214,7 +215,11 @@ def _compare(
             for _ in range(num_new):
                 for name, value in next(draws[place]).items():
                     kept[place].setdefault(name, []).append(value)
-        flat = {(place, name): estimate(logs) for place, case in enumerate(kept) for name, logs in case.items()}
+        flat = {
+            (place, name): estimate(*zip(*values, strict=True))
+            for place, case in enumerate(kept)
+            for name, values in case.items()
+        }
         share = share_done(look, min(map(spent_s, undecided)), budget_s)
         judged = judge(list(flat.values()), levels.take(share), effects)
         changes = {key: said for key, said in verdicts.items() if said in CHANGES}
@@ -226,11 +231,14 @@ def _compare(
     return [{said for (of, _), said in verdicts.items() if of == place} for place in range(len(cases))], num_pairs
 
 
-def _logs(case: MeasuredCase, slowdown: float, rng: random.Random) -> Iterator[dict[str, float]]:
-    """Logarithms of head / base by quantity, of pairs that are drawn, exchanged and slowed down, without end."""
+def _logs(case: MeasuredCase, slowdown: float, rng: random.Random) -> Iterator[dict[str, tuple[float, float]]]:
+    """Logarithms of head / base and their errors by quantity, of pairs that are drawn, exchanged and slowed down."""
     phase = case.longest_phase
     affected = case.affected(phase)
     while True:
         pair, sign = rng.choice(case.pairs), rng.choice((-1, 1))
-        added = {name: slowdown * pair.head[phase] / pair.head[name] for name in affected}
-        yield {name: sign * ratio + math.log1p(added.get(name, 0.0)) for name, ratio in pair.log_ratios.items()}
+        added = {name: slowdown * pair.head[quantity_of(phase)] / pair.head[name] for name in affected}
+        yield {
+            name: (sign * ratio + math.log1p(added.get(name, 0.0)), pair.errors[name])
+            for name, ratio in pair.log_ratios.items()
+        }

@@ -49,18 +49,24 @@ def midmean_of(values: Sequence[float]) -> float:
 def half_width_of_midmean(values: Sequence[float]) -> float:
     """Returns half the width of the mid-mean's 95 % confidence interval, relative to the mid-mean.
 
-    The interval is Tukey and McLaughlin's for a trimmed mean: the standard deviation is that of the winsorized values.
-    It takes the values as independent, so it says when to stop and not how sure a figure is. Infinite below six
-    values: fewer leave too few in the middle.
+    The interval is Tukey and McLaughlin's for a trimmed mean. It takes the values as independent, so it says when to
+    stop and not how sure a figure is. Infinite below six values: fewer leave too few in the middle.
     """
     num = len(values)
     if num < 6:
         return math.inf
-    cut = num // 4
+    return _t_quantile(num - 2 * (num // 4) - 1) * error_of_midmean(values) / midmean_of(values)
+
+
+def error_of_midmean(values: Sequence[float]) -> float:
+    """Returns the standard error of the mid-mean of independent values, of which there are at least two.
+
+    It is Tukey and McLaughlin's for a trimmed mean: the standard deviation is that of the winsorized values.
+    """
+    num, cut = len(values), len(values) // 4
     ranked = sorted(values)
     winsorized = [min(max(value, ranked[cut]), ranked[-1 - cut]) for value in ranked]
-    error = statistics.stdev(winsorized) / ((1 - 2 * cut / num) * math.sqrt(num))
-    return _t_quantile(num - 2 * cut - 1) * error / midmean_of(values)
+    return statistics.stdev(winsorized) / ((1 - 2 * cut / num) * math.sqrt(num))
 
 
 def half_width(values: Sequence[float]) -> float | None:

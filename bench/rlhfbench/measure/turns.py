@@ -2,6 +2,10 @@
 
 The referee listens at two sockets and grants turns; each of the two processes connects to one of them, waits for a
 turn, takes one step and says so. While one steps, the other sleeps.
+
+A turn is a whole step. With one turn for each phase, the same phase of both runs 10 to 30 ms apart, and is known no
+better: over pairs of 6 s with one thread of a revision with itself, the ratios of a phase differ by 15 % from round to
+round either way, and the median error of a pair is 1.4 % in place of 0.9 %.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 _GO, _DONE = b"g", b"d"
-_MIN_ROUNDS, _MAX_ROUNDS = 5, 100
+_MIN_ROUNDS, _MAX_ROUNDS = 5, 1000
 
 
 class Turns:
@@ -63,7 +67,7 @@ def run_in_turns(
     Args:
         jobs: Each is called, in a thread of its own, with the path that its process makes ``Turns`` of.
         folder: An existing folder with a short path, which no one else can read.
-        budget_s: Seconds of turns of all jobs together. There are 5 to 100 rounds.
+        budget_s: Seconds of turns of all jobs together. There are 5 to 1000 rounds.
         rng: Draws who goes first in each round.
         aborts: Called when this call is interrupted: they end the jobs.
     """

@@ -120,12 +120,20 @@ def step_values(record: Mapping[str, Any], block: Block) -> list[dict[str, float
 
 
 def _quantities(record: Mapping[str, Any], seconds: Mapping[str, float]) -> dict[str, float]:
-    """Seconds per sample: ``total``, the kinds, and each phase, from the seconds of the phases."""
+    """Seconds per sample: ``total``, the kinds, and each phase, from the seconds of the phases.
+
+    A phase that has the name of a kind, such as ``update`` of DPO, is ``phase update``: the kind is the sum.
+    """
     kinds = {name: phase.get("kind") for name, phase in record["latency"]["phases"].items()}
     phases = {name: value / rows_per_step(record) for name, value in seconds.items()}
     sums = {kind: math.fsum(phases[name] for name in phases if kinds[name] == kind) for kind in KINDS}
     sums = {kind: value for kind, value in sums.items() if kind in kinds.values()}
-    return {"total": math.fsum(sums.values()), **sums, **phases}
+    return {"total": math.fsum(sums.values()), **sums, **{quantity_of(name): phases[name] for name in phases}}
+
+
+def quantity_of(phase: str) -> str:
+    """Returns the name that the seconds of a phase have among those of kinds and total."""
+    return f"phase {phase}" if phase in (*KINDS, "total") else phase
 
 
 def load_of(interference: Mapping[str, Any]) -> float:

@@ -14,6 +14,7 @@ import pytest
 
 import rlhfbench.gate
 from rlhfbench.cases.sweep import Sweep
+from rlhfbench.errors import GateError
 from rlhfbench.gate import compare, selftest, simulation
 from rlhfbench.gate.compare import GateOptions
 from rlhfbench.gate.sides import git
@@ -203,3 +204,6 @@ def test_compare_with_takes_a_revision_or_a_run(call, commit, fake, tmp_path):
     assert call("run", *steady, "--blocks", "2", "--out", str(tmp_path / "stored"))[0] == 0
     found = rlhfbench.gate.compare_with(str(tmp_path / "stored"), sweep, tmp_path / "new")
     assert {finding.verdict for finding in found} == {"same"}
+    for base in ("HEAD~1", str(tmp_path / "stored")):
+        with pytest.raises(GateError, match="it must be a new or an empty folder"):
+            rlhfbench.gate.compare_with(base, sweep, tmp_path / "out", options)

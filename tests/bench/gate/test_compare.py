@@ -21,6 +21,7 @@ from rlhfbench.gate.output import exit_code, markdown, to_json
 from rlhfbench.gate.pairs import BlockPair, pairs_of
 from rlhfbench.gate.sides import Side
 from rlhfbench.gate.simulation import MeasuredCase, measured_cases, rates
+from rlhfbench.measure import turns
 from rlhfbench.records.file import read_records
 from rlhfbench.runs.forkserver import ForkServer
 from rlhfbench.runs.options import RunOptions
@@ -30,12 +31,14 @@ from rlhfkernels.config.case import Case
 from rlhfkernels.config.options import Options
 
 CASE = Case(method="hydra", model="tiny", prompt_len=4, completion_len=4, batch_size=2)
+NUM_ROUNDS = 20
 BASE, HEAD = Side(name="base", title="abc"), Side(name="head", title="the working tree")
 
 
 @pytest.fixture(autouse=True)
 def servers(monkeypatch, fake_server):
-    """Sides fork fake cases."""
+    """Sides fork fake cases, whose steps take no time: few rounds are as good as many."""
+    monkeypatch.setattr(turns, "_MAX_ROUNDS", NUM_ROUNDS)
     monkeypatch.setattr(compare, "ForkServer", lambda paths: ForkServer(target="fake_case:run_case", preload=()))
 
 
@@ -63,7 +66,7 @@ def test_equal_sides_are_the_same_after_the_first_look(tmp_path):
         (record,) = read_records(tmp_path / "out" / name)
         blocks = record["latency"]["blocks"]
         assert [block["in_turns"] for block in blocks] == [False] + [True] * MIN_PAIRS
-        assert {len(block["phases"]["generate"]) for block in blocks[1:]} == {100}
+        assert {len(block["phases"]["generate"]) for block in blocks[1:]} == {NUM_ROUNDS}
 
 
 def test_an_older_base_is_timed_in_blocks_one_after_the_other(tmp_path):
@@ -84,6 +87,33 @@ def test_an_older_base_is_timed_in_blocks_one_after_the_other(tmp_path):
         assert not any(block["in_turns"] for block in record["latency"]["blocks"])
 
 
+def test_a_pair_is_timed_for_a_twentieth_of_the_budget_at_most_three_seconds():
+    budgets = (60.0, 600.0, 20.0)
+    assert [GateOptions(budget_s=budget_s).turns_s for budget_s in budgets] == [3.0, 3.0, 1.0]
+    assert GateOptions(budget_s=30.0, pair_s=3.0).turns_s == 3.0
+
+
+@pytest.mark.parametrize(
+    ("physical", "usable", "set_by_user", "threads"),
+    [
+        (2, 2, None, 1),
+        (8, 16, None, 8),
+        (8, 8, None, 7),
+        (16, 4, None, 3),
+        (1, 1, None, 1),
+        (None, 4, None, 1),
+        (8, 8, "4", None),
+    ],
+)
+def test_one_core_is_left_to_the_rest_of_the_machine(monkeypatch, physical, usable, set_by_user, threads):
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: physical)
+    monkeypatch.setattr(compare, "num_cores", lambda: usable)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if set_by_user is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", set_by_user)
+    assert compare.default_threads() == threads
+
+
 def test_both_sides_live_at_once_only_where_they_fit():
     def records(num_bytes):
         return [{"memory": {"views": {"host_peak_bytes": num_bytes}}}] * 2
@@ -92,6 +122,8 @@ def test_both_sides_live_at_once_only_where_they_fit():
     assert compare.fit_at_once(CASE, records(free // 10))
     assert not compare.fit_at_once(CASE, records(free // 2))
     assert not compare.fit_at_once(dataclasses.replace(CASE, device="cuda"), records(1))
+    assert not compare.fit_at_once(CASE, [*records(1)[:1], *records(None)[:1]])
+    assert not compare.fit_at_once(CASE, [*records(1)[:1], None])
 
 
 def test_the_ratio_of_a_pair_in_turns_is_that_of_its_rounds():
@@ -109,6 +141,25 @@ def test_the_ratio_of_a_pair_in_turns_is_that_of_its_rounds():
     assert math.log(pair.head["total"] / pair.base["total"]) == pytest.approx(math.log(1.1))
     (swapped,) = pairs_of(record(1.1, 1.0), record(1.0, 5.0))
     assert swapped.log_ratios["total"] == pytest.approx(-math.log(1.1))
+
+
+@pytest.mark.parametrize("num_rounds", [7, 8])
+def test_the_error_of_a_pair_is_that_of_its_rounds(num_rounds):
+    """From eight rounds on, one disturbed round is outside of the middle; fewer are too few to leave one out."""
+
+    def record(last):
+        block = {"phases": {"generate": [1.0] * (num_rounds - 1) + [last]}, "in_turns": True, "error": None}
+        latency = {"phases": {"generate": {"kind": "inference"}}, "blocks": [block, block]}
+        return {"case": {"batch_size": 2}, "latency": latency}
+
+    (pair,) = pairs_of(record(1.0), record(2.0))
+    # The standard error of one value beside n - 1 equal ones is their difference, over n.
+    expected = 0.0 if num_rounds == 8 else math.log(2.0) / 7
+    assert pair.errors == pytest.approx(dict.fromkeys(("total", "inference", "generate"), expected))
+    unpaired = [{**side, "latency": {**side["latency"]}} for side in (record(1.0), record(2.0))]
+    for side in unpaired:
+        side["latency"]["blocks"] = [{**block, "in_turns": False} for block in side["latency"]["blocks"]]
+    assert set(pairs_of(*unpaired)[0].errors.values()) == {0.0}
 
 
 def test_a_slower_phase_is_found_in_the_phase_its_kind_and_the_total(tmp_path):
@@ -339,6 +390,7 @@ def test_simulated_rates_follow_the_noise(tmp_path):
             base=equal,
             head=equal,
             log_ratios=dict.fromkeys(names, ratio),
+            errors=dict.fromkeys(names, 0.0),
             disturbed=(False, False),
             steps=([equal], [equal]),
         )

@@ -46,6 +46,58 @@ def test_pairs_without_spread_are_certain():
     assert estimate([0.1] * 4).p_value == 0.0
 
 
+def test_pairs_of_equal_errors_have_students_interval():
+    logs = [0.1, 0.12, 0.05, 0.2]  # of a standard error of 0.03: the rounds explain less
+    found, plain = estimate(logs, [0.01] * 4), estimate(logs)
+    assert (found.ratio, found.low, found.high) == pytest.approx((plain.ratio, plain.low, plain.high))
+
+
+def test_the_interval_is_hartung_and_knapps():
+    """The formulas of Hartung and Knapp (2001), with DerSimonian and Laird's variance, in matrices."""
+    logs, errors = np.array([0.10, 0.02, 0.07, -0.05, 0.3]), np.array([0.02, 0.03, 0.02, 0.04, 0.2])
+    fixed = np.diag(errors**-2)
+    projection = fixed - np.outer(fixed.sum(0), fixed.sum(0)) / fixed.sum()
+    between = max(0.0, (logs @ projection @ logs - 4) / np.trace(projection))
+    inverse = np.linalg.inv(np.diag(errors**2 + between))
+    mean = inverse.sum(0) @ logs / inverse.sum()
+    half = stats.t.ppf(0.975, 4) * math.sqrt((logs - mean) @ inverse @ (logs - mean) / 4 / inverse.sum())
+    found = estimate(logs.tolist(), errors.tolist())
+    assert between > 0
+    assert found.ratio == pytest.approx(math.exp(mean))
+    assert (found.low, found.high) == pytest.approx((math.exp(mean - half), math.exp(mean + half)))
+    assert found.p_value == pytest.approx(2 * stats.t.sf(mean / (half / stats.t.ppf(0.975, 4)), 4))
+
+
+def test_a_pair_beside_other_load_counts_for_little():
+    quiet = estimate([0.05, 0.06, 0.04, 0.05], [0.01] * 4)
+    with_one = estimate([0.05, 0.06, 0.04, 0.05, 0.5], [0.01] * 4 + [0.5])
+    assert with_one.ratio == pytest.approx(quiet.ratio, rel=0.001)
+    assert with_one.high < 1.07 < estimate([0.05, 0.06, 0.04, 0.05, 0.5]).high
+
+
+def test_pairs_that_agree_by_chance_are_no_surer_than_their_rounds():
+    found = estimate([0.08, 0.08, 0.081, 0.08], [0.1] * 4)
+    assert found.p_value > 0.1
+    assert found.low < 1 < found.high
+    assert estimate([0.08, 0.08, 0.081, 0.08]).p_value < 1e-6
+
+
+def test_five_rounds_that_agree_by_chance_outweigh_no_other_pairs():
+    found = estimate([0.0, 0.0, 0.0, 0.0, 0.05], [0.1, 0.1, 0.1, 0.1, 1e-9])
+    assert math.log(found.ratio) == pytest.approx(0.05 * 4 / 8)  # it weighs as much as the other four
+
+
+@pytest.mark.parametrize("between", [0.0, 0.02])
+@pytest.mark.parametrize("num", [4, 14])
+def test_pairs_beside_changing_load_are_called_different_no_more_often_than_said(num, between):
+    rng = random.Random(f"{num} {between}")
+    alarms = 0
+    for _ in range(1500):
+        errors = [0.01 * math.exp(rng.gauss(0, 1)) for _ in range(num)]
+        alarms += estimate([rng.gauss(0, math.hypot(e, between)) for e in errors], errors).p_value < 0.05
+    assert alarms / 1500 < 0.065
+
+
 def test_an_unpaired_estimate_is_welchs():
     base, head = [1.0, 1.1, 0.9], [1.3, 1.2, 1.4, 1.25]
     found = estimate_unpaired(base, head)

@@ -76,6 +76,22 @@ def test_latency_is_the_mean_of_the_blocks_midmeans_and_adds_up():
     assert latency["stopped_because"] == "steady"
 
 
+def test_a_phase_with_the_name_of_a_kind_leaves_the_sum_of_the_kind():
+    """DPO and SFT have the phases update and optimize, both of the kind update."""
+    made = record(block((1.0, 4.0)))
+    made["latency"]["phases"] = {
+        "think": {"kind": "inference"},
+        "update": {"kind": "update"},
+        "step": {"kind": "update"},
+    }
+    made["latency"]["blocks"][0]["phases"] = {"think": [1.0], "update": [4.0], "step": [1.0]}
+    (values,) = block_values(made)
+    assert values == {
+        "total": 6.0 / 4, "inference": 1.0 / 4, "update": 5.0 / 4, "think": 1.0 / 4, "phase update": 4.0 / 4,
+        "step": 1.0 / 4,
+    }  # fmt: skip
+
+
 def test_one_block_has_no_interval():
     assert record(block((1.0, 4.0)))["latency"]["total_half_width_s_per_sample"] is None
 

@@ -1,0 +1,62 @@
+"""The script of the GitHub Action, with a stand-in for the command."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ACTION = Path(__file__).parents[3] / "action.yml"
+SCRIPT = textwrap.dedent(ACTION.read_text(encoding="utf-8").partition("      run: |\n")[2])
+# Refuses a folder that exists, as the command does where it holds files; writes a table; ends with the code in $CODE.
+COMMAND = """#!/bin/bash
+while [ $# -gt 0 ]; do
+  case $1 in
+    --out) mkdir "$2" || exit 2 ;;
+    --summary) echo "table of $BASE" > "$2" ;;
+  esac
+  shift
+done
+exit "$CODE"
+"""
+
+
+@pytest.fixture
+def step(tmp_path, monkeypatch):
+    """Returns a function that runs the action's script; it returns the exit code and the outputs."""
+    command = tmp_path / "bin" / "rlhfbench"
+    command.parent.mkdir()
+    command.write_text(COMMAND)
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(command.parent), prepend=os.pathsep)
+    monkeypatch.setenv("RUNNER_TEMP", str(tmp_path))
+
+    def run(base, code, allow="true"):
+        files = {f"GITHUB_{name}": str(tmp_path / name) for name in ("OUTPUT", "STEP_SUMMARY")}
+        more = {"BASE": base, "CODE": str(code), "ARGUMENTS": "--methods lora", "ALLOW": allow, **files}
+        # As GitHub runs the shell bash.
+        done = subprocess.run(["bash", "-eo", "pipefail", "-c", SCRIPT], env={**os.environ, **more}, check=False)
+        return done.returncode, dict(line.split("=", 1) for line in (tmp_path / "OUTPUT").read_text().splitlines())
+
+    return run
+
+
+def test_a_job_may_have_several_gates(step, tmp_path):
+    first, second = step("abc", 0), step("def", 1)
+    assert [code for code, _ in (first, second)] == [0, 1]
+    assert [outputs["verdict"] for _, outputs in (first, second)] == ["pass", "regression"]
+    assert [Path(outputs["table"]).read_text() for _, outputs in (first, second)] == [
+        "table of abc\n",
+        "table of def\n",
+    ]
+    assert (tmp_path / "STEP_SUMMARY").read_text() == "table of abc\ntable of def\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "allow", "ends_with"), [(3, "true", 0), (3, "false", 3), (1, "true", 1), (2, "true", 2)]
+)
+def test_the_job_fails_where_the_gate_says_no_or_cannot_tell(step, code, allow, ends_with):
+    assert step("abc", code, allow)[0] == ends_with
