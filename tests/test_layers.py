@@ -109,3 +109,14 @@ def test_ops_know_no_case_no_head_and_no_model() -> None:
         if target.removeprefix("rlhfkernels.") in ABOVE_OPS
     }
     assert not wrong
+
+
+def test_only_the_command_line_knows_the_cluster_and_only_the_cluster_knows_ray() -> None:
+    assert {folder for folder, targets in GRAPH.items() if "rlhfbench.cluster" in targets} == {"rlhfbench.cli"}
+    importers = {
+        folder_of(module_of(path, package))
+        for package, folder in PACKAGES.items()
+        for path in folder.rglob("*.py")
+        if any(name.split(".")[0] == "ray" for name in imported_modules(path))
+    }
+    assert importers == {"rlhfbench.cluster"}

@@ -147,6 +147,7 @@ class Measurer:
 
     def _open(self) -> Callable[[Case], dict[str, Any]]:
         from rlhfbench.records.file import RecordsFile
+        from rlhfbench.runs.case_process import ThisMachine
         from rlhfbench.runs.folder import RunFolder
         from rlhfbench.runs.forkserver import ForkServer
         from rlhfbench.runs.options import RunOptions
@@ -157,7 +158,7 @@ class Measurer:
         folder.prepare(self._sweep, resume=False)
         records = self._opened.enter_context(RecordsFile(folder.path))
         server = self._opened.enter_context(ForkServer())
-        runner = Runner(folder, RunOptions(time_budget_s=self._time_budget_s), records, server, Silent())
+        runner = Runner(folder, RunOptions(time_budget_s=self._time_budget_s), records, ThisMachine(server), Silent())
 
         def run(case: Case) -> dict[str, Any]:
             runner.run([case])

@@ -15,6 +15,8 @@ The harness documents and makes its columns (``rlhfbench.records_frame``). Repor
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 
 _PART_END = "_part_bytes"
@@ -23,6 +25,8 @@ _PARTS_OF_RANKS = ("gathered", "buckets")
 # Columns that tell cases apart beside method, length and batch size, and the words for a value of each. Frames of one
 # run have no column ``run``.
 RUN = "run"
+# The machine that ran a case. Times of several machines are never compared within a run, so it is an axis like others.
+HOST = "host"
 CASE_AXES: dict[str, str] = {
     "model": "{}",
     "device": "{}",
@@ -32,10 +36,11 @@ CASE_AXES: dict[str, str] = {
     "setting": "setting {}",
     "options": "{}",
 }
-AXES: dict[str, str] = {RUN: "{}", **CASE_AXES}
+AXES: dict[str, str] = {RUN: "{}", HOST: "on {}", **CASE_AXES}
+IN_A_LINE = ("setting", RUN)  # axes that a line of a picture has in its name
 # Axes that a setting may change. While each setting has one value, its name stands for them.
 _SETTING_AXES = ("dtype", "lora_rank")
-_QUIET_AXES = ("seed",)  # left out of captions
+_QUIET_AXES = ("seed", HOST)  # left out of captions
 _MAX_WORD_CHARS = 60  # in captions; the end of a checkpoint's path is kept, as it holds the name
 
 
@@ -61,13 +66,17 @@ def axes_that_vary(frame: pd.DataFrame) -> list[str]:
 
 
 def _differing(frame: pd.DataFrame) -> list[str]:
-    return [axis for axis in axes_of(frame) if frame[axis].nunique(dropna=False) > 1]
+    return [
+        axis
+        for axis in axes_of(frame)
+        if (len(hosts_of(frame)) if axis == HOST else frame[axis].nunique(dropna=False)) > 1
+    ]
 
 
 def _implied(frame: pd.DataFrame) -> list[str]:
     if RUN in frame and frame[RUN].nunique() > 1:
         by_run = frame.groupby(RUN)
-        of_run = [axis for axis in CASE_AXES if by_run[axis].nunique(dropna=False).max() == 1]
+        of_run = [axis for axis in axes_of(frame) if axis != RUN and by_run[axis].nunique(dropna=False).max() == 1]
         return list(dict.fromkeys([*of_run, *_implied(frame.drop(columns=RUN))]))
     if not (frame["setting_order"] > 0).any():
         return ["setting"]
@@ -75,6 +84,27 @@ def _implied(frame: pd.DataFrame) -> list[str]:
         return []
     by_setting = frame.groupby("setting", dropna=False)
     return [axis for axis in _SETTING_AXES if by_setting[axis].nunique(dropna=False).max() == 1]
+
+
+def hosts_of(frame: pd.DataFrame) -> list[str]:
+    """The machines that cases of ``frame`` were measured on."""
+    if HOST not in frame:
+        return []
+    measured = (frame["outcome"] == "ok").fillna(False).astype(bool)
+    return list(frame.loc[measured, HOST].dropna().unique())
+
+
+def hosts_note(frame: pd.DataFrame) -> str | None:
+    """One sentence on the machines of one run, if there are several: why their times are not compared."""
+    if RUN in frame and frame[RUN].nunique() > 1:
+        return None
+    hosts = hosts_of(frame)
+    if len(hosts) < 2:
+        return None
+    return (
+        f"Cases were measured on {len(hosts)} machines ({', '.join(hosts)}): times are compared only between cases of "
+        "one machine."
+    )
 
 
 def setting_order(frame: pd.DataFrame) -> list[str]:
@@ -113,3 +143,9 @@ def methods_in_order(frame: pd.DataFrame) -> pd.DataFrame:
     """
     methods = frame[["method", "method_title", "method_order"]].drop_duplicates("method")
     return methods.sort_values("method_order", kind="stable", na_position="last", ignore_index=True)
+
+
+def is_measured(rows: pd.DataFrame) -> pd.Series[bool]:
+    """True for rows that are ok and have a time that a logarithmic axis can show."""
+    total = rows["total_s_per_sample"].astype("float64").fillna(math.nan)
+    return (rows["outcome"] == "ok").fillna(False).astype(bool) & total.gt(0) & (total < math.inf)

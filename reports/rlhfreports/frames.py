@@ -1,20 +1,22 @@
 """The frames that pictures are drawn from: one row per point, made from the frame of a run's records.
 
-The pictures of matplotlib and the charts of the page read these, so both show the same numbers. Every frame has the
-columns ``method``, ``title`` (of the method), ``line`` (the title with the setting and the run where these vary),
-``seq_len`` and ``batch_size``, and ``setting`` and ``run`` where these vary.
+The pictures of matplotlib and the charts of the page read these and no records, so both show the same numbers. Every
+frame has the columns ``method``, ``title`` (of the method), ``line`` (the title with the setting and the run where
+these vary), ``seq_len`` and ``batch_size``, and ``setting`` and ``run`` where these vary.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
-from rlhfreports.columns import RUN, axes_that_vary, axis_text, parts_of
+from rlhfreports.columns import IN_A_LINE, axes_that_vary, axis_text, parts_of
 from rlhfreports.panels import Panel, panels_of
 from rlhfreports.predicted import comparisons
+from rlhfreports.ratios import t_quantile
 from rlhfreports.slopes import SLOPE_COLUMNS, slope_by_length
 from rlhfreports.tables import GIB
 
@@ -26,7 +28,6 @@ MEMORY = {
     "activation_bytes": "activation",
     "process_peak_bytes": "whole process",
 }
-IN_A_LINE = ("setting", RUN)  # axes that a line has in its name
 
 
 def line_of(frame: pd.DataFrame) -> pd.Series[str]:
@@ -74,7 +75,8 @@ def times(frame: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         ``panel``, ``kind`` (one of ``KINDS``), ``seconds`` per sample, ``low`` and ``high`` (the ends of its 95 %
-        interval, both ``seconds`` without one), and ``tokens`` of a sample: ``seq_len`` for each of its sequences.
+        interval, both ``seconds`` without one), ``tokens`` of a sample (``seq_len`` for each of its sequences), and
+        ``shows_batch``: the panel is that of the largest batch that fits, where each point has its own.
     """
     found = []
     for panel in panels_of(frame):
@@ -86,10 +88,21 @@ def times(frame: pd.DataFrame) -> pd.DataFrame:
             # A logarithmic axis has no 0: an interval that reaches it ends at a tenth of the point.
             low, high = np.maximum(seconds - width, seconds / 10), seconds + width
             of_kind = _shared(rows).assign(
-                panel=panel.title, kind=kind, seconds=seconds, low=low, high=high, tokens=tokens
+                panel=panel.title,
+                kind=kind,
+                seconds=seconds,
+                low=low,
+                high=high,
+                tokens=tokens,
+                shows_batch=panel.shows_batch,
             )
             found.append(of_kind[(seconds > 0) & np.isfinite(seconds)])
-    return _with_lines(frame, found, ("panel", "kind", "seconds", "low", "high", "tokens"))
+    return _with_lines(frame, found, ("panel", "kind", "seconds", "low", "high", "tokens", "shows_batch"))
+
+
+def panel_titles(frame: pd.DataFrame) -> list[str]:
+    """The panels of ``times`` and ``failures``, in their order."""
+    return [panel.title for panel in panels_of(frame)]
 
 
 def slopes(frame: pd.DataFrame) -> pd.DataFrame:
@@ -242,6 +255,29 @@ def block_times(frame: pd.DataFrame, blocks: pd.DataFrame) -> pd.DataFrame:
         others=100 * share,
         mhz=joined["cpu_mhz"],
     )[names].reset_index(drop=True)
+
+
+def drift(blocks: pd.DataFrame) -> tuple[float, float] | None:
+    """How many percent slower the blocks of a run became from its first to its last, with half of the 95 % interval.
+
+    A line through the blocks of each case, all with one slope: cases differ in their times and in when they ran.
+
+    Args:
+        blocks: from ``block_times``.
+
+    Returns:
+        ``None`` where no case has blocks enough.
+    """
+    of_case = blocks.assign(case=blocks["line"] + blocks["size"])[["case", "minutes", "percent"]].dropna()
+    means = of_case.groupby("case")[["minutes", "percent"]].transform("mean")
+    x, y = ((of_case[name] - means[name]).to_numpy(dtype=float) for name in ("minutes", "percent"))
+    degrees = len(of_case) - of_case["case"].nunique() - 1
+    if degrees < 1 or not (x**2).sum() > 0:
+        return None
+    slope = (x * y).sum() / (x**2).sum()
+    error = math.sqrt(((y - slope * x) ** 2).sum() / degrees / (x**2).sum())
+    span = float(of_case["minutes"].max() - of_case["minutes"].min())
+    return float(slope * span), t_quantile(degrees) * error * span
 
 
 def _has_memory(frame: pd.DataFrame) -> pd.Series[bool]:

@@ -25,14 +25,16 @@ import pandas as pd
 
 from rlhfreports.columns import (
     CASE_AXES,
+    HOST,
     axes_of,
     axes_that_vary,
     axis_text,
+    hosts_note,
+    is_measured,
     methods_in_order,
     setting_order,
     shared_axes_text,
 )
-from rlhfreports.panels import is_measured
 from rlhfreports.ratios import Ratio, ratio
 from rlhfreports.tables import ABSENT, GIB, ReportTable, outcome_word, text
 from rlhfreports.terminal import Column, terminal
@@ -71,6 +73,7 @@ _COLUMNS = {
     "method_title": "string",
     "baseline": "string",
     "baseline_title": "string",
+    HOST: "string",
     **{axis: "Int64" if axis in ("lora_rank", "seed") else "string" for axis in CASE_AXES},
     **dict.fromkeys(("prompt_len", "completion_len", "seq_len"), "Int64"),
     **dict.fromkeys(("baseline_batch_size", "memory_bytes", "batch_size", "batch_total_bytes"), "Int64"),
@@ -128,7 +131,8 @@ def gain_table(frame: pd.DataFrame, baseline: str = BASELINE) -> GainTable:
     shows_split = len(lengths) > len(set(lengths.sum(axis=1)))
     found: list[dict[str, Any]] = []
     rows: list[tuple[str, ...]] = []
-    notes: list[str] = []
+    note = hosts_note(frame)
+    notes = [note] if note else []
     for base, method in _pairs(frame, baseline):
         row = _divide(base, method)
         first = method.iloc[0]
@@ -138,7 +142,7 @@ def gain_table(frame: pd.DataFrame, baseline: str = BASELINE) -> GainTable:
             where = [_title(first), *(axis_text(axis, first[axis]) or f"no {axis}" for axis in axes)]
             notes.append(f"{', '.join(where)}, {length} tokens: {row}")
             continue
-        shared = {name: first[name] for name in ("method", "method_title", *CASE_AXES, *_SIZE, "seq_len")}
+        shared = {name: first.get(name) for name in ("method", "method_title", HOST, *CASE_AXES, *_SIZE, "seq_len")}
         found.append({**shared, "baseline": baseline, "baseline_title": title, **row})
         rows.append((*words, *_cells(row)))
     columns: dict[str, Any] = {

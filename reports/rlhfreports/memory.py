@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from rlhfreports.columns import axes_that_vary, methods_in_order, setting_order, shared_axes_text
+from rlhfreports.columns import axes_that_vary, hosts_note, methods_in_order, setting_order, shared_axes_text
 from rlhfreports.ratios import interval_decimals, resolution
 from rlhfreports.tables import ABSENT, GIB, ReportTable, decimals_for, number_text, outcome_word, text
 from rlhfreports.terminal import Column, terminal
@@ -218,7 +218,8 @@ def _disturbances(frame: pd.DataFrame) -> list[str]:
 
 def _notes(frame: pd.DataFrame, words: dict[str, list[str]]) -> tuple[str, ...]:
     notes: list[str] = [] if frame["num_timed_blocks"].isna().all() else [resolution(frame)]
-    notes += _disturbances(frame)
+    note = hosts_note(frame)
+    notes += [*([note] if note else []), *_disturbances(frame)]
     # A side of a comparison may have more than its run asked for.
     lost = int((frame["num_blocks"] - frame["num_timed_blocks"])[_is_ok(frame)].clip(lower=0).sum())
     if lost:

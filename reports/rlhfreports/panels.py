@@ -1,17 +1,13 @@
-"""The panels of a figure and the points of each. Nothing is drawn here."""
+"""Which rows stand in which panel. ``rlhfreports.frames`` makes the frames of pictures from them."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
 
-from rlhfreports.columns import RUN, axes_that_vary, axis_text
-
-_IN_A_LINE = ("setting", RUN)
+from rlhfreports.columns import IN_A_LINE, axes_that_vary, axis_text, is_measured
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +33,7 @@ def panels_of(frame: pd.DataFrame) -> list[Panel]:
     The settings of a method share a panel, and so do runs. Where the largest batch that fits differs, a last panel
     shows it for each line and length, as Figure 2 of Hydra-RLHF does.
     """
-    axes = [axis for axis in axes_that_vary(frame) if axis not in _IN_A_LINE]
+    axes = [axis for axis in axes_that_vary(frame) if axis not in IN_A_LINE]
     groups = frame.groupby(axes, sort=False, dropna=False) if axes else [((), frame)]
     panels: list[Panel] = []
     for values, rows in groups:
@@ -67,12 +63,6 @@ def _panel(rows: pd.DataFrame, title: str) -> Panel:
     return Panel(title=title, points=rows[is_measured(rows)], failures=_unmeasured(rows))
 
 
-def is_measured(rows: pd.DataFrame) -> pd.Series[bool]:
-    """True for rows that are ok and have a time that a logarithmic axis can show."""
-    total = rows["total_s_per_sample"].astype("float64").fillna(math.nan)
-    return (rows["outcome"] == "ok").fillna(False).astype(bool) & total.gt(0) & (total < math.inf)
-
-
 def _unmeasured(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[~is_measured(rows)]
 
@@ -84,27 +74,8 @@ def _largest_that_fit(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _line_point(rows: pd.DataFrame) -> list[str]:
     """The columns that tell the points of all lines of a panel apart."""
-    return ["method", *(axis for axis in _IN_A_LINE if axis in rows), "seq_len"]
+    return ["method", *(axis for axis in IN_A_LINE if axis in rows), "seq_len"]
 
 
 def _joined(*words: str) -> str:
     return " · ".join(word for word in words if word)
-
-
-Metric = Callable[[pd.DataFrame], "pd.Series[float]"]
-
-
-def seconds_per_sample(rows: pd.DataFrame) -> pd.Series[float]:
-    """Seconds of a step per data row of its batch."""
-    return rows["total_s_per_sample"].astype("float64")
-
-
-def samples_per_second(rows: pd.DataFrame) -> pd.Series[float]:
-    """Data rows per second of a step."""
-    return 1.0 / seconds_per_sample(rows)
-
-
-def tokens_per_second(rows: pd.DataFrame) -> pd.Series[float]:
-    """Tokens per second of a step: ``seq_len`` for every sequence of a sample, such as the two of a pair."""
-    num_tokens = rows["seq_len"] * rows["sequences_per_sample"].fillna(1)
-    return num_tokens.astype("float64") / seconds_per_sample(rows)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import pandas as pd
 
+from rlhfreports.columns import is_measured
 from rlhfreports.frames import line_of, size_of
-from rlhfreports.panels import is_measured
 
 _END = "_phase_s"
 _MACHINE = ("host", "device", "dtype", "num_threads")

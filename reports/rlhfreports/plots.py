@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,14 +24,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from matplotlib.transforms import blended_transform_factory
 
 from rlhfreports.columns import axes_that_vary, methods_in_order, setting_order, shared_axes_text
-from rlhfreports.panels import (
-    Metric,
-    Panel,
-    panels_of,
-    samples_per_second,
-    seconds_per_sample,
-    tokens_per_second,
-)
+from rlhfreports.frames import failures, panel_titles, times
 from rlhfreports.tables import outcome_word
 from rlhfreports.ticks import log_ticks, plain_number, spaced
 
@@ -78,20 +71,35 @@ class Style:
     line: LineStyle = "-"
 
 
-Line = tuple[str, str]  # a method and a setting
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Quantity:
+    """The y axis of a row of panels: its label, and the values for seconds and tokens of a sample."""
+
+    label: str
+    values: Callable[[pd.Series[float], pd.Series[float]], pd.Series[float]]
+
+
+_SECONDS = _Quantity(label="seconds per sample (lower is better)", values=lambda seconds, tokens: seconds)
+_SAMPLES = _Quantity(label="samples per second (higher is better)", values=lambda seconds, tokens: 1 / seconds)
+_TOKENS = _Quantity(label="tokens per second, prompt + completion", values=lambda seconds, tokens: tokens / seconds)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _Quantity:
-    """The y axis of a row of panels."""
+class _Panel:
+    """One panel: its title, the rows of ``frames.times`` and those of ``frames.failures``."""
 
-    label: str
-    metric: Metric
+    title: str
+    points: pd.DataFrame
+    failures: pd.DataFrame
 
 
-_SECONDS = _Quantity(label="seconds per sample (lower is better)", metric=seconds_per_sample)
-_SAMPLES = _Quantity(label="samples per second (higher is better)", metric=samples_per_second)
-_TOKENS = _Quantity(label="tokens per second, prompt + completion", metric=tokens_per_second)
+def _panels(frame: pd.DataFrame) -> list[_Panel]:
+    points, failed = times(frame), failures(frame)
+    points = points[points["kind"] == "total"]
+    return [
+        _Panel(title=title, points=points[points["panel"] == title], failures=failed[failed["panel"] == title])
+        for title in panel_titles(frame)
+    ]
 
 
 def latency(frame: pd.DataFrame, path_stem: str | Path) -> tuple[Path, Path]:
@@ -127,13 +135,17 @@ def write_figure(figure: Figure, path_stem: str | Path) -> tuple[Path, Path]:
     path_stem = Path(path_stem)
     png, svg = path_stem.with_name(f"{path_stem.name}.png"), path_stem.with_name(f"{path_stem.name}.svg")
     with matplotlib.rc_context(STYLE):
+        if figure.get_layout_engine() is not None:
+            # Laid out once: each file would do it twice again, a third of the time of a figure of 11 panels.
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")
         figure.savefig(png, dpi=150, metadata={"Software": None})
         figure.savefig(svg, metadata={"Date": None, "Creator": None})
     return png, svg
 
 
 def _figure(frame: pd.DataFrame, title: str, quantities: Sequence[_Quantity]) -> Figure:
-    panels = panels_of(frame)
+    panels = _panels(frame)
     with matplotlib.rc_context(STYLE):
         if not any(len(panel.points) for panel in panels):
             return _empty_figure(frame, title)
@@ -191,15 +203,15 @@ def setting_styles(frame: pd.DataFrame) -> dict[str, LineStyle]:
     return {name: LINE_STYLES[place] for name, place in places.items()}
 
 
-def line_styles(frame: pd.DataFrame) -> dict[Line, Style]:
-    """The style of each line: colour and marker of its method, line style of its setting."""
+def line_styles(frame: pd.DataFrame) -> dict[str, Style]:
+    """The style of each line (``frames.line_of``): colour and marker of its method, line style of its setting."""
     lines = setting_styles(frame)
     styles = {}
-    for method, style in method_styles(frame).items():
+    for style in method_styles(frame).values():
         for setting in setting_order(frame):
             title = f"{style.title}, {setting}" if lines else style.title
             line = lines.get(setting, LINE_STYLES[0])
-            styles[method, setting] = dataclasses.replace(style, title=title, line=line)
+            styles[title] = dataclasses.replace(style, title=title, line=line)
     return styles
 
 
@@ -240,7 +252,7 @@ def _num_legend_rows(labels: Sequence[str], width_in: float) -> int:
 
 
 def _draw_quantity(
-    grid: Sequence[Axes], panels: Sequence[Panel], quantity: _Quantity, styles: dict[Line, Style], num_columns: int
+    grid: Sequence[Axes], panels: Sequence[_Panel], quantity: _Quantity, styles: dict[str, Style], num_columns: int
 ) -> None:
     """Draws one quantity into its panels, all with the same limits."""
     lengths = sorted({int(x) for panel in panels for rows in (panel.points, panel.failures) for x in rows["seq_len"]})
@@ -263,12 +275,12 @@ def _draw_quantity(
         axes.set_visible(False)
 
 
-def _draw_lines(axes: Axes, panel: Panel, quantity: _Quantity, styles: dict[Line, Style]) -> None:
+def _draw_lines(axes: Axes, panel: _Panel, quantity: _Quantity, styles: dict[str, Style]) -> None:
     for line, style in styles.items():
-        rows = _rows_of(line, panel.points).sort_values(["seq_len", "prompt_len"], kind="stable")
+        rows = _rows_of(line, panel.points).sort_values("seq_len", kind="stable")
         if rows.empty:
             continue
-        x, y = rows["seq_len"].astype("float64").tolist(), quantity.metric(rows).tolist()
+        x, y = rows["seq_len"].astype("float64").tolist(), quantity.values(rows["seconds"], rows["tokens"]).tolist()
         axes.plot(
             x,
             y,
@@ -289,34 +301,30 @@ def _draw_lines(axes: Axes, panel: Panel, quantity: _Quantity, styles: dict[Line
 
 def _band(rows: pd.DataFrame, quantity: _Quantity) -> tuple[list[float], list[float]]:
     """The ends of the 95 % interval of each point; both are the point itself where there is none."""
-    seconds = rows["total_s_per_sample"].astype("float64")
-    width = rows["total_half_width_s_per_sample"].astype("float64").fillna(0.0)
-    # A logarithmic axis has no 0: an interval that reaches it ends at a tenth of the point.
-    fastest, slowest = (seconds - width).clip(lower=seconds / 10), seconds + width
-    one, other = (quantity.metric(rows.assign(total_s_per_sample=ends)).to_numpy() for ends in (fastest, slowest))
+    one, other = (quantity.values(rows[end], rows["tokens"]).to_numpy(dtype=float) for end in ("low", "high"))
     return np.minimum(one, other).tolist(), np.maximum(one, other).tolist()
 
 
-def _rows_of(line: Line, rows: pd.DataFrame) -> pd.DataFrame:
-    method, setting = line
-    return rows[(rows["method"] == method) & (rows["setting"] == setting)]
+def _rows_of(line: str, rows: pd.DataFrame) -> pd.DataFrame:
+    return rows[rows["line"] == line]
 
 
-def _words(panel: Panel, styles: dict[Line, Style], *, short: bool) -> dict[Line, list[tuple[int, str]]]:
+def _words(panel: _Panel, styles: dict[str, Style], *, short: bool) -> dict[str, list[tuple[int, str]]]:
     """The words of the band above the lines, by line: (length, outcome) for each case that was not measured.
 
     A panel whose points differ in batch size has the batch size of each point there too. ``short`` words are for
     lengths so close that longer ones would overlap.
     """
-    words: dict[Line, list[tuple[int, str]]] = {}
+    words: dict[str, list[tuple[int, str]]] = {}
     for line in styles:
         failures = _rows_of(line, panel.failures)
         found = [
             (length, "×" if short else outcome_word(outcome) if outcome != "ok" else "no time")
             for length, outcome in zip(failures["seq_len"].tolist(), failures["outcome"].tolist(), strict=True)
         ]
-        if panel.shows_batch:
-            points = _rows_of(line, panel.points)
+        points = _rows_of(line, panel.points)
+        points = points[points["shows_batch"].astype(bool)]
+        if len(points):
             sizes = zip(points["seq_len"].tolist(), points["batch_size"].tolist(), strict=True)
             found += [(length, f"{size}" if short else f"batch {size}") for length, size in sizes]
         if found:
@@ -324,7 +332,7 @@ def _words(panel: Panel, styles: dict[Line, Style], *, short: bool) -> dict[Line
     return words
 
 
-def _draw_words(axes: Axes, words: dict[Line, list[tuple[int, str]]], styles: dict[Line, Style]) -> None:
+def _draw_words(axes: Axes, words: dict[str, list[tuple[int, str]]], styles: dict[str, Style]) -> None:
     """Draws the band at the top of a panel: one row per line, in its colour, after its marker and line style."""
     if not words:
         return

@@ -1,26 +1,17 @@
-"""Predicted memory against measured: a log-log plot with the diagonal, and a table that names the worst row."""
+"""Predicted memory against measured: case by case, and a table that names the worst row."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Hashable, Mapping
-from pathlib import Path
 from typing import Any
 
-import matplotlib
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from rlhfreports.columns import axes_that_vary, axis_text, shared_axes_text
-from rlhfreports.plots import STYLE, Style, draw_head, method_styles, write_figure
 from rlhfreports.tables import ABSENT, GIB, markdown, outcome_word
-from rlhfreports.ticks import log_ticks, plain_number
 
 SUMS = ("model", "activation", "total")
-_PANEL_IN = 3.6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,65 +105,6 @@ def predicted_markdown(frame: pd.DataFrame) -> str:
 
 def _measured(item: Comparison) -> str:
     return outcome_word(item.outcome) if item.measured_bytes is None else _gib(item.measured_bytes)
-
-
-def draw_predicted(frame: pd.DataFrame, path_stem: Path) -> tuple[Path, Path]:
-    """Writes ``predicted_figure`` as ``path_stem``.png and .svg, and returns both paths."""
-    return write_figure(predicted_figure(frame), path_stem)
-
-
-def predicted_figure(frame: pd.DataFrame) -> Figure:
-    """Measured against predicted GiB: one panel per sum, one marker per method, and the diagonal of equality."""
-    found = [item for item in comparisons(frame) if item.measured_bytes and item.predicted_bytes > 0]
-    styles = method_styles(frame)
-    with matplotlib.rc_context(STYLE):
-        width, height = _PANEL_IN * len(SUMS) + 0.4, _PANEL_IN + 1.5
-        figure = Figure(figsize=(width, height))
-        for i, kind in enumerate(SUMS):
-            left, side = (0.75 + i * _PANEL_IN) / width, (_PANEL_IN - 0.75) / width
-            axes = figure.add_axes((left, 0.85 / height, side, (_PANEL_IN - 0.75) / height))
-            _draw_panel(axes, [item for item in found if item.kind == kind], styles)
-            axes.set_title(f"{kind} memory", fontsize=10.5)
-            axes.set_xlabel("predicted GiB")
-            if i == 0:
-                axes.set_ylabel("measured GiB")
-        figure.text(0.5, 0.12 / height, worst_sentence(comparisons(frame)), ha="center", va="bottom", fontsize=9.5)
-        draw_head(figure, frame, "Measured memory against predicted", list(styles.values()))
-    return figure
-
-
-def _draw_panel(axes: Axes, found: list[Comparison], styles: dict[str, Style]) -> None:
-    sizes = [size / GIB for item in found for size in (item.predicted_bytes, item.measured_bytes or 0)]
-    low, high = (min(sizes), max(sizes)) if sizes else (1.0, 1.0)
-    margin = max(0.08 * math.log10(high / low), 0.15)
-    limits = low / 10**margin, high * 10**margin
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlim(*limits)
-    axes.set_ylim(*limits)
-    ticks = log_ticks(*limits)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(FixedLocator(ticks[:: 1 + len(ticks) // 5]))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: plain_number(value)))
-        axis.set_minor_locator(NullLocator())
-    axes.plot(limits, limits, color="#999999", linewidth=1.0, linestyle="--", label="_diagonal", zorder=1)
-    for method, style in styles.items():
-        points = [item for item in found if item.method == method]
-        if points:
-            axes.plot(
-                [item.predicted_bytes / GIB for item in points],
-                [(item.measured_bytes or 0) / GIB for item in points],
-                color=style.color,
-                marker=style.marker,
-                markersize=7,
-                markeredgecolor="white",
-                markeredgewidth=0.8,
-                linestyle="none",
-                label=style.title,
-            )
-    axes.grid(visible=True, color="#E4E4E4", linewidth=0.8)
-    axes.tick_params(length=0, labelsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _case_words(row: Mapping[Hashable, Any], axes: list[str]) -> str:

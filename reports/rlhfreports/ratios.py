@@ -14,8 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from rlhfreports.columns import axes_of
-from rlhfreports.panels import is_measured
+from rlhfreports.columns import axes_of, is_measured
 
 _SIZE = ("prompt_len", "completion_len", "batch_size")
 
@@ -118,7 +117,10 @@ def resolvable(frame: pd.DataFrame) -> float | None:
     Where methods that do the same work were run, it is the larger of what they differ by at most and the median width
     of their ratios' intervals. Else it is the median, over cases, of the half-width of a difference of two such cases.
     """
-    controls = control_ratios(frame)
+    return _resolvable(frame, control_ratios(frame))
+
+
+def _resolvable(frame: pd.DataFrame, controls: Sequence[Ratio]) -> float | None:
     widths = [r.half_width / r.value for r in controls if r.half_width is not None]
     if widths:
         return max(_largest_difference(controls), statistics.median(widths))
@@ -128,10 +130,10 @@ def resolvable(frame: pd.DataFrame) -> float | None:
 
 def resolution(frame: pd.DataFrame) -> str:
     """Returns one sentence on the differences that this run can tell apart, which are those of ``resolvable``."""
-    bound = resolvable(frame)
+    controls = control_ratios(frame)
+    bound = _resolvable(frame, controls)
     if bound is None:
         return "Every case was timed in one block: how sure the times are is not known."
-    controls = control_ratios(frame)
     if any(r.half_width is not None for r in controls):
         return (
             f"This run tells apart differences above {percent(bound)}: {len(controls)} pairs of cases that do the "

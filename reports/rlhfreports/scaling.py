@@ -19,8 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from rlhfreports.columns import axes_of
-from rlhfreports.panels import is_measured
+from rlhfreports.columns import axes_of, is_measured
 from rlhfreports.plots import STYLE, LineStyle, Style, draw_head, method_styles, write_figure
 from rlhfreports.tables import ABSENT, GIB, ReportTable, decimals_for, number_text, text
 from rlhfreports.ticks import plain_number

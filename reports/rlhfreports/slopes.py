@@ -19,14 +19,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from rlhfreports.columns import CASE_AXES, axes_of, axes_that_vary, methods_in_order, setting_order, shared_axes_text
-from rlhfreports.panels import Metric, is_measured
+from rlhfreports.columns import (
+    CASE_AXES,
+    HOST,
+    axes_of,
+    axes_that_vary,
+    hosts_note,
+    is_measured,
+    methods_in_order,
+    setting_order,
+    shared_axes_text,
+)
 from rlhfreports.ratios import t_quantile
 from rlhfreports.tables import ReportTable, text
 from rlhfreports.terminal import Column, terminal
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 GENERATE_COLUMN = "generate_phase_s"
 MIN_POINTS_FOR_ERROR = 3
@@ -60,12 +71,14 @@ class Quantity:
 
     Attributes:
         name: the time that is fitted; ``EXPLANATION`` has the definition.
-        seconds: that time for each row, NA where there is none.
+        column: seconds of each row; ``_BLOCK_COLUMNS`` has those of its blocks.
+        factor: what makes them that time, for each row.
         lines: the lines through rows of one method that differ in sizes alone, smaller ones first.
     """
 
     name: str
-    seconds: Metric
+    column: str
+    factor: Callable[[pd.DataFrame], Floats]
     lines: Callable[[pd.DataFrame], Iterator[Line]]
 
 
@@ -107,25 +120,23 @@ def _is_in_proportion(rows: pd.DataFrame) -> bool:
     return bool(least < most)
 
 
-def _decode(rows: pd.DataFrame) -> pd.Series[float]:
-    if GENERATE_COLUMN not in rows:
-        return pd.Series(math.nan, index=rows.index)
-    return rows[GENERATE_COLUMN].astype("float64") / rows["completion_len"].astype("float64")
+def _as_it_is(rows: pd.DataFrame) -> Floats:
+    return np.ones(len(rows))
 
 
-def _update(rows: pd.DataFrame) -> pd.Series[float]:
-    return rows["update_s_per_sample"].astype("float64") * rows["batch_size"].astype("float64")
+def _a_token(rows: pd.DataFrame) -> Floats:
+    return 1 / rows["completion_len"].to_numpy(dtype=float)
 
 
-def _total(rows: pd.DataFrame) -> pd.Series[float]:
-    return rows["total_s_per_sample"].astype("float64")
+def _a_step(rows: pd.DataFrame) -> Floats:
+    return rows["batch_size"].to_numpy(dtype=float)
 
 
 QUANTITIES = (
-    Quantity(name="decode s/token", seconds=_decode, lines=_along_prompts),
-    Quantity(name="update s/step", seconds=_update, lines=_along_batches),
-    Quantity(name="update s/step", seconds=_update, lines=_along_lengths),
-    Quantity(name="total s/sample", seconds=_total, lines=_along_lengths),
+    Quantity(name="decode s/token", column=GENERATE_COLUMN, factor=_a_token, lines=_along_prompts),
+    Quantity(name="update s/step", column="update_s_per_sample", factor=_a_step, lines=_along_batches),
+    Quantity(name="update s/step", column="update_s_per_sample", factor=_a_step, lines=_along_lengths),
+    Quantity(name="total s/sample", column="total_s_per_sample", factor=_as_it_is, lines=_along_lengths),
 )
 _TIME_ENDS = ("s_per_sample", "block_s_per_sample")
 _SIZES = ["prompt_len", "completion_len", "seq_len", "batch_size"]
@@ -148,13 +159,14 @@ EXPLANATION = (
 _COLUMNS = {
     "method": "string",
     "method_title": "string",
+    HOST: "string",
     **{axis: "Int64" if axis in ("lora_rank", "seed") else "string" for axis in CASE_AXES},
     **dict.fromkeys(("quantity", "against", "held"), "string"),
     "num_points": "Int64",
     **dict.fromkeys(("smallest", "largest"), "Int64"),
     **dict.fromkeys(("slope", "half_width", "standard_error", "r_squared"), "Float64"),
 }
-_SHARED = ("method", "method_title", *CASE_AXES)
+_SHARED = ("method", "method_title", HOST, *CASE_AXES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -215,7 +227,7 @@ def slope_table(frame: pd.DataFrame) -> SlopeTable:
                 fitted = _fit(line, quantity)
                 if fitted:
                     first = group.iloc[0]
-                    rows.append({"_place": place, **{name: first[name] for name in _SHARED}, **fitted})
+                    rows.append({"_place": place, **{name: first.get(name) for name in _SHARED}, **fitted})
     columns: dict[str, Any] = {
         name: pd.array([row.get(name) for row in rows], dtype=dtype)  # type: ignore[call-overload]
         for name, dtype in _COLUMNS.items()
@@ -249,6 +261,7 @@ def slope_table(frame: pd.DataFrame) -> SlopeTable:
         cells=pd.DataFrame({name: [text(value) for value in values] for name, values in {**words, **numbers}.items()}),
         num_text_columns=len(words),
         explanation=EXPLANATION,
+        notes=(note,) if (note := hosts_note(frame)) else (),
         frame=found,
         axes=axes,
         methods=tuple(methods_in_order(frame)["method"]),
@@ -265,7 +278,7 @@ def slope_by_length(rows: pd.DataFrame, column: str) -> tuple[float, float | Non
     Returns:
         ``None`` where fewer than two lengths have a time; no interval with fewer than two blocks.
     """
-    quantity = Quantity(name=column, seconds=lambda rows: rows[column].astype("float64"), lines=_along_lengths)
+    quantity = Quantity(name=column, column=column, factor=_as_it_is, lines=_along_lengths)
     fitted = _fit(Line(size="seq_len", held="", rows=rows), quantity)
     return None if fitted is None else (fitted["slope"], fitted["half_width"])
 
@@ -294,12 +307,15 @@ def _fit(line: Line, quantity: Quantity) -> dict[str, Any] | None:
     """The fit of ``line``, ``None`` where fewer than two sizes have a time."""
     from scipy.stats import linregress
 
-    seconds = quantity.seconds(line.rows)
+    if quantity.column not in line.rows:
+        return None
+    factor = quantity.factor(line.rows)
+    seconds = line.rows[quantity.column].to_numpy(dtype=float, na_value=math.nan) * factor
     usable = (seconds > 0) & (seconds < math.inf)
-    sizes = line.rows.loc[usable, line.size].to_numpy(dtype=float)
+    sizes = line.rows[line.size].to_numpy(dtype=float)[usable]
     if len(set(sizes)) < 2:
         return None
-    logs = np.log(seconds[usable].to_numpy(dtype=float))
+    logs = np.log(seconds[usable])
     fit = linregress(np.log(sizes), logs)
     has_error = len(sizes) >= MIN_POINTS_FOR_ERROR
     return {
@@ -310,46 +326,32 @@ def _fit(line: Line, quantity: Quantity) -> dict[str, Any] | None:
         "smallest": int(min(sizes)),
         "largest": int(max(sizes)),
         "slope": float(fit.slope),
-        "half_width": _half_width(line.rows[usable], line.size, quantity),
+        "half_width": _half_width(line.rows[usable], sizes, _BLOCK_COLUMNS[quantity.column], factor[usable]),
         "standard_error": float(fit.stderr) if has_error else None,
         # Equal times have no variance to explain.
         "r_squared": float(fit.rvalue) ** 2 if has_error and np.ptp(logs) > 0 else None,
     }
 
 
-def _half_width(rows: pd.DataFrame, size: str, quantity: Quantity) -> float | None:
+def _half_width(rows: pd.DataFrame, sizes: Floats, column: str, factor: Floats) -> float | None:
     """Half the 95 % interval of the slope, from a fit for each block that every point has."""
-    num_rows, num_blocks = len(rows), min(map(len, _block_lists(rows, "total_block_s_per_sample")), default=0)
+    num_blocks = min(map(len, _block_lists(rows, "total_block_s_per_sample")), default=0)
     if num_blocks < 2:
         return None
-    # All blocks in one frame: a frame for each of them took three times as long as the rest of a report.
-    of_blocks = (
-        rows[_SIZES]
-        .take(np.tile(np.arange(num_rows), num_blocks))
-        .assign(
-            **{
-                mean: pd.array(_block_by_block(_block_lists(rows, column), num_blocks), dtype="Float64")
-                for mean, column in _BLOCK_COLUMNS.items()
-                if mean in rows
-            }
-        )
-    )
-    seconds = quantity.seconds(of_blocks).to_numpy(dtype=float, na_value=math.nan).reshape(num_blocks, num_rows)
+    # As one array: a frame for each line took three times as long as the rest of a report.
+    padding = [None] * num_blocks
+    lists = [[*values, *padding][:num_blocks] for values in _block_lists(rows, column)]
+    seconds = (np.array(lists, dtype=float) * factor[:, None]).T
     whole = seconds[(seconds > 0).all(axis=1)]
     if len(whole) < 2:
         return None
-    slopes = np.polyfit(np.log(rows[size].to_numpy(dtype=float)), np.log(whole).T, 1)[0]
+    slopes = np.polyfit(np.log(sizes), np.log(whole).T, 1)[0]
     return float(t_quantile(len(slopes) - 1) * np.std(slopes, ddof=1) / math.sqrt(len(slopes)))
 
 
 def _block_lists(rows: pd.DataFrame, column: str) -> list[list[float | None]]:
     """The values by block of each row, empty where its record has none."""
     return [values if isinstance(values, list) else [] for values in rows[column]]
-
-
-def _block_by_block(lists: list[list[float | None]], num_blocks: int) -> list[float | None]:
-    """The first block of every row, then the second, …; ``None`` where a row has no such block."""
-    return [values[number] if number < len(values) else None for number in range(num_blocks) for values in lists]
 
 
 def _longest(rows: pd.DataFrame) -> pd.Series[Any] | None:

@@ -77,8 +77,8 @@ def text(value: object, absent: str = ABSENT) -> str:
 
 
 def outcome_word(outcome: object) -> str:
-    """An outcome as people write it: ``oom`` is ``OOM``."""
-    return "OOM" if outcome == "oom" else str(outcome)
+    """An outcome as tables and pictures write it: ``OOM``, ``TIMEOUT``, ``SKIPPED``."""
+    return str(outcome).upper()
 
 
 def decimals_for(values: Sequence[float], least: int, most: int) -> int:

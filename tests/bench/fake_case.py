@@ -165,6 +165,17 @@ def _hang(request, send):
     time.sleep(600)
 
 
+def _hang_on_the_first_machine(request, send):
+    """Tells its process id through a pipe and hangs; where it is tried again, it ends well."""
+    fifo = Path(os.environ["FAKE_CASE_FIFO"])
+    if fifo.exists():
+        with fifo.open("w") as pipe:
+            fifo.unlink()
+            print(os.getpid(), file=pipe)
+        _hang(request, send)
+    _ok(request, send)
+
+
 def _hang_with_a_helper(request, send):
     helper = os.fork()
     if helper == 0:
@@ -257,6 +268,7 @@ BEHAVIOURS = {
     "oom-from-batch-4": _oom_from_batch_4,
     "over-limit": _needs_more_than_its_limit,
     "hang": _hang,
+    "hang-first": _hang_on_the_first_machine,
     "hang-with-helper": _hang_with_a_helper,
     "die": _die_between_messages,
     "segfault": _segfault,

@@ -37,6 +37,8 @@ from rlhfbench.planning.predict import plan_case
 from rlhfbench.records.file import make_record
 from rlhfbench.records.schema import FIELDS
 from rlhfbench.runs import environment, max_batch, runner
+from rlhfbench.runs.case_process import ThisMachine
+from rlhfbench.runs.execution import Ended
 from rlhfbench.runs.runner import Runner
 from rlhfkernels.config.case import Case, option_annotations
 from rlhfkernels.engine import verify as engine_verify
@@ -162,8 +164,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
         patch.setattr(runner, "make_server", lambda models: NoServer())
-        patch.setattr(Runner, "run_case", lambda self, case, num_blocks=None: measured(case))
-        patch.setattr(Runner, "plan_case", lambda self, case: None)
+        patch.setattr(Runner, "_record", lambda self, ended: measured(ended.task.case))
+        patch.setattr(ThisMachine, "run_task", lambda self, task: Ended(task=task, result={}, started_at="2026-01-01"))
         patch.setattr(plans, "plan_kinds", lambda *_, **__: [])
         patch.setattr(max_batch, "_planned", lambda *_: None)
         patch.setattr(plan_output, "table", lambda *_: "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -108,7 +109,7 @@ def searched(page: Any, word: str) -> Iterator[None]:
 def test_a_table_sorts_by_numbers(page: Any) -> None:
     heading = "total GiB"
     before = column(page, "memory-table", heading)
-    rising = [float(text) for text in sort_by(page, "memory-table", heading, "crashed") if text[:1].isdigit()]
+    rising = [float(text) for text in sort_by(page, "memory-table", heading, "CRASHED") if text[:1].isdigit()]
     assert rising == sorted(rising)
     falling = [float(text) for text in sort_by(page, "memory-table", heading, "0.384") if text[:1].isdigit()]
     assert falling == sorted(falling, reverse=True)
@@ -143,12 +144,64 @@ def test_text_of_a_record_is_shown_and_not_run(opened: Opened) -> None:
     assert opened.page.locator("img[src='x']").count() == 0
 
 
-def test_a_download_holds_the_table(page: Any) -> None:
+def downloaded(page: Any, title: str) -> str:
     with page.expect_download() as found:
-        page.locator("a[download='memory-table.csv']").click()
-    rows = list(csv.DictReader(io.StringIO(Path(found.value.path()).read_text(encoding="utf-8"))))
+        page.locator("[data-downloads='memory-table']").get_by_role("button", name=title).click()
+    assert found.value.suggested_filename.startswith("memory-table.")
+    return Path(found.value.path()).read_text(encoding="utf-8")
+
+
+def test_a_download_holds_the_table(page: Any) -> None:
+    rows = list(csv.DictReader(io.StringIO(downloaded(page, "CSV"))))
     assert len(rows) == 30
     assert {"method", "total_bytes"} <= set(rows[0])
+
+
+def test_a_download_holds_the_rows_that_are_shown(page: Any) -> None:
+    with searched(page, "Hydra-PPO 128"):
+        shown = column(page, "memory-table", "total GiB")
+        rows = list(csv.DictReader(io.StringIO(downloaded(page, "CSV"))))
+        in_markdown = downloaded(page, "Markdown").splitlines()[2:]
+        in_latex = downloaded(page, "LaTeX").split("\\midrule\n")[1].split("\\bottomrule")[0].splitlines()
+    assert 0 < len(shown) == len(rows) == len(in_markdown) == len(in_latex) < 30
+    assert {row["method"] for row in rows} <= {"hydra", "joined-hydra"}
+    for i, text in enumerate(shown):
+        assert f" {text} " in in_markdown[i]
+        assert f" {text} " in in_latex[i]
+
+
+def test_every_button_of_a_column_has_a_name_of_its_own(page: Any) -> None:
+    names = page.eval_on_selector_all(
+        "#memory-table_wrapper .dt-scroll-head button", "all => all.map(one => one.ariaLabel ?? one.innerText)"
+    )
+    assert len(names) == len(set(names)) > 10
+    assert {"Sort by total GiB", "Sort by method", "Filter method"} <= set(names)
+    assert page.get_by_role("button", name="Filter method").count() >= 1
+
+
+def ends_of_flames(page: Any) -> tuple[float, float]:
+    """The first and the last number of the x axis of the flame chart."""
+    texts = page.locator("[data-chart='flame'] svg g.role-axis-label text").evaluate_all(
+        "all => all.map(t => t.textContent)"
+    )
+    numbers = sorted(map(float, texts))
+    return numbers[0], numbers[-1]
+
+
+def test_the_flame_chart_zooms_by_keyboard(page: Any) -> None:
+    buttons = page.locator("figure:has([data-chart='flame']) .switches")
+    low, high = ends_of_flames(page)
+    buttons.get_by_role("button", name="Zoom in").focus()
+    page.keyboard.press("Enter")
+    assert low < ends_of_flames(page)[0] < ends_of_flames(page)[1] < high
+    before = ends_of_flames(page)
+    for _ in range(3):
+        page.keyboard.press("Tab")
+    assert page.evaluate("() => document.activeElement.textContent") == "Later"
+    page.keyboard.press("Space")
+    assert ends_of_flames(page)[1] > before[1]
+    buttons.get_by_role("button", name="Whole").press("Enter")
+    assert ends_of_flames(page) == (low, high)
 
 
 def picture(page: Any, chart: str) -> str:
@@ -195,6 +248,23 @@ def _changes(page: Any, chart: str, choose: Callable[[str], object], first: str,
     choose(first)
     assert any(changed), (chart, values)
     return True
+
+
+def test_the_tensor_under_the_cursor_is_named_and_elsewhere_the_moment(page: Any) -> None:
+    chart = page.locator("[data-chart='timeline-0']")
+    chart.scroll_into_view_if_needed()
+    box = chart.locator("svg.marks g.mark-area path").first.bounding_box()
+    words = chart.locator("svg.marks text", has_text=", event ")
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 2)
+    words.wait_for(timeout=_WAIT_MS)
+    assert re.fullmatch(r"\w[\w ]*, [\d.]+ GiB, event [\d,]+", words.first.text_content())
+    tensor = chart.locator("svg.marks g.mark-area path[fill-opacity='0']").first.bounding_box()
+    page.mouse.move(tensor["x"] + tensor["width"] / 2, tensor["y"] + tensor["height"] / 2)
+    tooltip = page.locator("#vg-tooltip-element.visible")
+    tooltip.wait_for(timeout=_WAIT_MS)
+    assert "8192 × 256 float32" in tooltip.inner_text()
+    assert "<script>" in tooltip.inner_text()
+    page.mouse.move(0, 0)
 
 
 @pytest.mark.parametrize("width", [360, 768])
@@ -261,7 +331,7 @@ def test_the_keyboard_sorts_chooses_and_unfolds(page: Any) -> None:
     head = page.locator("#memory-table_wrapper .dt-scroll-head th", has_text="total GiB").first
     head.locator("button.dtcc-button_order").focus()
     page.keyboard.press("Enter")
-    page.wait_for_function(_FIRST_IS, arg=["memory-table", "total GiB", "crashed"], timeout=_WAIT_MS)
+    page.wait_for_function(_FIRST_IS, arg=["memory-table", "total GiB", "CRASHED"], timeout=_WAIT_MS)
     for _ in range(2):
         page.keyboard.press("Enter")
     page.wait_for_function(_FIRST_IS, arg=["memory-table", "total GiB", before[0]], timeout=_WAIT_MS)

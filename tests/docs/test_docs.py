@@ -50,6 +50,7 @@ RUN = {
 }
 _GPU = "it needs a GPU"
 _LONG = "it takes minutes"
+_CLUSTER = "it needs a cluster"
 _REPOSITORY = "it needs a git repository with that revision"
 _SAME = "it is long, and a command like it runs"
 # Commands that do not run here, with the reason. Their flags, options and sweep files are checked.
@@ -73,6 +74,8 @@ CHECKED = {
     "rlhfbench run --sweep sweep.toml": _LONG,
     "rlhfbench run --sweep sweep.toml --batch-sizes 8 --option lora.r=64": _LONG,
     "rlhfbench run --sweep cases.toml": _SAME,
+    "rlhfbench run --model opt-1.3b --device cuda --ray 10.0.0.1:6379": _CLUSTER,
+    "rlhfbench run --methods ppo,dpo --seq-lens 128,256 --ray 10.0.0.1:6379 --ray-group size --out my-run": _CLUSTER,
     "rlhfbench plan --sweep sweep.toml --gpu 24GiB": _LONG,
     "rlhfbench plan --model llama-7b --seq-lens 800 --batch-sizes 1,4 --dtype bfloat16 --gpu a100-80gb "
     "--out my-plan": _LONG,

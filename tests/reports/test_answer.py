@@ -101,7 +101,7 @@ def test_families_are_not_compared(make_frame: Frames) -> None:
 
 def test_a_run_without_measurements_says_so(make_frame: Frames) -> None:
     failed = make_frame({"outcome": "oom"}, {"outcome": "oom", "method": "lora"}, {"outcome": "timeout"})
-    assert answer(failed) == ["No case was measured: 2 OOM, 1 timeout."]
+    assert answer(failed) == ["No case was measured: 2 OOM, 1 TIMEOUT."]
     assert answer(make_frame()) == ["This run has no records yet."]
 
 

@@ -2,7 +2,16 @@ from __future__ import annotations
 
 import pandas as pd
 
-from rlhfreports.columns import axes_that_vary, methods_in_order, parts_of, setting_order, shared_axes_text
+from rlhfreports.columns import (
+    axes_that_vary,
+    hosts_note,
+    methods_in_order,
+    parts_of,
+    setting_order,
+    shared_axes_text,
+)
+from rlhfreports.gain import has_gain
+from rlhfreports.slopes import slope_table
 
 
 def test_parts_come_from_the_column_names_in_order():
@@ -59,3 +68,27 @@ def test_settings_are_sorted_by_their_order_with_custom_last(make_frame):
 def test_methods_are_sorted_by_their_order_with_unlisted_ones_last(make_frame):
     frame = make_frame({"method": "mine"}, {"method": "hydra"}, {"method": "full"}, {"method": "hydra"})
     assert methods_in_order(frame)["method"].tolist() == ["full", "hydra", "mine"]
+
+
+def test_times_of_two_machines_are_not_compared(make_frame):
+    rows = [
+        {"method": m, "prompt_len": p, "batch_size": b} for m in ("lora", "hydra") for p in (32, 64) for b in (1, 2)
+    ]
+    one = make_frame(*({**row, "host": "a"} for row in rows))
+    assert (hosts_note(one), axes_that_vary(one), has_gain(one)) == (None, [], True)
+    assert len(slope_table(one).frame)
+    by_size = make_frame(*({**row, "host": f"{row['method']} {row['prompt_len']} {row['batch_size']}"} for row in rows))
+    assert not has_gain(by_size)
+    assert len(slope_table(by_size).frame) == 0
+    two = make_frame(*({**row, "host": row["method"]} for row in rows))
+    assert axes_that_vary(two) == ["host"]
+    assert not has_gain(two)
+    assert set(slope_table(two).frame["host"]) == {"lora", "hydra"}
+    note = "Cases were measured on 2 machines (lora, hydra): times are compared only between cases of one machine."
+    assert hosts_note(two) == note
+    assert note in slope_table(two).notes
+
+
+def test_a_case_that_was_not_measured_makes_no_second_machine(make_frame):
+    frame = make_frame({"host": "a"}, {"host": "b", "outcome": "skipped"})
+    assert axes_that_vary(frame) == []

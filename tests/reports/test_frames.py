@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from rlhfreports import frames
 
@@ -26,6 +27,16 @@ def test_times_have_a_row_per_case_and_kind_with_the_ends_of_the_interval(make_f
     assert (found["low"][1], found["high"][1]) == (0.75, 0.75)
     assert set(found["panel"]) == {"batch 1"}
     assert set(found["line"]) == {"Hydra-PPO"}
+
+
+def test_the_panel_of_the_largest_batch_shows_the_batch_of_each_point(make_frame: Frames) -> None:
+    frame = make_frame({}, {"batch_size": 2}, {"method": "lora"}, {"method": "lora", "batch_size": 2, "outcome": "oom"})
+    titles = frames.panel_titles(frame)
+    assert titles == ["batch 1", "batch 2", "largest batch that fits"]
+    found = frames.times(frame)
+    assert set(found.loc[found["shows_batch"].astype(bool), "panel"]) == {titles[-1]}
+    assert set(found["panel"]) == set(titles)
+    assert set(frames.failures(frame)["panel"]) <= set(titles)
 
 
 def test_an_interval_that_reaches_zero_ends_at_a_tenth(make_frame: Frames) -> None:
@@ -137,6 +148,42 @@ def test_blocks_lie_on_the_wall_time_against_the_median_of_their_case(make_frame
     assert found["percent"].tolist() == pytest.approx([-50.0, 0.0, 50.0, 0.0])
     assert found["others"][3] == 25.0
     assert found["size"][1] == "128 tokens, batch 1"
+
+
+def drifting(num_cases: int, num_blocks: int, slope: float) -> pd.DataFrame:
+    """Blocks in rounds, one a minute; each case has a level of its own, and noise that sums to 0."""
+    rows = [
+        {
+            "line": f"case {case}",
+            "size": "",
+            "minutes": float(block * num_cases + case),
+            "percent": 10.0 * case + slope * (block * num_cases + case) + 0.25 * (-1) ** (block + case),
+        }
+        for block in range(num_blocks)
+        for case in range(num_cases)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_drift_equals_a_regression_with_a_level_for_each_case(make_frame: Frames) -> None:
+    """The reference is a least-squares fit with a column for each case."""
+    blocks = drifting(3, 4, 0.5)
+    levels = pd.get_dummies(blocks["line"]).to_numpy(dtype=float)
+    design = np.column_stack([blocks["minutes"], levels])
+    y = blocks["percent"].to_numpy()
+    fitted, (residual,), *_ = np.linalg.lstsq(design, y, rcond=None)
+    degrees = len(y) - design.shape[1]
+    error = math.sqrt(residual / degrees * np.linalg.inv(design.T @ design)[0, 0])
+    found = frames.drift(blocks)
+    assert found == pytest.approx((11 * fitted[0], 11 * float(stats.t.ppf(0.975, degrees)) * error))
+    assert found is not None
+    assert found[0] == pytest.approx(5.5, abs=1)
+
+
+@pytest.mark.parametrize("num_blocks", [0, 1])
+def test_one_block_a_case_tells_no_drift(num_blocks: int) -> None:
+    empty = pd.DataFrame(columns=["line", "size", "minutes", "percent"])
+    assert frames.drift(drifting(3, 1, 1.0) if num_blocks else empty) is None
 
 
 def test_runs_and_settings_are_part_of_a_line(make_frame: Frames) -> None:

@@ -117,7 +117,7 @@ def test_one_total_length_split_in_two_ways_shows_the_split(make_frame):
 
 @pytest.mark.parametrize(
     ("outcome", "word"),
-    [("oom", "OOM"), ("timeout", "timeout"), ("crashed", "crashed"), ("invalid", "invalid"), ("skipped", "skipped")],
+    [("oom", "OOM"), ("timeout", "TIMEOUT"), ("crashed", "CRASHED"), ("invalid", "INVALID"), ("skipped", "SKIPPED")],
 )
 def test_an_unmeasured_case_has_a_row_with_its_outcome_and_a_note(make_frame, outcome, word):
     frame = make_frame(

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from rlhfreports.panels import is_measured, panels_of, samples_per_second, seconds_per_sample, tokens_per_second
+from rlhfreports.columns import is_measured
+from rlhfreports.panels import panels_of
 
 
 def keys(rows) -> set[tuple[str, int, int]]:
@@ -80,17 +81,3 @@ def test_a_time_that_a_logarithm_cannot_show_is_no_point(make_frame, seconds):
 
 def test_no_records_no_panels(make_frame):
     assert panels_of(make_frame()) == []
-
-
-def test_a_sample_of_several_sequences_has_the_tokens_of_all(make_frame):
-    pair = {"total_s_per_sample": 0.5, "prompt_len": 30, "completion_len": 70, "sequences_per_sample": 2}
-    frame = make_frame(pair, {**pair, "method": "full", "sequences_per_sample": None})
-    assert samples_per_second(frame).tolist() == [2.0, 2.0]
-    assert tokens_per_second(frame).tolist() == [400.0, 200.0]
-
-
-def test_all_metrics_come_from_the_total_time(make_frame):
-    frame = make_frame({"total_s_per_sample": 0.25, "prompt_len": 300, "completion_len": 500})
-    assert seconds_per_sample(frame).tolist() == [0.25]
-    assert samples_per_second(frame).tolist() == [4.0]
-    assert tokens_per_second(frame).tolist() == [3200.0]

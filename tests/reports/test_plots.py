@@ -241,8 +241,8 @@ def test_outcomes_of_unmeasured_cases_stand_above_the_lines(make_frame):
     marks = {(text.get_text(), text.get_position()[0], text.get_color()) for text in axes.texts}
     assert marks == {
         ("OOM", 128, COLORS[0]),
-        ("skipped", 256, COLORS[0]),
-        ("crashed", 256, COLORS[4]),
+        ("SKIPPED", 256, COLORS[0]),
+        ("CRASHED", 256, COLORS[4]),
     }
     # No point stands in the band that the words stand in.
     lowest_word = min(text.get_position()[1] for text in axes.texts)
@@ -290,7 +290,7 @@ def test_without_measurements_the_figure_counts_outcomes(make_frame, tmp_path):
         {"outcome": "oom"}, {"method": "full", "outcome": "oom"}, {"outcome": "crashed", "batch_size": 2}
     )
     figure = latency_figure(frame)
-    assert "No case was measured: 2 OOM, 1 crashed." in [text.get_text() for text in figure.texts]
+    assert "No case was measured: 2 OOM, 1 CRASHED." in [text.get_text() for text in figure.texts]
     assert all(path.stat().st_size > 0 for path in throughput(make_frame(), tmp_path / "none"))
 
 

@@ -8,12 +8,11 @@ import pytest
 
 from rlhfreports.predicted import (
     comparisons,
-    draw_predicted,
     has_predictions,
-    predicted_figure,
     predicted_markdown,
     worst,
 )
+from rlhfreports.predicted_plot import draw_predicted, predicted_figure
 
 GIB = 2**30
 

@@ -60,15 +60,19 @@ class ModelFacts:
     revision: str | None = None
 
 
-def check(sweep: Sweep) -> dict[str, ModelFacts]:
+def check(sweep: Sweep, *, devices: bool = True) -> dict[str, ModelFacts]:
     """Checks everything that ``sweep`` needs, and returns the facts of its models by name.
+
+    Args:
+        sweep: the cases.
+        devices: check that this machine has their devices.
 
     Raises:
         SweepError: every problem, one sentence each.
     """
     facts, problems = _inspect(sweep)
     problems += _check_weights(facts)
-    for device in dict.fromkeys(case.device for case in sweep.cases):
+    for device in dict.fromkeys(case.device for case in sweep.cases) if devices else ():
         problems += _check_device(device)
     problems += check_ranks(sweep.cases, num_cuda_devices)
     for option, packages in OPTION_PACKAGES.items():

@@ -8,6 +8,8 @@ import json
 import shlex
 import signal
 import sys
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,15 +34,17 @@ from rlhfbench.runs.options import RunOptions
 from rlhfkernels.naming import unknown
 
 if TYPE_CHECKING:
+    from rlhfbench.cluster.place import Cluster
     from rlhfbench.runs.max_batch import MaxBatchResult
     from rlhfbench.runs.runner import RunResult
 
-MEASUREMENT, OUTPUT = "Measurement", "Output"
+MEASUREMENT, OUTPUT, CLUSTER = "Measurement", "Output", "Cluster"
 EPILOG = epilog(
     "rlhfbench run",
     "rlhfbench run --model gpt2 --methods lora,hydra --seq-lens 256,512",
     "rlhfbench run --methods dpo --world-size 1,2 --parallel fsdp",
     "rlhfbench run --sweep sweep.toml --option engine.gradient_checkpointing=true",
+    "rlhfbench run --model opt-1.3b --device cuda --ray 10.0.0.1:6379",
     "rlhfbench run --resume rlhfbench-run-20260101T120000Z --retry crashed",
 )
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(RunOptions)}
@@ -148,6 +152,23 @@ def run(
             help="Largest batch that --max-batch tries.  [default: 512]",
         ),
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            rich_help_panel=CLUSTER,
+            help="Run the cases on a Ray cluster: HOST:PORT of its head, local for one of this machine alone, or none.",
+        ),
+    ] = None,
+    ray_group: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=CLUSTER,
+            help="Cases that stay on one machine, so that their times compare: sweep (all of them), model, size (one "
+            "model, lengths and batch) or case (none).  [default: sweep]",
+        ),
+    ] = None,
     out: Annotated[
         str | None,
         typer.Option(metavar="DIR", rich_help_panel=OUTPUT, help="Folder of the run; a new one by default."),
@@ -216,10 +237,13 @@ def run(
     if max_batch_limit is not None and not max_batch:
         raise SweepError(["--max-batch-limit needs --max-batch."])
     options = RunOptions.recorded({**settings, **values})
+    place = _place(ray, ray_group, settings, max_batch=max_batch)
     if resume is not None and not spec and sweep is None and setting is None and world_size is None:
         cases = folder.load_sweep()
     else:
         cases = ranks.make_ranked_sweep(spec, sweep, setting, ctx.params)
+    if place is not None:
+        place.check(cases.cases)
     how: dict[str, Any] = {"resume": resume is not None, "retry": retried}
     # SIGTERM ends a run as Ctrl-C does: the records are whole, and the command that resumes is printed.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -229,7 +253,8 @@ def run(
 
             limit = recorded_limit if max_batch_limit is None else max_batch_limit
             return _finish(*find_max_batches(cases, out_dir, options, **given(limit=limit), **how), as_json=as_json)
-        result = runner.run_sweep(cases, out_dir, options, **how)
+        with place or nullcontext() as cluster:
+            result = runner.run_sweep(cases, out_dir, options, place=cluster, **how)
     except RecordsError as error:
         raise RecordsError(f"{error}\nTo resume: {_resume_command(out_dir)}") from error
     finally:
@@ -245,6 +270,27 @@ def _follow(launch: Launch) -> int:
     with runner.make_server(()) as server:
         follow(launch, server)
     return DONE
+
+
+def _place(ray: str | None, group: str | None, settings: Mapping[str, Any], *, max_batch: bool) -> Cluster | None:
+    """The cluster that runs the cases; ``None`` for this machine.
+
+    Args:
+        ray: --ray.
+        group: --ray-group.
+        settings: those of the run to resume.
+        max_batch: the largest batches are searched for.
+    """
+    address = ray or settings.get("ray")
+    if address is None or address == "none":
+        if group is not None:
+            raise SweepError([f"--ray-group is {group!r}: it needs --ray ADDRESS."])
+        return None
+    if max_batch:
+        raise SweepError([f"--ray is {address!r}: --max-batch tries one batch after the other, on this machine alone."])
+    from rlhfbench.cluster.place import Cluster
+
+    return Cluster(address, group or settings.get("ray_group") or "sweep")
 
 
 def _outcomes(text: str | None) -> list[str]:

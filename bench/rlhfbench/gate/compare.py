@@ -27,6 +27,7 @@ from rlhfbench.measure.turns import run_in_turns
 from rlhfbench.processes import num_cores
 from rlhfbench.records.file import Record, RecordsFile
 from rlhfbench.records.schema import at
+from rlhfbench.runs.case_process import ThisMachine
 from rlhfbench.runs.folder import RunFolder
 from rlhfbench.runs.forkserver import ForkServer
 from rlhfbench.runs.options import RunOptions
@@ -102,7 +103,9 @@ class Timed:
             **({"step": options.step} if options.step else {}),
             **({} if injected is None else {"injected": dict(injected)}),
         }
-        self._runner = Runner(run_folder, run_options, self.records, self._server, Silent(), extra_settings=extra)
+        self._runner = Runner(
+            run_folder, run_options, self.records, ThisMachine(self._server), Silent(), extra_settings=extra
+        )
 
     def measure_memory(self, case: Case) -> None:
         """Measures the first block of ``case``."""
@@ -110,11 +113,9 @@ class Timed:
 
     def block(self, case: Case, turns: str | None = None) -> None:
         """Times one more block of ``case``, in turns with another process if there is a referee."""
-        record = self.record(case)
-        assert record is not None
         # Absent and not None without a referee: an older revision does not know the field.
         settings = {"time_budget_s": self._block_s, **({"turns": turns} if turns else {})}
-        self._runner.add_block(case, record, settings)
+        self._runner.add_block(case, settings)
 
     def kill(self) -> None:
         """Kills a case that runs."""

@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from rlhfbench.measure.attribution import state_tensors, weights_by_part
+from rlhfbench.measure.lifetimes import Lifetime
 from rlhfbench.measure.tally import MODEL_PARTS, LargestTensor, Snapshot, Tally
 from rlhfbench.measure.tensor_hooks import observe_storages
 from rlhfkernels.naming import unknown
@@ -49,10 +50,11 @@ class _Entry(weakref.ref[torch.UntypedStorage]):
         part: Index into ``PARTS`` of the part that counts it now.
         declared: Whether the part was declared (and is final) or inferred.
         num_saved: Number of references to it that autograd holds.
+        born: Event at which the storage was first counted.
         since: Event from which on the entry has had this part and this size.
     """
 
-    __slots__ = ("declared", "key", "num_bytes", "num_saved", "op", "part", "shape", "since")
+    __slots__ = ("born", "declared", "dtype", "key", "num_bytes", "num_saved", "op", "part", "shape", "since")
 
     key: int
     num_bytes: int
@@ -60,7 +62,9 @@ class _Entry(weakref.ref[torch.UntypedStorage]):
     declared: bool
     num_saved: int
     shape: torch.Size
+    dtype: torch.dtype
     op: Any
+    born: int
     since: int
 
 
@@ -96,6 +100,8 @@ class Ledger(Observer):
             ledger's own: copy it to keep it.
         block_bytes: Granularity: each storage counts as a multiple of this size, as an allocator hands it out.
         tally: Takes the sums, in place of a tally of the ledger's own that calls ``on_change``.
+        on_lifetime: Called when a storage is freed, resized or moved to another part, and for all that live when the
+            block ends, with the stretch of events that ended.
     """
 
     def __init__(
@@ -105,7 +111,9 @@ class Ledger(Observer):
         *,
         block_bytes: int = 1,
         tally: Tally | None = None,
+        on_lifetime: Callable[[Lifetime], None] | None = None,
     ) -> None:
+        self._on_lifetime = on_lifetime
         self._block_bytes = block_bytes
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._tally = Tally(on_change) if tally is None else tally
@@ -128,6 +136,7 @@ class Ledger(Observer):
         self._hooks.close()
         for entry in self._entries.values():
             self._consider_largest(entry)
+            self._end_lifetime(entry, self.num_changes + 1)
         self._entries.clear()  # a destroyed weak reference calls nothing back
         self._saved.clear()
 
@@ -267,7 +276,7 @@ class Ledger(Observer):
         """
         entry = self._entries.get(storage._cdata)
         if entry is None and num_bytes_before == 0 and self._is_ours(storage.device):
-            entry = self._add(storage, torch.Size([storage.nbytes()]), None)
+            entry = self._add(storage, torch.Size([storage.nbytes()]), torch.uint8, None)  # bytes: no tensor is at hand
             entry.declared = True
             self._move(entry, _GATHERED)
             self._tally.refresh_peak()
@@ -313,18 +322,19 @@ class Ledger(Observer):
         if entry is None:
             if not self._is_ours(tensor.device):
                 return []
-            entry = self._add(storage, tensor.shape, op)
+            entry = self._add(storage, tensor.shape, tensor.dtype, op)
         return [entry]
 
     def _is_ours(self, device: torch.device) -> bool:
         return device.type == self._device.type and self._device.index in (None, device.index)
 
-    def _add(self, storage: torch.UntypedStorage, shape: torch.Size, op: object) -> _Entry:
+    def _add(self, storage: torch.UntypedStorage, shape: torch.Size, dtype: torch.dtype, op: object) -> _Entry:
         entry = _Entry(storage, self._died)
         entry.key = storage._cdata
         entry.num_bytes = self._size(storage)
         entry.part, entry.declared, entry.num_saved = _TEMPORARY, False, 0
-        entry.shape, entry.op, entry.since = shape, op, self.num_changes + 1
+        entry.shape, entry.dtype, entry.op = shape, dtype, op
+        entry.born = entry.since = self.num_changes + 1
         self._entries[entry.key] = entry
         self._tally.grow(entry.part, entry.num_bytes)
         return entry
@@ -336,6 +346,7 @@ class Ledger(Observer):
         self._consider_largest(entry)
         del self._entries[entry.key]
         self._tally.grow(entry.part, -entry.num_bytes)
+        self._end_lifetime(entry, self.num_changes)
         entry.num_bytes = 0  # a saved reference may be released later
 
     def _resize(self, entry: _Entry, num_bytes: int) -> None:
@@ -343,6 +354,7 @@ class Ledger(Observer):
         self._consider_largest(entry)
         self._tally.grow(entry.part, num_bytes)
         self._tally.grow(entry.part, -entry.num_bytes)
+        self._end_lifetime(entry, self.num_changes)
         entry.num_bytes, entry.since = num_bytes, self.num_changes
 
     def _released(self, ref: _SavedRef) -> None:
@@ -354,6 +366,7 @@ class Ledger(Observer):
 
     def _move(self, entry: _Entry, part: int) -> None:
         self._tally.move(entry.num_bytes, entry.part, part)
+        self._end_lifetime(entry, self.num_changes)
         entry.part, entry.since = part, self.num_changes
 
     def _declare(self, part: int, tensors: Iterable[torch.Tensor], *, in_peaks: bool = False) -> None:
@@ -388,6 +401,11 @@ class Ledger(Observer):
     def _declare_gradients(self) -> None:
         for parameter in self._parameters:
             self._declare_gradient(parameter)
+
+    def _end_lifetime(self, entry: _Entry, end_event: int) -> None:
+        if self._on_lifetime is not None:
+            stretch = (entry.part, entry.num_bytes, entry.born, entry.since, end_event)
+            self._on_lifetime(Lifetime(*stretch, tuple(entry.shape), entry.dtype, entry.op))
 
     def _consider_largest(self, entry: _Entry) -> None:
         if entry.part not in _MODEL:

@@ -400,7 +400,12 @@ def check_agreement(stats: Mapping[str, float | None], dtype: str) -> None:
 def measure_memory(step: Step, device: str, notify: Notify, timeline: Timeline | None = None) -> Ledger:
     """Runs one step under a new ledger and returns the ledger; ``timeline`` follows it."""
     gc.collect()
-    ledger = Ledger(device, on_change=None if timeline is None else timeline.note, block_bytes=block_bytes(device))
+    ledger = Ledger(
+        device,
+        on_change=None if timeline is None else timeline.note,
+        on_lifetime=None if timeline is None else timeline.note_lifetime,
+        block_bytes=block_bytes(device),
+    )
     run_under_ledger(step, ledger, Announcer(notify, ledger, *((timeline,) if timeline else ()))).check_finite()
     return ledger
 

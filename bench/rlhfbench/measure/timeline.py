@@ -9,12 +9,16 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rlhfbench.measure.lifetimes import Lifetime, largest, lifetime_columns
 from rlhfbench.measure.tally import Snapshot
 from rlhfkernels.observer import PARTS, Observer
 
 # A plot 1000 pixels wide shows no more points. Their JSON stays below 200 kB for sizes up to a petabyte.
 MAX_POINTS = 512
 MAX_STRETCHES = 128
+# Lifetimes kept beyond those that a point shows, before they are looked through again: 200 kB, which the resident set
+# of the process cannot tell.
+_ROOM = 1024
 
 _Point = tuple[int, int, list[int]]  # event, total, bytes by part
 
@@ -61,7 +65,11 @@ class Timeline(Observer):
     a long phase costs the short ones no resolution. Only a step with more than ``max_stretches`` stretches loses
     boundaries: neighbouring stretches are then joined in pairs.
 
-    Pass ``note`` to the ledger as ``on_change``, and the timeline to the step as an observer after the ledger.
+    Of every part it names the largest storages at each point. A storage between two points is forgotten, so that a long
+    step takes no more memory than a short one.
+
+    Pass ``note`` to the ledger as ``on_change``, ``note_lifetime`` as ``on_lifetime``, and the timeline to the step as
+    an observer after the ledger.
 
     Args:
         max_points: Maximum number of points; more than ``max_stretches``.
@@ -73,6 +81,8 @@ class Timeline(Observer):
         self._num_events = self._num_points = 0
         self._room = 0  # events that the last point can still cover
         self._highest = 0  # total of the last point
+        self._lifetimes: list[Lifetime] = []
+        self._max_lifetimes = _ROOM
         self._names: list[str] = []
         self._stretches = [_Stretch(phases=[], first_event=0, last_event=0)]
 
@@ -100,6 +110,14 @@ class Timeline(Observer):
         self._highest = total
         points.append((self._num_events, total, list(parts)))
 
+    def note_lifetime(self, lifetime: Lifetime) -> None:
+        """Records a storage's stretch of events. It has ended, so no point to come is in it."""
+        self._lifetimes.append(lifetime)
+        if len(self._lifetimes) > self._max_lifetimes:
+            events = [event for stretch in self._stretches for event, _, _ in stretch.points]
+            self._lifetimes = largest(self._lifetimes, events)
+            self._max_lifetimes = 2 * len(self._lifetimes) + _ROOM
+
     def enter_phase(self, name: str) -> None:
         """Begins a stretch of phase ``name``. An enclosing phase's stretch ends here."""
         self._names.append(name)
@@ -119,7 +137,8 @@ class Timeline(Observer):
         Returns:
             ``num_events``. ``phases``: a list of objects with ``names`` (one, unless stretches were joined),
             ``first_event``, ``last_event`` and ``events_per_point``. ``peak``: its ``event``, ``phase`` and
-            ``total_bytes``. The points in their order, as columns: ``events`` and, by part, ``parts_bytes``.
+            ``total_bytes``. The points in their order, as columns: ``events`` and, by part, ``parts_bytes``. The
+            largest storages at these points, as columns: ``tensors``, see ``lifetime_columns``.
         """
         points = {event: parts for stretch in self._stretches for event, _, parts in stretch.points}
         points |= {peak.event: [peak.parts[part] for part in PARTS] for peak in peaks.values()}
@@ -141,6 +160,7 @@ class Timeline(Observer):
             "peak": {"event": peaks[highest].event, "phase": highest, "total_bytes": peaks[highest].total_bytes},
             "events": events,
             "parts_bytes": {part: [points[event][i] for event in events] for i, part in enumerate(PARTS)},
+            "tensors": lifetime_columns(self._lifetimes, events),
         }
 
     def _begin_stretch(self) -> None:

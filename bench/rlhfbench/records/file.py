@@ -5,10 +5,11 @@ A line is a record, or a later block of a record above it. ``read_records`` retu
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -97,30 +98,40 @@ def _newest(entries: Iterable[Record]) -> list[Record]:
         entries: Records, and blocks ``{"block_of", "run", "block"}``, oldest first. A block of no record is dropped:
             its record was replaced in a run that was tried again.
     """
-    kept: dict[tuple[Any, ...], Record] = {}
+    kept: dict[int, Record] = {}
+    places: dict[str, dict[int, str | None]] = {}  # by case: places in kept, with the run of each
     for number, record in enumerate(entries):
         if "block_of" in record:
-            _add_block(kept, record)
+            _add_block(kept, places.get(record["block_of"], {}), record)
             continue
         case_id, run_id = str(record["case"]["id"]), at(record, "run.id")
-        if run_id is None:
-            kept[case_id, None, number] = record
-            continue
-        for key in [key for key in kept if key[0] == case_id and key[1] in (None, run_id)]:
-            del kept[key]
-        kept[case_id, str(run_id), number] = record
+        own = places.setdefault(case_id, {})
+        for place in [place for place, run in own.items() if run_id is not None and run in (None, run_id)]:
+            del kept[place], own[place]
+        kept[number], own[number] = record, run_id
     return [summarize(record) for record in kept.values()]
 
 
-def _add_block(kept: dict[tuple[Any, ...], Record], entry: Record) -> None:
-    """Adds the block of ``entry`` to its record, which is replaced by a copy."""
-    for key in reversed(kept):
-        if key[:2] == (entry["block_of"], at(entry, "run.id")):
-            latency = kept[key]["latency"]
-            if entry["block"].get("error") is None and set(entry["block"]["phases"]) != set(latency["phases"]):
-                raise RecordsError(f"a block of case {entry['block_of']} has other phases than its record.")
-            kept[key] = {**kept[key], "latency": {**latency, "blocks": [*(latency["blocks"] or ()), entry["block"]]}}
+def _add_block(kept: dict[int, Record], places: Mapping[int, str | None], entry: Record) -> None:
+    """Adds the block of ``entry`` to its record, which is replaced by a copy.
+
+    Args:
+        kept: the records by their places.
+        places: those of the records of its case, with the run of each.
+        entry: the block.
+    """
+    for place in sorted(places, reverse=True):
+        if places[place] == at(entry, "run.id"):
+            latency = kept[place]["latency"]
+            _check_phases(entry["block_of"], entry["block"], latency["phases"])
+            blocks = [*(latency["blocks"] or ()), entry["block"]]
+            kept[place] = {**kept[place], "latency": {**latency, "blocks": blocks}}
             return
+
+
+def _check_phases(case_id: str, block: Block, phases: Collection[str]) -> None:
+    if block.get("error") is None and set(block["phases"]) != set(phases):
+        raise RecordsError(f"a block of case {case_id} has other phases than its record.")
 
 
 def _whole_bytes(data: bytes) -> int:
@@ -171,11 +182,54 @@ def _checked_block(where: str, entry: Record) -> Record:
     return entry
 
 
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Entry:
+    """What a run keeps in memory of a record, which stays on the disk: 10,000 records would take 0.4 GB.
+
+    Attributes:
+        case_id: id of its case.
+        outcome: one of ``OUTCOMES``.
+        run: the ``run`` object of the record.
+        num_blocks: blocks that are recorded.
+        num_blocks_asked: blocks that the case is timed in; 0 where none are.
+        phases: names of its phases.
+        oom_case: the case, if it was out of memory.
+    """
+
+    case_id: str
+    outcome: str
+    run: dict[str, Any] | None
+    num_blocks: int
+    num_blocks_asked: int
+    phases: frozenset[str]
+    oom_case: dict[str, Any] | None
+
+    @classmethod
+    def of(cls, record: Record) -> Self:
+        """The entry of ``record``."""
+        latency = record["latency"]
+        return cls(
+            case_id=record["case"]["id"],
+            outcome=record["outcome"],
+            run=record["run"],
+            num_blocks=len(latency["blocks"] or ()),
+            num_blocks_asked=latency["num_blocks"] or 0,
+            phases=frozenset(latency["phases"] or ()),
+            oom_case=record["case"] if record["outcome"] == "oom" else None,
+        )
+
+    @property
+    def host(self) -> str | None:
+        """Name of the machine that ran the case."""
+        return None if self.run is None else self.run.get("host")
+
+
 class RecordsFile:
     """The records of a run, open for appending and locked by this process.
 
     Attributes:
-        records: the records of the file, those of earlier starts of the run first.
+        entries: what is known of each recorded case without reading the file, by the case's id. Those of earlier
+            starts of the run come first.
 
     Raises:
         RunFolderError: another process writes this run, or the file cannot be written.
@@ -192,7 +246,7 @@ class RecordsFile:
             raise RunFolderError(f"out '{run_dir}' cannot be written: {error.strerror}.") from error
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.records = read_records(self.path)
+            self.entries = {str(record["case"]["id"]): Entry.of(record) for record in read_records(self.path)}
             os.ftruncate(self._fd, _whole_bytes(self.path.read_bytes()))
         except BlockingIOError:
             os.close(self._fd)
@@ -210,6 +264,16 @@ class RecordsFile:
     def __exit__(self, *_: object) -> None:
         os.close(self._fd)
 
+    @property
+    def records(self) -> list[Record]:
+        """The records of the file, read from it: those of earlier starts of the run first."""
+        return read_records(self.path)
+
+    @property
+    def measured(self) -> list[Entry]:
+        """The entries of cases that are ok."""
+        return [entry for entry in self.entries.values() if entry.outcome == "ok"]
+
     def append(self, record: Record) -> None:
         """Writes ``record`` and returns when the disk has it.
 
@@ -217,17 +281,19 @@ class RecordsFile:
             RecordsError: the write failed; the file is as it was before.
         """
         self._write(record)
-        self.records = _newest([*self.records, record])
+        self.entries.pop(record["case"]["id"], None)  # a case that is tried again moves to the end, as in the file
+        self.entries[record["case"]["id"]] = Entry.of(record)
 
-    def append_block(self, record: Record, block: Block) -> None:
-        """Writes a later ``block`` of ``record``, which is one of ``records``, and returns when the disk has it.
+    def append_block(self, case_id: str, block: Block) -> None:
+        """Writes a later ``block`` of a recorded case, and returns when the disk has it.
 
         Raises:
-            RecordsError: the write failed; the file is as it was before.
+            RecordsError: the block has other phases than its record, or the write failed; the file is as it was before.
         """
-        entry = {"schema": SCHEMA, "block_of": record["case"]["id"], "run": record["run"], "block": block}
-        self._write(entry)
-        self.records = _newest([*self.records, entry])
+        entry = self.entries[case_id]
+        _check_phases(case_id, block, entry.phases)
+        self._write({"schema": SCHEMA, "block_of": case_id, "run": entry.run, "block": block})
+        entry.num_blocks += 1
 
     def _write(self, entry: Record) -> None:
         line = json.dumps(_finite(entry), allow_nan=False).encode() + b"\n"

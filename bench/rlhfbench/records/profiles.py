@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhfbench.errors import RecordsError
 from rlhfbench.measure.options import PROFILE_NAME
-from rlhfbench.records.schema import fits
+from rlhfbench.records.json_files import are_columns, are_rows, frame_of, is_row, read_json, rows_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,14 +36,9 @@ def read_profile(traces_dir: Path, case_id: str) -> Profile | None:
         RecordsError: the file cannot be read or holds no profile.
     """
     path = traces_dir / case_id / PROFILE_NAME
-    try:
-        profile = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    profile = read_json(path, "profile")
+    if profile is None:
         return None
-    except OSError as error:
-        raise RecordsError(f"profile '{path}' cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise RecordsError(f"profile '{path}' is not JSON.") from error
     if not _is_profile(profile):
         raise RecordsError(f"profile '{path}' holds no profile (phases with their ops and stacks).")
     return dict(profile)
@@ -53,39 +47,22 @@ def read_profile(traces_dir: Path, case_id: str) -> Profile | None:
 def _is_profile(profile: Any) -> bool:
     if not isinstance(profile, dict) or not isinstance(profile.get("phases"), list):
         return False
-    if profile.get("allocator") is not None and not _are_columns(profile["allocator"], _ALLOCATOR):
+    if profile.get("allocator") is not None and not are_columns(profile["allocator"], _ALLOCATOR):
         return False
     return all(
         isinstance(phase, dict)
-        and _is_row(phase, _PHASES)
+        and is_row(phase, _PHASES)
         and phase.get("phase") is not None
         and Path(phase.get("trace") or "").name == (phase.get("trace") or "")  # a file beside the profile
-        and all(_are_rows(phase.get(key), dtypes) for key, dtypes in (("ops", _OPS), ("kernels", _KERNELS)))
+        and all(are_rows(phase.get(key), dtypes) for key, dtypes in (("ops", _OPS), ("kernels", _KERNELS)))
         and (phase.get("stacks") is None or _are_stacks(phase["stacks"]))
         for phase in profile["phases"]
     )
 
 
-def _is_row(row: Any, dtypes: dict[str, str]) -> bool:
-    return isinstance(row, dict) and all(fits(row.get(key), dtype) for key, dtype in dtypes.items())
-
-
-def _are_rows(rows: Any, dtypes: dict[str, str]) -> bool:
-    return isinstance(rows, list) and all(_is_row(row, dtypes) for row in rows)
-
-
-def _are_columns(columns: Any, dtypes: dict[str, str]) -> bool:
-    if not isinstance(columns, dict) or not all(isinstance(columns.get(key), list) for key in dtypes):
-        return False
-    same_length = len({len(columns[key]) for key in dtypes}) == 1
-    return same_length and all(
-        value is not None and fits(value, dtype) for key, dtype in dtypes.items() for value in columns[key]
-    )
-
-
 def _are_stacks(stacks: Any) -> bool:
     """Columns in which every parent comes before its children."""
-    return _are_columns(stacks, _STACKS) and all(-1 <= parent < row for row, parent in enumerate(stacks["parent"]))
+    return are_columns(stacks, _STACKS) and all(-1 <= parent < row for row, parent in enumerate(stacks["parent"]))
 
 
 def profile_frames(profile: Profile) -> dict[str, pd.DataFrame]:
@@ -104,30 +81,19 @@ def profile_frames(profile: Profile) -> dict[str, pd.DataFrame]:
         ``allocator``: ``s``, ``active_bytes`` and ``reserved_bytes``; empty on a CPU.
     """
     phases = profile["phases"]
-    stacks = [(phase["phase"], phase["stacks"]) for phase in phases if phase["stacks"] is not None]
     calls = [
-        {"phase": name, "row": row, **{key: columns[key][row] for key in _STACKS}}
-        for name, columns in stacks
-        for row in range(len(columns["name"]))
-    ]
-    allocator = profile.get("allocator") or {key: [] for key in _ALLOCATOR}
-    curve = [
-        dict(zip(_ALLOCATOR, row, strict=True)) for row in zip(*(allocator[key] for key in _ALLOCATOR), strict=True)
+        {"phase": phase["phase"], "row": row, **call}
+        for phase in phases
+        for row, call in enumerate(rows_of(phase["stacks"], _STACKS))
     ]
     return {
-        "phases": _frame(phases, _PHASES),
-        "ops": _frame([{"phase": p["phase"], **row} for p in phases for row in p["ops"]], {"phase": "string", **_OPS}),
-        "kernels": _frame(
+        "phases": frame_of(phases, _PHASES),
+        "ops": frame_of(
+            [{"phase": p["phase"], **row} for p in phases for row in p["ops"]], {"phase": "string", **_OPS}
+        ),
+        "kernels": frame_of(
             [{"phase": p["phase"], **row} for p in phases for row in p["kernels"]], {"phase": "string", **_KERNELS}
         ),
-        "stacks": _frame(calls, {"phase": "string", "row": "Int64", **_STACKS}),
-        "allocator": _frame(curve, _ALLOCATOR),
+        "stacks": frame_of(calls, {"phase": "string", "row": "Int64", **_STACKS}),
+        "allocator": frame_of(rows_of(profile.get("allocator"), _ALLOCATOR), _ALLOCATOR),
     }
-
-
-def _frame(rows: list[dict[str, Any]], dtypes: dict[str, str]) -> pd.DataFrame:
-    import pandas as pd
-
-    return pd.DataFrame(
-        {key: pd.array([row.get(key) for row in rows], dtype=dtype) for key, dtype in dtypes.items()}  # type: ignore[call-overload]
-    )

@@ -9,9 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 from rlhfbench.errors import RecordsError
 from rlhfbench.files import write_atomically
+from rlhfbench.records.json_files import are_columns, frame_of, read_json, rows_of
 
 if TYPE_CHECKING:
     import pandas as pd
+
+# The columns of the largest storages, each with its dtype. Timelines of plans have none.
+_TENSORS = {
+    "part": "string",
+    "bytes": "Int64",
+    "born_event": "Int64",
+    "first_event": "Int64",
+    "end_event": "Int64",
+    "shape": "list",
+    "dtype": "string",
+    "op": "string",
+}
+_MADE_BEFORE = ("op",)  # absent for a storage that is older than the ledger
 
 
 def timeline_path(folder: Path, case_id: str) -> Path:
@@ -40,17 +54,31 @@ def read_timeline(folder: Path, case_id: str) -> dict[str, Any] | None:
         RecordsError: the file cannot be read or holds no timeline.
     """
     path = timeline_path(folder, case_id)
-    try:
-        timeline = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    timeline = read_json(path, "timeline")
+    if timeline is None:
         return None
-    except OSError as error:
-        raise RecordsError(f"timeline '{path}' cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise RecordsError(f"timeline '{path}' is not JSON.") from error
-    if not isinstance(timeline, dict) or not {"phases", "events", "parts_bytes"} <= timeline.keys():
+    if (
+        not isinstance(timeline, dict)
+        or not {"phases", "events", "parts_bytes"} <= timeline.keys()
+        or not _fit(timeline)
+    ):
         raise RecordsError(f"timeline '{path}' holds no timeline (phases, events and parts_bytes).")
     return timeline
+
+
+def _fit(timeline: dict[str, Any]) -> bool:
+    return timeline.get("tensors") is None or are_columns(timeline["tensors"], _TENSORS, optional=_MADE_BEFORE)
+
+
+def tensors_frame(timeline: dict[str, Any]) -> pd.DataFrame:
+    """The largest storages of a timeline as a frame for ``rlhfreports.page.timeline``, empty where none are recorded.
+
+    Returns:
+        ``part``, ``bytes``, ``born_event``, ``first_event``, ``end_event``, ``shape`` (as text), ``dtype`` and ``op``.
+    """
+    rows = rows_of(timeline.get("tensors"), _TENSORS)
+    worded = [{**row, "shape": " × ".join(map(str, row["shape"])) or "scalar"} for row in rows]
+    return frame_of(worded, {**_TENSORS, "shape": "string"})
 
 
 def timeline_frames(timeline: dict[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -57,7 +57,8 @@ def draw_run(run_dir: Path, *, whole: bool = False, with_paper: bool = False) ->
     from rlhfreports import gain_table, plots, slope_table
     from rlhfreports import table as memory_table
     from rlhfreports.gain import has_gain
-    from rlhfreports.predicted import draw_predicted, has_predictions, predicted_markdown
+    from rlhfreports.predicted import has_predictions, predicted_markdown
+    from rlhfreports.predicted_plot import draw_predicted
     from rlhfreports.ratios import resolution
     from rlhfreports.scaling import draw_scaling, has_scaling, scaling_table
 

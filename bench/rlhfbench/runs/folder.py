@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import secrets
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,13 +131,27 @@ class RunFolder:
         """
         earlier = self.environments()
         run_id = str(earlier[0].get("run_id") or secrets.token_hex(6)) if earlier else secrets.token_hex(6)
-        first, *resumed = [*earlier, environment]
+        self._write_environments(run_id, [*earlier, environment])
+        return Segment(run_id=run_id, number=len(earlier), host=environment.get("host"))
+
+    def add_nodes(self, environments: Mapping[str, Mapping[str, Any]]) -> None:
+        """Adds the environments of machines, by name, to the present segment under ``nodes``.
+
+        Raises:
+            RunFolderError: they cannot be written.
+        """
+        *earlier, present = self.environments()
+        present = {**present, "nodes": {**present.get("nodes", {}), **environments}}
+        run_id = str((earlier or [present])[0]["run_id"])
+        self._write_environments(run_id, [*earlier, present])
+
+    def _write_environments(self, run_id: str, environments: Sequence[Mapping[str, Any]]) -> None:
+        first, *resumed = environments
         written = {"run_id": run_id, **first, "resumed": resumed}
         try:
             write_atomically(self.path / ENVIRONMENT_NAME, json.dumps(written, indent=2) + "\n")
         except OSError as error:
             raise RunFolderError(f"out '{self.path}' cannot be written: {error.strerror}.") from error
-        return Segment(run_id=run_id, number=len(resumed), host=environment.get("host"))
 
     def environments(self) -> list[dict[str, Any]]:
         """The environments of the segments of the run: of its start, then of each time that it was resumed.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rlhfbench.errors import RecordsError
 from rlhfbench.records.file import read_records
 from rlhfbench.records.profiles import profile_frames, read_profile
-from rlhfbench.records.timelines import read_timeline, timeline_frames
+from rlhfbench.records.timelines import read_timeline, tensors_frame, timeline_frames
 from rlhfbench.runs.folder import SWEEP_NAME, RunFolder
 
 if TYPE_CHECKING:
@@ -97,7 +97,11 @@ def write_run_page(
 
 def _timelines(cases: pd.DataFrame, folder: Path) -> dict[str, Timeline]:
     found = {str(case_id): read_timeline(folder, str(case_id)) for case_id in cases["case_id"]}
-    return {case_id: timeline_frames(timeline) for case_id, timeline in found.items() if timeline is not None}
+    return {
+        case_id: (*timeline_frames(timeline), tensors_frame(timeline))
+        for case_id, timeline in found.items()
+        if timeline
+    }
 
 
 def _profiles(cases: pd.DataFrame, folder: Path) -> dict[str, Profile]:

@@ -104,7 +104,8 @@ class _Counting:
         self._time_left = TimeLeft()
         self._title = Titles()
         self._num_cases = 0
-        self._started_s = 0.0
+        self._num_running = 0
+        self._since_s = 0.0  # when the last case ended, or the first of several at once started
 
     def begin(self, cases: list[Case], num_recorded: int) -> None:
         """Notes the cases of the run."""
@@ -113,13 +114,18 @@ class _Counting:
         self._time_left.begin(cases)
 
     def start_case(self, case: Case) -> None:
-        """Starts timing ``case``."""
-        self._started_s = time.monotonic()
+        """Starts timing ``case``. Several may run at once, on a cluster."""
+        if self._num_running == 0:
+            self._since_s = time.monotonic()
+        self._num_running += 1
 
     def finish_case(self, case: Case, record: dict[str, Any]) -> None:
         """Counts the outcome of ``case``."""
         self._outcomes[record["outcome"]] += 1
-        self._time_left.finish(case, time.monotonic() - self._started_s, ran=record["outcome"] != "skipped")
+        self._num_running -= 1
+        now_s = time.monotonic()
+        self._time_left.finish(case, now_s - self._since_s, ran=record["outcome"] != "skipped")
+        self._since_s = now_s
 
     def begin_blocks(self, number: int, num_blocks: int, num_cases: int) -> None:
         """Starts counting the blocks."""
@@ -225,7 +231,8 @@ class BarProgress(_Counting):
     def start_case(self, case: Case) -> None:
         """Starts timing ``case``."""
         super().start_case(case)
-        self._case_title = self._title(case)
+        others = f" and {self._num_running - 1} others" if self._num_running > 1 else ""
+        self._case_title = self._title(case) + others
         self._update(description=self._case_title)
 
     def doing(self, what: str) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import base64
+import csv
 import dataclasses
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -74,17 +75,23 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Download:
-    """A file that the page holds."""
+    """A table as a file, in pieces: the page writes those of the rows that are shown.
+
+    Attributes:
+        name: of the file.
+        title: of its button.
+        media_type: of the file.
+        head: what comes before the rows.
+        rows: the text of each row of the table, with its line end.
+        foot: what comes after them.
+    """
 
     name: str
     title: str
     media_type: str
-    content: str
-
-    @property
-    def url(self) -> str:
-        """The file as a data URL."""
-        return f"data:{self.media_type};base64,{base64.b64encode(self.content.encode()).decode()}"
+    head: str
+    rows: Sequence[str]
+    foot: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,7 +103,8 @@ class Table:
         caption: the sentence above it.
         headings: of the columns.
         rows: their cells.
-        titles: for each row what a pointer over it shows; empty for most.
+        titles: for each row what a pointer over it shows, empty for most; empty where no row has any.
+        kinds: for each row ``failed``, ``warned`` or nothing; empty where no row is.
         num_text_columns: columns of words, from the left. The others are numbers.
         filters: headings of columns that have a list of their values to choose from.
         downloads: the table as files.
@@ -108,7 +116,8 @@ class Table:
     caption: str
     headings: Sequence[str]
     rows: Sequence[Sequence[Cell]]
-    titles: Sequence[str]
+    titles: Sequence[str] = ()
+    kinds: Sequence[str] = ()
     num_text_columns: int
     filters: Sequence[str] = ()
     downloads: Sequence[Download] = ()
@@ -159,23 +168,38 @@ class Section:
     blocks: Sequence[Block]
 
 
-def downloads(name: str, cells: pd.DataFrame, num_text_columns: int, csv: str) -> tuple[Download, ...]:
-    """The same table as CSV (``csv``), Markdown and LaTeX."""
+def downloads(name: str, cells: pd.DataFrame, num_text_columns: int, text: str) -> tuple[Download, ...]:
+    """The same table as CSV (``text``, with a row for each of ``cells``), Markdown and LaTeX."""
+    lines = csv.reader(io.StringIO(text))  # a cell may have line ends
+    head, *rows = [_csv_line(line) for line in lines]
+    plain = cells.map(lambda cell: str(cell).replace("\n", " "))
+    alignment = "l" * num_text_columns + "r" * (len(cells.columns) - num_text_columns)
+    latex = plain.to_latex(index=False, escape=True, column_format=alignment)
+    in_latex = latex.splitlines().index("\\midrule") + 1 if len(cells) else 0
     return (
-        Download(name=f"{name}.csv", title="CSV", media_type="text/csv", content=csv),
-        Download(
-            name=f"{name}.md", title="Markdown", media_type="text/markdown", content=markdown(cells, num_text_columns)
-        ),
-        Download(
-            name=f"{name}.tex",
-            title="LaTeX",
-            media_type="application/x-tex",
-            content=cells.to_latex(
-                index=False,
-                escape=True,
-                column_format="l" * num_text_columns + "r" * (len(cells.columns) - num_text_columns),
-            ),
-        ),
+        Download(name=f"{name}.csv", title="CSV", media_type="text/csv", head=head, rows=rows),
+        _in_lines(f"{name}.md", "Markdown", "text/markdown", markdown(plain, num_text_columns), 2, len(cells)),
+        _in_lines(f"{name}.tex", "LaTeX", "application/x-tex", latex, in_latex, len(cells)),
+    )
+
+
+def _csv_line(values: Sequence[str]) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(values)
+    return line.getvalue()
+
+
+def _in_lines(name: str, title: str, media_type: str, text: str, num_before: int, num_rows: int) -> Download:
+    """A file of which each row is one line, after ``num_before`` lines."""
+    lines = text.splitlines(keepends=True)
+    end = num_before + num_rows
+    return Download(
+        name=name,
+        title=title,
+        media_type=media_type,
+        head="".join(lines[:num_before]),
+        rows=lines[num_before:end],
+        foot="".join(lines[end:]),
     )
 
 
@@ -187,6 +211,7 @@ def table_of(
     is_folded: bool = False,
     orders: Mapping[str, Sequence[float | None]] | None = None,
     titles: Sequence[str] = (),
+    kinds: Sequence[str] = (),
     filters: Sequence[str] = (),
 ) -> Table:
     """A table of the page from one of the reports.
@@ -198,6 +223,7 @@ def table_of(
         is_folded: see ``Table``.
         orders: the numbers that columns are sorted by; the others are sorted by what their text begins with.
         titles: see ``Table``; empty for none.
+        kinds: see ``Table``; empty for none.
         filters: see ``Table``.
     """
     orders = orders or {}
@@ -214,7 +240,8 @@ def table_of(
         is_folded=is_folded,
         headings=table.headings,
         rows=list(zip(*columns, strict=True)),
-        titles=list(titles) or [""] * len(table.cells),
+        titles=titles,
+        kinds=kinds,
         num_text_columns=table.num_text_columns,
         filters=filters,
         downloads=downloads(name, table.cells, table.num_text_columns, table.csv()),

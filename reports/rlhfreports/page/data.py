@@ -11,7 +11,8 @@ import pandas as pd
 from rlhfreports.columns import RUN
 
 Profile = Mapping[str, pd.DataFrame]  # see ``rlhfreports.profiles``
-Timeline = tuple[pd.DataFrame, pd.DataFrame]  # points and phases, see ``rlhfreports.timelines``
+# Points and phases, see ``rlhfreports.timelines``, and the largest tensors, see ``rlhfreports.page.timeline``.
+Timeline = tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,7 +25,7 @@ class Run:
         blocks: one row per block of a case; see ``rlhfreports.frames.block_times``.
         environments: the environments of its segments, its start first. Empty where none is recorded.
         sweep: the resolved sweep as TOML, empty where none is recorded.
-        timelines: points and phases of the cases whose timelines the page shows, by ``case_id``.
+        timelines: points, phases and largest tensors of the cases whose timelines the page shows, by ``case_id``.
         profiles: the profiles of the cases that were profiled and that the page shows, by ``case_id``.
     """
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Hashable, Mapping
+from typing import Any
 
 import pandas as pd
 
@@ -11,6 +13,7 @@ from rlhfreports.memory import NUMBERS, table
 from rlhfreports.page.blocks import Block, Items, Section, Text, table_of
 from rlhfreports.page.data import Page
 from rlhfreports.paper import paper_cells
+from rlhfreports.tables import outcome_word
 
 _CSV_COLUMNS = (
     *("method", "family", *AXES, "prompt_len", "completion_len", "batch_size", "outcome", "error"),
@@ -35,13 +38,33 @@ def memory_section(page: Page) -> Section:
         for column, heading, _ in NUMBERS
         if heading in made.headings
     }
-    titles = ["" if pd.isna(error) else str(error) for error in rows["error"]]
+    titles = [_title(row) for row in rows.to_dict("records")]
+    failed = (rows["outcome"] != "ok").fillna(True)
+    kinds = ["failed" if fails else "warned" if title else "" for fails, title in zip(failed, titles, strict=True)]
     # The file memory_table.csv has all columns: with them the page of 1,000 cases would grow by 2 MB.
     csv = rows[[name for name in _CSV_COLUMNS if name in rows and rows[name].notna().any()]]
     shown = dataclasses.replace(made, cells=cells, num_text_columns=num_text_columns, frame=csv)
     blocks: list[Block] = [
-        table_of(shown, name="memory-table", orders=orders, titles=titles, filters=FILTERS),
+        table_of(shown, name="memory-table", orders=orders, titles=titles, kinds=kinds, filters=FILTERS),
         Text(text=made.explanation, kind="caption"),
         Items(title=f"{len(made.notes)} notes", items=made.notes),
     ]
     return Section(id="memory-table-section", title="Memory and time of every case", blocks=blocks)
+
+
+def _title(row: Mapping[Hashable, Any]) -> str:
+    """Why a case was not measured, or the warnings that touch its numbers."""
+    if row["outcome"] != "ok":
+        return str(outcome_word(row["outcome"]) if pd.isna(row["error"]) else row["error"])
+    found = []
+    num_blocks, num_disturbed = (
+        0 if pd.isna(row[f"num_{kind}_blocks"]) else row[f"num_{kind}_blocks"] for kind in ("timed", "disturbed")
+    )
+    if num_blocks == 1:
+        found.append("One block: its times have no interval.")
+    if num_disturbed:
+        found.append(f"{num_disturbed} of {num_blocks} blocks were disturbed: {row['disturbed_by']}.")
+    num_cut = row["num_prompts_truncated"]
+    if not pd.isna(num_cut) and num_cut > 0:
+        found.append(f"{num_cut} rows were longer than the case and were cut.")
+    return " ".join(found)

@@ -10,6 +10,7 @@ import pandas as pd
 from rlhfreports.page.blocks import Block, Chart
 from rlhfreports.page.charts import DARK, HEIGHT, by_mode, lines_in_order, method_scales, select, specification
 from rlhfreports.page.data import Page
+from rlhfreports.page.tooltips import tooltips
 from rlhfreports.phases import ceilings, phase_points, roofline_points
 from rlhfreports.plots import COLORS
 
@@ -64,12 +65,7 @@ def _seconds(page: Page, points: pd.DataFrame) -> Chart:
         x=alt.X("sum(seconds_per_sample):Q", title="seconds per sample"),
         color=alt.Color("phase:N", scale=phase_scale(phases), sort=phases),
         order=alt.Order("order:Q"),
-        tooltip=[
-            alt.Tooltip("line:N", title="method"),
-            alt.Tooltip("phase:N"),
-            alt.Tooltip("sum(seconds_per_sample):Q", title="s/sample", format=".3~g"),
-            alt.Tooltip("sum(floor_s_per_sample):Q", title="least at the ceilings", format=".3~g"),
-        ],
+        tooltip=tooltips("line", "phase", "sum(seconds_per_sample)", "sum(floor_s_per_sample)"),
     )
     floor = base.mark_tick(thickness=2, size=_STEP - 4, color=by_mode("#000000", "#FFFFFF")).encode(
         y=y,
@@ -102,7 +98,7 @@ def _roofline(page: Page, points: pd.DataFrame, lines: pd.DataFrame) -> Chart:
     y = alt.Y(
         "flops_per_s:Q",
         title="FLOP/s",
-        scale=alt.Scale(type="log", nice=False),
+        scale=alt.Scale(type="log", nice=False, padding=12),
         axis=alt.Axis(format="~s"),
     )
     grey = by_mode("#555555", "#BBBBBB")
@@ -130,15 +126,17 @@ def _roofline(page: Page, points: pd.DataFrame, lines: pd.DataFrame) -> Chart:
                 legend=alt.Legend(symbolFillColor=grey, symbolStrokeColor=grey),
             ),
             opacity=alt.condition(by_method & by_phase, alt.value(0.85), alt.value(0.06)),
-            tooltip=[
-                alt.Tooltip("line:N", title="method"),
-                alt.Tooltip("phase:N"),
-                alt.Tooltip("size:N", title="case"),
-                alt.Tooltip("intensity:Q", title="FLOP/byte", format=".3~g"),
-                alt.Tooltip("flops_per_s:Q", title="FLOP/s", format=".3~s"),
-                alt.Tooltip("floor_fraction:Q", title="of the roofline", format=".0%"),
-                alt.Tooltip("seconds:Q", title="seconds of a step", format=".3~g"),
-            ],
+            tooltip=tooltips(
+                "line",
+                "phase",
+                "size",
+                "intensity",
+                "flops_per_s",
+                "floor_fraction",
+                "seconds",
+                size="case",
+                seconds="seconds of a step",
+            ),
         )
     )
     sizes = _sizes(points) if len(points) > _MAX_POINTS else [ALL, *_sizes(points)]

@@ -13,8 +13,10 @@ from rlhfreports.frames import line_of, size_of
 from rlhfreports.page.blocks import Block, Cell, Chart, Link, Links, Table, Text, downloads
 from rlhfreports.page.charts import HEIGHT, by_mode, select, specification
 from rlhfreports.page.data import Page, Run
+from rlhfreports.page.tooltips import tooltips
 from rlhfreports.plots import COLORS
 from rlhfreports.profiles import TOP, Profile, flame_rects, function_first, kernels, shorter, top_ops
+from rlhfreports.tables import GIB
 
 # Light enough for black words in both modes.
 KIND_COLORS = {
@@ -98,13 +100,7 @@ def _ops_chart(ops: pd.DataFrame, name: str, title: str, what: str) -> Chart:
         y=y,
         x=alt.X("seconds:Q", title="seconds in the profiled stretch"),
         color=alt.Color("kind:N", scale=_kind_scale(ops["kind"])),
-        tooltip=[
-            alt.Tooltip("op:N", title=what),
-            alt.Tooltip("kind:N"),
-            alt.Tooltip("count:Q", title="calls"),
-            alt.Tooltip("seconds:Q", format=".3~g"),
-            alt.Tooltip("share:Q", title="of the phase", format=".1%"),
-        ],
+        tooltip=tooltips("op", "kind", "count", "seconds", "share", op=what),
     )
     words = base.mark_text(align="left", dx=4, fontSize=11).encode(
         y=y, x=alt.X("seconds:Q"), text=alt.Text("share:Q", format=".0%")
@@ -151,7 +147,6 @@ def _ops_table(profiles: Sequence[tuple[str, Profile]]) -> list[Block]:
             caption="Top ops of all phases and profiled cases.",
             headings=list(cells.columns),
             rows=rows,
-            titles=[""] * len(rows),
             num_text_columns=len(columns),
             filters=["case", "phase", "kind"],
             downloads=downloads("top-ops", cells, len(columns), ops.to_csv(index=False)),
@@ -168,9 +163,9 @@ def _flame_blocks(profiles: Sequence[tuple[str, Profile]]) -> list[Block]:
     if rects.empty:
         return []
     caption = (
-        "Callers above, what they call below, as wide as their time; equal calls from the same place are one. Drag to "
-        "move, Shift and the wheel to zoom, double-click for the whole. Recorded in a step of its own, in which Python "
-        "takes longer than usual."
+        "Callers above, what they call below, as wide as their time; equal calls from the same place are one. The "
+        "buttons above zoom and move; so do dragging, Shift with the wheel, and a double-click for the whole. Recorded "
+        "in a step of its own, in which Python takes longer than usual."
     )
     width = "scale('x', datum.x1) - scale('x', datum.x0)"
     base = (
@@ -193,13 +188,7 @@ def _flame_blocks(profiles: Sequence[tuple[str, Profile]]) -> list[Block]:
         y=y,
         y2="below:Q",
         color=alt.Color("kind:N", scale=_kind_scale(rects["kind"])),
-        tooltip=[
-            alt.Tooltip("name:N", title="call"),
-            alt.Tooltip("kind:N"),
-            alt.Tooltip("seconds:Q", format=".3~g"),
-            alt.Tooltip("share:Q", title="of the phase", format=".1%"),
-            alt.Tooltip("count:Q", title="calls"),
-        ],
+        tooltip=tooltips("name", "kind", "seconds", "share", "count"),
     )
     words = base.mark_text(
         clip=True,
@@ -229,7 +218,9 @@ def _allocator_blocks(profiles: Sequence[tuple[str, Profile]]) -> list[Block]:
     caption = "The CUDA allocator over one step: what tensors hold, and what the allocator keeps from the driver."
     rows = pd.concat(
         [
-            curves.assign(bytes=curves[f"{what}_bytes"] / 2**30, what=what)[["case", "s", "bytes", "what"]]
+            curves.rename(columns={"s": "seconds"}).assign(gib=curves[f"{what}_bytes"] / GIB, what=what)[
+                ["case", "seconds", "gib", "what"]
+            ]
             for what in ("reserved", "active")
         ]
     )
@@ -238,14 +229,10 @@ def _allocator_blocks(profiles: Sequence[tuple[str, Profile]]) -> list[Block]:
         .transform_filter("datum.case === profiled")
         .mark_area(interpolate="step-after", opacity=0.6)
         .encode(
-            x=alt.X("s:Q", title="seconds"),
-            y=alt.Y("bytes:Q", title="GiB", stack=None),
+            x=alt.X("seconds:Q", title="seconds"),
+            y=alt.Y("gib:Q", title="GiB", stack=None),
             color=alt.Color("what:N", scale=alt.Scale(domain=["reserved", "active"], range=["#BBBBBB", COLORS[4]])),
-            tooltip=[
-                alt.Tooltip("what:N"),
-                alt.Tooltip("s:Q", title="seconds", format=".3~g"),
-                alt.Tooltip("bytes:Q", title="GiB", format=".3~g"),
-            ],
+            tooltip=tooltips("what", "seconds", "gib"),
         )
         .add_params(select("profiled", list(rows["case"].drop_duplicates()), "case"))
         .properties(height=HEIGHT)

@@ -9,9 +9,10 @@ from typing import Any
 
 import pandas as pd
 
+from rlhfreports.columns import hosts_note
 from rlhfreports.page.blocks import Block, Cell, Code, Items, Section, Table, Text
 from rlhfreports.page.data import Page, Run
-from rlhfreports.tables import ABSENT
+from rlhfreports.tables import ABSENT, outcome_word
 
 # Of an environment: different in every run, and no cause of a difference.
 _OF_EVERY_RUN = ("run_id", "started_at", "load_average", "resumed")
@@ -52,14 +53,14 @@ def warnings(run: Run) -> list[str]:
         found.append(f"The code had changes beside commit {str(source.get('commit'))[:12]}.")
     if len(run.environments) > 1:
         found.append(f"The run was resumed {len(run.environments) - 1} times.")
-    hosts = run.frame["host"].dropna().unique()
-    if len(hosts) > 1:
-        found.append(
-            f"Its records come from {len(hosts)} machines: {', '.join(hosts)}. Their times are not comparable."
-        )
+    note = hosts_note(run.frame)
+    if note is not None:
+        found.append(note)
     outcomes = run.frame["outcome"].value_counts(sort=False)
     if set(outcomes.index) - {"ok"}:
-        found.append(f"Outcomes: {', '.join(f'{count} {outcome}' for outcome, count in outcomes.items())}.")
+        found.append(
+            f"Outcomes: {', '.join(f'{count} {outcome_word(outcome)}' for outcome, count in outcomes.items())}."
+        )
     return found
 
 
@@ -77,7 +78,6 @@ def differences(runs: tuple[Run, ...]) -> Table:
         caption="What differs between the runs",
         headings=("what", *(run.name for run in runs)),
         rows=[[Cell(text=text) for text in row] for row in rows],
-        titles=[""] * len(rows),
         num_text_columns=1 + len(runs),
     )
 

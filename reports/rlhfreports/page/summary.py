@@ -12,6 +12,7 @@ from rlhfreports.gain import gain_table, has_gain
 from rlhfreports.page.blocks import Block, Chart, Section, Text, table_of
 from rlhfreports.page.charts import HEIGHT, LENGTH_TITLE, method_scales, select, specification
 from rlhfreports.page.data import Page
+from rlhfreports.page.tooltips import tooltips
 from rlhfreports.paper import COMPLETION_LEN, FIGURE_2, PROMPT_LEN, TABLE_1, TABLES
 
 _ROW_PX, _MAX_CHART_PX = 22, 1600
@@ -69,12 +70,7 @@ def _speedup_chart(page: Page, timed: pd.DataFrame) -> Chart:
     dots = base.mark_point(filled=True, size=55, opacity=1).encode(
         x=x,
         shape=alt.Shape("title:N", scale=shapes),
-        tooltip=[
-            alt.Tooltip("case:N", title="case"),
-            alt.Tooltip("speedup:Q", title="speed-up", format=".3f"),
-            alt.Tooltip("low:Q", title="95 % interval from", format=".3f"),
-            alt.Tooltip("high:Q", title="to", format=".3f"),
-        ],
+        tooltip=tooltips("case", "speedup", "low", "high"),
     )
     ends = base.mark_rule().encode(x=alt.X("low:Q", title="speed-up"), x2="high:Q")
     one = alt.Chart(alt.NamedData("one")).mark_rule(strokeDash=[4, 3]).encode(x=alt.X("one:Q"))
@@ -131,12 +127,7 @@ def _figure_2(page: Page, points: pd.DataFrame) -> Chart:
             y=alt.Y("seconds:Q", title=None, scale=log),
             color=alt.Color("title:N", scale=colors),
             shape=alt.Shape("title:N", scale=shapes),
-            tooltip=[
-                alt.Tooltip("title:N", title="method"),
-                alt.Tooltip("seq_len:Q", title="tokens"),
-                alt.Tooltip("batch_size:Q", title="batch size"),
-                alt.Tooltip("seconds:Q", title="seconds per sample", format=".3~g"),
-            ],
+            tooltip=tooltips("title", "seq_len", "batch_size", "seconds", seconds="seconds per sample"),
         )
 
     line = base("figure-2").encode(detail="line:N", shape=alt.Undefined).mark_line(strokeWidth=2)

@@ -8,7 +8,8 @@ import pandas as pd
 from rlhfreports import frames
 from rlhfreports.page.blocks import Block, Chart, Section, Text
 from rlhfreports.page.charts import HEIGHT, by_mode, method_scales, select, specification
-from rlhfreports.page.data import Page, Run
+from rlhfreports.page.data import Page
+from rlhfreports.page.tooltips import tooltips
 from rlhfreports.plots import COLORS
 from rlhfreports.predicted import comparisons, has_predictions, worst_sentence
 from rlhfreports.ratios import resolution
@@ -46,12 +47,7 @@ def predicted_section(page: Page) -> Section | None:
             y=alt.Y("measured_gib:Q", title="measured GiB", scale=scale),
             color=alt.Color("title:N", scale=colors),
             shape=alt.Shape("title:N", scale=shapes),
-            tooltip=[
-                alt.Tooltip("case:N", title="case"),
-                alt.Tooltip("predicted_gib:Q", title="predicted GiB", format=".4~g"),
-                alt.Tooltip("measured_gib:Q", title="measured GiB", format=".4~g"),
-                alt.Tooltip("percent:Q", title="prediction off by, %", format="+.3f"),
-            ],
+            tooltip=tooltips("case", "predicted_gib", "measured_gib", "percent", percent="prediction off by, %"),
         )
         diagonal = (
             alt.Chart(alt.NamedData("predicted-line"))
@@ -80,7 +76,9 @@ def sure_section(page: Page) -> Section | None:
         several = len(page.runs) > 1
         blocks.append(Text(text=(f"{run.name}: " if several else "") + resolution(run.frame)))
         blocks += [Text(text=sentence, kind=kind) for sentence, kind in _how_timed(run.frame)]
-        blocks += _charts(run, f"blocks-{i}", f", {run.name}" if several else "")
+        data = frames.block_times(run.frame, run.blocks)
+        blocks += [Text(text=_drift_sentence(data))] if len(data) else []
+        blocks += _charts(data, f"blocks-{i}", f", {run.name}" if several else "")
     return Section(id="sure", title="How sure", blocks=blocks) if blocks else None
 
 
@@ -98,8 +96,18 @@ def _how_timed(frame: pd.DataFrame) -> list[tuple[str, str]]:
     return found
 
 
-def _charts(run: Run, name: str, title: str) -> list[Chart]:
-    data = frames.block_times(run.frame, run.blocks)
+def _drift_sentence(data: pd.DataFrame) -> str:
+    found = frames.drift(data)
+    if found is None:
+        return "The run has too few blocks to tell a drift from noise."
+    percent, half_width = found
+    interval = f"{percent:+.1f} % ± {half_width:.1f} from the first block to the last"
+    if abs(percent) <= half_width:
+        return f"No drift that the blocks can tell from noise: {interval}."
+    return f"Drift: blocks became {'slower' if percent > 0 else 'faster'} over the run, {interval}."
+
+
+def _charts(data: pd.DataFrame, name: str, title: str) -> list[Chart]:
     data = data.assign(state=["quiet" if pd.isna(by) else "disturbed" for by in data["disturbed_by"]])
     if data.empty or data["minutes"].isna().all():
         return []
@@ -113,15 +121,16 @@ def _charts(run: Run, name: str, title: str) -> list[Chart]:
             x=x,
             color=alt.Color("state:N", scale=states),
             shape=alt.Shape("state:N", scale=shapes),
-            tooltip=[
-                alt.Tooltip("line:N", title="method"),
-                alt.Tooltip("size:N", title="size"),
-                alt.Tooltip("block:Q", title="block"),
-                alt.Tooltip("percent:Q", title="from the median of its case, %", format="+.1f"),
-                alt.Tooltip("others:Q", title="taken by others, %", format=".1f"),
-                alt.Tooltip("mhz:Q", title="CPU MHz", format=".0f"),
-                alt.Tooltip("disturbed_by:N", title="disturbed by"),
-            ],
+            tooltip=tooltips(
+                "line",
+                "size",
+                "block",
+                "percent",
+                "others",
+                "mhz",
+                "disturbed_by",
+                percent="from the median of its case, %",
+            ),
         )
     )
     charts = []

@@ -19,6 +19,7 @@ from rlhfreports.page.charts import (
     specification,
 )
 from rlhfreports.page.data import Page
+from rlhfreports.page.tooltips import tooltips
 from rlhfreports.slopes import slope_table
 from rlhfreports.tables import outcome_word
 
@@ -29,10 +30,19 @@ MEASURES = {
     "samples per second": "1 / {}",
     "tokens per second": "datum.tokens / {}",
 }
+# The slope of a measure from that of seconds per sample: its factor, and what is added. The tokens of a line's samples
+# are in proportion to the length.
+_SLOPES = {
+    "seconds per sample": (1, 0),
+    "seconds per token": (1, -1),
+    "samples per second": (-1, 0),
+    "tokens per second": (-1, 1),
+}
 _CAPTION = (
-    "One line a method, both axes logarithmic, 95 % intervals as bands. The legend has the slope of each line: 1 is a "
-    "time in proportion to the length. A word at the top marks a length that was not measured, such as OOM. Choose the "
-    "batch size, the part of the step and the measure above. A click on a method in the legend shows it alone."
+    "One line a method, both axes logarithmic, 95 % intervals as bands. The legend has the slope of each line for the "
+    "measure shown: a time per sample in proportion to the length has 1, a throughput per token that no length changes "
+    "has 0. A word at the top marks a length that was not measured, such as OOM. Choose the batch size, the part of "
+    "the step and the measure above. A click on a method in the legend shows it alone."
 )
 _ROW_PX, _MAX_ROWS = 13, 6  # of the words at the top, and how many of them lines never cross
 
@@ -60,20 +70,24 @@ def _tokens_line(frame: pd.DataFrame) -> str:
 
 
 def slope_texts(frame: pd.DataFrame) -> dict[str, str]:
-    """The slope of every line for the legend, by ``panel|kind|title``.
+    """The slope of every line for the legend, by ``panel|kind|measure|title``.
 
-    Where a title has several lines in a panel, such as those of two settings, it is the slope of the first.
+    Where a title has several lines in a panel, such as those of two settings, it has a slope for each, in their order.
     """
-    found: dict[str, str] = {}
+    found: dict[str, list[str]] = {}
     for row in frames.slopes(frame).to_dict("records"):
         width = "" if pd.isna(row["half_width"]) else f" ± {row['half_width']:.2f}"
-        found.setdefault(f"{row['panel']}|{row['kind']}|{row['title']}", f"slope {row['slope']:.2f}{width}")
-    return found
+        for measure, (factor, added) in _SLOPES.items():
+            # No negative zero.
+            slope = round(factor * row["slope"] + added, 2) + 0.0
+            key = f"{row['panel']}|{row['kind']}|{measure}|{row['title']}"
+            found.setdefault(key, []).append(f"{slope:.2f}{width}")
+    return {key: f"slope {' and '.join(slopes)}" for key, slopes in found.items()}
 
 
 def latency_chart(page: Page, points: pd.DataFrame, failed: pd.DataFrame) -> Chart:
     """Time against length; the switches choose the panel, the kind of phases and the measure."""
-    panels = list(dict.fromkeys([*points["panel"], *failed["panel"]]))
+    panels = frames.panel_titles(page.frame)
     kinds = [kind for kind in frames.KINDS if (points["kind"] == kind).any()]
     words = failed.assign(
         word=[outcome_word(o) if o != "ok" else "no time" for o in failed["outcome"]],
@@ -88,7 +102,7 @@ def latency_chart(page: Page, points: pd.DataFrame, failed: pd.DataFrame) -> Cha
     )
     shown, dash = legend_filter(), line_dash(page.frame)
     colors, shapes = method_scales(page.frame)
-    slope = "slopes[panel + '|' + kind + '|' + datum.label]"
+    slope = "slopes[panel + '|' + kind + '|' + measure + '|' + datum.label]"
     # Wider than other legends: a method and its slope take up to 260 pixels.
     legend = alt.Legend(
         labelExpr=f"datum.label + ({slope} ? '  (' + {slope} + ')' : '')",
@@ -121,12 +135,7 @@ def latency_chart(page: Page, points: pd.DataFrame, failed: pd.DataFrame) -> Cha
         y=alt.Y("seconds:Q", **y),
         shape=alt.Shape("title:N", scale=shapes),
         opacity=faded,
-        tooltip=[
-            alt.Tooltip("line:N", title="method"),
-            alt.Tooltip("seq_len:Q", title="tokens"),
-            alt.Tooltip("batch_size:Q", title="batch size"),
-            alt.Tooltip("shown:N", title="value"),
-        ],
+        tooltip=tooltips("line", "seq_len", "batch_size", "shown"),
     )
     marks = (
         alt.Chart(alt.NamedData("failures"))
@@ -138,12 +147,7 @@ def latency_chart(page: Page, points: pd.DataFrame, failed: pd.DataFrame) -> Cha
             text="word:N",
             color=alt.Color("title:N", scale=colors, legend=legend),
             opacity=faded,
-            tooltip=[
-                alt.Tooltip("line:N", title="method"),
-                alt.Tooltip("seq_len:Q", title="tokens"),
-                alt.Tooltip("word:N", title="outcome"),
-                alt.Tooltip("error:N", title="why"),
-            ],
+            tooltip=tooltips("line", "seq_len", "word", "error"),
         )
     )
     switches = [

@@ -172,9 +172,9 @@ def test_later_blocks_are_added_to_the_newest_record_of_their_case(tmp_path):
     made = {**record(block((1.0, 4.0))), "run": {"id": "r", "segment": 0, "host": "h"}}
     with RecordsFile(tmp_path) as file:
         file.append(made)
-        file.append_block(file.records[0], block((2.0, 4.0)))
+        file.append_block(made["case"]["id"], block((2.0, 4.0)))
         file.append(made)  # tried again: its earlier blocks go
-        file.append_block(file.records[0], block((3.0, 4.0)))
+        file.append_block(made["case"]["id"], block((3.0, 4.0)))
         assert read_records(tmp_path) == file.records
     (found,) = read_records(tmp_path)
     assert found["latency"]["phases"]["think"]["block_s"] == [1.0, 3.0]
@@ -188,4 +188,4 @@ def test_a_block_of_other_phases_is_one_sentence(tmp_path):
         file.append(made)
         other = {**block((1.0, 4.0)), "phases": {"think": [1.0]}, "floors_s": None}
         with pytest.raises(RecordsError, match="has other phases than its record"):
-            file.append_block(file.records[0], other)
+            file.append_block(made["case"]["id"], other)

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
 from rlhfbench.errors import RecordsError
-from rlhfbench.records.timelines import divided_timeline, read_timeline, timeline_frames, write_timeline
+from rlhfbench.records.timelines import divided_timeline, read_timeline, tensors_frame, timeline_frames, write_timeline
 
 TIMELINE = {
     "num_events": 9,
@@ -17,6 +18,16 @@ TIMELINE = {
     "peak": {"event": 2, "phase": "score", "total_bytes": 13},
     "events": [2, 7],
     "parts_bytes": {"base": [10, 4], "rollout": [3, 6]},
+    "tensors": {
+        "part": ["base", "rollout"],
+        "bytes": [8, 2],
+        "born_event": [1, 2],
+        "first_event": [1, 2],
+        "end_event": [3, 9],
+        "shape": [[2, 1], []],
+        "dtype": ["float32", "int16"],
+        "op": ["aten.mm.default", None],
+    },
 }
 
 
@@ -28,7 +39,11 @@ def test_a_written_timeline_is_read_back(tmp_path: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["a.json"]
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"events": []}'])
+WRONG = {**TIMELINE, "tensors": {**TIMELINE["tensors"], "bytes": ["many", 2]}}
+SHORT = {**TIMELINE, "tensors": {**TIMELINE["tensors"], "bytes": [8]}}
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null", '{"events": []}', json.dumps(WRONG), json.dumps(SHORT)])
 def test_a_file_without_a_timeline_is_named_in_one_sentence(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(RecordsError, match=r"^timeline '.*a\.json' .*\.$"):
@@ -53,6 +68,15 @@ def test_frames_of_points_and_phases() -> None:
         "first_event": [1, 4],
         "last_event": [4, 9],
     }
+
+
+def test_the_frame_of_the_largest_tensors() -> None:
+    frame = tensors_frame(TIMELINE)
+    assert frame["shape"].tolist() == ["2 × 1", "scalar"]
+    assert frame["bytes"].tolist() == [8, 2]
+    assert frame["op"].isna().tolist() == [False, True]
+    without = tensors_frame({key: value for key, value in TIMELINE.items() if key != "tensors"})
+    assert (len(without), list(without.columns)) == (0, list(frame.columns))
 
 
 def test_the_peak_is_found_again_after_division() -> None:

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from rlhfbench.cases.sweep import Sweep
-from rlhfbench.runs import runner
+from rlhfbench.runs import case_process
 from rlhfbench.runs.runner import dominates
 from rlhfkernels.config.case import Case
 from rlhfkernels.config.options import Options
@@ -41,7 +41,7 @@ def test_every_way_to_die_is_an_outcome_and_the_run_continues(tmp_path, sweep_of
 
 def test_a_kill_by_the_kernel_for_memory_is_oom(tmp_path, monkeypatch, sweep_of, run):
     counter = itertools.count()
-    monkeypatch.setattr(runner, "num_oom_kills", lambda: next(counter))
+    monkeypatch.setattr(case_process, "num_oom_kills", lambda: next(counter))
     result = run(sweep_of("die", "segfault"), tmp_path / "run")
     assert [r["outcome"] for r in result.records] == ["oom", "crashed"]
     assert "it: the machine was out of memory." in result.records[0]["error"]["message"]
@@ -106,4 +106,4 @@ def test_dominates(change, expected):
 
 
 def test_oom_kills_are_counted():
-    assert runner.num_oom_kills() >= 0
+    assert case_process.num_oom_kills() >= 0

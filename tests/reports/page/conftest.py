@@ -13,11 +13,23 @@ from rlhfreports.page.data import Run
 GIB = 2**30
 
 
-def timeline() -> tuple[pd.DataFrame, pd.DataFrame]:
+def timeline() -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     points = pd.DataFrame({"event": [1, 2, 3, 4], "base_part_bytes": [GIB] * 4, "kv_cache_part_bytes": [0] * 4})
     points["activations_part_bytes"] = [0, GIB, 2 * GIB, 0]
     phases = pd.DataFrame({"phase": ["score", "update_actor"], "first_event": [1, 3], "last_event": [3, 4]})
-    return points, phases
+    tensors = pd.DataFrame(
+        {
+            "part": ["base", "activations", "activations"],
+            "bytes": [GIB, GIB, GIB],
+            "born_event": [1, 2, 4],
+            "first_event": [1, 2, 4],
+            "end_event": [5, 4, 5],
+            "shape": ["16 × 4", "8 × 4", "2"],
+            "dtype": "float32",
+            "op": [None, "aten.mm.default", "aten.add.Tensor"],
+        }
+    )
+    return points, phases, tensors
 
 
 def blocks(case_ids: list[str]) -> pd.DataFrame:

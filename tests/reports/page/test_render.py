@@ -44,8 +44,8 @@ def test_a_page_is_one_file_without_addresses_that_load(make_run: Callable[..., 
     html = page_html(Page.of([make_run(*rows)]))
     assert len(html.encode()) < 6_000_000
     assert not re.search(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=[\"']?(?:https?:)?//", html)
-    # Data, specifications, two libraries and the page's own script: no library ends its element early.
-    assert html.count("</script>") == 5
+    # Data, specifications, files, two libraries and the page's own script: no library ends its element early.
+    assert html.count("</script>") == 6
 
 
 def test_blocks_are_escaped() -> None:
@@ -73,12 +73,26 @@ def test_a_page_is_written_whole(make_run: Callable[..., Run], tmp_path: Any) ->
 
 def test_downloads_are_the_table_as_csv_markdown_and_latex() -> None:
     cells = pd.DataFrame({"method": ["a_b|c"], "total GiB": ["1.0"]})
-    csv, markdown, latex = downloads("t", cells, 1, "method,bytes\na,1\n")
+    csv, markdown, latex = downloads("t", cells, 1, 'method,error\na,"two\nlines"\n')
     assert (csv.name, markdown.name, latex.name) == ("t.csv", "t.md", "t.tex")
-    assert csv.url == "data:text/csv;base64,bWV0aG9kLGJ5dGVzCmEsMQo="
-    assert "a_b\\|c" in markdown.content
-    assert r"a\_b|c & 1.0 \\" in latex.content
-    assert r"\begin{tabular}{lr}" in latex.content
+    assert (csv.head, csv.rows, csv.foot) == ("method,error\n", ['a,"two\nlines"\n'], "")
+    assert markdown.head.count("\n") == 2
+    assert markdown.rows == ["| a_b\\|c   |         1.0 |\n"]
+    assert latex.head.startswith(r"\begin{tabular}{lr}")
+    assert latex.rows == ["a\\_b|c & 1.0 \\\\\n"]
+    assert latex.foot == "\\bottomrule\n\\end{tabular}\n"
+
+
+def test_a_line_end_in_a_cell_breaks_no_row_of_a_download() -> None:
+    cells = pd.DataFrame({"method": ["a\nb", "c"], "GiB": ["1", "2"]})
+    for file in downloads("t", cells, 1, cells.to_csv(index=False)):
+        assert len(file.rows) == 2, file.name
+        assert "c" in file.rows[1]
+
+
+def test_a_table_without_rows_has_downloads_without_rows() -> None:
+    for file in downloads("t", pd.DataFrame({"method": []}), 1, "method\n"):
+        assert (list(file.rows), file.head.strip() + file.foot.strip() != "") == ([], True), file.name
 
 
 def test_every_colour_can_be_told_from_the_background_in_dark_mode() -> None:

@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from rlhfreports.page.blocks import Block, Chart, Section, Table, Text
 from rlhfreports.page.data import Page, Run
 from rlhfreports.page.render import page_html
 from rlhfreports.page.sections import sections_of
+from rlhfreports.page.times import slope_texts
 
 Runs = Callable[..., Run]
 Rows = tuple[dict[str, Any], ...]
@@ -111,12 +113,66 @@ def test_every_switch_has_a_label_and_starts_at_one_of_its_options(make_run: Run
         assert re.fullmatch(r"\w[\w ]*: ", switch["bind"]["name"])
 
 
+def test_every_row_of_a_table_is_a_row_of_its_files(make_run: Runs, rows: Rows) -> None:
+    tables = [block for block in blocks_of(*two_runs(make_run, rows), with_paper=True) if isinstance(block, Table)]
+    files = [(table, file) for table in tables for file in table.downloads]
+    assert len(files) >= 12
+    for table, file in files:
+        assert len(file.rows) == len(table.rows), file.name
+
+
+@pytest.mark.parametrize(
+    ("measure", "slope"),
+    [
+        ("seconds per sample", "2.00"),
+        ("seconds per token", "1.00"),
+        ("samples per second", "-2.00"),
+        ("tokens per second", "-1.00"),
+    ],
+)
+def test_the_slope_in_the_legend_is_that_of_the_measure(
+    make_frame: Callable[..., pd.DataFrame], measure: str, slope: str
+) -> None:
+    frame = make_frame(*({"prompt_len": n, "completion_len": n, "total_s_per_sample": n**2} for n in (16, 32, 64)))
+    found = slope_texts(frame)
+    assert found[f"batch 1|total|{measure}|Hydra-PPO"] == f"slope {slope}"
+
+
+def test_two_settings_of_a_method_have_a_slope_each(make_frame: Callable[..., pd.DataFrame]) -> None:
+    frame = make_frame(
+        *(
+            {"prompt_len": n, "completion_len": n, "total_s_per_sample": n**power, "setting": setting}
+            for setting, power in (("modern", 1), ("paper", 2))
+            for n in (16, 32)
+        )
+    )
+    assert slope_texts(frame)["batch 1|total|seconds per sample|Hydra-PPO"] == "slope 1.00 and 2.00"
+
+
+def test_a_row_has_the_warnings_that_touch_its_numbers(make_run: Runs) -> None:
+    disturbed = {"num_timed_blocks": 4, "num_disturbed_blocks": 2, "disturbed_by": "a backup"}
+    run = make_run({}, disturbed, {"num_timed_blocks": 1, "num_prompts_truncated": 3}, {"outcome": "oom", "error": "x"})
+    (table,) = (block for block in blocks_of(run) if isinstance(block, Table) and block.id == "memory-table")
+    assert sorted(zip(table.kinds, table.titles, strict=True)) == [
+        ("", ""),
+        ("failed", "x"),
+        ("warned", "2 of 4 blocks were disturbed: a backup."),
+        ("warned", "One block: its times have no interval. 3 rows were longer than the case and were cut."),
+    ]
+
+
+def test_drift_over_the_run_is_told(make_run: Runs, rows: Rows) -> None:
+    said = words(make_run(*rows))
+    assert "Drift: blocks became slower over the run, +9.5 % ± 0.0 from the first block to the last." in said
+    assert "too few blocks to tell a drift" in words(make_run(*rows[:1]))
+
+
 def test_ids_are_unique_and_every_link_stays_in_the_page(make_run: Runs, rows: Rows) -> None:
     found = parsed(page_html(Page.of(two_runs(make_run, rows), with_paper=True)))
     assert len(found.ids) == len(set(found.ids))
     assert found.links
     for link in found.links:
-        assert link.startswith("data:") or link.removeprefix("#") in found.ids, link
+        assert link == "data:," or link.removeprefix("#") in found.ids, link
 
 
 def test_method_colours_are_those_of_the_static_pictures(make_run: Runs, rows: Rows) -> None:
@@ -167,14 +223,14 @@ def test_odd_runs_are_compared(make_run: Runs, first: str, second: str) -> None:
 
 def test_odd_runs_say_what_is_missing(make_run: Runs) -> None:
     assert "This run has no records yet." in words(make_run())
-    assert "No case was measured: 1 OOM, 1 skipped." in words(make_run(*ODD["all failed"]))
+    assert "No case was measured: 1 OOM, 1 SKIPPED." in words(make_run(*ODD["all failed"]))
     assert "how sure the times are is not known" in words(make_run({}, bare=True))
     assert "No environment is recorded." in words(make_run({}, bare=True))
 
 
 def test_records_of_two_machines_are_warned_of(make_run: Runs) -> None:
     html = page_html(Page.of([make_run({"host": "one"}, {"host": "two", "prompt_len": 64})]))
-    assert "Its records come from 2 machines: one, two. Their times are not comparable." in html
+    assert "Cases were measured on 2 machines (one, two): times are compared only between cases of one machine." in html
 
 
 def test_environments_of_two_machines_are_compared(make_run: Runs, rows: Rows) -> None:

@@ -150,7 +150,7 @@ def test_a_profile_of_a_gpu_has_kernels_and_the_allocator(make_frame: Frames) ->
     assert isinstance(kernels, Chart)
     assert kernels.data["top-kernels"]["op"].tolist() == ["gemm"]
     assert isinstance(allocator, Chart)
-    assert allocator.data["allocator"].groupby("what")["bytes"].max().to_dict() == {"active": 2.0, "reserved": 4.0}
+    assert allocator.data["allocator"].groupby("what")["gib"].max().to_dict() == {"active": 2.0, "reserved": 4.0}
     assert isinstance(links, Links)
     assert links.links[-1].url == "traces/a/snapshot.pickle"
 

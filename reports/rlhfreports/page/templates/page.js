@@ -1,6 +1,14 @@
-// Hands the page's data to Vega and DataTables, and tells the charts of dark mode and print.
+// Hands the page's data to Vega and DataTables, makes downloads, and tells the charts of dark mode and print.
 const json = (id) => JSON.parse(document.getElementById(id).textContent);
-const [columns, specs] = [json("page-data"), json("page-specs")];
+const [columns, specs, files] = [json("page-data"), json("page-specs"), json("page-files")];
+
+// The exports of a library, which the page holds as base64 of gzip.
+async function library(id) {
+  const packed = await fetch(`data:;base64,${document.getElementById(id).textContent}`);
+  const text = await new Response(packed.body.pipeThrough(new DecompressionStream("gzip"))).text();
+  const url = URL.createObjectURL(new Blob([text], { type: "text/javascript" }));
+  return import(url);
+}
 
 const decoded = (column) => (Array.isArray(column) ? column : column.codes.map((code) => column.values[code]));
 const rowsOf = (table) => {
@@ -21,10 +29,32 @@ async function drawChart(figure) {
   const { view } = await vegaEmbed(figure, { ...spec, datasets, params }, { actions, bind, renderer: "svg" });
   figure.querySelector("summary")?.setAttribute("aria-label", "Save this chart as a picture");
   views.push(view);
+  if (spec.params.some((p) => p.name === "zoom")) bind.append(zoomButtons(view));
+}
+
+// What the wheel and dragging do, for the keyboard and for touch: each button gives the new ends of the x axis.
+const ZOOMS = {
+  "Zoom in": (low, high) => [low + (high - low) / 4, high - (high - low) / 4],
+  "Zoom out": (low, high) => [low - (high - low) / 2, high + (high - low) / 2],
+  Earlier: (low, high) => [low - (high - low) / 4, high - (high - low) / 4],
+  Later: (low, high) => [low + (high - low) / 4, high + (high - low) / 4],
+  Whole: () => null,
+};
+const button = (text, act) => {
+  const made = Object.assign(document.createElement("button"), { type: "button", textContent: text });
+  made.addEventListener("click", act);
+  return made;
+};
+function zoomButtons(view) {
+  const group = document.createElement("span");
+  const move = (ends) => view.signal("zoom_x0", ends(...view.scale("x").domain())).runAsync();
+  group.append(...Object.entries(ZOOMS).map(([text, ends]) => button(text, () => move(ends))));
+  return group;
 }
 
 // A chart that fails leaves the others, and says so.
 async function drawCharts() {
+  await library("vega-library");
   for (const figure of document.querySelectorAll("[data-chart]")) {
     await drawChart(figure).catch((error) => {
       figure.textContent = "This chart cannot be drawn.";
@@ -42,15 +72,24 @@ darkMode.addEventListener("change", (event) => setDark(event.matches));
 window.addEventListener("beforeprint", () => setDark(false));
 window.addEventListener("afterprint", () => setDark(darkMode.matches));
 
+// A file of a table with the rows that are shown, in their order, on all of its pages.
+function download(file, table) {
+  const rows = table.rows({ search: "applied", order: "applied" }).indexes().toArray();
+  const content = file.head + rows.map((row) => file.rows[row]).join("") + file.foot;
+  const url = URL.createObjectURL(new Blob([content], { type: file.media_type }));
+  Object.assign(document.createElement("a"), { href: url, download: file.name }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 60_000);
+}
+
 async function makeTables() {
-  const source = document.getElementById("tables-library").textContent;
-  const url = URL.createObjectURL(new Blob([source], { type: "text/javascript" }));
-  const { default: DataTable } = await import(url);
+  const { default: DataTable } = await library("tables-library");
   for (const table of document.querySelectorAll("table[data-filters]")) {
     const filters = JSON.parse(table.dataset.filters);
     const numRows = table.tBodies[0].rows.length;
     const headings = [...table.querySelectorAll("thead th")].map((th) => th.textContent);
-    new DataTable(table, {
+    const order = (heading) => ({ extend: "order", text: `Sort by ${heading}` });
+    const filter = (heading) => ({ extend: "dropdown", text: `Filter ${heading}`, content: ["searchList"] });
+    const made = new DataTable(table, {
       order: [],
       pageLength: 25,
       paging: numRows > 25,
@@ -62,12 +101,14 @@ async function makeTables() {
         bottomEnd: numRows > 25 ? "paging" : null,
       },
       scrollX: true,
-      columnDefs: [
-        { targets: headings.flatMap((h, i) => (filters.includes(h) ? [i] : [])), columnControl: ["order", ["searchList"]] },
-        { targets: "_all", columnControl: ["order"] },
-      ],
+      columnDefs: headings.map((heading, i) => ({
+        targets: i,
+        columnControl: filters.includes(heading) ? [order(heading), filter(heading)] : [order(heading)],
+      })),
       ordering: { indicators: false, handler: false },
     });
+    const saves = (files[table.id] ?? []).map((file) => button(file.title, () => download(file, made)));
+    document.querySelector(`[data-downloads="${table.id}"]`)?.append(...saves);
   }
 }
 

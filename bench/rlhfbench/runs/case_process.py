@@ -1,0 +1,146 @@
+"""Runs one block of one case in a fresh process on this machine, and concludes what became of it."""
+
+from __future__ import annotations
+
+import platform
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+from rlhfbench.processes import num_oom_kills
+from rlhfbench.records.file import make_plan
+from rlhfbench.runs import environment
+from rlhfbench.runs.execution import Ended, Start, Task
+from rlhfbench.runs.faults import last_line
+from rlhfbench.runs.forkserver import ForkServer
+from rlhfbench.runs.job import Exit
+from rlhfbench.runs.progress import Progress, Silent
+from rlhfbench.runs.worker import PHASE_PREFIX
+from rlhfkernels.config.case import Case
+
+
+class _Sampler(Protocol):
+    def peak_bytes(self, pid: int) -> int | None: ...
+
+
+class ThisMachine:
+    """The executor of this machine: one case after the other, each forked by a fork server.
+
+    Args:
+        server: forks the cases. It is started with the first case.
+        progress: receives the stages of cases, and notices.
+    """
+
+    def __init__(self, server: ForkServer, progress: Progress | None = None) -> None:
+        self._server, self._progress = server, progress or Silent()
+        self._nvml_is_missing = False
+
+    def start(self) -> None:
+        """Starts the fork server: its imports are no part of the first case's time."""
+        self._server.start()
+
+    def close(self) -> None:
+        """Ends the fork server and the case that it runs."""
+        self._server.close()
+
+    def can_run_on(self, host: str | None) -> bool:
+        """True if ``host`` is this machine."""
+        return host == platform.node()
+
+    def run(
+        self, cases: Sequence[Case], start: Start, hosts: Mapping[str, str | None] | None = None
+    ) -> Iterator[Ended]:
+        """Runs the cases in their order. See ``Executor.run``."""
+        for case in cases:
+            task = start(case)
+            if task is not None:
+                yield self.run_task(task)
+
+    def run_task(self, task: Task) -> Ended:
+        """Runs a task to its end."""
+        plan = self._plan(task) if task.with_plan else None
+        started_at, start_s = environment.now(), time.monotonic()
+        if task.request is None:
+            return Ended(task=task, result={}, started_at=started_at, plan=plan)
+        with self._sampler(task.case) as sampler:
+            result, end = self._run(task.request, task.log_path, task.timeout_s)
+            driver_peak_bytes = sampler.peak_bytes(end.pid) if sampler is not None and end.pid is not None else None
+        return Ended(
+            task=task,
+            result=result,
+            started_at=started_at,
+            wall_s=time.monotonic() - start_s,
+            max_rss_bytes=end.max_rss_bytes,
+            driver_peak_bytes=driver_peak_bytes,
+            plan=plan,
+        )
+
+    def _plan(self, task: Task) -> dict[str, Any]:
+        """Predicts the memory of the case and returns the ``plan`` of its record, which may be an error."""
+        request = {"case": task.case.to_dict(), "plan": True}
+        result, _ = self._run(request, task.plan_log_path, task.timeout_s)
+        return make_plan(result.get("memory"), result["error"])
+
+    def _run(self, request: Mapping[str, Any], log_path: Path, timeout_s: float) -> tuple[dict[str, Any], Exit]:
+        """The result that the process sent, or one made from its exit status, and its end; deletes an empty log."""
+        watch, kills = _Watch(self._progress.doing), num_oom_kills()
+        end = self._server.run(dict(request), log_path=log_path, timeout_s=timeout_s, on_message=watch)
+        result = watch.result
+        if result is None or end.timed_out:
+            log, oom_killed = log_path.read_text(errors="replace"), num_oom_kills() > kills
+            result = _death(end, watch.stage, timeout_s=timeout_s, oom_killed=oom_killed, log=log)
+        if not log_path.stat().st_size:
+            log_path.unlink()
+        return result, end
+
+    def _sampler(self, case: Case) -> AbstractContextManager[_Sampler | None]:
+        """A sampler of the driver's view of ``case``; ``None`` on a CPU or without NVML."""
+        kind, _, index = case.device.partition(":")
+        if kind != "cuda" or self._nvml_is_missing:
+            return nullcontext()
+        from rlhfbench.measure.nvml import NvmlSampler
+
+        sampler = NvmlSampler(int(index or 0))
+        if not sampler.available:
+            self._nvml_is_missing = True
+            self._progress.notice("NVML is not available on this machine: driver_peak_bytes stays empty.")
+        return sampler
+
+
+class _Watch:
+    """Receives the messages of a case: passes its stages on, and keeps the last stage and the result."""
+
+    def __init__(self, on_stage: Callable[[str], None]) -> None:
+        self._on_stage = on_stage
+        self.stage: str | None = None
+        self.result: dict[str, Any] | None = None
+
+    def __call__(self, message: dict[str, Any]) -> None:
+        if "notify" in message:
+            self.stage = message["notify"].removeprefix(PHASE_PREFIX)
+            self._on_stage(message["notify"].removeprefix(PHASE_PREFIX))
+        if "result" in message:
+            self.result = message["result"]
+
+
+def _death(end: Exit, stage: str | None, *, timeout_s: float, oom_killed: bool, log: str) -> dict[str, Any]:
+    """The outcome of a case that died without sending one."""
+    outcome = "crashed"
+    if end.timed_out:
+        outcome, kind, message = "timeout", "Timeout", f"it was killed after {timeout_s:g} s."
+    elif end.code is None:
+        kind, message = "ServerDied", "the fork server died."
+    elif end.code < 0:
+        kind = signal.Signals(-end.code).name
+        message = f"it was killed by {kind}."
+        if kind == "SIGKILL" and oom_killed:
+            outcome, message = "oom", "the kernel killed it: the machine was out of memory."
+    else:
+        kind, message = "Exit", f"it exited with status {end.code} and left no result."
+    said = last_line(log)
+    if outcome == "crashed" and said:
+        message += f" Last line of its log: {said}"
+    return {"outcome": outcome, "error": {"kind": kind, "message": message, "phase": stage}}

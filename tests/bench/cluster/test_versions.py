@@ -1,0 +1,37 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import rlhfbench
+from rlhfbench.cluster import probe
+from rlhfbench.cluster.versions import version_problems
+
+
+def test_each_node_that_differs_is_named_with_both_versions():
+    here = ("1.0", "abc")
+    assert version_problems(here, {"a": here}) == []
+    problems = version_problems(here, {"a": ("2.0", "abc"), "b": here, "c": ("1.0", "def"), "d": None})
+    assert [problem.removesuffix(": install the same on both.") for problem in problems] == [
+        "node a has rlhfbench 2.0 and this machine rlhfbench 1.0",
+        "node c has rlhfbench 1.0 (sources def) and this machine rlhfbench 1.0 (sources abc)",
+        "node d has no rlhfbench and this machine rlhfbench 1.0",
+    ]
+
+
+def test_the_probe_reads_the_sources_and_imports_only_the_standard_library(tmp_path):
+    found = probe.installed()
+    assert found is not None
+    assert len(found[1]) == 8
+    code = f"{Path(probe.__file__).read_text()}\nimport sys\nprint(installed(), 'rlhfbench' in sys.modules)"
+    roots = [str(Path(rlhfbench.__file__).parents[1]), *sys.path]
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": ":".join(roots)}
+    )
+    assert done.stdout == f"{found} False\n"
+    for package in probe.PACKAGES:
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("x = 1\n")
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": str(tmp_path)}
+    )
+    assert found[1] not in done.stdout
