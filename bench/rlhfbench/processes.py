@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from rlhfbench.errors import ForkServerError
@@ -76,3 +77,12 @@ def die_with_parent(parent_pid: int, number: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number))
     if os.getppid() != parent_pid:  # the parent died before the call
         os._exit(1)
+
+
+def num_oom_kills() -> int:
+    """Number of times that Linux killed a process for memory since boot; 0 on other systems."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)

@@ -316,8 +316,10 @@ def _raise_unless_ok(record: dict[str, Any]) -> None:
 
 def block_steps_s(record: dict[str, Any]) -> list[float]:
     """Returns the seconds of one step by block of ``record``: their mean is the record's, as in every report."""
+    from rlhfbench.records.schema import rows_per_step
+
     blocks = record["latency"]["total_block_s_per_sample"]
-    return [seconds * record["case"]["batch_size"] for seconds in blocks if seconds is not None]
+    return [seconds * rows_per_step(record) for seconds in blocks if seconds is not None]
 
 
 def extra_info(record: dict[str, Any]) -> dict[str, Any]:

@@ -242,7 +242,14 @@ def _take_300_mib():
     del [b"x" * (300 * 2**20)][:]
 
 
+def _dies_in_a_phase(request, send):
+    for name in ("score", "a-phase-with-a-long-name" * 30, "optimize"):
+        send({"phase": name})
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 BEHAVIOURS = {
+    "in-a-phase": _dies_in_a_phase,
     "large": _large,
     "large-then-fails": _large_then_fails,
     "large-then-dies": _large_then_dies,

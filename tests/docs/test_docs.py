@@ -69,6 +69,8 @@ CHECKED = {
     "rlhfbench run --methods dpo,dpo-lora --pairs pairs.jsonl --seq-lens 64": _SAME,
     "rlhfbench run --methods sft-lora --demonstrations demonstrations.jsonl --option sft.packing=true "
     "--seq-lens 64": _SAME,
+    "rlhfbench run --methods dpo-lora,hydra --seq-lens 32 --batch-sizes 2 --world-size 1,2 --parallel ddp "
+    "--out my-ranks": _SAME,
     "rlhfbench run --sweep sweep.toml": _LONG,
     "rlhfbench run --sweep sweep.toml --batch-sizes 8 --option lora.r=64": _LONG,
     "rlhfbench run --sweep cases.toml": _SAME,

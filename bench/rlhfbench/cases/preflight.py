@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from rlhfbench.cases.ranks import check_ranks
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.cases.weights import check_gguf, check_safetensors
 from rlhfbench.errors import SweepError
@@ -75,6 +76,7 @@ def check(sweep: Sweep, *, devices: bool = True) -> dict[str, ModelFacts]:
     problems += _check_weights(facts)
     for device in dict.fromkeys(case.device for case in sweep.cases) if devices else ():
         problems += _check_device(device)
+    problems += check_ranks(sweep.cases, num_cuda_devices)
     for option, packages in OPTION_PACKAGES.items():
         for value in dict.fromkeys(case.options.flat()[option] for case in sweep.cases):
             problems += _check_package(option, value, packages.get(value))

@@ -220,8 +220,8 @@ def case_spec(params: Mapping[str, Any]) -> dict[str, Any]:
     return given(
         methods=_words(params["methods"]),
         models=None if params["model"] is None else [params["model"]],
-        seq_lens=_numbers("--seq-lens", params["seq_lens"]),
-        batch_sizes=_numbers("--batch-sizes", params["batch_sizes"]),
+        seq_lens=numbers("--seq-lens", params["seq_lens"]),
+        batch_sizes=numbers("--batch-sizes", params["batch_sizes"]),
         prompt_fraction=params["prompt_fraction"],
         device=params["device"],
         dtype=params["dtype"],
@@ -300,8 +300,8 @@ def _words(text: str | None) -> list[str] | None:
     return None if text is None else [word.strip() for word in text.split(",")]
 
 
-def _numbers(flag: str, text: str | None) -> list[int] | None:
-    """The whole numbers that commas join."""
+def numbers(flag: str, text: str | None) -> list[int] | None:
+    """The whole numbers that commas join, of the option ``flag``."""
     words = _words(text)
     wrong = [word for word in words or () if not re.fullmatch(r"[+-]?[0-9]{1,1000}", word)]
     if wrong:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlhfbench.cli import common
+from rlhfbench.cli import common, ranks
 from rlhfbench.cli.common import (
     DONE,
     INTERRUPTED,
@@ -24,11 +24,11 @@ from rlhfbench.cli.common import (
     draw,
     epilog,
     given,
-    make_sweep,
     number,
     print_table,
 )
 from rlhfbench.errors import RecordsError, SweepError
+from rlhfbench.launch import Launch, find_launch
 from rlhfbench.records.schema import OUTCOMES
 from rlhfbench.runs.options import RunOptions
 from rlhfkernels.naming import unknown
@@ -42,6 +42,7 @@ MEASUREMENT, OUTPUT, CLUSTER = "Measurement", "Output", "Cluster"
 EPILOG = epilog(
     "rlhfbench run",
     "rlhfbench run --model gpt2 --methods lora,hydra --seq-lens 256,512",
+    "rlhfbench run --methods dpo --world-size 1,2 --parallel fsdp",
     "rlhfbench run --sweep sweep.toml --option engine.gradient_checkpointing=true",
     "rlhfbench run --model opt-1.3b --device cuda --ray 10.0.0.1:6379",
     "rlhfbench run --resume rlhfbench-run-20260101T120000Z --retry crashed",
@@ -68,6 +69,10 @@ def run(
     device: common.Device = None,
     dtype: common.Dtype = None,
     lora_rank: common.LoraRank = None,
+    world_size: ranks.WorldSize = None,
+    parallel: ranks.Parallel = None,
+    zero_stage: ranks.ZeroStage = None,
+    global_batch: ranks.GlobalBatch = False,
     time_budget_s: Annotated[
         float | None,
         typer.Option(
@@ -196,6 +201,13 @@ def run(
     from rlhfbench.runs import environment
 
     environment.check_system()  # first: the runner imports modules that Windows lacks
+    launch = find_launch()
+    if launch is not None:
+        from rlhfbench.runs.agents import head
+
+        if launch.rank:
+            return _follow(launch)
+        ctx.call_on_close(head().end)  # whatever becomes of the run, the others end
     from rlhfbench.runs import runner
     from rlhfbench.runs.folder import RunFolder
 
@@ -226,10 +238,10 @@ def run(
         raise SweepError(["--max-batch-limit needs --max-batch."])
     options = RunOptions.recorded({**settings, **values})
     place = _place(ray, ray_group, settings, max_batch=max_batch)
-    if resume is not None and not spec and sweep is None and setting is None:
+    if resume is not None and not spec and sweep is None and setting is None and world_size is None:
         cases = folder.load_sweep()
     else:
-        cases = make_sweep(spec, sweep, setting)
+        cases = ranks.make_ranked_sweep(spec, sweep, setting, ctx.params)
     if place is not None:
         place.check(cases.cases)
     how: dict[str, Any] = {"resume": resume is not None, "retry": retried}
@@ -248,6 +260,16 @@ def run(
     finally:
         signal.signal(signal.SIGTERM, before)
     return _finish(result, as_json=as_json)
+
+
+def _follow(launch: Launch) -> int:
+    """Starts this process's rank of every case of the run that the process of rank 0 makes."""
+    from rlhfbench.runs import runner
+    from rlhfbench.runs.agents import follow
+
+    with runner.make_server(()) as server:
+        follow(launch, server)
+    return DONE
 
 
 def _place(ray: str | None, group: str | None, settings: Mapping[str, Any], *, max_batch: bool) -> Cluster | None:

@@ -21,7 +21,7 @@ from rlhfbench.evidence.report import report
 from rlhfbench.evidence.request import Request
 from rlhfbench.files import write_atomically
 from rlhfbench.runs import environment
-from rlhfbench.runs.forkserver import last_line
+from rlhfbench.runs.faults import last_line
 
 EVIDENCE_NAME, REPORT_NAME = "evidence.json", "report.md"
 _MIN_PART_S = 5.0

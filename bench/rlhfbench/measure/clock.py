@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -15,11 +16,16 @@ class StepClock(Observer):
     On a CUDA device it synchronizes at phase boundaries only, so kernels within a phase stay asynchronous. Time inside
     a nested phase counts for the inner phase alone.
 
+    Args:
+        device: Device of the step.
+        on_phase: Called with the name of each phase as it begins, inside its time.
+
     Attributes:
         last_phase: The phase entered last; ``None`` before the first.
     """
 
-    def __init__(self, device: str | torch.device = "cpu") -> None:
+    def __init__(self, device: str | torch.device = "cpu", on_phase: Callable[[str], object] | None = None) -> None:
+        self._on_phase = on_phase
         self._device = torch.device(device)
         self._synchronizes = self._device.type == "cuda"
         self._spent_ns: dict[str, int] = {}
@@ -32,6 +38,8 @@ class StepClock(Observer):
         self._switch()
         self._running.append(name)
         self.last_phase = name
+        if self._on_phase is not None:
+            self._on_phase(name)
 
     def exit_phase(self, name: str) -> None:
         """Ends the stretch."""

@@ -46,8 +46,16 @@ class Interference:
             self._spent[name] = self._spent.get(name, 0.0) + now[name] - self._started[name]
         self._started = None
 
-    def take(self) -> dict[str, Any]:
+    @property
+    def own_s(self) -> float:
+        """CPU seconds of this process while it was observed, after ``pause``."""
+        return self._spent.get("own_s", 0.0)
+
+    def take(self, own_s: float | None = None) -> dict[str, Any]:
         """Returns what happened since the creation; ``None`` where the system does not tell.
+
+        Args:
+            own_s: CPU seconds of the case's processes on this machine, where it has several.
 
         Returns:
             ``other_cpu_share``: CPU time of other processes, as a share of all CPU time of the machine.
@@ -61,7 +69,7 @@ class Interference:
         spent = self._spent
         wall_s = max(spent["wall_s"], 1e-9)
         cpu_s = wall_s * (os.cpu_count() or 1)
-        other_s = spent["busy_s"] - spent["own_s"] if "busy_s" in spent else None
+        other_s = spent["busy_s"] - (spent["own_s"] if own_s is None else own_s) if "busy_s" in spent else None
         return {
             "other_cpu_share": None if other_s is None else min(max(other_s / cpu_s, 0.0), 1.0),
             "steal_share": spent["steal_s"] / cpu_s if "steal_s" in spent else None,

@@ -13,14 +13,14 @@ from typing import Any, Protocol, cast
 
 import torch
 
-from rlhfbench.measure import host
+from rlhfbench.measure import host, ranks
 from rlhfbench.measure.ceilings import measure_ceilings
 from rlhfbench.measure.clock import StepClock
 from rlhfbench.measure.injection import InjectedStep
 from rlhfbench.measure.interference import Interference
 from rlhfbench.measure.ledger import ACTIVATION_PARTS, Ledger, block_bytes
 from rlhfbench.measure.options import MeasurementOptions
-from rlhfbench.measure.profile import profile_step
+from rlhfbench.measure.profile import num_profiled_steps, profile_step
 from rlhfbench.measure.statistic import DEFAULT_BLOCKS
 from rlhfbench.measure.stopping import Reason, StoppingRule
 from rlhfbench.measure.tally import MODEL_PARTS, Tally
@@ -33,6 +33,7 @@ from rlhfkernels.errors import ModelError
 from rlhfkernels.methods.program import Phase
 from rlhfkernels.observer import Observer
 from rlhfkernels.ops.taken import taken
+from rlhfkernels.parallel.world import ALONE, World
 from rlhfkernels.training.step import TrainingStep, build_step
 from rlhfkernels.training.work import phase_work
 
@@ -143,7 +144,8 @@ class Timing:
     """Result of the timing measurement.
 
     Attributes:
-        steps_s: Seconds by phase of each timed step.
+        steps_s: Seconds by phase of each timed step: of several ranks, those of the slowest.
+        own_steps_s: The same, of this rank.
         reason: Why it stopped.
         interference: What else used the machine; see ``Interference.take``.
         views: Memory views from outside the ledger.
@@ -151,6 +153,7 @@ class Timing:
     """
 
     steps_s: list[dict[str, float]]
+    own_steps_s: list[dict[str, float]]
     reason: Reason
     interference: dict[str, Any]
     views: dict[str, int | None]
@@ -158,9 +161,15 @@ class Timing:
 
 
 def run_measurements(
-    case: Case, options: MeasurementOptions, notify: Notify, step_begins: Callable[[], object]
+    case: Case,
+    options: MeasurementOptions,
+    notify: Notify,
+    step_begins: Callable[[], object],
+    world: World | None = None,
+    enter_phase: Callable[[str], object] | None = None,
 ) -> dict[str, Any]:
     """Implements ``rlhfbench.measure.measure_case``."""
+    in_world, world = world is not None, world or ALONE
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
     started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -169,11 +178,12 @@ def run_measurements(
     ceilings: dict[str, float] | None = None
     if options.turns is None:
         notify("ceilings")
+        world.barrier()  # all ranks at once: a rank's ceilings are those that it has beside the others
         ceilings = measure_ceilings(case.device, getattr(torch, case.dtype))
     step_begins()
     notify("build")
     started_s = time.perf_counter()
-    step = _build(case, options)
+    step = _build(case, options, world)
     build_s = time.perf_counter() - started_s
     # Counted now: a prepared step has freed models.
     work = phase_work(cast(TrainingStep, step)) if options.step is None else {}
@@ -182,11 +192,11 @@ def run_measurements(
         is_own = options.step is None
         prepared = prepare_step(cast(TrainingStep, step), case.device, notify) if is_own else Prepared()
         is_short = build_s + prepared.data_set_s <= MAX_BUILD_S
-        num_blocks = options.num_blocks or (DEFAULT_BLOCKS if is_short else 1)
+        num_blocks = world.broadcast(options.num_blocks or (DEFAULT_BLOCKS if is_short else 1))
         rule = StoppingRule(precision=options.precision, budget_s=options.time_budget_s / num_blocks)
-        timing = time_steps(step, case, rule, notify, options.turns)
+        timing = time_steps(step, case, rule, notify, options.turns, world=world, enter_phase=enter_phase)
         if options.block == 0:
-            result = _measure_once(step, case, options, timing, prepared, notify)
+            result = _measure_once(step, case, options, timing, prepared, notify, world if in_world else None)
     if options.block == 0:
         result["latency"]["num_blocks"] = num_blocks
         result["work"] = {"phases": {name: dataclasses.asdict(item) for name, item in work.items()}}
@@ -208,32 +218,49 @@ def run_measurements(
     return result
 
 
-def _build(case: Case, options: MeasurementOptions) -> Step:
-    step: Step = build_step(case) if options.step is None else load_step(options.step, case)
+def _build(case: Case, options: MeasurementOptions, world: World) -> Step:
+    step: Step = build_step(case, world=world) if options.step is None else load_step(options.step, case)
     return step if options.injected is None else cast(Step, InjectedStep(step, case.device, **options.injected))
 
 
 def _measure_once(
-    step: Step, case: Case, options: MeasurementOptions, timing: Timing, prepared: Prepared, notify: Notify
+    step: Step,
+    case: Case,
+    options: MeasurementOptions,
+    timing: Timing,
+    prepared: Prepared,
+    notify: Notify,
+    world: World | None,
 ) -> dict[str, Any]:
-    """Measures what a case has once: memory and profile. Returns the record's objects without times."""
+    """Measures what a case has once: memory, collectives, profile. Returns the record's objects without times."""
     notify("memory")
+    (world or ALONE).barrier()
     timeline = Timeline() if options.timeline else None
     ledger = measure_memory(step, case.device, notify, timeline)
     followed = None if timeline is None else timeline.to_dict(ledger.peaks)
     if prepared.ledger is not None:
         ledger.add_phases(prepared.ledger)
     phases = [phase for phase in step.phases if phase.kind != "prepare"]
+    memory = memory_object(ledger, highest_views(prepared.views, timing.views))
+
+    def run(observer: Observer) -> None:
+        step.run(Announcer(notify, observer)).check_finite()
+
+    of_world: dict[str, Any] = {}
+    if world is not None:
+        notify("collectives")
+        counter = ranks.measure_collectives(run, case.device, world)
+        of_world["world"], memory, followed = ranks.gather(case, world, counter, timing.own_steps_s, memory, followed)
     if options.profile_dir is not None:
         notify("profile")
-        profile_step(
-            lambda observer: step.run(Announcer(notify, observer)).check_finite(),
-            Path(options.profile_dir),
-            case.id,
-            case.device,
-        )
+        if world is None or world.rank == 0:
+            profile_step(run, Path(options.profile_dir), case.id, case.device)
+        else:  # the first rank's profile needs the others' steps; theirs would take its time and double its size
+            for _ in range(num_profiled_steps(case.device)):
+                run(Observer())
     return {
-        "memory": memory_object(ledger, highest_views(prepared.views, timing.views)),
+        **of_world,
+        "memory": memory,
         "latency": {"phases": {phase.name: {"kind": phase.kind} for phase in phases}},
         "stats": timing.stats,
         "prompts": step.data_summary(),
@@ -282,19 +309,31 @@ def highest_views(*found: Mapping[str, int | None]) -> dict[str, int | None]:
     return {name: max((n for n in numbers if n is not None), default=None) for name, numbers in given.items()}
 
 
-def time_steps(step: Step, case: Case, rule: StoppingRule, notify: Notify, turns_path: str | None = None) -> Timing:
+def time_steps(
+    step: Step,
+    case: Case,
+    rule: StoppingRule,
+    notify: Notify,
+    turns_path: str | None = None,
+    *,
+    world: World = ALONE,
+    enter_phase: Callable[[str], object] | None = None,
+) -> Timing:
     """Times one block: warms up, then times steps until the stopping rule ends it, or a referee if there is one.
 
     The peaks that the CUDA allocator and the kernel keep by themselves are read here too: they cost nothing, and no
     instrument adds to them.
+
+    All ranks begin a timed step together, and rank 0 decides for all when the warm-up and the timing end. What they
+    send each other for that is outside of the timed phases.
     """
-    clock = StepClock(case.device)
+    clock = StepClock(case.device, enter_phase)
     started_s = time.perf_counter()
     notify("warm-up")
     warm_up_s: list[float] = []
     first: dict[str, float | None] = {}
     observer: Observer = Announcer(notify, clock)
-    while not rule.is_warm(warm_up_s):
+    while not world.broadcast(rule.is_warm(warm_up_s)):
         stats = step.run(observer)
         stats.check_finite()
         if not first:
@@ -305,26 +344,35 @@ def time_steps(step: Step, case: Case, rule: StoppingRule, notify: Notify, turns
     notify("timing")
     steps_s: list[dict[str, float]] = []
     reason: Reason | None = None
-    turns = None if turns_path is None else Turns(turns_path)
+    turns = None if turns_path is None or world.rank else Turns(turns_path)
     interference = Interference(case.device)
     with _named_failure(clock, notify), _outer_peaks(case.device) as views:
         while reason is None:
-            if turns is not None:
+            if turns_path is not None:
                 interference.pause()
                 # Without any turn, since the other side failed, one step makes the block whole.
-                if not turns.wait() and steps_s:
+                if not world.broadcast(turns is None or turns.wait()) and steps_s:
                     break
                 interference.resume()
+            world.barrier()
             step.run(clock).check_finite()
             steps_s.append(clock.take())
             gc.collect()
-            if turns is not None:
-                turns.done()
+            if turns_path is not None:
+                world.barrier()
+                if turns is not None:
+                    turns.done()
                 continue
             totals_s = [sum(phases.values()) for phases in steps_s]
-            reason = rule.reason_to_stop(totals_s, time.perf_counter() - started_s)
+            reason = world.broadcast(rule.reason_to_stop(totals_s, time.perf_counter() - started_s))
+    interference.pause()
     return Timing(
-        steps_s=steps_s, reason=reason or "budget", interference=interference.take(), views=views, stats=first
+        steps_s=ranks.slowest_steps(steps_s, world),
+        own_steps_s=steps_s,
+        reason=reason or "budget",
+        interference=interference.take(ranks.own_s(interference.own_s, world)),
+        views=views,
+        stats=first,
     )
 
 

@@ -109,6 +109,11 @@ class PhaseProfiler(Observer):
             torch.cuda.synchronize(self._device)
 
 
+def num_profiled_steps(device: str) -> int:
+    """The number of steps that ``profile_step`` runs: ops, stacks, and on CUDA the allocator's history."""
+    return 3 if torch.device(device).type == "cuda" else 2
+
+
 def profile_step(run: Callable[[Observer], object], directory: Path, case_id: str, device: str) -> None:
     """Profiles a step into ``directory``: the traces of its phases, and ``profile.json`` with what they say.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhfbench.measure.interference import disturbance
 from rlhfbench.measure.statistic import half_width, midmean
-from rlhfbench.records.schema import KINDS, fits
+from rlhfbench.records.schema import KINDS, fits, rows_per_step
 from rlhfkernels.config.rules import shown
 
 Block = dict[str, Any]
@@ -43,7 +43,7 @@ def summarize(record: dict[str, Any]) -> dict[str, Any]:
     latency["phases"] = {name: {**phase, **_estimate(_sums(seconds, [name]))} for name, phase in phases.items()}
     for kind in (*KINDS, "total"):
         names = [name for name, phase in phases.items() if phase.get("kind") in ((kind,) if kind in KINDS else KINDS)]
-        found = _estimate(_sums(seconds, names, record["case"]["batch_size"])) if names else {}
+        found = _estimate(_sums(seconds, names, rows_per_step(record))) if names else {}
         for key in ("mean_s", "half_width_s", "block_s"):
             latency[f"{kind}_{key.removeprefix('mean_')}_per_sample"] = found.get(key)
     prepared = [block["prepare_s_per_sample"] for block in counted if block.get("prepare_s_per_sample") is not None]
@@ -125,7 +125,7 @@ def _quantities(record: Mapping[str, Any], seconds: Mapping[str, float]) -> dict
     A phase that has the name of a kind, such as ``update`` of DPO, is ``phase update``: the kind is the sum.
     """
     kinds = {name: phase.get("kind") for name, phase in record["latency"]["phases"].items()}
-    phases = {name: value / record["case"]["batch_size"] for name, value in seconds.items()}
+    phases = {name: value / rows_per_step(record) for name, value in seconds.items()}
     sums = {kind: math.fsum(phases[name] for name in phases if kinds[name] == kind) for kind in KINDS}
     sums = {kind: value for kind, value in sums.items() if kind in kinds.values()}
     return {"total": math.fsum(sums.values()), **sums, **{quantity_of(name): phases[name] for name in phases}}

@@ -87,6 +87,26 @@ def _options(record: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
     return at(record, "case.options") or {}
 
 
+def _zero_stage(record: Mapping[str, Any]) -> int | None:
+    parallel = at(record, "case.options.parallel") or {}
+    return parallel.get("zero_stage") if parallel.get("strategy") == "deepspeed" else None
+
+
+def world_size(record: Mapping[str, Any]) -> int:
+    """The number of ranks of a record's case; 1 for a record from before there were several."""
+    return at(record, "case.options.parallel.world_size") or 1
+
+
+def rows_per_step(record: Mapping[str, Any]) -> int:
+    """Data rows of a step over all ranks, which seconds per sample divide by."""
+    batch_size: int = record["case"]["batch_size"]
+    return batch_size * world_size(record)
+
+
+def _global_batch_size(record: Mapping[str, Any]) -> int | None:
+    return None if at(record, "case.batch_size") is None else rows_per_step(record)
+
+
 def _place(names: Iterable[str], name: str | None) -> int | None:
     return {name: place for place, name in enumerate(names)}.get(name or "")
 
@@ -157,7 +177,7 @@ _MEASURED: tuple[Field, ...] = (
     Field("case.prompt_len", "Int64", "tokens per prompt"),
     Field("case.completion_len", "Int64", "tokens per completion"),
     Field(_seq_len, "Int64", "prompt_len + completion_len", name="seq_len"),
-    Field("case.batch_size", "Int64", "data rows (samples) per step"),
+    Field("case.batch_size", "Int64", "data rows (samples) per step; of one rank where there are several"),
     Field("case.device", "string", "device of the step"),
     Field("case.dtype", "string", "dtype of the weights"),
     Field("case.options.lora.r", "Int64", "rank of the adapters", name="lora_rank"),
@@ -180,7 +200,30 @@ _MEASURED: tuple[Field, ...] = (
         "options that differ from the setting's, as name=value; empty when none",
         name="options",
     ),
-    Field("world", "object", "ranks of a distributed run"),
+    Field("case.options.parallel.world_size", "Int64", "ranks of the case", name="world_size"),
+    Field("case.options.parallel.strategy", "string", "how ranks share a step: ddp, fsdp, deepspeed", name="parallel"),
+    Field(
+        _zero_stage,
+        "Int64",
+        "stage of DeepSpeed's ZeRO",
+        name="zero_stage",
+    ),
+    Field(_global_batch_size, "Int64", "batch_size over all ranks", name="global_batch_size"),
+    Field("world", "object", "what the ranks of the case measured, each of them and together"),
+    Field("world.worst_rank", "Int64", "rank with the highest total: the memory columns are its own"),
+    Field("world.slowest_rank", "Int64", "rank whose timed steps took the longest: the seconds are its own"),
+    Field("world.communication_calls", "Int64", "collectives of one step, on rank 0"),
+    Field("world.communication_bytes", "Int64", "bytes of the tensors that these collectives work on, on rank 0"),
+    Field(
+        "world.waiting_share",
+        "Float64",
+        "share of a step that ranks wait in collectives, the mean of all; absent on CUDA",
+    ),
+    Field(
+        "world.imbalance",
+        "Float64",
+        "seconds without waiting of the busiest rank, relative to the mean of all, minus 1; absent on CUDA",
+    ),
     # The outcome.
     Field("outcome", "string", f"{', '.join(OUTCOMES[:-1])} or {OUTCOMES[-1]}"),
     Field("error", "object", "why the outcome is not ok"),

@@ -10,10 +10,13 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
+from rlhfbench.processes import num_oom_kills
 from rlhfbench.records.file import make_plan
 from rlhfbench.runs import environment
 from rlhfbench.runs.execution import Ended, Start, Task
-from rlhfbench.runs.forkserver import Exit, ForkServer, last_line
+from rlhfbench.runs.faults import last_line
+from rlhfbench.runs.forkserver import ForkServer
+from rlhfbench.runs.job import Exit
 from rlhfbench.runs.progress import Progress, Silent
 from rlhfbench.runs.worker import PHASE_PREFIX
 from rlhfkernels.config.case import Case
@@ -142,12 +145,3 @@ def _death(end: Exit, stage: str | None, *, timeout_s: float, oom_killed: bool, 
     if outcome == "crashed" and said:
         message += f" Last line of its log: {said}"
     return {"outcome": outcome, "error": {"kind": kind, "message": message, "phase": stage}}
-
-
-def num_oom_kills() -> int:
-    """Number of times that Linux killed a process for memory since boot; 0 on other systems."""
-    try:
-        lines = Path("/proc/vmstat").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)

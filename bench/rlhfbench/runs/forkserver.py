@@ -10,45 +10,30 @@ spoils only its own last line.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
-import selectors
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO, Self
 
 from rlhfbench.errors import ForkServerError
+from rlhfbench.launch import find_launch
+from rlhfbench.runs.agents import head
+from rlhfbench.runs.faults import last_line
 from rlhfbench.runs.forkserver_process import Lines, Message
+from rlhfbench.runs.job import KILL_WAIT_S, Exit, Job, finish
+from rlhfbench.runs.ranks import run_ranks, world_of
 
 WORKER = "rlhfbench.runs.worker:run_case"
 PRELOAD = ("torch", "transformers", "peft", "rlhfkernels.training.step", "rlhfbench.measure.measurements")
 # Optional: the versions of transformers, of PEFT or of this package (a gate's base) may lack what it needs.
 WARM = ("rlhfkernels.models.warm",)
-_DIED: Message = {"exit": None, "max_rss_bytes": None}  # the exit status when the server died with the case
-_KILL_WAIT_S = 10.0  # seconds that a killed process may take to exit before the server is killed
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Exit:
-    """The end of a case's process.
-
-    Attributes:
-        pid: process id; ``None`` if it was never started.
-        code: exit code, negative for the signal that killed it; ``None`` if the server died with it.
-        max_rss_bytes: largest resident set. It includes what the server held when it forked.
-        timed_out: the client killed it at its timeout.
-    """
-
-    pid: int | None
-    code: int | None
-    max_rss_bytes: int | None
-    timed_out: bool = False
 
 
 class ForkServer:
@@ -137,7 +122,7 @@ class ForkServer:
             self._control = None
         if self._process is not None:
             try:
-                self._process.wait(_KILL_WAIT_S)
+                self._process.wait(KILL_WAIT_S)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
@@ -159,64 +144,60 @@ class ForkServer:
         timeout_s: float | None = None,
         on_message: Callable[[Message], None] = lambda message: None,
     ) -> Exit:
-        """Runs one case until it exits, crashes or is killed.
+        """Runs one case until it exits, crashes or is killed; a case of several ranks in one process for each.
 
         Args:
             request: JSON object for the target.
-            log_path: receives standard output and standard error of the case.
+            log_path: receives standard output and standard error of the case; of later ranks, files beside it.
             timeout_s: seconds from now after which the case is killed.
             on_message: called with each message of the case at once.
         """
-        self.start()
-        read_end, write_end = os.pipe()
-        try:
-            with log_path.open("ab") as log:
-                server_died = not self._send({"run": request}, [write_end, log.fileno()])
-            os.close(write_end)
-            write_end = -1
-            if server_died:
-                return Exit(pid=None, code=None, max_rss_bytes=None)
-            return self._watch(read_end, timeout_s, on_message)
-        except BaseException:
-            self.close()
-            raise
-        finally:
-            os.close(read_end)
-            if write_end >= 0:
-                os.close(write_end)
-
-    def _watch(self, pipe: int, timeout_s: float | None, on_message: Callable[[Message], None]) -> Exit:
-        """Waits for messages and for the end of the case, without polling; kills the case at its timeout."""
-        assert self._control is not None
+        world = world_of(request)
+        if world is not None:
+            run = run_ranks if find_launch() is None else head().run
+            return run(self, request, world, log_path=log_path, timeout_s=timeout_s, on_message=on_message)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        timed_out = False
-        pid: int | None = None
-        messages = Lines()
-        with selectors.DefaultSelector() as selector:
-            selector.register(pipe, selectors.EVENT_READ)
-            selector.register(self._control, selectors.EVENT_READ)
-            while True:
-                left_s = None if deadline is None else max(deadline - time.monotonic(), 0.0)
-                ready = {key.fileobj for key, _ in selector.select(left_s)}
-                if pipe in ready and not _pump(pipe, messages, on_message):
-                    selector.unregister(pipe)  # closed by the case; the exit status follows
-                if self._control in ready:
-                    for message in self._receive() or [_DIED]:
-                        pid = message.get("pid", pid)
-                        if "pid" not in message:
-                            _drain(pipe, messages, on_message)
-                            return self._exit(message, pid, timed_out=timed_out)
-                if deadline is not None and time.monotonic() >= deadline:
-                    if timed_out or not self._send({"kill": True}):
-                        return self._exit(_DIED, pid, timed_out=True)
-                    timed_out, deadline = True, time.monotonic() + _KILL_WAIT_S
+        with self.job([request], [log_path], lambda number, message: on_message(message)) as job:
+            finish(job, deadline)
+            assert job.exits[0] is not None
+            return job.exits[0]
 
-    def _exit(self, message: Message, pid: int | None, *, timed_out: bool) -> Exit:
-        if message is _DIED:
-            self.close()
-        return Exit(pid=pid, code=message["exit"], max_rss_bytes=message["max_rss_bytes"], timed_out=timed_out)
+    @contextmanager
+    def job(
+        self, requests: Sequence[Message], log_paths: Sequence[Path], on_message: Callable[[int, Message], None]
+    ) -> Iterator[Job]:
+        """Forks one process for each of ``requests``, and yields them; they are killed where the block fails.
 
-    def _send(self, message: Message, fds: Sequence[int] = ()) -> bool:
+        Args:
+            requests: JSON objects for the target, at most 100.
+            log_paths: receive standard output and standard error of each process.
+            on_message: called with the number of a process and each of its messages.
+        """
+        self.start()
+        assert self._control is not None
+        with ExitStack() as opened:
+            pipes = [os.pipe() for _ in requests]
+            for read_end, _ in pipes:
+                opened.callback(os.close, read_end)
+            with ExitStack() as sent:
+                for _, write_end in pipes:
+                    sent.callback(os.close, write_end)
+                logs = [sent.enter_context(path.open("ab")).fileno() for path in log_paths]
+                fds = [fd for (_, write_end), log in zip(pipes, logs, strict=True) for fd in (write_end, log)]
+                # One request alone is sent as servers of older revisions take it.
+                server_died = not self.send({"run": requests[0] if len(requests) == 1 else list(requests)}, fds)
+            job = Job(self, self._control, [read_end for read_end, _ in pipes], on_message)
+            try:
+                if server_died:
+                    job.abandon()
+                yield job
+            except BaseException:
+                self.close()
+                raise
+            if any(found is not None and found.code is None for found in job.exits):
+                self.close()
+
+    def send(self, message: Message, fds: Sequence[int] = ()) -> bool:
         """Sends a message with file descriptors; returns False if the server is gone."""
         assert self._control is not None
         data = json.dumps(message).encode() + b"\n"
@@ -227,8 +208,8 @@ class ForkServer:
             return False
         return True
 
-    def _receive(self) -> list[Message] | None:
-        """The messages of one read from the server; ``None`` if it is gone."""
+    def receive(self) -> list[Message] | None:
+        """The messages of one read; ``None`` if the server is gone."""
         assert self._control is not None
         try:
             data = self._control.recv(65536)
@@ -237,7 +218,7 @@ class ForkServer:
         return self._lines.feed(data) if data else None
 
     def _receive_one(self) -> Message | None:
-        while (messages := self._receive()) is not None:
+        while (messages := self.receive()) is not None:
             if messages:
                 return messages[0]
         return None
@@ -259,27 +240,3 @@ def worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
     if {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & environment.keys():
         return dict(environment)
     return {**environment, "GOMP_SPINCOUNT": "1000"}
-
-
-def last_line(text: str) -> str:
-    """The last line of ``text`` that is not blank, at most 300 characters."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else ""
-
-
-def _pump(pipe: int, lines: Lines, on_message: Callable[[Message], None]) -> bool:
-    """Passes on the messages of one read; returns False at the end of the pipe, or if a non-blocking pipe is empty."""
-    try:
-        data = os.read(pipe, 65536)
-    except BlockingIOError:
-        return False
-    for message in lines.feed(data):
-        on_message(message)
-    return bool(data)
-
-
-def _drain(pipe: int, lines: Lines, on_message: Callable[[Message], None]) -> None:
-    """Passes on the rest of ``pipe`` without waiting: a process that the case started may keep it open."""
-    os.set_blocking(pipe, False)
-    while _pump(pipe, lines, on_message):
-        pass

@@ -10,6 +10,7 @@ import faulthandler
 import gc
 import importlib
 import json
+import mmap
 import os
 import selectors
 import signal
@@ -21,6 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhfbench.processes import die_with_parent
+
+MAX_CHILDREN = 100  # one message carries two descriptors of each, and Linux passes at most 253
+_PAGE_BYTES = 256
 
 Message = dict[str, Any]
 Target = Callable[[Message, Callable[[Message], None]], None]
@@ -38,6 +42,28 @@ class Lines:
         return [json.loads(line) for line in lines]
 
 
+class _Child:
+    """One forked process.
+
+    Attributes:
+        pid: of the process, and of its group.
+        number: among the processes of its case.
+        page: shared memory that holds the phase it is in.
+    """
+
+    def __init__(self, pid: int, number: int, page: mmap.mmap) -> None:
+        self.pid, self.number, self.page = pid, number, page
+
+    def kill(self) -> None:
+        """Kills the process and all that it started."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+    def phase(self) -> str | None:
+        """The phase that the process announced last."""
+        return self.page[1 : 1 + self.page[0]].decode(errors="replace") or None
+
+
 class _Server:
     """The server: one thread that selects over the client's socket and the signals."""
 
@@ -45,7 +71,7 @@ class _Server:
         self._control, self._target = control, target
         self._lines = Lines()
         self._fds: list[int] = []
-        self._child: int | None = None
+        self._children: dict[int, _Child] = {}
 
     def serve(self) -> None:
         """Forks on request until the client is gone or SIGTERM arrives; then kills the running case."""
@@ -73,27 +99,47 @@ class _Server:
 
     def _on_request(self) -> bool:
         try:
-            data, fds, _, _ = socket.recv_fds(self._control, 65536, 2)
+            data, fds, _, _ = socket.recv_fds(self._control, 65536, 2 * MAX_CHILDREN)
         except ConnectionError:
             return False
         self._fds += fds
         for message in self._lines.feed(data):
             if "kill" in message:
                 self._kill()
+            elif "dump" in message:
+                for child in self._children.values():
+                    os.kill(child.pid, signal.SIGUSR1)
             else:
-                self._fork(message["run"])
+                self._fork_all(message["run"])
         return bool(data)
 
-    def _fork(self, request: Message) -> None:
-        (pipe, log), self._fds = self._fds, []
+    def _fork_all(self, requests: Message | list[Message]) -> None:
+        """Forks a process for each request, whose descriptors came in pairs: its pipe and its log.
+
+        What the processes of a case import alike is imported here first, once for them and for later cases.
+        """
+        fds, self._fds = self._fds, []
+        for name in requests[0]["preload"] if isinstance(requests, list) else ():
+            with suppress(ImportError):  # the case says what it lacks
+                importlib.import_module(name)
+        for number, request in enumerate(requests if isinstance(requests, list) else [requests]):
+            self._fork(number, request, fds[2 * number], fds[2 * number + 1], fds)
+        for fd in fds:
+            os.close(fd)
+
+    def _fork(self, number: int, request: Message, pipe: int, log: int, fds: list[int]) -> None:
+        page = mmap.mmap(-1, _PAGE_BYTES)
         server_pid = os.getpid()
         pid = os.fork()
         if pid == 0:
             code = 1
             try:
                 self._control.close()
+                for fd in fds:
+                    if fd not in (pipe, log):
+                        os.close(fd)  # a pipe of another process would stay open when that one ends
                 _become_case(server_pid, log)
-                self._target(request, lambda message: _write_line(pipe, message))
+                self._target(request, _sender(pipe, page))
                 code = 0
             except BaseException:
                 sys.excepthook(*sys.exc_info())
@@ -101,33 +147,34 @@ class _Server:
                 _flush_and_exit(code)
         with suppress(OSError):  # set on both sides: whichever comes first
             os.setpgid(pid, pid)
-        self._child = pid
-        os.close(pipe)
-        os.close(log)
-        self._tell({"pid": pid})
+        self._children[pid] = _Child(pid, number, page)
+        self._tell({"pid": pid, "child": number})
 
     def _reap(self) -> None:
-        if self._child is None:
-            return
+        for child in list(self._children.values()):
+            self._reap_one(child)
+
+    def _reap_one(self, child: _Child) -> None:
         can_peek = hasattr(os, "waitid")  # on macOS from Python 3.13 on
         if can_peek:
             # A zombie stays, whose process group cannot be reused: killing the group hits only its own processes.
-            if os.waitid(os.P_PID, self._child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            if os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
                 return
-            self._kill()
-        pid, status, usage = os.wait4(self._child, os.WNOHANG)
+            child.kill()
+        pid, status, usage = os.wait4(child.pid, os.WNOHANG)
         if pid == 0:
             return
         if not can_peek:
-            self._kill()  # at once, before the system gives the number to another process
-        self._child = None
+            child.kill()  # at once, before the system gives the number to another process
+        del self._children[pid]
         unit = 1 if sys.platform == "darwin" else 1024
-        self._tell({"exit": os.waitstatus_to_exitcode(status), "max_rss_bytes": usage.ru_maxrss * unit})
+        code, peak = os.waitstatus_to_exitcode(status), usage.ru_maxrss * unit
+        self._tell({"exit": code, "max_rss_bytes": peak, "child": child.number, "phase": child.phase()})
+        child.page.close()
 
     def _kill(self) -> None:
-        if self._child is not None:
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._child, signal.SIGKILL)
+        for child in self._children.values():
+            child.kill()
 
     def _tell(self, message: Message) -> None:
         with suppress(OSError):  # a client that is gone is noticed at the next read
@@ -146,11 +193,29 @@ def _become_case(server_pid: int, log: int) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     faulthandler.enable(file=2)
+    faulthandler.register(signal.SIGUSR1, file=2, all_threads=False)
     import resource  # here, as Windows has none and imports this module for one sentence
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # writing gigabytes of core dump takes longer than the case
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")  # Linux kills the case before the harness
+
+
+def _sender(pipe: int, page: mmap.mmap) -> Callable[[Message], None]:
+    """The function that a process sends its messages with.
+
+    ``{"phase": name}`` is no line of its own: it is kept in shared memory, and told with the exit status. It takes less
+    than a microsecond and wakes no one, so that timed steps can send it.
+    """
+
+    def send(message: Message) -> None:
+        if "phase" in message:
+            name = message["phase"].encode()[: _PAGE_BYTES - 1]
+            page[: 1 + len(name)] = bytes([len(name)]) + name
+        else:
+            _write_line(pipe, message)
+
+    return send
 
 
 def _write_line(fd: int, message: Message) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from rlhfbench.measure.options import MeasurementOptions
+from rlhfbench.processes import num_cores
 from rlhfkernels.config.case import Case
 from rlhfkernels.errors import RlhfKernelsError
 
@@ -24,19 +28,32 @@ _OUT_OF_MEMORY_MESSAGES = (
     "std::bad_alloc",
     "cublas_status_alloc_failed",
 )
+# Messages of gloo and NCCL when a peer is gone.
+_LOST_PEER_MESSAGES = ("gloo", "nccl", "connection closed by peer", "connection reset by peer")
 
 
 class Stage:
-    """The current stage of a case. Sends each change, and keeps the last for the message of a failure."""
+    """The current stage of a case. Sends each change, and keeps the last for the message of a failure.
 
-    def __init__(self, send: Callable[[dict[str, Any]], None]) -> None:
-        self._send = send
+    Args:
+        send: sends one message.
+        is_rank: the process is one of several, and says the phase of timed steps too: if it dies, it is named with it.
+    """
+
+    def __init__(self, send: Callable[[dict[str, Any]], None], *, is_rank: bool = False) -> None:
+        self._send, self._is_rank = send, is_rank
         self.name: str | None = None
 
     def notify(self, name: str) -> None:
         """Enters a stage: ``build``, ``timing`` and so on, or ``phase:`` and the name of a phase."""
-        self.name = name.removeprefix(PHASE_PREFIX)
         self._send({"notify": name})
+        self.enter(name.removeprefix(PHASE_PREFIX))
+
+    def enter(self, name: str) -> None:
+        """Enters a stage or a phase quietly: it is told only if the process dies in it."""
+        self.name = name
+        if self._is_rank:
+            self._send({"phase": name})
 
 
 def run_case(request: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None:
@@ -44,10 +61,12 @@ def run_case(request: dict[str, Any], send: Callable[[dict[str, Any]], None]) ->
 
     Args:
         request: ``case`` (as in a record), and either ``plan: True`` (and ``num_threads``) to predict its memory, or
-            ``settings`` (the fields of ``MeasurementOptions``) and ``memory_limit_bytes`` to measure it.
+            ``settings`` (the fields of ``MeasurementOptions``) and ``memory_limit_bytes`` to measure it. ``rank`` makes
+            the process a rank of several: see ``rlhfbench.runs.ranks.rank_request``.
         send: sends one message to the runner.
     """
-    stage = Stage(send)
+    place = request.get("rank")
+    stage = Stage(send, is_rank=place is not None)
     try:
         case = Case.from_dict(request["case"])
         if request.get("plan"):
@@ -55,21 +74,61 @@ def run_case(request: dict[str, Any], send: Callable[[dict[str, Any]], None]) ->
             send({"result": {"outcome": "ok", "error": None, "memory": memory}})
             return
         stage.notify("import")
-        from rlhfbench.measure import MeasurementOptions, measure_case
+        from rlhfbench.measure import measure_case
 
         limit_bytes = request["memory_limit_bytes"]
+        options = MeasurementOptions(**request["settings"])
+        ranked: dict[str, Any] = {}
+        if place is not None:
+            case, options, ranked = join(case, options, place, stage)
         result = measure_case(
             case,
-            MeasurementOptions(**request["settings"]),
+            options,
             stage.notify,
             step_begins=lambda: None if limit_bytes is None else limit_memory(case.device, limit_bytes),
+            **ranked,
         )
     except BaseException as error:
         lift_memory_limit("cpu")  # the message of a failure needs memory too
         traceback.print_exc()
-        send({"result": failure(error, stage.name)})
+        found = failure(error, stage.name)
+        if place is not None:
+            stack = "".join(traceback.format_exception(error))
+            found |= {"stack": stack, "lost_peer": is_lost_peer(error)}
+        send({"result": found})
     else:
         send({"result": {"outcome": "ok", "error": None, **result}})
+
+
+def join(
+    case: Case, options: MeasurementOptions, place: dict[str, Any], stage: Stage
+) -> tuple[Case, MeasurementOptions, dict[str, Any]]:
+    """Joins the world of a case; returns the case and options of this rank, and its arguments of ``measure_case``.
+
+    A rank has a CUDA device of its own, and its share of the machine's cores.
+    """
+    from rlhfkernels.parallel.world import TIMEOUT_S, join_world
+
+    stage.notify("join")
+    if case.device == "cuda":
+        case = dataclasses.replace(case, device=f"cuda:{place['local_rank']}")
+    if options.num_threads is None:
+        options = dataclasses.replace(options, num_threads=max(1, num_cores() // place["local_size"]))
+    if sys.platform == "linux" and place["local_size"] == place["size"]:
+        # All ranks are here: the loopback needs no name of this machine, which may have none that resolves.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    # A case's ranks meet at an address of their own, and not at the launcher's. DeepSpeed reads the rest.
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
+    os.environ |= {"RANK": str(place["rank"]), "WORLD_SIZE": str(place["size"])}
+    os.environ["LOCAL_RANK"] = str(place["local_rank"])
+    world = join_world(
+        rank=place["rank"],
+        size=place["size"],
+        address=place["address"],
+        device=case.device,
+        timeout_s=place["timeout_s"] or TIMEOUT_S,
+    )
+    return case, options, {"world": world, "enter_phase": stage.enter}
 
 
 def _predict_memory(case: Case, stage: Stage, num_threads: int | None) -> dict[str, Any]:
@@ -107,6 +166,17 @@ def is_out_of_memory(error: BaseException) -> bool:
         if isinstance(link, types) or (isinstance(link, OSError) and link.errno == errno.ENOMEM):
             return True
         if isinstance(link, RuntimeError) and any(words in str(link).lower() for words in _OUT_OF_MEMORY_MESSAGES):
+            return True
+    return False
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """True if ``error`` means that another rank ended, or did not come, while this one waited for it."""
+    torch = sys.modules.get("torch")
+    for link in _chain(error):
+        if torch is not None and isinstance(link, torch.distributed.DistError):
+            return True
+        if isinstance(link, RuntimeError) and any(words in str(link).lower() for words in _LOST_PEER_MESSAGES):
             return True
     return False
 

@@ -71,7 +71,8 @@ def help_by_option(text):
 def test_help_lists_options_in_sections(call):
     out = call("run", "--help")[1]
     titles = [line for line in out.splitlines() if line.endswith(":") and not line.startswith(" ")]
-    assert titles == ["Cases:", "Training data:", "Device and weights:", "Measurement:", "Output:", "Other:"]
+    sections = ["Cases", "Training data", "Device and weights", "Ranks", "Measurement", "Cluster", "Output", "Other"]
+    assert titles == [f"{section}:" for section in sections]
 
 
 def test_help_states_the_real_defaults(call):
@@ -107,7 +108,8 @@ def test_plan_takes_every_option_of_run_that_defines_a_case(call):
 
     only_run = {
         "--time-budget-s", "--blocks", "--case-timeout-s", "--memory-limit", "--threads", "--profile", "--with-plan",
-        "--max-batch", "--max-batch-limit", "--resume", "--retry",
+        "--max-batch", "--max-batch-limit", "--resume", "--retry", "--parallel",
+        "--ray", "--ray-group",
     }  # fmt: skip
     assert options("run") - options("plan") == only_run
-    assert options("plan") - options("run") == {"--gpu", "--zero-stage", "--world-size", "--global-batch"}
+    assert options("plan") - options("run") == {"--gpu"}

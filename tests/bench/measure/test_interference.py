@@ -30,6 +30,14 @@ def test_shares_are_of_all_cpus_without_this_process(machine):
     assert (found["gpu_processes"], found["gpu_throttled"]) == (None, None)
 
 
+def test_other_ranks_of_the_case_are_no_others(machine):
+    observed = Interference("cpu")
+    machine.update(wall_s=10.0, own_s=7.0, busy_s=17.0)
+    observed.pause()
+    assert observed.own_s == 7.0
+    assert observed.take(own_s=7.0 + 8.0)["other_cpu_share"] == pytest.approx(2 / 20)
+
+
 def test_what_happens_in_a_pause_does_not_count(machine):
     observed = Interference("cpu")
     machine.update(wall_s=1.0, own_s=1.0, busy_s=1.2)

@@ -83,7 +83,7 @@ def fake(monkeypatch):
     """Returns a function that makes ``measure_case`` build a given fake step."""
 
     def put(step):
-        monkeypatch.setattr(measurements, "build_step", lambda case: step)
+        monkeypatch.setattr(measurements, "build_step", lambda case, world: step)
         monkeypatch.setattr(measurements, "phase_work", lambda step: {phase.name: Work(2000, 50) for phase in PHASES})
         return step
 
@@ -248,7 +248,7 @@ def test_a_model_that_is_slow_to_build_has_one_block_unless_told(fake, monkeypat
     fake(FakeStep())
     budgets = []
 
-    def time_steps(step, case, rule, notify, turns):
+    def time_steps(step, case, rule, notify, turns, **ranks):
         budgets.append(rule.budget_s)
         monkeypatch.undo()
         fake(step)

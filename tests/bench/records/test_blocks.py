@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 
@@ -9,9 +10,10 @@ import pytest
 
 from rlhfbench.errors import RecordsError
 from rlhfbench.measure.statistic import half_width
-from rlhfbench.records.blocks import block_values, summarize, wrong_block
+from rlhfbench.records.blocks import block_values, step_values, summarize, wrong_block
 from rlhfbench.records.file import RecordsFile, make_record, read_records
 from rlhfkernels.config.case import Case
+from rlhfkernels.config.options import Options
 
 CASE = Case(method="hydra", model="tiny", prompt_len=4, completion_len=4, batch_size=4)
 KINDS = {"think": "inference", "learn": "update", "step": "update", "fetch": "prepare"}
@@ -34,14 +36,29 @@ def block(*steps, share=0.0, floors=(1.0, 2.0, 0.0, 0.0), **changes):
     }
 
 
-def record(*blocks):
+def record(*blocks, case=CASE):
     measured = {
         "latency": {"phases": {name: {"kind": kind} for name, kind in KINDS.items()}, "num_blocks": len(blocks)},
         "work": {"phases": {name: {"flops": 1, "bytes": 1} for name in KINDS}},
     }
-    made = make_record(CASE, outcome="ok", error=None, measured=measured, started_at="2026-01-01", wall_s=1.0)
+    made = make_record(case, outcome="ok", error=None, measured=measured, started_at="2026-01-01", wall_s=1.0)
     made["latency"]["blocks"] = list(blocks)
     return summarize(made)
+
+
+def test_seconds_per_sample_divide_by_the_samples_of_all_ranks():
+    options = Options.of({"parallel.strategy": "ddp", "parallel.world_size": 3})
+    alone, ranked = (
+        record(block((1.0, 4.0))),
+        record(block((1.0, 4.0)), case=dataclasses.replace(CASE, options=options)),
+    )
+    for kind in ("inference", "update", "total"):
+        name = f"{kind}_s_per_sample"
+        assert ranked["latency"][name] == pytest.approx(alone["latency"][name] / 3)
+    assert ranked["latency"]["phases"] == alone["latency"]["phases"]  # a phase is of a step
+    (values,), (of_step,) = block_values(ranked), step_values(ranked, ranked["latency"]["blocks"][0])
+    assert values == of_step
+    assert values["total"] == pytest.approx(ranked["latency"]["total_s_per_sample"])
 
 
 def test_latency_is_the_mean_of_the_blocks_midmeans_and_adds_up():

@@ -130,6 +130,7 @@ def test_numbers_that_were_not_measured_are_na(missing):
     frame = records_frame([{**record, **missing}])
     assert frame.loc[0, ["error_kind", "error", "error_phase"]].tolist() == ["OutOfMemoryError", "full.", "score"]
     case = {"method_order", "prompt_len", "completion_len", "seq_len", "batch_size", "lora_rank", "seed", "wall_s"}
+    case |= {"world_size", "global_batch_size"}
     numbers = [n for n, c in columns().items() if c.dtype != "string" and n not in {*case, "setting_order"}]
     assert len(numbers) > 20
     assert frame[numbers].isna().all(axis=None)

@@ -1,11 +1,14 @@
 """Runs of fake cases."""
 
+import contextlib
 import dataclasses
 import io
+from pathlib import Path
 
 import pytest
 
 from rlhfbench.cases.sweep import Sweep
+from rlhfbench.runs.forkserver import PRELOAD, ForkServer
 from rlhfbench.runs.options import RunOptions
 from rlhfbench.runs.progress import LineProgress
 from rlhfbench.runs.runner import run_sweep
@@ -61,3 +64,33 @@ def run():
         return run_sweep(sweep, out, options, resume=resume, retry=retry, progress=progress or Watching())
 
     return run
+
+
+@pytest.fixture(scope="module")
+def make_rank_server():
+    """Makes fork servers of real cases, whose import path has ``rank_steps``."""
+    here = str(Path(__file__).parents[1])
+    with contextlib.ExitStack() as opened:
+        yield lambda: opened.enter_context(ForkServer(preload=(*PRELOAD, "rank_steps"), paths=(here,)))
+
+
+@pytest.fixture(scope="module")
+def rank_server(make_rank_server):
+    """A fork server of real cases."""
+    return make_rank_server()
+
+
+@pytest.fixture
+def rank_request():
+    """The request of a case of two ranks whose step is one of ``rank_steps``."""
+
+    def make(kind, **settings):
+        options = {"parallel.strategy": "ddp", "parallel.world_size": 2, "data.prompt_field": kind}
+        sizes = {"prompt_len": 4, "completion_len": 4, "batch_size": 1}
+        return {
+            "case": Case(method="dpo", model="tiny", **sizes, options=Options.of(options)).to_dict(),
+            "memory_limit_bytes": None,
+            "settings": {"time_budget_s": 0.2, "num_blocks": 1, "step": "rank_steps:make", **settings},
+        }
+
+    return make

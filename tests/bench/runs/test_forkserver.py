@@ -3,13 +3,16 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from rlhfbench.errors import ForkServerError
-from rlhfbench.runs.forkserver import ForkServer, last_line, worker_environment
+from rlhfbench.runs.faults import last_line
+from rlhfbench.runs.forkserver import ForkServer, worker_environment
 from rlhfbench.runs.forkserver_process import Lines
+from rlhfbench.runs.job import finish
 
 HERE = Path(__file__).parents[1]
 
@@ -65,6 +68,46 @@ def test_a_case_gets_its_request_and_its_messages_come_in_order(run):
     assert end.max_rss_bytes > 2**20
 
 
+def test_a_job_has_several_processes_each_with_its_messages_log_and_exit(server, tmp_path):
+    kinds = ("chatter", "exit", "hang")
+    requests = [{"case": {"options": {"data": {"prompt_field": kind}}}, "preload": ["colorsys"]} for kind in kinds]
+    logs = [tmp_path / f"{kind}.log" for kind in kinds]
+    results, stages = {}, []
+
+    def take(number, message):
+        if "result" in message:
+            results[number] = message["result"]["outcome"]
+        elif number == 2:
+            stages.append(message["notify"].split()[0])
+
+    with server.job(requests, logs, take) as job:
+        while None in job.exits[:2] or "hanging" not in stages:
+            job.wait(60)
+        assert not job.is_over
+        job.dump()  # who runs writes its stack
+        until_s = time.monotonic() + 60
+        while "in _hang" not in logs[2].read_text() and time.monotonic() < until_s:
+            job.wait(0.05)
+        assert job.kill()
+        finish(job, None)
+    assert [end.code for end in job.exits] == [0, 7, -signal.SIGKILL]
+    assert [end.pid for end in job.exits] == job.pids
+    assert len(set(job.pids)) == 3
+    assert results == {0: "ok"}
+    assert logs[0].read_text() == "said on stdout\n"
+    assert logs[1].read_text() == "before the end\n"
+    assert "in _hang" in logs[2].read_text()
+    assert is_gone(job.pids[2])
+
+
+def test_a_phase_is_told_with_the_exit_and_wakes_no_one(server, tmp_path):
+    request = {"case": {"options": {"data": {"prompt_field": "in-a-phase"}}}}
+    told = []
+    end = server.run(request, log_path=tmp_path / "log", on_message=told.append)
+    assert (end.code, end.phase) == (-signal.SIGKILL, "optimize")
+    assert told == [{"notify": "build"}, {"notify": "phase:score"}]
+
+
 def test_each_case_is_a_fresh_process_of_the_same_server(run, server):
     ends = [run("state") for _ in range(3)]
     assert len({end.pid for end, _, _ in ends}) == 3
@@ -82,7 +125,7 @@ def test_messages_larger_than_a_pipe_and_a_log(run):
 
 def test_the_last_message_arrives_even_if_the_exit_status_arrives_first(run, server, monkeypatch, tmp_path):
     os.mkfifo(tmp_path / "fifo")
-    receive = server._receive
+    receive = server.receive
 
     def receive_to_the_end():
         heard = receive()
@@ -91,7 +134,7 @@ def test_the_last_message_arrives_even_if_the_exit_status_arrives_first(run, ser
             heard += receive()
         return heard
 
-    monkeypatch.setattr(server, "_receive", receive_to_the_end)
+    monkeypatch.setattr(server, "receive", receive_to_the_end)
     end, messages, _ = run("wait", fifo=str(tmp_path / "fifo"))
     assert end.code == 0
     assert messages[-1]["result"]["outcome"] == "ok"

@@ -1,0 +1,144 @@
+"""``rlhfbench run`` over several ranks, with fake cases."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhfbench.cases.ranks import MAX_RANKS_PER_CORE, check_ranks
+from rlhfbench.cli.ranks import make_ranked_sweep
+from rlhfbench.launch import Launch
+from rlhfbench.processes import num_cores
+from rlhfbench.runs import agents
+from rlhfkernels.config.case import Case
+from rlhfkernels.config.options import Options
+
+HERE = Path(__file__).parents[1]
+SPEC = {"methods": ["dpo"], "seq_lens": [8], "batch_sizes": [4]}
+NO_RANKS = {"world_size": None, "parallel": None, "zero_stage": None, "global_batch": False}
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def ranked(spec=SPEC, **params):
+    sweep = make_ranked_sweep(spec, None, None, NO_RANKS | params)
+    return [(case.batch_size, case.rows_per_step, case.options.parallel) for case in sweep.cases]
+
+
+def test_without_a_flag_a_case_has_no_ranks():
+    ((_, rows, parallel),) = ranked()
+    assert (rows, parallel.strategy, parallel.world_size) == (4, None, 1)
+
+
+def test_every_world_size_is_a_case_of_data_parallel_ranks():
+    found = ranked(world_size="1,2,2,4")
+    assert [(rows, p.strategy, p.world_size) for _, rows, p in found] == [(4, "ddp", 1), (8, "ddp", 2), (16, "ddp", 4)]
+
+
+def test_a_global_batch_is_divided_among_the_ranks():
+    found = ranked(world_size="1,2,4", global_batch=True)
+    assert [(batch_size, rows) for batch_size, rows, _ in found] == [(4, 4), (2, 4), (1, 4)]
+
+
+def test_flags_and_options_add_up_and_an_option_wins():
+    spec = {**SPEC, "options": {"parallel.gather": "rollout", "parallel.zero_stage": 3, "lora.r": 2}}
+    ((_, _, parallel),) = ranked(spec, world_size="2", parallel="deepspeed", zero_stage=1)
+    assert (parallel.strategy, parallel.zero_stage, parallel.gather) == ("deepspeed", 3, "rollout")
+
+
+def test_a_launcher_gives_the_world_size(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    ((_, _, parallel),) = ranked(parallel="fsdp")
+    assert (parallel.strategy, parallel.world_size) == ("fsdp", 3)
+    ((_, _, parallel),) = ranked(world_size="2")
+    assert (parallel.strategy, parallel.world_size) == ("ddp", 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--world-size", "0"), "--world-size has 0: it must be whole numbers of at least 1."),
+        (("--world-size", "x"), "--world-size has 'x': it must be whole numbers, joined by commas."),
+        (("--world-size", "9999"), "world-size is 9999: on the CPU of this machine, it must be at most"),
+        (("--parallel", "ddp"), "--parallel is 'ddp': it needs --world-size N."),
+        (("--zero-stage", "1"), "--zero-stage is 1: it needs --world-size N."),
+        (("--world-size", "2", "--parallel", "dp"), "parallel.strategy 'dp' is unknown: did you mean 'ddp'"),
+        (("--world-size", "2", "--zero-stage", "1"), "parallel.zero_stage is 1: ZeRO is DeepSpeed's"),
+        (
+            ("--world-size", "2", "--global-batch", "--batch-sizes", "3"),
+            "batch_sizes has 3: with --global-batch it must be a multiple of world-size 2.",
+        ),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_starts_nothing(call, tmp_path, arguments, says):
+    code, out, err = call("run", "--methods", "dpo", *arguments)
+    assert (code, out) == (2, "")
+    assert says in err
+    assert len(err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def case(size, device):
+    options = Options.of({"parallel.strategy": "ddp", "parallel.world_size": size})
+    sizes = {"prompt_len": 4, "completion_len": 4, "batch_size": 1}
+    return Case(method="dpo", model="tiny", device=device, options=options, **sizes)
+
+
+def test_more_ranks_than_devices(monkeypatch):
+    limit = MAX_RANKS_PER_CORE * num_cores()
+    cases = [case(limit, "cpu"), case(limit + 1, "cpu"), case(2, "cuda"), case(3, "cuda"), case(2, "cuda:0")]
+    assert list(check_ranks(cases, lambda: 2)) == [
+        f"world-size is {limit + 1}: on the CPU of this machine, it must be at most {limit}, four ranks a core.",
+        "world-size is 3: this machine has 2 CUDA devices.",
+        "device is 'cuda:0': every rank takes the device of its own number, so it must be 'cuda'.",
+    ]
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert list(check_ranks(cases[3:4], lambda: 2)) == [
+        "world-size is 3: the launcher started 2 processes, one for each rank."
+    ]
+
+
+def test_two_processes_of_a_launcher_make_one_run(tmp_path, monkeypatch):
+    """As torchrun starts them on two machines: rank 0 makes the run, and the other ends with it."""
+    monkeypatch.setenv("MASTER_PORT", str(agents._free_port()))
+    command = [sys.executable, HERE / "fake_case.py", "", "run", "--out", tmp_path / "run", "--blocks", "1", "--json"]
+    command += ["--methods", "dpo", "--seq-lens", "8", "--batch-sizes", "1", "--option", "data.prompt_field=echo"]
+    started = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    (out, err), (other_out, other_err) = [process.communicate(timeout=120) for process in started]
+    assert [process.returncode for process in started] == [0, 0], err + other_err
+    assert (other_out, other_err) == ("", "")
+    (record,) = json.loads(out[out.index("[{") :])
+    assert record["outcome"] == "ok"
+    rank = record["prompts"]["rank"]
+    assert (rank["rank"], rank["size"], rank["local_rank"], rank["local_size"]) == (0, 2, 0, 1)
+    assert rank["address"].startswith("tcp://127.0.0.1:")
+
+
+def test_the_others_end_when_rank_0_refuses_the_command(tmp_path, monkeypatch):
+    """They wait for it, and hear of the end."""
+    port = agents._free_port()
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "2"}
+    command = [sys.executable, HERE / "fake_case.py", "", "run", "--out", tmp_path / "run", "--methods", "no"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as head:
+        launch = Launch(rank=1, size=2, local_rank=0, local_size=1, host="127.0.0.1", port=port)
+        agents.follow(launch, None)
+        assert head.wait(30) == 2
