@@ -26,6 +26,9 @@ with pytest.MonkeyPatch.context() as _patch, contextlib.suppress(ImportError):
         _patch.setenv("TRITON_INTERPRET", "1")
     import triton  # noqa: F401
 
+# DeepSpeed, which other libraries import, looks for a device unless it is told, and prints that it found none.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
 import torch
 from transformers import (
     AutoConfig,

@@ -312,8 +312,9 @@ def _fit(line: Line, quantity: Quantity) -> dict[str, Any] | None:
         return None
     factor = quantity.factor(line.rows)
     seconds = line.rows[quantity.column].to_numpy(dtype=float, na_value=math.nan) * factor
-    usable = (seconds > 0) & (seconds < math.inf)
-    sizes = line.rows[line.size].to_numpy(dtype=float)[usable]
+    sizes = line.rows[line.size].to_numpy(dtype=float)
+    usable = (seconds > 0) & (seconds < math.inf) & (sizes > 0)  # a record may hold anything
+    sizes = sizes[usable]
     if len(set(sizes)) < 2:
         return None
     logs = np.log(seconds[usable])

@@ -45,7 +45,7 @@ from rlhfkernels.engine import verify as engine_verify
 from rlhfkernels.errors import CaseError, ModelError
 from rlhfkernels.models.loading import read_config
 from rlhfkernels.ops.native import build
-from rlhfreports import gain, plots, predicted, slope_table, timelines
+from rlhfreports import gain, plots, predicted_plot, slope_table, timelines
 
 NUMBERS = [
     "0", "-1", "1", "2", "0.5", "1e999", "-inf", "inf", "nan", "1e308", "9" * 400, "-" + "9" * 400, "9" * 5000,
@@ -174,7 +174,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(os, "fsync", lambda fd: None)
         patch.setattr(preflight, "_is_hub_reachable", lambda: False)
         patch.setattr(preflight, "library_path", build._SOURCES.absolute)
-        for module, name in ((plots, "latency"), (plots, "throughput"), (predicted, "draw_predicted")):
+        for module, name in ((plots, "latency"), (plots, "throughput"), (predicted_plot, "draw_predicted")):
             patch.setattr(module, name, lambda *_: None)
         patch.setattr(timelines, "draw_timeline", lambda *_, **__: None)
         # typer builds all verbs for each command, 20 ms of the 35 that an example takes.

@@ -82,6 +82,8 @@ CHECKED = {
     "rlhfbench plan --model llama-2-70b --seq-lens 800 --batch-sizes 1 --dtype bfloat16 --gpu h200 --zero-stage 3 "
     "--world-size 8": _LONG,
     "rlhfbench plan --model tiny --device cpu --methods lora,dpo-lora --seq-lens 64 --batch-sizes 2 --json": _SAME,
+    "rlhfbench plan --model tiny --device cpu --methods hydra,full --seq-lens 64 --batch-sizes 2 --parallel fsdp "
+    "--world-size 2": _SAME,
     "rlhfbench evidence --out my-evidence": _GPU,
     "rlhfbench evidence --out my-evidence --device cpu --model tiny --budget-min 4": _LONG,
     "rlhfbench evidence --out my-evidence --parts 3,5": _GPU,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
 from typing import Annotated, Any, TextIO
@@ -74,6 +75,8 @@ def invoke(arguments: list[str]) -> int:
         if isinstance(stream, io.TextIOWrapper):
             # Paths that are no UTF-8 hold surrogates, and an ASCII terminal has no dots and lines.
             stream.reconfigure(errors="replace")
+    # Transformers imports DeepSpeed where it is installed, which logs to standard output: it would spoil ``--json``.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     try:
         code = app(arguments, prog_name="rlhfbench", standalone_mode=False)
     except (RlhfBenchError, RlhfKernelsError) as error:

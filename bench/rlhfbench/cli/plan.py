@@ -16,6 +16,7 @@ EPILOG = epilog(
     "rlhfbench plan --model gpt2 --gpu a100-80gb",
     "rlhfbench plan --model tiny --device cpu --methods hydra --json",
     "rlhfbench plan --model llama-7b --gpu 24GiB --zero-stage 3 --world-size 8",
+    "rlhfbench plan --model tiny --device cpu --parallel fsdp --world-size 2",
     codes=READING_CODES,
 )
 
@@ -64,6 +65,14 @@ def plan(
             help="Number of ranks.  [default: 1]",
         ),
     ] = None,
+    parallel: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=DIVISION,
+            help="How ranks share a step: ddp, fsdp or deepspeed.  [default: deepspeed]",
+        ),
+    ] = None,
     global_batch: Annotated[
         bool,
         typer.Option(
@@ -85,7 +94,12 @@ def plan(
     from rlhfbench.planning import plans as planning
 
     # A plan is for an accelerator unless the command says otherwise; a sweep file usually names the device of a run.
-    cases = make_sweep(case_spec(ctx.params) | {"device": device or "cuda"}, sweep, setting)
+    spec = case_spec(ctx.params) | {"device": device or "cuda"}
+    if parallel is not None:
+        ranks = given(strategy=parallel, world_size=world_size, zero_stage=zero_stage)
+        spec["options"] = {f"parallel.{name}": value for name, value in ranks.items()} | spec.get("options", {})
+        zero_stage = world_size = None
+    cases = make_sweep(spec, sweep, setting)
     planned = planning.plan(
         cases,
         gpu=gpu,

@@ -105,7 +105,9 @@ def _caption(plans: list[dict[str, Any]], gpu: str | None) -> str:
     words = [shared_axes_text(records_frame(plans).assign(device=""))]
     stage, num_ranks = (plans[0]["zero"][key] for key in ("stage", "world_size"))
     if stage or num_ranks > 1:
-        words.append(f"ZeRO-{stage}, one rank of {num_ranks}")
+        # A case that names a strategy has it among its options.
+        how = f"ZeRO-{stage}, " if plans[0]["case"]["options"]["parallel"]["strategy"] is None else ""
+        words.append(f"{how}one rank of {num_ranks}")
     if gpu is not None:
         limit = find_accelerator(gpu)
         gib, reserve = limit.memory_bytes / 2**30, limit.reserve_bytes / 2**30

@@ -91,7 +91,7 @@ class _OpObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for tensor in _tensors(result if isinstance(result, (list, tuple)) else (result,)):
                 on_tensor(tensor, func)
         if sends:
-            self._observer.on_collective(func, _nested_tensors(args))
+            self._observer.on_collective(func, _nested_tensors([args, result]))
         return result
 
 

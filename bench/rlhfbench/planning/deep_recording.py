@@ -7,6 +7,7 @@ import dataclasses
 from rlhfbench.measure.ledger import block_bytes
 from rlhfbench.measure.tally import Change
 from rlhfbench.planning.depth import deepen
+from rlhfbench.planning.divisions import runs_on_fake_ranks
 from rlhfbench.planning.optimizer_steps import deepen_trained, record_optimizer_steps
 from rlhfbench.planning.recording import Recording, record_step
 from rlhfkernels.config.case import Case
@@ -25,13 +26,13 @@ def record_deep(case: Case) -> Recording | None:
         case: as in ``record_step``.
 
     Returns:
-        ``None`` where that cannot be known: the layers of a model differ, two models have depths of their own, the
-        model is shallow, or one layer more is not what repeating a layer gives.
+        ``None`` where that cannot be known: the layers of a model differ, two models have depths of their own, ranks
+        gather layers, the model is shallow, or one layer more is not what repeating a layer gives.
 
     Raises:
         ModelError, CaseError: as in ``record_step``.
     """
-    if len(case.models) > 1:
+    if len(case.models) > 1 or runs_on_fake_ranks(case):
         return None
     layers = alike_layers(case, case.model)
     if layers is None:

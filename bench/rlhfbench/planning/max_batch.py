@@ -42,7 +42,7 @@ class Planned:
 
 def plan_kinds(
     cases: Sequence[Case],
-    zero: Zero,
+    zero: Zero | None,
     *,
     usable_bytes: int | None = None,
     with_timeline: bool = False,
@@ -52,7 +52,7 @@ def plan_kinds(
 
     Args:
         cases: the cases to plan.
-        zero: the division among ranks.
+        zero: the division among ranks; ``None`` is what each case names.
         usable_bytes: memory that a step may take; ``None`` searches for no largest batch.
         with_timeline: keep the timeline of each step.
         meanwhile: see ``map_parallel``.
@@ -79,7 +79,7 @@ def _num_ops(cases: list[Case]) -> int:
     return len(cases) * sum(1 if p.weights.adapter is None else 3 for p in passes)
 
 
-def _plan_kind(cases: list[Case], *, zero: Zero, usable_bytes: int | None, with_timeline: bool) -> list[Planned]:
+def _plan_kind(cases: list[Case], *, zero: Zero | None, usable_bytes: int | None, with_timeline: bool) -> list[Planned]:
     from rlhfbench.planning.predict import plan_case
 
     plans = [plan_case(case, zero, with_timeline=with_timeline) for case in cases]
@@ -101,7 +101,7 @@ class BatchSearch:
         zero: the division among ranks.
     """
 
-    def __init__(self, usable_bytes: int, zero: Zero) -> None:
+    def __init__(self, usable_bytes: int, zero: Zero | None) -> None:
         self._usable_bytes, self._zero = usable_bytes, zero
         self._plans: dict[Case, dict[int, Plan]] = {}
 

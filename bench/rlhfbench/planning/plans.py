@@ -29,7 +29,7 @@ def plan(
         gpu: an accelerator such as ``a100-80gb``, or a size such as ``24GiB``. With it the largest batch that fits is
             found too, for every case.
         zero_stage: stage of DeepSpeed's ZeRO, 0 to 3.
-        world_size: number of ranks.
+        world_size: number of ranks. With 1 and stage 0, each case is divided as its own options say.
         global_batch: batch sizes are over all ranks, and not of one rank.
         with_timeline: keep the bytes over time of each step.
         meanwhile: called after the checks, while other processes import what they plan with; not called where this
@@ -50,13 +50,24 @@ def plan(
 
     accelerator = None if gpu is None else find_accelerator(gpu)
     zero = Zero(stage=zero_stage, world_size=world_size)
+    is_given = zero != Zero()
     if not isinstance(cases, Sweep):
         cases = Sweep(cases=(cases,) if isinstance(cases, Case) else tuple(cases))
     sweep = cases
     preflight.check_models(sweep)
+    of_ranks = sweep.cases
+    if global_batch:
+        sizes = dict.fromkeys(world_size if is_given else case.options.parallel.world_size for case in sweep.cases)
+        of_ranks = tuple(
+            case
+            for size in sizes
+            for case in cases_of_a_rank(
+                [case for case in sweep.cases if is_given or case.options.parallel.world_size == size], size
+            )
+        )
     return plan_kinds(
-        cases_of_a_rank(sweep.cases, world_size) if global_batch else sweep.cases,
-        zero,
+        of_ranks,
+        zero if is_given else None,
         usable_bytes=None if accelerator is None else accelerator.usable_bytes,
         with_timeline=with_timeline,
         meanwhile=meanwhile,

@@ -15,6 +15,7 @@ from rlhfbench.measure.measurements import OUTER_VIEWS, memory_object, persisten
 from rlhfbench.measure.tally import MODEL_PARTS, Tally, replay
 from rlhfbench.measure.timeline import Timeline
 from rlhfbench.planning.deep_recording import record_deep
+from rlhfbench.planning.divisions import division_of
 from rlhfbench.planning.prediction import Plan
 from rlhfbench.planning.recording import record_step
 from rlhfbench.planning.zero import Zero
@@ -32,7 +33,7 @@ def plan_case(case: Case, zero: Zero | None = None, *, with_timeline: bool = Fal
 
     Args:
         case: what to plan.
-        zero: how the step is divided among ranks.
+        zero: how the step is divided among ranks; ``None`` is what the options of the case name.
         with_timeline: keep the step's timeline too.
         every_layer: run every layer of the models, also where a few of them stand for all.
 
@@ -41,7 +42,7 @@ def plan_case(case: Case, zero: Zero | None = None, *, with_timeline: bool = Fal
         CaseError: an option does not fit the model.
     """
     with running_errors(case.models):
-        return _plan_case(case, zero or Zero(), with_timeline=with_timeline, every_layer=every_layer)
+        return _plan_case(case, zero or division_of(case), with_timeline=with_timeline, every_layer=every_layer)
 
 
 def _plan_case(case: Case, zero: Zero, *, with_timeline: bool, every_layer: bool) -> Plan:

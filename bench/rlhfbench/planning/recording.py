@@ -14,6 +14,7 @@ from transformers import masking_utils
 from rlhfbench.measure.ledger import Ledger, block_bytes
 from rlhfbench.measure.measurements import run_under_ledger
 from rlhfbench.measure.tally import PHASE_CHANGES, Change, Recorder
+from rlhfbench.planning.divisions import fake_ranks
 from rlhfbench.planning.fake_tensors import CachingFakeTensorMode
 from rlhfbench.planning.optimizer_steps import GradientsWatch, Trained
 from rlhfkernels.config.case import Case
@@ -61,8 +62,8 @@ def record_step(case: Case, num_layers: int | None = None) -> Recording:
     stand_in = dataclasses.replace(case, device="cpu", options=options)
     recorder = Recorder()
     ledger = Ledger("cpu", block_bytes=block_bytes(case.device), tally=recorder)
-    with _fake_tensors(case.seq_len), _no_collection():
-        step = build_step(stand_in, with_weights=False, num_layers=num_layers)
+    with fake_ranks(case) as world, _fake_tensors(case.seq_len), _no_collection():
+        step = build_step(stand_in, with_weights=False, num_layers=num_layers, world=world)
         sizes = StepSizes.of(step)  # a step may free models that are counted here
         step.engine.logprob_chunk = logprob_chunk_size(case, step.engine.vocab_size)  # of the device asked for
         watch = GradientsWatch(step, ledger)

@@ -61,11 +61,14 @@ class Zero:
             raise SweepError(problems)
 
     def of_a_rank(self, case: Case) -> Case:
-        """``case`` as a rank runs it: stages 1 to 3 move the trained weights, which the fast trunk does not follow."""
+        """``case`` as a rank runs it.
+
+        Stages 1 to 3 move the trained weights, which the fast trunk does not follow. Gradients add up in their dtype.
+        """
         if self.stage == 0 or case.options.parallel.strategy is not None:
             return case
-        values = {"strategy": "deepspeed", "zero_stage": self.stage, "world_size": self.world_size}
-        options = case.options.replace({f"parallel.{name}": value for name, value in values.items()})
+        added_in = case.options.optimizer.grad_accum_dtype or case.dtype
+        options = case.options.replace({"engine.trunk": "plain", "optimizer.grad_accum_dtype": added_in})
         return dataclasses.replace(case, options=options)
 
     def divide(self, parts: dict[str, int], sizes: StepSizes | None = None) -> dict[str, int]:

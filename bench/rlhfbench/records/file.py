@@ -163,7 +163,10 @@ def _parse(path: Path, number: int, line: bytes) -> Record:
     except (TypeError, AttributeError, ValueError, KeyError) as error:
         raise RecordsError(f"{where}: it is not a record of schema {record['schema']}.") from error
     problem = wrong_type(record)
-    for number, block in enumerate(() if problem else record["latency"].get("blocks") or ()):
+    blocks = () if problem else record["latency"].get("blocks") or ()
+    if not isinstance(blocks, (list, tuple)):
+        problem, blocks = f"latency.blocks is {shown(blocks)}: it must be a list of blocks.", ()
+    for number, block in enumerate(blocks):
         fault = wrong_block(block, record["latency"].get("phases") or {})
         problem = problem or (fault and f"latency.blocks.{number}: {fault}")
     if problem:

@@ -188,8 +188,11 @@ class Engine:
         return made[name]
 
     def _divide(self, world: World) -> Strategy:
-        """The strategy of the case, with the weights of all bases divided by it; without weights there is one rank."""
-        strategy = STRATEGIES[self.case.options.parallel.strategy if self.with_weights else None](
+        """The strategy of the case, with the weights of all bases divided by it.
+
+        Without weights a step has other ranks only where a planner says so.
+        """
+        strategy = STRATEGIES[self.case.options.parallel.strategy if self.with_weights or world.size > 1 else None](
             self.case.options, world, self.device, may_skip=any(model.has_experts for model in self.models.values())
         )
         heads = {

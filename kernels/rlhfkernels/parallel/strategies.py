@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from rlhfkernels.config.options import Options
 from rlhfkernels.parallel.world import World
@@ -199,7 +200,8 @@ class FullyShard(Strategy):
         from torch.distributed.fsdp import fully_shard
         from transformers.modeling_layers import GradientCheckpointingLayer
 
-        mesh = init_device_mesh(self.device.type, (self.world.size,))
+        with _disable_current_modes():  # a mesh reads its ranks, which a planner's fake tensors do not hold
+            mesh = init_device_mesh(self.device.type, (self.world.size,))
         self._modules: dict[str, Any] = {}
         for base, module in bases.items():
             for layer in module.modules():

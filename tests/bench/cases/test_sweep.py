@@ -220,6 +220,7 @@ TIED = (
     "data.prompts",
     "data.demonstrations",
     "data.pairs",
+    *(name for name in Options().flat() if name.startswith("parallel.")),
 )
 
 

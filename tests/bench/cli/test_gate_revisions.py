@@ -44,7 +44,7 @@ def commit(monkeypatch, tmp_path, temporary, fake_case_path):
     monkeypatch.setattr(
         compare,
         "ForkServer",
-        lambda paths: ForkServer(target="fake_case:run_case", preload=(), paths=paths),
+        lambda paths, optional: ForkServer(target="fake_case:run_case", preload=(), paths=paths),
     )
     for name in ("GIT_AUTHOR_NAME", "GIT_AUTHOR_EMAIL", "GIT_COMMITTER_NAME", "GIT_COMMITTER_EMAIL"):
         monkeypatch.setenv(name, "a@b")

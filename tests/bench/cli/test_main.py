@@ -108,7 +108,7 @@ def test_plan_takes_every_option_of_run_that_defines_a_case(call):
 
     only_run = {
         "--time-budget-s", "--blocks", "--case-timeout-s", "--memory-limit", "--threads", "--profile", "--with-plan",
-        "--max-batch", "--max-batch-limit", "--resume", "--retry", "--parallel",
+        "--max-batch", "--max-batch-limit", "--resume", "--retry",
         "--ray", "--ray-group",
     }  # fmt: skip
     assert options("run") - options("plan") == only_run

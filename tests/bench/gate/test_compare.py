@@ -39,7 +39,9 @@ BASE, HEAD = Side(name="base", title="abc"), Side(name="head", title="the workin
 def servers(monkeypatch, fake_server):
     """Sides fork fake cases, whose steps take no time: few rounds are as good as many."""
     monkeypatch.setattr(turns, "_MAX_ROUNDS", NUM_ROUNDS)
-    monkeypatch.setattr(compare, "ForkServer", lambda paths: ForkServer(target="fake_case:run_case", preload=()))
+    monkeypatch.setattr(
+        compare, "ForkServer", lambda paths, optional: ForkServer(target="fake_case:run_case", preload=())
+    )
 
 
 def sweep_of(*kinds):

@@ -178,7 +178,7 @@ def test_a_trainer_of_transformers(tmp_path):
     assert sum(peak.parts.values()) == peak.total_bytes
 
 
-def test_the_summary_has_a_column_for_the_peak_and_for_every_phase():
+def test_the_summary_has_the_parts_that_are_there_at_the_peak_and_in_every_phase():
     with Ledger("cpu") as ledger:
         weight = torch.ones(512, 1024)
         ledger.tag("base", [weight])
@@ -187,7 +187,8 @@ def test_the_summary_has_a_column_for_the_peak_and_for_every_phase():
     lines = ledger.summary().splitlines()
     assert [line.split() for line in lines] == [
         ["MiB", "peak", "forward"],
-        *([part, size, size] for part, size in zip(PARTS, ["2.00", *["0.00"] * 7, "1.00"], strict=True)),
+        ["base", "2.00", "2.00"],
+        ["temporary", "1.00", "1.00"],
         ["total", "3.00", "3.00"],
     ]
     assert len({len(line) for line in lines}) == 1

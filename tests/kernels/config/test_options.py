@@ -22,10 +22,7 @@ TIED = (
     "data.prompts",
     "data.demonstrations",
     "data.pairs",
-    "parallel.strategy",
-    "parallel.world_size",
-    "parallel.zero_stage",
-    "parallel.gather",
+    *(name for name in Options().flat() if name.startswith("parallel.")),
 )
 
 

@@ -1,0 +1,72 @@
+"""What a plan says of a rank under torch's strategies, beside the ledger of the rank that holds most."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from torch import distributed
+
+import rlhfbench
+from rlhfbench.measure.measurements import measure_memory
+from rlhfbench.planning.predict import plan_case
+from rlhfbench.planning.zero import Zero
+from rlhfkernels import Case, Options, build_step
+from rlhfkernels.parallel.world import World
+
+
+def case_of(method: str, strategy: str, size: int = 2, **fields: Any) -> Case:
+    options = {"parallel.strategy": strategy, "parallel.world_size": size}
+    sizes = {"prompt_len": 12, "completion_len": 3, "batch_size": 2, "dtype": "float32", **fields}
+    return Case(method=method, model="tiny", **sizes, options=Options.of(options))
+
+
+def totals(world: World, case: Case) -> dict[str, int]:
+    """The highest total of each phase of a rank's second step: buckets are made in the first."""
+    step = build_step(case, world=world)
+    step.run()
+    return {name: peak.total_bytes for name, peak in measure_memory(step, "cpu", lambda name: None).peaks.items()}
+
+
+@pytest.mark.parametrize(
+    ("method", "strategy", "size", "error"),
+    [
+        ("hydra", "fsdp", 2, 1e-4),
+        ("lora", "fsdp", 4, 1e-4),
+        # Trained whole: a reduce-scatter's input lives until the next one, which a fake one does not wait for.
+        ("full", "fsdp", 2, 0.07),
+        # A gradient lies beside its bucket for a moment.
+        ("dynamic-lora", "ddp", 2, 0.03),
+    ],
+)
+def test_a_plan_is_the_memory_of_the_worst_rank(
+    on_ranks: Any, method: str, strategy: str, size: int, error: float
+) -> None:
+    case = case_of(method, strategy, size)
+    worst = max(on_ranks(size, totals, case), key=lambda rank: max(rank.values()))
+    plan = plan_case(case)
+    assert plan.total_bytes == pytest.approx(max(worst.values()), rel=error)
+    assert plan.zero.world_size == size
+    assert not distributed.is_initialized()
+
+
+def test_a_division_that_is_given_wins_over_the_options_of_a_case() -> None:
+    alone = plan_case(case_of("hydra", "ddp"), Zero())
+    assert alone.memory["phases"]["generate"]["parts"]["gradients"] == 0
+    assert plan_case(case_of("hydra", "ddp")).memory["phases"]["generate"]["parts"]["gradients"] > 0
+
+
+def test_batches_over_all_ranks_are_divided_by_the_ranks_of_each_case() -> None:
+    cases = [case_of("hydra", "ddp", size, batch_size=4) for size in (1, 2)]
+    plans = [planned.plan for planned in rlhfbench.plan(cases, global_batch=True)]
+    assert [(plan.case.batch_size, plan.zero.world_size) for plan in plans] == [(4, 1), (2, 2)]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_rank_of_one_is_one_process(make_case: Callable[..., Case], strategy: str) -> None:
+    alone, one = (
+        plan_case(make_case("hydra", dtype="float32", engine__trunk="plain", **options))
+        for options in ({}, {"parallel__strategy": strategy})
+    )
+    assert {**one.memory["parts"], "gradients": 0} == {**alone.memory["parts"], "gradients": 0}
