@@ -72,7 +72,7 @@ class Agent:
 
 
 def message_of(task: Task) -> dict[str, Any]:
-    """What ``Agent.run`` receives of a task."""
+    """The message of a task for ``Agent.run``."""
     case = task.case.to_dict() if task.request is None else task.request["case"]
     return {
         "case": case,

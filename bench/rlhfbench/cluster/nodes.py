@@ -12,7 +12,7 @@ _MAX_NODES_NAMED = 3
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Need:
-    """What a case needs of a node.
+    """The needs of a case: devices and memory of a node.
 
     Attributes:
         device: ``cpu`` or ``cuda``.

@@ -48,7 +48,7 @@ class Cluster:
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """What the environment of the run records."""
+        """The entry of the run's environment."""
         return {"ray": self._address, "ray_group": self._group}
 
     def check(self, cases: Sequence[Case]) -> None:

@@ -8,17 +8,17 @@ DUMP_OF_A_BARRIER = f"""Current thread 0x1 (most recent call first):
   File "{TORCH}/distributed_c10d.py", line 3105 in all_reduce
   File "{TORCH}/distributed_c10d.py", line 5017 in barrier
   File "{TORCH}/c10d_logger.py", line 83 in wrapper
-  File "/work/step.py", line 7 in run
+  File "/lib/step.py", line 7 in run
 """
 DUMP_OF_A_BACKWARD = """Current thread 0x1 (most recent call first):
   File "/site-packages/torch/autograd/graph.py", line 869 in _engine_run_backward
-  File "/work/step.py", line 7 in run
+  File "/lib/step.py", line 7 in run
 """
 DUMP_OF_WORK = """Current thread 0x1 (most recent call first):
-  File "/work/all_reduce.py", line 7 in all_reduce
+  File "/lib/all_reduce.py", line 7 in all_reduce
 """
 TRACEBACK = f"""Traceback (most recent call last):
-  File "/work/step.py", line 7, in run
+  File "/lib/step.py", line 7, in run
     dist.all_gather_into_tensor(a, b)
   File "{TORCH}/distributed_c10d.py", line 3105, in all_gather_into_tensor
     work.wait()
