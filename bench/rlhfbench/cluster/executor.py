@@ -28,7 +28,7 @@ REFRESH_S = 2.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Reply:
-    """What a node sends back of a task.
+    """The answer of a node to a task.
 
     Attributes:
         fields: fields of ``Ended`` by name, without ``task`` and ``host``.

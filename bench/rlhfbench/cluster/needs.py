@@ -1,4 +1,4 @@
-"""What the cases of a sweep need of a node, and which of them stay together."""
+"""The needs of a sweep's cases: devices and memory of a node, and the cases that stay together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a node has and what a case needs of one."""
+"""The devices and memory of a node, and those that a case needs."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class Work:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Claim:
-    """What a running case holds of a node.
+    """The share of a node that a running case holds.
 
     Attributes:
         node: the node.
@@ -56,7 +56,7 @@ class Claim:
 
 
 class _Free:
-    """What is free of a node, and the cases that are bound to it."""
+    """The free devices and memory of a node, and the cases that are bound to it."""
 
     def __init__(self, node: Node) -> None:
         self.node = node

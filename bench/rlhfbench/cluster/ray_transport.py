@@ -199,7 +199,7 @@ class RayTransport:
 
 
 def node_of(node: Mapping[str, Any], found: Mapping[str, Any]) -> Node:
-    """What a node has, by Ray's description of it and by its environment."""
+    """The devices and memory of a node, by Ray's description of it and by its environment."""
     resources = node["Resources"]
     memory = [gpu["memory_bytes"] for gpu in found.get("gpus") or ()]
     usable = [Accelerator(name="", memory_bytes=total).usable_bytes for total in memory]
