@@ -22,7 +22,14 @@ from torch.torch_version import TorchVersion
 
 from rlhfkernels.config.options import OPTION_PACKAGES, OptimizerOptions, Options
 from rlhfkernels.errors import CaseError
-from rlhfkernels.parallel.strategies import BaseModule, RoleOptimizer, Schedule, Strategy, TrainedWeights
+from rlhfkernels.parallel.strategies import (
+    BaseModule,
+    RoleOptimizer,
+    Schedule,
+    Strategy,
+    TrainedWeights,
+    by_storage,
+)
 from rlhfkernels.parallel.world import World
 
 T = TypeVar("T")
@@ -51,10 +58,9 @@ class _DeepSpeed(Strategy):
 
     def declare_trained(self, roles: Mapping[str, Sequence[nn.Parameter]], passes: Mapping[str, Sequence[str]]) -> None:
         """See ``Strategy.declare_trained``."""
+        flattened = {role: by_storage(parameters) for role, parameters in roles.items() if parameters}
         self._engines = {
-            role: self._make_engine(TrainedWeights(parameters), [parameters])
-            for role, parameters in roles.items()
-            if parameters
+            role: self._make_engine(TrainedWeights(parameters), [parameters]) for role, parameters in flattened.items()
         }
         self._roles_of_pass = {key: [role for role in found if role in self._engines] for key, found in passes.items()}
 
@@ -115,10 +121,21 @@ class _Stage3(_DeepSpeed):
         for base, module in self._bases.items():
             held = {id(p) for p in module.parameters()}
             found = {role: list(ps) for role, ps in roles.items() if ps and id(ps[0]) in held}
-            for head in module.heads:  # read by their weights, not as modules
-                for parameter in head.parameters():
-                    self._package.zero.register_external_parameter(module, parameter)
+            self._gather_by_layer(module)
             self._divided[base] = _DividedBase(self._make_engine(module, list(found.values())), found)
+
+    def _gather_by_layer(self, module: BaseModule) -> None:
+        """Gathers the weights of a layer with the layer, and all others with the base.
+
+        DeepSpeed gathers what a module owns itself. Heads, norms and a fast trunk's matmuls are read by their weights,
+        and no module of theirs is called.
+        """
+        layers = module.layers()
+        in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
+        others = [parameter for parameter in module.parameters() if id(parameter) not in in_layers]
+        owned = [(layer, parameter) for layer in layers for parameter in layer.parameters()]
+        for owner, parameter in [*owned, *((module, parameter) for parameter in others)]:
+            self._package.zero.register_external_parameter(owner, parameter)
 
     def read(self, base: str, function: Callable[[], T]) -> T:
         """See ``Strategy.read``."""
