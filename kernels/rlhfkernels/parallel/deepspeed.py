@@ -81,6 +81,12 @@ class _DeepSpeed(Strategy):
         engine, *_ = self._package.initialize(
             model=module, optimizer=optimizer, config=self._config(dtype), dist_init_required=False
         )
+        if optimizer is not None:
+            # In stage 0 with bfloat16 DeepSpeed makes the states in a step of zero gradients
+            # (fp16/unfused_optimizer.py, initialize_optimizer_states), which AdamW's bias correction must not count.
+            for state in optimizer.state.values():
+                if "step" in state:
+                    state["step"].zero_()
         return engine
 
     def _config(self, dtype: torch.dtype) -> dict[str, Any]:
