@@ -35,6 +35,8 @@ from rlhfkernels.parallel.world import World
 T = TypeVar("T")
 # The first whose steps end where the caller says (``managed_gradient_accumulation``).
 _OLDEST = "0.19.0"
+# Stands for a rollout among the modules that use a weight: a layer's hooks would let go of the weight after a token.
+_ROLLOUT = -1
 # As in ``rlhfkernels.training.optimizers``: what is added to the norm that divides.
 _NORM_EPS = 1e-6
 
@@ -155,8 +157,16 @@ class _Stage3(_DeepSpeed):
         """See ``Strategy.generate``."""
         if self.options.parallel.gather == "layer":
             return self.read(base, function)
-        with self._package.zero.GatheredParameters(list(self._bases[base].parameters())):
+        module = self._bases[base]
+        for parameter in module.parameters():
+            _users(parameter).add(_ROLLOUT)
+        try:
             return self.read(base, function)
+        finally:
+            for parameter in module.parameters():
+                _users(parameter).discard(_ROLLOUT)
+            for each in (*module.layers(), module):
+                self._divided[base].coordinator.release_sub_module(each, forward=True)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See ``Strategy.tensors``: the partitions, and the buffers that DeepSpeed keeps between steps."""
@@ -307,6 +317,12 @@ class _DividedBase:
         self.engine, self.roles = engine, roles
         self._num_ready = 0
 
+    @property
+    def coordinator(self) -> Any:
+        """DeepSpeed's, which gathers weights and lets go of them."""
+        zero = self.engine.optimizer  # where nothing is trained, what gathers is in the optimizer's place
+        return getattr(zero, "parameter_offload", zero).get_param_coordinator()
+
     def step(self) -> None:
         """Notes that one role is ready; with the last, all are updated."""
         self._num_ready += 1
@@ -331,6 +347,12 @@ def _part(parameter: nn.Parameter) -> torch.Tensor:
     """The rank's part of a weight in stage 3, flat."""
     part: torch.Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
     return part
+
+
+def _users(parameter: nn.Parameter) -> set[int]:
+    """The modules that use a gathered weight, by DeepSpeed's number: it is let go when there is none."""
+    users: set[int] = parameter.ds_active_sub_modules  # type: ignore[attr-defined]
+    return users
 
 
 def _states(optimizer: torch.optim.Optimizer, master: torch.Tensor) -> Iterator[torch.Tensor]:
