@@ -179,6 +179,15 @@ def test_an_integer_for_a_float_is_the_same_case() -> None:
             "engine.cuda_graphs is 'on': it captures steps of the fast trunk, so engine.trunk must not be 'plain'.",
         ),
         (
+            {
+                "device": "cuda",
+                "options": Options.of(
+                    {"engine.cuda_graphs": "on", "parallel.strategy": "fsdp", "parallel.world_size": 2}
+                ),
+            },
+            "engine.cuda_graphs is 'on': divided weights are gathered in every step, so it must be auto or off.",
+        ),
+        (
             {"options": Options.of({"parallel.world_size": 2})},
             "parallel.world_size is 2: it needs parallel.strategy, one of ddp, fsdp, deepspeed.",
         ),

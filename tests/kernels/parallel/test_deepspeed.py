@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from rlhfbench.measure.collectives import CollectiveCounter
 from rlhfkernels import Case, CaseError, build_step
 from rlhfkernels.parallel.deepspeed import load
 from rlhfkernels.parallel.world import World
@@ -86,3 +87,24 @@ def test_stage_3_generates_the_same_however_it_gathers(make_case: Callable[..., 
     )
     assert all(torch.equal(one, other) for one, other in zip(by_layer, at_once, strict=True))
     assert not torch.equal(*by_layer)  # every rank samples its own
+
+
+def gathers(world: World, case: Case) -> int:
+    """All-gathers of a generation."""
+    step = build_step(case, world=world)
+    step.run()
+    with CollectiveCounter("cpu") as counter:
+        step.infer(counter)
+    return counter.calls["generate"]["all_gather"]
+
+
+@pytest.mark.usefixtures("imported_deepspeed")
+@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed"])
+def test_a_rollout_gathers_every_layer_once(make_case: Callable[..., Case], on_ranks: Any, strategy: str) -> None:
+    options = STAGE_3 | {"parallel__strategy": strategy, "parallel__zero_stage": 3 if strategy == "deepspeed" else 0}
+    counts = {
+        how: on_ranks(2, gathers, make_case("hydra", parallel__gather=how, **options)) for how in ("layer", "rollout")
+    }
+    # Two layers, for each of three tokens or once, and what is no layer, once. DeepSpeed prefetches, and has fewer.
+    assert counts["layer"][0] > counts["rollout"][0] <= 3
+    assert strategy == "deepspeed" or counts == {"layer": [7, 7], "rollout": [3, 3]}
