@@ -25,8 +25,8 @@ from rlhfbench.gate.findings import Finding, failure, findings_of
 from rlhfbench.gate.sides import Side, temporary_folder
 from rlhfbench.measure.turns import run_in_turns
 from rlhfbench.processes import num_cores
+from rlhfbench.records.derived import at
 from rlhfbench.records.file import Record, RecordsFile
-from rlhfbench.records.schema import at
 from rlhfbench.runs.case_process import ThisMachine
 from rlhfbench.runs.folder import RunFolder
 from rlhfbench.runs.forkserver import WARM, ForkServer
