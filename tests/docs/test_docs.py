@@ -74,6 +74,7 @@ CHECKED = {
     "rlhfbench run --sweep sweep.toml": _LONG,
     "rlhfbench run --sweep sweep.toml --batch-sizes 8 --option lora.r=64": _LONG,
     "rlhfbench run --sweep cases.toml": _SAME,
+    "rlhfbench run --sweep gather.toml": _SAME,
     "rlhfbench run --model opt-1.3b --device cuda --ray 10.0.0.1:6379": _CLUSTER,
     "rlhfbench run --methods ppo,dpo --seq-lens 128,256 --ray 10.0.0.1:6379 --ray-group size --out my-run": _CLUSTER,
     "rlhfbench plan --sweep sweep.toml --gpu 24GiB": _LONG,
