@@ -143,11 +143,13 @@ def bytes_left(world: World, case: Case) -> dict[str, int]:
     """Bytes of the storages that live after a step beside those of the step itself, and of all weights."""
     step = build_step(case, world=world)
     step.run()
-    step.run()
+    # DeepSpeed keeps what it will read soon, up to the end of a step; a backward of fsdp lets go of what reads left.
+    found = step.infer() if case.options.parallel.strategy == "fsdp" else step.run()
+    del found
     gc.collect()
     kept = {local(tensor).untyped_storage()._cdata for _, tensor in step.persistent_tensors()}
-    found = [each for each in gc.get_objects() if isinstance(each, torch.Tensor) and not hasattr(each, "to_local")]
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in found}
+    live = [each for each in gc.get_objects() if isinstance(each, torch.Tensor) and not hasattr(each, "to_local")]
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in live}
     weights = [parameter for base in step.engine.models for parameter in step.engine.base_parameters(base)]
     whole = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in weights)
     return {
