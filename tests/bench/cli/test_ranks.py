@@ -10,6 +10,7 @@ import pytest
 
 from rlhfbench.cases.ranks import MAX_RANKS_PER_CORE, check_ranks
 from rlhfbench.cli.ranks import make_ranked_sweep
+from rlhfbench.errors import SweepError
 from rlhfbench.launch import Launch
 from rlhfbench.processes import num_cores
 from rlhfbench.runs import agents
@@ -49,8 +50,45 @@ def test_a_global_batch_is_divided_among_the_ranks():
 
 def test_flags_and_options_add_up_and_an_option_wins():
     spec = {**SPEC, "options": {"parallel.gather": "rollout", "parallel.zero_stage": 3, "lora.r": 2}}
-    ((_, _, parallel),) = ranked(spec, world_size="2", parallel="deepspeed", zero_stage=1)
+    ((_, _, parallel),) = ranked(spec, world_size="2", parallel="deepspeed", zero_stage="1")
     assert (parallel.strategy, parallel.zero_stage, parallel.gather) == ("deepspeed", 3, "rollout")
+
+
+def test_strategies_and_stages_are_cases_and_stages_are_of_deepspeed_alone():
+    found = ranked(world_size="2,4", parallel="ddp,deepspeed,fsdp", zero_stage="0,3")
+    kinds = [("ddp", 0), ("deepspeed", 0), ("deepspeed", 3), ("fsdp", 0)]
+    assert sorted((p.strategy, p.zero_stage, p.world_size) for _, _, p in found) == sorted(
+        (*kind, size) for kind in kinds for size in (2, 4)
+    )
+
+
+def test_a_stage_alone_is_deepspeed_s():
+    found = ranked(world_size="2", zero_stage="1,2")
+    assert [(p.strategy, p.zero_stage) for _, _, p in found] == [("deepspeed", 1), ("deepspeed", 2)]
+
+
+def test_a_file_says_how_ranks_share_where_flags_do_not(tmp_path):
+    file = tmp_path / "sweep.toml"
+    file.write_text('methods = ["dpo"]\nseq_lens = [8]\nbatch_sizes = [1]\n[options.parallel]\nstrategy = "fsdp"\n')
+
+    def of_file(**params):
+        sweep = make_ranked_sweep({}, str(file), None, NO_RANKS | params)
+        return sorted((case.options.parallel.strategy, case.options.parallel.world_size) for case in sweep.cases)
+
+    assert of_file(world_size="2") == [("fsdp", 2)]
+    assert of_file(world_size="2", parallel="ddp") == [("ddp", 2)]
+    file.write_text(file.read_text() + "world_size = [1, 2]\n")
+    assert of_file() == [("fsdp", 1), ("fsdp", 2)]
+    assert of_file(parallel="ddp,fsdp") == [("ddp", 1), ("ddp", 2), ("fsdp", 1), ("fsdp", 2)]
+
+
+def test_a_file_without_ranks_stays_without(tmp_path):
+    file = tmp_path / "sweep.toml"
+    file.write_text('methods = ["dpo"]\nseq_lens = [8]\nbatch_sizes = [1]\n')
+    (case,) = make_ranked_sweep({}, str(file), None, NO_RANKS).cases
+    assert case.options.parallel.strategy is None
+    with pytest.raises(SweepError, match=r"^--parallel is 'ddp': it needs --world-size N\.$"):
+        make_ranked_sweep({}, str(file), None, NO_RANKS | {"parallel": "ddp"})
 
 
 def test_a_launcher_gives_the_world_size(monkeypatch):
@@ -71,7 +109,12 @@ def test_a_launcher_gives_the_world_size(monkeypatch):
         (("--parallel", "ddp"), "--parallel is 'ddp': it needs --world-size N."),
         (("--zero-stage", "1"), "--zero-stage is 1: it needs --world-size N."),
         (("--world-size", "2", "--parallel", "dp"), "parallel.strategy 'dp' is unknown: did you mean 'ddp'"),
-        (("--world-size", "2", "--zero-stage", "1"), "parallel.zero_stage is 1: ZeRO is DeepSpeed's"),
+        (("--world-size", "2", "--parallel", "ddp", "--zero-stage", "1"), "parallel.zero_stage is 1: ZeRO is DeepS"),
+        (
+            ("--world-size", "2", "--zero-stage", "4"),
+            "parallel.zero_stage is 4: it must be a whole number from 0 to 3.",
+        ),
+        (("--world-size", "2", "--zero-stage", "0,x"), "--zero-stage has 'x': it must be whole numbers, joined by"),
         (
             ("--world-size", "2", "--global-batch", "--batch-sizes", "3"),
             "batch_sizes has 3: with --global-batch it must be a multiple of world-size 2.",
@@ -140,5 +183,5 @@ def test_the_others_end_when_rank_0_refuses_the_command(tmp_path, monkeypatch):
     command = [sys.executable, HERE / "fake_case.py", "", "run", "--out", tmp_path / "run", "--methods", "no"]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as head:
         launch = Launch(rank=1, size=2, local_rank=0, local_size=1, host="127.0.0.1", port=port)
-        agents.follow(launch, None)
+        agents.Follower(launch).follow(None)
         assert head.wait(30) == 2

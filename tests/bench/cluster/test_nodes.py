@@ -15,8 +15,8 @@ GPU = Node(id="b", name="n2", num_cores=32, num_gpus=4, memory_bytes=64 * GIB, g
         (Need(device="cpu", memory_bytes=16 * GIB), 8, 32),
         (Need(device="cpu", memory_bytes=16 * GIB + 1), None, 32),
         (Need(device="cuda"), None, 8),  # a device's share of the cores
-        (Need(device="cuda", num_devices=4), None, 32),
-        (Need(device="cuda", num_devices=5), None, None),
+        (Need(device="cuda", num_ranks=4), None, 32),
+        (Need(device="cuda", num_ranks=5), None, None),
         (Need(device="cuda", memory_bytes=24 * GIB), None, 8),
         (Need(device="cuda", memory_bytes=24 * GIB + 1), None, None),
         (Need(device="cuda", num_cores=2), None, 2),
@@ -34,7 +34,7 @@ def test_a_node_of_unknown_memory_is_tried():
 
 
 def test_what_no_node_can_hold_is_one_sentence():
-    need = Need(device="cuda", num_devices=2, num_cores=4, memory_bytes=80 * GIB)
+    need = Need(device="cuda", num_ranks=2, num_cores=4, memory_bytes=80 * GIB)
     others = [Node(id=f"c{i}", name=f"c{i}", num_cores=8, memory_bytes=i * GIB) for i in range(1, 4)]
     assert no_node(need, [GPU]) == (
         "no node can hold it: it needs 2 CUDA devices of 80 GiB, 4 cores, and node n2 has 32 cores, 64 GiB, 4 GPUs of "

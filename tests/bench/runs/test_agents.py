@@ -6,8 +6,8 @@ import pytest
 
 from rlhfbench.errors import SweepError
 from rlhfbench.launch import Launch
-from rlhfbench.runs import agents, ranks
-from rlhfbench.runs.agents import Head, follow, meet
+from rlhfbench.runs import agents, hangs
+from rlhfbench.runs.agents import Follower, Head, meet
 
 
 def launch(rank, port):
@@ -19,7 +19,7 @@ def run(make_rank_server, rank_server, tmp_path_factory):
     """Runs a case over two machines: the head in this thread, the other process's loop in another."""
     port = agents._free_port()
     head = Head(launch(0, port))
-    other = threading.Thread(target=follow, args=(launch(1, port), make_rank_server()))
+    other = threading.Thread(target=lambda: Follower(launch(1, port)).follow(make_rank_server()))
     other.start()
     folder = tmp_path_factory.mktemp("agents")
 
@@ -51,10 +51,15 @@ def test_a_case_runs_over_two_machines(run, rank_request):
         ("die", "crashed", "rank 1 was killed by SIGKILL in phase update; the other rank waited in all_reduce."),
         ("out-of-memory", "oom", "rank 1 failed in phase update: no room for it; the other rank waited in all_reduce."),
         ("hang", "timeout", "rank 1 hung in phase update; the other rank waited in all_reduce."),
+        (
+            "spin",
+            "timeout",
+            "rank 1 used the CPU without an end in phase update; the other rank waited in all_reduce.",
+        ),
     ],
 )
 def test_a_rank_of_the_other_machine_that_fails_is_named(run, rank_request, monkeypatch, kind, outcome, message):
-    monkeypatch.setattr(ranks, "STALL_S", 3.0)
+    monkeypatch.setattr(hangs, "STALL_S", 3.0)
     result, _ = run(rank_request(kind))
     assert (result["outcome"], result["error"]["message"]) == (outcome, message)
     assert run(rank_request("well"))[0]["outcome"] == "ok"
