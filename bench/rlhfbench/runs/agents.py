@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 MEET_S = 60.0  # seconds within which all processes must have come
-_LOST_S = 10.0  # seconds without a state after which a process is gone
+_LOST_S = 10.0  # seconds without a state after which a process is gone; before its first it may still import torch
 _LATE_S = 0.05  # between looks at the others' states once the own rank has ended
 _MAX_LOG_CHARS = 2000
 
@@ -100,6 +100,7 @@ class Head:
     def __init__(self, launch: Launch) -> None:
         self._launch, self._store = launch, meet(launch)
         self._num_messages, self._is_ended = 0, False
+        self._heard = set[int]()  # ranks that have sent a state
 
     def run(
         self,
@@ -114,7 +115,7 @@ class Head:
         """Runs one case with a rank in each process; see ``rlhfbench.runs.ranks.run_ranks``."""
         address = f"tcp://{self._launch.host}:{_free_port()}"
         number = self._send({"request": request, "size": size, "address": address, "timeout_s": timeout_s})
-        ranks = LaunchedRanks(self._store, number, size, log_path, on_message)
+        ranks = LaunchedRanks(self._store, number, size, log_path, on_message, self._heard)
         own = _own_request(self._launch, request, size, address, timeout_s)
         kills = num_oom_kills()
         with server.job([own], [log_path], ranks.local.take) as ranks.local.job:
@@ -151,12 +152,19 @@ class LaunchedRanks:
         size: of the world.
         log_path: of rank 0.
         on_message: called with the messages of rank 0.
+        heard: ranks whose processes have sent a state, of any case. Grows.
     """
 
     def __init__(
-        self, store: Store, number: int, size: int, log_path: Path, on_message: Callable[[Message], None]
+        self,
+        store: Store,
+        number: int,
+        size: int,
+        log_path: Path,
+        on_message: Callable[[Message], None],
+        heard: set[int],
     ) -> None:
-        self._store, self._number = store, number
+        self._store, self._number, self._heard = store, number, heard
         self.local = LocalRanks([log_path], on_message)
         self.ranks = [*self.local.ranks, *(Rank(rank) for rank in range(1, size))]
         now_s = time.monotonic()
@@ -175,17 +183,20 @@ class LaunchedRanks:
                 self._read(rank)
 
     def _read(self, rank: Rank) -> None:
-        """Takes the state of a rank; one that has had no new state for 10 s is lost."""
+        """Takes the state of a rank; one that has had no new state for 10 s is lost, before its first for a minute."""
         key = f"state/{self._number}/{rank.number}"
         state = json.loads(self._store.get(key)) if self._store.check([key]) else {}
         if state != self._states.get(rank.number, {}):
             self._states[rank.number] = state
             self._heard_s[rank.number] = time.monotonic()
+            self._heard.add(rank.number)
             rank.result, rank.stack, rank.log = state["result"], state["stack"], state["log"]
             rank.usage = None if state["usage"] is None else Usage(**state["usage"])
             rank.exit = None if state["exit"] is None else Exit(**state["exit"])
-        elif time.monotonic() - self._heard_s[rank.number] > _LOST_S:
-            message = f"the process that the launcher started for it did not answer for {_LOST_S:g} s."
+        elif time.monotonic() - self._heard_s[rank.number] > (
+            limit_s := _LOST_S if rank.number in self._heard else MEET_S
+        ):
+            message = f"the process that the launcher started for it did not answer for {limit_s:g} s."
             error = {"kind": "LauncherDied", "message": message, "phase": None}
             rank.result = {"outcome": "crashed", "error": error}
             rank.exit = Exit(pid=None, code=1, max_rss_bytes=None)

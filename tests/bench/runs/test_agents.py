@@ -77,3 +77,30 @@ def test_a_head_that_does_not_answer_is_one_sentence(monkeypatch):
     monkeypatch.setattr(agents, "MEET_S", 0.2)
     with pytest.raises(SweepError, match=r"^the launcher's address is 127.0.0.1:\d+: no process of rank 0 answers"):
         meet(launch(1, agents._free_port()))
+
+
+def test_a_process_that_still_imports_is_waited_for_and_one_that_is_gone_is_not(monkeypatch, tmp_path):
+    store = meet(launch(0, agents._free_port()))
+    monkeypatch.setattr(agents, "_LOST_S", -1.0)
+    late = agents.LaunchedRanks(store, 1, 2, tmp_path, print, set())
+    late._read(late.ranks[1])
+    assert late.ranks[1].exit is None
+    gone = agents.LaunchedRanks(store, 1, 2, tmp_path, print, {1})
+    gone._read(gone.ranks[1])
+    assert gone.ranks[1].result["error"]["kind"] == "LauncherDied"
+
+
+def test_a_head_ends_each_run_once(monkeypatch):
+    """Several runs of a script follow each other, and the command ends the last one again."""
+    port = agents._free_port()
+    head = Head(launch(0, port))
+    follower = Follower(launch(1, port))
+    for _ in range(2):
+        thread = threading.Thread(target=follower.follow, args=(None,))
+        thread.start()
+        head._send({"size": 1})  # a case of which this rank has no part
+        head.end()
+        head.end()
+        thread.join(30)
+        assert not thread.is_alive()
+    assert head._num_messages == 4
