@@ -25,7 +25,15 @@ from rlhfbench.runs.faults import Rank, Usage
 from rlhfbench.runs.forkserver_process import Message
 from rlhfbench.runs.hangs import TICK_S
 from rlhfbench.runs.job import Exit
-from rlhfbench.runs.ranks import LocalRanks, Server, conclude, rank_request, supervise, wait_for_end
+from rlhfbench.runs.ranks import (
+    LocalRanks,
+    Server,
+    conclude,
+    detector_for,
+    rank_request,
+    supervise,
+    wait_for_end,
+)
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -119,7 +127,7 @@ class Head:
         own = _own_request(self._launch, request, size, address, timeout_s)
         kills = num_oom_kills()
         with server.job([own], [log_path], ranks.local.take) as ranks.local.job:
-            verdict = supervise(ranks, timeout_s, watches_cpu=not request["settings"].get("turns"))
+            verdict = supervise(ranks, timeout_s, detector_for(request))
         return conclude(ranks.ranks, verdict, [log_path], on_message, oom_killed=num_oom_kills() > kills)
 
     def end(self) -> None:

@@ -63,9 +63,13 @@ class HangDetector:
       loops for ever is told from one that is slow, on a slow machine and in the first step too.
 
     The second rule counts from the first phase of a step on: before it one rank may compile or load for all.
+
+    Args:
+        finds_loops: follow the second rule too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, finds_loops: bool = True) -> None:
+        self._finds_loops = finds_loops
         self._courses: dict[int, _Course] = {}
         self._longest_s = 0.0
 
@@ -93,7 +97,7 @@ class HangDetector:
         waits_or_is_late = [
             rank.is_late or course.asleep_s(now_s) >= limit_s for rank, course in zip(running, courses, strict=True)
         ]
-        return Verdict.SPIN if all(waits_or_is_late) else None
+        return Verdict.SPIN if self._finds_loops and all(waits_or_is_late) else None
 
     def allow(self, ranks: Sequence[Rank], now_s: float) -> None:
         """Allows a phase to last as long as the present one has: the ranks that sleep do not wait for one of them."""

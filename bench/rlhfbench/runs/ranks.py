@@ -163,7 +163,7 @@ def run_ranks(
         requests = [rank_request(request, n, size, n, size, address, timeout_s) for n in range(size)]
         with server.job(requests, logs, ranks.take) as ranks.job:
             kills = num_oom_kills()
-            verdict = supervise(ranks, timeout_s, watches_cpu=not request["settings"].get("turns"))
+            verdict = supervise(ranks, timeout_s, detector_for(request))
         return conclude(ranks.ranks, verdict, logs, on_message, oom_killed=num_oom_kills() > kills)
 
 
@@ -186,19 +186,28 @@ def rank_request(
     return {**request, "rank": {**place, "timeout_s": timeout_s}, "preload": preload}
 
 
-def supervise(ranks: RankProcesses, timeout_s: float | None, *, watches_cpu: bool) -> Verdict:
+def detector_for(request: Message) -> HangDetector | None:
+    """The detector of ranks that hang; ``None`` where two cases step in turns, and all ranks of one may just wait."""
+    if request["settings"].get("turns"):
+        return None
+    rollout: Message = request["case"]["options"].get("rollout") or {}
+    # Where completions may end early, one rank may rightly generate for much longer than the others.
+    return HangDetector(finds_loops=rollout.get("stop_token_id") is None)
+
+
+def supervise(ranks: RankProcesses, timeout_s: float | None, detector: HangDetector | None) -> Verdict:
     """Waits until all ranks have ended; ends them when one fails, all sleep, or ``timeout_s`` is over.
 
     Args:
         ranks: The processes.
         timeout_s: Seconds from now.
-        watches_cpu: Whether to look for ranks that hang. Where two cases step in turns, all of them may just wait.
+        detector: Looks for ranks that hang.
 
     Returns:
         Why the ranks were ended; ``Verdict.ENDED`` where they ended by themselves.
     """
     deadline_s = float("inf") if timeout_s is None else time.monotonic() + timeout_s
-    detector, looked_s, failed_s = HangDetector(), 0.0, float("inf")
+    looked_s, failed_s = 0.0, float("inf")
     while any(rank.exit is None for rank in ranks.ranks):
         now_s = time.monotonic()
         if now_s >= min(deadline_s, failed_s + GRACE_S):
@@ -208,7 +217,7 @@ def supervise(ranks: RankProcesses, timeout_s: float | None, *, watches_cpu: boo
         ranks.wait(max(0.0, min(TICK_S, deadline_s - now_s)))
         if any(rank.has_failed for rank in ranks.ranks):
             failed_s = min(failed_s, time.monotonic())
-        elif watches_cpu and time.monotonic() >= looked_s + TICK_S:
+        elif detector is not None and time.monotonic() >= looked_s + TICK_S:
             looked_s = time.monotonic()
             ranks.look()
             found = detector.verdict(ranks.ranks, looked_s)

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from rlhfbench.cases import preflight
 from rlhfbench.cases.ranks import MAX_RANKS_PER_CORE, check_ranks
+from rlhfbench.cases.sweep import Sweep
 from rlhfbench.cli.ranks import make_ranked_sweep
 from rlhfbench.errors import SweepError
 from rlhfbench.launch import Launch
 from rlhfbench.processes import num_cores
-from rlhfbench.runs import agents
+from rlhfbench.runs import agents, runner
 from rlhfkernels.config.case import Case
 from rlhfkernels.config.options import Options
 
@@ -148,6 +150,43 @@ def test_more_ranks_than_devices(monkeypatch):
     assert list(check_ranks(cases[3:4], lambda: 2)) == [
         "world-size is 3: the launcher started 2 processes, one for each rank."
     ]
+
+
+def test_the_devices_of_a_cluster_are_not_those_of_this_machine():
+    preflight.check(Sweep(cases=(case(9999, "cpu"),)), devices=False)
+
+
+def test_a_sweep_of_a_script_starts_the_ranks_of_another_process(tmp_path, monkeypatch):
+    followed = []
+    monkeypatch.setattr(runner, "follow_launcher", lambda: followed.append(True))
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = runner.run_sweep(Sweep(cases=(case(2, "cpu"),)), tmp_path / "run")
+    assert (result.records, result.interrupted, followed) == ([], False, [True])
+    assert not (tmp_path / "run").exists()
+
+
+def test_torchrun_starts_the_ranks_of_two_machines(tmp_path):
+    """Two agents of torchrun on the loopback, each with two processes."""
+    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2"]
+    agent += [
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        f"localhost:{agents._free_port()}",
+        "--local-addr",
+        "localhost",
+    ]
+    command = [*agent, HERE / "fake_case.py", "", "run", "--out", tmp_path / "run", "--blocks", "1", "--json"]
+    command += ["--methods", "dpo", "--seq-lens", "8", "--batch-sizes", "1", "--option", "data.prompt_field=echo"]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=240)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    (line,) = (tmp_path / "run" / "records.jsonl").read_text().splitlines()
+    record = json.loads(line)
+    assert record["case"]["options"]["parallel"]["world_size"] == 4
+    rank = record["prompts"]["rank"]
+    assert (rank["rank"], rank["size"], rank["local_rank"], rank["local_size"]) == (0, 4, 0, 2)
 
 
 def test_two_processes_of_a_launcher_make_one_run(tmp_path, monkeypatch):

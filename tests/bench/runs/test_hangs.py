@@ -14,9 +14,9 @@ from rlhfbench.runs.job import Exit
 class Ranks:
     """Ranks that are looked at once a second."""
 
-    def __init__(self, size):
+    def __init__(self, size, **how):
         self.ranks = [Rank(number, usage=Usage(cpu_s=0.0)) for number in range(size)]
-        self.detector = HangDetector()
+        self.detector = HangDetector(**how)
         self.now_s = 0.0
         self.verdict = None
 
@@ -67,6 +67,13 @@ def test_a_rank_that_is_awake_without_an_end_hangs(make):
     assert ranks.verdict is Verdict.SPIN
     assert [rank.is_late for rank in ranks.ranks] == [False, False, True, False]
     assert STALL_S < found_s <= STALL_S + 3
+
+
+def test_where_completions_may_end_early_a_rank_may_be_late_for_long(make):
+    ranks = make(2, finds_loops=False)
+    ranks.enter()
+    assert ranks.run(500, busy=(1,)) is None
+    assert ranks.run(30) == STALL_S
 
 
 def test_a_rank_may_be_late_by_as_much_as_a_phase_took_so_far(make):

@@ -5,7 +5,7 @@ import pytest
 from rlhfbench.runs import ranks
 from rlhfbench.runs.faults import Rank, Usage, Verdict
 from rlhfbench.runs.job import Exit
-from rlhfbench.runs.ranks import supervise
+from rlhfbench.runs.ranks import detector_for, supervise
 
 IN_A_BARRIER = 'Stack:\n  File "/torch/distributed/distributed_c10d.py", line 5 in barrier\n'
 AT_A_LOCK = 'Stack:\n  File "/lib/remembered.py", line 31 in remembered\n'
@@ -60,7 +60,6 @@ class Suspicious:
 
 @pytest.fixture(autouse=True)
 def _suspicious(monkeypatch):
-    monkeypatch.setattr(ranks, "HangDetector", Suspicious)
     monkeypatch.setattr(ranks, "TICK_S", 0.0)
     monkeypatch.setattr(ranks, "_DUMP_S", 0.0)
     monkeypatch.setattr(Suspicious, "allowed", 0)
@@ -68,18 +67,26 @@ def _suspicious(monkeypatch):
 
 def test_ranks_whose_others_wait_in_a_collective_are_ended():
     found = Ranks(IN_A_BARRIER, "")
-    assert supervise(found, 60.0, watches_cpu=True) is Verdict.SPIN
+    assert supervise(found, 60.0, Suspicious()) is Verdict.SPIN
     assert found.is_killed
     assert found.ranks[0].collective == "barrier"
 
 
 def test_ranks_whose_others_wait_for_something_else_go_on_and_keep_no_stack():
     found = Ranks(AT_A_LOCK)
-    assert supervise(found, 60.0, watches_cpu=True) is Verdict.ENDED
+    assert supervise(found, 60.0, Suspicious()) is Verdict.ENDED
     assert (found.is_killed, Suspicious.allowed) == (False, 1)
     assert [rank.stack for rank in found.ranks] == ["", ""]
 
 
-def test_steps_in_turns_are_not_watched():
+def test_ranks_without_a_detector_are_not_watched():
     found = Ranks()
-    assert supervise(found, 60.0, watches_cpu=False) is Verdict.ENDED
+    assert supervise(found, 60.0, None) is Verdict.ENDED
+
+
+def test_steps_in_turns_are_not_watched_and_loops_are_not_found_where_completions_end_early():
+    case = {"options": {"parallel": {"strategy": "ddp"}}}
+    assert detector_for({"settings": {"turns": "path"}, "case": case}) is None
+    assert detector_for({"settings": {}, "case": case})._finds_loops
+    early = {"options": {"rollout": {"stop_token_id": 0}}}
+    assert not detector_for({"settings": {}, "case": early})._finds_loops
