@@ -223,7 +223,7 @@ def _sender(pipe: int, page: mmap.mmap) -> Callable[[Message], None]:
     def send(message: Message) -> None:
         if "phase" in message:
             name = message["phase"].encode()[: min(_PAGE_BYTES - _HEADER.size, 255)]
-            header = _HEADER.pack(next(num_phases), message["is_stepping"], len(name))
+            header = _HEADER.pack(next(num_phases), message.get("is_stepping", False), len(name))
             page[: len(header) + len(name)] = header + name
         else:
             _write_line(pipe, message)
