@@ -9,7 +9,7 @@ import torch
 from rlhfkernels.config.case import Case
 from rlhfkernels.engine.backends import select_backend
 from rlhfkernels.engine.fast.blocks import Blocks, read_blocks
-from rlhfkernels.engine.fast.decoding import FastDecoder
+from rlhfkernels.engine.fast.decoding import FastDecoder, MakeSteps
 from rlhfkernels.engine.fast.forward_pass import run_blocks, run_packed
 from rlhfkernels.engine.trunk import Decoder, PlainTrunk
 from rlhfkernels.errors import CaseError
@@ -27,6 +27,9 @@ class FastTrunk(PlainTrunk):
         model: the trunk.
         adapters: its adapter sets.
         blocks: the layers of the trunk.
+
+    Attributes:
+        make_steps: as in ``FastDecoder``; a plan sets it, whose tensors are not on the device that it plans for.
     """
 
     name = "fast"
@@ -34,6 +37,7 @@ class FastTrunk(PlainTrunk):
     def __init__(self, case: Case, model: LoadedModel, adapters: Adapters, blocks: Blocks) -> None:
         super().__init__(case, model, adapters)
         self._blocks = blocks
+        self.make_steps: MakeSteps | None = None
 
     def hidden(
         self,
@@ -63,7 +67,8 @@ class FastTrunk(PlainTrunk):
 
     def decoder(self, adapter: str | None, max_len: int, observer: Observer) -> Decoder:
         """See ``Trunk.decoder``."""
-        return FastDecoder(self._blocks, adapter, max_len, observer, self._options.engine.cuda_graphs)
+        cuda_graphs = self._options.engine.cuda_graphs
+        return FastDecoder(self._blocks, adapter, max_len, observer, cuda_graphs, self.make_steps)
 
 
 def make_fast_trunk(case: Case, model: LoadedModel, adapters: Adapters) -> PlainTrunk:
