@@ -14,6 +14,8 @@ from rlhfkernels.engine.fast.capture import Step
 from rlhfkernels.engine.fast.decoding import MakeSteps
 from rlhfkernels.engine.fast.graph_decode import GraphDecodeSteps
 from rlhfkernels.engine.fast.row_decode import RowDecodeSteps
+from rlhfkernels.engine.fast.trunk import FastTrunk
+from rlhfkernels.training.step import TrainingStep
 
 _MIB = 2**20
 # torch's CUDA allocator reserves segments of 2 MiB for blocks of up to 1 MiB, of 20 MiB for blocks of up to 10 MiB, and
@@ -34,6 +36,16 @@ def decode_steps_of(case: Case, recorder: Recorder, ledger: Ledger) -> MakeSteps
     if case.options.engine.cuda_graphs == "off":
         return RowDecodeSteps
     return functools.partial(GraphDecodeSteps, capture=PlannedGraphs(recorder, ledger))
+
+
+def set_decode_steps(step: TrainingStep, make_steps: MakeSteps | None) -> None:
+    """Has the fast trunks of ``step`` make their decode steps by ``make_steps``.
+
+    A function of its own, as a step may free a trunk that no local variable holds.
+    """
+    for trunk in step.engine.trunks.values():
+        if isinstance(trunk, FastTrunk):
+            trunk.make_steps = make_steps
 
 
 class PlannedGraphs:

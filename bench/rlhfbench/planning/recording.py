@@ -14,13 +14,12 @@ from transformers import masking_utils
 from rlhfbench.measure.ledger import Ledger, block_bytes
 from rlhfbench.measure.measurements import run_under_ledger
 from rlhfbench.measure.tally import PHASE_CHANGES, Change, Recorder
-from rlhfbench.planning.decode_steps import decode_steps_of
+from rlhfbench.planning.decode_steps import decode_steps_of, set_decode_steps
 from rlhfbench.planning.divisions import fake_ranks
 from rlhfbench.planning.fake_tensors import CachingFakeTensorMode
 from rlhfbench.planning.optimizer_steps import GradientsWatch, Trained
 from rlhfkernels.config.case import Case
 from rlhfkernels.engine.engine import logprob_chunk_size
-from rlhfkernels.engine.fast.trunk import FastTrunk
 from rlhfkernels.ops.dispatch import standing_for
 from rlhfkernels.training.sizes import StepSizes
 from rlhfkernels.training.step import TrainingStep, build_step
@@ -70,10 +69,7 @@ def record_step(case: Case, num_layers: int | None = None) -> Recording:
         step = build_step(stand_in, with_weights=False, num_layers=num_layers, world=world)
         sizes = StepSizes.of(step)  # a step may free models that are counted here
         step.engine.logprob_chunk = logprob_chunk_size(case, step.engine.vocab_size)  # of the device asked for
-        make_steps = decode_steps_of(case, recorder, ledger)
-        for trunk in step.engine.trunks.values():
-            if isinstance(trunk, FastTrunk):
-                trunk.make_steps = make_steps
+        set_decode_steps(step, decode_steps_of(case, recorder, ledger))
         watch = GradientsWatch(step, ledger)
         run_under_ledger(step, ledger, watch)
         return Recording(
