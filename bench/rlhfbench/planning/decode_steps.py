@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from rlhfbench.measure.ledger import Ledger
 from rlhfbench.measure.tally import Recorder
 from rlhfkernels.config.case import Case
+from rlhfkernels.engine.fast.blocks import Blocks
 from rlhfkernels.engine.fast.capture import Step
 from rlhfkernels.engine.fast.decoding import MakeSteps
 from rlhfkernels.engine.fast.graph_decode import GraphDecodeSteps
 from rlhfkernels.engine.fast.row_decode import RowDecodeSteps
 from rlhfkernels.engine.fast.trunk import FastTrunk
+from rlhfkernels.models.cache import PreallocatedLayer
 from rlhfkernels.training.step import TrainingStep
 
 _MIB = 2**20
@@ -33,9 +34,16 @@ def decode_steps_of(case: Case, recorder: Recorder, ledger: Ledger) -> MakeSteps
     """
     if case.device == "cpu":
         return None
-    if case.options.engine.cuda_graphs == "off":
-        return RowDecodeSteps
-    return functools.partial(GraphDecodeSteps, capture=PlannedGraphs(recorder, ledger))
+    capture = PlannedGraphs(recorder, ledger)
+
+    def make(
+        blocks: Blocks, adapter: str | None, x: torch.Tensor, caches: Sequence[PreallocatedLayer]
+    ) -> RowDecodeSteps:
+        if case.options.engine.cuda_graphs == "off" or blocks.are_gathered:
+            return RowDecodeSteps(blocks, adapter, x, caches)
+        return GraphDecodeSteps(blocks, adapter, x, caches, capture)
+
+    return make
 
 
 def set_decode_steps(step: TrainingStep, make_steps: MakeSteps | None) -> None:

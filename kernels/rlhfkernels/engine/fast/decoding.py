@@ -76,7 +76,7 @@ class FastDecoder(CacheSkips):
 
     def _steps_for(self, x: torch.Tensor) -> MakeSteps:
         """Returns what makes the steps that the device of ``x`` calls for."""
-        if takes_graphs(x, self._cuda_graphs):
+        if takes_graphs(x, self._cuda_graphs) and not self._blocks.are_gathered:
             capture = make_capture(x, self._observer, is_required=self._cuda_graphs == "on")
             return functools.partial(GraphDecodeSteps, capture=capture)
         return _class_of_steps(self._blocks, self._adapter, x)
@@ -92,6 +92,6 @@ def takes_graphs(x: torch.Tensor, cuda_graphs: str) -> bool:
 
 def _class_of_steps(blocks: Blocks, adapter: str | None, x: torch.Tensor) -> type[DecodeSteps]:
     """Returns what executes the steps of rows ``x`` [b, d] without graphs."""
-    if not x.is_cpu:
+    if blocks.are_gathered or not x.is_cpu:
         return RowDecodeSteps
     return NativeDecodeSteps if NativeDecodeSteps.supports(blocks, adapter, x) else TorchDecodeSteps
