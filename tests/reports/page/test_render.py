@@ -11,7 +11,7 @@ from rlhfreports.page.blocks import Code, Items, Section, Text, downloads
 from rlhfreports.page.charts import DARK
 from rlhfreports.page.data import Page, Run
 from rlhfreports.page.render import columns_of, page_html, rendered, write_page
-from rlhfreports.plots import COLORS
+from rlhfreports.styles import COLORS
 
 
 def decoded(column: Any) -> list[Any]:
