@@ -70,7 +70,7 @@ def _speedup_chart(page: Page, timed: pd.DataFrame) -> Chart:
     dots = base.mark_point(filled=True, size=55, opacity=1).encode(
         x=x,
         shape=alt.Shape("title:N", scale=shapes),
-        tooltip=tooltips("case", "speedup", "low", "high"),
+        tooltip=tooltips("case", "speedup", "low", "high", "machines"),
     )
     ends = base.mark_rule().encode(x=alt.X("low:Q", title="speed-up"), x2="high:Q")
     one = alt.Chart(alt.NamedData("one")).mark_rule(strokeDash=[4, 3]).encode(x=alt.X("one:Q"))
@@ -94,7 +94,8 @@ def paper_section(page: Page) -> Section | None:
     blocks: list[Block] = []
     for i, make in enumerate(TABLES):
         made = make(run.frame)
-        blocks += [table_of(made, name=f"paper-{i}"), Text(text=made.explanation)]
+        if len(made.cells):
+            blocks += [table_of(made, name=f"paper-{i}"), Text(text=made.explanation)]
     points = frames.times(run.frame)
     blocks += [_figure_2(page, points)] if len(points) else []
     return Section(id="paper", title="Beside the papers", blocks=blocks)
