@@ -121,7 +121,7 @@ def table_1(frame: pd.DataFrame) -> ReportTable:
     Of each method it takes the run's case at the paper's setting, lengths and batch size; without one, the largest
     batch at the longest length at which LoRA-PPO was measured, on one machine and in one setting.
     """
-    measured = _comparable(frame)
+    measured = _at_length(alike(frame))
     ours = {row.method: _ours(measured, row) for row in TABLE_1}
     base, paper_base = ours[_BASE], next(row for row in TABLE_1 if row.method == _BASE)
     titles = dict(zip(frame["method"], frame["method_title"].fillna(frame["method"]), strict=True))
@@ -239,13 +239,13 @@ def _ours(frame: pd.DataFrame, row: Row) -> pd.Series[Any] | None:
     return rows.iloc[-1] if len(rows) else None
 
 
-def _comparable(frame: pd.DataFrame) -> pd.DataFrame:
-    """The measured rows that ratios are taken of: at LoRA-PPO's longest length, alike in all but method and batch.
+def alike(frame: pd.DataFrame) -> pd.DataFrame:
+    """The measured rows that differ from LoRA-PPO's in method, lengths and batch alone.
 
-    The paper's setting and ZeRO-1 come before others, then the most ranks.
+    Of several such groups the paper's case comes first, then the longest sequences, the paper's setting, ZeRO-1 and the
+    most ranks. All rows where LoRA-PPO was not measured.
     """
-    is_ok = (frame["outcome"] == "ok").fillna(False) & frame["total_bytes"].notna()
-    rows = frame[is_ok.astype(bool)]
+    rows = frame[((frame["outcome"] == "ok").fillna(False) & frame["total_bytes"].notna()).astype(bool)]
     base = rows[rows["method"] == _BASE]
     if base.empty:
         return rows
@@ -256,10 +256,17 @@ def _comparable(frame: pd.DataFrame) -> pd.DataFrame:
         _ranks=base["world_size"].fillna(1),
     ).sort_values(["_papers", "seq_len", "_setting", "_zero", "_ranks"], kind="stable")
     first = preferred.iloc[-1]
-    alike = pd.Series(True, rows.index)
-    for name in ("seq_len", *_ALIKE):
-        alike &= rows[name].isna() if pd.isna(first[name]) else (rows[name] == first[name]).fillna(False)
-    return rows[alike.astype(bool)]
+    same = pd.Series(True, rows.index)
+    for name in _ALIKE:
+        same &= rows[name].isna() if pd.isna(first[name]) else (rows[name] == first[name]).fillna(False)
+    return rows[same.astype(bool)]
+
+
+def _at_length(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows at the length of the paper's case of LoRA-PPO, else at its longest."""
+    base = rows[rows["method"] == _BASE]
+    papers = base[is_the_papers(base)]
+    return rows if base.empty else rows[rows["seq_len"] == (papers if len(papers) else base)["seq_len"].max()]
 
 
 def _model_name(model: object) -> str | None:

@@ -100,16 +100,15 @@ def _bars_chart(
     pieces = of_bars.mark_bar().encode(
         y=y,
         x=alt.X("value:Q", stack="zero", title=None),
-        color=alt.Color("part:N", scale=_piece_scale(page)),
+        color=alt.Color("part:N", scale=_piece_scale(page, set(bars["part"]))),
         order=alt.Order("place:Q"),
         tooltip=tooltips("label", "part", "value", "words"),
     )
-    words = (
-        of_bars.transform_aggregate(total="sum(value)", words="min(words)", groupby=["label", "words"])
-        .mark_text(align="left", dx=5)
-        .encode(y=y, x="total:Q", text="words:N")
-    )
-    layers: list[Any] = [pieces, words]
+    whole = of_bars.transform_aggregate(total="sum(value)", groupby=["label", "words"])
+    words = whole.mark_text(align="left", dx=5).encode(y=y, x="total:Q", text="words:N")
+    # The axis reaches beyond the longest bar, so that its words have room.
+    room = whole.transform_calculate(reach="1.45 * datum.total").mark_point(opacity=0).encode(y=y, x="reach:Q")
+    layers: list[Any] = [pieces, words, room]
     data = {name: bars}
     if marks is not None and len(marks):
         layers.append(
@@ -148,11 +147,13 @@ def _labels(bars: pd.DataFrame, marks: pd.DataFrame | None) -> list[str]:
     return sorted(dict.fromkeys(labels), key=lambda label: strategy_place(label.split(", ")[0]))
 
 
-def _piece_scale(page: Page) -> alt.Scale:
-    """The colours of the parts of memory, and of time at work and waiting."""
+def _piece_scale(page: Page, shown: set[str]) -> alt.Scale:
+    """The colours of the pieces that are ``shown``: parts of memory, and time at work and waiting."""
     parts = part_scale(page.frame).to_dict()
-    colors = [by_mode(COLORS[i], DARK[COLORS[i]]) for i in (4, 1)]
-    return alt.Scale(domain=[*parts["domain"], AT_WORK, WAITING], range=[*parts["range"], *colors])
+    times = [by_mode(COLORS[i], DARK[COLORS[i]]) for i in (9, 10)]
+    colors = zip([*parts["domain"], AT_WORK, WAITING], [*parts["range"], *times], strict=True)
+    found = {name: color for name, color in colors if name in shown}
+    return alt.Scale(domain=list(found), range=list(found.values()))
 
 
 def _scaling_chart(page: Page, points: pd.DataFrame) -> Chart:

