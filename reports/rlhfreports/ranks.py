@@ -15,7 +15,7 @@ import pandas as pd
 from rlhfreports.columns import is_measured, parts_of
 from rlhfreports.frames import line_of, size_of
 from rlhfreports.ratios import percent
-from rlhfreports.tables import GIB, outcome_word
+from rlhfreports.tables import ABSENT, GIB, outcome_word
 
 KINDS = {"weak": "batch_size", "strong": "global_batch_size"}  # by the batch size that is the same at every point
 MEMORY, TIME = "GiB by part", "seconds"  # what bars are made of
@@ -123,7 +123,10 @@ def strategy_bars(frame: pd.DataFrame) -> pd.DataFrame:
         rows,
         parts_of(frame),
         {AT_WORK: seconds * (1 - share.fillna(0)), WAITING: seconds * share.fillna(0)},
-        [_words(f"{s:.3g} s per sample", w) for s, w in zip(seconds, share, strict=True)],
+        {
+            MEMORY: [f"{_gib(b)}, {s:.3g} s" for b, s in zip(rows["total_bytes"], seconds, strict=True)],
+            TIME: [_waiting(s, w) for s, w in zip(seconds, share, strict=True)],
+        },
     )
 
 
@@ -155,7 +158,10 @@ def rank_bars(frame: pd.DataFrame, ranks: pd.DataFrame) -> pd.DataFrame:
         of_ranks,
         parts_of(of_ranks),
         {AT_WORK: seconds - waited.fillna(0), WAITING: waited.fillna(0)},
-        [_words(f"{s:.3g} s", w / s if s else None) for s, w in zip(seconds, waited, strict=True)],
+        {
+            MEMORY: [_gib(total) for total in of_ranks["total_bytes"]],
+            TIME: [_waiting(s, w / s if s else None) for s, w in zip(seconds, waited, strict=True)],
+        },
     )
 
 
@@ -166,23 +172,30 @@ def _rank_labels(of_ranks: pd.DataFrame) -> list[str]:
 
 
 def _bars(
-    shared: pd.DataFrame, rows: pd.DataFrame, parts: list[str], times: Mapping[str, pd.Series[float]], words: list[str]
+    shared: pd.DataFrame,
+    rows: pd.DataFrame,
+    parts: list[str],
+    times: Mapping[str, pd.Series[float]],
+    words: Mapping[str, list[str]],
 ) -> pd.DataFrame:
-    """The pieces of the bars of ``rows``; ``words`` are those of their times."""
-    sizes = [f"{total / GIB:.3g} GiB" for total in rows["total_bytes"].astype("float64")]
-    shared = shared.assign(words=[", ".join(pair) for pair in zip(sizes, words, strict=True)])
+    """The pieces of the bars of ``rows``; ``words`` are those of a whole bar, by what it is made of."""
     pieces = [(MEMORY, part.replace("_", " "), rows[f"{part}_part_bytes"] / GIB) for part in parts]
     pieces += [(TIME, name, values) for name, values in times.items()]
     found = [
-        shared.assign(what=what, part=part, place=place, value=values.astype("float64"))
+        shared.assign(what=what, part=part, place=place, value=values.astype("float64"), words=words[what])
         for place, (what, part, values) in enumerate(pieces)
     ]
     joined = pd.concat(found, ignore_index=True)
     return joined.loc[joined["value"] > 0, _BARS].reset_index(drop=True)
 
 
-def _words(text: str, share: float | None) -> str:
-    return text if share is None or pd.isna(share) else f"{text}, {percent(share)} waiting"
+def _gib(size: float) -> str:
+    return ABSENT if pd.isna(size) else f"{size / GIB:.3g} GiB"
+
+
+def _waiting(seconds: float, share: float | None) -> str:
+    waits = "" if share is None or pd.isna(share) else f", {percent(share)} waiting"
+    return ABSENT if pd.isna(seconds) else f"{seconds:.3g} s{waits}"
 
 
 def unmeasured(frame: pd.DataFrame) -> pd.DataFrame:

@@ -37,6 +37,7 @@ from rlhfreports.styles import COLORS, MARKERS
 from rlhfreports.tables import GIB
 
 _BAR_PX, _MAX_CHART_PX = 30, 1600
+_ROOM = "max(width - 150, width / 3)"  # the words of a bar stand right of it
 # By the option of the switch: a column, and an expression of its value. Seconds are of the slowest rank, memory of the
 # worst.
 MEASURES = {
@@ -99,16 +100,17 @@ def _bars_chart(
     y = alt.Y("label:N", title=None, sort=_labels(bars, marks), axis=alt.Axis(labelLimit=260))
     pieces = of_bars.mark_bar().encode(
         y=y,
-        x=alt.X("value:Q", stack="zero", title=None),
+        x=alt.X("value:Q", stack="zero", title=None, scale=alt.Scale(range=[0, alt.ExprRef(_ROOM)])),
         color=alt.Color("part:N", scale=_piece_scale(page, set(bars["part"]))),
         order=alt.Order("place:Q"),
         tooltip=tooltips("label", "part", "value", "words"),
     )
-    whole = of_bars.transform_aggregate(total="sum(value)", groupby=["label", "words"])
-    words = whole.mark_text(align="left", dx=5).encode(y=y, x="total:Q", text="words:N")
-    # The axis reaches beyond the longest bar, so that its words have room.
-    room = whole.transform_calculate(reach="1.45 * datum.total").mark_point(opacity=0).encode(y=y, x="reach:Q")
-    layers: list[Any] = [pieces, words, room]
+    words = (
+        of_bars.transform_aggregate(total="sum(value)", groupby=["label", "words"])
+        .mark_text(align="left", dx=5)
+        .encode(y=y, x="total:Q", text="words:N")
+    )
+    layers: list[Any] = [pieces, words]
     data = {name: bars}
     if marks is not None and len(marks):
         layers.append(
@@ -169,6 +171,7 @@ def _scaling_chart(page: Page, points: pd.DataFrame) -> Chart:
     shapes = [SYMBOLS[MARKERS[strategy_place(name) % len(MARKERS)]] for name in strategies]
     worlds = sorted({int(size) for size in data["world_size"]})
     shown, (colors, _) = legend_filter(), method_scales(page.frame)
+    grey = by_mode("#555555", "#BBBBBB")
     base = (
         alt.Chart(alt.NamedData("scaling"))
         .transform_filter("datum.at === at")
@@ -188,7 +191,12 @@ def _scaling_chart(page: Page, points: pd.DataFrame) -> Chart:
         )
     )
     dots = base.mark_point(filled=True, size=80, opacity=1).encode(
-        shape=alt.Shape("strategy:N", scale=alt.Scale(domain=strategies, range=shapes), sort=strategies),
+        shape=alt.Shape(
+            "strategy:N",
+            scale=alt.Scale(domain=strategies, range=shapes),
+            sort=strategies,
+            legend=alt.Legend(symbolFillColor=grey, symbolStrokeColor=grey),
+        ),
         tooltip=tooltips("line", "world_size", "batch_size", "value"),
     )
     switches = [
