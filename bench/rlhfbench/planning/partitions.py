@@ -38,7 +38,9 @@ def role_gradients(step: TrainingStep, sizes: StepSizes, world_size: int) -> lis
         sizes: of the whole step.
         world_size: ranks.
     """
-    counts = {role: [p.numel() for p in step.engine.parameters_of_role[role]] for role in step.optimizers}
+    from rlhfkernels.parallel.strategies import by_storage  # it imports torch
+
+    counts = {role: [p.numel() for p in by_storage(step.engine.parameters_of_role[role])] for role in step.optimizers}
     total = sum(itertools.chain.from_iterable(counts.values()))
     found: list[list[RoleGradients]] = [[] for _ in range(world_size)]
     for role, numels in counts.items():

@@ -61,14 +61,11 @@ class Zero:
             raise SweepError(problems)
 
     def of_a_rank(self, case: Case) -> Case:
-        """``case`` as a rank runs it.
-
-        Stages 1 to 3 move the trained weights, which the fast trunk does not follow. Gradients add up in their dtype.
-        """
+        """``case`` as a rank runs it: in stages 1 to 3 gradients add up in the dtype of the weights."""
         if self.stage == 0 or case.options.parallel.strategy is not None:
             return case
         added_in = case.options.optimizer.grad_accum_dtype or case.dtype
-        options = case.options.replace({"engine.trunk": "plain", "optimizer.grad_accum_dtype": added_in})
+        options = case.options.replace({"optimizer.grad_accum_dtype": added_in})
         return dataclasses.replace(case, options=options)
 
     def divide(self, parts: dict[str, int], sizes: StepSizes | None = None) -> dict[str, int]:

@@ -10,7 +10,9 @@ import pandas as pd
 
 from rlhfbench.measure.interference import disturbance
 from rlhfbench.records.blocks import block_values
-from rlhfbench.records.schema import at, columns, fits
+from rlhfbench.records.checks import fits
+from rlhfbench.records.derived import at
+from rlhfbench.records.schema import columns
 from rlhfkernels.observer import PARTS
 
 
