@@ -8,7 +8,6 @@ The frame of records has the columns of ``rlhfreports.columns``, and of ranks ``
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import pandas as pd
 
@@ -37,11 +36,11 @@ def has_ranks(frame: pd.DataFrame) -> bool:
     return "parallel" in frame and bool(frame["parallel"].notna().any())
 
 
-def strategy_words(row: Mapping[Any, Any]) -> str:
-    """How the ranks of a row share a step, in words: ``DDP``, ``FSDP``, ``ZeRO-2``."""
-    name = _NAMES.get(str(row["parallel"]), str(row["parallel"]))
-    name = name if pd.isna(row["zero_stage"]) else f"{name}-{row['zero_stage']}"
-    by_rollout = not pd.isna(row["options"]) and _BY_ROLLOUT in str(row["options"]).split(", ")
+def strategy_words(parallel: object, zero_stage: object, options: object) -> str:
+    """How the ranks of a case share a step, in words: ``DDP``, ``FSDP``, ``ZeRO-2``."""
+    name = _NAMES.get(str(parallel), str(parallel))
+    name = name if pd.isna(zero_stage) else f"{name}-{zero_stage}"  # type: ignore[call-overload]
+    by_rollout = _BY_ROLLOUT in str(options).split(", ")
     return f"{name}, gathered by rollout" if by_rollout else name
 
 
@@ -59,7 +58,8 @@ def ranked(frame: pd.DataFrame) -> pd.DataFrame:
     """
     rows = frame[frame["parallel"].notna()] if "parallel" in frame else frame.iloc[:0]
     titles = rows["method_title"].fillna(rows["method"]).astype("object")
-    strategies = pd.Series([strategy_words(row) for row in rows.to_dict("records")], rows.index, dtype="object")
+    named = zip(*(rows.get(name, ()) for name in ("parallel", "zero_stage", "options")), strict=True)
+    strategies = pd.Series([strategy_words(*words) for words in named], rows.index, dtype="object")
     rows = rows.assign(title=titles, strategy=strategies, options=[_others(text) for text in rows["options"]])
     rest = [line.removeprefix(title) for line, title in zip(line_of(rows), titles, strict=True)]
     rows["label"] = strategies + pd.Series(rest, rows.index, dtype="object")

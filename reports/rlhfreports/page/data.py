@@ -62,7 +62,7 @@ class Page:
             return cls(runs=tuple(runs), frame=runs[0].frame, with_paper=with_paper)
         named = []
         for run in runs:
-            words = {RUN: [run.name] * len(run.frame), HARDWARE: _hardware(run)}
+            words: dict[str, list[Any]] = {RUN: [run.name] * len(run.frame), HARDWARE: _hardware(run)}
             named.append(run.frame.assign(**{name: pd.array(texts, dtype="string") for name, texts in words.items()}))
         return cls(runs=tuple(runs), frame=pd.concat(named, ignore_index=True), with_paper=with_paper)
 

@@ -79,3 +79,20 @@ def test_runs_over_ranks_are_shown_together(make_run: Runs, ranked: Ranked) -> N
     labels = list(dict.fromkeys(charts["strategies"].data["strategies"]["label"]))
     assert labels == ["DDP, before", "DDP, after", "ZeRO-3, before", "ZeRO-3, after"]
     assert "Over several ranks" in page_html(page)
+
+
+def test_text_of_a_record_over_ranks_is_escaped(make_run: Runs, ranked: Ranked) -> None:
+    hostile = "</script><script>alert(1)</script>"
+    words = dict.fromkeys(("host", "device", "error", "method_title"), hostile)
+    rows = [ranked(size, 4, 1.0, parallel=hostile, **words) for size in (1, 2)]
+    run = with_ranks(make_run(*rows))
+    run = dataclasses.replace(run, ranks=run.ranks.assign(host=[hostile, "one"] * 2, device=hostile))
+    html = page_html(Page.of([run]))
+    assert "alert(1)" in html
+    assert hostile not in html
+
+
+def test_no_measured_case_over_ranks_leaves_the_table(make_run: Runs, ranked: Ranked) -> None:
+    section = ranks_section(Page.of([make_run(ranked(2, 4, 1.0, outcome="oom", total_s_per_sample=None))]))
+    assert section is not None
+    assert [block.id for block in section.blocks if isinstance(block, (Chart, Table))] == ["ranks-table"]
