@@ -8,6 +8,8 @@ import gc
 import multiprocessing
 import os
 import pickle
+import shutil
+import subprocess
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -209,6 +211,21 @@ def make_case(checkpoint: Callable[[str], str]) -> Callable[..., Case]:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def fake_cuda(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library with which fake tensors run on a CUDA device that is not there; loaded before torch."""
+    compiler = shutil.which("g++")
+    if compiler is None or torch.version.cuda is not None or torch.version.hip is not None:
+        pytest.skip("it needs g++ and torch's CPU build")
+    library = tmp_path_factory.mktemp("fake-cuda") / "library.so"
+    torch_folder = Path(torch.__file__).parent
+    source = Path(__file__).parent / "kernels" / "training" / "fake_cuda" / "library.cpp"
+    link = [f"-L{torch_folder}/lib", f"-Wl,-rpath,{torch_folder}/lib", "-Wl,--no-as-needed", "-lc10", "-ltorch_cpu"]
+    files = [f"-I{torch_folder}/include", str(source), "-o", str(library)]
+    subprocess.run([compiler, "-std=c++20", "-O0", "-shared", "-fPIC", *files, *link], check=True)
+    return library
 
 
 @pytest.fixture(scope="module", autouse=True)

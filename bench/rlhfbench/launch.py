@@ -73,6 +73,17 @@ def find_launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
     return found if found.size > 1 else None
 
 
+def refuse_launcher(what: str) -> None:
+    """Refuses a launcher of several processes, each of which would do the same.
+
+    Raises:
+        SweepError: there is one, or its variables are malformed.
+    """
+    launch = find_launch()
+    if launch is not None:
+        raise SweepError([f"{what} runs in one process, and a launcher started {launch.size}: start it without."])
+
+
 def first_host(nodes: str) -> str:
     """The first machine of a list as Slurm writes it, such as ``node[03-05,9],other``."""
     match = _FIRST_HOST.match(nodes)

@@ -114,10 +114,12 @@ def _load_sweep(path: str | None) -> Sweep:
     from rlhfbench.cases.preflight import check
     from rlhfbench.cases.sweep import Sweep
     from rlhfbench.errors import ForkServerError, SweepError
+    from rlhfbench.launch import refuse_launcher
     from rlhfbench.runs.environment import check_system
 
     try:
         check_system()
+        refuse_launcher("pytest --benchmark")
         sweep = Sweep.from_spec(SMALL_GRID) if path is None else Sweep.from_file(path)
         check(sweep)
     except SweepError as error:

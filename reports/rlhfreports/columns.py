@@ -95,16 +95,14 @@ def hosts_of(frame: pd.DataFrame) -> list[str]:
 
 
 def hosts_note(frame: pd.DataFrame) -> str | None:
-    """One sentence on the machines of one run, if there are several: why their times are not compared."""
-    if RUN in frame and frame[RUN].nunique() > 1:
-        return None
+    """One sentence on the machines of cases, if there are several: what of their times compares."""
     hosts = hosts_of(frame)
     if len(hosts) < 2:
         return None
-    return (
-        f"Cases were measured on {len(hosts)} machines ({', '.join(hosts)}): times are compared only between cases of "
-        "one machine."
-    )
+    where = f"Cases were measured on {len(hosts)} machines ({', '.join(hosts)})"
+    if RUN in frame and frame[RUN].nunique() > 1:
+        return f"{where}: what the times of two runs differ by may be the machines."
+    return f"{where}: times are compared only between cases of one machine."
 
 
 def setting_order(frame: pd.DataFrame) -> list[str]:

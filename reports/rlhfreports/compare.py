@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from rlhfreports.columns import RUN, axes_that_vary
+from rlhfreports.columns import HOST, RUN, axes_that_vary
 from rlhfreports.frames import line_of, size_of
 from rlhfreports.ratios import Ratio, blocks_of, t_quantile
 from rlhfreports.tables import ABSENT, GIB, ReportTable, outcome_word
@@ -20,9 +20,11 @@ EXPLANATION = (
     "95 % interval, from the blocks of both runs (Welch). Memory: GiB of the other run over GiB of the first. Runs "
     "made at different times also differ by what changed on the machine between them."
 )
+HARDWARE = "hardware"  # optional column: the model of the device, in words
+ONE, TWO, REFUSED = "one", "two", "two, times not compared"  # machines of a pair of cases
 _COLUMNS = (
     *("title", "method", "line", "size", "case", "other_run", "first_outcome", "other_outcome", "first_s", "other_s"),
-    *("speedup", "low", "high", "first_gib", "other_gib", "memory_ratio"),
+    *("speedup", "low", "high", "first_gib", "other_gib", "memory_ratio", "machines", "first_host", "other_host"),
 )
 
 
@@ -47,18 +49,20 @@ def compared(frame: pd.DataFrame) -> pd.DataFrame:
     """The cases that the first run of ``frame`` shares with each other one.
 
     A case is the same where method, lengths and batch size are, and every axis that varies within a run. So runs on two
-    devices are compared.
+    devices are compared. Times of two machines are compared where the machines are of two kinds, which is then the
+    question; between two of one kind a ratio would look like that of the code.
 
     Args:
-        frame: records of several runs, with a column ``run``.
+        frame: records of several runs, with a column ``run``, and ``hardware`` where it is known.
 
     Returns:
-        ``title``, ``method``, ``line``, ``size`` and ``case`` in words, ``other_run``, the outcome, seconds per sample
-        and GiB of both (``first_…``, ``other_…``), ``speedup`` with ``low`` and ``high``, and ``memory_ratio``.
+        ``title``, ``method``, ``line``, ``size`` and ``case`` in words, ``other_run``, the outcome, host, seconds per
+        sample and GiB of both (``first_…``, ``other_…``), ``speedup`` with ``low`` and ``high``, ``memory_ratio``, and
+        ``machines`` (``ONE``, ``TWO`` or ``REFUSED``).
     """
     runs = list(dict.fromkeys(frame[RUN]))
-    keys = [*_SIZE, *(axis for axis in axes_that_vary(frame) if axis != RUN)]
-    words = frame.drop(columns=RUN)
+    keys = [*_SIZE, *(axis for axis in axes_that_vary(frame) if axis not in (RUN, HOST))]
+    words = frame.drop(columns=[RUN, HOST], errors="ignore")
     placed = frame.assign(_line=line_of(words), _size=size_of(words) if len(frame) else [])
     # Within a run a case stands once; a seed that varies is one of the keys.
     by_run = {run: rows.drop_duplicates(keys, keep="last") for run, rows in placed.groupby(RUN, sort=False)}
@@ -80,7 +84,8 @@ def _compared(base: Mapping[Any, Any], row: Mapping[Any, Any], run: str) -> dict
     both = [base, row]
     timed = all(r["outcome"] == "ok" and not pd.isna(r["total_s_per_sample"]) for r in both)
     timed = timed and all(r["total_s_per_sample"] > 0 for r in both)
-    ratio = ratio_of_runs(base, row) if timed else None
+    machines = _machines(base, row)
+    ratio = ratio_of_runs(base, row) if timed and machines != REFUSED else None
     sizes = [None if pd.isna(r["total_bytes"]) else int(r["total_bytes"]) / GIB for r in both]
     seconds = [None if pd.isna(r["total_s_per_sample"]) else float(r["total_s_per_sample"]) for r in both]
     return {
@@ -100,7 +105,20 @@ def _compared(base: Mapping[Any, Any], row: Mapping[Any, Any], run: str) -> dict
         "first_gib": sizes[0],
         "other_gib": sizes[1],
         "memory_ratio": sizes[1] / sizes[0] if sizes[0] and sizes[1] is not None else None,
+        "machines": machines,
+        "first_host": base.get(HOST),
+        "other_host": row.get(HOST),
     }
+
+
+def _machines(base: Mapping[Any, Any], row: Mapping[Any, Any]) -> str:
+    """How many machines a pair of cases ran on, and whether their times compare; ``ONE`` where that is not recorded."""
+    hosts = {host for r in (base, row) if not pd.isna(host := r.get(HOST))}
+    if len(hosts) < 2:
+        return ONE
+    devices = {str(r["device"]).partition(":")[0] for r in (base, row)}
+    kinds = {kind for r in (base, row) if not pd.isna(kind := r.get(HARDWARE))}
+    return TWO if len(devices) > 1 or len(kinds) > 1 else REFUSED
 
 
 def comparison_table(found: pd.DataFrame) -> ReportTable:
@@ -120,10 +138,14 @@ def comparison_table(found: pd.DataFrame) -> ReportTable:
         for row in found.to_dict("records")
     ]
     headings = ("method", "size", "run", "first s", "other s", "speed-up", "first GiB", "other GiB", "memory")
+    cells = pd.DataFrame(rows, columns=list(headings), dtype="object")
+    several = bool((found["machines"] != ONE).any())
+    if several:
+        cells.insert(3, "machines", found["machines"].to_numpy())
     return ReportTable(
         caption="Cases that both runs have, the first run against each other one",
-        cells=pd.DataFrame(rows, columns=list(headings), dtype="object"),
-        num_text_columns=3,
+        cells=cells,
+        num_text_columns=3 + several,
         explanation=EXPLANATION,
         frame=found,
     )
@@ -136,8 +158,11 @@ def comparison_sentences(frame: pd.DataFrame, found: pd.DataFrame) -> list[str]:
     for run in runs[1:]:
         rows = found[found["other_run"] == run]
         timed = rows[rows["speedup"].notna()]
+        about_machines = _machine_sentences(run, runs[0], rows)
+        sentences += about_machines
         if timed.empty:
-            sentences.append(f"{run} and {runs[0]} have no timed case in common.")
+            sentences += [] if about_machines else [f"{run} and {runs[0]} have no timed case in common."]
+            sentences += _memory_sentence(run, runs[0], rows)
             continue
         low, high = timed["low"].astype("float64"), timed["high"].astype("float64")
         faster, slower, unknown = int((low > 1).sum()), int((high < 1).sum()), int(low.isna().sum())
@@ -152,6 +177,22 @@ def comparison_sentences(frame: pd.DataFrame, found: pd.DataFrame) -> list[str]:
             f"{timed['speedup'].min():.2f}x to {timed['speedup'].max():.2f}x, their geometric mean {mean:.2f}x."
         )
         sentences += _memory_sentence(run, runs[0], rows)
+    return sentences
+
+
+def _machine_sentences(run: str, first: str, rows: pd.DataFrame) -> list[str]:
+    """Why times of two machines are not compared, and what a ratio of them is of."""
+    reasons = {
+        REFUSED: "which are not known to differ in kind. Their times are not compared: a difference could be either's",
+        TWO: "so their speed-ups are of the machines, with all else that differs between the runs",
+    }
+    sentences = []
+    for machines, why in reasons.items():
+        pairs = rows[rows["machines"] == machines]
+        if len(pairs):
+            hosts = [", ".join(dict.fromkeys(pairs[f"{side}_host"])) for side in ("first", "other")]
+            counted = "1 case" if len(pairs) == 1 else f"{len(pairs)} cases"
+            sentences.append(f"{counted} ran on {hosts[0]} in {first} and on {hosts[1]} in {run}, two machines, {why}.")
     return sentences
 
 

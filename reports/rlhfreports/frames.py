@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 
 from rlhfreports.columns import IN_A_LINE, axes_that_vary, axis_text, parts_of
+from rlhfreports.fits import SLOPE_COLUMNS, slope_by_length
 from rlhfreports.panels import Panel, panels_of
 from rlhfreports.predicted import comparisons
 from rlhfreports.ratios import t_quantile
-from rlhfreports.slopes import SLOPE_COLUMNS, slope_by_length
 from rlhfreports.tables import GIB
 
 KINDS = ("total", "inference", "update")  # of seconds

@@ -35,10 +35,11 @@ from rlhfreports.columns import (
     setting_order,
     shared_axes_text,
 )
+from rlhfreports.layouts import Column
 from rlhfreports.once import once_per_frame
 from rlhfreports.ratios import Ratio, ratio
 from rlhfreports.tables import ABSENT, GIB, ReportTable, outcome_word, text
-from rlhfreports.terminal import Column, terminal
+from rlhfreports.terminal import terminal
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import pandas as pd
 
+from rlhfreports.layouts import Column
 from rlhfreports.tables import text
-from rlhfreports.terminal import Column, TerminalTable, terminal
+from rlhfreports.terminal import TerminalTable, terminal
 
 _COLUMNS = {
     "title": "method",

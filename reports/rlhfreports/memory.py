@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from rlhfreports.columns import axes_that_vary, hosts_note, methods_in_order, setting_order, shared_axes_text
+from rlhfreports.layouts import Column
 from rlhfreports.ratios import interval_decimals, resolution
 from rlhfreports.tables import ABSENT, GIB, ReportTable, decimals_for, number_text, outcome_word, text
-from rlhfreports.terminal import Column, terminal
+from rlhfreports.terminal import terminal
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

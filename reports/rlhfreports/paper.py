@@ -17,7 +17,9 @@ from rlhfreports.tables import ABSENT, GIB, ReportTable, number_text
 PROMPT_LEN = COMPLETION_LEN = 400
 MODELS = ("llama-7b",)
 SETTING = "paper"
+PAPERS_STAGE = 1  # of ZeRO
 _BASE = "lora"
+_ALIKE = ("model", "host", "device", "dtype", "setting", "parallel", "zero_stage", "world_size")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,9 +119,10 @@ def table_1(frame: pd.DataFrame) -> ReportTable:
     """Table 1 beside the run: numbers, and each as a ratio to LoRA-PPO, which can be compared across models.
 
     Of each method it takes the run's case at the paper's setting, lengths and batch size; without one, the largest
-    batch at the longest length at which LoRA-PPO was measured.
+    batch at the longest length at which LoRA-PPO was measured, on one machine and in one setting.
     """
-    ours = {row.method: _ours(frame, row) for row in TABLE_1}
+    measured = _at_length(alike(frame))
+    ours = {row.method: _ours(measured, row) for row in TABLE_1}
     base, paper_base = ours[_BASE], next(row for row in TABLE_1 if row.method == _BASE)
     titles = dict(zip(frame["method"], frame["method_title"].fillna(frame["method"]), strict=True))
     rows = []
@@ -162,8 +165,11 @@ def table_1(frame: pd.DataFrame) -> ReportTable:
 
 def conditions(frame: pd.DataFrame) -> str:
     """One sentence on how the run's conditions differ from the paper's."""
-    if is_the_papers(frame).any():
-        return "The run has cases at the paper's model, lengths and setting; its optimizer is not divided by ZeRO."
+    papers = frame[is_the_papers(frame)]
+    if len(papers):
+        worlds = sorted(papers.loc[(papers["zero_stage"] == PAPERS_STAGE).fillna(False), "world_size"].unique())
+        divided = f"divided by ZeRO-1 over {', '.join(map(str, worlds))} ranks" if worlds else "not divided by ZeRO"
+        return f"The run has cases at the paper's model, lengths and setting; its optimizer is {divided}."
     models = ", ".join(dict.fromkeys(frame["model"].map(_model_name).dropna()))
     lengths = ", ".join(str(length) for length in sorted(frame["seq_len"].dropna().unique()))
     settings = ", ".join(dict.fromkeys(frame["setting"].dropna()))
@@ -194,15 +200,73 @@ def trlx_table(frame: pd.DataFrame) -> ReportTable:
     )
 
 
+def zero_table(frame: pd.DataFrame) -> ReportTable:
+    """Table 1's way to share, ZeRO-1, at the numbers of ranks that the run has: planned and measured on a rank."""
+    order = {row.method: row for row in TABLE_1}
+    is_zero = (frame["zero_stage"] == PAPERS_STAGE).fillna(False).astype(bool) & frame["method"].isin(order)
+    rows = frame[is_zero].sort_values(["world_size", "seq_len", "batch_size"], kind="stable")
+    rows = rows.sort_values("method", key=lambda names: names.map(list(order).index), kind="stable")
+    sizes = ("predicted_persistent_model_bytes", "persistent_model_bytes", "predicted_total_bytes", "total_bytes")
+    found = [
+        (
+            row["method_title"],
+            *(str(row[name]) for name in ("world_size", "seq_len", "batch_size")),
+            f"{order[row['method']].model_gib:.1f}",
+            *(_gib(row, name) for name in sizes),
+            _number(row["total_s_per_sample"]),
+        )
+        for _, row in rows.iterrows()
+    ]
+    headings = (
+        *("method", "ranks", "tokens", "batch of a rank", "paper model GiB (8 ranks)"),
+        *("planned model GiB", "model GiB", "planned total GiB", "total GiB", "s/sample"),
+    )
+    return ReportTable(
+        caption="ZeRO-1, as in Hydra-RLHF's Table 1, at the numbers of ranks that were run",
+        cells=pd.DataFrame(found, columns=list(headings), dtype="object"),
+        num_text_columns=1,
+        explanation="Model: weights, whole gradients and the optimizer states of a rank. Planned: by run --with-plan.",
+        frame=pd.DataFrame(found, columns=list(headings)),
+    )
+
+
 def _ours(frame: pd.DataFrame, row: Row) -> pd.Series[Any] | None:
-    is_ok = (frame["outcome"] == "ok").fillna(False) & frame["total_bytes"].notna()
-    rows = frame[is_ok.astype(bool) & (frame["method"] == row.method)]
+    rows = frame[frame["method"] == row.method]
     same = rows[is_the_papers(rows) & (rows["batch_size"] == row.batch_size)] if len(rows) else rows
     if len(same):
         return same.iloc[0]
-    base = frame.loc[is_ok.astype(bool) & (frame["method"] == _BASE), "seq_len"]
-    rows = rows[rows["seq_len"] == base.max()] if len(base) else rows
-    return rows.sort_values(["seq_len", "batch_size"], kind="stable").iloc[-1] if len(rows) else None
+    rows = rows.sort_values(["seq_len", "batch_size"], kind="stable")
+    return rows.iloc[-1] if len(rows) else None
+
+
+def alike(frame: pd.DataFrame) -> pd.DataFrame:
+    """The measured rows that differ from LoRA-PPO's in method, lengths and batch alone.
+
+    Of several such groups the paper's case comes first, then the longest sequences, the paper's setting, ZeRO-1 and the
+    most ranks. All rows where LoRA-PPO was not measured.
+    """
+    rows = frame[((frame["outcome"] == "ok").fillna(False) & frame["total_bytes"].notna()).astype(bool)]
+    base = rows[rows["method"] == _BASE]
+    if base.empty:
+        return rows
+    preferred = base.assign(
+        _papers=is_the_papers(base),
+        _setting=(base["setting"] == SETTING).fillna(False),
+        _zero=(base["zero_stage"] == PAPERS_STAGE).fillna(False),
+        _ranks=base["world_size"].fillna(1),
+    ).sort_values(["_papers", "seq_len", "_setting", "_zero", "_ranks"], kind="stable")
+    first = preferred.iloc[-1]
+    same = pd.Series(True, rows.index)
+    for name in _ALIKE:
+        same &= rows[name].isna() if pd.isna(first[name]) else (rows[name] == first[name]).fillna(False)
+    return rows[same.astype(bool)]
+
+
+def _at_length(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows at the length of the paper's case of LoRA-PPO, else at its longest."""
+    base = rows[rows["method"] == _BASE]
+    papers = base[is_the_papers(base)]
+    return rows if base.empty else rows[rows["seq_len"] == (papers if len(papers) else base)["seq_len"].max()]
 
 
 def _model_name(model: object) -> str | None:
@@ -223,4 +287,4 @@ def _against(row: pd.Series[Any] | None, base: pd.Series[Any] | None, column: st
     return f"{float(row[column]) / float(base[column]):.2f}"
 
 
-TABLES: tuple[Callable[[pd.DataFrame], ReportTable], ...] = (table_1, trlx_table)
+TABLES: tuple[Callable[[pd.DataFrame], ReportTable], ...] = (table_1, zero_table, trlx_table)

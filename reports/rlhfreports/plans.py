@@ -18,9 +18,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from rlhfreports.columns import parts_of
-from rlhfreports.plots import COLORS, STYLE, write_figure
+from rlhfreports.layouts import Column
+from rlhfreports.styles import COLORS, STYLE, write_figure
 from rlhfreports.tables import ABSENT, GIB
-from rlhfreports.terminal import Column, TerminalTable, terminal
+from rlhfreports.terminal import TerminalTable, terminal
 
 _CAPTION_CHARS = 90  # per line of a picture's caption
 # Of the parts in the order of their columns; frozen weights are grey.

@@ -6,11 +6,10 @@ Drawn with matplotlib's object interface: no display, no global figure. The file
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -20,55 +19,34 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator
 from matplotlib.transforms import blended_transform_factory
 
-from rlhfreports.columns import axes_that_vary, methods_in_order, setting_order, shared_axes_text
+from rlhfreports.columns import shared_axes_text
 from rlhfreports.frames import failures, panel_titles, times
-from rlhfreports.tables import outcome_word
-from rlhfreports.ticks import log_ticks, plain_number, spaced
-
-# Okabe and Ito's palette without its yellow, then five colours that are as far from these and each other under every
-# colour blindness as Okabe and Ito's own are (0.076 in OKLab; their yellow-brown was 0.005 from the vermilion).
-COLORS = (
-    *("#000000", "#D55E00", "#E69F00", "#009E73", "#0072B2", "#CC79A7", "#56B4E9"),
-    *("#660022", "#000099", "#77EE99", "#AA33FF", "#555500"),
+from rlhfreports.styles import (
+    INK,
+    LEGEND_ROW_IN,
+    LINE_STYLES,
+    STYLE,
+    Style,
+    draw_head,
+    line_styles,
+    method_styles,
+    num_legend_rows,
+    plain_labels,
+    setting_styles,
+    tidy,
+    write_figure,
 )
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h")
-LineStyle = Literal["-", "--", "-.", ":"]
-LINE_STYLES: tuple[LineStyle, ...] = ("-", "--", "-.", ":")  # of settings
-_INK = "#333333"
-_FAINT = "#E4E4E4"
+from rlhfreports.tables import outcome_word
+from rlhfreports.ticks import log_ticks, spaced
+
 _BAND = "#F5F2EC"
 _BAND_ALPHA = 0.2
 _MAX_COLUMNS = 3
 _WORD_ROW, _MAX_BAND = 0.055, 0.5  # shares of a panel's height
-_LEGEND_ROW_IN, _LEGEND_CHAR_IN, _LEGEND_HANDLE_IN = 0.23, 0.083, 0.6
 _PANEL_WIDTH_IN, _PANEL_HEIGHT_IN = 4.4, 3.7
-# From matplotlib's defaults, so that a user's own settings do not change the pictures.
-STYLE: dict[Any, Any] = {
-    **{name: value for name, value in matplotlib.rcParamsDefault.items() if not name.startswith("backend")},
-    "svg.hashsalt": "rlhfbench",
-    "svg.fonttype": "path",
-    "font.family": "DejaVu Sans",
-    "font.size": 10.0,
-    "axes.edgecolor": "#999999",
-    "axes.labelcolor": _INK,
-    "axes.axisbelow": True,
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Style:
-    """Colour, marker and line style of a line, the same in every panel of every figure."""
-
-    title: str
-    color: str
-    marker: str
-    line: LineStyle = "-"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,20 +108,6 @@ def throughput_figure(frame: pd.DataFrame) -> Figure:
     return _figure(frame, "Throughput against sequence length", [_SAMPLES, _TOKENS])
 
 
-def write_figure(figure: Figure, path_stem: str | Path) -> tuple[Path, Path]:
-    """Writes ``figure`` as ``path_stem``.png and .svg, and returns both paths."""
-    path_stem = Path(path_stem)
-    png, svg = path_stem.with_name(f"{path_stem.name}.png"), path_stem.with_name(f"{path_stem.name}.svg")
-    with matplotlib.rc_context(STYLE):
-        if figure.get_layout_engine() is not None:
-            # Laid out once: each file would do it twice again, a third of the time of a figure of 11 panels.
-            figure.draw_without_rendering()
-            figure.set_layout_engine("none")
-        figure.savefig(png, dpi=150, metadata={"Software": None})
-        figure.savefig(svg, metadata={"Date": None, "Creator": None})
-    return png, svg
-
-
 def _figure(frame: pd.DataFrame, title: str, quantities: Sequence[_Quantity]) -> Figure:
     panels = _panels(frame)
     with matplotlib.rc_context(STYLE):
@@ -152,8 +116,8 @@ def _figure(frame: pd.DataFrame, title: str, quantities: Sequence[_Quantity]) ->
         num_rows, num_columns = _shape(len(panels), len(quantities))
         width = max(_PANEL_WIDTH_IN * num_columns + 0.6, 7.4)
         methods, settings = list(method_styles(frame).values()), setting_styles(frame)
-        num_legend_rows = _num_legend_rows([*(style.title for style in methods), *settings], width)
-        head = 1 + _LEGEND_ROW_IN * (num_legend_rows - 1)  # inches for title and legend
+        legend_rows = num_legend_rows([*(style.title for style in methods), *settings], width)
+        head = 1 + LEGEND_ROW_IN * (legend_rows - 1)  # inches for title and legend
         height = _PANEL_HEIGHT_IN * num_rows + head + 0.15
         layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - head / height), w_pad=0.08, h_pad=0.08)
         figure = Figure(figsize=(width, height), layout=layout)
@@ -162,7 +126,11 @@ def _figure(frame: pd.DataFrame, title: str, quantities: Sequence[_Quantity]) ->
         styles = line_styles(frame)
         for i, quantity in enumerate(quantities):
             _draw_quantity(grid[i * share : (i + 1) * share], panels, quantity, styles, num_columns)
-        draw_head(figure, frame, title, methods, settings)
+        lines = [
+            Line2D([], [], color=INK, linestyle=line, linewidth=1.8, label=setting)
+            for setting, line in settings.items()
+        ]
+        draw_head(figure, frame, title, methods, lines)
     return figure
 
 
@@ -172,83 +140,6 @@ def _shape(num_panels: int, num_quantities: int) -> tuple[int, int]:
         return 1, num_quantities
     num_columns = 2 if num_panels == 4 else min(num_panels, _MAX_COLUMNS)
     return math.ceil(num_panels / num_columns) * num_quantities, num_columns
-
-
-def method_styles(frame: pd.DataFrame) -> dict[str, Style]:
-    """Colour and marker by ``method_order``, so that a method looks the same in every run.
-
-    Methods without an order get what is left. No two of 144 look the same.
-    """
-    methods = methods_in_order(frame)
-    taken = set(methods["method_order"].dropna())
-    free = (slot for slot in itertools.count() if slot not in taken)
-    styles = {}
-    for row in methods.to_dict("records"):
-        slot = next(free) if pd.isna(row["method_order"]) else int(row["method_order"])
-        styles[row["method"]] = Style(
-            title=row["method"] if pd.isna(row["method_title"]) else row["method_title"],
-            color=COLORS[slot % len(COLORS)],
-            marker=MARKERS[(slot + slot // len(COLORS)) % len(MARKERS)],
-        )
-    return styles
-
-
-def setting_styles(frame: pd.DataFrame) -> dict[str, LineStyle]:
-    """The line style of each setting by ``setting_order``, the last one for custom; empty where no setting varies."""
-    if "setting" not in axes_that_vary(frame):
-        return {}
-    orders = frame.drop_duplicates("setting").set_index("setting")["setting_order"]
-    last = len(LINE_STYLES) - 1
-    places = {name: last if pd.isna(orders[name]) else min(int(orders[name]), last) for name in setting_order(frame)}
-    return {name: LINE_STYLES[place] for name, place in places.items()}
-
-
-def line_styles(frame: pd.DataFrame) -> dict[str, Style]:
-    """The style of each line (``frames.line_of``): colour and marker of its method, line style of its setting."""
-    lines = setting_styles(frame)
-    styles = {}
-    for style in method_styles(frame).values():
-        for setting in setting_order(frame):
-            title = f"{style.title}, {setting}" if lines else style.title
-            line = lines.get(setting, LINE_STYLES[0])
-            styles[title] = dataclasses.replace(style, title=title, line=line)
-    return styles
-
-
-def draw_head(
-    figure: Figure,
-    frame: pd.DataFrame,
-    title: str,
-    styles: Sequence[Style],
-    settings: Mapping[str, LineStyle] | None = None,
-) -> None:
-    """Draws the title, the axes that all points share, and a legend of ``styles`` and ``settings``."""
-    width, height = figure.get_size_inches()
-    figure.text(0.5, 1 - 0.12 / height, title, ha="center", va="top", fontsize=14, fontweight="bold")
-    figure.text(0.5, 1 - 0.42 / height, shared_axes_text(frame), ha="center", va="top", fontsize=10, color="#666666")
-    handles = [
-        Line2D([], [], color=style.color, marker=style.marker, markersize=6, linewidth=1.8, label=style.title)
-        for style in styles
-    ]
-    handles += [
-        Line2D([], [], color=_INK, linestyle=line, linewidth=1.8, label=setting)
-        for setting, line in (settings or {}).items()
-    ]
-    figure.legend(
-        handles=handles,
-        loc="upper center",
-        bbox_to_anchor=(0.5, 1 - 0.62 / height),
-        ncols=math.ceil(len(handles) / _num_legend_rows([str(handle.get_label()) for handle in handles], width)),
-        frameon=False,
-        columnspacing=1.6,
-        handlelength=2.0,
-    )
-
-
-def _num_legend_rows(labels: Sequence[str], width_in: float) -> int:
-    """Rows that a legend of ``labels`` needs in a figure of this width."""
-    needed_in = sum(len(label) * _LEGEND_CHAR_IN + _LEGEND_HANDLE_IN for label in labels)
-    return max(1, math.ceil(needed_in / width_in))
 
 
 def _draw_quantity(
@@ -262,7 +153,7 @@ def _draw_quantity(
     bottom, top, band = _limits(values, max(map(len, words)))
     for i, (axes, panel) in enumerate(zip(grid, panels, strict=False)):
         _scale(axes, lengths, bottom, top)
-        axes.set_title(panel.title, fontsize=10.5, color=_INK)
+        axes.set_title(panel.title, fontsize=10.5, color=INK)
         if i % num_columns == 0 or len(panels) == 1:
             axes.set_ylabel(quantity.label)
         else:
@@ -376,14 +267,9 @@ def _scale(axes: Axes, lengths: Sequence[int], bottom: float, top: float) -> Non
     left = 0.15 if len(lengths) > 1 else 0.1  # room for the band's markers
     axes.set_xlim(lengths[0] / span**left, lengths[-1] * span**0.1)
     axes.set_ylim(bottom, top)
-    axes.xaxis.set_major_locator(FixedLocator(spaced(lengths, span)))
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: plain_number(value)))
-        axis.set_minor_locator(NullLocator())
-    axes.grid(visible=True, color=_FAINT, linewidth=0.8)
-    axes.tick_params(length=0)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    plain_labels(axes.xaxis, spaced(lengths, span))
+    plain_labels(axes.yaxis)
+    tidy(axes)
 
 
 def _empty_figure(frame: pd.DataFrame, title: str) -> Figure:

@@ -9,12 +9,11 @@ import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from rlhfreports.frames import predicted
-from rlhfreports.plots import STYLE, Style, draw_head, method_styles, write_figure
 from rlhfreports.predicted import SUMS, comparisons, worst_sentence
-from rlhfreports.ticks import log_ticks, plain_number
+from rlhfreports.styles import STYLE, Style, draw_head, method_styles, plain_labels, tidy, write_figure
+from rlhfreports.ticks import log_ticks
 
 _PANEL_IN = 3.6
 
@@ -55,9 +54,7 @@ def _draw_panel(axes: Axes, found: pd.DataFrame, styles: dict[str, Style]) -> No
     axes.set_ylim(*limits)
     ticks = log_ticks(*limits)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(FixedLocator(ticks[:: 1 + len(ticks) // 5]))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: plain_number(value)))
-        axis.set_minor_locator(NullLocator())
+        plain_labels(axis, ticks[:: 1 + len(ticks) // 5])
     axes.plot(limits, limits, color="#999999", linewidth=1.0, linestyle="--", label="_diagonal", zorder=1)
     for method, style in styles.items():
         points = found[found["method"] == method]
@@ -73,6 +70,4 @@ def _draw_panel(axes: Axes, found: pd.DataFrame, styles: dict[str, Style]) -> No
                 linestyle="none",
                 label=style.title,
             )
-    axes.grid(visible=True, color="#E4E4E4", linewidth=0.8)
-    axes.tick_params(length=0, labelsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes, label_size=9)

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from rlhfreports.columns import parts_of
 from rlhfreports.plans import part_colors
-from rlhfreports.plots import COLORS, STYLE, write_figure
+from rlhfreports.styles import COLORS, STYLE, write_figure
 from rlhfreports.tables import GIB
 
 _MIN_SHARE = 0.15  # of the width, so that phases of few events can be read

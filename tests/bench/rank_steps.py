@@ -62,6 +62,11 @@ def _sleep():
     time.sleep(1000)
 
 
+def _spin():
+    while True:
+        pass
+
+
 def _be_slow():
     time.sleep(0.2)
 
@@ -72,6 +77,8 @@ MISDEEDS = {
     "fail": _fail,
     "hang": _sleep,
     "ddp-hang": _sleep,
+    "spin": _spin,
+    "ddp-spin": _spin,
     "slow": _be_slow,
     "ddp-slow": _be_slow,
 }

@@ -1,7 +1,7 @@
 import pytest
 
 from rlhfbench.errors import SweepError
-from rlhfbench.launch import Launch, find_launch, first_host
+from rlhfbench.launch import Launch, find_launch, first_host, refuse_launcher
 
 TORCHRUN = {
     "RANK": "3",
@@ -55,3 +55,13 @@ def test_wrong_variables_are_one_sentence():
         find_launch({**TORCHRUN, "RANK": "x"})
     with pytest.raises(SweepError, match=r"^the launcher's rank is 4: it must be below its number of ranks, 4\.$"):
         find_launch({**TORCHRUN, "RANK": "4"})
+
+
+def test_a_verb_of_one_process_refuses_a_launcher(monkeypatch):
+    for name in (*TORCHRUN, *SLURM):
+        monkeypatch.delenv(name, raising=False)
+    refuse_launcher("it")
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SweepError, match=r"^it runs in one process, and a launcher started 5: start it without\.$"):
+        refuse_launcher("it")

@@ -71,6 +71,8 @@ CHECKED = {
     "--seq-lens 64": _SAME,
     "rlhfbench run --methods dpo-lora,hydra --seq-lens 32 --batch-sizes 2 --world-size 1,2 --parallel ddp "
     "--out my-ranks": _SAME,
+    "rlhfbench run --methods hydra,lora,full,dpo --seq-lens 32 --batch-sizes 2 --world-size 2 "
+    "--parallel ddp,fsdp,deepspeed --zero-stage 0,1,2,3 --out my-stages": _LONG,
     "rlhfbench run --sweep sweep.toml": _LONG,
     "rlhfbench run --sweep sweep.toml --batch-sizes 8 --option lora.r=64": _LONG,
     "rlhfbench run --sweep cases.toml": _SAME,

@@ -83,3 +83,32 @@ def make_frame() -> Callable[..., pd.DataFrame]:
         )
 
     return make
+
+
+@pytest.fixture
+def ranked() -> Callable[..., dict[str, Any]]:
+    """The cells of a case over ranks."""
+
+    def make(size: int, batch: int, seconds: float, **changes: Any) -> dict[str, Any]:
+        strategy, stage = changes.pop("parallel", "ddp"), changes.pop("zero_stage", None)
+        named = [f"parallel.strategy={strategy}", f"parallel.world_size={size}"]
+        named += [] if stage is None else [f"parallel.zero_stage={stage}"]
+        return {
+            "batch_size": batch,
+            "world_size": size,
+            "global_batch_size": batch * size,
+            "parallel": strategy,
+            "zero_stage": stage,
+            "options": ", ".join(filter(None, [*named, changes.pop("others", "")])),
+            "total_s_per_sample": seconds,
+            "base_part_bytes": GIB,
+            "activations_part_bytes": GIB // 2,
+            "waiting_share": 0.25,
+            "imbalance": 0.125,
+            "worst_rank": size - 1,
+            "communication_bytes": 2**20,
+            "communication_calls": 3,
+            **changes,
+        }
+
+    return make

@@ -91,3 +91,59 @@ def test_runs_without_a_common_case_say_so(make_frame: Frames) -> None:
     assert found.empty
     assert comparison_sentences(frame, found) == ["b and a have no timed case in common."]
     assert comparison_table(found).cells.empty
+
+
+def of_host(host: str | None, **more: object) -> dict[str, object]:
+    return of_blocks(1.0, 1.01, 0.99, host=host, **more)
+
+
+def test_times_of_two_machines_of_one_kind_are_refused_with_the_reason(make_frame: Frames) -> None:
+    frame = runs(make_frame, before=[of_host("one")], after=[of_host("two")]).assign(hardware="AMD EPYC, 2 cores")
+    found = compared(frame)
+    assert found["machines"].tolist() == ["two, times not compared"]
+    assert found["speedup"].isna().all()
+    assert found["memory_ratio"].tolist() == [1.0]
+    table = comparison_table(found)
+    assert table.cells[["size", "machines", "speed-up", "memory"]].to_numpy().tolist() == [
+        ["64 tokens, batch 1", "two, times not compared", "–", "1.000x"]
+    ]
+    assert comparison_sentences(frame, found) == [
+        "1 case ran on one in before and on two in after, two machines, which are not known to differ in kind. Their "
+        "times are not compared: a difference could be either's.",
+        "after needs the same memory as before.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("first", "other"),
+    [
+        ({"device": "cpu"}, {"device": "cuda"}),
+        ({"device": "cuda", "hardware": "A100"}, {"device": "cuda:1", "hardware": "H200"}),
+    ],
+)
+def test_machines_of_two_kinds_are_compared_as_such(
+    make_frame: Frames, first: dict[str, str], other: dict[str, str]
+) -> None:
+    kinds = [first.pop("hardware", None), other.pop("hardware", None)]
+    frame = runs(make_frame, before=[of_host("one", **first)], after=[of_host("two", **other)])
+    frame = frame.assign(hardware=pd.array(kinds, dtype="string"))
+    found = compared(frame)
+    assert found["machines"].tolist() == ["two"]
+    assert found["speedup"].tolist() == pytest.approx([1.0])
+    assert comparison_table(found).num_text_columns == 4
+    assert comparison_sentences(frame, found)[0] == (
+        "1 case ran on one in before and on two in after, two machines, so their speed-ups are of the machines, with "
+        "all else that differs between the runs."
+    )
+
+
+def test_cases_of_a_cluster_are_matched_and_each_pair_has_its_machines(make_frame: Frames) -> None:
+    frame = runs(
+        make_frame,
+        before=[of_host("one"), of_host("two", prompt_len=64), of_host(None, prompt_len=128)],
+        after=[of_host("one"), of_host("one", prompt_len=64), of_host("one", prompt_len=128)],
+    )
+    found = compared(frame)
+    assert found["machines"].tolist() == ["one", "two, times not compared", "one"]
+    assert found["size"].tolist() == [f"{tokens} tokens, batch 1" for tokens in (64, 128, 256)]
+    assert comparison_sentences(frame, found)[1].startswith("Of 2 cases that both have")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pandas as pd
 import pytest
 
-from rlhfreports.paper import TABLE_1, conditions, is_the_papers, paper_cells, table_1, trlx_table
+from rlhfreports.paper import TABLE_1, conditions, is_the_papers, paper_cells, table_1, trlx_table, zero_table
 
 Frames = Callable[..., pd.DataFrame]
 GIB = 2**30
@@ -62,6 +62,44 @@ def test_the_case_at_the_papers_conditions_is_preferred(make_frame: Frames) -> N
     cells = table_1(frame).cells.set_index("method")
     assert cells.loc["Hydra-PPO", "s/sample, ours"] == "7"
     assert conditions(frame).startswith("The run has cases at the paper's model")
+
+
+def test_ratios_are_taken_on_one_machine_and_in_one_setting(make_frame: Frames) -> None:
+    lora = {"method": "lora", "total_s_per_sample": 4.0, "host": "one"}
+    frame = make_frame(
+        lora,
+        {**lora, "setting": "paper", "total_s_per_sample": 8.0},
+        {"method": "hydra", "total_s_per_sample": 1.0, "host": "one"},
+        {"method": "hydra", "total_s_per_sample": 1.0, "host": "two", "setting": "paper"},
+    )
+    cells = table_1(frame).cells.set_index("method")
+    assert cells.loc["LoRA-PPO", "s/sample, ours"] == "8"
+    assert cells.loc["Hydra-PPO", "s / LoRA-PPO, ours"] == "–"
+    cells = table_1(frame[frame["setting"] == "modern"]).cells.set_index("method")
+    assert cells.loc["Hydra-PPO", "s / LoRA-PPO, ours"] == "0.25"
+
+
+def test_zero_1_at_the_numbers_of_ranks_that_were_run(
+    make_frame: Frames, ranked: Callable[..., dict[str, object]]
+) -> None:
+    stage = {"parallel": "deepspeed", "zero_stage": 1}
+    planned = {"predicted_persistent_model_bytes": 2 * GIB, "persistent_model_bytes": GIB, "predicted_total_bytes": GIB}
+    frame = make_frame(
+        ranked(4, 1, 0.5, **stage),
+        ranked(2, 1, 1.0, **stage, **planned),
+        ranked(2, 1, 1.0, **stage, method="full"),
+        ranked(2, 1, 1.0, **stage, method="dpo"),
+        ranked(2, 1, 1.0, parallel="deepspeed", zero_stage=2),
+        {},
+    )
+    assert zero_table(frame).cells.to_numpy().tolist() == [
+        ["PPO", "2", "64", "1", "111.8", "–", "–", "–", "1.500", "1"],
+        ["Hydra-PPO", "2", "64", "1", "15.9", "2.000", "1.000", "1.000", "1.500", "1"],
+        ["Hydra-PPO", "4", "64", "1", "15.9", "–", "–", "–", "1.500", "0.5"],
+    ]
+    assert zero_table(make_frame({})).cells.empty
+    papers = ranked(2, 4, 1.0, **stage, **PAPERS)
+    assert conditions(make_frame(papers)).endswith("its optimizer is divided by ZeRO-1 over 2 ranks.")
 
 
 def test_other_conditions_are_named(make_frame: Frames) -> None:

@@ -12,15 +12,8 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from rlhfreports.plots import (
-    COLORS,
-    MARKERS,
-    latency,
-    latency_figure,
-    method_styles,
-    throughput,
-    throughput_figure,
-)
+from rlhfreports.plots import latency, latency_figure, throughput, throughput_figure
+from rlhfreports.styles import COLORS, MARKERS, method_styles
 
 
 def visible(figure: Figure) -> list:

@@ -12,10 +12,11 @@ from rich.console import Console, RenderableType
 
 from rlhfkernels.observer import PARTS
 from rlhfreports import gain_table, slope_table
+from rlhfreports.layouts import Column
 from rlhfreports.max_batch import max_batch_table
 from rlhfreports.memory import table as memory_table
 from rlhfreports.plans import plan_table
-from rlhfreports.terminal import Column, TerminalTable, terminal
+from rlhfreports.terminal import TerminalTable, terminal
 
 GIB = 2**30
 WIDTHS = (40, 80, 120, 200)

@@ -76,7 +76,7 @@ def check(sweep: Sweep, *, devices: bool = True) -> dict[str, ModelFacts]:
     problems += _check_weights(facts)
     for device in dict.fromkeys(case.device for case in sweep.cases) if devices else ():
         problems += _check_device(device)
-    problems += check_ranks(sweep.cases, num_cuda_devices)
+    problems += check_ranks(sweep.cases, num_cuda_devices) if devices else ()
     for option, packages in OPTION_PACKAGES.items():
         for value in dict.fromkeys(case.options.flat()[option] for case in sweep.cases):
             problems += _check_package(option, value, packages.get(value))

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self, get_args
 
+from rlhfbench.cases.option_grid import combinations
 from rlhfbench.errors import SweepError
 from rlhfkernels.config.case import Case, option_annotations
 from rlhfkernels.config.options import MAX_COUNT, RENAMED_OPTIONS, Options
@@ -65,8 +66,9 @@ class Sweep:
                 - ``methods`` (rows, families, ``all``), ``models``, ``batch_sizes``, and either ``seq_lens`` (prompt
                   and completion together) or ``prompt_lens`` and ``completion_lens`` (taken in pairs): one value or a
                   list each. Every combination is a case.
-                - ``device``, ``dtype``, ``seed``, ``prompt_fraction``, ``options`` (a table for each group of
-                  ``Options``, or dotted names): one value for all cases.
+                - ``device``, ``dtype``, ``seed``, ``prompt_fraction``: one value for all cases.
+                - ``options``: a table for each group of ``Options``, or dotted names. Every combination of options
+                  that are lists is a case.
                 - ``settings``: names of settings. Every case is made once under each; other keys win over a setting.
                 - ``cases``: tables of the same keys, added after the grid. With them and no key of the grid, the
                   default grid is left out.
@@ -311,28 +313,26 @@ def _default_lengths(spec: Spec) -> dict[str, Any]:
 
 
 def _grid(where: str, spec: Spec, problems: list[str]) -> list[Case]:
-    """Every combination in ``spec``, ordered by model, batch size, length, method; appends to ``problems``."""
+    """Every combination in ``spec``, by model, batch size, length, method and options; appends to ``problems``."""
     found: list[str] = []
     methods = _select(_names(where, spec, "methods", found), found)
     models = _names(where, spec, "models", found)
     lengths = _lengths(where, spec, found)
     batch_sizes = _integers(where, spec, "batch_sizes", 1, found)
-    options = _options(where, spec.get("options", {}), found)
+    grid = combinations(_options(where, spec.get("options", {}), found))
     shared = {key: spec[key] for key in FIELD_KEYS if key in spec}
     # A case of stand-in sizes: rules that need no size are checked even if the sizes are wrong.
-    for method in methods or list(METHODS)[:1]:
+    for method, options in itertools.product(methods or list(METHODS)[:1], grid):
         own = _data_of(method, options, methods)
         found += _try_case(method, "-", (1, 1), _smallest_batch(options), shared, own)[1]
     cases: list[Case] = []
     if not found:
-        for model in models:
-            for batch_size in sorted(batch_sizes):
-                for length in sorted(lengths, key=sum):
-                    for method in methods:
-                        own = _data_of(method, options, methods)
-                        case, wrong = _try_case(method, model, length, batch_size, shared, own)
-                        found += wrong
-                        cases += [case] if case else []
+        sizes = itertools.product(models, sorted(batch_sizes), sorted(lengths, key=sum))
+        for (model, batch_size, length), method, options in itertools.product(sizes, methods, grid):
+            own = _data_of(method, options, methods)
+            case, wrong = _try_case(method, model, length, batch_size, shared, own)
+            found += wrong
+            cases += [case] if case else []
     problems += found
     return cases
 
@@ -440,11 +440,17 @@ def _options(where: str, table: object, problems: list[str]) -> dict[str, Any]:
     for name, value in _dotted(table).items():
         if name not in annotations:
             problems.append(f"{where}{_unknown_option(name)}")
-        elif value == _NONE and accepts(annotations[name], type(None)):
-            options[name] = None
+        elif value == []:
+            problems.append(f"{where}option {name!r} is []: it must have at least one value.")
+        elif accepts(annotations[name], type(None)):
+            options[name] = [_or_none(item) for item in value] if isinstance(value, list) else _or_none(value)
         else:
             options[name] = value
     return options
+
+
+def _or_none(value: Any) -> Any:
+    return None if value == _NONE else value
 
 
 def _case_table(case: Case, shared: Spec) -> dict[str, Any]:

@@ -218,7 +218,7 @@ def case_spec(params: Mapping[str, Any]) -> dict[str, Any]:
         "data.pairs": params["pairs"],
     }
     return given(
-        methods=_words(params["methods"]),
+        methods=words(params["methods"]),
         models=None if params["model"] is None else [params["model"]],
         seq_lens=numbers("--seq-lens", params["seq_lens"]),
         batch_sizes=numbers("--batch-sizes", params["batch_sizes"]),
@@ -230,7 +230,9 @@ def case_spec(params: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def make_sweep(spec: Mapping[str, Any], file: str | None, setting: str | None) -> Sweep:
+def make_sweep(
+    spec: Mapping[str, Any], file: str | None, setting: str | None, *, defaults: Mapping[str, Any] | None = None
+) -> Sweep:
     """The sweep of the options of a verb.
 
     Args:
@@ -238,6 +240,7 @@ def make_sweep(spec: Mapping[str, Any], file: str | None, setting: str | None) -
         file: a sweep in TOML.
         setting: names of settings, joined by commas. They win over the settings that ``file`` names, and over what
             ``file`` says about the same options.
+        defaults: a spec; ``file`` wins over it.
 
     Raises:
         SweepError: every problem, one sentence each.
@@ -246,7 +249,8 @@ def make_sweep(spec: Mapping[str, Any], file: str | None, setting: str | None) -
     from rlhfkernels.config.settings import SETTINGS
 
     in_file = read_spec(file) if file is not None else {}
-    names = _words(setting)
+    in_file = override(defaults, in_file) if defaults else in_file
+    names = words(setting)
     if names is None:
         return Sweep.from_spec(override(in_file, spec))
     wrong = [unknown("setting", name, SETTINGS) for name in names if name not in SETTINGS]
@@ -295,15 +299,15 @@ def fill(text: str, indent: str = "", *, hanging: str | None = None) -> str:
     )
 
 
-def _words(text: str | None) -> list[str] | None:
+def words(text: str | None) -> list[str] | None:
     """The words that commas join."""
     return None if text is None else [word.strip() for word in text.split(",")]
 
 
 def numbers(flag: str, text: str | None) -> list[int] | None:
     """The whole numbers that commas join, of the option ``flag``."""
-    words = _words(text)
-    wrong = [word for word in words or () if not re.fullmatch(r"[+-]?[0-9]{1,1000}", word)]
+    found = words(text)
+    wrong = [word for word in found or () if not re.fullmatch(r"[+-]?[0-9]{1,1000}", word)]
     if wrong:
         raise SweepError(f"{flag} has {shown(word)}: it must be whole numbers, joined by commas." for word in wrong)
-    return None if words is None else [int(word) for word in words]
+    return None if found is None else [int(word) for word in found]

@@ -12,6 +12,7 @@ import typer
 from rlhfbench.cli import common
 from rlhfbench.cli.common import DONE, NOTHING, epilog, number
 from rlhfbench.errors import SweepError
+from rlhfbench.packages import check_packages
 
 WORK, OUTPUT = "What is done", "Output"
 EPILOG = epilog(
@@ -69,6 +70,9 @@ def evidence(
     Each of seven parts takes 8 minutes at most, and one that fails does not stop the next. With the same folder, the
     command goes on where it stopped.
     """
+    problem = check_packages()
+    if problem is not None:
+        raise SweepError([problem])
     from rlhfbench.evidence.parts import PARTS
     from rlhfbench.evidence.request import Request, parse_parts
     from rlhfbench.runs.options import RunOptions

@@ -14,6 +14,7 @@ from rlhfbench.cli import common
 from rlhfbench.cli.common import case_spec, epilog, make_sweep, number
 from rlhfbench.cli.gate_output import Output, progress
 from rlhfbench.errors import ForkServerError, GateError
+from rlhfbench.launch import refuse_launcher
 
 if TYPE_CHECKING:
     from rlhfbench.cases.sweep import Sweep
@@ -138,6 +139,7 @@ def gate(
     Two revisions take their steps in turns, in fresh processes on this machine, until the answer is clear or the time
     is spent. Without options for cases: the PPO methods on a tiny model at one small size.
     """
+    refuse_launcher("rlhfbench gate")
     asked = [name for name in ("base", "baseline", "self_test", "bisect") if ctx.params[name]]
     if len(asked) != 1:
         raise GateError("one of --base, --baseline, --self-test and --bisect must be given, and only one.")

@@ -23,7 +23,8 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON li
     if as_json:
         print(json.dumps([dataclasses.asdict(preset) for preset in PRESETS.values()]))
         return
-    from rlhfreports.terminal import Column, terminal
+    from rlhfreports.layouts import Column
+    from rlhfreports.terminal import terminal
 
     presets = PRESETS.values()
     columns = [

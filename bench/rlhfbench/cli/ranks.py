@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlhfbench.cli.common import make_sweep, number, numbers
+from rlhfbench.cli.common import given, make_sweep, numbers, words
 from rlhfbench.errors import SweepError
+from rlhfkernels.config.rules import shown
 
 if TYPE_CHECKING:
     from rlhfbench.cases.sweep import Sweep
@@ -27,18 +28,17 @@ WorldSize = Annotated[
 Parallel = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME",
+        metavar="NAME,...",
         rich_help_panel=RANKS,
-        help="How ranks share a step: ddp, fsdp or deepspeed.  [default: ddp]",
+        help="How ranks share a step: ddp, fsdp or deepspeed; each of several is run.  [default: ddp]",
     ),
 ]
 ZeroStage = Annotated[
-    int | None,
+    str | None,
     typer.Option(
-        metavar="N",
-        parser=number("--zero-stage", int),
+        metavar="N,...",
         rich_help_panel=RANKS,
-        help="Stage of DeepSpeed's ZeRO, 0 to 3.  [default: 0]",
+        help="Stages of DeepSpeed's ZeRO, 0 to 3; without --parallel it is deepspeed.  [default: 0]",
     ),
 ]
 GlobalBatch = Annotated[
@@ -61,34 +61,30 @@ def make_ranked_sweep(
     Raises:
         SweepError: every problem, one sentence each.
     """
-    from rlhfbench.cases.sweep import Sweep
     from rlhfbench.launch import find_launch
 
     launch = find_launch()
-    sizes = numbers("--world-size", params["world_size"])
+    sizes, stages = numbers("--world-size", params["world_size"]), numbers("--zero-stage", params["zero_stage"])
     wrong = [size for size in sizes or () if size < 1]
     if wrong:
         raise SweepError(f"--world-size has {size}: it must be whole numbers of at least 1." for size in wrong)
-    if sizes is None and params["parallel"] is not None and launch is None:
-        raise SweepError([f"--parallel is {params['parallel']!r}: it needs --world-size N."])
-    if sizes is None and launch is not None:
-        sizes = [launch.size]
-    if sizes is None and params["zero_stage"] is not None:
-        raise SweepError([f"--zero-stage is {params['zero_stage']}: it needs --world-size N."])
-    if sizes is None:
-        made = [make_sweep(spec, file, setting)]
-    else:
-        made = [make_sweep(_ranked(spec, size, params), file, setting) for size in dict.fromkeys(sizes)]
-    sweep = Sweep.joined(made)
+    strategies = words(params["parallel"]) or (None if stages is None else ["deepspeed"])  # ZeRO is DeepSpeed's
+    own = _options(world_size=sizes, strategy=strategies, zero_stage=stages)
+    defaults: dict[str, Any] = {}
+    if sizes or launch is not None:
+        defaults = _options(world_size=None if launch is None else launch.size, strategy="ddp")
+    # An option that is given by its dotted name wins.
+    spec = {**spec, "options": own | spec.get("options", {})} if own else spec
+    sweep = make_sweep(spec, file, setting, defaults={"options": defaults} if defaults else None)
+    if strategies and not defaults and all(case.options.parallel.world_size == 1 for case in sweep.cases):
+        flag = f"--zero-stage is {params['zero_stage']}" if stages else f"--parallel is {shown(params['parallel'])}"
+        raise SweepError([f"{flag}: it needs --world-size N."])
     return _of_one_rank(sweep) if params["global_batch"] else sweep
 
 
-def _ranked(spec: Mapping[str, Any], size: int, params: Mapping[str, Any]) -> dict[str, Any]:
-    """``spec`` with the options of ``size`` ranks; an option that is given by its dotted name wins."""
-    own = {"parallel.world_size": size, "parallel.strategy": params["parallel"] or "ddp"}
-    if params["zero_stage"] is not None:
-        own["parallel.zero_stage"] = params["zero_stage"]
-    return {**spec, "options": own | spec.get("options", {})}
+def _options(**values: Any) -> dict[str, Any]:
+    """The options of ranks that were given, by dotted name."""
+    return {f"parallel.{name}": value for name, value in given(**values).items()}
 
 
 def _of_one_rank(sweep: Sweep) -> Sweep:

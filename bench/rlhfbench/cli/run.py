@@ -28,7 +28,7 @@ from rlhfbench.cli.common import (
     print_table,
 )
 from rlhfbench.errors import RecordsError, SweepError
-from rlhfbench.launch import Launch, find_launch
+from rlhfbench.launch import find_launch
 from rlhfbench.records.schema import OUTCOMES
 from rlhfbench.runs.options import RunOptions
 from rlhfkernels.naming import unknown
@@ -206,7 +206,10 @@ def run(
         from rlhfbench.runs.agents import head
 
         if launch.rank:
-            return _follow(launch)
+            from rlhfbench.runs.runner import follow_launcher
+
+            follow_launcher()
+            return DONE
         ctx.call_on_close(head().end)  # whatever becomes of the run, the others end
     from rlhfbench.runs import runner
     from rlhfbench.runs.folder import RunFolder
@@ -238,7 +241,8 @@ def run(
         raise SweepError(["--max-batch-limit needs --max-batch."])
     options = RunOptions.recorded({**settings, **values})
     place = _place(ray, ray_group, settings, max_batch=max_batch)
-    if resume is not None and not spec and sweep is None and setting is None and world_size is None:
+    defines_cases = spec or any(value is not None for value in (sweep, setting, world_size, parallel, zero_stage))
+    if resume is not None and not defines_cases:
         cases = folder.load_sweep()
     else:
         cases = ranks.make_ranked_sweep(spec, sweep, setting, ctx.params)
@@ -260,16 +264,6 @@ def run(
     finally:
         signal.signal(signal.SIGTERM, before)
     return _finish(result, as_json=as_json)
-
-
-def _follow(launch: Launch) -> int:
-    """Starts this process's rank of every case of the run that the process of rank 0 makes."""
-    from rlhfbench.runs import runner
-    from rlhfbench.runs.agents import follow
-
-    with runner.make_server(()) as server:
-        follow(launch, server)
-    return DONE
 
 
 def _place(ray: str | None, group: str | None, settings: Mapping[str, Any], *, max_batch: bool) -> Cluster | None:

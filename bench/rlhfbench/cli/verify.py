@@ -69,7 +69,8 @@ def verify(
 
 def table(checks: Sequence[Check]) -> RenderableType:
     """One row a check."""
-    from rlhfreports.terminal import Column, terminal
+    from rlhfreports.layouts import Column
+    from rlhfreports.terminal import terminal
 
     def numbers(values: Iterable[float | None]) -> list[str]:
         return ["" if value is None else f"{value:.1e}" for value in values]

@@ -51,7 +51,7 @@ def needs_of(
         if needed is not None and kind == "cpu":
             needed = num_ranks * (needed + PROCESS_BYTES)
         num_cores = None if options.num_threads is None else num_ranks * options.num_threads
-        return Need(device=kind, num_devices=num_ranks, num_cores=num_cores, memory_bytes=needed)
+        return Need(device=kind, num_ranks=num_ranks, num_cores=num_cores, memory_bytes=needed)
 
     return need_of
 

@@ -6,6 +6,8 @@ import collections
 import dataclasses
 from collections.abc import Iterable, Sequence
 
+from rlhfbench.cases.ranks import MAX_RANKS_PER_CORE
+
 GIB = 2**30
 _MAX_NODES_NAMED = 3
 
@@ -16,23 +18,32 @@ class Need:
 
     Attributes:
         device: ``cpu`` or ``cuda``.
-        num_devices: CUDA devices.
+        num_ranks: processes of the case: each has a CUDA device of its own, or shares the cores with the others.
         num_cores: cores; ``None`` for all of the node, or for a CUDA device's share of them.
         memory_bytes: planned memory, of the machine for a CPU and of each device for CUDA; ``None`` if it is not known.
     """
 
     device: str
-    num_devices: int = 1
+    num_ranks: int = 1
     num_cores: int | None = None
     memory_bytes: int | None = None
 
+    @property
+    def min_cores(self) -> int:
+        """The number of cores without which no node can hold the case."""
+        if self.num_cores is not None:
+            return self.num_cores
+        return 1 if self.device != "cpu" else -(-self.num_ranks // MAX_RANKS_PER_CORE)
+
     def __str__(self) -> str:
         """In words: ``2 CUDA devices of 24 GiB, 4 cores``."""
-        memory = "" if self.memory_bytes is None else f"{self.memory_bytes / GIB:.3g} GiB"
-        words = [] if self.num_cores is None else [_count(self.num_cores, "core")]
+        memory = [] if self.memory_bytes is None else [f"{self.memory_bytes / GIB:.3g} GiB"]
+        cores = [] if self.num_cores is None else [_count(self.num_cores, "core")]
         if self.device == "cpu":
-            return ", ".join([*words, *([memory] if memory else [])]) or "1 core"
-        return ", ".join([_count(self.num_devices, "CUDA device") + (f" of {memory}" if memory else ""), *words])
+            if self.num_ranks > 1:
+                cores = [f"{_count(self.min_cores, 'core')} for {self.num_ranks} ranks"]
+            return ", ".join([*cores, *memory]) or "1 core"
+        return ", ".join([" of ".join([_count(self.num_ranks, "CUDA device"), *memory]), *cores])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,15 +80,15 @@ class Node:
             return need.num_cores
         if need.device == "cpu":
             return self.num_cores
-        return max(1, self.num_cores * need.num_devices // max(self.num_gpus, 1))
+        return max(1, self.num_cores * need.num_ranks // max(self.num_gpus, 1))
 
     def holds(self, need: Need) -> bool:
         """True if a case of this need can run here while nothing else does."""
-        if not 0 < self.cores_for(need) <= self.num_cores:
+        if not need.min_cores <= self.cores_for(need) <= self.num_cores:
             return False
         if need.device == "cpu":
             return _fits(need.memory_bytes, self.memory_bytes)
-        return need.num_devices <= self.num_gpus and _fits(need.memory_bytes, self.gpu_bytes)
+        return need.num_ranks <= self.num_gpus and _fits(need.memory_bytes, self.gpu_bytes)
 
 
 def no_node(need: Need, nodes: Sequence[Node]) -> str:

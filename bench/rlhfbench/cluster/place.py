@@ -16,6 +16,7 @@ from rlhfbench.cluster.executor import ClusterExecutor
 from rlhfbench.cluster.needs import GROUPS, needs_of
 from rlhfbench.cluster.versions import version_problems
 from rlhfbench.errors import SweepError
+from rlhfbench.launch import find_launch
 from rlhfbench.runs.execution import Executor, Setup
 from rlhfkernels.config.case import Case
 from rlhfkernels.naming import unknown
@@ -31,7 +32,8 @@ class Cluster:
         group: which cases run on one machine: ``sweep``, ``model``, ``size`` or ``case``.
 
     Raises:
-        SweepError: an argument is wrong, ray is missing, no cluster answers, or a node has another version.
+        SweepError: an argument is wrong, ray is missing, a launcher started several processes, no cluster answers, or
+            a node has another version.
     """
 
     server_arguments: ClassVar[Mapping[str, Any]] = {}  # of the fork servers on the nodes
@@ -42,6 +44,11 @@ class Cluster:
         if importlib.util.find_spec("ray") is None:
             raise SweepError(
                 [f"--ray is '{address}': it needs ray, which is not installed (pip install 'rlhfbench[ray]')."]
+            )
+        launch = find_launch()
+        if launch is not None:
+            raise SweepError(
+                [f"--ray is '{address}': a launcher started {launch.size} processes, and Ray is used by one alone."]
             )
         check_address(address)
         self._address, self._group = address, group

@@ -67,7 +67,7 @@ class _Free:
 
     def claim(self, need: Need) -> Claim | None:
         """Takes what ``need`` asks for; ``None`` if not all of it is free."""
-        num_cores, num_gpus = self.node.cores_for(need), need.num_devices if need.device == "cuda" else 0
+        num_cores, num_gpus = self.node.cores_for(need), need.num_ranks if need.device == "cuda" else 0
         memory_bytes = (need.memory_bytes or 0) if need.device == "cpu" else 0
         too_large = self.memory_bytes is not None and memory_bytes > self.memory_bytes
         if num_cores > len(self.cores) or num_gpus > self.num_gpus or too_large:

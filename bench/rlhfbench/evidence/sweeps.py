@@ -55,12 +55,11 @@ def run_settings(request: Request, folder: Path, left_s: float) -> None:
 def run_profile(request: Request, folder: Path, left_s: float) -> None:
     """Part 7: traces of the phases of a short step, and on CUDA the allocator's snapshot and the waits of a step."""
     short = request.case("hydra", seq_len=2 * request.sizes.profile_len, batch_size=request.sizes.batch_size or 4)
-    items = Items(folder / "profile.json")
-    if request.device != "cpu":
+    _run(request, folder, "profile", [short], left_s, profile=True)
+    if request.device != "cpu":  # last: this process then holds the memory of a step
         from rlhfbench.evidence.snapshot import watch_step
 
-        items.add("step", functools.partial(watch_step, short, folder / "snapshot.pickle"))
-    _run(request, folder, "profile", [short], left_s, profile=True)
+        Items(folder / "profile.json").add("step", functools.partial(watch_step, short, folder / "snapshot.pickle"))
 
 
 def _run(request: Request, folder: Path, name: str, cases: Sequence[Case], left_s: float, **options: Any) -> None:

@@ -22,8 +22,11 @@ _RESERVED = {"segment_alloc": 1, "segment_map": 1, "segment_free": -1, "segment_
 
 @contextmanager
 def allocator_history(path: Path) -> Iterator[None]:
-    """Records the CUDA allocator's history over the block and writes its snapshot, for pytorch.org/memory_viz."""
-    torch.cuda.memory._record_memory_history(max_entries=_MAX_ENTRIES)
+    """Records the CUDA allocator's history over the block and writes its snapshot, for pytorch.org/memory_viz.
+
+    Without frames of C++: looking up their names takes minutes.
+    """
+    torch.cuda.memory._record_memory_history(max_entries=_MAX_ENTRIES, stacks="python")
     try:
         yield
         torch.cuda.memory._dump_snapshot(str(path))  # type: ignore[no-untyped-call]

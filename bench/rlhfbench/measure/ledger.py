@@ -336,7 +336,7 @@ class Ledger(Observer):
         entry.shape, entry.dtype, entry.op = shape, dtype, op
         entry.born = entry.since = self.num_changes + 1
         self._entries[entry.key] = entry
-        self._tally.grow(entry.part, entry.num_bytes)
+        self._tally.grow(entry.part, entry.num_bytes, entry)
         return entry
 
     def _size(self, storage: torch.UntypedStorage) -> int:
@@ -345,15 +345,15 @@ class Ledger(Observer):
     def _died(self, entry: _Entry) -> None:
         self._consider_largest(entry)
         del self._entries[entry.key]
-        self._tally.grow(entry.part, -entry.num_bytes)
+        self._tally.grow(entry.part, -entry.num_bytes, entry)
         self._end_lifetime(entry, self.num_changes)
         entry.num_bytes = 0  # a saved reference may be released later
 
     def _resize(self, entry: _Entry, num_bytes: int) -> None:
         """Counts old and new memory together for a moment: the old is freed after its content was copied."""
         self._consider_largest(entry)
-        self._tally.grow(entry.part, num_bytes)
-        self._tally.grow(entry.part, -entry.num_bytes)
+        self._tally.grow(entry.part, num_bytes, entry)
+        self._tally.grow(entry.part, -entry.num_bytes, entry)
         self._end_lifetime(entry, self.num_changes)
         entry.num_bytes, entry.since = num_bytes, self.num_changes
 
@@ -365,7 +365,7 @@ class Ledger(Observer):
             self._move(entry, _TEMPORARY)
 
     def _move(self, entry: _Entry, part: int) -> None:
-        self._tally.move(entry.num_bytes, entry.part, part)
+        self._tally.move(entry.num_bytes, entry.part, part, entry)
         self._end_lifetime(entry, self.num_changes)
         entry.part, entry.since = part, self.num_changes
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple, Protocol
+
+import torch
 
 from rlhfkernels.observer import PARTS, Observer
 
@@ -39,6 +41,22 @@ class LargestTensor:
     num_bytes: int
     shape: tuple[int, ...]
     op: str | None
+
+
+class Storage(Protocol):
+    """A storage that a ledger counts: shape and dtype of the first tensor on it, and the op that made that tensor."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    op: Any
+
+
+class Origin(NamedTuple):
+    """A recorded ``Storage``."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    op: Any
 
 
 class Peak:
@@ -97,16 +115,16 @@ class Tally:
         self._phases.pop()
         self._point_peak()
 
-    def grow(self, part: int, num_bytes: int) -> None:
-        """Adds ``num_bytes`` to ``part``; a negative number frees them."""
+    def grow(self, part: int, num_bytes: int, storage: Storage | None = None) -> None:
+        """Adds ``num_bytes`` of ``storage`` to ``part``; a negative number frees them."""
         self.parts[part] += num_bytes
         self.total += num_bytes
         if self.total > self._peak.total:
             self._peak.take(self.total, self.parts, self.num_changes + 1)
         self._changed()
 
-    def move(self, num_bytes: int, origin: int, part: int) -> None:
-        """Moves ``num_bytes`` from part ``origin`` to ``part``."""
+    def move(self, num_bytes: int, origin: int, part: int, storage: Storage | None = None) -> None:
+        """Moves ``num_bytes`` of ``storage`` from part ``origin`` to ``part``."""
         self.parts[origin] -= num_bytes
         self.parts[part] += num_bytes
         self._changed()
@@ -181,14 +199,14 @@ class Recorder(Tally):
         self.changes.append(("exit_phase", name))
         super().exit_phase(name)
 
-    def grow(self, part: int, num_bytes: int) -> None:
+    def grow(self, part: int, num_bytes: int, storage: Storage | None = None) -> None:
         """See ``Tally.grow``."""
-        self.changes.append(("grow", part, num_bytes))
+        self.changes.append(("grow", part, num_bytes, _origin_of(storage)))
         super().grow(part, num_bytes)
 
-    def move(self, num_bytes: int, origin: int, part: int) -> None:
+    def move(self, num_bytes: int, origin: int, part: int, storage: Storage | None = None) -> None:
         """See ``Tally.move``."""
-        self.changes.append(("move", num_bytes, origin, part))
+        self.changes.append(("move", num_bytes, origin, part, _origin_of(storage)))
         super().move(num_bytes, origin, part)
 
     def refresh_peak(self) -> None:
@@ -200,6 +218,15 @@ class Recorder(Tally):
         """See ``Tally.consider_largest``."""
         self.changes.append(("consider_largest", num_bytes, shape, op))
         super().consider_largest(num_bytes, shape, op)
+
+
+def unnamed(changes: Iterable[Change]) -> list[Change]:
+    """Recorded calls without their storages."""
+    return [tuple(each for each in change if not isinstance(each, Origin)) for change in changes]
+
+
+def _origin_of(storage: Storage | None) -> Origin | None:
+    return None if storage is None else Origin(tuple(storage.shape), storage.dtype, storage.op)
 
 
 def replay(changes: Iterable[Change], tally: Tally, observer: Observer) -> None:

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from rlhfbench.measure.lifetimes import ReplayedTally
 from rlhfbench.measure.measurements import OUTER_VIEWS, memory_object, persistent_model_bytes
 from rlhfbench.measure.tally import MODEL_PARTS, Tally, replay
 from rlhfbench.measure.timeline import Timeline
@@ -49,9 +50,11 @@ def _plan_case(case: Case, zero: Zero, *, with_timeline: bool, every_layer: bool
     of_a_rank = zero.of_a_rank(case)
     found = (None if every_layer else record_deep(of_a_rank)) or record_step(of_a_rank)
     timeline = Timeline() if with_timeline else None
-    tally = Tally(None if timeline is None else timeline.note)
+    tally = Tally() if timeline is None else ReplayedTally(timeline.note, timeline.note_lifetime)
     for stretch in found.stretches:
         replay(stretch, tally, Observer() if timeline is None else timeline)
+    if isinstance(tally, ReplayedTally):
+        tally.end()
     work, buckets = phase_work(found.step, found.sizes), zero.buckets(found.step, found.sizes)
     divide = functools.partial(zero.divide, sizes=found.sizes)
     memory = divided(memory_object(tally, dict(_NO_VIEWS)), divide, buckets)

@@ -14,11 +14,13 @@ from transformers import masking_utils
 from rlhfbench.measure.ledger import Ledger, block_bytes
 from rlhfbench.measure.measurements import run_under_ledger
 from rlhfbench.measure.tally import PHASE_CHANGES, Change, Recorder
+from rlhfbench.planning.decode_steps import decode_steps_of, set_decode_steps
 from rlhfbench.planning.divisions import fake_ranks
 from rlhfbench.planning.fake_tensors import CachingFakeTensorMode
 from rlhfbench.planning.optimizer_steps import GradientsWatch, Trained
 from rlhfkernels.config.case import Case
 from rlhfkernels.engine.engine import logprob_chunk_size
+from rlhfkernels.ops.dispatch import standing_for
 from rlhfkernels.training.sizes import StepSizes
 from rlhfkernels.training.step import TrainingStep, build_step
 
@@ -44,7 +46,8 @@ def record_step(case: Case, num_layers: int | None = None) -> Recording:
     """Runs one step of ``case`` on fake tensors.
 
     The step runs with CPU tensors: fake tensors of another device need that device's build of torch for their
-    backward; storages are counted in the blocks of the device that was asked for.
+    backward; storages are counted in the blocks of the device that was asked for, and attention and decode steps are
+    those of that device.
 
     Args:
         case: what to plan. A stop token changes no shape and is left out. A data file stands for one batch of random
@@ -62,10 +65,11 @@ def record_step(case: Case, num_layers: int | None = None) -> Recording:
     stand_in = dataclasses.replace(case, device="cpu", options=options)
     recorder = Recorder()
     ledger = Ledger("cpu", block_bytes=block_bytes(case.device), tally=recorder)
-    with fake_ranks(case) as world, _fake_tensors(case.seq_len), _no_collection():
+    with fake_ranks(case) as world, _fake_tensors(case.seq_len), _no_collection(), standing_for(case.device):
         step = build_step(stand_in, with_weights=False, num_layers=num_layers, world=world)
         sizes = StepSizes.of(step)  # a step may free models that are counted here
         step.engine.logprob_chunk = logprob_chunk_size(case, step.engine.vocab_size)  # of the device asked for
+        set_decode_steps(step, decode_steps_of(case, recorder, ledger))
         watch = GradientsWatch(step, ledger)
         run_under_ledger(step, ledger, watch)
         return Recording(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
 from rlhfbench.measure.interference import disturbance
 from rlhfbench.records.blocks import block_values
+from rlhfbench.records.checks import fits
 from rlhfbench.records.derived import at
 from rlhfbench.records.schema import columns
+from rlhfkernels.observer import PARTS
 
 
 def records_frame(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
@@ -86,3 +89,53 @@ def _block_rows(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
             "disturbed_by": disturbance(interference),
             "error": at(block, "error.message"),
         }
+
+
+# The columns of a frame of ranks.
+RANK_COLUMNS = {
+    "case_id": "string",
+    "rank": "Int64",
+    "host": "string",
+    "device": "string",
+    "total_bytes": "Int64",
+    **{f"{part}_part_bytes": "Int64" for part in PARTS},
+    "communication_step_s": "Float64",
+    "waiting_s": "Float64",
+}
+
+
+def ranks_frame(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """Returns one row per rank of ``records``, in their order, with the columns of ``RANK_COLUMNS``.
+
+    Seconds are those of the step in which collectives were counted, over all phases.
+
+    Args:
+        records: records as ``read_records`` returns them. Those of one process have no ranks.
+    """
+    rows = [row for record in records for row in _rank_rows(record)]
+    return pd.DataFrame(
+        {
+            name: pd.array(  # type: ignore[call-overload]
+                [row[name] if fits(row[name], dtype) else None for row in rows], dtype=dtype
+            )
+            for name, dtype in RANK_COLUMNS.items()
+        }
+    )
+
+
+def _rank_rows(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    ranks = at(record, "world.ranks")
+    for rank in ranks if isinstance(ranks, list) else []:
+        phases = at(rank, "phases")
+        yield {
+            "case_id": at(record, "case.id"),
+            **{name: at(rank, name) for name in ("rank", "host", "device", "total_bytes")},
+            **{f"{part}_part_bytes": at(rank, f"parts.{part}") for part in PARTS},
+            **{name: _sum(phases, name) for name in ("communication_step_s", "waiting_s")},
+        }
+
+
+def _sum(phases: Any, name: str) -> float | None:
+    """The sum of a number over phases, ``None`` where a phase lacks it."""
+    values = [at(phase, name) for phase in phases.values()] if isinstance(phases, Mapping) else []
+    return math.fsum(values) if values and all(v is not None and fits(v, "Float64") for v in values) else None

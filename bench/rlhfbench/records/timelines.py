@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from rlhfbench.records.json_files import are_columns, frame_of, read_json, rows_
 if TYPE_CHECKING:
     import pandas as pd
 
-# The columns of the largest storages, each with its dtype. Timelines of plans have none.
+# The columns of the largest storages, each with its dtype. Timelines from before storages were named have none.
 _TENSORS = {
     "part": "string",
     "bytes": "Int64",
@@ -96,7 +97,10 @@ def timeline_frames(timeline: dict[str, Any]) -> tuple[pd.DataFrame, pd.DataFram
 
 
 def divided_timeline(timeline: dict[str, Any], divide: Callable[[dict[str, int]], dict[str, int]]) -> dict[str, Any]:
-    """``timeline`` on one rank: the parts of each point divided, and the peak found again among the points."""
+    """``timeline`` on one rank: the parts of each point divided, and the peak found again among the points.
+
+    Storages of a part that is divided are not named: a rank holds a share of each.
+    """
     columns = timeline["parts_bytes"]
     points = [divide(dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
     totals = [sum(parts.values()) for parts in points]
@@ -108,8 +112,12 @@ def divided_timeline(timeline: dict[str, Any], divide: Callable[[dict[str, int]]
         if stretch["first_event"] < event <= stretch["last_event"]
         for name in stretch["names"]
     ]
+    divided = {part: [parts[part] for parts in points] for part in columns}
+    tensors = timeline["tensors"]
+    whole = [divided[part] == columns[part] for part in tensors["part"]]
     return {
         **timeline,
         "peak": {"event": event, "phase": names[0] if names else None, "total_bytes": totals[highest]},
-        "parts_bytes": {part: [parts[part] for parts in points] for part in columns},
+        "parts_bytes": divided,
+        "tensors": {name: list(itertools.compress(values, whole)) for name, values in tensors.items()},
     }

@@ -21,16 +21,25 @@ from typing import TYPE_CHECKING, Any
 from rlhfbench.errors import SweepError
 from rlhfbench.launch import Launch, find_launch
 from rlhfbench.processes import num_oom_kills
-from rlhfbench.runs.faults import Rank
+from rlhfbench.runs.faults import Rank, Usage
 from rlhfbench.runs.forkserver_process import Message
+from rlhfbench.runs.hangs import TICK_S
 from rlhfbench.runs.job import Exit
-from rlhfbench.runs.ranks import TICK_S, LocalRanks, Server, conclude, rank_request, supervise
+from rlhfbench.runs.ranks import (
+    LocalRanks,
+    Server,
+    conclude,
+    detector_for,
+    rank_request,
+    supervise,
+    wait_for_end,
+)
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 MEET_S = 60.0  # seconds within which all processes must have come
-_LOST_S = 10.0  # seconds without a state after which a process is gone
+_LOST_S = 10.0  # seconds without a state after which a process is gone; before its first it may still import torch
 _LATE_S = 0.05  # between looks at the others' states once the own rank has ended
 _MAX_LOG_CHARS = 2000
 
@@ -67,9 +76,23 @@ def head() -> Head:
     Raises:
         SweepError: see ``meet``.
     """
+    return Head(_launch())
+
+
+@functools.cache
+def follower() -> Follower:
+    """The follower of the head, in the process of another rank that a launcher started.
+
+    Raises:
+        SweepError: see ``meet``.
+    """
+    return Follower(_launch())
+
+
+def _launch() -> Launch:
     launch = find_launch()
     assert launch is not None, "a launcher started this process"
-    return Head(launch)
+    return launch
 
 
 class Head:
@@ -84,7 +107,8 @@ class Head:
 
     def __init__(self, launch: Launch) -> None:
         self._launch, self._store = launch, meet(launch)
-        self._num_messages = 0
+        self._num_messages, self._is_ended = 0, False
+        self._heard = set[int]()  # ranks that have sent a state
 
     def run(
         self,
@@ -99,23 +123,30 @@ class Head:
         """Runs one case with a rank in each process; see ``rlhfbench.runs.ranks.run_ranks``."""
         address = f"tcp://{self._launch.host}:{_free_port()}"
         number = self._send({"request": request, "size": size, "address": address, "timeout_s": timeout_s})
-        ranks = LaunchedRanks(self._store, number, size, log_path, on_message)
+        ranks = LaunchedRanks(self._store, number, size, log_path, on_message, self._heard)
         own = _own_request(self._launch, request, size, address, timeout_s)
         kills = num_oom_kills()
         with server.job([own], [log_path], ranks.local.take) as ranks.local.job:
-            verdict = supervise(ranks, timeout_s, watches_cpu=not request["settings"].get("turns"))
+            verdict = supervise(ranks, timeout_s, detector_for(request))
         return conclude(ranks.ranks, verdict, [log_path], on_message, oom_killed=num_oom_kills() > kills)
 
     def end(self) -> None:
-        """Ends the other processes, and waits briefly for their farewell: their store may end with this process."""
-        self._send({"end": True})
+        """Ends the run of the other processes, and waits briefly for their farewell: their store may end with this one.
+
+        A second call without a case between does nothing.
+        """
+        if self._is_ended:
+            return
+        number = self._send({"end": True})
+        self._is_ended = True
         until_s = time.monotonic() + _LOST_S / 2
-        farewells = [f"bye/{rank}" for rank in range(1, self._launch.size)]
+        farewells = [f"bye/{number}/{rank}" for rank in range(1, self._launch.size)]
         while not self._store.check(farewells) and time.monotonic() < until_s:
             time.sleep(_LATE_S)
 
     def _send(self, message: dict[str, Any]) -> int:
         self._num_messages += 1
+        self._is_ended = False
         self._store.set(f"message/{self._num_messages}", json.dumps(message))
         return self._num_messages
 
@@ -129,12 +160,19 @@ class LaunchedRanks:
         size: of the world.
         log_path: of rank 0.
         on_message: called with the messages of rank 0.
+        heard: ranks whose processes have sent a state, of any case. Grows.
     """
 
     def __init__(
-        self, store: Store, number: int, size: int, log_path: Path, on_message: Callable[[Message], None]
+        self,
+        store: Store,
+        number: int,
+        size: int,
+        log_path: Path,
+        on_message: Callable[[Message], None],
+        heard: set[int],
     ) -> None:
-        self._store, self._number = store, number
+        self._store, self._number, self._heard = store, number, heard
         self.local = LocalRanks([log_path], on_message)
         self.ranks = [*self.local.ranks, *(Rank(rank) for rank in range(1, size))]
         now_s = time.monotonic()
@@ -153,32 +191,32 @@ class LaunchedRanks:
                 self._read(rank)
 
     def _read(self, rank: Rank) -> None:
-        """Takes the state of a rank; one that has had no new state for 10 s is lost."""
+        """Takes the state of a rank; one that has had no new state for 10 s is lost, before its first for a minute."""
         key = f"state/{self._number}/{rank.number}"
         state = json.loads(self._store.get(key)) if self._store.check([key]) else {}
         if state != self._states.get(rank.number, {}):
             self._states[rank.number] = state
             self._heard_s[rank.number] = time.monotonic()
+            self._heard.add(rank.number)
             rank.result, rank.stack, rank.log = state["result"], state["stack"], state["log"]
+            rank.usage = None if state["usage"] is None else Usage(**state["usage"])
             rank.exit = None if state["exit"] is None else Exit(**state["exit"])
-        elif time.monotonic() - self._heard_s[rank.number] > _LOST_S:
-            message = f"the process that the launcher started for it did not answer for {_LOST_S:g} s."
+        elif time.monotonic() - self._heard_s[rank.number] > (
+            limit_s := _LOST_S if rank.number in self._heard else MEET_S
+        ):
+            message = f"the process that the launcher started for it did not answer for {limit_s:g} s."
             error = {"kind": "LauncherDied", "message": message, "phase": None}
             rank.result = {"outcome": "crashed", "error": error}
             rank.exit = Exit(pid=None, code=1, max_rss_bytes=None)
 
-    def cpu_s(self) -> float | None:
-        """CPU seconds of all ranks that run; ``None`` where one waits for a disk, or has not said."""
-        found = [self.local.cpu_s()]
-        running = [rank.number for rank in self.ranks[1:] if rank.exit is None]
-        found += [self._states.get(number, {}).get("cpu_s") for number in running]
-        known = [seconds for seconds in found if seconds is not None]
-        return sum(known) if len(known) == len(found) else None
+    def look(self) -> None:
+        """Takes the usage of rank 0; that of the others came with their states."""
+        self.local.look()
 
     def dump(self) -> None:
         """Has every rank that runs write its stack."""
         self.local.dump()
-        self._store.set(f"dump/{self._number}", "")
+        self._store.add(f"dump/{self._number}", 1)
 
     def take_stacks(self) -> None:
         """Reads the stack of rank 0; those of the others came with their states."""
@@ -196,71 +234,91 @@ class LaunchedRanks:
             rank.exit = rank.exit or Exit(pid=None, code=1, max_rss_bytes=None)
 
 
-def follow(launch: Launch, server: Server) -> None:
-    """Starts this process's rank of every case that rank 0 sends, until it sends the end.
+class Follower:
+    """A process of another rank, which starts its rank of every case that rank 0 sends.
 
     Args:
         launch: of this process; not rank 0.
-        server: forks the ranks.
 
     Raises:
-        SweepError: rank 0 does not answer, or is gone.
+        SweepError: see ``meet``.
     """
-    from torch.distributed import DistError, DistStoreError
 
-    store = meet(launch)
-    number = 1
-    while True:
-        try:
-            store.wait([f"message/{number}"], datetime.timedelta(seconds=MEET_S))
-            message = json.loads(store.get(f"message/{number}"))
-            if "end" in message:
-                store.set(f"bye/{launch.rank}", "")
-                return
-            if launch.rank < message["size"]:
-                _run_own(launch, server, store, number, message)
-            number += 1
-        except DistStoreError:  # no message within a minute: the present case goes on without this rank
-            continue
-        except DistError as error:
-            raise SweepError(["the process of rank 0 is gone."]) from error
+    def __init__(self, launch: Launch) -> None:
+        self._launch, self._store = launch, meet(launch)
+        self._num_messages = 0
+
+    def follow(self, server: Server) -> None:
+        """Runs this process's rank of every case of a run, until rank 0 sends the end.
+
+        Args:
+            server: forks the ranks.
+
+        Raises:
+            SweepError: rank 0 is gone.
+        """
+        from torch.distributed import DistError, DistStoreError
+
+        while True:
+            key = f"message/{self._num_messages + 1}"
+            try:
+                self._store.wait([key], datetime.timedelta(seconds=MEET_S))
+                message = json.loads(self._store.get(key))
+                self._num_messages += 1
+                if "end" in message:
+                    self._store.set(f"bye/{self._num_messages}/{self._launch.rank}", "")
+                    return
+                if self._launch.rank < message["size"]:
+                    self._run_own(server, self._num_messages, message)
+            except DistStoreError:  # no message within a minute: the present case goes on without this rank
+                continue
+            except DistError as error:
+                raise SweepError(["the process of rank 0 is gone."]) from error
+
+    def _run_own(self, server: Server, number: int, message: dict[str, Any]) -> None:
+        """Runs this process's rank of one case, and writes its state to the store."""
+        request = _own_request(
+            self._launch, message["request"], message["size"], message["address"], message["timeout_s"]
+        )
+        with tempfile.TemporaryDirectory(prefix="rlhfbench-rank-") as folder:
+            log_path = Path(folder) / "log"
+            ranks = LocalRanks([log_path], lambda told: None)
+            (rank,) = ranks.ranks
+            beat, num_dumps = 0, 0
+            with server.job([request], [log_path], ranks.take) as ranks.job:
+                while rank.exit is None:
+                    ranks.wait(TICK_S / 2)
+                    if (asked := self._number_at(f"dump/{number}")) > num_dumps:
+                        num_dumps = asked
+                        ranks.dump()
+                        wait_for_end(ranks, TICK_S / 4)
+                        ranks.take_stacks()
+                    if self._store.check([f"kill/{number}"]):
+                        ranks.kill()
+                    ranks.look()
+                    beat += 1
+                    self._store.set(f"state/{number}/{self._launch.rank}", json.dumps(_state(rank, log_path, beat)))
+
+    def _number_at(self, key: str) -> int:
+        return int(self._store.get(key)) if self._store.check([key]) else 0
 
 
-def _run_own(launch: Launch, server: Server, store: Store, number: int, message: dict[str, Any]) -> None:
-    """Runs this process's rank of one case, and writes its state to the store."""
-    size, address, timeout_s = message["size"], message["address"], message["timeout_s"]
-    request = _own_request(launch, message["request"], size, address, timeout_s)
-    with tempfile.TemporaryDirectory(prefix="rlhfbench-rank-") as folder:
-        log_path = Path(folder) / "log"
-        ranks = LocalRanks([log_path], lambda told: None)
-        (rank,) = ranks.ranks
-        beat, is_dumped = 0, False
-        with server.job([request], [log_path], ranks.take) as ranks.job:
-            while rank.exit is None:
-                ranks.wait(TICK_S / 2)
-                if not is_dumped and store.check([f"dump/{number}"]):
-                    is_dumped = True
-                    ranks.dump()
-                    ranks.wait(TICK_S / 4)
-                    ranks.take_stacks()
-                if store.check([f"kill/{number}"]):
-                    ranks.kill()
-                beat += 1
-                log = log_path.read_text(errors="replace")[-_MAX_LOG_CHARS:]
-                state = {
-                    "beat": beat,
-                    "cpu_s": ranks.cpu_s(),
-                    "result": rank.result,
-                    "stack": rank.stack,
-                    "log": log,
-                    "exit": None if rank.exit is None else dataclasses.asdict(rank.exit),
-                }
-                store.set(f"state/{number}/{launch.rank}", json.dumps(state))
+def _state(rank: Rank, log_path: Path, beat: int) -> dict[str, Any]:
+    """What rank 0 reads of a rank; ``beat`` tells one state from the next."""
+    return {
+        "beat": beat,
+        "usage": None if rank.usage is None else dataclasses.asdict(rank.usage),
+        "result": rank.result,
+        "stack": rank.stack,
+        "log": log_path.read_text(errors="replace")[-_MAX_LOG_CHARS:],
+        "exit": None if rank.exit is None else dataclasses.asdict(rank.exit),
+    }
 
 
 def _own_request(launch: Launch, request: Message, size: int, address: str, timeout_s: float | None) -> Message:
     """The request of this process's rank."""
-    local_size = min(launch.local_size, size)
+    first = launch.rank - launch.local_rank  # of this machine, whose last ranks may be beyond the world
+    local_size = min(launch.local_size, size - first)
     return rank_request(request, launch.rank, size, launch.local_rank, local_size, address, timeout_s)
 
 

@@ -18,6 +18,7 @@ from rlhfbench.runs.faults import last_line
 from rlhfbench.runs.forkserver import ForkServer
 from rlhfbench.runs.job import Exit
 from rlhfbench.runs.progress import Progress, Silent
+from rlhfbench.runs.ranks import run_ranks, world_of
 from rlhfbench.runs.worker import PHASE_PREFIX
 from rlhfkernels.config.case import Case
 
@@ -32,10 +33,13 @@ class ThisMachine:
     Args:
         server: forks the cases. It is started with the first case.
         progress: receives the stages of cases, and notices.
+        runs_ranks: runs a case of several ranks: all of them here, or one in each process of a launcher.
     """
 
-    def __init__(self, server: ForkServer, progress: Progress | None = None) -> None:
-        self._server, self._progress = server, progress or Silent()
+    def __init__(
+        self, server: ForkServer, progress: Progress | None = None, *, runs_ranks: Callable[..., Exit] = run_ranks
+    ) -> None:
+        self._server, self._progress, self._runs_ranks = server, progress or Silent(), runs_ranks
         self._nvml_is_missing = False
 
     def start(self) -> None:
@@ -88,7 +92,12 @@ class ThisMachine:
     def _run(self, request: Mapping[str, Any], log_path: Path, timeout_s: float) -> tuple[dict[str, Any], Exit]:
         """The result that the process sent, or one made from its exit status, and its end; deletes an empty log."""
         watch, kills = _Watch(self._progress.doing), num_oom_kills()
-        end = self._server.run(dict(request), log_path=log_path, timeout_s=timeout_s, on_message=watch)
+        size = world_of(request)
+        how: dict[str, Any] = {"log_path": log_path, "timeout_s": timeout_s, "on_message": watch}
+        if size is None:
+            end = self._server.run(dict(request), **how)
+        else:
+            end = self._runs_ranks(self._server, dict(request), size, **how)
         result = watch.result
         if result is None or end.timed_out:
             log, oom_killed = log_path.read_text(errors="replace"), num_oom_kills() > kills

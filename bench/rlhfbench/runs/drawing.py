@@ -29,9 +29,9 @@ def draw_run(run_dir: Path, *, whole: bool = False, with_paper: bool = False) ->
 
     Always ``memory_table`` (.md, .csv), ``latency`` and ``throughput`` (.png, .svg). ``index.html``, the interactive
     page, where its libraries are installed. ``slopes`` (.md, .csv) if a method was measured at two lengths or batch
-    sizes; ``gain`` (.md, .csv) if the baseline was measured, and another method at two batch sizes; ``scaling`` (.md,
-    .csv, .png, .svg) if cases differ in their ranks alone; ``predicted`` (.md, .png, .svg) if memory was predicted;
-    pictures of the timelines beside them.
+    sizes; ``gain`` (.md, .csv) if the baseline was measured, and another method at two batch sizes; ``ranks`` (.md,
+    .csv) if cases ran over ranks, and ``scaling`` (.md, .csv, .png, .svg) if some differ in their ranks alone;
+    ``predicted`` (.md, .png, .svg) if memory was predicted; pictures of the timelines beside them.
 
     Args:
         run_dir: a folder with ``records.jsonl``.
@@ -59,8 +59,9 @@ def draw_run(run_dir: Path, *, whole: bool = False, with_paper: bool = False) ->
     from rlhfreports.gain import has_gain
     from rlhfreports.predicted import has_predictions, predicted_markdown
     from rlhfreports.predicted_plot import draw_predicted
+    from rlhfreports.ranks import has_ranks
     from rlhfreports.ratios import resolution
-    from rlhfreports.scaling import draw_scaling, has_scaling, scaling_table
+    from rlhfreports.scaling import draw_scaling, ranks_table, scaling_table
 
     frame = records_frame(records)
     memory = memory_table(frame)
@@ -81,10 +82,12 @@ def draw_run(run_dir: Path, *, whole: bool = False, with_paper: bool = False) ->
         gains = gain_table(frame)
         _write(run_dir, "gain", gains)
         printed += [Text(), gains.rich()] if whole else []
-    if has_scaling(frame):
+    if has_ranks(frame):
+        _write(run_dir, "ranks", ranks_table(frame))
         scaling = scaling_table(frame)
-        _write(run_dir, "scaling", scaling)
-        draw_scaling(frame, run_dir / "scaling")
+        if len(scaling.frame):
+            _write(run_dir, "scaling", scaling)
+            draw_scaling(frame, run_dir / "scaling")
     draws_all = whole and len(frame) <= _MAX_TIMELINES
     draw_timelines(frame if draws_all else largest_cases(frame), run_dir / TIMELINES_NAME)
     missing = missing_libraries()

@@ -51,12 +51,28 @@ class Verdict(enum.Enum):
     """Why the ranks of a case ended.
 
     ``ENDED``: by themselves, or since one of them failed. ``TIMEOUT``: the case took too long. ``STALL``: none of them
-    used the CPU.
+    used the CPU. ``SPIN``: one of them used the CPU and went on to no other phase, and the others waited for it.
     """
 
     ENDED = enum.auto()
     TIMEOUT = enum.auto()
     STALL = enum.auto()
+    SPIN = enum.auto()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Usage:
+    """What a rank that runs has done so far.
+
+    Attributes:
+        cpu_s: CPU seconds.
+        num_phases: stages of the measurement and phases of steps that it has entered.
+        is_stepping: it has begun a step, and is not writing a profile: ranks do the same work from here on.
+    """
+
+    cpu_s: float
+    num_phases: int = 0
+    is_stepping: bool = False
 
 
 @dataclasses.dataclass(slots=True)
@@ -69,6 +85,8 @@ class Rank:
         exit: how it ended; ``None`` while it runs.
         stack: where it was when it was ended from outside, innermost frame first; empty otherwise.
         log: its log.
+        usage: what it has done so far; ``None`` where that is not known, or while it waits for a disk.
+        is_late: it uses the CPU, and the others wait for it.
     """
 
     number: int
@@ -76,6 +94,8 @@ class Rank:
     exit: Exit | None = None
     stack: str = ""
     log: str = ""
+    usage: Usage | None = None
+    is_late: bool = False
 
     @property
     def has_failed(self) -> bool:
@@ -177,17 +197,20 @@ def _death(rank: Rank, others: Sequence[Rank], *, oom_killed: bool) -> Result:
 
 def _hang(ranks: Sequence[Rank], verdict: Verdict) -> Result:
     """The result of a case whose ranks were ended from outside."""
-    asleep = [rank for rank in ranks if rank.result is None and rank.collective is None]
-    first = asleep[0] if asleep else ranks[0]
+    late = [rank for rank in ranks if rank.is_late]
+    late = late or [rank for rank in ranks if rank.result is None and rank.collective is None]
+    first = late[0] if late else ranks[0]
     others = [rank for rank in ranks if rank is not first]
-    if not asleep:
+    if not late:
         waits = "; ".join(f"rank {rank.number} in {rank.collective or 'nothing'}" for rank in ranks)
         message = f"all ranks waited for each other in phase {first.where}: {waits}."
     elif verdict is Verdict.STALL:
         message = f"rank {first.number} hung in phase {first.where}{_waited(others)}"
+    elif verdict is Verdict.SPIN:
+        message = f"rank {first.number} used the CPU without an end in phase {first.where}{_waited(others)}"
     else:
         message = f"rank {first.number} was still in phase {first.where} at the case's timeout{_waited(others)}"
-    kind = "Hang" if verdict is Verdict.STALL else "Timeout"
+    kind = "Timeout" if verdict is Verdict.TIMEOUT else "Hang"
     return {"outcome": "timeout", "error": {"kind": kind, "message": message, "phase": first.where}}
 
 

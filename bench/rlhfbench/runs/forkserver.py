@@ -23,12 +23,9 @@ from pathlib import Path
 from typing import BinaryIO, Self
 
 from rlhfbench.errors import ForkServerError
-from rlhfbench.launch import find_launch
-from rlhfbench.runs.agents import head
 from rlhfbench.runs.faults import last_line
 from rlhfbench.runs.forkserver_process import Lines, Message
 from rlhfbench.runs.job import KILL_WAIT_S, Exit, Job, finish
-from rlhfbench.runs.ranks import run_ranks, world_of
 
 WORKER = "rlhfbench.runs.worker:run_case"
 PRELOAD = ("torch", "transformers", "peft", "rlhfkernels.training.step", "rlhfbench.measure.measurements")
@@ -60,6 +57,7 @@ class ForkServer:
         self._control: socket.socket | None = None
         self._log: BinaryIO | None = None
         self._lines = Lines()
+        self.knows_where = False
 
     def __enter__(self) -> Self:
         self.start()
@@ -107,6 +105,7 @@ class ForkServer:
                 self.close()
         if ready is None:
             raise ForkServerError(f"the fork server did not start: {last_line_of_log}")
+        self.knows_where = bool(ready.get("knows_where"))
 
     def _environment(self) -> dict[str, str]:
         environment = worker_environment(os.environ)
@@ -144,18 +143,14 @@ class ForkServer:
         timeout_s: float | None = None,
         on_message: Callable[[Message], None] = lambda message: None,
     ) -> Exit:
-        """Runs one case until it exits, crashes or is killed; a case of several ranks in one process for each.
+        """Runs one process until it exits, crashes or is killed; see ``rlhfbench.runs.ranks`` for several.
 
         Args:
             request: JSON object for the target.
-            log_path: receives standard output and standard error of the case; of later ranks, files beside it.
+            log_path: receives standard output and standard error of the case.
             timeout_s: seconds from now after which the case is killed.
             on_message: called with each message of the case at once.
         """
-        world = world_of(request)
-        if world is not None:
-            run = run_ranks if find_launch() is None else head().run
-            return run(self, request, world, log_path=log_path, timeout_s=timeout_s, on_message=on_message)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with self.job([request], [log_path], lambda number, message: on_message(message)) as job:
             finish(job, deadline)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import faulthandler
 import gc
 import importlib
+import itertools
 import json
 import mmap
 import os
 import selectors
 import signal
 import socket
+import struct
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,6 +27,7 @@ from rlhfbench.processes import die_with_parent
 
 MAX_CHILDREN = 100  # one message carries two descriptors of each, and Linux passes at most 253
 _PAGE_BYTES = 256
+_HEADER = struct.Struct("<I?B")  # of a page: phases entered, whether it is stepping, bytes of the phase's name
 
 Message = dict[str, Any]
 Target = Callable[[Message, Callable[[Message], None]], None]
@@ -48,7 +51,7 @@ class _Child:
     Attributes:
         pid: of the process, and of its group.
         number: among the processes of its case.
-        page: shared memory that holds the phase it is in.
+        page: shared memory that holds the phase it is in, and how many it has entered.
     """
 
     def __init__(self, pid: int, number: int, page: mmap.mmap) -> None:
@@ -61,7 +64,13 @@ class _Child:
 
     def phase(self) -> str | None:
         """The phase that the process announced last."""
-        return self.page[1 : 1 + self.page[0]].decode(errors="replace") or None
+        _, _, length = _HEADER.unpack_from(self.page)
+        return self.page[_HEADER.size : _HEADER.size + length].decode(errors="replace") or None
+
+    def where(self) -> tuple[int, bool]:
+        """The number of phases that the process has announced, and whether it is stepping."""
+        num_phases, is_stepping, _ = _HEADER.unpack_from(self.page)
+        return num_phases, is_stepping
 
 
 class _Server:
@@ -84,7 +93,7 @@ class _Server:
         with selectors.DefaultSelector() as selector:
             selector.register(self._control, selectors.EVENT_READ)
             selector.register(wake_read, selectors.EVENT_READ)
-            self._tell({"ready": True})
+            self._tell({"ready": True, "knows_where": True})
             try:
                 while True:
                     ready = {key.fileobj for key, _ in selector.select()}
@@ -109,6 +118,8 @@ class _Server:
             elif "dump" in message:
                 for child in self._children.values():
                     os.kill(child.pid, signal.SIGUSR1)
+            elif "where" in message:
+                self._tell({"where": [[child.number, *child.where()] for child in self._children.values()]})
             else:
                 self._fork_all(message["run"])
         return bool(data)
@@ -204,14 +215,16 @@ def _become_case(server_pid: int, log: int) -> None:
 def _sender(pipe: int, page: mmap.mmap) -> Callable[[Message], None]:
     """The function that a process sends its messages with.
 
-    ``{"phase": name}`` is no line of its own: it is kept in shared memory, and told with the exit status. It takes less
-    than a microsecond and wakes no one, so that timed steps can send it.
+    ``{"phase": name, "is_stepping": flag}`` is no line of its own: it is kept in shared memory, and told with the exit
+    status or on request. It takes about a microsecond and wakes no one, so that timed steps can send it.
     """
+    num_phases = itertools.count(1)
 
     def send(message: Message) -> None:
         if "phase" in message:
-            name = message["phase"].encode()[: _PAGE_BYTES - 1]
-            page[: 1 + len(name)] = bytes([len(name)]) + name
+            name = message["phase"].encode()[: min(_PAGE_BYTES - _HEADER.size, 255)]
+            header = _HEADER.pack(next(num_phases), message.get("is_stepping", False), len(name))
+            page[: len(header) + len(name)] = header + name
         else:
             _write_line(pipe, message)
 

@@ -38,6 +38,8 @@ class Exit:
 class Server(Protocol):
     """The connection to the fork server, as a job uses it."""
 
+    knows_where: bool  # False for the server of an older revision
+
     def send(self, message: Message) -> bool:
         """Sends a message; returns ``False`` if the server is gone."""
 
@@ -57,6 +59,7 @@ class Job:
     Attributes:
         pids: process ids, once they are known.
         exits: how each process ended; ``None`` while it runs.
+        places: phases that each process had entered when the server was asked last, and whether it was stepping.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Job:
         self._open = set(range(len(self._pipes)))
         self.pids: list[int | None] = [None] * len(self._pipes)
         self.exits: list[Exit | None] = [None] * len(self._pipes)
+        self.places: list[tuple[int, bool]] = [(0, False)] * len(self._pipes)
 
     @property
     def is_over(self) -> bool:
@@ -108,9 +112,17 @@ class Job:
         """Has every process that runs write the stacks of its threads to its log."""
         self._server.send({"dump": True})
 
+    def ask_where(self) -> None:
+        """Asks for ``places``, which come with a later message."""
+        if self._server.knows_where:
+            self._server.send({"where": True})
+
     def _note(self, message: Message) -> None:
         number = message.get("child", 0)
-        if "pid" in message:
+        if "where" in message:
+            for number, num_phases, is_stepping in message["where"]:
+                self.places[number] = num_phases, is_stepping
+        elif "pid" in message:
             self.pids[number] = message["pid"]
         else:
             self._end(number, message)

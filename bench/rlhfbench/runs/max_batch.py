@@ -239,10 +239,13 @@ def _smallest_batches(sweep: Sweep) -> Iterator[Case]:
 
 
 def _memory_limits(case: Case, options: RunOptions) -> tuple[int | None, int | None]:
-    """(bytes that a predicted batch must fit into, bytes that a try must not exceed), each ``None`` if unknown."""
+    """(bytes that a predicted batch must fit into, bytes that a try must not exceed), each ``None`` if unknown.
+
+    On a CPU the ranks of a case share the memory of the machine.
+    """
     limit = options.memory_limit_bytes
     if case.device == "cpu":
-        available_bytes = host.available_bytes()
+        available_bytes = host.available_bytes() // case.options.parallel.world_size
         usable_bytes = max(0, available_bytes - _PROCESS_BYTES)
         return min(usable_bytes, limit or usable_bytes), available_bytes
     total_bytes = device_bytes(case.device)

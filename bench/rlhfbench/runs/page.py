@@ -40,7 +40,7 @@ def read_run(run_dir: Path, name: str | None = None, loaded: Loaded | None = Non
         RecordsError: a file cannot be read.
         RunFolderError: the environment cannot be read.
     """
-    from rlhfbench.records.frame import blocks_frame, records_frame
+    from rlhfbench.records.frame import blocks_frame, ranks_frame, records_frame
     from rlhfbench.runs.drawing import largest_cases
     from rlhfreports.page.data import Run
 
@@ -51,6 +51,7 @@ def read_run(run_dir: Path, name: str | None = None, loaded: Loaded | None = Non
         name=name or run_dir.resolve().name,
         frame=frame,
         blocks=blocks_frame(records),
+        ranks=ranks_frame(records),
         environments=folder.environments(),
         sweep=_text(run_dir / SWEEP_NAME),
         timelines=_timelines(largest_cases(frame), folder.timelines_dir),

@@ -5,21 +5,17 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from rlhfbench.processes import num_oom_kills
-from rlhfbench.runs.faults import Rank, Verdict, judge
+from rlhfbench.runs.faults import Rank, Usage, Verdict, judge
 from rlhfbench.runs.forkserver_process import Message
+from rlhfbench.runs.hangs import TICK_S, CpuMeter, HangDetector
 from rlhfbench.runs.job import Exit, Job
 
-TICK_S = 1.0
-# All ranks together sleep for so long only if one of them hangs: the others wait for it in a collective. gloo's threads
-# alone wake a hundred times a second, which is less than 1 % of a core.
-STALL_S = 8.0
-_STALL_CPU_SHARE = 0.03
 GRACE_S = 4.0  # seconds that ranks have to notice the end of another
 _DUMP_S = 1.5
 
@@ -31,7 +27,7 @@ _PRELOAD = {
 }
 
 
-def world_of(request: Message) -> int | None:
+def world_of(request: Mapping[str, Any]) -> int | None:
     """The number of ranks of a request for the worker; ``None`` if its case runs in one process without a world.
 
     A plan of such a case runs in one process too.
@@ -59,8 +55,8 @@ class RankProcesses(Protocol):
     def wait(self, timeout_s: float) -> None:
         """Waits for a message or an exit of some rank, and takes it."""
 
-    def cpu_s(self) -> float | None:
-        """CPU seconds of all ranks that run; ``None`` where one waits for a disk, which is no hanging."""
+    def look(self) -> None:
+        """Takes the usage of every rank that runs."""
 
     def dump(self) -> None:
         """Has every rank that runs write its stack."""
@@ -89,6 +85,7 @@ class LocalRanks:
         self.job: Job | None = None
         self._logs, self._on_message = list(log_paths), on_message
         self._dumped_from = [0] * len(log_paths)
+        self._meters = [CpuMeter() for _ in log_paths]
 
     def take(self, number: int, message: Message) -> None:
         """Takes a message of a rank."""
@@ -105,11 +102,15 @@ class LocalRanks:
         for rank, found in zip(self.ranks, self.job.exits, strict=True):
             rank.exit = found
 
-    def cpu_s(self) -> float | None:
-        """CPU seconds of the ranks that run; ``None`` where one waits for a disk."""
+    def look(self) -> None:
+        """Takes the usage of every rank that runs; its phases as they were when this was called last."""
         assert self.job is not None
-        pids = [pid for pid, found in zip(self.job.pids, self.job.exits, strict=True) if found is None]
-        return cpu_s(pid for pid in pids if pid is not None)
+        for rank, pid, place, meter in zip(self.ranks, self.job.pids, self.job.places, self._meters, strict=True):
+            if rank.exit is None:
+                seconds = None if pid is None else meter.cpu_s(pid)
+                num_phases, is_stepping = place
+                rank.usage = None if seconds is None else Usage(seconds, num_phases, is_stepping)
+        self.job.ask_where()
 
     def dump(self) -> None:
         """Has every rank that runs write its stack."""
@@ -162,7 +163,7 @@ def run_ranks(
         requests = [rank_request(request, n, size, n, size, address, timeout_s) for n in range(size)]
         with server.job(requests, logs, ranks.take) as ranks.job:
             kills = num_oom_kills()
-            verdict = supervise(ranks, timeout_s, watches_cpu=not request["settings"].get("turns"))
+            verdict = supervise(ranks, timeout_s, detector_for(request))
         return conclude(ranks.ranks, verdict, logs, on_message, oom_killed=num_oom_kills() > kills)
 
 
@@ -185,20 +186,28 @@ def rank_request(
     return {**request, "rank": {**place, "timeout_s": timeout_s}, "preload": preload}
 
 
-def supervise(ranks: RankProcesses, timeout_s: float | None, *, watches_cpu: bool) -> Verdict:
+def detector_for(request: Message) -> HangDetector | None:
+    """The detector of ranks that hang; ``None`` where two cases step in turns, and all ranks of one may just wait."""
+    if request["settings"].get("turns"):
+        return None
+    rollout: Message = request["case"]["options"].get("rollout") or {}
+    # Where completions may end early, one rank may rightly generate for much longer than the others.
+    return HangDetector(finds_loops=rollout.get("stop_token_id") is None)
+
+
+def supervise(ranks: RankProcesses, timeout_s: float | None, detector: HangDetector | None) -> Verdict:
     """Waits until all ranks have ended; ends them when one fails, all sleep, or ``timeout_s`` is over.
 
     Args:
         ranks: The processes.
         timeout_s: Seconds from now.
-        watches_cpu: Whether ranks that use no CPU hang. Where two cases step in turns, they may just wait.
+        detector: Looks for ranks that hang.
 
     Returns:
         Why the ranks were ended; ``Verdict.ENDED`` where they ended by themselves.
     """
     deadline_s = float("inf") if timeout_s is None else time.monotonic() + timeout_s
-    stall = _Stall()
-    failed_s = float("inf")
+    looked_s, failed_s = 0.0, float("inf")
     while any(rank.exit is None for rank in ranks.ranks):
         now_s = time.monotonic()
         if now_s >= min(deadline_s, failed_s + GRACE_S):
@@ -208,59 +217,56 @@ def supervise(ranks: RankProcesses, timeout_s: float | None, *, watches_cpu: boo
         ranks.wait(max(0.0, min(TICK_S, deadline_s - now_s)))
         if any(rank.has_failed for rank in ranks.ranks):
             failed_s = min(failed_s, time.monotonic())
-        elif watches_cpu and stall.lasts(ranks.cpu_s()):
-            _end(ranks)
-            return Verdict.STALL
+        elif detector is not None and time.monotonic() >= looked_s + TICK_S:
+            looked_s = time.monotonic()
+            ranks.look()
+            found = detector.verdict(ranks.ranks, looked_s)
+            if found is not None and _hang(ranks, found, detector):
+                return found
     return Verdict.ENDED
+
+
+def _hang(ranks: RankProcesses, found: Verdict, detector: HangDetector) -> bool:
+    """Ends ranks that hang. Not those of which some sleep in no collective: they wait for something else."""
+    if found is Verdict.STALL:
+        _end(ranks)
+        return True
+    _read_stacks(ranks)
+    running = [rank for rank in ranks.ranks if rank.exit is None]
+    if any(rank.has_failed for rank in ranks.ranks) or any(
+        rank.collective is None and not rank.is_late for rank in running
+    ):
+        for rank in running:
+            rank.stack = ""
+        detector.allow(ranks.ranks, time.monotonic())
+        return False
+    _kill(ranks)
+    return True
 
 
 def _end(ranks: RankProcesses) -> None:
     """Reads the stacks of the ranks that run, then kills them and waits for their end."""
+    _read_stacks(ranks)
+    _kill(ranks)
+
+
+def _read_stacks(ranks: RankProcesses) -> None:
     ranks.dump()
-    _wait(ranks, _DUMP_S)
+    wait_for_end(ranks, _DUMP_S)
     ranks.take_stacks()
+
+
+def _kill(ranks: RankProcesses) -> None:
     ranks.kill()
-    _wait(ranks, 2 * GRACE_S)
+    wait_for_end(ranks, 2 * GRACE_S)
     ranks.abandon()
 
 
-def _wait(ranks: RankProcesses, for_s: float) -> None:
+def wait_for_end(ranks: RankProcesses, for_s: float) -> None:
     """Waits for the end of all ranks, at most ``for_s``."""
     until_s = time.monotonic() + for_s
     while any(rank.exit is None for rank in ranks.ranks) and (left_s := until_s - time.monotonic()) > 0:
         ranks.wait(left_s)
-
-
-class _Stall:
-    """Notices that no rank has used the CPU for ``STALL_S``."""
-
-    def __init__(self) -> None:
-        self._since_s = self._cpu_s = -1.0
-
-    def lasts(self, cpu_s: float | None) -> bool:
-        now_s = time.monotonic()
-        used_s = None if cpu_s is None else cpu_s - self._cpu_s
-        if self._since_s < 0 or used_s is None or not 0 <= used_s <= _STALL_CPU_SHARE * max(now_s - self._since_s, 1.0):
-            self._since_s, self._cpu_s = now_s, cpu_s or 0.0
-            return False
-        return now_s - self._since_s >= STALL_S
-
-
-def cpu_s(pids: Iterable[int]) -> float | None:
-    """CPU seconds of processes of this machine; ``None`` where one waits for a disk, which is no hanging."""
-    import psutil  # here: only cases of several ranks need it
-
-    total_s = 0.0
-    for pid in pids:
-        try:
-            process = psutil.Process(pid)
-            if process.status() == psutil.STATUS_DISK_SLEEP:
-                return None
-            used = process.cpu_times()
-        except psutil.Error:  # it has just ended
-            continue
-        total_s += used.user + used.system
-    return total_s
 
 
 def conclude(

@@ -6,22 +6,26 @@ import dataclasses
 import random
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 from rlhfbench.cases import preflight
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.errors import RunFolderError
+from rlhfbench.launch import find_launch
 from rlhfbench.records.file import Entry, Record, RecordsFile, make_record
 from rlhfbench.records.timelines import write_timeline
 from rlhfbench.runs import environment
+from rlhfbench.runs.agents import follower, head
 from rlhfbench.runs.case_process import ThisMachine
 from rlhfbench.runs.execution import Ended, Executor, Place, Setup, Task
 from rlhfbench.runs.folder import RunFolder, Segment
 from rlhfbench.runs.forkserver import WARM, ForkServer
+from rlhfbench.runs.job import Exit
 from rlhfbench.runs.options import RunOptions
 from rlhfbench.runs.progress import Progress, make_progress
+from rlhfbench.runs.ranks import run_ranks
 from rlhfbench.runs.titles import Titles
 from rlhfkernels.config.case import Case
 from rlhfkernels.config.content import content_hash
@@ -61,6 +65,9 @@ def run_sweep(
     place: Place | None = None,
 ) -> RunResult:
     """Runs every case of ``sweep`` that is not recorded yet, each in a process of its own.
+
+    In a process of torchrun or Slurm's ``srun`` that is not rank 0's, it starts this process's rank of every case that
+    rank 0 runs, and returns without records when that run ends.
 
     Args:
         sweep: the cases, in their order.
@@ -111,6 +118,43 @@ def run_cases(
     the search that resumes this one.
     """
     environment.check_system()
+    launch = find_launch()
+    if launch is not None and launch.rank:
+        follow_launcher()
+        return RunResult(run_dir=Path(out_dir), records=[], interrupted=False)
+    with ExitStack() as opened:
+        runs_ranks: Callable[..., Exit] = run_ranks
+        if launch is not None:
+            opened.callback(head().end)  # whatever becomes of this run, the other processes' ends
+            runs_ranks = head().run
+        how: dict[str, Any] = {"resume": resume, "retry": retry, "progress": progress, "place": place}
+        return _run_cases(run, sweep, out_dir, options, max_batch_limit, runs_ranks, **how)
+
+
+def follow_launcher() -> None:
+    """Starts this process's rank of every case of the run that the launcher's process of rank 0 makes.
+
+    Raises:
+        SweepError: rank 0 does not answer, or is gone.
+    """
+    with make_server() as server:
+        follower().follow(server)
+
+
+def _run_cases(
+    run: Callable[[Runner, Sweep], None],
+    sweep: Sweep,
+    out_dir: str | Path,
+    options: RunOptions | None,
+    max_batch_limit: int | None,
+    runs_ranks: Callable[..., Exit],
+    *,
+    resume: bool,
+    retry: Collection[str],
+    progress: Progress | None,
+    place: Place | None,
+) -> RunResult:
+    """Implements ``run_cases`` in the only process, or in that of rank 0."""
     folder = RunFolder(out_dir)
     if resume:
         folder.check_is_run()
@@ -144,7 +188,7 @@ def run_cases(
         try:
             types = list(dict.fromkeys(model.model_type for model in facts.values() if model.model_type))
             if place is None:
-                executor: Executor = ThisMachine(make_server(types), progress)
+                executor: Executor = ThisMachine(make_server(types), progress, runs_ranks=runs_ranks)
             else:
                 executor = place.make_executor(
                     Setup(

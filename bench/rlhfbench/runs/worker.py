@@ -17,6 +17,7 @@ from rlhfkernels.config.case import Case
 from rlhfkernels.errors import RlhfKernelsError
 
 PHASE_PREFIX = "phase:"
+_UNLIKE = ("profile",)  # stages in which rank 0 alone writes files, and the others wait for it
 MAX_MESSAGE_CHARS = 500
 
 # Messages of errors without a type of their own: torch's CPU allocator on Linux and elsewhere, C++'s new, cuBLAS.
@@ -42,18 +43,21 @@ class Stage:
 
     def __init__(self, send: Callable[[dict[str, Any]], None], *, is_rank: bool = False) -> None:
         self._send, self._is_rank = send, is_rank
+        self._is_stepping, self._are_alike = False, True
         self.name: str | None = None
 
     def notify(self, name: str) -> None:
         """Enters a stage: ``build``, ``timing`` and so on, or ``phase:`` and the name of a phase."""
         self._send({"notify": name})
+        self._are_alike = self._are_alike and name not in _UNLIKE
+        self._is_stepping = self._are_alike and (self._is_stepping or name.startswith(PHASE_PREFIX))
         self.enter(name.removeprefix(PHASE_PREFIX))
 
     def enter(self, name: str) -> None:
         """Enters a stage or a phase quietly: it is told only if the process dies in it."""
         self.name = name
         if self._is_rank:
-            self._send({"phase": name})
+            self._send({"phase": name, "is_stepping": self._is_stepping})
 
 
 def run_case(request: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None:

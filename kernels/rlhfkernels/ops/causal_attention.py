@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from rlhfkernels.ops.attention_mask import AttentionSpan, CausalMask, Segment
-from rlhfkernels.ops.dispatch import takes_native
+from rlhfkernels.ops.dispatch import is_on_cpu, takes_native
 from rlhfkernels.ops.native import causal_attention as native
 from rlhfkernels.ops.qkv_layout import QkvLayout
 from rlhfkernels.ops.rivals import Rival
@@ -117,14 +117,14 @@ class _CausalAttention(torch.autograd.Function):
 def _torch(qkv: torch.Tensor, layout: QkvLayout, mask: CausalMask, span: AttentionSpan) -> torch.Tensor:
     b, t, start = mask.b, mask.t, span.start
     query, key, value = (part.view(b, t, *part.shape[1:]).transpose(1, 2) for part in layout.split(qkv))
-    attended = mask.mask(span.window)
+    attended = mask.bias(span.window, query.dtype)
     # On CUDA the kernels for plain causal attention are so much faster that all positions may attend.
-    first = start if attended is not None or _masks_are_cheap(query.device) else 0
+    first = start if attended is not None or _masks_are_cheap(query) else 0
     if first:
         query = query[:, :, first:]
         attended = (mask.causal() if attended is None else attended)[:, :, first:]
     grouped = layout.num_heads != layout.num_kv_heads
-    if grouped and attended is not None and not _masks_are_cheap(query.device):
+    if grouped and attended is not None and not _masks_are_cheap(query):
         # With a mask and grouped heads, torch has only the math kernel on CUDA, which keeps all scores.
         key, value = (_repeated(part, layout.num_heads) for part in (key, value))
         grouped = False
@@ -175,9 +175,9 @@ FLASH = Rival(
 )
 
 
-def _masks_are_cheap(device: torch.device) -> bool:
+def _masks_are_cheap(query: torch.Tensor) -> bool:
     """Returns whether attention with an explicit mask is about as fast as plain causal attention."""
-    return device.type == "cpu"
+    return is_on_cpu(query)
 
 
 def _repeated(x: torch.Tensor, num_heads: int) -> torch.Tensor:

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from rlhfkernels.ops.dispatch import is_on_cpu
+
 
 def decode_attention_reference(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, scale: float, mask: torch.Tensor | None = None
@@ -45,7 +47,7 @@ def decode_attention(
     """Computes ``decode_attention_reference``, without a gradient."""
     b, h, e = query.shape
     k = keys.shape[1]
-    if not query.is_cpu:
+    if not is_on_cpu(query):
         return _packed(query, keys, values, scale, mask)
     # bmm would round the scores to bfloat16; scaled_dot_product_attention keeps them in float32.
     if query.dtype.itemsize < 4:

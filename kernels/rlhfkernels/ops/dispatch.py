@@ -8,10 +8,31 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# The type of the device whose choices ops make on CPU tensors. No context variable, for the reason above.
+_stood_for = "cpu"
+
+
+@contextmanager
+def standing_for(device: str) -> Iterator[None]:
+    """Has ops on CPU tensors take the ways that they take on ``device``: a plan's tensors stand for that device's."""
+    global _stood_for
+    before, _stood_for = _stood_for, torch.device(device).type
+    try:
+        yield
+    finally:
+        _stood_for = before
+
+
+def is_on_cpu(x: torch.Tensor) -> bool:
+    """Returns whether ``x`` is on the CPU and stands for no other device's."""
+    return x.is_cpu and _stood_for == "cpu"
 
 
 def takes_triton(x: torch.Tensor, backend: str) -> bool:

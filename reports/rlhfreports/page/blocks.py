@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -150,6 +151,7 @@ class Links:
     links: Sequence[Link]
 
 
+_NUMBER = re.compile(r"[<≥]?([+-]?\d[\d,]*\.?\d*)")
 Block = Text | Items | Code | Chart | Table | Html | Links
 
 
@@ -221,12 +223,14 @@ def table_of(
         name: its id.
         caption: see ``Table``; by default that of ``table``.
         is_folded: see ``Table``.
-        orders: the numbers that columns are sorted by; the others are sorted by what their text begins with.
+        orders: the numbers that columns are sorted by; other columns of numbers are sorted by what their text begins
+            with.
         titles: see ``Table``; empty for none.
         kinds: see ``Table``; empty for none.
         filters: see ``Table``.
     """
-    orders = orders or {}
+    numbers = table.headings[table.num_text_columns :]
+    orders = {name: [_leading_number(text) for text in table.cells[name]] for name in numbers} | dict(orders or {})
     columns = [
         [
             Cell(text=str(text), order=orders[heading][i] if heading in orders else None)
@@ -246,3 +250,9 @@ def table_of(
         filters=filters,
         downloads=downloads(name, table.cells, table.num_text_columns, table.csv()),
     )
+
+
+def _leading_number(text: object) -> float | None:
+    """The number that a cell begins with: 1.26 of ``1.26x ± 0.05``, 0.001 of ``<0.001``; ``None`` for none."""
+    found = _NUMBER.match(str(text))
+    return None if found is None else float(found[1].replace(",", ""))

@@ -16,7 +16,7 @@ import pandas as pd
 from rlhfreports.columns import RUN, axes_that_vary, parts_of, setting_order
 from rlhfreports.frames import line_of
 from rlhfreports.plans import part_colors
-from rlhfreports.plots import COLORS, MARKERS, method_styles
+from rlhfreports.styles import COLORS, MARKERS, method_styles
 
 HEIGHT = 340
 LENGTH_TITLE = "sequence length (tokens)"

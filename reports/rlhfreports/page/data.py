@@ -8,7 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from rlhfreports.columns import RUN
+from rlhfreports.columns import HOST, RUN
+from rlhfreports.compare import HARDWARE
 
 Profile = Mapping[str, pd.DataFrame]  # see ``rlhfreports.profiles``
 # Points and phases, see ``rlhfreports.timelines``, and the largest tensors, see ``rlhfreports.page.timeline``.
@@ -23,6 +24,7 @@ class Run:
         name: tells it from the other runs of the page.
         frame: the records; see ``rlhfreports.columns``.
         blocks: one row per block of a case; see ``rlhfreports.frames.block_times``.
+        ranks: one row per rank of a case over ranks; see ``rlhfreports.ranks.rank_bars``.
         environments: the environments of its segments, its start first. Empty where none is recorded.
         sweep: the resolved sweep as TOML, empty where none is recorded.
         timelines: points, phases and largest tensors of the cases whose timelines the page shows, by ``case_id``.
@@ -32,6 +34,7 @@ class Run:
     name: str
     frame: pd.DataFrame
     blocks: pd.DataFrame = dataclasses.field(default_factory=pd.DataFrame)
+    ranks: pd.DataFrame = dataclasses.field(default_factory=pd.DataFrame)
     environments: Sequence[Mapping[str, Any]] = ()
     sweep: str = ""
     timelines: Mapping[str, Timeline] = dataclasses.field(default_factory=dict)
@@ -57,5 +60,32 @@ class Page:
         """Joins ``runs``, which must be one or more."""
         if len(runs) == 1:
             return cls(runs=tuple(runs), frame=runs[0].frame, with_paper=with_paper)
-        named = [run.frame.assign(**{RUN: pd.array([run.name] * len(run.frame), dtype="string")}) for run in runs]
+        named = []
+        for run in runs:
+            words: dict[str, list[Any]] = {RUN: [run.name] * len(run.frame), HARDWARE: _hardware(run)}
+            named.append(run.frame.assign(**{name: pd.array(texts, dtype="string") for name, texts in words.items()}))
         return cls(runs=tuple(runs), frame=pd.concat(named, ignore_index=True), with_paper=with_paper)
+
+
+def _hardware(run: Run) -> list[str | None]:
+    """The models of the GPUs, or of the CPU with its cores, of each row of a run; ``None`` where they are not recorded.
+
+    A run on a cluster has the environments of its nodes by host.
+    """
+    first: Mapping[str, Any] = run.environments[0] if run.environments else {}
+    nodes = first.get("nodes")
+    nodes = nodes if isinstance(nodes, Mapping) else {}
+    pairs = [(host, str(device)) for host, device in zip(run.frame[HOST], run.frame["device"], strict=True)]
+    known = {pair: _model_of(nodes.get(pair[0], first), pair[1]) for pair in set(pairs)}
+    return [known[pair] for pair in pairs]
+
+
+def _model_of(environment: Any, device: str) -> str | None:
+    parts = environment if isinstance(environment, Mapping) else {}
+    gpus, cpu = parts.get("gpus"), parts.get("cpu")
+    if device.startswith("cuda"):
+        found = [gpu.get("name") for gpu in gpus if isinstance(gpu, Mapping)] if isinstance(gpus, list) else []
+        return ", ".join(sorted({str(name) for name in found if name})) or None
+    if not isinstance(cpu, Mapping) or not cpu.get("model"):
+        return None
+    return f"{cpu['model']}, {cpu.get('num_usable_cores')} cores"

@@ -12,7 +12,7 @@ from rlhfreports.page.charts import DARK, HEIGHT, by_mode, lines_in_order, metho
 from rlhfreports.page.data import Page
 from rlhfreports.page.tooltips import tooltips
 from rlhfreports.phases import ceilings, phase_points, roofline_points
-from rlhfreports.plots import COLORS
+from rlhfreports.styles import COLORS
 
 ALL = "all"
 _MAX_POINTS = 1000  # that one choice of the roofline shows: 5,000 took up to 0.25 s to draw

@@ -14,8 +14,8 @@ from rlhfreports.page.blocks import Block, Cell, Chart, Link, Links, Table, Text
 from rlhfreports.page.charts import HEIGHT, by_mode, select, specification
 from rlhfreports.page.data import Page, Run
 from rlhfreports.page.tooltips import tooltips
-from rlhfreports.plots import COLORS
 from rlhfreports.profiles import TOP, Profile, flame_rects, function_first, kernels, shorter, top_ops
+from rlhfreports.styles import COLORS
 from rlhfreports.tables import GIB
 
 # Light enough for black words in both modes.

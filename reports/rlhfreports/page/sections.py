@@ -9,6 +9,7 @@ from rlhfreports.page.data import Page
 from rlhfreports.page.memory import memory_section
 from rlhfreports.page.parts import parts_section
 from rlhfreports.page.ran import ran_section
+from rlhfreports.page.ranks import ranks_section
 from rlhfreports.page.summary import answer_section, comparison_section, paper_section
 from rlhfreports.page.sure import predicted_section, sure_section
 from rlhfreports.page.times import times_section
@@ -23,6 +24,7 @@ SECTIONS: tuple[Callable[[Page], Section | None], ...] = (
     times_section,
     parts_section,
     where_time_section,
+    ranks_section,
     predicted_section,
     sure_section,
     ran_section,

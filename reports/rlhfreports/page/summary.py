@@ -13,7 +13,7 @@ from rlhfreports.page.blocks import Block, Chart, Section, Text, table_of
 from rlhfreports.page.charts import HEIGHT, LENGTH_TITLE, method_scales, select, specification
 from rlhfreports.page.data import Page
 from rlhfreports.page.tooltips import tooltips
-from rlhfreports.paper import COMPLETION_LEN, FIGURE_2, PROMPT_LEN, TABLE_1, TABLES
+from rlhfreports.paper import COMPLETION_LEN, FIGURE_2, PROMPT_LEN, TABLE_1, TABLES, alike
 
 _ROW_PX, _MAX_CHART_PX = 22, 1600
 
@@ -70,7 +70,7 @@ def _speedup_chart(page: Page, timed: pd.DataFrame) -> Chart:
     dots = base.mark_point(filled=True, size=55, opacity=1).encode(
         x=x,
         shape=alt.Shape("title:N", scale=shapes),
-        tooltip=tooltips("case", "speedup", "low", "high"),
+        tooltip=tooltips("case", "speedup", "low", "high", "machines"),
     )
     ends = base.mark_rule().encode(x=alt.X("low:Q", title="speed-up"), x2="high:Q")
     one = alt.Chart(alt.NamedData("one")).mark_rule(strokeDash=[4, 3]).encode(x=alt.X("one:Q"))
@@ -94,8 +94,9 @@ def paper_section(page: Page) -> Section | None:
     blocks: list[Block] = []
     for i, make in enumerate(TABLES):
         made = make(run.frame)
-        blocks += [table_of(made, name=f"paper-{i}"), Text(text=made.explanation)]
-    points = frames.times(run.frame)
+        if len(made.cells):
+            blocks += [table_of(made, name=f"paper-{i}"), Text(text=made.explanation)]
+    points = frames.times(alike(run.frame))
     blocks += [_figure_2(page, points)] if len(points) else []
     return Section(id="paper", title="Beside the papers", blocks=blocks)
 

@@ -10,9 +10,9 @@ from rlhfreports.page.blocks import Block, Chart, Section, Text
 from rlhfreports.page.charts import HEIGHT, by_mode, method_scales, select, specification
 from rlhfreports.page.data import Page
 from rlhfreports.page.tooltips import tooltips
-from rlhfreports.plots import COLORS
 from rlhfreports.predicted import comparisons, has_predictions, worst_sentence
 from rlhfreports.ratios import resolution
+from rlhfreports.styles import COLORS
 
 _PREDICTED_CAPTION = (
     "Each point is a case: memory that a plan predicted without running, and what the ledger counted. On the dashed "

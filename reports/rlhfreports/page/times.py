@@ -8,6 +8,7 @@ import altair as alt
 import pandas as pd
 
 from rlhfreports import frames
+from rlhfreports.columns import hosts_note
 from rlhfreports.page.blocks import Block, Chart, Section, Text, table_of
 from rlhfreports.page.charts import (
     HEIGHT,
@@ -52,7 +53,9 @@ def times_section(page: Page) -> Section | None:
     points, failed = frames.times(page.frame), frames.failures(page.frame)
     if points.empty:
         return None
-    blocks: list[Block] = [latency_chart(page, points, failed)]
+    note = hosts_note(page.frame)
+    blocks: list[Block] = [Text(text=note, kind="warning")] if note else []
+    blocks.append(latency_chart(page, points, failed))
     for run in page.runs:
         slopes = slope_table(run.frame)
         if len(slopes.frame):

@@ -38,6 +38,7 @@ def test_json_is_one_object_a_case(
         timeline = read_timeline(tmp_path / "p" / "timelines", plan["case"]["id"])
         assert timeline["peak"]["total_bytes"] == plan["memory"]["total_bytes"]
         assert timeline["peak"]["phase"] == plan["memory"]["peak_phase"]
+        assert {"base", "rollout", "activations"} <= set(timeline["tensors"]["part"])
         assert (tmp_path / "p" / "timelines" / f"{plan['case']['id']}.png").is_file()
 
 

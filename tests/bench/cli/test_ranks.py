@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from rlhfbench.cases import preflight
 from rlhfbench.cases.ranks import MAX_RANKS_PER_CORE, check_ranks
+from rlhfbench.cases.sweep import Sweep
 from rlhfbench.cli.ranks import make_ranked_sweep
+from rlhfbench.errors import SweepError
 from rlhfbench.launch import Launch
 from rlhfbench.processes import num_cores
-from rlhfbench.runs import agents
+from rlhfbench.runs import agents, runner
 from rlhfkernels.config.case import Case
 from rlhfkernels.config.options import Options
 
@@ -49,8 +52,45 @@ def test_a_global_batch_is_divided_among_the_ranks():
 
 def test_flags_and_options_add_up_and_an_option_wins():
     spec = {**SPEC, "options": {"parallel.gather": "rollout", "parallel.zero_stage": 3, "lora.r": 2}}
-    ((_, _, parallel),) = ranked(spec, world_size="2", parallel="deepspeed", zero_stage=1)
+    ((_, _, parallel),) = ranked(spec, world_size="2", parallel="deepspeed", zero_stage="1")
     assert (parallel.strategy, parallel.zero_stage, parallel.gather) == ("deepspeed", 3, "rollout")
+
+
+def test_strategies_and_stages_are_cases_and_stages_are_of_deepspeed_alone():
+    found = ranked(world_size="2,4", parallel="ddp,deepspeed,fsdp", zero_stage="0,3")
+    kinds = [("ddp", 0), ("deepspeed", 0), ("deepspeed", 3), ("fsdp", 0)]
+    assert sorted((p.strategy, p.zero_stage, p.world_size) for _, _, p in found) == sorted(
+        (*kind, size) for kind in kinds for size in (2, 4)
+    )
+
+
+def test_a_stage_alone_is_deepspeed_s():
+    found = ranked(world_size="2", zero_stage="1,2")
+    assert [(p.strategy, p.zero_stage) for _, _, p in found] == [("deepspeed", 1), ("deepspeed", 2)]
+
+
+def test_a_file_says_how_ranks_share_where_flags_do_not(tmp_path):
+    file = tmp_path / "sweep.toml"
+    file.write_text('methods = ["dpo"]\nseq_lens = [8]\nbatch_sizes = [1]\n[options.parallel]\nstrategy = "fsdp"\n')
+
+    def of_file(**params):
+        sweep = make_ranked_sweep({}, str(file), None, NO_RANKS | params)
+        return sorted((case.options.parallel.strategy, case.options.parallel.world_size) for case in sweep.cases)
+
+    assert of_file(world_size="2") == [("fsdp", 2)]
+    assert of_file(world_size="2", parallel="ddp") == [("ddp", 2)]
+    file.write_text(file.read_text() + "world_size = [1, 2]\n")
+    assert of_file() == [("fsdp", 1), ("fsdp", 2)]
+    assert of_file(parallel="ddp,fsdp") == [("ddp", 1), ("ddp", 2), ("fsdp", 1), ("fsdp", 2)]
+
+
+def test_a_file_without_ranks_stays_without(tmp_path):
+    file = tmp_path / "sweep.toml"
+    file.write_text('methods = ["dpo"]\nseq_lens = [8]\nbatch_sizes = [1]\n')
+    (case,) = make_ranked_sweep({}, str(file), None, NO_RANKS).cases
+    assert case.options.parallel.strategy is None
+    with pytest.raises(SweepError, match=r"^--parallel is 'ddp': it needs --world-size N\.$"):
+        make_ranked_sweep({}, str(file), None, NO_RANKS | {"parallel": "ddp"})
 
 
 def test_a_launcher_gives_the_world_size(monkeypatch):
@@ -71,7 +111,12 @@ def test_a_launcher_gives_the_world_size(monkeypatch):
         (("--parallel", "ddp"), "--parallel is 'ddp': it needs --world-size N."),
         (("--zero-stage", "1"), "--zero-stage is 1: it needs --world-size N."),
         (("--world-size", "2", "--parallel", "dp"), "parallel.strategy 'dp' is unknown: did you mean 'ddp'"),
-        (("--world-size", "2", "--zero-stage", "1"), "parallel.zero_stage is 1: ZeRO is DeepSpeed's"),
+        (("--world-size", "2", "--parallel", "ddp", "--zero-stage", "1"), "parallel.zero_stage is 1: ZeRO is DeepS"),
+        (
+            ("--world-size", "2", "--zero-stage", "4"),
+            "parallel.zero_stage is 4: it must be a whole number from 0 to 3.",
+        ),
+        (("--world-size", "2", "--zero-stage", "0,x"), "--zero-stage has 'x': it must be whole numbers, joined by"),
         (
             ("--world-size", "2", "--global-batch", "--batch-sizes", "3"),
             "batch_sizes has 3: with --global-batch it must be a multiple of world-size 2.",
@@ -107,6 +152,43 @@ def test_more_ranks_than_devices(monkeypatch):
     ]
 
 
+def test_the_devices_of_a_cluster_are_not_those_of_this_machine():
+    preflight.check(Sweep(cases=(case(9999, "cpu"),)), devices=False)
+
+
+def test_a_sweep_of_a_script_starts_the_ranks_of_another_process(tmp_path, monkeypatch):
+    followed = []
+    monkeypatch.setattr(runner, "follow_launcher", lambda: followed.append(True))
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = runner.run_sweep(Sweep(cases=(case(2, "cpu"),)), tmp_path / "run")
+    assert (result.records, result.interrupted, followed) == ([], False, [True])
+    assert not (tmp_path / "run").exists()
+
+
+def test_torchrun_starts_the_ranks_of_two_machines(tmp_path):
+    """Two agents of torchrun on the loopback, each with two processes."""
+    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2"]
+    agent += [
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        f"localhost:{agents._free_port()}",
+        "--local-addr",
+        "localhost",
+    ]
+    command = [*agent, HERE / "fake_case.py", "", "run", "--out", tmp_path / "run", "--blocks", "1", "--json"]
+    command += ["--methods", "dpo", "--seq-lens", "8", "--batch-sizes", "1", "--option", "data.prompt_field=echo"]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=240)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    (line,) = (tmp_path / "run" / "records.jsonl").read_text().splitlines()
+    record = json.loads(line)
+    assert record["case"]["options"]["parallel"]["world_size"] == 4
+    rank = record["prompts"]["rank"]
+    assert (rank["rank"], rank["size"], rank["local_rank"], rank["local_size"]) == (0, 4, 0, 2)
+
+
 def test_two_processes_of_a_launcher_make_one_run(tmp_path, monkeypatch):
     """As torchrun starts them on two machines: rank 0 makes the run, and the other ends with it."""
     monkeypatch.setenv("MASTER_PORT", str(agents._free_port()))
@@ -140,5 +222,5 @@ def test_the_others_end_when_rank_0_refuses_the_command(tmp_path, monkeypatch):
     command = [sys.executable, HERE / "fake_case.py", "", "run", "--out", tmp_path / "run", "--methods", "no"]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as head:
         launch = Launch(rank=1, size=2, local_rank=0, local_size=1, host="127.0.0.1", port=port)
-        agents.follow(launch, None)
+        agents.Follower(launch).follow(None)
         assert head.wait(30) == 2

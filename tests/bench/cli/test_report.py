@@ -5,7 +5,8 @@ import pytest
 
 import rlhfbench.runs.drawing
 from rlhfbench.cli import common
-from rlhfreports.terminal import Column, terminal
+from rlhfreports.layouts import Column
+from rlhfreports.terminal import terminal
 
 SCHEMA_1 = Path(__file__).parents[1] / "records" / "schema1.jsonl"
 

@@ -59,8 +59,8 @@ def test_each_rank_has_a_device_cores_and_memory_of_its_own(tmp_path, planned):
     cases = [*sized(1, options=ranks), *sized(1, options=ranks, device="cuda")]
     need_of = needs_of(cases, RunOptions(num_threads=2), tmp_path, print)
     assert [need_of(case) for case in cases] == [
-        Need(device="cpu", num_devices=4, num_cores=8, memory_bytes=4 * (1000 + PROCESS_BYTES)),
-        Need(device="cuda", num_devices=4, num_cores=8, memory_bytes=1000),
+        Need(device="cpu", num_ranks=4, num_cores=8, memory_bytes=4 * (1000 + PROCESS_BYTES)),
+        Need(device="cuda", num_ranks=4, num_cores=8, memory_bytes=1000),
     ]
 
 

@@ -6,6 +6,8 @@ import json
 import pytest
 
 from rlhfbench.cli.main import invoke
+from rlhfbench.cluster.place import Cluster
+from rlhfbench.errors import SweepError
 
 
 @pytest.mark.parametrize(
@@ -52,3 +54,10 @@ def test_a_run_is_resumed_on_its_cluster_unless_told_otherwise(tmp_path, capsys)
     assert capsys.readouterr().err == "--ray is '127.0.0.1:1': no Ray cluster answers there.\n"
     assert invoke(["run", "--resume", str(run), "--ray", "none", "--ray-group", "size"]) == 2
     assert capsys.readouterr().err == "--ray-group is 'size': it needs --ray ADDRESS.\n"
+
+
+def test_a_launcher_of_several_processes_is_refused(tmp_path, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SweepError, match=r"^--ray is 'local': a launcher started 2 processes, and Ray is used by one"):
+        Cluster("local")

@@ -53,7 +53,7 @@ def test_no_two_cases_share_a_core_a_device_or_memory(works):
         GPU,
         Need(device="cpu"),
         Need(device="cpu", num_cores=2, memory_bytes=3 * GIB),
-        Need(device="cuda", num_devices=2),
+        Need(device="cuda", num_ranks=2),
     ]
     rng = random.Random(0)
     placement = Placement(machines)

@@ -29,7 +29,7 @@ SMALLEST = Sizes(
     time_budget_s=0.05,
     blocks=2,
 )
-DRAWING = ("pandas", "matplotlib", "tabulate")
+DRAWING = ("pandas", "matplotlib", "tabulate", "altair", "vl_convert", "itables")
 _BLOCKER = f"""
 from importlib.machinery import PathFinder
 find = PathFinder.find_spec

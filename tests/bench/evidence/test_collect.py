@@ -30,7 +30,7 @@ def test_a_part_that_fails_stops_no_other_and_none_needs_the_libraries_of_drawin
 
 
 def test_the_drawing_libraries_were_really_absent(without_drawing: None) -> None:
-    for name in ("pandas", "matplotlib.pyplot", "tabulate"):
+    for name in ("pandas", "matplotlib.pyplot", "tabulate", "altair", "vl_convert", "itables"):
         done = subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True, text=True, check=False)
         assert f"No module named '{name.partition('.')[0]}'" in done.stderr
 

@@ -7,11 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhfbench.measure.ledger import Ledger
-from rlhfbench.measure.lifetimes import MAX_LIFETIMES, Lifetime, largest, lifetime_columns
+from rlhfbench.measure.lifetimes import MAX_LIFETIMES, Lifetime, ReplayedTally, largest, lifetime_columns
 from rlhfbench.measure.measurements import measure_memory
+from rlhfbench.measure.tally import Recorder, replay
 from rlhfbench.measure.timeline import Timeline
 from rlhfkernels.config.case import Case
-from rlhfkernels.observer import PARTS
+from rlhfkernels.observer import PARTS, Observer
 from rlhfkernels.training.step import build_step
 
 
@@ -104,3 +105,34 @@ def test_a_measurement_with_names_counts_the_same_bytes() -> None:
     with_it = measure_memory(step, "cpu", lambda text: None, Timeline())
     without = measure_memory(step, "cpu", lambda text: None)
     assert (with_it.peaks, with_it.num_changes) == (without.peaks, without.num_changes)
+
+
+def test_a_replay_tells_the_lifetimes_that_the_ledger_told() -> None:
+    told: list[Lifetime] = []
+    recorder = Recorder()
+    with Ledger("cpu", tally=recorder, on_lifetime=told.append) as ledger:
+        first, second = torch.zeros(4), torch.zeros(4)
+        other = torch.ones(2, 2)  # as many bytes, made by another op
+        ledger.tag("rollout", (second,))
+        ledger.enter_phase("score")
+        del first, other  # in the order in which they were made
+        ledger.exit_phase("score")
+        assert second.numel() == 4
+    replayed: list[Lifetime] = []
+    tally = ReplayedTally(lambda parts: None, replayed.append)
+    replay(recorder.changes, tally, Observer())
+    tally.end()
+    assert sorted(told, key=str) == sorted(replayed, key=str)
+    assert len(told) == 4
+
+
+def test_what_a_replay_cannot_find_is_the_youngest_of_its_size() -> None:
+    recorder, found = Recorder(), []
+    with Ledger("cpu", tally=recorder):
+        one = torch.zeros(4)
+        del one
+    made, freed = (change for change in recorder.changes if change[0] == "grow")
+    tally = ReplayedTally(lambda parts: None, found.append)
+    freed = (*freed[:3], freed[3]._replace(op=None))
+    replay([made, freed, freed], tally, Observer())
+    assert [(each.shape, each.born_event, each.end_event) for each in found] == [((4,), 1, 2)]

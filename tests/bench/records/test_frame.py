@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhfbench.records.file import make_plan, make_record
-from rlhfbench.records.frame import records_frame
+from rlhfbench.records.frame import RANK_COLUMNS, ranks_frame, records_frame
 from rlhfbench.records.schema import columns
 from rlhfkernels.config.case import Case
 from rlhfkernels.config.settings import SETTINGS
@@ -256,3 +256,34 @@ def test_the_process_is_what_holds_the_memory_of_its_device(device, view):
     views = {"host_peak_bytes": 3, "driver_peak_bytes": 4}
     record = {**RECORD, "case": {**RECORD["case"], "device": device}, "memory": {"views": views}}
     assert records_frame([record])["process_peak_bytes"].tolist() == [views[f"{view}_peak_bytes"]]
+
+
+RANK = {
+    "rank": 1,
+    "host": "one",
+    "device": "cpu",
+    "total_bytes": 7,
+    "parts": {"base": 5, "rollout": 2},
+    "phases": {
+        "generate": {"communication_step_s": 1.0, "waiting_s": 0.25},
+        "optimize": {"communication_step_s": 0.5, "waiting_s": 0.0},
+    },
+}
+
+
+def test_a_row_for_each_rank():
+    on_cuda = {**RANK, "phases": {"generate": {"communication_step_s": 1.0, "waiting_s": None}}}
+    frame = ranks_frame([RECORD, {**RECORD, "world": {"size": 2, "ranks": [RANK, on_cuda]}}])
+    assert list(frame.columns) == list(RANK_COLUMNS)
+    assert frame["case_id"].tolist() == [CASE.id] * 2
+    assert frame[["rank", "host", "total_bytes", "base_part_bytes"]].to_numpy().tolist() == [[1, "one", 7, 5]] * 2
+    assert frame["communication_step_s"].tolist() == [1.5, 1.0]
+    assert frame["waiting_s"].isna().tolist() == [False, True]
+    assert frame["waiting_s"][0] == 0.25
+
+
+@pytest.mark.parametrize("ranks", [None, 3, [], [None], ["one"], [{"parts": 3, "phases": [1]}], [{"rank": "first"}]])
+def test_ranks_of_any_content_are_read(ranks):
+    frame = ranks_frame([{**RECORD, "world": {"ranks": ranks}}])
+    assert list(frame.columns) == list(RANK_COLUMNS)
+    assert frame["rank"].isna().all()

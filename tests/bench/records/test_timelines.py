@@ -83,5 +83,8 @@ def test_the_peak_is_found_again_after_division() -> None:
     divided = divided_timeline(TIMELINE, lambda parts: {**parts, "base": parts["base"] // 2})
     assert divided["parts_bytes"] == {"base": [5, 2], "rollout": [3, 6]}
     assert divided["peak"] == {"event": 2, "phase": "score", "total_bytes": 8}
+    # A rank holds a share of each tensor of a part that is divided.
+    assert divided["tensors"]["part"] == [part for part in TIMELINE["tensors"]["part"] if part != "base"]
+    assert len(divided["tensors"]["op"]) == len(divided["tensors"]["part"])
     divided = divided_timeline(TIMELINE, lambda parts: {**parts, "base": 0})
     assert divided["peak"] == {"event": 7, "phase": "optimize", "total_bytes": 6}

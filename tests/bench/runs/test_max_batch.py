@@ -270,3 +270,10 @@ def test_the_predicted_batch_is_the_largest_that_fits_up_to_the_limit(make_case:
 
 def test_an_absent_device_has_no_memory() -> None:
     assert max_batch.device_bytes("cuda:77") is None
+
+
+def test_the_ranks_of_a_case_share_the_memory_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "available_bytes", lambda: 64 * GIB)
+    options = Options.of({"parallel.strategy": "ddp", "parallel.world_size": 4})
+    _, available_bytes = max_batch._memory_limits(dataclasses.replace(CASE, options=options), RunOptions())
+    assert available_bytes == 16 * GIB

@@ -8,8 +8,9 @@ import time
 
 import pytest
 
-from rlhfbench.runs import ranks
-from rlhfbench.runs.ranks import STALL_S
+from rlhfbench.runs import hangs
+from rlhfbench.runs.hangs import STALL_S
+from rlhfbench.runs.ranks import run_ranks
 
 MAX_FAULT_S = 15.0
 
@@ -31,7 +32,8 @@ def run(rank_server, rank_request, tmp_path, monkeypatch):
         request = rank_request(kind, **settings)
         started_s = time.monotonic()
         log_path = tmp_path / f"{kind}.log"
-        end = rank_server.run(request, log_path=log_path, timeout_s=timeout_s, on_message=messages.append)
+        how = {"log_path": log_path, "timeout_s": timeout_s, "on_message": messages.append}
+        end = run_ranks(rank_server, request, 2, **how)
         spent_s = time.monotonic() - started_s
         (result,) = [message["result"] for message in messages if "result" in message]
         assert len(jobs[0].pids) == 2
@@ -145,10 +147,22 @@ def test_a_rank_that_sleeps_for_ever_is_noticed_and_named(run):
 
 
 def test_a_wait_at_the_end_of_a_backward_pass_has_the_name_of_its_collective(run, monkeypatch):
-    monkeypatch.setattr(ranks, "STALL_S", 3.0)
+    monkeypatch.setattr(hangs, "STALL_S", 3.0)
     result, _, _ = run("ddp-hang")
     assert result["outcome"] == "timeout"
     assert result["error"]["message"] == "rank 1 hung in phase update; the other rank waited in all_reduce."
+
+
+@pytest.mark.parametrize("kind", ["spin", "ddp-spin"])
+def test_a_rank_that_loops_for_ever_is_noticed_and_named(run, kind):
+    result, _, spent_s = run(kind)
+    assert result["outcome"] == "timeout"
+    assert result["error"] == {
+        "kind": "Hang",
+        "message": "rank 1 used the CPU without an end in phase update; the other rank waited in all_reduce.",
+        "phase": "update",
+    }
+    assert STALL_S <= spent_s < MAX_FAULT_S + 5.0  # with the start of the processes, on a busy machine
 
 
 def test_a_case_that_takes_too_long_names_who_was_late(run):

@@ -149,3 +149,24 @@ def test_the_memory_limit_covers_the_step_but_not_the_ceilings(monkeypatch):
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
     assert seen[0] == hard != seen[1]
+
+
+def test_a_rank_says_how_many_phases_it_has_entered_and_whether_it_steps():
+    """Not while the profile is written, which rank 0 does alone."""
+    sent = []
+    stage = worker.Stage(sent.append, is_rank=True)
+    stage.notify("build")
+    stage.notify("phase:generate")
+    stage.enter("update")
+    stage.notify("memory")
+    stage.notify("profile")
+    stage.notify("phase:generate")
+    found = [(message["phase"], message["is_stepping"]) for message in sent if "phase" in message]
+    assert found == [
+        ("build", False),
+        ("generate", True),
+        ("update", True),
+        ("memory", True),
+        ("profile", False),
+        ("generate", False),
+    ]

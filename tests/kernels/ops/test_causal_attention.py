@@ -119,7 +119,7 @@ def test_attention_from_every_position_gives_the_same(monkeypatch: pytest.Monkey
     qkv.requires_grad_()
     found = []
     for masks_are_cheap in (True, False):
-        monkeypatch.setattr(module, "_masks_are_cheap", lambda device, cheap=masks_are_cheap: cheap)
+        monkeypatch.setattr(module, "_masks_are_cheap", lambda query, cheap=masks_are_cheap: cheap)
         y = causal_attention(qkv, layout, mask, AttentionSpan(start=4, window=None, scale=0.3), backend="torch")
         found.append((y, *torch.autograd.grad(y.square().sum(), qkv)))
     for a, b in zip(*found, strict=True):

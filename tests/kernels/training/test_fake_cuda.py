@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -17,15 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from rlhfkernels import METHODS, Case, Options
+from rlhfkernels.config.settings import SETTINGS
 
 FOLDER = Path(__file__).parent / "fake_cuda"
 NEEDS = {"triton": "triton"}
+PAPER = {key.replace(".", "__"): value for key, value in SETTINGS["paper"]["options"].items()} | {"lora__r": 3}
 # Label to method, architecture and options; each row has grouped heads and no more layers than it takes.
 VARIANTS: dict[str, dict[str, Any]] = {
     **{name: {"method": name} for name in METHODS},
+    **{f"{name}, paper's setting": {"method": name, **PAPER} for name in METHODS},
+    "plain trunk": {"engine__trunk": "plain"},
     "float32": {"dtype": "float32", "lora__dtype": "float32"},
     "float32 adapters": {"lora__dtype": "float32"},
     "gpt_neox": {"architecture": "gpt_neox"},
@@ -34,8 +36,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "window": {"architecture": "mistral", "completion_len": 8},
     "without graphs": {"engine__cuda_graphs": "off"},
     "window, without graphs": {"architecture": "mistral", "completion_len": 8, "engine__cuda_graphs": "off"},
-    "plain trunk": {"engine__trunk": "plain"},
-    "eager attention": {"engine__attn_implementation": "eager", "engine__cache_implementation": "dynamic"},
     "checkpointing": {"engine__gradient_checkpointing": True},
     "whole logits": {"engine__logprob_chunk_size": 0},
     "mini-batches": {
@@ -61,28 +61,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
 WAITS = {
     # Every sixteenth of 40 tokens looks whether all sequences have ended.
     "stop token": {"generate: aten._local_scalar_dense.default at engine/engine.py": 2},
-    # The empty keys and values that a dynamic cache of transformers starts from: two a layer.
-    "eager attention": {"generate: aten._to_copy.default at engine/trunk.py": 4},
 }
 
 
 @pytest.fixture(scope="module")
-def found(checkpoint: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def found(
+    fake_cuda: Path, checkpoint: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
     """Results of the program, by label."""
-    compiler = shutil.which("g++")
-    if compiler is None or torch.version.cuda is not None or torch.version.hip is not None:
-        pytest.skip("it needs g++ and torch's CPU build")
-    folder = tmp_path_factory.mktemp("fake-cuda")
-    library = folder / "library.so"
-    torch_folder = Path(torch.__file__).parent
-    link = [f"-L{torch_folder}/lib", f"-Wl,-rpath,{torch_folder}/lib", "-Wl,--no-as-needed", "-lc10", "-ltorch_cpu"]
-    sources = [f"-I{torch_folder}/include", str(FOLDER / "library.cpp"), "-o", str(library)]
-    _run([compiler, "-std=c++20", "-O0", "-shared", "-fPIC", *sources, *link])
+    folder = tmp_path_factory.mktemp("cases")
     (folder / "prompts.jsonl").write_text('{"prompt": "ab"}\n{"prompt": "abcdefgh"}\n')
     (folder / "pairs.jsonl").write_text('{"prompt": "ab", "chosen": "cde", "rejected": "f"}\n')
     cases = folder / "cases.json"
     cases.write_text(json.dumps([_row(label, checkpoint, folder) for label in VARIANTS]))
-    return dict(json.loads(_run([sys.executable, str(FOLDER / "steps.py"), str(library), str(cases)])))
+    return dict(json.loads(_run([sys.executable, str(FOLDER / "steps.py"), str(fake_cuda), str(cases)])))
 
 
 def _row(label: str, checkpoint: Callable[[str], str], folder: Path) -> tuple[str, dict[str, Any], bool]:

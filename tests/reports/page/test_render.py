@@ -7,11 +7,12 @@ from typing import Any
 
 import pandas as pd
 
-from rlhfreports.page.blocks import Code, Items, Section, Text, downloads
+from rlhfreports.page.blocks import Code, Items, Section, Text, downloads, table_of
 from rlhfreports.page.charts import DARK
 from rlhfreports.page.data import Page, Run
 from rlhfreports.page.render import columns_of, page_html, rendered, write_page
-from rlhfreports.plots import COLORS
+from rlhfreports.styles import COLORS
+from rlhfreports.tables import ReportTable
 
 
 def decoded(column: Any) -> list[Any]:
@@ -106,3 +107,15 @@ def test_every_colour_can_be_told_from_the_background_in_dark_mode() -> None:
         contrast = (luminance(DARK[color]) + 0.05) / (background + 0.05)
         assert contrast >= 3, color  # WCAG's least for graphics
     assert len(set(DARK.values())) == len(DARK)
+
+
+def test_every_cell_of_a_column_of_numbers_says_what_it_is_sorted_by() -> None:
+    texts = ["OOM", "9.5", "10.25", "<0.001", "–", "1.26x ± 0.05", "1,024", "≥8", "-3 %"]
+    cells = pd.DataFrame({"method": ["1"] * len(texts), "number": texts})
+    made = ReportTable(caption="t", cells=cells, num_text_columns=1, explanation="", frame=cells)
+    table = table_of(made, name="t")
+    assert [row[1].order for row in table.rows] == [None, 9.5, 10.25, 0.001, None, 1.26, 1024, 8, -3]
+    html = rendered("t", "", [Section(id="s", title="s", blocks=[table])])
+    # One cell without it in the first row would make the whole column text, in which 10 comes before 9.
+    orders = re.findall(r'<td class="number" data-order="([^"]*)">', html)
+    assert orders == ["", "9.5", "10.25", "0.001", "", "1.26", "1024.0", "8.0", "-3.0"]

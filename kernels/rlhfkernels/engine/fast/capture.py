@@ -47,18 +47,16 @@ def make_capture(x: torch.Tensor, observer: Observer, *, is_required: bool) -> C
 
 
 class CudaGraphs:
-    """Captures steps on one CUDA device. All graphs share a memory pool, so they must not run at the same time.
+    """Captures steps on one CUDA device.
 
     Args:
         device: of the steps.
-        observer: told of the pool's memory, as ``temporary``, for as long as this object lives.
+        observer: told of the pool's memory, as ``temporary``.
         is_required: raise where a step cannot be captured, instead of running it eagerly.
     """
 
     def __init__(self, device: torch.device, observer: Observer, *, is_required: bool) -> None:
         self._device, self._observer, self._is_required = device, observer, is_required
-        self._pool = torch.cuda.graph_pool_handle()
-        self._held: list[torch.Tensor] = []
         self._works = True
 
     def __call__(self, step: Step) -> Step | None:
@@ -82,18 +80,9 @@ class CudaGraphs:
         return replay
 
     def _captured(self, step: Step) -> Step | None:
-        graph = torch.cuda.CUDAGraph()
-        reserved_bytes = torch.cuda.memory_reserved(self._device)
         try:
-            # Other threads may allocate meanwhile, as a sampler of memory does.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                step()
-            except BaseException:
-                with suppress(RuntimeError):  # the first error says more
-                    graph.capture_end()
-                raise
-            graph.capture_end()
+            pool = graph_pool(self._device)
+            replay = pool.capture(step)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -103,20 +92,73 @@ class CudaGraphs:
             reason = (str(error).splitlines() or [""])[0]
             warnings.warn(f"decode steps run without CUDA graphs: {reason}", RuntimeWarning, stacklevel=2)
             return None
-        self._hold(torch.cuda.memory_reserved(self._device) - reserved_bytes)
+        self._observer.tag("temporary", pool.held)
         note_taken(CUDA_GRAPHS)
-        return graph.replay
+        return replay
+
+
+class GraphPool:
+    """The memory pool of all captures on one device. It is made on the stream of captures.
+
+    Its graphs must not run at the same time. The pool lives as long as the process: torch gives the memory of a pool
+    without graphs back only when the device is full, so that every generation with a pool of its own would reserve
+    more. An empty graph keeps it, as in torch's compiler (``torch/_inductor/cudagraph_trees.py``).
+
+    Args:
+        device: of the captures.
+
+    Attributes:
+        held: stand for the memory that the pool has reserved, which no tensor owns between replays. They are fake
+            tensors: they have sizes and no memory.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._handle = torch.cuda.graph_pool_handle()
+        self.held: list[torch.Tensor] = []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of an empty graph
+            self._keeper = self._graph_of(lambda: None)
+
+    def capture(self, step: Step) -> Step:
+        """Captures ``step`` on the current stream and returns what replays it.
+
+        Raises:
+            RuntimeError: the step cannot be captured.
+        """
+        reserved_bytes = torch.cuda.memory_reserved(self._device)
+        graph = self._graph_of(step)
+        self._hold(torch.cuda.memory_reserved(self._device) - reserved_bytes)
+        replay: Step = graph.replay
+        return replay
+
+    def _graph_of(self, step: Step) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may allocate meanwhile, as a sampler of memory does.
+        graph.capture_begin(pool=self._handle, capture_error_mode="thread_local")
+        try:
+            step()
+        except BaseException:
+            with suppress(RuntimeError):  # the first error says more
+                graph.capture_end()
+            # Where ending fails, torch's allocator still believes in a capture, and frees no cached memory when it
+            # runs out.
+            with suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(self._device.index, self._handle)
+            raise
+        graph.capture_end()
+        return graph
 
     def _hold(self, num_bytes: int) -> None:
-        """Tells the observer of ``num_bytes`` of the pool, which no tensor owns between replays.
-
-        A fake tensor of that size stands for them: it has a size and no memory.
-        """
         if num_bytes > 0:
             with FakeTensorMode():
-                stand_in = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
-            self._held.append(stand_in)
-            self._observer.tag("temporary", [stand_in])
+                self.held.append(torch.empty(num_bytes, dtype=torch.uint8, device=self._device))
+
+
+@functools.cache
+def graph_pool(device: torch.device) -> GraphPool:
+    """Returns the pool of ``device``: always the same."""
+    return GraphPool(device)
 
 
 @functools.cache

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
+
 import torch
 from transformers.cache_utils import Cache
 
@@ -17,6 +20,9 @@ from rlhfkernels.engine.trunk import CacheSkips
 from rlhfkernels.models.cache import PreallocatedLayer
 from rlhfkernels.observer import Observer
 
+# (trunk, adapter set, rows [b, d], caches) to what executes the steps; see ``DecodeSteps``.
+MakeSteps = Callable[[Blocks, str | None, torch.Tensor, Sequence[PreallocatedLayer]], DecodeSteps]
+
 
 class FastDecoder(CacheSkips):
     """One generation in progress; see ``Decoder``.
@@ -27,10 +33,17 @@ class FastDecoder(CacheSkips):
         max_len: maximum number of positions.
         observer: told of the KV cache.
         cuda_graphs: as in ``EngineOptions``.
+        make_steps: makes what executes the steps, in place of what the device of the rows calls for.
     """
 
     def __init__(
-        self, blocks: Blocks, adapter: str | None, max_len: int, observer: Observer, cuda_graphs: str = "off"
+        self,
+        blocks: Blocks,
+        adapter: str | None,
+        max_len: int,
+        observer: Observer,
+        cuda_graphs: str = "off",
+        make_steps: MakeSteps | None = None,
     ) -> None:
         self._blocks, self._adapter, self._cuda_graphs = blocks, adapter, cuda_graphs
         self._caches = [
@@ -38,6 +51,7 @@ class FastDecoder(CacheSkips):
         ]
         self._cache = Cache(layers=self._caches)
         self._observer = observer
+        self._given_steps = make_steps
         self._steps: DecodeSteps | None = None
 
     @torch.no_grad()
@@ -57,10 +71,15 @@ class FastDecoder(CacheSkips):
 
     def _make_steps(self, x: torch.Tensor) -> DecodeSteps:
         """Makes what executes the steps of rows ``x`` [b, d]."""
+        make = self._given_steps or self._steps_for(x)
+        return make(self._blocks, self._adapter, x, self._caches)
+
+    def _steps_for(self, x: torch.Tensor) -> MakeSteps:
+        """Returns what makes the steps that the device of ``x`` calls for."""
         if takes_graphs(x, self._cuda_graphs) and not self._blocks.are_gathered:
             capture = make_capture(x, self._observer, is_required=self._cuda_graphs == "on")
-            return GraphDecodeSteps(self._blocks, self._adapter, x, self._caches, capture)
-        return _class_of_steps(self._blocks, self._adapter, x)(self._blocks, self._adapter, x, self._caches)
+            return functools.partial(GraphDecodeSteps, capture=capture)
+        return _class_of_steps(self._blocks, self._adapter, x)
 
     def _store_kv(self, index: int, key: torch.Tensor, value: torch.Tensor) -> None:
         self._caches[index].update(key, value)

@@ -102,6 +102,7 @@ class GraphDecodeSteps(RowDecodeSteps):
         x = self._x.clone()
         self._run_layers(x)
         self._out.copy_(self._blocks.norm(x))
+        self._rotary, self._masks = None, {}  # the memory of a capture is free again for the next
 
     def _make_mask(self, window: int | None) -> torch.Tensor:
         """Returns what is added to the scores, [b or 1, n]: 0 on attended positions, −∞ on the others."""

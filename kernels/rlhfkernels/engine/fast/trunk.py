@@ -10,7 +10,7 @@ from rlhfkernels.config.case import Case
 from rlhfkernels.config.options import EngineOptions
 from rlhfkernels.engine.backends import select_backend
 from rlhfkernels.engine.fast.blocks import Blocks, read_blocks
-from rlhfkernels.engine.fast.decoding import FastDecoder
+from rlhfkernels.engine.fast.decoding import FastDecoder, MakeSteps
 from rlhfkernels.engine.fast.forward_pass import run_blocks, run_packed
 from rlhfkernels.engine.trunk import Decoder, PlainTrunk, Trunk
 from rlhfkernels.errors import CaseError
@@ -26,12 +26,16 @@ class FastTrunk:
     Args:
         options: select checkpointing and graphs.
         blocks: the layers of the trunk.
+
+    Attributes:
+        make_steps: as in ``FastDecoder``; a plan sets it, whose tensors are not on the device that it plans for.
     """
 
     name = "fast"
 
     def __init__(self, options: EngineOptions, blocks: Blocks) -> None:
         self._options, self._blocks = options, blocks
+        self.make_steps: MakeSteps | None = None
 
     def hidden(
         self,
@@ -61,7 +65,8 @@ class FastTrunk:
 
     def decoder(self, adapter: str | None, max_len: int, observer: Observer) -> Decoder:
         """See ``Trunk.decoder``."""
-        return FastDecoder(self._blocks, adapter, max_len, observer, self._options.cuda_graphs)
+        cuda_graphs = self._options.cuda_graphs
+        return FastDecoder(self._blocks, adapter, max_len, observer, cuda_graphs, self.make_steps)
 
     def follow_weights(self) -> None:
         """See ``Trunk.follow_weights``."""

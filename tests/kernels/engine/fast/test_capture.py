@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rlhfkernels import Observer
 from rlhfkernels.engine.fast import capture
-from rlhfkernels.engine.fast.capture import CudaGraphs, make_capture, run_eagerly, side_stream
+from rlhfkernels.engine.fast.capture import CudaGraphs, graph_pool, make_capture, run_eagerly, side_stream
 from rlhfkernels.engine.fast.decoding import takes_graphs
 from rlhfkernels.ops import taken
 
@@ -70,9 +70,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(taken, "_taken", set())
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
+    end = lambda index, pool: calls.append(f"end of {pool}")  # noqa: E731
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
     side_stream.cache_clear()
+    graph_pool.cache_clear()
     yield calls
     side_stream.cache_clear()
+    graph_pool.cache_clear()
 
 
 def make(calls: list[str], *, is_required: bool = False, observer: Observer | None = None) -> CudaGraphs:
@@ -81,7 +85,8 @@ def make(calls: list[str], *, is_required: bool = False, observer: Observer | No
 
 def test_a_step_runs_once_then_is_captured_on_the_side_stream(calls: list[str]) -> None:
     replay = make(calls)(lambda: calls.append("step"))
-    steps = ["on side", "step", "begin in pool, thread_local", "step", "end", "off side"]
+    empty, begin = ["begin in pool, thread_local", "end"], "begin in pool, thread_local"
+    steps = ["on side", "step", *empty, begin, "step", "end", "off side"]
     assert calls == ["side waits for main", *steps, "main waits for side"]
     assert replay is not None
     assert taken.taken() == ["cuda_graphs"]
@@ -89,13 +94,17 @@ def test_a_step_runs_once_then_is_captured_on_the_side_stream(calls: list[str]) 
     assert calls[-1] == "replay"
 
 
-def test_captures_share_one_stream_and_their_memory_is_temporary(calls: list[str]) -> None:
-    tags = Tags()
-    for graphs in (make(calls, observer=tags), make(calls, observer=tags)):
+def test_generations_share_one_stream_and_one_pool_whose_memory_is_temporary(calls: list[str]) -> None:
+    first, second = Tags(), Tags()
+    for tags in (first, second):
+        graphs = make(calls, observer=tags)
         graphs(lambda: None)
         graphs(lambda: None)
-    assert tags.sizes == [("temporary", 1000)] * 4
+    # An observer of a later generation is told of all that the pool holds.
+    assert first.sizes == [("temporary", 1000)] * (1 + 2)
+    assert second.sizes == [("temporary", 1000)] * (3 + 4)
     assert capture.num_side_streams() == 1
+    assert calls.count("begin in pool, thread_local") == 5  # an empty graph keeps the pool
 
 
 def failing_at(number: int, error: Exception) -> Callable[[], None]:
@@ -114,7 +123,7 @@ def test_a_failed_capture_leaves_the_steps_to_run_one_by_one(calls: list[str]) -
     with pytest.warns(RuntimeWarning, match="run without CUDA graphs: operation not permitted$"):
         assert graphs(failing_at(2, RuntimeError("operation not permitted\nlong advice"))) is None
     assert taken.taken() == []
-    assert calls[-3:] == ["end", "off side", "main waits for side"]
+    assert calls[-4:] == ["end", "end of pool", "off side", "main waits for side"]
     del calls[:]
     assert graphs(lambda: calls.append("step")) is None
     assert calls == ["step"]

@@ -77,6 +77,8 @@ class Watch(TorchDispatchMode, Observer):
         if func in COPIES:
             target = torch.device(kwargs.get("device") or args[0].device)
             source = args[0] if func is aten._to_copy.default else args[1]
+            if source.numel() == 0:  # as the keys and values that transformers' dynamic cache starts from
+                return False
             blocking = not (kwargs.get("non_blocking") or (func is aten.copy_.default and args[2:3] == (True,)))
             to_host = source.device != target and target.type == "cpu"
             return to_host or (source.device.type == "cpu" and target.type != "cpu" and blocking)

@@ -1,0 +1,206 @@
+"""The frames of cases over several ranks: scaling against the world size, strategies at one world size, each rank.
+
+The frame of records has the columns of ``rlhfreports.columns``, and of ranks ``world_size``, ``parallel``,
+``zero_stage``, ``global_batch_size``, ``worst_rank``, ``waiting_share``, ``imbalance``, ``communication_bytes`` and
+``communication_calls``. Its memory is that of the worst rank, its seconds those of the slowest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pandas as pd
+
+from rlhfreports.columns import is_measured, parts_of
+from rlhfreports.frames import line_of, size_of
+from rlhfreports.ratios import percent
+from rlhfreports.tables import ABSENT, GIB, outcome_word
+
+KINDS = {"weak": "batch_size", "strong": "global_batch_size"}  # by the batch size that is the same at every point
+MEMORY, TIME = "GiB by part", "seconds"  # what bars are made of
+AT_WORK, WAITING = "at work", "waiting"
+# In the order in which they divide more; a strategy has the same marker in every run.
+STRATEGIES = (
+    *("DDP", "ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP"),
+    *("ZeRO-3, gathered by rollout", "FSDP, gathered by rollout"),
+)
+_NAMES = {"ddp": "DDP", "fsdp": "FSDP", "deepspeed": "ZeRO"}
+_BY_ROLLOUT = "parallel.gather=rollout"
+_OF_RANKS = ("parallel.strategy=", "parallel.world_size=", "parallel.zero_stage=", _BY_ROLLOUT)
+_MAX_RANKS = 64  # of a case in the picture of each rank
+_BARS = ["title", "label", "at", "what", "part", "place", "value", "words"]
+
+
+def has_ranks(frame: pd.DataFrame) -> bool:
+    """True if ``frame`` has cases over ranks, of one or more."""
+    return "parallel" in frame and bool(frame["parallel"].notna().any())
+
+
+def strategy_words(parallel: object, zero_stage: object, options: object) -> str:
+    """How the ranks of a case share a step, in words: ``DDP``, ``FSDP``, ``ZeRO-2``."""
+    name = _NAMES.get(str(parallel), str(parallel))
+    name = name if pd.isna(zero_stage) else f"{name}-{zero_stage}"  # type: ignore[call-overload]
+    by_rollout = _BY_ROLLOUT in str(options).split(", ")
+    return f"{name}, gathered by rollout" if by_rollout else name
+
+
+def strategy_place(name: str) -> int:
+    """The place of a strategy among ``STRATEGIES``; that of none of them is the last."""
+    return STRATEGIES.index(name) if name in STRATEGIES else len(STRATEGIES)
+
+
+def ranked(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of cases over ranks, by strategy.
+
+    Returns:
+        The rows, with ``title`` (of the method), ``strategy``, ``label`` (the strategy, with the setting and the run
+        where these vary), ``line`` (title and label), and ``options`` without those that name ranks.
+    """
+    rows = frame[frame["parallel"].notna()] if "parallel" in frame else frame.iloc[:0]
+    titles = rows["method_title"].fillna(rows["method"]).astype("object")
+    named = zip(*(rows.get(name, ()) for name in ("parallel", "zero_stage", "options")), strict=True)
+    strategies = pd.Series([strategy_words(*words) for words in named], rows.index, dtype="object")
+    rows = rows.assign(title=titles, strategy=strategies, options=[_others(text) for text in rows["options"]])
+    rest = [line.removeprefix(title) for line, title in zip(line_of(rows), titles, strict=True)]
+    rows["label"] = strategies + pd.Series(rest, rows.index, dtype="object")
+    rows["line"] = titles + ", " + rows["label"]
+    return rows.sort_values("strategy", key=lambda names: names.map(strategy_place), kind="stable")
+
+
+def _others(options: object) -> str:
+    """The options of a row without those that every point of a line differs in."""
+    words = [] if pd.isna(options) else str(options).split(", ")  # type: ignore[call-overload]
+    return ", ".join(word for word in words if not word.startswith(_OF_RANKS))
+
+
+def scaling_points(frame: pd.DataFrame) -> pd.DataFrame:
+    """Every case that makes a line with others: they differ in their ranks alone.
+
+    Args:
+        frame: a frame of ``rlhfbench.records_frame``.
+
+    Returns:
+        Rows of ``ranked`` with ``scaling`` (one of ``KINDS``: the batch of a rank or the batch over all ranks is the
+        same), ``at`` (that, with the size in words), ``speed_up`` (samples per second relative to the smallest world of
+        the line) and ``efficiency`` (that, per rank).
+    """
+    rows = ranked(frame)
+    rows = rows[is_measured(rows)]
+    found = []
+    for kind, batch in KINDS.items():
+        at = f"{kind}: " + size_of(rows.assign(batch_size=rows[batch])) if len(rows) else None
+        for _, line in rows.assign(scaling=kind, at=at).groupby(["at", "line"], sort=False):
+            points = line.drop_duplicates("world_size", keep="last").sort_values("world_size", kind="stable")
+            if len(points) > 1:
+                seconds, ranks = (points[name].astype("float64") for name in ("total_s_per_sample", "world_size"))
+                speed_up = seconds.iloc[0] / seconds
+                found.append(points.assign(speed_up=speed_up, efficiency=speed_up * ranks.iloc[0] / ranks))
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=["at", "line", "scaling"])
+
+
+def at_world(rows: pd.DataFrame) -> pd.Series[str]:
+    """The words that cases beside each other share: their number of ranks, length, batch of a rank, other axes."""
+    ranks = ["1 rank, " if size == 1 else f"{size} ranks, " for size in rows["world_size"]]
+    return pd.Series(ranks, rows.index, dtype="object") + size_of(rows)
+
+
+def strategy_bars(frame: pd.DataFrame) -> pd.DataFrame:
+    """Memory by part and time of every measured case over ranks, as pieces of bars.
+
+    Returns:
+        ``title``, ``label``, ``at`` (``at_world``), ``what`` (``MEMORY`` of the worst rank or ``TIME`` per sample of
+        the slowest), ``part`` (of memory; ``AT_WORK`` or ``WAITING`` of time), its ``place``, ``value`` and ``words``
+        (of the whole bar).
+    """
+    rows = ranked(frame)
+    rows = rows[is_measured(rows)]
+    if rows.empty:
+        return pd.DataFrame(columns=_BARS)
+    shared = rows[["title", "label"]].assign(at=at_world(rows))
+    seconds, share = (rows[name].astype("float64") for name in ("total_s_per_sample", "waiting_share"))
+    return _bars(
+        shared,
+        rows,
+        parts_of(frame),
+        {AT_WORK: seconds * (1 - share.fillna(0)), WAITING: seconds * share.fillna(0)},
+        {
+            MEMORY: [f"{_gib(b)}, {s:.3g} s" for b, s in zip(rows["total_bytes"], seconds, strict=True)],
+            TIME: [_waiting(s, w) for s, w in zip(seconds, share, strict=True)],
+        },
+    )
+
+
+def rank_bars(frame: pd.DataFrame, ranks: pd.DataFrame) -> pd.DataFrame:
+    """Memory by part and time of every rank of the largest case of each method and strategy, as pieces of bars.
+
+    Args:
+        frame: the records.
+        ranks: one row per rank of a case: ``case_id``, ``rank``, ``host``, ``device``, ``total_bytes``,
+            ``{part}_part_bytes``, ``communication_step_s`` and ``waiting_s``.
+
+    Returns:
+        The columns of ``strategy_bars``: ``at`` is the case and ``label`` the rank. ``TIME`` is that of the step in
+        which collectives were counted, which is slower than the timed ones.
+    """
+    rows = ranked(frame)
+    rows = rows[is_measured(rows) & rows["case_id"].isin(ranks["case_id"] if len(ranks) else [])]
+    if rows.empty:
+        return pd.DataFrame(columns=_BARS)
+    rows = rows.assign(at=rows["line"] + ", " + at_world(rows))
+    by_size = rows.sort_values(["world_size", "seq_len", "batch_size"], kind="stable")
+    largest = rows.loc[rows.index.isin(by_size.drop_duplicates("line", keep="last").index)].set_index("case_id")
+    of_ranks = ranks[ranks["case_id"].isin(largest.index) & (ranks["rank"] < _MAX_RANKS)]
+    of_ranks = of_ranks.join(largest[["title", "at"]], on="case_id")
+    shared = of_ranks[["title", "at"]].assign(label=_rank_labels(of_ranks))
+    seconds, waited = (of_ranks[name].astype("float64") for name in ("communication_step_s", "waiting_s"))
+    return _bars(
+        shared,
+        of_ranks,
+        parts_of(of_ranks),
+        {AT_WORK: seconds - waited.fillna(0), WAITING: waited.fillna(0)},
+        {
+            MEMORY: [_gib(total) for total in of_ranks["total_bytes"]],
+            TIME: [_waiting(s, w / s if s else None) for s, w in zip(seconds, waited, strict=True)],
+        },
+    )
+
+
+def _rank_labels(of_ranks: pd.DataFrame) -> list[str]:
+    several = of_ranks["host"].nunique() > 1
+    pairs = zip(of_ranks["rank"], of_ranks["host"], of_ranks["device"], strict=True)
+    return [f"rank {rank}, {device}" + (f" on {host}" if several else "") for rank, host, device in pairs]
+
+
+def _bars(
+    shared: pd.DataFrame,
+    rows: pd.DataFrame,
+    parts: list[str],
+    times: Mapping[str, pd.Series[float]],
+    words: Mapping[str, list[str]],
+) -> pd.DataFrame:
+    """The pieces of the bars of ``rows``; ``words`` are those of a whole bar, by what it is made of."""
+    pieces = [(MEMORY, part.replace("_", " "), rows[f"{part}_part_bytes"] / GIB) for part in parts]
+    pieces += [(TIME, name, values) for name, values in times.items()]
+    found = [
+        shared.assign(what=what, part=part, place=place, value=values.astype("float64"), words=words[what])
+        for place, (what, part, values) in enumerate(pieces)
+    ]
+    joined = pd.concat(found, ignore_index=True)
+    return joined.loc[joined["value"] > 0, _BARS].reset_index(drop=True)
+
+
+def _gib(size: float) -> str:
+    return ABSENT if pd.isna(size) else f"{size / GIB:.3g} GiB"
+
+
+def _waiting(seconds: float, share: float | None) -> str:
+    waits = "" if share is None or pd.isna(share) else f", {percent(share)} waiting"
+    return ABSENT if pd.isna(seconds) else f"{seconds:.3g} s{waits}"
+
+
+def unmeasured(frame: pd.DataFrame) -> pd.DataFrame:
+    """The cases over ranks that were not measured: ``title``, ``label``, ``at``, ``word`` (the outcome), ``error``."""
+    rows = ranked(frame)
+    at = at_world(rows) if len(rows) else pd.Series(dtype="object")
+    rows = rows.assign(at=at)[rows["outcome"] != "ok"]
+    return rows.assign(word=rows["outcome"].map(outcome_word))[["title", "label", "at", "word", "error"]]

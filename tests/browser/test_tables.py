@@ -1,0 +1,33 @@
+"""Tables of the page in a real browser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from rlhfreports.page.blocks import Section, table_of
+from rlhfreports.page.render import rendered
+from rlhfreports.tables import ReportTable
+
+_WAIT_MS = 60_000
+_FIRST_IS = "(text) => document.querySelector('#times tbody tr').cells[1].innerText === text"
+
+
+def test_numbers_of_several_digits_sort_beside_cases_without_one(browser: Any, tmp_path: Path) -> None:
+    cells = pd.DataFrame({"method": list("abcde"), "seconds": ["OOM", "9.5", "10.25", "<0.001", "–"]})
+    table = ReportTable(caption="times", cells=cells, num_text_columns=1, explanation="", frame=cells)
+    section = Section(id="section", title="Times", blocks=[table_of(table, name="times")])
+    (tmp_path / "index.html").write_text(rendered("a run", "", [section]), encoding="utf-8")
+    page = browser.new_page()
+    page.goto((tmp_path / "index.html").as_uri())
+    page.wait_for_selector("html[data-ready=true]", timeout=_WAIT_MS)
+    order = page.locator("#times_wrapper .dt-scroll-head th", has_text="seconds").locator("button.dtcc-button_order")
+    order.click()
+    shown = "#times tbody td:nth-child(2)"
+    assert page.locator(shown).all_inner_texts() == ["OOM", "–", "<0.001", "9.5", "10.25"]
+    order.click()
+    page.wait_for_function(_FIRST_IS, arg="10.25", timeout=_WAIT_MS)
+    assert page.locator(shown).all_inner_texts()[:3] == ["10.25", "9.5", "<0.001"]
+    page.close()

@@ -1,0 +1,131 @@
+"""The frames of cases over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from rlhfreports.ranks import (
+    AT_WORK,
+    MEMORY,
+    TIME,
+    WAITING,
+    has_ranks,
+    rank_bars,
+    scaling_points,
+    strategy_bars,
+    unmeasured,
+)
+
+GIB = 2**30
+Make = Callable[..., pd.DataFrame]
+Ranked = Callable[..., dict[str, Any]]
+STAGE_3 = {"parallel": "deepspeed", "zero_stage": 3}
+
+
+def test_lines_of_weak_and_of_strong_scaling(make_frame: Make, ranked: Ranked) -> None:
+    frame = make_frame(ranked(1, 4, 1.0), ranked(2, 4, 0.5), ranked(2, 2, 0.625), ranked(4, 1, 0.5))
+    points = scaling_points(frame)
+    # The point of two ranks with batch 2 has no partner of the same batch; over all ranks it has three.
+    assert points["at"].tolist() == ["weak: 64 tokens, batch 4"] * 2 + ["strong: 64 tokens, batch 4"] * 3
+    assert points["world_size"].tolist() == [1, 2, 1, 2, 4]
+    assert points["speed_up"].tolist() == pytest.approx([1.0, 2.0, 1.0, 1.6, 2.0])
+    assert points["efficiency"].tolist() == pytest.approx([1.0, 1.0, 1.0, 0.8, 0.5])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"parallel": "fsdp"},
+        {"parallel": "deepspeed", "zero_stage": 1},
+        {"others": "parallel.gather=rollout"},
+        {"others": "ppo.num_ppo_epochs=2"},
+        {"prompt_len": 16},
+        {"prompt_len": 16, "completion_len": 48},
+        {"method": "lora"},
+        {"dtype": "bfloat16"},
+        {"host": "another"},
+        {"outcome": "oom", "total_s_per_sample": None},
+    ],
+)
+def test_cases_that_differ_in_more_than_their_ranks_make_no_line(
+    make_frame: Make, ranked: Ranked, other: dict[str, Any]
+) -> None:
+    assert len(scaling_points(make_frame(ranked(1, 4, 1.0), ranked(2, 4, 0.5)))) == 2
+    found = scaling_points(make_frame(ranked(1, 4, 1.0, host="one"), ranked(2, 4, 0.5, **{"host": "one", **other})))
+    assert found.empty
+
+
+def test_a_run_without_ranks_has_none(make_frame: Make) -> None:
+    frame = make_frame({}, {"batch_size": 2})
+    assert not has_ranks(frame)
+    assert not has_ranks(frame.drop(columns="parallel"))
+    for found in (scaling_points(frame), strategy_bars(frame), unmeasured(frame), rank_bars(frame, pd.DataFrame())):
+        assert found.empty
+
+
+def test_strategies_stand_beside_each_other_in_one_order(make_frame: Make, ranked: Ranked) -> None:
+    frame = make_frame(
+        ranked(2, 4, 2.0, parallel="fsdp", others="parallel.gather=rollout"),
+        ranked(2, 4, 2.0, **STAGE_3, waiting_share=None),
+        ranked(2, 4, 1.0),
+        ranked(1, 4, 1.0),
+        {"outcome": "ok"},
+    )
+    bars = strategy_bars(frame)
+    at = "2 ranks, 64 tokens, batch 4"
+    assert list(dict.fromkeys(bars["at"])) == [at, "1 rank, 64 tokens, batch 4"]
+    assert list(dict.fromkeys(bars.loc[bars["at"] == at, "label"])) == ["DDP", "ZeRO-3", "FSDP, gathered by rollout"]
+    ddp = bars[(bars["at"] == at) & (bars["label"] == "DDP")]
+    assert ddp[["what", "part", "value"]].to_numpy().tolist() == [
+        [MEMORY, "base", 1.0],
+        [MEMORY, "activations", 0.5],
+        [TIME, AT_WORK, 0.75],
+        [TIME, WAITING, 0.25],
+    ]
+    assert list(dict.fromkeys(ddp["words"])) == ["1.5 GiB, 1 s", "1 s, 25 % waiting"]
+    zero = bars[(bars["label"] == "ZeRO-3") & (bars["what"] == TIME)]
+    assert zero[["part", "value", "words"]].to_numpy().tolist() == [[AT_WORK, 2.0, "2 s"]]
+
+
+def test_a_strategy_that_failed_has_its_outcome(make_frame: Make, ranked: Ranked) -> None:
+    frame = make_frame(ranked(2, 4, 1.0), ranked(2, 4, 1.0, **STAGE_3, outcome="oom", error="no memory."))
+    assert unmeasured(frame).to_dict("records") == [
+        {
+            "title": "Hydra-PPO",
+            "label": "ZeRO-3",
+            "at": "2 ranks, 64 tokens, batch 4",
+            "word": "OOM",
+            "error": "no memory.",
+        }
+    ]
+
+
+def of_ranks(case_id: str, *waited: float | None, hosts: tuple[str, str] = ("one", "one")) -> pd.DataFrame:
+    rows = [
+        {"case_id": case_id, "rank": i, "host": hosts[i], "device": "cpu", "total_bytes": GIB, "base_part_bytes": GIB}
+        | {"communication_step_s": 2.0, "waiting_s": seconds}
+        for i, seconds in enumerate(waited)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_the_ranks_of_the_largest_case_of_each_line(make_frame: Make, ranked: Ranked) -> None:
+    frame = make_frame(
+        ranked(2, 4, 1.0, case_id="small"),
+        ranked(2, 4, 1.0, case_id="large", prompt_len=64),
+        ranked(2, 4, 1.0, case_id="none", **STAGE_3),
+    )
+    ranks = pd.concat([of_ranks("small", 0.0, 1.0), of_ranks("large", 0.5, None, hosts=("one", "two"))])
+    bars = rank_bars(frame, ranks)
+    assert set(bars["at"]) == {"Hydra-PPO, DDP, 2 ranks, 128 tokens, batch 4"}
+    assert bars[["label", "part", "value", "words"]].to_numpy().tolist() == [
+        ["rank 0, cpu on one", "base", 1.0, "1 GiB"],
+        ["rank 1, cpu on two", "base", 1.0, "1 GiB"],
+        ["rank 0, cpu on one", AT_WORK, 1.5, "2 s, 25 % waiting"],
+        ["rank 1, cpu on two", AT_WORK, 2.0, "2 s"],
+        ["rank 0, cpu on one", WAITING, 0.5, "2 s, 25 % waiting"],
+    ]
