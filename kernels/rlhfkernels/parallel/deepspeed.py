@@ -22,6 +22,7 @@ from torch.torch_version import TorchVersion
 
 from rlhfkernels.config.options import OPTION_PACKAGES, OptimizerOptions, Options
 from rlhfkernels.errors import CaseError
+from rlhfkernels.models.heads import LmHead
 from rlhfkernels.parallel.strategies import BaseModule, RoleOptimizer, Schedule, Strategy, TrainedWeights
 from rlhfkernels.parallel.world import World
 
@@ -30,6 +31,16 @@ T = TypeVar("T")
 _OLDEST = "0.19.0"
 # As in ``rlhfkernels.training.optimizers``: what is added to the norm that divides.
 _NORM_EPS = 1e-6
+# A module's weights are gathered for its forward and for its backward, and freed after each. By default DeepSpeed
+# prefetches 50 million elements, and keeps 1,000 million, where the order of modules is that of the pass before. The
+# passes of a step differ, so that what is held would depend on the passes before.
+_GATHERING = {
+    "stage3_prefetch_bucket_size": 0,
+    "stage3_max_reuse_distance": 0,
+    "stage3_param_persistence_threshold": 0,
+}
+# Stands for a rollout among the modules, by number, that use a gathered weight.
+_ROLLOUT = -1
 
 
 class _DeepSpeed(Strategy):
@@ -81,7 +92,11 @@ class _DeepSpeed(Strategy):
         parallel, stage = self.options.parallel, self.options.parallel.zero_stage
         return {
             "train_micro_batch_size_per_gpu": 1,  # it counts samples alone
-            "zero_optimization": {"stage": stage, "reduce_bucket_size": parallel.reduce_bucket_size},
+            "zero_optimization": {
+                "stage": stage,
+                "reduce_bucket_size": parallel.reduce_bucket_size,
+                **(_GATHERING if stage == 3 else {}),
+            },
             "zero_allow_untested_optimizer": True,
             "bf16": {"enabled": dtype == torch.bfloat16},
             "gradient_clipping": self.options.optimizer.max_grad_norm if stage < 3 else 0.0,
@@ -115,9 +130,10 @@ class _Stage3(_DeepSpeed):
         for base, module in self._bases.items():
             held = {id(p) for p in module.parameters()}
             found = {role: list(ps) for role, ps in roles.items() if ps and id(ps[0]) in held}
-            for head in module.heads:  # read by their weights, not as modules
-                for parameter in head.parameters():
-                    self._package.zero.register_external_parameter(module, parameter)
+            for head in module.heads:
+                if isinstance(head, LmHead):  # read by its weights, not as a module
+                    for parameter in head.parameters():
+                        self._package.zero.register_external_parameter(module, parameter)
             self._divided[base] = _DividedBase(self._make_engine(module, list(found.values())), found)
 
     def read(self, base: str, function: Callable[[], T]) -> T:
@@ -132,8 +148,15 @@ class _Stage3(_DeepSpeed):
         """See ``Strategy.generate``."""
         if self.options.parallel.gather == "layer":
             return self.read(base, function)
-        with self._package.zero.GatheredParameters(list(self._bases[base].parameters())):
-            return self.read(base, function)
+        parameters: list[Any] = list(self._bases[base].parameters())
+        with self._package.zero.GatheredParameters(parameters):
+            for parameter in parameters:
+                parameter.ds_active_sub_modules.add(_ROLLOUT)  # else a module's end frees it
+            try:
+                return self.read(base, function)
+            finally:
+                for parameter in parameters:
+                    parameter.ds_active_sub_modules.discard(_ROLLOUT)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See ``Strategy.tensors``: the partitions, and the buffers that DeepSpeed keeps between steps."""
