@@ -28,8 +28,9 @@ def record_deep(case: Case, division: Zero | None = None) -> Recording | None:
         division: as in ``record_step``.
 
     Returns:
-        ``None`` where that cannot be known: the layers of a model differ, two models have depths of their own, the
-        ranks' buffers do not grow layer by layer, the model is shallow, or one layer more is not what repeating a layer gives.
+        ``None`` where that cannot be known: the layers of a model differ, two models have depths of their own, what a
+        rank gathers or reduces does not grow layer by layer, the model is shallow, or one layer more is not what
+        repeating a layer gives.
 
     Raises:
         ModelError, CaseError: as in ``record_step``.

@@ -96,14 +96,15 @@ def fake_ranks(division: Zero, device: str) -> Iterator[World]:
 
     size = division.world_size
     distributed.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
-    reduce_scatter = distributed.reduce_scatter_tensor
+    name = next(name for name in ("reduce_scatter_single", "reduce_scatter_tensor") if hasattr(distributed, name))
+    reduce_scatter = getattr(distributed, name)
 
-    def copied(output: Any, input: Any, *arguments: Any, **more: Any) -> Any:
-        copy = input.clone()  # ProcessGroupGloo.cpp, ``reduce_scatter_tensor_coalesced``
-        return reduce_scatter(output, copy, *arguments, **more)
+    def copied(*arguments: Any, **more: Any) -> Any:
+        copy = more["input"].clone()  # ProcessGroupGloo.cpp, ``reduce_scatter_tensor_coalesced``
+        return reduce_scatter(*arguments, **more | {"input": copy})
 
     try:
-        with mock.patch.object(distributed, "reduce_scatter_tensor", copied) if device == "cpu" else nullcontext():
+        with mock.patch.object(distributed, name, copied) if device == "cpu" else nullcontext():
             yield World(0, size)
     finally:
         distributed.destroy_process_group()

@@ -71,9 +71,7 @@ def record_step(case: Case, num_layers: int | None = None, division: Zero | None
         _fake_tensors(case.seq_len),
         _no_collection(),
     ):
-        step = build_step(
-            stand_in, with_weights=False, num_layers=num_layers, world=world, make_strategy=make_strategy
-        )
+        step = build_step(stand_in, with_weights=False, num_layers=num_layers, world=world, make_strategy=make_strategy)
         with step.engine.strategy.whole():
             sizes = StepSizes.of(step)  # a step may free models that are counted here
         step.engine.logprob_chunk = logprob_chunk_size(case, step.engine.vocab_size)  # of the device asked for

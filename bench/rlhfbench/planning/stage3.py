@@ -125,7 +125,7 @@ class _Base:
         assert weight.grad is not None
         if not self._ends_backward:
             self._ends_backward = True
-            Variable._execution_engine.queue_callback(self._end_backward)  # type: ignore[attr-defined]
+            Variable._execution_engine.queue_callback(self._end_backward)
         size = weight.grad.numel()
         if self._num_elements and self._num_elements + size > self._size:
             self._reduce()
