@@ -75,8 +75,14 @@ def _deepen(shallow: Recording, deeper: Recording, times: int, case: Case) -> Re
         if stretch is None:
             return None
         stretches.append(stretch)
+    numels = {}
+    for role, fewer_numels in shallow.numels.items():
+        deep = deepen(fewer_numels, deeper.numels[role], times)
+        if deep is None:
+            return None
+        numels[role] = tuple(deep)
     sizes = shallow.sizes.deepened(deeper.sizes, times)
-    return dataclasses.replace(deeper, stretches=stretches, trained={}, sizes=sizes)
+    return dataclasses.replace(deeper, stretches=stretches, trained={}, sizes=sizes, numels=numels)
 
 
 def _optimizer_stretch(

@@ -6,7 +6,7 @@ with ranks that are not there, so that what it gathers and when is its own doing
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -49,7 +49,9 @@ class Replicas(Zero):
             elif change[0] == "move" or change[1] != _GRADIENTS:
                 yield change
 
-    def buckets(self, step: TrainingStep, sizes: StepSizes | None = None) -> dict[str, int]:
+    def buckets(
+        self, step: TrainingStep, sizes: StepSizes | None = None, numels: Mapping[str, Sequence[int]] | None = None
+    ) -> dict[str, int]:
         """See ``Zero.buckets``: the gradients are the buckets."""
         return dict.fromkeys((phase.name for phase in step.phases), 0)
 

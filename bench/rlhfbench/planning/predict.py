@@ -52,7 +52,7 @@ def _plan_case(case: Case, zero: Zero, *, with_timeline: bool, every_layer: bool
     tally = Tally(None if timeline is None else timeline.note)
     changes = zero.changes(found.stretches, found.step, found.sizes)
     replay(changes, tally, Observer() if timeline is None else timeline)
-    work, buckets = phase_work(found.step, found.sizes), zero.buckets(found.step, found.sizes)
+    work, buckets = phase_work(found.step, found.sizes), zero.buckets(found.step, found.sizes, found.numels)
     divide = functools.partial(zero.divide, sizes=found.sizes)
     memory = divided(memory_object(tally, dict(_NO_VIEWS)), divide, buckets)
     kept = None if timeline is None else divided_timeline(timeline.to_dict(tally.peaks), divide)

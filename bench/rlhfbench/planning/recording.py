@@ -17,7 +17,7 @@ from rlhfbench.measure.tally import PHASE_CHANGES, Change, Recorder
 from rlhfbench.planning.divisions import division_of, fake_ranks
 from rlhfbench.planning.fake_tensors import CachingFakeTensorMode
 from rlhfbench.planning.optimizer_steps import GradientsWatch, Trained
-from rlhfbench.planning.zero import Zero
+from rlhfbench.planning.zero import Zero, trained_numels
 from rlhfkernels.config.case import Case
 from rlhfkernels.engine.engine import logprob_chunk_size
 from rlhfkernels.training.sizes import StepSizes
@@ -33,12 +33,14 @@ class Recording:
         stretches: the changes, cut before each beginning and each end of a phase.
         trained: what each stretch of optimizer steps began with, by the index of the stretch.
         sizes: of the step.
+        numels: of the step, as ``trained_numels``.
     """
 
     step: TrainingStep
     stretches: list[list[Change]]
     trained: dict[int, Trained]
     sizes: StepSizes
+    numels: dict[str, tuple[int, ...]]
 
 
 def record_step(case: Case, num_layers: int | None = None, division: Zero | None = None) -> Recording:
@@ -73,7 +75,7 @@ def record_step(case: Case, num_layers: int | None = None, division: Zero | None
     ):
         step = build_step(stand_in, with_weights=False, num_layers=num_layers, world=world, make_strategy=make_strategy)
         with step.engine.strategy.whole():
-            sizes = StepSizes.of(step)  # a step may free models that are counted here
+            sizes, numels = StepSizes.of(step), trained_numels(step)  # a step may free models that are counted here
         step.engine.logprob_chunk = logprob_chunk_size(case, step.engine.vocab_size)  # of the device asked for
         watch = GradientsWatch(step, ledger)
         run_under_ledger(step, ledger, watch)
@@ -82,6 +84,7 @@ def record_step(case: Case, num_layers: int | None = None, division: Zero | None
             stretches=_stretches(recorder.changes),
             trained=watch.found,
             sizes=sizes,
+            numels=numels,
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -131,7 +131,9 @@ class Zero:
         divided = _DIVIDES[self.stage]
         return {part: -(-size // self.world_size) if part in divided else size for part, size in parts.items()}
 
-    def buckets(self, step: TrainingStep, sizes: StepSizes | None = None) -> dict[str, int]:
+    def buckets(
+        self, step: TrainingStep, sizes: StepSizes | None = None, numels: Mapping[str, Sequence[int]] | None = None
+    ) -> dict[str, int]:
         """The bytes of DeepSpeed's own buffers on one rank, by phase; every phase of ``step`` is there.
 
         Stages 1 and 2 fill one reduce bucket per backward: it is made whole when the backward begins, however little is
@@ -144,6 +146,7 @@ class Zero:
         Args:
             step: the step.
             sizes: of the same step at another depth; ``None`` takes its own.
+            numels: of that step, as ``trained_numels``; ``None`` takes its own.
         """
         none = dict.fromkeys((phase.name for phase in step.phases), 0)
         if self.runs_as_it_is or (self.world_size == 1 and self.stage == 0):
@@ -153,8 +156,13 @@ class Zero:
 
             sizes = StepSizes.of(step)
         bucket = step.case.options.parallel.reduce_bucket_size * sizes.trained_item  # of the trained weights' dtype
-        ranks = role_gradients(step, sizes, self.world_size)
+        ranks = role_gradients(numels or trained_numels(step), sizes.trained_item, self.world_size)
         return none | _most([_update_buffers(self.stage, step, roles, bucket) for roles in ranks])
+
+
+def trained_numels(step: TrainingStep) -> dict[str, tuple[int, ...]]:
+    """Elements of the weights of each role with an optimizer, in their order."""
+    return {role: tuple(p.numel() for p in step.engine.parameters_of_role[role]) for role in step.optimizers}
 
 
 def _most(ranks: Sequence[dict[str, int]]) -> dict[str, int]:

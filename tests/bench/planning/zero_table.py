@@ -1,6 +1,6 @@
 """Prints by how many percent a plan misses the rank that holds most, for methods, strategies and worlds.
 
-``python tests/bench/planning/zero_table.py --worlds 2,4 --sizes 32+32x2`` takes minutes: every case is run on its ranks.
+``python tests/bench/planning/zero_table.py --worlds 2,4 --sizes 32+32x2`` takes minutes: every case runs on its ranks.
 """
 
 from __future__ import annotations
