@@ -316,7 +316,7 @@ def _raise_unless_ok(record: dict[str, Any]) -> None:
 
 def block_steps_s(record: dict[str, Any]) -> list[float]:
     """Returns the seconds of one step by block of ``record``: their mean is the record's, as in every report."""
-    from rlhfbench.records.schema import rows_per_step
+    from rlhfbench.records.derived import rows_per_step
 
     blocks = record["latency"]["total_block_s_per_sample"]
     return [seconds * rows_per_step(record) for seconds in blocks if seconds is not None]

@@ -50,7 +50,8 @@ def _steady(request, send, seconds=1.0):
     settings = request["settings"]
     injected = settings.get("injected") or {}
     num_steps = 1 if settings.get("turns") is None else _take_turns(settings["turns"])
-    generate_s = 2 * seconds * (1 + injected.get("share", 0.0))
+    share = injected.get("share", 0.0) if injected.get("phase", "generate") == "generate" else 0.0
+    generate_s = 2 * seconds * (1 + share)
     phases = {"generate": [generate_s] * num_steps, "optimize": [seconds] * num_steps}
     block = {"phases": phases, "stopped_because": "budget", "in_turns": "turns" in settings, "error": None}
     kinds = {"generate": {"kind": "inference"}, "optimize": {"kind": "update"}}

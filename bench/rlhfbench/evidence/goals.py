@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rlhfbench.evidence.request import GIB, PAPER_TOTAL_GIB
+from rlhfbench.records.derived import at
 from rlhfbench.records.file import Record
-from rlhfbench.records.schema import at
 from rlhfkernels.methods.table import METHODS
 
 MIN_DECODE_FRACTION, DECODE_BATCHES = 0.6, range(16, 65)

@@ -14,8 +14,8 @@ from rlhfbench.evidence.parts import PARTS
 from rlhfbench.evidence.request import GIB
 from rlhfbench.evidence.reserve import fit_reserve
 from rlhfbench.planning.devices import Accelerator
+from rlhfbench.records.derived import at
 from rlhfbench.records.file import Record, read_records
-from rlhfbench.records.schema import at
 from rlhfkernels.methods.table import METHODS
 
 # Hydra-RLHF (arXiv:2309.00754), Table 1: Llama-7B, 400 + 400 tokens, rank 128, 8 GPUs of 80 GB with ZeRO-1. Batch;

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
+from rlhfbench.records.derived import at
 from rlhfbench.records.file import Record
-from rlhfbench.records.schema import at
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

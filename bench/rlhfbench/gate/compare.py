@@ -25,8 +25,8 @@ from rlhfbench.gate.findings import Finding, failure, findings_of
 from rlhfbench.gate.sides import Side, temporary_folder
 from rlhfbench.measure.turns import run_in_turns
 from rlhfbench.processes import num_cores
+from rlhfbench.records.derived import at
 from rlhfbench.records.file import Record, RecordsFile
-from rlhfbench.records.schema import at
 from rlhfbench.runs.case_process import ThisMachine
 from rlhfbench.runs.folder import RunFolder
 from rlhfbench.runs.forkserver import WARM, ForkServer
@@ -42,6 +42,8 @@ _SHORTEST_S = 0.01
 _MAX_TURNS_S = 3.0
 CHANGES = ("slower", "faster")
 Tell = Callable[[str], None]
+# Returns the fault that is put into the step of a case: see ``rlhfbench.measure.injection``.
+Fault = Callable[[Case], Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +86,7 @@ class Timed:
         sweep: Sweep,
         options: GateOptions,
         opened: contextlib.ExitStack,
-        injected: Mapping[str, Any] | None = None,
+        fault: Fault | None = None,
     ) -> None:
         self.side = side
         run_folder = RunFolder(folder)
@@ -99,12 +101,13 @@ class Timed:
             num_threads=options.num_threads or default_threads(),
             case_timeout_s=options.case_timeout_s,
         )
-        extra = {
-            **({"step": options.step} if options.step else {}),
-            **({} if injected is None else {"injected": dict(injected)}),
-        }
+        step = {"step": options.step} if options.step else {}
+
+        def settings(case: Case) -> dict[str, Any]:
+            return step if fault is None else {**step, "injected": dict(fault(case))}
+
         self._runner = Runner(
-            run_folder, run_options, self.records, ThisMachine(self._server), Silent(), extra_settings=extra
+            run_folder, run_options, self.records, ThisMachine(self._server), Silent(), extra_settings=settings
         )
 
     def measure_memory(self, case: Case) -> None:
@@ -157,11 +160,11 @@ class Comparison:
         self._tell, self._random = tell, random.Random(seed)
         self.spent_s: dict[str, float] = {case.id: 0.0 for case in sweep.cases}
 
-    def run(self, injected: Mapping[str, Any] | None = None) -> list[Finding]:
+    def run(self, fault: Fault | None = None) -> list[Finding]:
         """Times pairs until every case is decided or its time is spent, and returns the findings of all cases.
 
         Args:
-            injected: A fault put into the head's step: see ``rlhfbench.measure.injection``.
+            fault: Put into the head's step.
         """
         if self._options.step is None:
             check(self._sweep)
@@ -169,8 +172,8 @@ class Comparison:
         with contextlib.ExitStack() as opened:
             folder = opened.enter_context(temporary_folder(for_sockets=True))
             both = [
-                Timed(side, self._out / side.name, sweep, self._options, opened, fault)
-                for side, fault in zip(self._sides, (None, injected), strict=True)
+                Timed(side, self._out / side.name, sweep, self._options, opened, own)
+                for side, own in zip(self._sides, (None, fault), strict=True)
             ]
             self._measure_memory(both, sweep.cases)
             undecided = list(sweep.cases)

@@ -9,8 +9,8 @@ from typing import Any
 
 from rlhfbench.gate.decide import Effects, Estimate, Verdict, counted_pairs, estimate, judge, judge_memory
 from rlhfbench.gate.pairs import pairs_of
+from rlhfbench.records.derived import at
 from rlhfbench.records.file import Record
-from rlhfbench.records.schema import at
 from rlhfkernels.config.case import Case
 
 RecordOf = Callable[[Case], "Record | None"]

@@ -37,11 +37,13 @@ class MeasuredCase:
     """The pairs of one case.
 
     Attributes:
+        case_id: Its id.
         kinds: The kind of each phase.
         pairs: The pairs.
         spent_s: Seconds that they took, with what came before them.
     """
 
+    case_id: str
     kinds: Mapping[str, str]
     pairs: Sequence[BlockPair]
     spent_s: float
@@ -97,7 +99,7 @@ def measured_cases(out: Path, spent_s: Mapping[str, float]) -> list[MeasuredCase
         pairs = pairs_of(base[case_id], head[case_id])
         kinds = {name: phase["kind"] for name, phase in base[case_id]["latency"]["phases"].items()}
         if pairs:
-            found.append(MeasuredCase(kinds=kinds, pairs=pairs, spent_s=spent_s[case_id]))
+            found.append(MeasuredCase(case_id=case_id, kinds=kinds, pairs=pairs, spent_s=spent_s[case_id]))
     return found
 
 

@@ -53,7 +53,14 @@ class DividedWeights:
         """Gathers every weight inside the block, each in a buffer of its own."""
         for weight in self._shapes:
             self._gather([weight])
-            self._users[weight].add(self)
+        with self.kept():
+            yield
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Keeps what is gathered inside the block until its end."""
+        for users in self._users.values():
+            users.add(self)
         yield
         for users in self._users.values():
             users.discard(self)

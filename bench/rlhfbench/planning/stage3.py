@@ -16,7 +16,6 @@ from torch import nn
 from torch.autograd import Variable
 
 from rlhfbench.planning.gathering import DividedWeights, Tag
-from rlhfkernels.models.heads import LmHead
 from rlhfkernels.parallel.strategies import BaseModule, RoleOptimizer, Schedule, Strategy
 
 T = TypeVar("T")
@@ -59,7 +58,7 @@ class PlannedStage3(Strategy):
         """See ``Strategy.generate``."""
         if self.options.parallel.gather == "layer":
             return self.read(base, function)
-        with self._bases[base].weights.whole():
+        with self._bases[base].weights.kept():
             return self.read(base, function)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -96,9 +95,11 @@ class _Base:
         self.world, self._size = strategy.world, strategy.options.parallel.reduce_bucket_size
         self._is_gloo = strategy.is_gloo
         self.weights = DividedWeights(module, self.world.size, strategy.tag)
-        for head in module.heads:
-            if isinstance(head, LmHead):  # read by its weights, not as a module
-                self.weights.reads(module, head.parameters())
+        layers = module.layers()
+        in_layers = {id(weight) for layer in layers for weight in layer.parameters()}
+        for layer in layers:
+            self.weights.reads(layer, layer.parameters())
+        self.weights.reads(module, (weight for weight in module.parameters() if id(weight) not in in_layers))
         self.roles = roles
         self._trained = [weight for weights in roles.values() for weight in weights]
         self._waiting: list[nn.Parameter] = []

@@ -59,14 +59,19 @@ class Zero:
             raise SweepError(problems)
 
     def of_a_rank(self, case: Case) -> Case:
-        """``case`` as a rank runs it.
+        """``case`` as a rank runs it: in stages 1 to 3 gradients add up in the dtype of the weights.
 
-        Stages 1 to 3 move the trained weights, which the fast trunk does not follow. Gradients add up in their dtype.
+        Raises:
+            CaseError: stage 3 does not run with an option of the case.
         """
         if self.stage == 0 or case.options.parallel.strategy is not None:
             return case
+        if self.runs_as_it_is:  # a trunk runs otherwise where its weights are divided
+            named = {"strategy": "deepspeed", "zero_stage": self.stage, "world_size": self.world_size}
+            options = case.options.replace({f"parallel.{name}": value for name, value in named.items()})
+            return dataclasses.replace(case, options=options)
         added_in = case.options.optimizer.grad_accum_dtype or case.dtype
-        options = case.options.replace({"engine.trunk": "plain", "optimizer.grad_accum_dtype": added_in})
+        options = case.options.replace({"optimizer.grad_accum_dtype": added_in})
         return dataclasses.replace(case, options=options)
 
     @property
@@ -162,7 +167,11 @@ class Zero:
 
 def trained_numels(step: TrainingStep) -> dict[str, tuple[int, ...]]:
     """Elements of the weights of each role with an optimizer, in their order."""
-    return {role: tuple(p.numel() for p in step.engine.parameters_of_role[role]) for role in step.optimizers}
+    from rlhfkernels.parallel.strategies import by_storage  # it imports torch
+
+    return {
+        role: tuple(p.numel() for p in by_storage(step.engine.parameters_of_role[role])) for role in step.optimizers
+    }
 
 
 def _most(ranks: Sequence[dict[str, int]]) -> dict[str, int]:

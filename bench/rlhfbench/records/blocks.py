@@ -8,7 +8,9 @@ from typing import Any
 
 from rlhfbench.measure.interference import disturbance
 from rlhfbench.measure.statistic import half_width, midmean
-from rlhfbench.records.schema import KINDS, fits, rows_per_step
+from rlhfbench.records.checks import fits
+from rlhfbench.records.derived import rows_per_step
+from rlhfbench.records.schema import KINDS
 from rlhfkernels.config.rules import shown
 
 Block = dict[str, Any]

@@ -15,7 +15,10 @@ from typing import Any, Self
 
 from rlhfbench.errors import RecordsError, RunFolderError
 from rlhfbench.records.blocks import Block, summarize, wrong_block
-from rlhfbench.records.schema import OUTCOMES, SCHEMA, at, empty_plan, empty_record, filled, upgraded, wrong_type
+from rlhfbench.records.checks import wrong_type
+from rlhfbench.records.derived import at
+from rlhfbench.records.schema import OUTCOMES, SCHEMA, empty_plan, empty_record, filled
+from rlhfbench.records.upgrades import upgraded
 from rlhfkernels.config.case import Case
 from rlhfkernels.config.rules import shown
 

@@ -9,7 +9,8 @@ import pandas as pd
 
 from rlhfbench.measure.interference import disturbance
 from rlhfbench.records.blocks import block_values
-from rlhfbench.records.schema import at, columns
+from rlhfbench.records.derived import at
+from rlhfbench.records.schema import columns
 
 
 def records_frame(records: Sequence[dict[str, Any]]) -> pd.DataFrame:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhfbench.errors import RecordsError
-from rlhfbench.records.schema import fits
+from rlhfbench.records.checks import fits
 
 if TYPE_CHECKING:
     import pandas as pd

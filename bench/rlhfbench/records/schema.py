@@ -7,27 +7,17 @@ is one row here. Bytes are integers, seconds floats; names end in their unit.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
-from rlhfbench.cases.settings import changed_options, setting_of
-from rlhfkernels.config.options import RENAMED_OPTIONS
-from rlhfkernels.config.rules import shown
+from rlhfbench.cases.settings import setting_of
+from rlhfbench.records import derived
+from rlhfbench.records.derived import at
 from rlhfkernels.config.settings import SETTINGS
 from rlhfkernels.methods.table import METHODS
 from rlhfkernels.observer import PARTS
 
 SCHEMA = 2
-_CASE_ID = re.compile(r"[\w-]{1,64}")
-_MAX_FLOAT = 1e300  # sums and products of them are finite or infinite, and never an error
-_RULES = {
-    "string": "a text",
-    "Int64": "a whole number of at most 64 bits",
-    "Float64": "a finite number",
-    "map": "an object",
-    "list": "a list of finite numbers",
-}
 KINDS = ("inference", "update")  # of phases; their sum is the total
 OUTCOMES = ("ok", "oom", "timeout", "crashed", "invalid", "skipped")
 
@@ -61,114 +51,20 @@ class Field:
         return self.source(record) if callable(self.source) else at(record, self.source)
 
 
-def at(record: Any, path: str) -> Any:
-    """The value at a dotted ``path``; ``None`` when any key of it is absent."""
-    for key in path.split("."):
-        record = record.get(key) if isinstance(record, Mapping) else None
-    return record
-
-
-def _method_title(record: Mapping[str, Any]) -> str | None:
-    name = at(record, "case.method")
-    return METHODS[name].title if name in METHODS else name  # a method may be gone
-
-
-def _family(record: Mapping[str, Any]) -> str | None:
-    name = at(record, "case.method")
-    return METHODS[name].family if name in METHODS else None
-
-
-def _same_work_as(record: Mapping[str, Any]) -> str | None:
-    name = at(record, "case.method")
-    return METHODS[name].same_work_as if name in METHODS else None
-
-
-def _options(record: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
-    return at(record, "case.options") or {}
-
-
-def _zero_stage(record: Mapping[str, Any]) -> int | None:
-    parallel = at(record, "case.options.parallel") or {}
-    return parallel.get("zero_stage") if parallel.get("strategy") == "deepspeed" else None
-
-
-def world_size(record: Mapping[str, Any]) -> int:
-    """The number of ranks of a record's case; 1 for a record from before there were several."""
-    return at(record, "case.options.parallel.world_size") or 1
-
-
-def rows_per_step(record: Mapping[str, Any]) -> int:
-    """Data rows of a step over all ranks, which seconds per sample divide by."""
-    batch_size: int = record["case"]["batch_size"]
-    return batch_size * world_size(record)
-
-
-def _global_batch_size(record: Mapping[str, Any]) -> int | None:
-    return None if at(record, "case.batch_size") is None else rows_per_step(record)
-
-
-def _place(names: Iterable[str], name: str | None) -> int | None:
-    return {name: place for place, name in enumerate(names)}.get(name or "")
-
-
-def _seq_len(record: Mapping[str, Any]) -> int | None:
-    lengths = [at(record, "case.prompt_len"), at(record, "case.completion_len")]
-    return None if None in lengths else sum(lengths)
-
-
-def _num_timed_steps(record: Mapping[str, Any]) -> int | None:
-    blocks = at(record, "latency.blocks") or ()
-    steps = [max((len(samples) for samples in (block.get("phases") or {}).values()), default=0) for block in blocks]
-    return sum(steps) if steps else None
-
-
-def _num_whole_blocks(record: Mapping[str, Any]) -> int | None:
-    blocks = at(record, "latency.blocks")
-    return None if blocks is None else sum(block.get("error") is None for block in blocks)
-
-
-def _ceiling(name: str) -> Callable[[Mapping[str, Any]], float | None]:
-    """The highest rate of any block, as for floors."""
-
-    def read(record: Mapping[str, Any]) -> float | None:
-        blocks = at(record, "latency.blocks") or ()
-        return max((rate for block in blocks if (rate := at(block, f"ceilings.{name}")) is not None), default=None)
-
-    return read
-
-
-def _process_peak_bytes(record: Mapping[str, Any]) -> int | None:
-    view = "host" if at(record, "case.device") == "cpu" else "driver"
-    peak: int | None = at(record, f"memory.views.{view}_peak_bytes")
-    return peak
-
-
-def _per_sequence(kind: str) -> Callable[[Mapping[str, Any]], float | None]:
-    def read(record: Mapping[str, Any]) -> float | None:
-        seconds, num = at(record, f"latency.{kind}_s_per_sample"), at(record, "latency.sequences_per_sample")
-        return None if seconds is None or num is None else seconds / num
-
-    return read
-
-
-def _options_text(record: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in changed_options(_options(record)).items())
-
-
 _MEASURED: tuple[Field, ...] = (
     # The case.
     Field("case.id", "string", "stable id of the case", name="case_id"),
     Field("case.method", "string", "method, as the command line names it"),
-    Field(_method_title, "string", "method, as reports print it", name="method_title"),
+    Field(derived.method_title, "string", "method, as reports print it", name="method_title"),
     Field(
-        lambda record: _place(METHODS, at(record, "case.method")),
+        lambda record: derived.place(METHODS, at(record, "case.method")),
         "Int64",
         "row of the method in METHODS: reports sort and colour by it",
         name="method_order",
     ),
-    Field(_family, "string", "family of the method; gains are taken within one", name="family"),
+    Field(derived.family, "string", "family of the method; gains are taken within one", name="family"),
     Field(
-        _same_work_as,
+        derived.same_work_as,
         "string",
         "method that does the same work: what the two differ by is the noise of a run",
         name="same_work_as",
@@ -176,26 +72,26 @@ _MEASURED: tuple[Field, ...] = (
     Field("case.model", "string", "preset, checkpoint folder or hub id"),
     Field("case.prompt_len", "Int64", "tokens per prompt"),
     Field("case.completion_len", "Int64", "tokens per completion"),
-    Field(_seq_len, "Int64", "prompt_len + completion_len", name="seq_len"),
+    Field(derived.seq_len, "Int64", "prompt_len + completion_len", name="seq_len"),
     Field("case.batch_size", "Int64", "data rows (samples) per step; of one rank where there are several"),
     Field("case.device", "string", "device of the step"),
     Field("case.dtype", "string", "dtype of the weights"),
     Field("case.options.lora.r", "Int64", "rank of the adapters", name="lora_rank"),
     Field("case.seed", "Int64", "random seed"),
     Field(
-        lambda record: setting_of(_options(record)),
+        lambda record: setting_of(derived.options(record)),
         "string",
         "named setting whose options the case has; custom when it has none's",
         name="setting",
     ),
     Field(
-        lambda record: _place(SETTINGS, setting_of(_options(record))),
+        lambda record: derived.place(SETTINGS, setting_of(derived.options(record))),
         "Int64",
         "row of the setting in SETTINGS, 0 is the default; absent for custom",
         name="setting_order",
     ),
     Field(
-        _options_text,
+        derived.options_text,
         "string",
         "options that differ from the setting's, as name=value; empty when none",
         name="options",
@@ -203,12 +99,12 @@ _MEASURED: tuple[Field, ...] = (
     Field("case.options.parallel.world_size", "Int64", "ranks of the case", name="world_size"),
     Field("case.options.parallel.strategy", "string", "how ranks share a step: ddp, fsdp, deepspeed", name="parallel"),
     Field(
-        _zero_stage,
+        derived.zero_stage,
         "Int64",
         "stage of DeepSpeed's ZeRO",
         name="zero_stage",
     ),
-    Field(_global_batch_size, "Int64", "batch_size over all ranks", name="global_batch_size"),
+    Field(derived.global_batch_size, "Int64", "batch_size over all ranks", name="global_batch_size"),
     Field("world", "object", "what the ranks of the case measured, each of them and together"),
     Field("world.worst_rank", "Int64", "rank with the highest total: the memory columns are its own"),
     Field("world.slowest_rank", "Int64", "rank whose timed steps took the longest: the seconds are its own"),
@@ -274,7 +170,7 @@ _MEASURED: tuple[Field, ...] = (
         "largest resident set of the case's process until its last timed step, or until it failed",
     ),
     Field(
-        _process_peak_bytes,
+        derived.process_peak_bytes,
         "Int64",
         "the process as a whole: driver_peak_bytes on CUDA, host_peak_bytes on a CPU",
         name="process_peak_bytes",
@@ -308,7 +204,7 @@ _MEASURED: tuple[Field, ...] = (
         for kind in (*KINDS, "total")
     ),
     Field("latency.num_blocks", "Int64", "blocks that the case is timed in, each in a process of its own"),
-    Field(_num_whole_blocks, "Int64", "blocks that were timed", name="num_timed_blocks"),
+    Field(derived.num_whole_blocks, "Int64", "blocks that were timed", name="num_timed_blocks"),
     Field("latency.num_disturbed_blocks", "Int64", "blocks beside which something else used the machine"),
     Field("latency.num_counted_blocks", "Int64", "blocks behind the seconds: the undisturbed ones if there are three"),
     Field("latency.disturbed_by", "string", "what disturbed the most disturbed block; absent if nothing did"),
@@ -325,19 +221,22 @@ _MEASURED: tuple[Field, ...] = (
     ),
     *(
         Field(
-            _per_sequence(kind), "Float64", f"{kind}_s_per_sample / sequences_per_sample", name=f"{kind}_s_per_sequence"
+            derived.per_sequence(kind),
+            "Float64",
+            f"{kind}_s_per_sample / sequences_per_sample",
+            name=f"{kind}_s_per_sequence",
         )
         for kind in (*KINDS, "total")
     ),
     Field("latency.phases", "map", "kind, mean_s, half_width_s and block_s of each phase, for one step"),
-    Field(_num_timed_steps, "Int64", "timed steps that count", name="num_timed_steps"),
+    Field(derived.num_timed_steps, "Int64", "timed steps that count", name="num_timed_steps"),
     Field(
         "latency.stopped_because", "string", "why timing ended, the least sure of all blocks: precise, steady or budget"
     ),
     Field("work.phases", "map", "flops, bytes, written_bytes and floor_s of each phase"),
     Field("work.floor_fraction", "Float64", "roofline time / measured time"),
     *(
-        Field(_ceiling(name), "Float64", f"{meaning}, the highest of any block", name=name)
+        Field(derived.ceiling(name), "Float64", f"{meaning}, the highest of any block", name=name)
         for name, meaning in (
             ("matmul_flops_per_s", "FLOP/s of a large matmul"),
             ("copy_bytes_per_s", "bytes/s of a large copy, read and written"),
@@ -390,9 +289,6 @@ PHASE_FIELDS: tuple[Field, ...] = (
     Field("work.phases.{phase}.floor_s", "Float64", "its least time at the ceilings", name="{phase}_phase_floor_s"),
 )
 
-# Of the keys that a phase has in any section.
-_PHASE_DTYPES = {str(row.source).rpartition(".")[2]: row.dtype for row in PHASE_FIELDS}
-
 
 def columns(phases: Iterable[str] = ()) -> dict[str, Field]:
     """The columns of a frame whose records have ``phases``, in order: field by name."""
@@ -442,109 +338,9 @@ def _empty(rows: Iterable[Field]) -> dict[str, Any]:
     return tree
 
 
-def wrong_type(record: Mapping[str, Any]) -> str | None:
-    """One sentence that names the first field of ``record`` whose type is wrong; ``None`` if all are right."""
-    for row in FIELDS:
-        if isinstance(row.source, str):
-            problem = _wrong_value(record, row.source, row.dtype)
-            if problem is not None:
-                return problem
-    if not _CASE_ID.fullmatch(record["case"]["id"] or ""):
-        return f"case.id is {shown(record['case']['id'])}: it must be letters, digits, _ and -."
-    for section in ("latency", "memory", "work", "plan"):
-        for name, phase in (at(record, f"{section}.phases") or {}).items():
-            where = f"{section}.phases.{name}"
-            if not isinstance(phase, Mapping):
-                return f"{where} is {shown(phase)}: it must be an object."
-            for key, dtype in _PHASE_DTYPES.items():
-                if not fits(phase.get(key), dtype):
-                    return f"{where}.{key} is {shown(phase[key])}: it must be {_RULES[dtype]}."
-    groups = at(record, "case.options") or {}
-    if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
-        return f"case.options is {shown(groups)}: it must be objects by group."
-    return None
-
-
-def _wrong_value(record: Mapping[str, Any], path: str, dtype: str) -> str | None:
-    """One sentence if the value at ``path`` has another type than ``dtype``, or what it is in is no object."""
-    node: Any = record
-    keys = path.split(".")
-    for place, key in enumerate(keys):
-        if node is None:
-            return None
-        if not isinstance(node, Mapping):
-            # ``error`` is an object with a column ``error.kind``; ``engine`` may be one or a text.
-            return f"{'.'.join(keys[:place])} is {shown(node)}: it must be an object."
-        node = node.get(key)
-    return None if fits(node, dtype) else f"{path} is {shown(node)}: it must be {_RULES[dtype]}."
-
-
-def fits(value: Any, dtype: str) -> bool:
-    """True if ``value`` is a value of ``dtype``, as in ``Field``, or absent."""
-    if value is None or dtype == "object":
-        return True
-    if dtype == "map":
-        return isinstance(value, Mapping)
-    if dtype == "list":
-        return isinstance(value, list) and all(fits(item, "Float64") for item in value)
-    if dtype == "string":
-        return isinstance(value, str)
-    if isinstance(value, bool):
-        return False
-    if dtype == "Int64":
-        return isinstance(value, int) and abs(value) < 2**63
-    return isinstance(value, (int, float)) and abs(value) < _MAX_FLOAT
-
-
 def filled(empty: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """``given`` with the keys of ``empty`` that it lacks."""
     return {
         key: filled(empty[key], value) if isinstance(empty.get(key), dict) and isinstance(value, dict) else value
         for key, value in {**empty, **given}.items()
     }
-
-
-def upgraded(record: dict[str, Any]) -> dict[str, Any]:
-    """``record`` in schema 2. Schema 1 had flat options, and methods with one sequence per sample.
-
-    Records from before there were blocks have the medians of one process: they become one block with the same figures.
-    """
-    record = _with_blocks(record)
-    if record["schema"] >= SCHEMA:
-        return record
-    found = filled(empty_record(), {**record, "schema": SCHEMA, "case": upgraded_case(record["case"])})
-    if at(found, "latency.total_s_per_sample") is not None:
-        found["latency"]["sequences_per_sample"] = 1
-    return found
-
-
-def _with_blocks(record: dict[str, Any]) -> dict[str, Any]:
-    phases = at(record, "latency.phases") or {}
-    if not any("samples_s" in phase for phase in phases.values()):
-        return record
-    samples_s = {name: phase["samples_s"] for name, phase in phases.items()}
-    latency = dict(record["latency"])
-    latency["phases"] = {name: {"mean_s": phase["median_s"]} for name, phase in phases.items()}
-    block = {"phases": samples_s, "stopped_because": latency.get("stopped_because"), "error": None}
-    return {**record, "latency": {**latency, "num_blocks": 1, "blocks": [block]}}
-
-
-def upgraded_case(case: dict[str, Any]) -> dict[str, Any]:
-    """A case of schema 1 with its options in groups, the LoRA rank among them."""
-    rank = case.get("lora_rank", 16)
-    options = {**(case.get("options") or {}), "lora_rank": rank}
-    # A value that equals a default of today is written as that default, since settings compare options by value.
-    if "lora_scaling" in options:
-        scaling = options["lora_scaling"]
-        options["lora_scaling"] = None if scaling == 1 else scaling * rank
-    if "critic_lr" in options and options["critic_lr"] == options.get("actor_lr"):
-        options["critic_lr"] = None
-    if options.get("attention") == "sdpa":
-        options["attention"] = "auto"
-    if "kv_cache" in options:
-        options["kv_cache"] = {"preallocated": "static", "growing": "dynamic"}.get(options["kv_cache"])
-    groups: dict[str, dict[str, Any]] = {}
-    for name, value in options.items():
-        group, _, field = RENAMED_OPTIONS.get(name, f"other.{name}").partition(".")
-        groups.setdefault(group, {})[field] = value
-    return {**{key: value for key, value in case.items() if key != "lora_rank"}, "options": groups}

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhfbench.errors import RecordsError
+from rlhfbench.records.derived import at
 from rlhfbench.records.file import Record, read_records
-from rlhfbench.records.schema import at
 from rlhfbench.records.timelines import read_timeline, timeline_frames
 from rlhfbench.runs.folder import TIMELINES_NAME
 from rlhfbench.runs.page import PAGE_NAME, missing_libraries, write_run_page

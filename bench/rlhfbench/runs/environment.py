@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 from rlhfbench.errors import ForkServerError, RunFolderError
-from rlhfbench.records.schema import at
+from rlhfbench.records.derived import at
 
 _PACKAGES = ("rlhfbench", "torch", "transformers", "peft", "numpy", "triton")
 # Environment variables that change speed, memory or the visible devices.

@@ -192,7 +192,7 @@ class Runner:
         progress: receives what happens.
         segment: of the run, which records name.
         retry: outcomes of recorded cases that are run again, once.
-        extra_settings: further fields of ``MeasurementOptions`` for every case.
+        extra_settings: called with a case, returns further fields of ``MeasurementOptions`` for it.
 
     Attributes:
         memory_limit_bytes: bytes that a case may allocate; at first those of ``options``.
@@ -208,11 +208,11 @@ class Runner:
         *,
         segment: Segment | None = None,
         retry: Collection[str] = (),
-        extra_settings: Mapping[str, Any] | None = None,
+        extra_settings: Callable[[Case], Mapping[str, Any]] = lambda case: {},
         title: Titles | None = None,
     ) -> None:
         self._segment = segment
-        self._extra_settings = dict(extra_settings or {})
+        self._extra_settings = extra_settings
         self._retried = {entry.case_id for entry in records.entries.values() if entry.outcome in retry}
         self._folder, self._options, self._records = folder, options, records
         self._executor, self._progress, self._title = executor, progress, title or Titles()
@@ -379,7 +379,7 @@ class Runner:
                 "timeline": block == 0,
                 "block": block,
                 "num_blocks": num_blocks,
-                **self._extra_settings,
+                **self._extra_settings(case),
                 **settings,
             },
         }

@@ -230,6 +230,8 @@ def _check_backend(case: Case) -> Iterator[str]:
         yield "engine.cuda_graphs is 'on': it needs a CUDA device, so device must not be 'cpu'."
     if case.options.engine.cuda_graphs == "on" and case.options.engine.trunk == "plain":
         yield "engine.cuda_graphs is 'on': it captures steps of the fast trunk, so engine.trunk must not be 'plain'."
+    if case.options.engine.cuda_graphs == "on" and case.options.parallel.divides_weights:
+        yield "engine.cuda_graphs is 'on': divided weights are gathered in every step, so it must be auto or off."
 
 
 def _check_reward_model(case: Case) -> Iterator[str]:

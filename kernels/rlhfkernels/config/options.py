@@ -253,8 +253,8 @@ class ParallelOptions:
 
     @property
     def moves_weights(self) -> bool:
-        """True where trained weights lie in storages of the library that divides them, or their optimizer's states."""
-        return self.strategy == "fsdp" or self.zero_stage >= 1
+        """True where DeepSpeed puts trained weights, which every rank holds whole, into storages of its own."""
+        return self.zero_stage in (1, 2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -94,6 +94,9 @@ class Engine:
         self.strategy.declare_trained(
             self.parameters_of_role, {pass_key(p.weights): p.roles for p in self.method.update_passes}
         )
+        if case.options.parallel.moves_weights:
+            for trunk in self.trunks.values():
+                trunk.follow_weights()
 
     def _load_models(self, with_weights: bool, num_layers: int | None) -> dict[str, LoadedModel]:
         models: dict[str, LoadedModel] = {}

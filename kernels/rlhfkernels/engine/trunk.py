@@ -100,6 +100,10 @@ class Trunk(Protocol):
         """Starts a generation of at most ``max_len`` positions with ``adapter``; tells ``observer`` of its cache."""
         ...
 
+    def follow_weights(self) -> None:
+        """Finds its weights again after a library has moved them into storages of its own."""
+        ...
+
 
 class PlainTrunk:
     """Transformers' modules with PEFT's layers: supports any causal language model.
@@ -165,6 +169,9 @@ class PlainTrunk:
         self._adapters.activate(adapter)
         self._module.eval()
         return _PlainDecoder(self._module, self._options.engine.cache_implementation, max_len, observer)
+
+    def follow_weights(self) -> None:
+        """See ``Trunk.follow_weights``: the modules hold the parameters themselves."""
 
 
 def _checkpoint_layers(module: torch.nn.Module) -> None:

@@ -10,7 +10,7 @@ Shapes: m = rows, k = inputs, n = outputs of all layers, r = rank.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -115,12 +115,30 @@ def lora_linear_reference(x: torch.Tensor, group: LinearGroup) -> torch.Tensor:
     return torch.cat(outputs, dim=-1)
 
 
-def lora_linear(x: torch.Tensor, group: LinearGroup, *, backend: str = "auto") -> torch.Tensor:
-    """Computes ``lora_linear_reference`` and its gradients; ``backend`` as in ``matmul``."""
+def lora_linear(
+    x: torch.Tensor,
+    group: LinearGroup,
+    *,
+    backend: str = "auto",
+    reread: Callable[[], LinearGroup] | None = None,
+) -> torch.Tensor:
+    """Computes ``lora_linear_reference`` and its gradients.
+
+    Args:
+        x: as in ``lora_linear_reference``.
+        group: as in ``lora_linear_reference``.
+        backend: as in ``matmul``.
+        reread: makes the group again for the backward, which may find the weights in other storages; ``None`` keeps
+            the group.
+
+    Returns:
+        [..., n].
+    """
     if torch.is_grad_enabled():
         parameters = group.parameters()
         if x.requires_grad or any(p.requires_grad for p in parameters):
-            y: torch.Tensor = _LoraLinear.apply(x, group, backend, *parameters)  # type: ignore[no-untyped-call]
+            read = (lambda: group) if reread is None else reread
+            y: torch.Tensor = _LoraLinear.apply(x, read, backend, *parameters)  # type: ignore[no-untyped-call]
             return y
     return _forward(x, group, backend)
 
@@ -204,15 +222,17 @@ def _add_low_rank_(target: torch.Tensor, term: LowRankTerm) -> None:
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: LinearGroup, backend: str, *parameters: nn.Parameter) -> torch.Tensor:
-        # The group keeps the weights alive; only the input must be saved.
-        ctx.group, ctx.backend = group, backend
+    def forward(
+        ctx: Any, x: torch.Tensor, read: Callable[[], LinearGroup], backend: str, *parameters: nn.Parameter
+    ) -> torch.Tensor:
+        # What reads the group keeps the weights alive; only the input must be saved.
+        ctx.read, ctx.backend = read, backend
         ctx.save_for_backward(x if any(ctx.needs_input_grad[3:]) else None)
-        return _forward(x, group, backend)
+        return _forward(x, read(), backend)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        group: LinearGroup = ctx.group
+        group: LinearGroup = ctx.read()
         (x,) = ctx.saved_tensors
         shape = grads[0].shape
         grad = grads[0].reshape(-1, shape[-1])

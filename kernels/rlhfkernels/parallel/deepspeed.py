@@ -22,25 +22,31 @@ from torch.torch_version import TorchVersion
 
 from rlhfkernels.config.options import OPTION_PACKAGES, OptimizerOptions, Options
 from rlhfkernels.errors import CaseError
-from rlhfkernels.models.heads import LmHead
-from rlhfkernels.parallel.strategies import BaseModule, RoleOptimizer, Schedule, Strategy, TrainedWeights
+from rlhfkernels.parallel.strategies import (
+    BaseModule,
+    RoleOptimizer,
+    Schedule,
+    Strategy,
+    TrainedWeights,
+    by_storage,
+)
 from rlhfkernels.parallel.world import World
 
 T = TypeVar("T")
 # The first whose steps end where the caller says (``managed_gradient_accumulation``).
 _OLDEST = "0.19.0"
+# Stands for a rollout among the modules that use a weight: a layer's hooks would let go of the weight after a token.
+_ROLLOUT = -1
 # As in ``rlhfkernels.training.optimizers``: what is added to the norm that divides.
 _NORM_EPS = 1e-6
-# A module's weights are gathered for its forward and for its backward, and freed after each. By default DeepSpeed
-# prefetches 50 million elements, and keeps 1,000 million, where the order of modules is that of the pass before. The
-# passes of a step differ, so that what is held would depend on the passes before.
+# Weights are gathered for a forward and for a backward, and freed after each. By default DeepSpeed prefetches 50
+# million elements, and keeps 1,000 million, where the order of modules is that of the pass before. The passes of a step
+# differ, so that what is held would depend on the passes before.
 _GATHERING = {
     "stage3_prefetch_bucket_size": 0,
     "stage3_max_reuse_distance": 0,
     "stage3_param_persistence_threshold": 0,
 }
-# Stands for a rollout among the modules, by number, that use a gathered weight.
-_ROLLOUT = -1
 
 
 class _DeepSpeed(Strategy):
@@ -62,10 +68,9 @@ class _DeepSpeed(Strategy):
 
     def declare_trained(self, roles: Mapping[str, Sequence[nn.Parameter]], passes: Mapping[str, Sequence[str]]) -> None:
         """See ``Strategy.declare_trained``."""
+        flattened = {role: by_storage(parameters) for role, parameters in roles.items() if parameters}
         self._engines = {
-            role: self._make_engine(TrainedWeights(parameters), [parameters])
-            for role, parameters in roles.items()
-            if parameters
+            role: self._make_engine(TrainedWeights(parameters), [parameters]) for role, parameters in flattened.items()
         }
         self._roles_of_pass = {key: [role for role in found if role in self._engines] for key, found in passes.items()}
 
@@ -86,6 +91,12 @@ class _DeepSpeed(Strategy):
         engine, *_ = self._package.initialize(
             model=module, optimizer=optimizer, config=self._config(dtype), dist_init_required=False
         )
+        if optimizer is not None:
+            # In stage 0 with bfloat16 DeepSpeed makes the states in a step of zero gradients
+            # (fp16/unfused_optimizer.py, initialize_optimizer_states), which AdamW's bias correction must not count.
+            for state in optimizer.state.values():
+                if "step" in state:
+                    state["step"].zero_()
         return engine
 
     def _config(self, dtype: torch.dtype) -> dict[str, Any]:
@@ -130,11 +141,21 @@ class _Stage3(_DeepSpeed):
         for base, module in self._bases.items():
             held = {id(p) for p in module.parameters()}
             found = {role: list(ps) for role, ps in roles.items() if ps and id(ps[0]) in held}
-            for head in module.heads:
-                if isinstance(head, LmHead):  # read by its weights, not as a module
-                    for parameter in head.parameters():
-                        self._package.zero.register_external_parameter(module, parameter)
+            self._gather_by_layer(module)
             self._divided[base] = _DividedBase(self._make_engine(module, list(found.values())), found)
+
+    def _gather_by_layer(self, module: BaseModule) -> None:
+        """Gathers the weights of a layer with the layer, and all others with the base.
+
+        DeepSpeed gathers what a module owns itself. Heads, norms and a fast trunk's matmuls are read by their weights,
+        and no module of theirs is called.
+        """
+        layers = module.layers()
+        in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
+        others = [parameter for parameter in module.parameters() if id(parameter) not in in_layers]
+        owned = [(layer, parameter) for layer in layers for parameter in layer.parameters()]
+        for owner, parameter in [*owned, *((module, parameter) for parameter in others)]:
+            self._package.zero.register_external_parameter(owner, parameter)
 
     def read(self, base: str, function: Callable[[], T]) -> T:
         """See ``Strategy.read``."""
@@ -148,15 +169,16 @@ class _Stage3(_DeepSpeed):
         """See ``Strategy.generate``."""
         if self.options.parallel.gather == "layer":
             return self.read(base, function)
-        parameters: list[Any] = list(self._bases[base].parameters())
-        with self._package.zero.GatheredParameters(parameters):
-            for parameter in parameters:
-                parameter.ds_active_sub_modules.add(_ROLLOUT)  # else a module's end frees it
-            try:
-                return self.read(base, function)
-            finally:
-                for parameter in parameters:
-                    parameter.ds_active_sub_modules.discard(_ROLLOUT)
+        module = self._bases[base]
+        for parameter in module.parameters():
+            _users(parameter).add(_ROLLOUT)
+        try:
+            return self.read(base, function)
+        finally:
+            for parameter in module.parameters():
+                _users(parameter).discard(_ROLLOUT)
+            for each in (*module.layers(), module):
+                self._divided[base].coordinator.release_sub_module(each, forward=True)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See ``Strategy.tensors``: the partitions, and the buffers that DeepSpeed keeps between steps."""
@@ -307,6 +329,12 @@ class _DividedBase:
         self.engine, self.roles = engine, roles
         self._num_ready = 0
 
+    @property
+    def coordinator(self) -> Any:
+        """DeepSpeed's, which gathers weights and lets go of them."""
+        zero = self.engine.optimizer  # where nothing is trained, what gathers is in the optimizer's place
+        return getattr(zero, "parameter_offload", zero).get_param_coordinator()
+
     def step(self) -> None:
         """Notes that one role is ready; with the last, all are updated."""
         self._num_ready += 1
@@ -331,6 +359,12 @@ def _part(parameter: nn.Parameter) -> torch.Tensor:
     """The rank's part of a weight in stage 3, flat."""
     part: torch.Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
     return part
+
+
+def _users(parameter: nn.Parameter) -> set[int]:
+    """The modules that use a gathered weight, by DeepSpeed's number: it is let go when there is none."""
+    users: set[int] = parameter.ds_active_sub_modules  # type: ignore[attr-defined]
+    return users
 
 
 def _states(optimizer: torch.optim.Optimizer, master: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhfkernels.config.options import Options
 from rlhfkernels.parallel.world import World
@@ -55,6 +56,10 @@ class BaseModule(nn.Module):
     def forward(self, function: Callable[[], T]) -> T:
         """Calls ``function``, which reads the base's weights."""
         return function()
+
+    def layers(self) -> list[nn.Module]:
+        """Transformers' layers, each of which is gathered at one time where weights are divided."""
+        return [module for module in self.trunk.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 class Strategy:
@@ -198,15 +203,13 @@ class FullyShard(Strategy):
         """See ``Strategy.divide``."""
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
-        from transformers.modeling_layers import GradientCheckpointingLayer
 
         with _disable_current_modes():  # a mesh reads its ranks, which a planner's fake tensors do not hold
             mesh = init_device_mesh(self.device.type, (self.world.size,))
         self._modules: dict[str, Any] = {}
         for base, module in bases.items():
-            for layer in module.modules():
-                if isinstance(layer, GradientCheckpointingLayer):
-                    fully_shard(layer, mesh=mesh)
+            for layer in module.layers():
+                fully_shard(layer, mesh=mesh)
             self._modules[base] = fully_shard(module, mesh=mesh)
 
     def read(self, base: str, function: Callable[[], T]) -> T:
@@ -263,6 +266,14 @@ class FullyShard(Strategy):
     def squared_norm(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """See ``Strategy.squared_norm``."""
         return self.world.all_sum
+
+
+def by_storage(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+    """Puts weights of one storage side by side, in their order there: a library that flattens a list leaves them so."""
+    storages = [parameter.untyped_storage()._cdata for parameter in parameters]
+    first = {storage: i for i, storage in reversed(list(enumerate(storages)))}
+    places = [(first[storage], p.storage_offset()) for storage, p in zip(storages, parameters, strict=True)]
+    return [parameters[i] for i in sorted(range(len(parameters)), key=places.__getitem__)]
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from rlhfbench.gate.decide import MIN_PAIRS, Effects, estimate
 from rlhfbench.gate.findings import Finding, sizes_of
 from rlhfbench.gate.output import exit_code, markdown, to_json
 from rlhfbench.gate.pairs import BlockPair, pairs_of
+from rlhfbench.gate.selftest import slower_phase
 from rlhfbench.gate.sides import Side
 from rlhfbench.gate.simulation import MeasuredCase, measured_cases, rates
 from rlhfbench.measure import turns
@@ -52,7 +53,7 @@ def sweep_of(*kinds):
 def compared(tmp_path, *kinds, injected=None, **options):
     lines = []
     comparison = Comparison(BASE, HEAD, sweep_of(*kinds), tmp_path / "out", GateOptions(**options), lines.append)
-    return comparison.run(injected), lines
+    return comparison.run(None if injected is None else lambda case: injected), lines
 
 
 def verdicts(findings):
@@ -172,6 +173,15 @@ def test_a_slower_phase_is_found_in_the_phase_its_kind_and_the_total(tmp_path):
     assert exit_code(findings) == 1
     (total,) = [found for found in findings if found.quantity == "generate s"]
     assert total.estimate.ratio == pytest.approx(1.5)
+
+
+def test_a_fault_is_put_into_the_cases_that_it_names_alone(tmp_path):
+    (case,) = sweep_of("steady").absolute().cases
+    sweep = Sweep(cases=(case, dataclasses.replace(case, seed=1)))
+    fault = slower_phase({case.id: "generate"}, 0.5)
+    findings = Comparison(BASE, HEAD, sweep, tmp_path / "out", GateOptions()).run(fault)
+    assert {found.case.seed for found in findings if found.verdict == "slower"} == {0}
+    assert {found.verdict for found in findings if found.case.seed == 1} == {"same"}
 
 
 def test_memory_that_grew_is_found_whatever_the_times(tmp_path):
@@ -398,7 +408,7 @@ def test_simulated_rates_follow_the_noise(tmp_path):
         )
         for ratio in (-1.2, -0.3, 0.7, 1.6)
     ]
-    noisy = MeasuredCase(kinds={"think": "update"}, pairs=wild, spent_s=5.0)
+    noisy = MeasuredCase(case_id="", kinds={"think": "update"}, pairs=wild, spent_s=5.0)
     patient = rates([noisy], 0.05, Effects(), 60.0)
     assert patient.ambiguous > 0.9
     assert patient.case_s == pytest.approx(patient.num_pairs + 1)  # a pair takes a second, and memory another

@@ -38,7 +38,7 @@ def total_bytes(world: World, case: Case) -> int:
     [
         ("full", 0, 2, 0.01),
         ("full", 1, 2, 0.01),
-        ("full", 2, 4, 0.01),
+        ("full", 2, 2, 0.01),
         ("joined-hydra", 1, 2, 0.01),
         ("hydra", 2, 2, 0.01),
         ("full", 3, 2, 1e-4),

@@ -11,16 +11,8 @@ import rlhfbench
 import rlhfreports
 from rlhfbench.records.file import read_records
 from rlhfbench.records.frame import records_frame
-from rlhfbench.records.schema import (
-    FIELDS,
-    PHASE_FIELDS,
-    columns,
-    columns_markdown,
-    empty_record,
-    filled,
-    upgraded,
-    upgraded_case,
-)
+from rlhfbench.records.schema import FIELDS, PHASE_FIELDS, columns, columns_markdown, empty_record, filled
+from rlhfbench.records.upgrades import upgraded, upgraded_case
 from rlhfbench.runs.drawing import draw_run
 from rlhfkernels.config.options import Options
 

@@ -46,12 +46,42 @@ def completions(world: World, case: Case) -> torch.Tensor:
     return batch.tokens
 
 
+STAGE_3 = {
+    "parallel__strategy": "deepspeed",
+    "parallel__world_size": 2,
+    "parallel__zero_stage": 3,
+    "parallel__reduce_bucket_size": 3000,
+    "dtype": "float32",
+    "completion_len": 3,
+    "batch_size": 2,
+}
+
+
+def statistics(world: World, case: Case) -> tuple[str, dict[str, float | None]]:
+    step = build_step(case, world=world)
+    step.run()
+    return step.trunk_taken, step.run().to_dict()
+
+
+@pytest.mark.usefixtures("imported_deepspeed")
+@pytest.mark.parametrize("trunk", ["fast", "plain"])
+def test_layers_that_stage_3_gathers_can_be_recomputed(
+    make_case: Callable[..., Case], on_ranks: Any, trunk: str
+) -> None:
+    kept, recomputed = (
+        on_ranks(
+            2, statistics, make_case("hydra", engine__gradient_checkpointing=again, engine__trunk=trunk, **STAGE_3)
+        )
+        for again in (False, True)
+    )
+    assert kept == recomputed
+    assert kept[0][0] == trunk
+
+
+@pytest.mark.usefixtures("imported_deepspeed")
 def test_stage_3_generates_the_same_however_it_gathers(make_case: Callable[..., Case], on_ranks: Any) -> None:
-    pytest.importorskip("deepspeed")
-    stage = {"parallel__strategy": "deepspeed", "parallel__world_size": 2, "parallel__zero_stage": 3}
-    stage |= {"parallel__reduce_bucket_size": 3000, "engine__trunk": "plain", "completion_len": 3}
     by_layer, at_once = (
-        on_ranks(2, completions, make_case("hydra", dtype="float32", batch_size=2, parallel__gather=gather, **stage))
+        on_ranks(2, completions, make_case("hydra", parallel__gather=gather, **STAGE_3))
         for gather in ("layer", "rollout")
     )
     assert all(torch.equal(one, other) for one, other in zip(by_layer, at_once, strict=True))

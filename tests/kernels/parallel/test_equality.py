@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from rlhfkernels import Batch, Case, Observer, TrainingStep, build_step
-from rlhfkernels.parallel.deepspeed import load
 from rlhfkernels.parallel.world import World
 from rlhfkernels.training.step import StepStats
 
@@ -25,26 +24,24 @@ class Kind:
     """A strategy, and how close it must come to one process."""
 
     options: dict[str, Any]
-    # Divided weights need the plain trunk, whose norms are in float32: so the one process has it too.
-    trunk: str = "fast"
     dtype: str = "float64"
     rel: float = 1e-9
     abs: float = 1e-12
 
 
-def zero(stage: int, trunk: str = "fast") -> Kind:
+def zero(stage: int) -> Kind:
     """DeepSpeed, whose master weights are in float32; buckets smaller than a gradient, so that there are several."""
     options = {"parallel.strategy": "deepspeed", "parallel.zero_stage": stage, "parallel.reduce_bucket_size": 3000}
-    return Kind(options, trunk, "float32", rel=1e-3, abs=1e-5)
+    return Kind(options, "float32", rel=1e-3, abs=1e-5)
 
 
 STRATEGIES = {
     "ddp": Kind({"parallel.strategy": "ddp"}),
-    "fsdp": Kind({"parallel.strategy": "fsdp"}, "plain"),
+    "fsdp": Kind({"parallel.strategy": "fsdp"}),
     "zero-0": zero(0),
-    "zero-1": zero(1, "plain"),
-    "zero-2": zero(2, "plain"),
-    "zero-3": zero(3, "plain"),
+    "zero-1": zero(1),
+    "zero-2": zero(2),
+    "zero-3": zero(3),
 }
 PPO = ("full", "lora", "hydra", "joined-hydra")
 # A step of SGD of length 1 moves every weight by its clipped gradient; AdamW's third step holds both moments.
@@ -55,17 +52,7 @@ OPTIMIZERS = {
 }
 
 Make = Callable[..., Case]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _deepspeed_is_imported() -> Iterator[None]:
-    """Imports DeepSpeed before any rank is forked: each of them would take 3 s."""
-    pytest.importorskip("deepspeed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DS_ACCELERATOR", "cpu")
-        patch.setenv("LOCAL_RANK", "0")
-        load(torch.device("cpu"))
-        yield
+pytestmark = pytest.mark.usefixtures("imported_deepspeed")
 
 
 def weights_of(step: TrainingStep) -> dict[str, torch.Tensor]:
@@ -121,7 +108,7 @@ def rank_on_data(world: World, case: Case, num_steps: int) -> Any:
 def fields(kind: Kind, size: int, changes: dict[str, Any]) -> dict[str, Any]:
     """Fields and options of a case on ``size`` ranks, or of the same in one process."""
     parallel = {} if size == 1 else {**kind.options, "parallel.world_size": size}
-    values = {"dtype": kind.dtype, "engine.trunk": kind.trunk, **parallel, **changes}
+    values = {"dtype": kind.dtype, **parallel, **changes}
     return {name.replace(".", "__"): value for name, value in values.items()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from rlhfkernels import Case, build_step
-from rlhfkernels.parallel.strategies import DataParallel
+from rlhfkernels.parallel.strategies import DataParallel, local
 from rlhfkernels.parallel.world import World
 
 Make = Callable[..., Case]
 FSDP = {"parallel__strategy": "fsdp", "parallel__world_size": 2}
+BUCKET = {"parallel__reduce_bucket_size": 3000}
 
 
 def statistics(world: World, case: Case) -> dict[str, float | None]:
@@ -69,6 +71,16 @@ def test_the_options_of_a_step_work_on_ranks(
     assert all(norms.values())
 
 
+# Every strategy that divides weights, or moves them.
+DIVIDED: dict[str, dict[str, Any]] = {
+    "fsdp": FSDP,
+    **{
+        f"zero-{stage}": {**FSDP, "parallel__strategy": "deepspeed", "parallel__zero_stage": stage, "dtype": "float32"}
+        for stage in (1, 3)
+    },
+}
+
+
 def saved(world: World, case: Case, folder: Path) -> None:
     step = build_step(case, world=world)
     step.save(folder)
@@ -76,12 +88,15 @@ def saved(world: World, case: Case, folder: Path) -> None:
     step.run()  # the weights are divided again
 
 
+@pytest.mark.usefixtures("imported_deepspeed")
+@pytest.mark.parametrize("strategy", DIVIDED)
 @pytest.mark.parametrize(("method", "files"), [("full", 4), ("hydra", 4)])
 def test_divided_weights_are_saved_whole(
-    make_case: Make, on_ranks: Any, tmp_path: Path, method: str, files: int
+    make_case: Make, on_ranks: Any, tmp_path: Path, method: str, files: int, strategy: str
 ) -> None:
-    on_ranks(2, saved, make_case(method, **FSDP), tmp_path / "ranks")
-    build_step(make_case(method)).save(tmp_path / "alone")
+    case = make_case(method, **BUCKET, **DIVIDED[strategy])
+    on_ranks(2, saved, case, tmp_path / "ranks")
+    build_step(make_case(method, dtype=case.dtype)).save(tmp_path / "alone")
     names = sorted(path.relative_to(tmp_path / "alone") for path in (tmp_path / "alone").rglob("*.safetensors"))
     assert len(names) == files
     for name in names:
@@ -122,3 +137,31 @@ def test_gradients_are_sent_once_a_mini_batch(make_case: Make, on_ranks: Any) ->
         on_ranks(2, buckets_sent, make_case("lora", engine__micro_batch_size=size, **options)) for size in (4, 1)
     )
     assert whole == split == [2, 2]  # the actor's and the critic's
+
+
+def bytes_left(world: World, case: Case) -> dict[str, int]:
+    """Bytes of the storages that live after a step beside those of the step itself, and of all weights."""
+    step = build_step(case, world=world)
+    step.run()
+    step.run()
+    gc.collect()
+    kept = {local(tensor).untyped_storage()._cdata for _, tensor in step.persistent_tensors()}
+    found = [each for each in gc.get_objects() if isinstance(each, torch.Tensor) and not hasattr(each, "to_local")]
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in found}
+    weights = [parameter for base in step.engine.models for parameter in step.engine.base_parameters(base)]
+    whole = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in weights)
+    return {
+        "left": sum(num_bytes for key, num_bytes in storages.items() if key not in kept),
+        "weights": whole * getattr(torch, case.dtype).itemsize,
+    }
+
+
+@pytest.mark.usefixtures("imported_deepspeed")
+@pytest.mark.parametrize("gather", ["layer", "rollout"])
+@pytest.mark.parametrize("strategy", ["fsdp", "zero-3"])
+@pytest.mark.parametrize("method", ["full", "hydra"])
+def test_no_gathered_weight_outlives_a_step(
+    make_case: Make, on_ranks: Any, method: str, strategy: str, gather: str
+) -> None:
+    for rank in on_ranks(2, bytes_left, make_case(method, **BUCKET, **DIVIDED[strategy], parallel__gather=gather)):
+        assert rank["left"] < 0.05 * rank["weights"]

@@ -1,102 +1,21 @@
-"""Architectures of the fast trunk: the weights that a layer is made of, and how it uses them.
-
-Linear layers that read the same input become one matmul: their weights move into one storage, of which each module
-keeps its slice as its parameter. Modules, adapters and optimizers work as before.
-"""
+"""Architectures of the fast trunk: the weights that a layer is made of, and how it uses them."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.activations import GELUActivation, NewGELUActivation, SiLUActivation
-from transformers.pytorch_utils import Conv1D
 
+from rlhfkernels.engine.fast.projections import GatheredProjection, Projection
 from rlhfkernels.models.loading import LENGTH_DEPENDENT_ROTARY
-from rlhfkernels.ops.lora_linear import LinearGroup, LoraPart, lora_linear
 from rlhfkernels.ops.qkv_layout import QkvLayout
 from rlhfkernels.ops.rms_norm import rms_norm
 from rlhfkernels.ops.rotary import make_signed_sin
-from rlhfkernels.ops.skinny_linear import SkinnyLoraLinear
-
-
-class Projection:
-    """Linear layers that read the same input, as one matmul for the bases and one for all adapters' A.
-
-    Args:
-        modules: the layers, each plain or wrapped by PEFT; their outputs are concatenated.
-    """
-
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._lora = [module if isinstance(module, LoraLayer) else None for module in modules]
-        bases: list[Any] = [module.get_base_layer() if isinstance(module, LoraLayer) else module for module in modules]
-        self._transposed = isinstance(bases[0], Conv1D)
-        sizes = [base.weight.shape[1 if self._transposed else 0] for base in bases]
-        self._starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        self._weight = _fuse(bases, "weight")
-        self._bias = _fuse(bases, "bias") if getattr(bases[0], "bias", None) is not None else None
-        names = {name for layer in self._lora if layer is not None for name in layer.lora_A}
-        self._bare = self._group(bases, None)
-        self._groups = {name: self._group(bases, name) for name in names}
-
-    def _group(self, bases: Sequence[Any], adapter: str | None) -> LinearGroup:
-        """Makes the group of one adapter set, or of the bare layers."""
-        adapted = [(layer, start) for layer, start in zip(self._lora, self._starts, strict=True) if layer is not None]
-        adapted = [(layer, start) for layer, start in adapted if adapter in layer.lora_A]
-        down = up = None
-        if adapted:
-            down = _fuse([layer.lora_A[adapter] for layer, _ in adapted], "weight")
-            up = _fuse([layer.lora_B[adapter] for layer, _ in adapted], "weight")
-        return LinearGroup(
-            weight=self._weight.t() if self._transposed else self._weight,
-            bias=self._bias,
-            weights=tuple(base.weight for base in bases),
-            biases=tuple(base.bias for base in bases) if self._bias is not None else (),
-            transposed=self._transposed,
-            down=down,
-            up=up,
-            parts=tuple(
-                LoraPart(
-                    down=layer.lora_A[adapter].weight,
-                    up=layer.lora_B[adapter].weight,
-                    start=start,
-                    scaling=float(layer.scaling[adapter]),
-                )
-                for layer, start in adapted
-            ),
-        )
-
-    def under(self, adapter: str | None) -> LinearGroup:
-        """Returns the layers with an adapter set, or bare."""
-        return self._bare if adapter is None else self._groups.get(adapter, self._bare)
-
-    def forward(self, x: torch.Tensor, adapter: str | None, backend: str) -> torch.Tensor:
-        """Computes [m, n] of [m, k] with ``adapter``; ``backend`` as in ``matmul``."""
-        return lora_linear(x, self.under(adapter), backend=backend)
-
-    def for_decode(self, adapter: str | None, rows: int, buffers: dict[int, torch.Tensor]) -> SkinnyLoraLinear:
-        """Returns the layers with ``adapter`` for ``rows`` rows a call, without a graph."""
-        return SkinnyLoraLinear(self.under(adapter), rows, buffers)
-
-
-def _fuse(modules: Sequence[Any], name: str) -> torch.Tensor:
-    """Concatenates the parameter ``name`` of all modules in one storage, which each keeps a slice of; returns it."""
-    parameters: list[nn.Parameter] = [getattr(module, name) for module in modules]
-    if len(parameters) == 1:
-        return parameters[0].detach()
-    with torch.no_grad():
-        fused = torch.cat([p.detach() for p in parameters])
-    start = 0
-    for module, parameter in zip(modules, parameters, strict=True):
-        end = start + parameter.shape[0]
-        setattr(module, name, nn.Parameter(fused[start:end], requires_grad=parameter.requires_grad))
-        start = end
-    return fused
 
 
 class Norm:
@@ -150,6 +69,7 @@ class Block:
         activation: of the gate, or of the output of ``up``.
         gated: whether the activated gate multiplies the rest.
         down: projection back to d.
+        module: transformers' layer, whose hooks gather divided weights.
         parallel: attention and MLP both read the layer's input (GPT-NeoX).
         window: positions that a query sees, itself included; ``None`` is all.
     """
@@ -163,6 +83,7 @@ class Block:
     activation: Callable[[torch.Tensor], torch.Tensor]
     gated: bool
     down: Projection
+    module: nn.Module
     parallel: bool = False
     window: int | None = None
 
@@ -170,6 +91,18 @@ class Block:
     def projections(self) -> tuple[Projection, Projection, Projection, Projection]:
         """``qkv``, ``out``, ``up`` and ``down``."""
         return self.qkv, self.out, self.up, self.down
+
+    @property
+    def is_gathered(self) -> bool:
+        """True where the weights are divided among ranks, and whole only while the block runs."""
+        return isinstance(self.qkv, GatheredProjection)
+
+    def run(self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """Computes ``function(x)``, which reads the layer's weights, with these at hand."""
+        if not self.is_gathered:
+            return function(x)
+        y: torch.Tensor = self.module(function, x)
+        return y
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,6 +125,11 @@ class Blocks:
     scale: float
     backend: str
 
+    @property
+    def are_gathered(self) -> bool:
+        """See ``Block.is_gathered``."""
+        return self.layers[0].is_gathered
+
     def rotary_at(self, x: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Returns cosines and signed sines, [1 or b, t, s] each, of position ids [1 or b, t] in the dtype of ``x``."""
         if self.rotary is None:
@@ -212,7 +150,7 @@ def _head_size(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _llama(trunk: Any, backend: str) -> Blocks | None:
+def _llama(trunk: Any, backend: str, projection: type[Projection]) -> Blocks | None:
     config = trunk.config
     if getattr(trunk.rotary_emb, "rope_type", "default") in LENGTH_DEPENDENT_ROTARY:
         return None
@@ -224,14 +162,15 @@ def _llama(trunk: Any, backend: str) -> Blocks | None:
         layers.append(
             Block(
                 norm_1=Norm(layer.input_layernorm, backend),
-                qkv=Projection([attention.q_proj, attention.k_proj, attention.v_proj]),
+                qkv=projection([attention.q_proj, attention.k_proj, attention.v_proj]),
                 layout=layout,
-                out=Projection([attention.o_proj]),
+                out=projection([attention.o_proj]),
                 norm_2=Norm(layer.post_attention_layernorm, backend),
-                up=Projection([mlp.gate_proj, mlp.up_proj]),
+                up=projection([mlp.gate_proj, mlp.up_proj]),
                 activation=_activation(mlp.act_fn),
                 gated=True,
-                down=Projection([mlp.down_proj]),
+                down=projection([mlp.down_proj]),
+                module=layer,
                 window=_window(attention, config),
             )
         )
@@ -265,7 +204,7 @@ def _activation(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     return _FUNCTIONS.get(type(module), module)
 
 
-def _gpt_neox(trunk: Any, backend: str) -> Blocks | None:
+def _gpt_neox(trunk: Any, backend: str, projection: type[Projection]) -> Blocks | None:
     config = trunk.config
     if trunk.rotary_emb.rope_type in LENGTH_DEPENDENT_ROTARY:
         return None
@@ -273,14 +212,15 @@ def _gpt_neox(trunk: Any, backend: str) -> Blocks | None:
     layers = [
         Block(
             norm_1=Norm(layer.input_layernorm, backend),
-            qkv=Projection([layer.attention.query_key_value]),
+            qkv=projection([layer.attention.query_key_value]),
             layout=QkvLayout(config.num_attention_heads, config.num_attention_heads, size, interleaved=True),
-            out=Projection([layer.attention.dense]),
+            out=projection([layer.attention.dense]),
             norm_2=Norm(layer.post_attention_layernorm, backend),
-            up=Projection([layer.mlp.dense_h_to_4h]),
+            up=projection([layer.mlp.dense_h_to_4h]),
             activation=_activation(layer.mlp.act),
             gated=False,
-            down=Projection([layer.mlp.dense_4h_to_h]),
+            down=projection([layer.mlp.dense_4h_to_h]),
+            module=layer,
             parallel=config.use_parallel_residual,
         )
         for layer in trunk.layers
@@ -295,7 +235,7 @@ def _gpt_neox(trunk: Any, backend: str) -> Blocks | None:
     )
 
 
-def _opt(trunk: Any, backend: str) -> Blocks | None:
+def _opt(trunk: Any, backend: str, projection: type[Projection]) -> Blocks | None:
     decoder, config = trunk.decoder, trunk.config
     if not config.do_layer_norm_before or decoder.project_in is not None or decoder.final_layer_norm is None:
         return None
@@ -308,14 +248,15 @@ def _opt(trunk: Any, backend: str) -> Blocks | None:
         layers.append(
             Block(
                 norm_1=Norm(layer.self_attn_layer_norm, backend),
-                qkv=Projection([attention.q_proj, attention.k_proj, attention.v_proj]),
+                qkv=projection([attention.q_proj, attention.k_proj, attention.v_proj]),
                 layout=layout,
-                out=Projection([attention.out_proj]),
+                out=projection([attention.out_proj]),
                 norm_2=Norm(layer.final_layer_norm, backend),
-                up=Projection([layer.fc1]),
+                up=projection([layer.fc1]),
                 activation=_activation(layer.activation_fn),
                 gated=False,
-                down=Projection([layer.fc2]),
+                down=projection([layer.fc2]),
+                module=layer,
             )
         )
     return Blocks(
@@ -330,7 +271,7 @@ def _opt(trunk: Any, backend: str) -> Blocks | None:
     )
 
 
-def _gpt2(trunk: Any, backend: str) -> Blocks | None:
+def _gpt2(trunk: Any, backend: str, projection: type[Projection]) -> Blocks | None:
     config = trunk.config
     if not config.scale_attn_weights or config.scale_attn_by_inverse_layer_idx or config.add_cross_attention:
         return None
@@ -338,14 +279,15 @@ def _gpt2(trunk: Any, backend: str) -> Blocks | None:
     layers = [
         Block(
             norm_1=Norm(layer.ln_1, backend),
-            qkv=Projection([layer.attn.c_attn]),
+            qkv=projection([layer.attn.c_attn]),
             layout=QkvLayout(config.n_head, config.n_head, size),
-            out=Projection([layer.attn.c_proj]),
+            out=projection([layer.attn.c_proj]),
             norm_2=Norm(layer.ln_2, backend),
-            up=Projection([layer.mlp.c_fc]),
+            up=projection([layer.mlp.c_fc]),
             activation=_activation(layer.mlp.act),
             gated=False,
-            down=Projection([layer.mlp.c_proj]),
+            down=projection([layer.mlp.c_proj]),
+            module=layer,
         )
         for layer in trunk.h
     ]
@@ -360,7 +302,7 @@ def _gpt2(trunk: Any, backend: str) -> Blocks | None:
 
 
 # By ``model_type``. A reader returns ``None`` for a configuration that it does not support.
-READERS: dict[str, Callable[[Any, str], Blocks | None]] = {
+READERS: dict[str, Callable[[Any, str, type[Projection]], Blocks | None]] = {
     "llama": _llama,
     "mistral": _llama,
     "qwen2": _llama,
@@ -370,12 +312,24 @@ READERS: dict[str, Callable[[Any, str], Blocks | None]] = {
 }
 
 
-def read_blocks(trunk: Any, backend: str) -> Blocks | None:
+def read_blocks(trunk: Any, backend: str, *, is_divided: bool = False) -> Blocks | None:
     """Returns the blocks of ``trunk``, or ``None`` if the fast trunk does not support the model.
 
     Args:
         trunk: the model.
         backend: see ``Blocks``.
+        is_divided: ranks hold parts of the weights, which hooks of the layers gather. The layers then run what
+            ``Block.run`` hands them, and nothing else.
     """
     reader = READERS.get(trunk.config.model_type)
-    return None if reader is None else reader(trunk, backend)
+    if reader is None:
+        return None
+    blocks = reader(trunk, backend, GatheredProjection if is_divided else Projection)
+    if blocks is not None and is_divided:
+        for block in blocks.layers:
+            block.module.forward = _call
+    return blocks
+
+
+def _call(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    return function(x)

@@ -5,12 +5,14 @@ Shapes: b = batch, d = hidden size.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
 
-from rlhfkernels.engine.fast.blocks import Block, Blocks, Norm, Projection
+from rlhfkernels.engine.fast.blocks import Block, Blocks, Norm
+from rlhfkernels.engine.fast.projections import Projection
 from rlhfkernels.models.cache import PreallocatedLayer
 
 
@@ -48,15 +50,16 @@ class DecodeSteps(ABC):
     def emit_layers(self, x: torch.Tensor) -> None:
         """Emits the ops of all layers, which add to ``x`` in place."""
         for index, block in enumerate(self._blocks.layers):
-            self._emit_layer(index, block, x)
+            block.run(functools.partial(self._emit_layer, index, block), x)
 
-    def _emit_layer(self, index: int, block: Block, x: torch.Tensor) -> None:
+    def _emit_layer(self, index: int, block: Block, x: torch.Tensor) -> torch.Tensor:
         attended = self.attention(index, self.linear("qkv", block.qkv, self.norm(block.norm_1, x)))
         # A parallel MLP reads the layer's input, before attention is added to it.
         normed = self.norm(block.norm_2, x) if block.parallel else None
         self.add_linear(block.out, attended, x)
         up = self.linear("up", block.up, self.norm(block.norm_2, x) if normed is None else normed)
         self.add_linear(block.down, self.activation(block, up), x)
+        return x
 
     @abstractmethod
     def norm(self, norm: Norm, x: torch.Tensor) -> torch.Tensor:

@@ -57,7 +57,7 @@ class FastDecoder(CacheSkips):
 
     def _make_steps(self, x: torch.Tensor) -> DecodeSteps:
         """Makes what executes the steps of rows ``x`` [b, d]."""
-        if takes_graphs(x, self._cuda_graphs):
+        if takes_graphs(x, self._cuda_graphs) and not self._blocks.are_gathered:
             capture = make_capture(x, self._observer, is_required=self._cuda_graphs == "on")
             return GraphDecodeSteps(self._blocks, self._adapter, x, self._caches, capture)
         return _class_of_steps(self._blocks, self._adapter, x)(self._blocks, self._adapter, x, self._caches)
@@ -73,6 +73,6 @@ def takes_graphs(x: torch.Tensor, cuda_graphs: str) -> bool:
 
 def _class_of_steps(blocks: Blocks, adapter: str | None, x: torch.Tensor) -> type[DecodeSteps]:
     """Returns what executes the steps of rows ``x`` [b, d] without graphs."""
-    if not x.is_cpu:
+    if blocks.are_gathered or not x.is_cpu:
         return RowDecodeSteps
     return NativeDecodeSteps if NativeDecodeSteps.supports(blocks, adapter, x) else TorchDecodeSteps

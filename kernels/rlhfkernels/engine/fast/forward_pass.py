@@ -9,6 +9,7 @@ a head.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -166,16 +167,15 @@ def _run_layers(
     context = _Context(blocks.scale, adapter, blocks.backend, blocks.rotary_at(x, ids))
     last = len(blocks.layers) - 1
     for index, block in enumerate(blocks.layers):
-        arguments = (block, context, x, sequences[index == last])
-        if checkpointing:
-            x = checkpoint(_run_layer, *arguments, None, index, use_reentrant=False, preserve_rng_state=False)
-        else:
-            x = _run_layer(*arguments, store_kv, index)
+        run = functools.partial(_run_layer, block, context, sequences[index == last], store_kv, index)
+        if checkpointing:  # inside the block, which has the weights at hand when it is run again
+            run = functools.partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+        x = block.run(run, x)
     return blocks.norm(x)
 
 
 def _run_layer(
-    block: Block, context: _Context, x: torch.Tensor, sequences: _Sequences, store_kv: StoreKv | None, index: int
+    block: Block, context: _Context, sequences: _Sequences, store_kv: StoreKv | None, index: int, x: torch.Tensor
 ) -> torch.Tensor:
     """Runs one layer: [m, d] to [kept, d]. ``store_kv`` receives keys and values as [m, k, e]."""
     scale, adapter, backend, rotary = context

@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from rlhfkernels.engine.fast.blocks import Block, Blocks, Norm, Projection, gelu_tanh
+from rlhfkernels.engine.fast.blocks import Block, Blocks, Norm, gelu_tanh
 from rlhfkernels.engine.fast.decode_steps import DecodeSteps
+from rlhfkernels.engine.fast.projections import Projection
 from rlhfkernels.models.cache import PreallocatedLayer
 from rlhfkernels.ops.dispatch import takes_native
 from rlhfkernels.ops.native.program import Segment, make_program

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from rlhfkernels.engine.fast.blocks import Block, Blocks, Norm, Projection
+from rlhfkernels.engine.fast.blocks import Block, Blocks, Norm
 from rlhfkernels.engine.fast.decode_steps import DecodeSteps
+from rlhfkernels.engine.fast.projections import Projection
 from rlhfkernels.models.cache import PreallocatedLayer
 from rlhfkernels.ops.decode_attention import decode_attention, without_plans
 from rlhfkernels.ops.rotary import rotary_

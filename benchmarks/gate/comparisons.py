@@ -1,0 +1,175 @@
+"""Compares a commit with itself many times, on the machine as it is and beside a busy process, and counts the answers.
+
+    python benchmarks/gate/comparisons.py OUT
+    python benchmarks/gate/comparisons.py OUT --slower 0.1
+
+Each gate compares ten cases on ``tiny``. A comparison is one of them: 10 gates of each kind are 200 comparisons. With
+``--slower`` the longest phase of five of the ten, drawn anew for each gate, is that much slower in the head. Those of a
+gate are appended to OUT/comparisons.jsonl as it ends. The same command goes on where an earlier one was interrupted,
+and prints the rates of all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhfbench.cases.sweep import Sweep
+from rlhfbench.cli.common import make_sweep
+from rlhfbench.errors import GateError
+from rlhfbench.gate import sides
+from rlhfbench.gate.compare import Comparison, GateOptions
+from rlhfbench.gate.findings import Finding
+from rlhfbench.gate.selftest import slower_phase
+from rlhfbench.gate.simulation import MeasuredCase, measured_cases
+
+METHODS = [
+    "full", "lora", "dynamic-lora", "joined-hydra", "hydra", "sft", "sft-lora", "dpo", "dpo-lora", "best-of-n",
+]  # fmt: skip
+CHANGES = ("slower", "faster", "larger", "smaller", "missing", "failed")
+# Ends with its parent.
+_BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: sum(range(10000))"
+
+
+def main() -> int:
+    """Runs the gates that are missing and prints the rates; returns 1 if there was a false alarm."""
+    given = _arguments()
+    given.out.mkdir(parents=True, exist_ok=True)
+    path = given.out / "comparisons.jsonl"
+    root = sides.repository()
+    commit = sides.commit_of("HEAD", root)
+    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    about = {"commit": commit, "slower": given.slower}
+    if any(row[name] != value for row in done for name, value in about.items()):
+        raise GateError(f"'{path}' holds comparisons of another commit or slowdown: name a new folder.")
+    counted = {(row["gate"], row["busy"]) for row in done}
+    # Both kinds take turns, so that an interrupted command has about as many of each.
+    kinds = [False, True] if given.slower == 0 else [False]
+    wanted = [(gate, busy) for gate in range(given.gates) for busy in kinds]
+    with sides.only_gate():
+        measured = _measured_cases(root, commit) if given.slower else []
+        for gate, busy in wanted:
+            if (gate, busy) in counted:
+                continue
+            started_s = time.monotonic()
+            slowed = random.Random(gate).sample(measured, len(measured) // 2)
+            with _busy_process() if busy else contextlib.nullcontext():
+                findings, spent_s = _gate(root, commit, given, slowed, seed=gate)
+            rows = [{**about, "gate": gate, "busy": busy, **row} for row in _rows(findings, slowed, spent_s)]
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+            done += rows
+            print(f"gate {gate}: {_rates(rows)}, {time.monotonic() - started_s:.0f} s", flush=True)
+    for busy in kinds:
+        kind = "beside a busy process" if busy else "on the machine as it is"
+        print(f"{kind}: {_rates([row for row in done if row['busy'] is busy])}")
+    return int(any(row["alarms"] for row in done))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder of the comparisons")
+    parser.add_argument("--gates", type=int, default=10, help="gates of each kind, of ten comparisons each")
+    parser.add_argument("--budget-s", type=float, default=60.0, help="seconds of a case")
+    parser.add_argument("--slower", type=float, default=0.0, metavar="X", help="share by which a phase is slower")
+    return parser.parse_args()
+
+
+@contextlib.contextmanager
+def _busy_process() -> Iterator[None]:
+    """Keeps one core busy until the block ends."""
+    process = subprocess.Popen([sys.executable, "-c", _BUSY])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _gate(
+    root: Path, commit: str, given: argparse.Namespace, slowed: Sequence[MeasuredCase], *, seed: int
+) -> tuple[list[Finding], dict[str, float]]:
+    """The findings of one gate, and the seconds that each case took; in the head, cases of ``slowed`` are slower."""
+    fault = slower_phase({case.case_id: case.longest_phase for case in slowed}, given.slower) if slowed else None
+    with _comparison(root, commit, GateOptions(budget_s=given.budget_s), seed) as (comparison, _):
+        return comparison.run(fault), comparison.spent_s
+
+
+def _measured_cases(root: Path, commit: str) -> list[MeasuredCase]:
+    """The cases of a short gate, in the order of their ids."""
+    with _comparison(root, commit, GateOptions(budget_s=1.0), 0) as (comparison, out):
+        comparison.run()
+        return sorted(measured_cases(out, comparison.spent_s), key=lambda case: case.case_id)
+
+
+@contextlib.contextmanager
+def _comparison(root: Path, commit: str, options: GateOptions, seed: int) -> Iterator[tuple[Comparison, Path]]:
+    """Yields a comparison of two copies of ``commit``, and the folder of its runs."""
+    roots = sides.module_roots(root, with_working_folder=False)
+    with (
+        sides.checked_out(commit, root, "base", roots) as base,
+        sides.checked_out(commit, root, "head", roots) as head,
+        tempfile.TemporaryDirectory() as out,
+    ):
+        yield Comparison(base, head, _sweep(), Path(out), options, seed=seed), Path(out)
+
+
+@functools.cache
+def _sweep() -> Sweep:
+    return make_sweep({"methods": METHODS, "seq_lens": [32], "batch_sizes": [2]}, None, None)
+
+
+def _rows(
+    findings: Sequence[Finding], slowed: Sequence[MeasuredCase], spent_s: Mapping[str, float]
+) -> Iterator[dict[str, Any]]:
+    """Yields one row per case."""
+    phases = {case.case_id: case.longest_phase for case in slowed}
+    # A slower phase shows in itself, in its kind and in the total. A change of another time is a false alarm.
+    affected = {case.case_id: {f"{name} s" for name in case.affected(phases[case.case_id])} for case in slowed}
+    for case in {found.case.id: found.case for found in findings}.values():
+        own = [found for found in findings if found.case.id == case.id]
+        estimates = {found.quantity: found.estimate for found in own if found.estimate is not None}
+        changed = {found.quantity: found.verdict for found in own if found.verdict in CHANGES}
+        expected = affected.get(case.id, set())
+        yield {
+            "method": case.method,
+            "slowed": phases.get(case.id),
+            "found": any(changed.get(name) == "slower" for name in expected),
+            "alarms": {
+                name: verdict for name, verdict in changed.items() if name not in expected or verdict != "slower"
+            },
+            "ambiguous": [found.quantity for found in own if found.verdict == "ambiguous"],
+            "num_quantities": len(own),
+            "num_pairs": max((ratio.num_pairs for ratio in estimates.values()), default=0),
+            "spent_s": spent_s[case.id],
+            "intervals": {name: [ratio.low, ratio.ratio, ratio.high] for name, ratio in estimates.items()},
+        }
+
+
+def _rates(rows: Sequence[dict[str, Any]]) -> str:
+    """One line on ``rows``."""
+    slowed = [row for row in rows if row["slowed"]]
+    found = f"{sum(row['found'] for row in slowed)} of {len(slowed)} slower cases found, " if slowed else ""
+    alarms = sum(bool(row["alarms"]) for row in rows)
+    unsure = sum(bool(row["ambiguous"]) for row in rows)
+    mean_s = sum(row["spent_s"] for row in rows) / len(rows)
+    return (
+        f"{found}{alarms} false alarms and {unsure} without an answer in {len(rows)} comparisons, {mean_s:.0f} s a case"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except GateError as error:
+        sys.exit(f"{error}")

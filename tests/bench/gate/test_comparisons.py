@@ -1,0 +1,86 @@
+"""The command that counts the answers of real comparisons: what it goes on with, and what it says."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rlhfbench.gate.decide import estimate
+from rlhfbench.gate.findings import Finding
+from rlhfbench.gate.pairs import BlockPair
+from rlhfbench.gate.simulation import MeasuredCase
+from rlhfkernels.config.case import Case
+
+SCRIPT = Path(__file__).parents[3] / "benchmarks" / "gate" / "comparisons.py"
+CASE = Case(method="hydra", model="tiny", prompt_len=4, completion_len=4, batch_size=2)
+OTHER = dataclasses.replace(CASE, method="lora")
+KINDS = {"generate": "inference", "optimize": "update"}
+VALUES = {"generate": 2.0, "optimize": 1.0, "inference": 2.0, "update": 1.0, "total": 3.0}
+PAIRS = [BlockPair(base=VALUES, head=VALUES, log_ratios={}, errors={}, steps=([], []), disturbed=(False, False))]
+
+
+def finding(case, quantity, verdict):
+    return Finding(case=case, quantity=quantity, verdict=verdict, estimate=estimate([0.1, 0.1]))
+
+
+@pytest.fixture
+def count(monkeypatch, tmp_path, capsys):
+    """Returns a function that runs the command; a gate is asked for what ``gates`` says of it."""
+    spec = importlib.util.spec_from_file_location("comparisons", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    commits = iter(["c1", "c1", "c2"])
+    measured = [MeasuredCase(case_id=case.id, kinds=KINDS, pairs=PAIRS, spent_s=1.0) for case in (CASE, OTHER)]
+    monkeypatch.setattr(script.sides, "repository", lambda: tmp_path)
+    monkeypatch.setattr(script.sides, "commit_of", lambda revision, root: next(commits))
+    monkeypatch.setattr(script, "_measured_cases", lambda root, commit: measured)
+    monkeypatch.setattr(script.tempfile, "tempdir", str(tmp_path))  # the lock of this machine's gates lies there
+    asked = []
+
+    def run(num_gates, verdicts=("same", "ambiguous"), *options):
+        def gate(root, commit, given, slowed, *, seed):
+            asked.append(seed)
+            case = next((case for case in (CASE, OTHER) if case.id in [each.case_id for each in slowed]), CASE)
+            names = zip(("total s", "score s"), verdicts, strict=True)
+            return [finding(case, name, verdict) for name, verdict in names], {case.id: 7.0}
+
+        monkeypatch.setattr(script, "_gate", gate)
+        arguments = ["comparisons.py", str(tmp_path / "out"), "--gates", str(num_gates), *options]
+        monkeypatch.setattr(sys, "argv", arguments)
+        return script.main(), capsys.readouterr().out, asked
+
+    run.error = script.GateError
+    return run
+
+
+def test_it_goes_on_where_it_was_interrupted_and_counts_cases_with_an_alarm(count, tmp_path):
+    code, said, asked = count(1)
+    assert (code, asked) == (0, [0, 0])
+    assert "on the machine as it is: 0 false alarms and 1 without an answer in 1 comparisons" in said
+    assert not [child for child in psutil.Process().children() if "os.getppid() == parent" in " ".join(child.cmdline())]
+    code, said, asked = count(2, ("slower", "faster"))
+    assert (code, asked) == (1, [0, 0, 1, 1])
+    assert "beside a busy process: 1 false alarms and 1 without an answer in 2 comparisons" in said
+    rows = [json.loads(line) for line in (tmp_path / "out" / "comparisons.jsonl").read_text().splitlines()]
+    assert [(row["gate"], row["busy"]) for row in rows] == [(0, False), (0, True), (1, False), (1, True)]
+    assert rows[-1]["alarms"] == {"total s": "slower", "score s": "faster"}
+    with pytest.raises(count.error, match="of another commit"):
+        count(3)
+
+
+def test_a_slower_case_is_found_by_what_its_longest_phase_is_part_of(count, tmp_path):
+    """Half of the cases are slower. A time that the phase is no part of is a false alarm."""
+    code, said, _ = count(1, ("slower", "slower"), "--slower", "0.1")
+    assert "on the machine as it is: 1 of 1 slower cases found, 1 false alarms and 0 without an answer" in said
+    assert "7 s a case" in said
+    assert code == 1
+    (row,) = map(json.loads, (tmp_path / "out" / "comparisons.jsonl").read_text().splitlines())
+    assert (row["slowed"], row["slower"], row["alarms"]) == ("generate", 0.1, {"score s": "slower"})
+    with pytest.raises(count.error, match="another commit or slowdown"):
+        count(1)
