@@ -18,10 +18,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.console import RenderableType
 
-# DeepSpeed copies each weight out of the buffer that it is gathered into. Plans of two ranks were 23 to 31 % too low,
-# when its master weights and its buffer of gradients were not counted either.
-_UNDERCOUNTED_STAGE = 3
-
 
 def frame(plans: list[dict[str, Any]]) -> pd.DataFrame:
     """The data frame that ``rlhfreports.plans`` draws: one row a plan."""
@@ -112,8 +108,6 @@ def _caption(plans: list[dict[str, Any]], gpu: str | None) -> str:
         # A case that names a strategy has it among its options.
         how = f"ZeRO-{stage}, " if plans[0]["case"]["options"]["parallel"]["strategy"] is None else ""
         words.append(f"{how}one rank of {num_ranks}")
-    if stage == _UNDERCOUNTED_STAGE:
-        words.append("too low: copies of gathered weights are not counted")
     if gpu is not None:
         limit = find_accelerator(gpu)
         gib, reserve = limit.memory_bytes / 2**30, limit.reserve_bytes / 2**30

@@ -68,7 +68,7 @@ class _Entry(weakref.ref[torch.UntypedStorage]):
     since: int
 
 
-class _SavedRef(weakref.ref[torch.Tensor]):
+class _SavedRef(weakref.ref[object]):
     """One reference that autograd holds; its callback runs when autograd releases it."""
 
     __slots__ = ("entry",)
@@ -296,10 +296,10 @@ class Ledger(Observer):
                     self._move(entry, _GATHERED if gathers else _BUCKETS)
                     self._tally.refresh_peak()
 
-    def on_save(self, tensor: torch.Tensor, alias: torch.Tensor) -> None:
-        """Counts a saved reference to the storage of ``tensor`` for as long as ``alias``, a view of it, lives."""
+    def on_save(self, tensor: torch.Tensor, saved: object) -> None:
+        """Counts a saved reference to the storage of ``tensor`` for as long as ``saved`` lives."""
         for entry in self._entries_of(tensor, None):
-            ref = _SavedRef(alias, self._released)
+            ref = _SavedRef(saved, self._released)
             ref.entry = entry
             self._saved[id(ref)] = ref
             entry.num_saved += 1
@@ -361,7 +361,7 @@ class Ledger(Observer):
         del self._saved[id(ref)]
         entry = ref.entry
         entry.num_saved -= 1
-        if entry.num_saved == 0 and not entry.declared:
+        if entry.num_saved == 0 and not entry.declared and entry() is not None:
             self._move(entry, _TEMPORARY)
 
     def _move(self, entry: _Entry, part: int) -> None:

@@ -33,8 +33,8 @@ class StorageObserver(Protocol):
     def on_collective(self, op: object, tensors: Iterable[torch.Tensor]) -> None:
         """Called after a collective of ``torch.distributed`` began to read and write ``tensors``."""
 
-    def on_save(self, tensor: torch.Tensor, alias: torch.Tensor) -> None:
-        """Called when autograd saves ``tensor``; it holds it for as long as ``alias`` lives."""
+    def on_save(self, tensor: torch.Tensor, saved: object) -> None:
+        """Called when autograd saves ``tensor``; it holds it for as long as ``saved`` lives."""
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def observe_storages(observer: StorageObserver) -> Iterator[None]:
     """Reports to ``observer`` inside the block."""
     with ExitStack() as stack:
         stack.enter_context(_observe_resizes(observer))
-        stack.enter_context(saved_tensors_hooks(lambda tensor: _saved_alias(observer, tensor), lambda alias: alias))
+        stack.enter_context(saved_tensors_hooks(lambda tensor: _saved(observer, tensor), _unpacked))
         stack.enter_context(_observe_inner_hooks(observer))
         stack.enter_context(_OpObserver(observer))
         yield
@@ -111,6 +111,29 @@ def _nested_tensors(value: Any) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
     return [tensor for item in value for tensor in _nested_tensors(item)] if isinstance(value, (list, tuple)) else []
+
+
+class _SavedParameter:
+    """A saved parameter, by reference: ZeRO-3 frees its storage between forward and backward, and an alias keeps it."""
+
+    __slots__ = ("__weakref__", "parameter")
+
+    def __init__(self, parameter: torch.Tensor) -> None:
+        self.parameter = parameter
+
+
+def _saved(observer: StorageObserver, tensor: torch.Tensor) -> object:
+    """What only autograd holds in place of ``tensor``, so that its lifetime is that of the saved reference."""
+    if not isinstance(tensor, torch.nn.Parameter):
+        return _saved_alias(observer, tensor)
+    saved = _SavedParameter(tensor)
+    observer.on_save(tensor, saved)
+    return saved
+
+
+def _unpacked(saved: Any) -> torch.Tensor:
+    tensor: torch.Tensor = saved.parameter if isinstance(saved, _SavedParameter) else saved
+    return tensor
 
 
 def _saved_alias(observer: StorageObserver, tensor: torch.Tensor) -> torch.Tensor:

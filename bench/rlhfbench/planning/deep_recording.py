@@ -7,9 +7,10 @@ import dataclasses
 from rlhfbench.measure.ledger import block_bytes
 from rlhfbench.measure.tally import Change, unnamed
 from rlhfbench.planning.depth import deepen
-from rlhfbench.planning.divisions import runs_on_fake_ranks
+from rlhfbench.planning.divisions import division_of
 from rlhfbench.planning.optimizer_steps import deepen_trained, record_optimizer_steps
 from rlhfbench.planning.recording import Recording, record_step
+from rlhfbench.planning.zero import Zero
 from rlhfkernels.config.case import Case
 from rlhfkernels.models.depth import Layers, alike_layers
 
@@ -19,29 +20,32 @@ _PERIODS = (2, 3)
 _MOST_SHARE = 0.75
 
 
-def record_deep(case: Case) -> Recording | None:
+def record_deep(case: Case, division: Zero | None = None) -> Recording | None:
     """Records a step of ``case`` from two steps with fewer layers, to the byte as if every layer had run.
 
     Args:
         case: as in ``record_step``.
+        division: as in ``record_step``.
 
     Returns:
-        ``None`` where that cannot be known: the layers of a model differ, two models have depths of their own, ranks
-        gather layers, the model is shallow, or one layer more is not what repeating a layer gives.
+        ``None`` where that cannot be known: the layers of a model differ, two models have depths of their own, what a
+        rank gathers or reduces does not grow layer by layer, the model is shallow, or one layer more is not what
+        repeating a layer gives.
 
     Raises:
         ModelError, CaseError: as in ``record_step``.
     """
-    if len(case.models) > 1 or runs_on_fake_ranks(case):
+    division = division or division_of(case)
+    if len(case.models) > 1 or not division.repeats_layers(case):
         return None
     layers = alike_layers(case, case.model)
     if layers is None:
         return None
     for shallow, deeper in _depths(layers):
         times = (layers.count - deeper) // layers.period
-        found = _deepen(record_step(case, shallow), record_step(case, deeper), times, case)
+        found = _deepen(record_step(case, shallow, division), record_step(case, deeper, division), times, case)
         if found is not None:
-            return found
+            return found if division.repeats_layers(case, found.sizes) else None
     return None
 
 
@@ -71,8 +75,14 @@ def _deepen(shallow: Recording, deeper: Recording, times: int, case: Case) -> Re
         if stretch is None:
             return None
         stretches.append(stretch)
+    numels = {}
+    for role, fewer_numels in shallow.numels.items():
+        deep = deepen(fewer_numels, deeper.numels[role], times)
+        if deep is None:
+            return None
+        numels[role] = tuple(deep)
     sizes = shallow.sizes.deepened(deeper.sizes, times)
-    return dataclasses.replace(deeper, stretches=stretches, trained={}, sizes=sizes)
+    return dataclasses.replace(deeper, stretches=stretches, trained={}, sizes=sizes, numels=numels)
 
 
 def _optimizer_stretch(

@@ -6,17 +6,24 @@ with ranks that are not there, so that what it gathers and when is its own doing
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+from unittest import mock
 
+from rlhfbench.measure.tally import Change
 from rlhfbench.planning.zero import Zero
 from rlhfkernels.config.case import Case
+from rlhfkernels.observer import PARTS
 from rlhfkernels.parallel.world import ALONE, World
+from rlhfkernels.training.gradients import PassForm
 
 if TYPE_CHECKING:
     from rlhfkernels.training.sizes import StepSizes
     from rlhfkernels.training.step import TrainingStep
+
+
+_GRADIENTS = PARTS.index("gradients")
 
 
 class Replicas(Zero):
@@ -24,28 +31,47 @@ class Replicas(Zero):
 
     __slots__ = ()
 
-    def divide(self, parts: dict[str, int], sizes: StepSizes | None = None) -> dict[str, int]:
-        """See ``Zero.divide``."""
-        return parts if sizes is None else {**parts, "gradients": sizes.trained.num_bytes}
+    def changes(self, stretches: Iterable[list[Change]], step: TrainingStep, sizes: StepSizes) -> Iterator[Change]:
+        """See ``Zero.changes``.
 
-    def buckets(self, step: TrainingStep, sizes: StepSizes | None = None) -> dict[str, int]:
+        Buckets hold all gradients from the beginning. A gradient that was made is copied into its bucket and freed in
+        the last backward of its pass. Those of earlier micro-batches wait for that beside the buckets.
+        """
+        yield "grow", _GRADIENTS, sizes.trained.num_bytes
+        case = step.case
+        waits = case.micro_batch_size < case.mini_batch_size
+        waits |= any(PassForm(p, case.options).in_two_passes for p in step.method.update_passes)
+        for change in super().changes(stretches, step, sizes):
+            if waits or change[0] not in ("grow", "move"):
+                yield change
+            elif change[0] == "move" and change[3] == _GRADIENTS:
+                yield "grow", change[2], -change[1], *change[4:]
+            elif change[0] == "move" or change[1] != _GRADIENTS:
+                yield change
+
+    def buckets(
+        self, step: TrainingStep, sizes: StepSizes | None = None, numels: Mapping[str, Sequence[int]] | None = None
+    ) -> dict[str, int]:
         """See ``Zero.buckets``: the gradients are the buckets."""
         return dict.fromkeys((phase.name for phase in step.phases), 0)
 
 
-class Shards(Replicas):
+class Shards(Zero):
     """Torch's ``fully_shard``: the step that is planned is that of a rank, so nothing is left to divide."""
 
     __slots__ = ()
 
-    def divide(self, parts: dict[str, int], sizes: StepSizes | None = None) -> dict[str, int]:
-        """See ``Zero.divide``."""
-        return parts
+    @property
+    def runs_as_it_is(self) -> bool:
+        """See ``Zero.runs_as_it_is``."""
+        return self.world_size > 1
+
+    def repeats_layers(self, case: Case, sizes: StepSizes | None = None) -> bool:
+        """See ``Zero.repeats_layers``."""
+        return not self.runs_as_it_is
 
 
 _DIVISIONS: dict[str | None, type[Zero]] = {None: Zero, "ddp": Replicas, "fsdp": Shards, "deepspeed": Zero}
-# Strategies that run on fake tensors as they are.
-_ON_FAKE_RANKS = ("fsdp",)
 
 
 def division_of(case: Case) -> Zero:
@@ -54,26 +80,33 @@ def division_of(case: Case) -> Zero:
     return _DIVISIONS[parallel.strategy](stage=parallel.zero_stage, world_size=parallel.world_size)
 
 
-def runs_on_fake_ranks(case: Case) -> bool:
-    """True if the step of a rank of ``case`` is planned with the strategy's own code."""
-    return case.options.parallel.strategy in _ON_FAKE_RANKS and case.options.parallel.world_size > 1
-
-
 @contextmanager
-def fake_ranks(case: Case) -> Iterator[World]:
-    """The world of ``case``, in which the other ranks are not there and collectives send nothing.
+def fake_ranks(division: Zero, device: str) -> Iterator[World]:
+    """The world of ``division``, in which the other ranks are not there and collectives send nothing.
 
     It is the first rank's: tensors that do not divide evenly give it the most.
+
+    Args:
+        division: how the step is divided.
+        device: of the case: gloo, which connects CPUs, copies what a reduce-scatter reads.
     """
-    if not runs_on_fake_ranks(case):
+    if not division.runs_as_it_is or division.world_size == 1:
         yield ALONE
         return
     from torch import distributed
     from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend ``fake``
 
-    size = case.options.parallel.world_size
+    size = division.world_size
     distributed.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
+    name = next(name for name in ("reduce_scatter_single", "reduce_scatter_tensor") if hasattr(distributed, name))
+    reduce_scatter = getattr(distributed, name)
+
+    def copied(*arguments: Any, **more: Any) -> Any:
+        copy = more["input"].clone()  # ProcessGroupGloo.cpp, ``reduce_scatter_tensor_coalesced``
+        return reduce_scatter(*arguments, **more | {"input": copy})
+
     try:
-        yield World(0, size)
+        with mock.patch.object(distributed, name, copied) if device == "cpu" else nullcontext():
+            yield World(0, size)
     finally:
         distributed.destroy_process_group()

@@ -82,11 +82,13 @@ class GradientsWatch(Observer):
         self._inner.enter_phase(name)
         self._num_boundaries += 1
         if all(isinstance(stage, Optimize) for stage in self._stages[name]):
-            self.found[self._num_boundaries] = tuple(
+            found = tuple(
                 (role, _trained(optimizer))
                 for role, optimizer in self._step.optimizers.items()
-                if isinstance(optimizer, Optimizer)  # a plan's are
+                if isinstance(optimizer, Optimizer)  # a stand-in goes weight by weight
             )
+            if found:
+                self.found[self._num_boundaries] = found
 
     def exit_phase(self, name: str) -> None:
         """Passes the call on."""

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from rlhfkernels.training.sizes import StepSizes
-    from rlhfkernels.training.step import TrainingStep
+from collections.abc import Mapping, Sequence
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,24 +25,20 @@ class RoleGradients:
     tensors: int
 
 
-def role_gradients(step: TrainingStep, sizes: StepSizes, world_size: int) -> list[list[RoleGradients]]:
+def role_gradients(numels: Mapping[str, Sequence[int]], item_size: int, world_size: int) -> list[list[RoleGradients]]:
     """For every rank, the gradients of every role with an optimizer, in the order of the optimizers' steps.
 
     Args:
-        step: the step; of a few layers where ``sizes`` is of a deeper model. Weights then count in proportion.
-        sizes: of the whole step.
+        numels: of each role, the elements of its weights, in their order.
+        item_size: bytes of an element.
         world_size: ranks.
     """
-    from rlhfkernels.parallel.strategies import by_storage  # it imports torch
-
-    counts = {role: [p.numel() for p in by_storage(step.engine.parameters_of_role[role])] for role in step.optimizers}
-    total = sum(itertools.chain.from_iterable(counts.values()))
     found: list[list[RoleGradients]] = [[] for _ in range(world_size)]
-    for role, numels in counts.items():
-        whole = sizes.trained.num_bytes * sum(numels) // total
+    for role, each in numels.items():
+        whole = sum(each) * item_size
         partition = -(-whole // world_size)
-        for rank, beyond in enumerate(_beyond_boundaries(numels, world_size)):
-            tensors = partition + beyond * sizes.trained_item
+        for rank, beyond in enumerate(_beyond_boundaries(each, world_size)):
+            tensors = partition + beyond * item_size
             found[rank].append(RoleGradients(role=role, whole=whole, partition=partition, tensors=tensors))
     return found
 

@@ -48,14 +48,14 @@ def plan_case(case: Case, zero: Zero | None = None, *, with_timeline: bool = Fal
 
 def _plan_case(case: Case, zero: Zero, *, with_timeline: bool, every_layer: bool) -> Plan:
     of_a_rank = zero.of_a_rank(case)
-    found = (None if every_layer else record_deep(of_a_rank)) or record_step(of_a_rank)
+    found = (None if every_layer else record_deep(of_a_rank, zero)) or record_step(of_a_rank, division=zero)
     timeline = Timeline() if with_timeline else None
     tally = Tally() if timeline is None else ReplayedTally(timeline.note, timeline.note_lifetime)
-    for stretch in found.stretches:
-        replay(stretch, tally, Observer() if timeline is None else timeline)
+    changes = zero.changes(found.stretches, found.step, found.sizes)
+    replay(changes, tally, Observer() if timeline is None else timeline)
     if isinstance(tally, ReplayedTally):
         tally.end()
-    work, buckets = phase_work(found.step, found.sizes), zero.buckets(found.step, found.sizes)
+    work, buckets = phase_work(found.step, found.sizes), zero.buckets(found.step, found.sizes, found.numels)
     divide = functools.partial(zero.divide, sizes=found.sizes)
     memory = divided(memory_object(tally, dict(_NO_VIEWS)), divide, buckets)
     kept = None if timeline is None else divided_timeline(timeline.to_dict(tally.peaks), divide)

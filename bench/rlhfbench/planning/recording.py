@@ -15,9 +15,10 @@ from rlhfbench.measure.ledger import Ledger, block_bytes
 from rlhfbench.measure.measurements import run_under_ledger
 from rlhfbench.measure.tally import PHASE_CHANGES, Change, Recorder
 from rlhfbench.planning.decode_steps import decode_steps_of, set_decode_steps
-from rlhfbench.planning.divisions import fake_ranks
+from rlhfbench.planning.divisions import division_of, fake_ranks
 from rlhfbench.planning.fake_tensors import CachingFakeTensorMode
 from rlhfbench.planning.optimizer_steps import GradientsWatch, Trained
+from rlhfbench.planning.zero import Zero, trained_numels
 from rlhfkernels.config.case import Case
 from rlhfkernels.engine.engine import logprob_chunk_size
 from rlhfkernels.ops.dispatch import standing_for
@@ -34,15 +35,17 @@ class Recording:
         stretches: the changes, cut before each beginning and each end of a phase.
         trained: what each stretch of optimizer steps began with, by the index of the stretch.
         sizes: of the step.
+        numels: of the step, as ``trained_numels``.
     """
 
     step: TrainingStep
     stretches: list[list[Change]]
     trained: dict[int, Trained]
     sizes: StepSizes
+    numels: dict[str, tuple[int, ...]]
 
 
-def record_step(case: Case, num_layers: int | None = None) -> Recording:
+def record_step(case: Case, num_layers: int | None = None, division: Zero | None = None) -> Recording:
     """Runs one step of ``case`` on fake tensors.
 
     The step runs with CPU tensors: fake tensors of another device need that device's build of torch for their
@@ -53,6 +56,7 @@ def record_step(case: Case, num_layers: int | None = None) -> Recording:
         case: what to plan. A stop token changes no shape and is left out. A data file stands for one batch of random
             rows of full length with an attention mask, as short prompts have one. Triton is not run.
         num_layers: run the first layers of every model alone.
+        division: how the step is divided among ranks; ``None`` is what the options of the case name.
 
     Raises:
         ModelError: the model's configuration cannot be read, or it is too short.
@@ -65,9 +69,17 @@ def record_step(case: Case, num_layers: int | None = None) -> Recording:
     stand_in = dataclasses.replace(case, device="cpu", options=options)
     recorder = Recorder()
     ledger = Ledger("cpu", block_bytes=block_bytes(case.device), tally=recorder)
-    with fake_ranks(case) as world, _fake_tensors(case.seq_len), _no_collection(), standing_for(case.device):
-        step = build_step(stand_in, with_weights=False, num_layers=num_layers, world=world)
-        sizes = StepSizes.of(step)  # a step may free models that are counted here
+    division = division or division_of(case)
+    with (
+        fake_ranks(division, case.device) as world,
+        division.stand_in(ledger.tag, case.device) as make_strategy,
+        _fake_tensors(case.seq_len),
+        _no_collection(),
+        standing_for(case.device),
+    ):
+        step = build_step(stand_in, with_weights=False, num_layers=num_layers, world=world, make_strategy=make_strategy)
+        with step.engine.strategy.whole():
+            sizes, numels = StepSizes.of(step), trained_numels(step)  # a step may free models that are counted here
         step.engine.logprob_chunk = logprob_chunk_size(case, step.engine.vocab_size)  # of the device asked for
         set_decode_steps(step, decode_steps_of(case, recorder, ledger))
         watch = GradientsWatch(step, ledger)
@@ -77,6 +89,7 @@ def record_step(case: Case, num_layers: int | None = None) -> Recording:
             stretches=_stretches(recorder.changes),
             trained=watch.found,
             sizes=sizes,
+            numels=numels,
         )
 
 

@@ -7,38 +7,36 @@ gradients, no offloading, and ``overlap_comm`` in stage 3 alone.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rlhfbench.errors import SweepError
 from rlhfbench.planning.partitions import RoleGradients, role_gradients
 from rlhfkernels.config.case import Case
-from rlhfkernels.methods.program import Generate, Optimize
+from rlhfkernels.methods.program import Optimize
 
 if TYPE_CHECKING:
-    from rlhfkernels.training.sizes import BaseSizes, StepSizes
+    from rlhfbench.measure.tally import Change
+    from rlhfbench.planning.gathering import Tag
+    from rlhfkernels.parallel.strategies import Strategy
+    from rlhfkernels.training.sizes import StepSizes
     from rlhfkernels.training.step import TrainingStep
 
-# What each stage divides among the ranks. Stage 3 divides the frozen weights too.
-_DIVIDES: dict[int, tuple[str, ...]] = {
-    0: (),
-    1: ("optimizer",),
-    2: ("optimizer", "gradients"),
-    3: ("optimizer", "gradients", "base", "adapters", "heads"),
-}
-# zero/config.py: ``stage3_max_live_parameters``, in elements. ``allgather_bucket_size``
-# takes nothing: the weights are gathered in place (runtime/utils.py, all_gather_into_tensor_dp_groups). What is
-# prefetched, ``stage3_prefetch_bucket_size``, is part of what is live (zero/partitioned_param_coordinator.py,
-# fetch_sub_module).
-_MAX_LIVE = 1_000_000_000
+# What each stage divides among the ranks. Stage 3 divides all of it, and a plan runs it as a rank does.
+# ``allgather_bucket_size`` takes nothing: the weights are gathered in place (runtime/utils.py,
+# all_gather_into_tensor_dp_groups).
+_DIVIDES: dict[int, tuple[str, ...]] = {0: (), 1: ("optimizer",), 2: ("optimizer", "gradients"), 3: ()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Zero:
     """The division of a step by DeepSpeed's ZeRO.
 
-    On two ranks stages 0 to 2 come within 1 % of what a ledger measures. Stage 3 does not: DeepSpeed gathers weights
-    into a flat buffer, copies each out of it, and keeps weights below 100,000 elements whole, which is not counted.
+    Stages 0 to 2 divide what one process holds. Stage 3 gathers weights while a step runs, so its step is run as a
+    rank runs it, with ``PlannedStage3``.
 
     Attributes:
         stage: 0 to 3.
@@ -61,39 +59,91 @@ class Zero:
             raise SweepError(problems)
 
     def of_a_rank(self, case: Case) -> Case:
-        """``case`` as a rank runs it: in stages 1 to 3 gradients add up in the dtype of the weights."""
+        """``case`` as a rank runs it: in stages 1 to 3 gradients add up in the dtype of the weights.
+
+        Raises:
+            CaseError: stage 3 does not run with an option of the case.
+        """
         if self.stage == 0 or case.options.parallel.strategy is not None:
             return case
+        if self.runs_as_it_is:  # a trunk runs otherwise where its weights are divided
+            named = {"strategy": "deepspeed", "zero_stage": self.stage, "world_size": self.world_size}
+            options = case.options.replace({f"parallel.{name}": value for name, value in named.items()})
+            return dataclasses.replace(case, options=options)
         added_in = case.options.optimizer.grad_accum_dtype or case.dtype
         options = case.options.replace({"optimizer.grad_accum_dtype": added_in})
         return dataclasses.replace(case, options=options)
 
+    @property
+    def runs_as_it_is(self) -> bool:
+        """True if the step that is planned is that of a rank, so that nothing is left to divide."""
+        return self.stage == 3
+
+    def repeats_layers(self, case: Case, sizes: StepSizes | None = None) -> bool:
+        """True if one layer more repeats on a rank what the layer before it did.
+
+        Args:
+            case: the case.
+            sizes: of the step; ``None`` asks whether that can be.
+        """
+        if self.stage < 3 or sizes is None:
+            return True
+        from rlhfbench.planning.stage3 import SUB_GROUP
+
+        # Else buckets are full, and groups end, in the midst of a layer.
+        return sizes.trained.count <= min(case.options.parallel.reduce_bucket_size, SUB_GROUP)
+
+    @contextmanager
+    def stand_in(self, tag: Tag, device: str) -> Iterator[Callable[..., Strategy] | None]:
+        """What makes the strategy of a step on fake tensors; ``None`` where it is the case's own.
+
+        Args:
+            tag: is told which tensors are gathered.
+            device: of the case.
+        """
+        if self.stage < 3:
+            yield None
+            return
+        from rlhfbench.planning.gathering import deepspeed_linear
+        from rlhfbench.planning.stage3 import PlannedStage3
+
+        with deepspeed_linear():
+            yield functools.partial(PlannedStage3, tag=tag, is_gloo=device == "cpu")
+
+    def changes(self, stretches: Iterable[list[Change]], step: TrainingStep, sizes: StepSizes) -> Iterator[Change]:
+        """The changes of a rank's ledger, from those of the step that was run.
+
+        Args:
+            stretches: the changes of the step.
+            step: the step.
+            sizes: of the step.
+        """
+        return itertools.chain.from_iterable(stretches)
+
     def divide(self, parts: dict[str, int], sizes: StepSizes | None = None) -> dict[str, int]:
         """The bytes of each part on one rank; what does not divide evenly is rounded up.
 
-        DeepSpeed holds more than one process in stages 1 to 3: a master copy of float32 weights too
-        (``single_partition_of_fp32_groups``), and in stage 3 the gradients between steps
-        (``grad_partitions_flat_buffer``).
+        DeepSpeed holds more than one process in stages 1 and 2: a master copy of float32 weights too
+        (``single_partition_of_fp32_groups``).
 
         Args:
             parts: the bytes of each part on one process.
             sizes: of the step; ``None`` adds nothing.
         """
         parts = dict(parts)
-        if sizes is not None and self.stage > 0 and sizes.trained_item == 4:
+        if sizes is not None and 0 < self.stage < 3 and sizes.trained_item == 4:
             parts["optimizer"] += sizes.trained.num_bytes
-        if sizes is not None and self.stage == 3:
-            parts["gradients"] = sizes.trained.num_bytes
         divided = _DIVIDES[self.stage]
         return {part: -(-size // self.world_size) if part in divided else size for part, size in parts.items()}
 
-    def buckets(self, step: TrainingStep, sizes: StepSizes | None = None) -> dict[str, int]:
+    def buckets(
+        self, step: TrainingStep, sizes: StepSizes | None = None, numels: Mapping[str, Sequence[int]] | None = None
+    ) -> dict[str, int]:
         """The bytes of DeepSpeed's own buffers on one rank, by phase; every phase of ``step`` is there.
 
         Stages 1 and 2 fill one reduce bucket per backward: it is made whole when the backward begins, however little is
         trained (zero/stage_1_and_2.py, setup_buckets and _release_ipg_buffers). Stage 2 drops it at the backward's end,
-        stage 1 in the optimizer's step. Stage 3 makes one for each trained model and keeps it (zero/stage3.py, at the
-        end of its constructor), and gathers at most ``stage3_max_live_parameters`` weights of the model that runs.
+        stage 1 in the optimizer's step.
 
         The optimizer's step flattens gradients beside those that are there: all of a role in stage 0, a partition in
         stages 1 and 2.
@@ -101,24 +151,27 @@ class Zero:
         Args:
             step: the step.
             sizes: of the same step at another depth; ``None`` takes its own.
+            numels: of that step, as ``trained_numels``; ``None`` takes its own.
         """
         none = dict.fromkeys((phase.name for phase in step.phases), 0)
-        if self.world_size == 1 and self.stage == 0:
+        if self.runs_as_it_is or (self.world_size == 1 and self.stage == 0):
             return none
         if sizes is None:
             from rlhfkernels.training.sizes import StepSizes
 
             sizes = StepSizes.of(step)
         bucket = step.case.options.parallel.reduce_bucket_size * sizes.trained_item  # of the trained weights' dtype
-        if self.stage < 3:
-            ranks = role_gradients(step, sizes, self.world_size)
-            return none | _most([_update_buffers(self.stage, step, roles, bucket) for roles in ranks])
-        bases = _bases_of_phases(step)
-        kept = len({step.method.roles[role].base for role in step.optimizers}) * bucket
-        return {
-            phase: kept + max((_live_bytes(sizes.bases[base]) for base in bases.get(phase, ())), default=0)
-            for phase in none
-        }
+        ranks = role_gradients(numels or trained_numels(step), sizes.trained_item, self.world_size)
+        return none | _most([_update_buffers(self.stage, step, roles, bucket) for roles in ranks])
+
+
+def trained_numels(step: TrainingStep) -> dict[str, tuple[int, ...]]:
+    """Elements of the weights of each role with an optimizer, in their order."""
+    from rlhfkernels.parallel.strategies import by_storage  # it imports torch
+
+    return {
+        role: tuple(p.numel() for p in by_storage(step.engine.parameters_of_role[role])) for role in step.optimizers
+    }
 
 
 def _most(ranks: Sequence[dict[str, int]]) -> dict[str, int]:
@@ -174,19 +227,3 @@ def cases_of_a_rank(cases: Iterable[Case], world_size: int) -> tuple[Case, ...]:
             for size in wrong
         )
     return tuple(dataclasses.replace(case, batch_size=case.batch_size // world_size) for case in cases)
-
-
-def _bases_of_phases(step: TrainingStep) -> dict[str, list[str]]:
-    """The bases that run in each phase."""
-    found = {phase.name: [p.weights.base for p in phase.passes] for phase in step.phases}
-    for phase in step.phases:
-        found[phase.name] += [
-            step.method.roles[stage.role].base for stage in phase.stages if isinstance(stage, Generate)
-        ]
-    return found
-
-
-def _live_bytes(base: BaseSizes) -> int:
-    """The weights of a base that are gathered at one time."""
-    count, num_bytes = base.live.count, base.live.num_bytes
-    return num_bytes if count <= _MAX_LIVE else num_bytes * _MAX_LIVE // count

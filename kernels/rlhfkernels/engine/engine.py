@@ -56,6 +56,7 @@ class Engine:
         check: refuse models that this engine would run wrongly.
         num_layers: build bases without weights with their first layers alone.
         world: the ranks that share the case.
+        make_strategy: makes what divides the weights, in place of the case's; arguments as ``Strategy``.
 
     Raises:
         ModelError: the model cannot be loaded or is too short.
@@ -70,6 +71,7 @@ class Engine:
         check: bool = True,
         num_layers: int | None = None,
         world: World = ALONE,
+        make_strategy: Callable[..., Strategy] | None = None,
     ) -> None:
         self.case = case
         # Without weights only shapes matter: generation skips decode steps, and optimizers need not compute.
@@ -87,7 +89,7 @@ class Engine:
         if check:
             self._check_models()
         self.scalar_heads = self._make_scalar_heads()
-        self.strategy = self._divide(world)
+        self.strategy = self._divide(world, make_strategy)
         self.parameters_of_role = self._declare_trained()
         self.strategy.declare_trained(
             self.parameters_of_role, {pass_key(p.weights): p.roles for p in self.method.update_passes}
@@ -190,12 +192,13 @@ class Engine:
                     made[name] = ScalarHead(hidden_size, device=self.device, dtype=getattr(torch, self.case.dtype))
         return made[name]
 
-    def _divide(self, world: World) -> Strategy:
-        """The strategy of the case, with the weights of all bases divided by it.
+    def _divide(self, world: World, make: Callable[..., Strategy] | None) -> Strategy:
+        """The strategy of the case, or what ``make`` makes, with the weights of all bases divided by it.
 
         Without weights a step has other ranks only where a planner says so.
         """
-        strategy = STRATEGIES[self.case.options.parallel.strategy if self.with_weights or world.size > 1 else None](
+        name = self.case.options.parallel.strategy if self.with_weights or world.size > 1 else None
+        strategy = (make or STRATEGIES[name])(
             self.case.options, world, self.device, may_skip=any(model.has_experts for model in self.models.values())
         )
         heads = {

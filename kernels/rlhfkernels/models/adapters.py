@@ -102,7 +102,8 @@ class Adapters:
     def named_parameters(self, name: str) -> dict[str, nn.Parameter]:
         """The weights of adapter set ``name`` by the trunk's module and ``lora_A`` or ``lora_B``."""
         return {
-            f"{layer_name}.{kind}": weights[name].weight
+            # Not its attribute: inside a pass, ZeRO-3 gathers every weight that is read, for the rest of the pass.
+            f"{layer_name}.{kind}": next(weights[name].parameters())
             for layer_name, layer in self._named_layers
             for kind, weights in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B))
             if name in weights

@@ -39,6 +39,14 @@ _OLDEST = "0.19.0"
 _ROLLOUT = -1
 # As in ``rlhfkernels.training.optimizers``: what is added to the norm that divides.
 _NORM_EPS = 1e-6
+# Weights are gathered for a forward and for a backward, and freed after each. By default DeepSpeed prefetches 50
+# million elements, and keeps 1,000 million, where the order of modules is that of the pass before. The passes of a step
+# differ, so that what is held would depend on the passes before.
+_GATHERING = {
+    "stage3_prefetch_bucket_size": 0,
+    "stage3_max_reuse_distance": 0,
+    "stage3_param_persistence_threshold": 0,
+}
 
 
 class _DeepSpeed(Strategy):
@@ -95,7 +103,11 @@ class _DeepSpeed(Strategy):
         parallel, stage = self.options.parallel, self.options.parallel.zero_stage
         return {
             "train_micro_batch_size_per_gpu": 1,  # it counts samples alone
-            "zero_optimization": {"stage": stage, "reduce_bucket_size": parallel.reduce_bucket_size},
+            "zero_optimization": {
+                "stage": stage,
+                "reduce_bucket_size": parallel.reduce_bucket_size,
+                **(_GATHERING if stage == 3 else {}),
+            },
             "zero_allow_untested_optimizer": True,
             "bf16": {"enabled": dtype == torch.bfloat16},
             "gradient_clipping": self.options.optimizer.max_grad_norm if stage < 3 else 0.0,

@@ -57,6 +57,7 @@ class Optimizer:
     ) -> None:
         # Of divided weights the rank's part alone is trained here.
         self.parameters = [parameter for parameter in parameters if local(parameter).numel()]
+        self._absent = [parameter for parameter in parameters if not local(parameter).numel()]
         self._all_ranks = all_ranks
         dtypes = [torch.float32, *(parameter.dtype for parameter in parameters)]
         self._dtype = functools.reduce(torch.promote_types, dtypes)  # of the norm, the same on all ranks
@@ -104,6 +105,8 @@ class Optimizer:
                     torch._foreach_copy_(self._held(copied), [self.masters[i] for i in copied])
             for weight in weights:
                 weight.grad = None
+        for weight in self._absent:
+            weight.grad = None  # empty, but a view of the storage of other gradients
         self.num_steps += 1
         return norm
 

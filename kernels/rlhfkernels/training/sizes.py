@@ -34,7 +34,6 @@ class BaseSizes:
         query_channels: attention channels of a layer's queries.
         kv_channels: attention channels of a layer's keys.
         adapters: weights of each adapter set.
-        live: all weights that a forward pass reads, a tied head once.
     """
 
     windows: tuple[int | None, ...]
@@ -45,7 +44,6 @@ class BaseSizes:
     query_channels: int
     kv_channels: int
     adapters: dict[str, Weights]
-    live: Weights
 
     @property
     def num_layers(self) -> int:
@@ -147,7 +145,6 @@ def _base_sizes(engine: Engine, base: str) -> BaseSizes:
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    live = [*model.trunk.parameters(), *(model.lm_head.parameters() if model.lm_head is not None else ())]
     return BaseSizes(
         windows=_windows(model.trunk),
         hidden=model.hidden_size,
@@ -157,7 +154,6 @@ def _base_sizes(engine: Engine, base: str) -> BaseSizes:
         query_channels=heads * head_dim,
         kv_channels=kv_heads * head_dim,
         adapters={name: _weights(adapters.parameters(name)) for name in adapters.names},
-        live=_weights(list({id(p): p for p in live}.values())),  # a tied head is there once
     )
 
 

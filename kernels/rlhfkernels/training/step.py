@@ -28,7 +28,7 @@ from rlhfkernels.errors import NumericalError
 from rlhfkernels.methods.program import Derive, ForwardPass, Generate, Optimize, Phase, Read
 from rlhfkernels.models.loading import load_tokenizer
 from rlhfkernels.observer import Observer
-from rlhfkernels.parallel.strategies import RoleOptimizer
+from rlhfkernels.parallel.strategies import RoleOptimizer, Strategy
 from rlhfkernels.parallel.world import ALONE, World
 from rlhfkernels.training.gradients import PassForm, add_gradients, read_losses
 from rlhfkernels.training.optimizers import learning_rate, make_optimizer
@@ -96,6 +96,7 @@ def build_step(
     with_weights: bool = True,
     num_layers: int | None = None,
     world: World = ALONE,
+    make_strategy: Callable[..., Strategy] | None = None,
 ) -> TrainingStep:
     """Loads what ``case`` names onto its device and returns its step.
 
@@ -106,6 +107,7 @@ def build_step(
             on fake tensors needs.
         num_layers: build models without weights with their first layers alone.
         world: the ranks that share the case, of which this process is one.
+        make_strategy: makes what divides the weights, in place of the case's; arguments as ``Strategy``.
 
     Raises:
         ModelError: the model cannot be loaded or is too short.
@@ -116,7 +118,7 @@ def build_step(
     if with_weights:
         generator = torch.Generator(torch.device(case.device))
         generator.manual_seed(case.seed + world.rank)  # every rank samples its own
-    engine = Engine(case, with_weights=with_weights, num_layers=num_layers, world=world)
+    engine = Engine(case, with_weights=with_weights, num_layers=num_layers, world=world, make_strategy=make_strategy)
     return TrainingStep(case, engine, reward_fn, generator=generator, world=world)
 
 

@@ -364,3 +364,19 @@ def test_a_ledger_changes_no_gradient():
     with Ledger("cpu"):
         watched = gradients()
     assert all(torch.equal(a, b) for a, b in zip(plain, watched, strict=True))
+
+
+def test_a_saved_parameter_whose_storage_is_exchanged_keeps_nothing():
+    """ZeRO-3 frees a weight between forward and backward: autograd saves the parameter, not its storage."""
+    weight = nn.Parameter(torch.ones(16, 8))
+    x = torch.ones(4, 16, requires_grad=True)
+    with Ledger("cpu") as ledger:
+        ledger.tag("rollout", [x])
+        weight.data = torch.ones(16, 8)
+        ledger.tag("gathered", [weight])
+        y = x @ weight
+        weight.data = torch.empty(0)
+        assert ledger.parts["gathered"] == 0
+        weight.data = torch.ones(16, 8)
+        y.sum().backward()
+    assert x.grad is not None
