@@ -1,9 +1,9 @@
 """Plans as a table and as stacked bars.
 
 Their frame has one row per case: ``title`` (of the method), ``setting``, ``seq_len``, ``batch_size``,
-``{part}_part_bytes`` for every part, ``total_bytes`` (the sum of the parts), ``bucket_bytes`` (ZeRO's buckets, beside
-the parts), ``peak_phase``, ``fits``, ``max_batch_size`` and ``floor_s_per_sample`` (the last three may be absent). A
-setting and buckets are shown where there are several, or some.
+``{part}_part_bytes`` for every part, ``total_bytes`` (the sum of the parts), ``peak_phase``, ``fits``,
+``max_batch_size`` and ``floor_s_per_sample`` (the last three may be absent). A setting is shown where there are
+several.
 """
 
 from __future__ import annotations
@@ -45,11 +45,6 @@ def part_colors(parts: Sequence[str]) -> list[str]:
     return [PART_COLORS.get(part, COLORS[0]) for part in parts]
 
 
-def _buckets(frame: pd.DataFrame) -> tuple[str, ...]:
-    """``("bucket",)`` if a plan has ZeRO buckets."""
-    return ("bucket",) if frame["bucket_bytes"].any() else ()
-
-
 def _settings(frame: pd.DataFrame) -> tuple[str, ...]:
     """``("setting",)`` if there are several."""
     return ("setting",) if frame["setting"].nunique() > 1 else ()
@@ -65,8 +60,7 @@ def plan_table(frame: pd.DataFrame, *, caption: str) -> TerminalTable:
         "floor s/sample": [_seconds(row["floor_s_per_sample"]) for row in rows],
         "peak in": [str(row["peak_phase"]) for row in rows],
     }
-    sized = {part: f"{part}_part_bytes" for part in parts_of(frame)} | dict.fromkeys(_buckets(frame), "bucket_bytes")
-    sizes = {f"{_label(name)} GiB": [_gib(int(row[column])) for row in rows] for name, column in sized.items()}
+    sizes = {f"{_label(part)} GiB": [_gib(int(row[f"{part}_part_bytes"])) for row in rows] for part in parts_of(frame)}
     names = {"method": "title", **{name: name for name in _settings(frame)}, "length": "seq_len", "batch": "batch_size"}
     return terminal(
         caption,
@@ -99,12 +93,6 @@ def plan_figure(frame: pd.DataFrame, *, caption: str, limit_bytes: int | None) -
             sizes = frame[f"{part}_part_bytes"].to_numpy(dtype=float) / GIB
             axes.barh(places, sizes, left=done, color=color, label=_label(part), height=0.72)
             done += sizes
-        for name in _buckets(frame):
-            sizes = frame[f"{name}_bytes"].to_numpy(dtype=float) / GIB
-            bars = axes.barh(places, sizes, left=done, label=_label(name), height=0.72, color="white", hatch="///")
-            for bar in bars:
-                bar.set_edgecolor(COLORS[0])
-            done += sizes
         for place, total in zip(places, done, strict=True):
             axes.text(float(total), float(place), f" {total:.3g}", va="center", fontsize=9)
         if limit_bytes is not None:
@@ -132,7 +120,7 @@ def draw_plan(frame: pd.DataFrame, path_stem: Path, *, caption: str, limit_bytes
 
 
 def _label(name: str) -> str:
-    return {"bucket": "ZeRO buckets"}.get(name, name.replace("_", " "))
+    return name.replace("_", " ")
 
 
 def _gib(size: int) -> str:

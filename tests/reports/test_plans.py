@@ -19,7 +19,7 @@ def frame() -> pd.DataFrame:
     row |= {f"{part}_part_bytes": 0 for part in PARTS if part not in ALONE}
     total = sum(row.values())
     shared = {"seq_len": 800, "total_bytes": total, "model_bytes": 1, "activation_bytes": 1, "peak_phase": "score"}
-    shared |= {"bucket_bytes": 0, "setting": "modern"}
+    shared |= {"setting": "modern"}
     known = {"fits": True, "max_batch_size": 7.0, "floor_s_per_sample": 0.25}
     unknown = {"fits": None, "max_batch_size": None, "floor_s_per_sample": None}
     return pd.DataFrame(
@@ -49,20 +49,6 @@ def test_the_parts_of_ranks_are_shown_where_a_case_has_them() -> None:
     ranks = frame().assign(gathered_part_bytes=[0, GIB])
     names = [" ".join(column.name.split()) for column in plan_table(ranks, caption="tiny").columns]
     assert [name for name in names if "gathered" in name or "bucket" in name] == ["gathered GiB"]
-
-
-def test_zero_buckets_are_shown_outside_the_total() -> None:
-    shared = frame().assign(bucket_bytes=[2 * GIB, 0])
-    console = Console(width=250, record=True)
-    console.print(plan_table(shared, caption="tiny"))
-    text = console.export_text()
-    assert "ZeRO buckets" in text
-    assert "ZeRO buckets" not in " ".join(column.name for column in plan_table(frame(), caption="tiny").columns)
-    first = next(line.split() for line in text.splitlines() if "A-PPO" in line)
-    assert first[3] == "45.00"
-    assert first[-1] == "2.00"
-    (axes,) = plan_figure(shared, caption="tiny", limit_bytes=None).axes
-    assert max(bar.get_x() + bar.get_width() for bar in axes.patches) == pytest.approx(47)
 
 
 def test_several_settings_are_a_column() -> None:

@@ -82,7 +82,6 @@ def plan_frame() -> pd.DataFrame:
                 **parts,
                 **dict.fromkeys(("kv_cache_part_bytes", "gathered_part_bytes", "buckets_part_bytes"), 0),
                 "total_bytes": 123 * GIB,
-                "bucket_bytes": GIB,
                 "peak_phase": "update_actor_critic",
                 "fits": setting == "modern",
                 "max_batch_size": 7.0,

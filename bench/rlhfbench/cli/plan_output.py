@@ -32,7 +32,6 @@ def frame(plans: list[dict[str, Any]]) -> pd.DataFrame:
                 "batch_size": plan["case"]["batch_size"],
                 **{f"{part}_part_bytes": size for part, size in plan["memory"]["parts"].items()},
                 **{f"{name}_bytes": plan["memory"][f"{name}_bytes"] for name in ("model", "activation", "total")},
-                "bucket_bytes": plan["zero"]["bucket_bytes"],
                 "peak_phase": plan["memory"]["peak_phase"],
                 "fits": plan["fits"],
                 "max_batch_size": plan["max_batch_size"],

@@ -102,7 +102,7 @@ REMEDIES: dict[str, tuple[Remedy, ...]] = {
     ),
     "kv_cache": (_NARROWER, _SHORTER),
     "gathered": (_NARROWER, _SMALLER_MODEL),
-    "buckets": (Remedy("a smaller reduce_bucket_size"),),
+    "buckets": (Remedy("a smaller --option parallel.reduce_bucket_size"),),
     "activations": (
         Remedy(
             "--option engine.gradient_checkpointing=true",
@@ -126,7 +126,6 @@ REMEDIES: dict[str, tuple[Remedy, ...]] = {
         _SHORTER,
     ),
     "device_reserve": (Remedy("a larger device"),),
-    "zero_buckets": (Remedy("a reduce_bucket_size below DeepSpeed's default, which the plan assumes"),),
 }
 
 
@@ -137,7 +136,7 @@ def advice(plan: Plan, gpu: Accelerator) -> str:
         plan: Plan of the case at batch size 1.
         gpu: Device to fit on.
     """
-    sizes = {**plan.memory["parts"], "zero_buckets": plan.bucket_bytes, "device_reserve": gpu.reserve_bytes}
+    sizes = {**plan.memory["parts"], "device_reserve": gpu.reserve_bytes}
     part = max(sizes, key=lambda name: sizes[name])
     role_table = plan.case.role_table
     texts = [remedy.text_for(plan.case) for remedy in REMEDIES[part] if remedy.helps(plan.case, plan.zero)]

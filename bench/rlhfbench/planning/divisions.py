@@ -31,7 +31,13 @@ class Replicas(Zero):
 
     __slots__ = ()
 
-    def changes(self, stretches: Iterable[list[Change]], step: TrainingStep, sizes: StepSizes) -> Iterator[Change]:
+    def changes(
+        self,
+        stretches: Iterable[list[Change]],
+        step: TrainingStep,
+        sizes: StepSizes,
+        numels: Mapping[str, Sequence[int]],
+    ) -> Iterator[Change]:
         """See ``Zero.changes``.
 
         Buckets hold all gradients from the beginning. A gradient that was made is copied into its bucket and freed in
@@ -41,7 +47,7 @@ class Replicas(Zero):
         case = step.case
         waits = case.micro_batch_size < case.mini_batch_size
         waits |= any(PassForm(p, case.options).in_two_passes for p in step.method.update_passes)
-        for change in super().changes(stretches, step, sizes):
+        for change in super().changes(stretches, step, sizes, numels):
             if waits or change[0] not in ("grow", "move"):
                 yield change
             elif change[0] == "move" and change[3] == _GRADIENTS:

@@ -51,15 +51,15 @@ def _plan_case(case: Case, zero: Zero, *, with_timeline: bool, every_layer: bool
     found = (None if every_layer else record_deep(of_a_rank, zero)) or record_step(of_a_rank, division=zero)
     timeline = Timeline() if with_timeline else None
     tally = Tally() if timeline is None else ReplayedTally(timeline.note, timeline.note_lifetime)
-    changes = zero.changes(found.stretches, found.step, found.sizes)
+    changes = zero.changes(found.stretches, found.step, found.sizes, found.numels)
     replay(changes, tally, Observer() if timeline is None else timeline)
     if isinstance(tally, ReplayedTally):
         tally.end()
-    work, buckets = phase_work(found.step, found.sizes), zero.buckets(found.step, found.sizes, found.numels)
     divide = functools.partial(zero.divide, sizes=found.sizes)
+    buckets = zero.buckets(found.step, found.sizes, found.numels)
     memory = divided(memory_object(tally, dict(_NO_VIEWS)), divide, buckets)
     kept = None if timeline is None else divided_timeline(timeline.to_dict(tally.peaks), divide)
-    return Plan(case=case, memory=memory, work=work, zero=zero, buckets=buckets, timeline=kept)
+    return Plan(case=case, memory=memory, work=phase_work(found.step, found.sizes), zero=zero, timeline=kept)
 
 
 def divided(
@@ -70,11 +70,13 @@ def divided(
     Args:
         memory: of one process.
         divide: the parts of a rank.
-        buckets: bytes by phase that stand beside the parts where the peak is found again.
+        buckets: further bytes of the part by phase.
     """
     phases = {name: divide(phase["parts"]) for name, phase in memory["phases"].items()}
+    for name, parts in phases.items():
+        parts["buckets"] += buckets[name]
     totals = {name: sum(parts.values()) for name, parts in phases.items()}
-    peak_phase = max(totals, key=lambda name: totals[name] + buckets[name])
+    peak_phase = max(totals, key=lambda name: totals[name])
     parts, total = phases[peak_phase], totals[peak_phase]
     assert set(parts) == set(PARTS)
     model = sum(parts[part] for part in MODEL_PARTS)

@@ -20,7 +20,6 @@ class Plan:
         memory: the ``memory`` object of a record, on one rank.
         work: the least work of each phase.
         zero: the division among ranks.
-        buckets: bytes of ZeRO's own buffers by phase; they are not part of ``memory``.
         timeline: the timeline of the step on one rank, if it was asked for; see ``Timeline.to_dict``. It lacks the
             decode steps that were skipped.
     """
@@ -29,18 +28,12 @@ class Plan:
     memory: dict[str, Any]
     work: dict[str, Work]
     zero: Zero
-    buckets: dict[str, int]
     timeline: dict[str, Any] | None = None
 
     @property
     def total_bytes(self) -> int:
-        """The step's highest total, with ZeRO's buckets."""
-        return int(self.memory["total_bytes"]) + self.bucket_bytes
-
-    @property
-    def bucket_bytes(self) -> int:
-        """ZeRO's buckets at that moment."""
-        return self.buckets[self.memory["peak_phase"]]
+        """The step's highest total."""
+        return int(self.memory["total_bytes"])
 
     @property
     def persistent_model_bytes(self) -> int:
@@ -74,8 +67,6 @@ def plan_object(
             "stage": plan.zero.stage,
             "world_size": plan.zero.world_size,
             "global_batch_size": plan.case.batch_size * plan.zero.world_size,
-            "bucket_bytes": plan.bucket_bytes,
-            "phases": plan.buckets,
         },
         "fits": None if gpu is None else plan.total_bytes <= gpu.usable_bytes,
         "max_batch_size": max_batch_size,

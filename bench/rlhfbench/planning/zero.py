@@ -17,6 +17,7 @@ from rlhfbench.errors import SweepError
 from rlhfbench.planning.partitions import RoleGradients, role_gradients
 from rlhfkernels.config.case import Case
 from rlhfkernels.methods.program import Optimize
+from rlhfkernels.observer import PARTS
 
 if TYPE_CHECKING:
     from rlhfbench.measure.tally import Change
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 # What each stage divides among the ranks. Stage 3 divides all of it, and a plan runs it as a rank does.
 # ``allgather_bucket_size`` takes nothing: the weights are gathered in place (runtime/utils.py,
 # all_gather_into_tensor_dp_groups).
-_DIVIDES: dict[int, tuple[str, ...]] = {0: (), 1: ("optimizer",), 2: ("optimizer", "gradients"), 3: ()}
+_DIVIDES: dict[int, tuple[str, ...]] = {0: (), 1: ("optimizer",), 2: ("optimizer",), 3: ()}
+_GRADIENTS = PARTS.index("gradients")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,15 +112,69 @@ class Zero:
         with deepspeed_linear():
             yield functools.partial(PlannedStage3, tag=tag, is_gloo=device == "cpu")
 
-    def changes(self, stretches: Iterable[list[Change]], step: TrainingStep, sizes: StepSizes) -> Iterator[Change]:
+    def changes(
+        self,
+        stretches: Iterable[list[Change]],
+        step: TrainingStep,
+        sizes: StepSizes,
+        numels: Mapping[str, Sequence[int]],
+    ) -> Iterator[Change]:
         """The changes of a rank's ledger, from those of the step that was run.
 
         Args:
             stretches: the changes of the step.
             step: the step.
             sizes: of the step.
+            numels: of the step, as ``trained_numels``.
         """
-        return itertools.chain.from_iterable(stretches)
+        changes = itertools.chain.from_iterable(stretches)
+        return changes if self.stage != 2 else self._with_partitions(changes, step, sizes, numels)
+
+    def _with_partitions(
+        self, changes: Iterable[Change], step: TrainingStep, sizes: StepSizes, numels: Mapping[str, Sequence[int]]
+    ) -> Iterator[Change]:
+        """The changes of a rank in stage 2, which holds its partition of the gradients and lets go of the others.
+
+        A gradient is whole until it is in the bucket, which is reduced when it has no room for the next one, and at the
+        end of the backward. A rank makes its partition whole when the first gradient of it is reduced
+        (zero/stage_1_and_2.py, copy_grads_in_partition): of all ranks the last, since backwards begin at the last
+        weights.
+        """
+        updates = [phase for phase in step.phases if phase.kind == "update"]
+        trained = {phase.name: {role for p in phase.passes for role in p.roles} & numels.keys() for phase in updates}
+        bucket = step.case.options.parallel.reduce_bucket_size * sizes.trained_item
+        whole = held = before = made = waiting = partition = 0
+
+        def now() -> Iterator[Change]:
+            """Yields what the rank holds more, or less, than at the change before."""
+            nonlocal held
+            kept = min(whole, before + (partition if made > waiting else 0))
+            yield "grow", _GRADIENTS, kept - held
+            held = kept
+
+        for change in changes:
+            if change[0] == "enter_phase":
+                before, made, waiting = held, 0, 0
+                shares = (-(-sum(numels[role]) // self.world_size) for role in trained.get(change[1], ()))
+                partition = sum(shares) * sizes.trained_item
+            elif change[0] == "exit_phase":
+                waiting = 0
+                yield from now()
+            is_move = change[0] == "move" and change[3] == _GRADIENTS
+            if not is_move and (change[0] != "grow" or change[1] != _GRADIENTS):
+                yield change
+                continue
+            num_bytes, storage = (change[1], change[4:]) if is_move else (change[2], change[3:])
+            whole += num_bytes
+            if num_bytes > 0:
+                made += num_bytes
+                waiting = num_bytes if waiting + num_bytes > bucket else waiting + num_bytes
+            if is_move:
+                yield "grow", change[2], -num_bytes, *storage
+            elif num_bytes > 0:
+                yield "grow", _GRADIENTS, num_bytes, *storage
+                yield "grow", _GRADIENTS, -num_bytes, *storage
+            yield from now()
 
     def divide(self, parts: dict[str, int], sizes: StepSizes | None = None) -> dict[str, int]:
         """The bytes of each part on one rank; what does not divide evenly is rounded up.
@@ -207,7 +263,7 @@ def _optimizer_buffers(stage: int, roles: Sequence[RoleGradients], bucket: int) 
             freed += role.whole
         else:
             copies = sum(each.tensors - each.partition for each in waiting)
-            highest = max(highest, role.partition + copies - freed)
+            highest = max(highest, max(role.partition, role.norm) + copies - freed)
             freed += role.partition
     return highest
 

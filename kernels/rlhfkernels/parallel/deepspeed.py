@@ -73,6 +73,18 @@ class _DeepSpeed(Strategy):
             role: self._make_engine(TrainedWeights(parameters), [parameters]) for role, parameters in flattened.items()
         }
         self._roles_of_pass = {key: [role for role in found if role in self._engines] for key, found in passes.items()}
+        for engine in self._engines.values():
+            self._name_buckets(engine.optimizer)
+
+    def _name_buckets(self, optimizer: Any) -> None:
+        """Has the observer told of an engine's bucket, which is made anew in every backward."""
+        make = optimizer.setup_buckets
+
+        def make_and_tell() -> None:
+            make()
+            self.observer.tag("buckets", [each for bucket in optimizer.ipg_buckets.values() for each in bucket.buffer])
+
+        optimizer.setup_buckets = make_and_tell
 
     def train(self, key: str, base: str, function: Callable[[], torch.Tensor], *, is_last: bool) -> torch.Tensor:
         """See ``Strategy.train``. The backward of a pass that trains weights of two roles goes through both engines."""
@@ -126,6 +138,9 @@ class _Stage0(_DeepSpeed):
     def optimizer(self, role: str, schedule: Schedule) -> RoleOptimizer:
         """See ``Strategy.optimizer``."""
         return _ReplicatedOptimizer(self._engines[role], schedule)
+
+    def _name_buckets(self, optimizer: Any) -> None:
+        """Does nothing: a stage that reduces whole gradients has no bucket."""
 
 
 class _Stage3(_DeepSpeed):

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhfkernels.config.options import Options
+from rlhfkernels.observer import Observer
 from rlhfkernels.parallel.world import World
 
 T = TypeVar("T")
@@ -70,10 +71,14 @@ class Strategy:
         world: the ranks.
         device: of this rank.
         may_skip: a backward may leave trained weights out: a router may send no token of a rank to an expert.
+
+    Attributes:
+        observer: of the step that runs.
     """
 
     def __init__(self, options: Options, world: World, device: torch.device, *, may_skip: bool = False) -> None:
         self.options, self.world, self.device, self.may_skip = options, world, device, may_skip
+        self.observer = Observer()
 
     def divide(self, bases: Mapping[str, BaseModule]) -> None:
         """Divides the weights of all bases among the ranks; before any of them is declared trained."""

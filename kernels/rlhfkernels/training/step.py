@@ -372,7 +372,7 @@ class TrainingStep:
 
     def update(self, batch: Batch, observer: Observer | None = None, stats: StepStats | None = None) -> StepStats:
         """The update phases: every epoch's mini-batches, one graph at a time, and an optimizer step after each."""
-        observer = observer or Observer()
+        observer = self.engine.strategy.observer = observer or Observer()
         stats = StepStats() if stats is None else stats  # an empty mapping is false
         phases = [phase for phase in self.phases if phase.kind == "update"]
         if not phases:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import distributed
 
@@ -70,3 +71,17 @@ def test_the_buckets_of_data_parallel_ranks_are_their_gradients(make_case: Calla
             held = {part: parts[part] for part in ("base", "adapters", "heads", "optimizer")}
             assert {part: rank[phase][part] for part in held} == held, phase
             assert rank[phase]["gradients"] == alone["optimize"]["gradients"], phase
+
+
+@pytest.mark.parametrize(("stage", "num_buckets"), [(1, 2), (2, 1)])
+def test_the_buckets_of_deepspeed_have_a_part(
+    make_case: Callable[..., Case], on_ranks: Any, stage: int, num_buckets: int
+) -> None:
+    """Stage 1 keeps a role's bucket until the optimizer's step, stage 2 until the end of the backward."""
+    pytest.importorskip("deepspeed")
+    size = 1_000_000  # above all else that the step makes, so that the peak has the buckets
+    shared = {"strategy": "deepspeed", "world_size": 2, "zero_stage": stage, "reduce_bucket_size": size}
+    case = make_case("hydra", batch_size=2, dtype="float32", **{f"parallel__{k}": v for k, v in shared.items()})
+    for rank in on_ranks(2, memory, case):
+        assert rank["update_actor"]["buckets"] == 4 * size
+        assert rank["update_critic"]["buckets"] == num_buckets * 4 * size

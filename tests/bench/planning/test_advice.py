@@ -12,16 +12,14 @@ from rlhfkernels.observer import PARTS
 GIB = 2**30
 
 
-def sentence(
-    part: str, *, zero: Zero | None = None, bucket_bytes: int = 0, method: str = "hydra", **changes: object
-) -> str:
+def sentence(part: str, *, zero: Zero | None = None, method: str = "hydra", **changes: object) -> str:
     """Returns the advice for a case whose ``part`` takes 3 GiB and every other part 1 GiB."""
     options = {name: changes.pop(name) for name in list(changes) if "." in name}
     fields = {"model": "tiny", "prompt_len": 4, "completion_len": 4, "batch_size": 1, **changes}
     case = Case(method=method, **fields, options=Options.of(options))
     parts = {**dict.fromkeys(PARTS, GIB), part: 3 * GIB}
     memory = {"parts": parts, "peak_phase": "score", "total_bytes": sum(parts.values())}
-    plan = Plan(case=case, memory=memory, work={}, zero=zero or Zero(), buckets={"score": bucket_bytes})
+    plan = Plan(case=case, memory=memory, work={}, zero=zero or Zero())
     return advice(plan, find_accelerator("24GiB"))
 
 
@@ -34,7 +32,7 @@ def test_the_sentence_names_the_largest_part_its_size_and_the_remedies() -> None
 
 
 def test_every_part_has_a_remedy_that_always_applies() -> None:
-    assert set(REMEDIES) == {*PARTS, "zero_buckets", "device_reserve"}
+    assert set(REMEDIES) == {*PARTS, "device_reserve"}
     done = {
         "method": "hydra",
         "dtype": "bfloat16",
@@ -78,11 +76,6 @@ def test_options_that_are_set_already_are_not_advised(part: str, text: str, sett
 def test_sdpa_is_advised_against_kept_attention_matrices(part: str) -> None:
     assert "engine.attn_implementation=sdpa" in sentence(part, **{"engine.attn_implementation": "eager"})
     assert "engine.attn_implementation=sdpa" not in sentence(part)
-
-
-def test_zero_buckets_can_be_the_largest_part() -> None:
-    text = sentence("base", zero=Zero(stage=1, world_size=2), bucket_bytes=4 * GIB)
-    assert "its largest part is zero buckets with 4 GiB" in text
 
 
 def test_a_smaller_rank_is_advised_only_with_adapters() -> None:

@@ -74,7 +74,8 @@ def make_deep(tmp_path: Path) -> MakeCase:
 
 def assert_equals_the_whole(case: Case) -> None:
     assert record_deep(case) is not None
-    zero = Zero(stage=3, world_size=4)
+    # DeepSpeed, whose step a plan of stage 3 runs, refuses 8-bit states.
+    zero = Zero(stage=3 if case.options.optimizer.name != "adamw8bit" else 2, world_size=4)
     plan = plan_case(case, zero, with_timeline=True)
     whole = plan_case(case, zero, with_timeline=True, every_layer=True)
     assert plan.timeline is not None

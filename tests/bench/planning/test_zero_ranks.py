@@ -25,12 +25,14 @@ def case_of(method: str, stage: int, size: int) -> Case:
 
 
 def total_bytes(world: World, case: Case) -> int:
-    """The highest total of a rank's second step: the moments are made in the first."""
+    """The highest total of a rank's step, the least of three; the moments are made in a first one.
+
+    Gloo's threads may hold what they sent for a moment: on a busy machine a step held up to 7 % more.
+    """
     step = build_step(case, world=world)
     step.run()
-    ledger = measure_memory(step, "cpu", lambda name: None)
-    total: int = memory_object(ledger, dict.fromkeys(OUTER_VIEWS))["total_bytes"]
-    return total
+    ledgers = [measure_memory(step, "cpu", lambda name: None) for _ in range(3)]
+    return min(memory_object(ledger, dict.fromkeys(OUTER_VIEWS))["total_bytes"] for ledger in ledgers)
 
 
 @pytest.mark.parametrize(
@@ -38,9 +40,9 @@ def total_bytes(world: World, case: Case) -> int:
     [
         ("full", 0, 2, 0.01),
         ("full", 1, 2, 0.01),
-        ("full", 2, 2, 0.01),
+        ("full", 2, 2, 1e-4),
         ("joined-hydra", 1, 2, 0.01),
-        ("hydra", 2, 2, 0.01),
+        ("hydra", 2, 2, 1e-3),
         ("full", 3, 2, 1e-4),
         ("hydra", 3, 4, 1e-4),
         ("dynamic-lora", 3, 2, 1e-4),

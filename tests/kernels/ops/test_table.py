@@ -25,7 +25,7 @@ def test_an_op_has_a_reference_a_test_and_a_benchmark_of_its_name(name: str) -> 
     assert op.reference.__module__ == op.function.__module__ == f"rlhfkernels.ops.{name}"
     assert op.reference.__name__ == f"{name}_reference"
     assert op.function.__name__.removesuffix("_") == name
-    options = ("backend", "chunk", "entropy", "grad_dtype")
+    options = ("backend", "chunk", "entropy", "grad_dtype", "reread")
     assert set(inspect.signature(op.function).parameters) - set(options) == set(
         inspect.signature(op.reference).parameters
     )
