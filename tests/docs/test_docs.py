@@ -73,6 +73,8 @@ CHECKED = {
     "--out my-ranks": _SAME,
     "rlhfbench run --methods hydra,lora,full,dpo --seq-lens 32 --batch-sizes 2 --world-size 2 "
     "--parallel ddp,fsdp,deepspeed --zero-stage 0,1,2,3 --out my-stages": _LONG,
+    "rlhfbench run --methods hydra,lora,full,dpo --seq-lens 32 --batch-sizes 2 --world-size 2 "
+    "--parallel ddp,fsdp,deepspeed --zero-stage 0,1,2,3 --option parallel.reduce_bucket_size=1000000 --blocks 2": _LONG,
     "rlhfbench run --sweep sweep.toml": _LONG,
     "rlhfbench run --sweep sweep.toml --batch-sizes 8 --option lora.r=64": _LONG,
     "rlhfbench run --sweep cases.toml": _SAME,

@@ -95,7 +95,8 @@ REMEDIES: dict[str, tuple[Remedy, ...]] = {
         _ADAPTERS,
         Remedy(
             "--option optimizer.name=adamw8bit",
-            lambda case, zero: case.options.optimizer.name == "adamw" and case.dtype != "float64",
+            # DeepSpeed divides the states of torch's optimizers alone.
+            lambda case, zero: case.options.optimizer.name == "adamw" and case.dtype != "float64" and zero.stage == 0,
         ),
         _RANK,
         *_divided_from(1),

@@ -61,6 +61,7 @@ def test_every_part_has_a_remedy_that_always_applies() -> None:
         ("optimizer", "that trains adapters", {"method": "joined-hydra"}),
         ("optimizer", "adamw8bit", {"optimizer.name": "adamw8bit"}),
         ("optimizer", "adamw8bit", {"optimizer.name": "sgd"}),
+        ("optimizer", "adamw8bit", {"zero": Zero(stage=3, world_size=2)}),
         ("optimizer", "--zero-stage 1", {"zero": Zero(stage=1, world_size=2)}),
         ("activations", "gradient_checkpointing", {"engine.gradient_checkpointing": True}),
         ("temporary", "logprob_chunk", {"engine.logprob_chunk_size": 16}),
