@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -180,14 +180,18 @@ def _numbers(frame: pd.DataFrame) -> dict[str, list[str]]:
 
 def _intervals(frame: pd.DataFrame) -> dict[str, list[str]]:
     """The column of half-widths, rounded as the totals are. Disturbed cases are marked."""
-    rows = zip(frame["total_s_per_sample"], frame[_HALF_WIDTH], _is_disturbed(frame), strict=True)
-    return {
-        _INTERVAL_HEADING: [
-            (ABSENT if pd.isna(width) else number_text(float(width), _decimals(value, width)))
-            + (_DISTURBED if disturbed else "")
-            for value, width, disturbed in rows
-        ]
-    }
+    texts = interval_texts(frame[_HALF_WIDTH], frame["total_s_per_sample"], frame[_HALF_WIDTH])
+    marks = [_DISTURBED if disturbed else "" for disturbed in _is_disturbed(frame)]
+    return {_INTERVAL_HEADING: [text + mark for text, mark in zip(texts, marks, strict=True)]}
+
+
+def interval_texts(values: pd.Series[Any], seconds: pd.Series[Any], half_widths: pd.Series[Any]) -> list[str]:
+    """``values`` with as many decimals as the interval of ``seconds`` carries, three where there is none."""
+    rows = zip(values, seconds, half_widths, strict=True)
+    return [
+        ABSENT if pd.isna(value) else number_text(float(value), 3 if pd.isna(width) else _decimals(second, width))
+        for value, second, width in rows
+    ]
 
 
 def _decimals(value: float, half_width: float) -> int:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from rlhfreports.columns import parts_of
+from rlhfreports.memory import interval_texts
 from rlhfreports.ranks import ranked, scaling_points, strategy_place
 from rlhfreports.ratios import percent
 from rlhfreports.styles import INK, MARKERS, STYLE, draw_head, method_styles, plain_labels, tidy, write_figure
@@ -93,9 +94,10 @@ def _names(rows: pd.DataFrame) -> dict[str, list[str]]:
 
 
 def _times(rows: pd.DataFrame) -> dict[str, list[str]]:
-    decimals = decimals_for([float(seconds) for seconds in rows["total_s_per_sample"].dropna()], 3, 6)
+    seconds, widths = rows["total_s_per_sample"], rows["total_half_width_s_per_sample"]
     return {
-        "s/sample": _numbers(rows["total_s_per_sample"], decimals),
+        "s/sample": interval_texts(seconds, seconds, widths),
+        "± s": interval_texts(widths, seconds, widths),
         "waiting": [_share(value) for value in rows["waiting_share"]],
         "imbalance": [_share(value) for value in rows["imbalance"]],
         "MiB in collectives": _numbers(rows["communication_bytes"] / _MIB, 2),

@@ -11,15 +11,16 @@ from rlhfreports.scaling import draw_scaling, ranks_table, scaling_figure, scali
 Make = Callable[..., pd.DataFrame]
 Ranked = Callable[..., dict[str, Any]]
 STAGE_2 = {"parallel": "deepspeed", "zero_stage": 2}
+KNOWN = {"waiting_share": None, "imbalance": None, "total_half_width_s_per_sample": 0.05}
 
 
 def test_the_table_of_lines(make_frame: Make, ranked: Ranked) -> None:
-    frame = make_frame(ranked(2, 4, 1.0, **STAGE_2), ranked(4, 4, 0.625, **STAGE_2, waiting_share=None, imbalance=None))
+    frame = make_frame(ranked(2, 4, 1.0, **STAGE_2), ranked(4, 4, 0.625, **STAGE_2, **KNOWN))
     table = scaling_table(frame)
     shared = ("weak", "Hydra-PPO", "ZeRO-2", "64", "4")
     assert table.rows == (
-        (*shared, "2", "1.00x", "100 %", "1.500", "1.000", "25 %", "12 %", "1.00", "3"),
-        (*shared, "4", "1.60x", "80 %", "1.500", "0.625", "–", "–", "1.00", "3"),
+        (*shared, "2", "1.00x", "100 %", "1.500", "1.000", "–", "25 %", "12 %", "1.00", "3"),
+        (*shared, "4", "1.60x", "80 %", "1.500", "0.62", "0.05", "–", "–", "1.00", "3"),
     )
     assert "| ZeRO-2" in table.markdown()
     assert table.csv().splitlines()[0].startswith("method,method_title,strategy,seq_len,")
@@ -35,8 +36,8 @@ def test_the_table_of_all_cases_over_ranks(make_frame: Make, ranked: Ranked) -> 
     assert table.headings[5:8] == ("base GiB", "activations GiB", "total GiB")
     shared = ("64", "4", "2")
     assert table.rows == (
-        ("Hydra-PPO", "DDP", *shared, "1.00", "0.50", "1.50", "1.000", "25 %", "12 %", "1.00", "3"),
-        ("Hydra-PPO", "ZeRO-2", *shared, "–", "–", "OOM", "–", "–", "–", "–", "–"),
+        ("Hydra-PPO", "DDP", *shared, "1.00", "0.50", "1.50", "1.000", "–", "25 %", "12 %", "1.00", "3"),
+        ("Hydra-PPO", "ZeRO-2", *shared, "–", "–", "OOM", "–", "–", "–", "–", "–", "–"),
     )
     assert "no memory." in table.csv()
 
