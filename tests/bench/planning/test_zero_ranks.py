@@ -13,10 +13,10 @@ from rlhfkernels import Case, Options, build_step
 from rlhfkernels.parallel.world import World
 
 
-def case_of(method: str, stage: int, size: int) -> Case:
+def case_of(method: str, stage: int) -> Case:
     options = {
         "parallel.strategy": "deepspeed",
-        "parallel.world_size": size,
+        "parallel.world_size": 2,
         "parallel.zero_stage": stage,
         "parallel.reduce_bucket_size": 100_000,
     }
@@ -36,22 +36,20 @@ def total_bytes(world: World, case: Case) -> int:
 
 
 @pytest.mark.parametrize(
-    ("method", "stage", "size", "error"),
+    ("method", "stage"),
     [
-        ("full", 0, 2, 0.01),
-        ("full", 1, 2, 0.01),
-        ("full", 2, 2, 1e-4),
-        ("joined-hydra", 1, 2, 0.01),
-        ("hydra", 2, 2, 1e-3),
-        ("full", 3, 2, 1e-4),
-        ("hydra", 3, 4, 1e-4),
-        ("dynamic-lora", 3, 2, 1e-4),
+        ("full", 0),
+        ("full", 1),
+        ("full", 2),
+        ("joined-hydra", 1),
+        ("hydra", 2),
+        ("full", 3),
+        ("hydra", 3),
+        ("dynamic-lora", 3),
     ],
 )
-def test_a_plan_is_within_a_percent_of_the_worst_rank(
-    on_ranks: Any, method: str, stage: int, size: int, error: float
-) -> None:
+def test_a_plan_is_within_a_percent_of_the_worst_rank(on_ranks: Any, method: str, stage: int) -> None:
     pytest.importorskip("deepspeed")
-    case = case_of(method, stage, size)
-    worst = max(on_ranks(size, total_bytes, case))
-    assert plan_case(case, Zero(stage=stage, world_size=size)).total_bytes == pytest.approx(worst, rel=error)
+    case = case_of(method, stage)
+    worst = max(on_ranks(2, total_bytes, case))
+    assert plan_case(case, Zero(stage=stage, world_size=2)).total_bytes == pytest.approx(worst, rel=0.01)
