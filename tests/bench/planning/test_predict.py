@@ -222,7 +222,7 @@ def test_the_peak_may_move_when_ranks_share() -> None:
     assert shared["model_bytes"] + shared["activation_bytes"] + shared["rollout_bytes"] == 51
     assert (whole["persistent_model_bytes"], shared["persistent_model_bytes"]) == (100, 10)
     moved = divided(memory, Zero().divide, none | {"update_actor": 51})
-    assert (moved["peak_phase"], moved["total_bytes"]) == ("update_actor", 60)
+    assert (moved["peak_phase"], moved["total_bytes"], moved["parts"]["buckets"]) == ("update_actor", 111, 51)
 
 
 def of_tiny(method: str, **options: object) -> Plan:
