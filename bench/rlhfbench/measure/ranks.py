@@ -1,4 +1,4 @@
-"""What the ranks of a case measured together: the objects of rank 0's record that are made from all ranks."""
+"""Measurements of all ranks of a case together: the objects of rank 0's record that are made from all ranks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def measure_collectives(run: Callable[[Observer], object], device: str, world: W
 
 
 def communication(counter: CollectiveCounter, device: str) -> dict[str, Any]:
-    """What one rank says about the collectives of a step, by phase.
+    """The account of one rank of the collectives of a step, by phase.
 
     Returns:
         ``collectives``: calls and bytes by phase and name. ``communication_step_s``: seconds of each phase in the
@@ -132,7 +132,7 @@ def world_object(parallel: ParallelOptions, ranks: Sequence[Mapping[str, Any]]) 
 
 
 def imbalance(ranks: Sequence[Mapping[str, Any]]) -> float | None:
-    """How unequal the ranks were: the largest of their seconds without waiting, over the mean, minus 1.
+    """The inequality of the ranks: the largest of their seconds without waiting, over the mean, minus 1.
 
     ``None`` where waiting was not measured.
     """

@@ -1,4 +1,4 @@
-"""How the ranks of a case divide a step, as a plan counts it: by ``parallel.strategy``.
+"""Divisions of a step among the ranks of a case, as a plan counts them: by ``parallel.strategy``.
 
 DeepSpeed's rules are written down (``rlhfbench.planning.zero``). Torch's ``fully_shard`` runs on fake tensors as it is,
 with ranks that are not there, so that what it gathers and when is its own doing.
