@@ -123,7 +123,7 @@ class _SavedParameter:
 
 
 def _saved(observer: StorageObserver, tensor: torch.Tensor) -> object:
-    """An object that only autograd holds in place of ``tensor``, so that its lifetime is that of the saved reference."""
+    """An object that only autograd holds for ``tensor``, so that its lifetime is that of the saved reference."""
     if not isinstance(tensor, torch.nn.Parameter):
         return _saved_alias(observer, tensor)
     saved = _SavedParameter(tensor)

@@ -1,4 +1,4 @@
-"""The share of one rank of each role's gradients in DeepSpeed's stages 0 to 2, where a role has an engine of its own."""
+"""A rank's share of each role's gradients in DeepSpeed's stages 0 to 2, where a role has an engine of its own."""
 
 from __future__ import annotations
 
