@@ -97,7 +97,7 @@ class Zero:
 
     @contextmanager
     def stand_in(self, tag: Tag, device: str) -> Iterator[Callable[..., Strategy] | None]:
-        """What makes the strategy of a step on fake tensors; ``None`` where it is the case's own.
+        """Makes the strategy of a step on fake tensors; ``None`` where it is the case's own.
 
         Args:
             tag: is told which tensors are gathered.

@@ -190,7 +190,7 @@ def _checked_block(where: str, entry: Record) -> Record:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Entry:
-    """What a run keeps in memory of a record, which stays on the disk: 10,000 records would take 0.4 GB.
+    """The part of a record that a run keeps in memory. The record stays on the disk: 10,000 records would take 0.4 GB.
 
     Attributes:
         case_id: id of its case.

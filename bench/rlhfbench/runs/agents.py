@@ -304,7 +304,7 @@ class Follower:
 
 
 def _state(rank: Rank, log_path: Path, beat: int) -> dict[str, Any]:
-    """What rank 0 reads of a rank; ``beat`` tells one state from the next."""
+    """The state of a rank that rank 0 reads; ``beat`` tells one state from the next."""
     return {
         "beat": beat,
         "usage": None if rank.usage is None else dataclasses.asdict(rank.usage),

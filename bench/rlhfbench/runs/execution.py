@@ -93,7 +93,7 @@ class Executor(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Setup:
-    """What a place needs to know of a run before it executes cases.
+    """The facts of a run that a place needs before it executes cases.
 
     Attributes:
         folder: folder of the run.
@@ -121,7 +121,7 @@ class Place(Protocol):
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """What the environment of the run records, for the run that resumes this one."""
+        """The settings that the environment of the run records, for the run that resumes this one."""
 
     def make_executor(self, setup: Setup) -> Executor:
         """An executor of the run; the caller closes it."""

@@ -62,7 +62,7 @@ class Verdict(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Usage:
-    """What a rank that runs has done so far.
+    """The usage of a rank that runs, so far.
 
     Attributes:
         cpu_s: CPU seconds.
