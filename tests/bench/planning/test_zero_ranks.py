@@ -13,10 +13,10 @@ from rlhfkernels import Case, Options, build_step
 from rlhfkernels.parallel.world import World
 
 
-def case_of(method: str, stage: int) -> Case:
+def case_of(method: str, stage: int, size: int) -> Case:
     options = {
         "parallel.strategy": "deepspeed",
-        "parallel.world_size": 2,
+        "parallel.world_size": size,
         "parallel.zero_stage": stage,
         "parallel.reduce_bucket_size": 100_000,
     }
@@ -25,31 +25,33 @@ def case_of(method: str, stage: int) -> Case:
 
 
 def total_bytes(world: World, case: Case) -> int:
-    """The highest total of a rank's step, the least of three; the moments are made in a first one.
+    """The highest total of a rank's step, the least of five; the moments are made in a first one.
 
     Gloo's threads may hold what they sent for a moment: on a busy machine a step held up to 7 % more.
     """
     step = build_step(case, world=world)
     step.run()
-    ledgers = [measure_memory(step, "cpu", lambda name: None) for _ in range(3)]
+    ledgers = [measure_memory(step, "cpu", lambda name: None) for _ in range(5)]
     return min(memory_object(ledger, dict.fromkeys(OUTER_VIEWS))["total_bytes"] for ledger in ledgers)
 
 
 @pytest.mark.parametrize(
-    ("method", "stage"),
+    ("method", "stage", "size", "error"),
     [
-        ("full", 0),
-        ("full", 1),
-        ("full", 2),
-        ("joined-hydra", 1),
-        ("hydra", 2),
-        ("full", 3),
-        ("hydra", 3),
-        ("dynamic-lora", 3),
+        ("full", 0, 2, 0.01),
+        ("full", 1, 2, 0.01),
+        ("full", 2, 2, 1e-4),
+        ("joined-hydra", 1, 2, 0.01),
+        ("hydra", 2, 2, 1e-3),
+        ("full", 3, 2, 1e-4),
+        ("hydra", 3, 4, 1e-4),
+        ("dynamic-lora", 3, 2, 1e-4),
     ],
 )
-def test_a_plan_is_within_a_percent_of_the_worst_rank(on_ranks: Any, method: str, stage: int) -> None:
+def test_a_plan_is_within_a_percent_of_the_worst_rank(
+    on_ranks: Any, method: str, stage: int, size: int, error: float
+) -> None:
     pytest.importorskip("deepspeed")
-    case = case_of(method, stage)
-    worst = max(on_ranks(2, total_bytes, case))
-    assert plan_case(case, Zero(stage=stage, world_size=2)).total_bytes == pytest.approx(worst, rel=0.01)
+    case = case_of(method, stage, size)
+    worst = max(on_ranks(size, total_bytes, case))
+    assert plan_case(case, Zero(stage=stage, world_size=size)).total_bytes == pytest.approx(worst, rel=error)
