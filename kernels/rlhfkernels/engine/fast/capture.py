@@ -83,10 +83,9 @@ class CudaGraphs:
         try:
             pool = graph_pool(self._device)
             replay = pool.capture(step)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
-            if self._is_required:
+            graph_pool.cache_clear()  # torch's allocator of pinned memory still records a failed capture under its pool
+            if self._is_required or isinstance(error, torch.OutOfMemoryError):
                 raise
             self._works = False
             reason = (str(error).splitlines() or [""])[0]
@@ -138,16 +137,23 @@ class GraphPool:
         graph.capture_begin(pool=self._handle, capture_error_mode="thread_local")
         try:
             step()
+            graph.capture_end()
         except BaseException:
             with suppress(RuntimeError):  # the first error says more
                 graph.capture_end()
-            # Where ending fails, torch's allocator still believes in a capture, and frees no cached memory when it
-            # runs out.
-            with suppress(RuntimeError):
-                torch._C._cuda_endAllocateToPool(self._device.index, self._handle)
+            self._forget_capture()
             raise
-        graph.capture_end()
         return graph
+
+    def _forget_capture(self) -> None:
+        """Ends a failed capture for torch's allocator and default generator, which ``capture_end`` may have left in it.
+
+        The allocator would free no cached memory when it runs out, and the generator would refuse to draw.
+        """
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(self._device.index, self._handle)
+        generator = torch.cuda.default_generators[self._device.index]
+        generator.graphsafe_set_state(generator.clone_state())
 
     def _hold(self, num_bytes: int) -> None:
         if num_bytes > 0:

@@ -16,6 +16,8 @@ from rlhfkernels.engine.fast.decoding import takes_graphs
 from rlhfkernels.ops import taken
 
 CPU = torch.device("cpu")
+# What a failed capture leaves to torch's allocator and its generator.
+FORGOTTEN = ["end of pool", "generator in a state of its own"]
 
 
 class Tags(Observer):
@@ -42,6 +44,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     calls: list[str] = []
     reserved_bytes = [0]
 
+    class Generator:
+        def clone_state(self) -> str:
+            return "a state of its own"
+
+        def graphsafe_set_state(self, state: str) -> None:
+            calls.append(f"generator in {state}")
+
     class Graph:
         def capture_begin(self, *, pool: object, capture_error_mode: str) -> None:
             calls.append(f"begin in {pool}, {capture_error_mode}")
@@ -61,6 +70,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     stand_ins = {
         "CUDAGraph": Graph,
+        "default_generators": {CPU.index: Generator()},
         "Stream": lambda device: Stream("side", calls),
         "current_stream": lambda device: Stream("main", calls),
         "graph_pool_handle": lambda: "pool",
@@ -123,10 +133,27 @@ def test_a_failed_capture_leaves_the_steps_to_run_one_by_one(calls: list[str]) -
     with pytest.warns(RuntimeWarning, match="run without CUDA graphs: operation not permitted$"):
         assert graphs(failing_at(2, RuntimeError("operation not permitted\nlong advice"))) is None
     assert taken.taken() == []
-    assert calls[-4:] == ["end", "end of pool", "off side", "main waits for side"]
+    assert calls[-5:] == ["end", *FORGOTTEN, "off side", "main waits for side"]
     del calls[:]
     assert graphs(lambda: calls.append("step")) is None
     assert calls == ["step"]
+    assert make(calls)(lambda: None) is not None
+    assert calls.count("begin in pool, thread_local") == 2  # the next generation makes another pool, with a keeper
+
+
+def test_a_capture_that_cannot_be_ended_is_forgotten_too(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = iter([None, RuntimeError("unjoined work"), RuntimeError("not capturing")])
+
+    def end(graph: object) -> None:
+        error = next(ends)
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_end", end)
+    with pytest.warns(RuntimeWarning, match="run without CUDA graphs: unjoined work$"):
+        assert make(calls)(lambda: None) is None
+    assert calls[-4:-2] == FORGOTTEN
+    assert not list(ends)
 
 
 @pytest.mark.parametrize(
