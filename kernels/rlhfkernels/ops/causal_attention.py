@@ -18,6 +18,7 @@ from torch import nn
 
 from rlhfkernels.ops.attention_mask import AttentionSpan, CausalMask, Segment
 from rlhfkernels.ops.dispatch import is_on_cpu, takes_native
+from rlhfkernels.ops.grouped_attention import grouped_attention
 from rlhfkernels.ops.native import causal_attention as native
 from rlhfkernels.ops.qkv_layout import QkvLayout
 from rlhfkernels.ops.rivals import Rival
@@ -124,19 +125,18 @@ def _torch(qkv: torch.Tensor, layout: QkvLayout, mask: CausalMask, span: Attenti
         query = query[:, :, first:]
         attended = (mask.causal() if attended is None else attended)[:, :, first:]
     grouped = layout.num_heads != layout.num_kv_heads
-    if grouped and attended is not None and not _masks_are_cheap(query):
-        # With a mask and grouped heads, torch has only the math kernel on CUDA, which keeps all scores.
-        key, value = (_repeated(part, layout.num_heads) for part in (key, value))
-        grouped = False
-    out = nn.functional.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=attended,
-        is_causal=attended is None,
-        scale=span.scale,
-        enable_gqa=grouped,
-    )
+    if grouped and not _masks_are_cheap(query):
+        out = grouped_attention(query, key, value, attended, span.scale)
+    else:
+        out = nn.functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=attended,
+            is_causal=attended is None,
+            scale=span.scale,
+            enable_gqa=grouped,
+        )
     return out[:, :, start - first :].transpose(1, 2).reshape(b * (t - start), -1)
 
 
@@ -178,8 +178,3 @@ FLASH = Rival(
 def _masks_are_cheap(query: torch.Tensor) -> bool:
     """Returns whether attention with an explicit mask is about as fast as plain causal attention."""
     return is_on_cpu(query)
-
-
-def _repeated(x: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Repeats [b, k, t, e] for every query head: [b, h, t, e]."""
-    return x.repeat_interleave(num_heads // x.shape[1], 1)
