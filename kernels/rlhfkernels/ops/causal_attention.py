@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from rlhfkernels.ops.attention_mask import AttentionSpan, CausalMask, Segment
+from rlhfkernels.ops.decode_attention import without_plans
 from rlhfkernels.ops.dispatch import is_on_cpu, takes_native
 from rlhfkernels.ops.grouped_attention import grouped_attention
 from rlhfkernels.ops.native import causal_attention as native
@@ -78,7 +79,7 @@ def packed_attention(
     """Computes block-diagonal causal attention: every sequence of a packed row sees itself alone.
 
     Each sequence is one call, and neighbours of equal lengths share one, so that no score between two sequences is
-    computed and no mask of the whole row exists.
+    computed and no mask of the whole row exists. On CUDA no plan is made for lengths that may not come again.
 
     Args:
         qkv: [m, n], rotated; m is the sum of the segments' lengths.
@@ -97,7 +98,8 @@ def packed_attention(
     for (segment, count), part in zip(runs, parts, strict=True):
         mask = CausalMask(part[:, :1].view(count, segment.length), None)
         span = AttentionSpan(start=segment.start, window=window, scale=scale)
-        outs.append(causal_attention(part, layout, mask, span, backend=backend))
+        with without_plans(qkv.device):
+            outs.append(causal_attention(part, layout, mask, span, backend=backend))
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
