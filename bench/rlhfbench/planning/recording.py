@@ -12,7 +12,7 @@ import torch
 from transformers import masking_utils
 
 from rlhfbench.measure.ledger import Ledger, block_bytes
-from rlhfbench.measure.measurements import run_under_ledger
+from rlhfbench.measure.memory import run_under_ledger
 from rlhfbench.measure.tally import PHASE_CHANGES, Change, Recorder
 from rlhfbench.planning.decode_steps import decode_steps_of, set_decode_steps
 from rlhfbench.planning.divisions import division_of, fake_ranks
