@@ -48,7 +48,7 @@ class Walked(Observer):
 
     def exit_phase(self, name):
         self.ledger.exit_phase(name)
-        found, live = walk(), {key: entry.num_bytes for key, entry in self.ledger._entries.items()}
+        found, live = walk(), {key: entry.num_bytes for key, entry in self.ledger._storages.entries.items()}
         assert live == {key: size for key, size in found.items() if key not in self.before or key in live}
         assert sum(live.values()) == self.ledger.total_bytes == sum(self.ledger.parts.values())
         self.walked.append(name)
