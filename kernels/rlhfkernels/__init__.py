@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from rlhfkernels.config.case import Case
 from rlhfkernels.config.options import Options
 from rlhfkernels.errors import CaseError, DataError, ModelError, NumericalError, RlhfKernelsError
-from rlhfkernels.methods.program import Method, Phase, Role
+from rlhfkernels.methods.method import Method
+from rlhfkernels.methods.phases import Phase
+from rlhfkernels.methods.program import Role
 from rlhfkernels.methods.table import METHODS
 from rlhfkernels.models.presets import PRESETS, Preset
 

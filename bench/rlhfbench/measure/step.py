@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from rlhfkernels.methods.program import Phase
+from rlhfkernels.methods.phases import Phase
 from rlhfkernels.observer import Observer
 
 

@@ -25,7 +25,8 @@ from rlhfkernels.data.batch import Batch, Rows
 from rlhfkernels.data.sources import SOURCES, Prompts, Source
 from rlhfkernels.engine.engine import Engine
 from rlhfkernels.errors import NumericalError
-from rlhfkernels.methods.program import Derive, ForwardPass, Generate, Optimize, Phase, Read
+from rlhfkernels.methods.phases import ForwardPass, Phase
+from rlhfkernels.methods.program import Derive, Generate, Optimize, Read
 from rlhfkernels.models.loading import load_tokenizer
 from rlhfkernels.observer import Observer
 from rlhfkernels.parallel.strategies import RoleOptimizer, Strategy

@@ -13,7 +13,7 @@ from rlhfbench.measure.stopping import StoppingRule
 from rlhfbench.measure.turns import run_in_turns
 from rlhfkernels.config.case import Case
 from rlhfkernels.errors import ModelError, NumericalError
-from rlhfkernels.methods.program import Phase
+from rlhfkernels.methods.phases import Phase
 from rlhfkernels.observer import PARTS
 from rlhfkernels.training.roofline import Work
 
