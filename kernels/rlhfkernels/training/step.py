@@ -32,8 +32,9 @@ from rlhfkernels.observer import Observer
 from rlhfkernels.parallel.strategies import RoleOptimizer, Strategy
 from rlhfkernels.parallel.world import ALONE, World
 from rlhfkernels.training.gradients import PassForm, add_gradients, read_losses
-from rlhfkernels.training.optimizers import learning_rate, make_optimizer
+from rlhfkernels.training.optimizer_table import make_optimizer
 from rlhfkernels.training.quantities import QUANTITIES
+from rlhfkernels.training.schedule import learning_rate
 
 RewardFunction = Callable[[Batch], torch.Tensor]
 
