@@ -20,7 +20,7 @@ from rlhfbench.planning.fake_tensors import CachingFakeTensorMode
 from rlhfbench.planning.optimizer_steps import GradientsWatch, Trained
 from rlhfbench.planning.zero import Zero, trained_numels
 from rlhfkernels.config.case import Case
-from rlhfkernels.engine.engine import logprob_chunk_size
+from rlhfkernels.engine.logprob_chunk import logprob_chunk_size
 from rlhfkernels.ops.dispatch import standing_for
 from rlhfkernels.training.sizes import StepSizes
 from rlhfkernels.training.step import TrainingStep, build_step

@@ -80,6 +80,17 @@ class Method:
         return any("base" in role.trains for role in self.roles.values())
 
     @property
+    def trained_bases(self) -> tuple[str, ...]:
+        """The bases of which a weight of the trunk or of the language-model head is trained."""
+        return tuple(
+            dict.fromkeys(
+                role.base
+                for role in self.roles.values()
+                if "base" in role.trains or ("head" in role.trains and HEADS[role.head].outputs == "vocabulary")
+            )
+        )
+
+    @property
     def phases(self) -> tuple[Phase, ...]:
         """The phases of a step, in order; see ``phases_of``."""
         return phases_of(self.program, self.roles)

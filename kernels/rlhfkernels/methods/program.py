@@ -40,6 +40,11 @@ class WeightSet:
     base: str
     adapter: str | None = None
 
+    @property
+    def key(self) -> str:
+        """The name of the differentiated pass over it: there is one at most."""
+        return self.base if self.adapter is None else f"{self.base}.{self.adapter}"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Role:
