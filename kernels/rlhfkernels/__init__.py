@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     from rlhfkernels.data.batch import Batch
     from rlhfkernels.observer import Observer
     from rlhfkernels.training.roofline import Work
-    from rlhfkernels.training.step import StepStats, TrainingStep, build_step
+    from rlhfkernels.training.stats import StepStats
+    from rlhfkernels.training.step import TrainingStep, build_step
     from rlhfkernels.training.work import phase_work
 
 _LAZY = {
     "Batch": "rlhfkernels.data.batch",
     "Observer": "rlhfkernels.observer",
-    "StepStats": "rlhfkernels.training.step",
+    "StepStats": "rlhfkernels.training.stats",
     "TrainingStep": "rlhfkernels.training.step",
     "Work": "rlhfkernels.training.roofline",
     "build_step": "rlhfkernels.training.step",

@@ -177,7 +177,7 @@ def test_every_phase_runs_in_order_and_everything_is_in_one(make_case: Callable[
 
 def test_mini_batches_take_every_row_once_an_epoch(make_case: Callable[..., Case]) -> None:
     step = build_step(make_case(batch_size=6, ppo__num_mini_batches=3, ppo__num_ppo_epochs=2))
-    batches = list(step._mini_batches())
+    batches = list(step._updates.mini_batches())
     assert [len(batch) for batch in batches] == [2, 2, 2]
     assert sorted(row for batch in batches for row in batch) == list(range(6))
     recorder = Recorder()
