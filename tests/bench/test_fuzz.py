@@ -43,7 +43,7 @@ from rlhfbench.runs.runner import Runner
 from rlhfkernels.config.case import Case, option_annotations
 from rlhfkernels.engine import verify as engine_verify
 from rlhfkernels.errors import CaseError, ModelError
-from rlhfkernels.models.loading import read_config
+from rlhfkernels.models.configuration import read_config
 from rlhfkernels.ops.native import build
 from rlhfreports import gain, plots, predicted_plot, slope_table, timelines
 

@@ -12,8 +12,9 @@ from rlhfkernels.errors import CaseError
 from rlhfkernels.methods.method import Method
 from rlhfkernels.methods.program import HEADS, Origin
 from rlhfkernels.models.adapters import Adapters
+from rlhfkernels.models.cloning import clone_module
 from rlhfkernels.models.heads import ScalarHead
-from rlhfkernels.models.loading import LoadedModel, clone_module, load_model
+from rlhfkernels.models.loading import LoadedModel, load_model
 from rlhfkernels.seeding import seeded
 
 # Bases of one origin start from equal weights, bases of different origins do not.
