@@ -53,12 +53,7 @@ def run_measurements(
         torch.set_num_threads(options.num_threads)
     started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     # Before the step, whose models would need a slow collection to make room for the buffers after it.
-    # Not beside another process, and a comparison of two sides needs no floor.
-    ceilings: dict[str, float] | None = None
-    if options.turns is None:
-        notify("ceilings")
-        world.barrier()  # all ranks at once: a rank's ceilings are those that it has beside the others
-        ceilings = measure_ceilings(case.device, getattr(torch, case.dtype))
+    ceilings = _ceilings(case, options, notify, world)
     step_begins()
     notify("build")
     started_s = time.perf_counter()
@@ -94,6 +89,15 @@ def run_measurements(
         "error": None,
     }
     return result
+
+
+def _ceilings(case: Case, options: MeasurementOptions, notify: Notify, world: World) -> dict[str, float] | None:
+    """Measures the ceilings; not where two sides take turns: each is beside another process and needs no floor."""
+    if options.turns is not None:
+        return None
+    notify("ceilings")
+    world.barrier()  # all ranks at once: a rank's ceilings are those that it has beside the others
+    return measure_ceilings(case.device, getattr(torch, case.dtype))
 
 
 def _build(case: Case, options: MeasurementOptions, world: World) -> Step:
