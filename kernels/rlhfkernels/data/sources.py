@@ -173,18 +173,7 @@ class _CompletionSource(_Rows):
     """Prompts with given completions: longer completions lose their end, shorter ones are padded on the right."""
 
     _num_completions = 1
-
-    def __init__(
-        self,
-        case: Case,
-        vocab_size: int,
-        tokenizer: Any | None,
-        *,
-        with_rows: bool = True,
-        world: World = ALONE,
-    ) -> None:
-        self._completions: list[list[list[int]]] = []
-        super().__init__(case, vocab_size, tokenizer, with_rows=with_rows, world=world)
+    _completions: Sequence[list[list[int]]] = ()
 
     def _rows(self, path: str) -> tuple[Sequence[Demonstration] | Sequence[Pair], int]:
         """The rows of the file, and the number of rows that it dropped."""
@@ -193,6 +182,7 @@ class _CompletionSource(_Rows):
     def _read(self, path: str) -> None:
         p, c = self._case.prompt_len, self._case.completion_len
         rows, self._num_dropped = self._rows(path)
+        kept: list[list[list[int]]] = []
         for row in rows:
             where = f"{self._case.role_table.source} '{path}', line {row.line}"
             prompt, *completions = encode_row(where, row.texts, self._tokenizer, self._vocab_size)
@@ -202,7 +192,8 @@ class _CompletionSource(_Rows):
                 continue
             self._num_truncated += len(prompt) > p or any(len(tokens) > c for tokens in completions)
             self._prompts.append(prompt[-p:])
-            self._completions.append(cut)
+            kept.append(cut)
+        self._completions = kept
         if not self._prompts:
             raise DataError(f"'{path}': the completions of every row are equal within completion_len {c}.")
 
