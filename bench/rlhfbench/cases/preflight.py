@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhfbench.cases.ranks import check_ranks
+from rlhfbench.cases.settings import changed_options
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.cases.weights import check_gguf, check_safetensors
 from rlhfbench.errors import SweepError
@@ -117,7 +118,17 @@ def notices(sweep: Sweep, cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
         sweep: the cases.
         cpuinfo: Linux's description of the CPU; without it there is no warning.
     """
-    return [*_backend_notices(sweep), *_dtype_notices(sweep, cpuinfo)]
+    return [*_option_notices(sweep), *_backend_notices(sweep), *_dtype_notices(sweep, cpuinfo)]
+
+
+def _option_notices(sweep: Sweep) -> Iterator[str]:
+    """One sentence for each option of a family that has no method in the sweep."""
+    groups = {method.family: method.family.lower().replace("-", "_") for method in METHODS.values()}
+    unread = set(groups.values()) - {groups[METHODS[case.method].family] for case in sweep.cases}
+    changed = (changed_options(dataclasses.asdict(case.options)) for case in sweep.cases)
+    for name, value in dict.fromkeys(option for options in changed for option in options.items()):
+        if name.split(".")[0] in unread:
+            yield f"{name} is {shown(value)}: no method of this sweep reads it."
 
 
 def _backend_notices(sweep: Sweep) -> Iterator[str]:
@@ -163,7 +174,8 @@ def _inspect(sweep: Sweep) -> tuple[dict[str, ModelFacts], list[str]]:
             facts[model] = inspect_model(model)
         except ModelError as error:
             problems.append(str(error))
-    return facts, [*problems, *_check_positions(sweep, facts), *_check_vocabularies(sweep, facts)]
+    problems += [*_check_positions(sweep, facts), *_check_vocabularies(sweep, facts), *_check_stop_tokens(sweep, facts)]
+    return facts, problems
 
 
 def _check_weights(models: Iterable[str]) -> Iterator[str]:
@@ -189,10 +201,15 @@ def inspect_model(model: str) -> ModelFacts:
             max_positions=preset.max_positions,
             vocab_size=preset.config.get("vocab_size"),
         )
-    path = Path(model).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(model).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError) as error:  # a name that is too long, a folder without permission, ~ of nobody
+        reason = error.strerror if isinstance(error, OSError) else str(error).rstrip(".")
+        raise ModelError(f"model {shown(model)} cannot be read: {reason}.") from error
+    if is_folder:
         return _inspect_folder(model, path)
-    if path.is_file():
+    if is_file:
         if path.suffix.lower() != ".gguf":
             raise ModelError(f"model '{model}' is a file: it must be a .gguf file, or the folder of a checkpoint.")
         check_gguf(model, path)  # a plan reads the file too
@@ -321,6 +338,13 @@ def _check_vocabularies(sweep: Sweep, facts: dict[str, ModelFacts]) -> Iterator[
         sizes = {model: size for model, size in known.items() if size is not None}
         if len(set(sizes.values())) > 1:
             yield vocabulary_problem(sizes)
+
+
+def _check_stop_tokens(sweep: Sweep, facts: dict[str, ModelFacts]) -> Iterator[str]:
+    for model, token in dict.fromkeys((case.model, case.options.rollout.stop_token_id) for case in sweep.cases):
+        size = facts[model].vocab_size if model in facts else None
+        if token is not None and size is not None and token >= size:
+            yield f"rollout.stop_token_id is {token}: it must be below {size}, the vocabulary of model '{model}'."
 
 
 def _check_device(device: str) -> Iterator[str]:

@@ -17,7 +17,7 @@ from typing import Any, Self, get_args
 from rlhfbench.cases.option_grid import combinations
 from rlhfbench.errors import SweepError
 from rlhfkernels.config.case import Case, option_annotations
-from rlhfkernels.config.options import MAX_COUNT, RENAMED_OPTIONS, Options
+from rlhfkernels.config.options import MAX_COUNT, RENAMED_OPTIONS, Options, unknown_option
 from rlhfkernels.config.rules import accepts, shown
 from rlhfkernels.config.settings import SETTINGS
 from rlhfkernels.errors import CaseError
@@ -28,7 +28,7 @@ from rlhfkernels.naming import unknown
 
 Spec = Mapping[str, Any]
 
-# The sweep of `rlhfbench run` without options: under three minutes on a laptop with two cores.
+# The sweep of `rlhfbench run` without options: about three minutes on two cores.
 DEFAULT_GRID: dict[str, Any] = {
     "methods": ["ppo"],
     "models": ["tiny"],
@@ -52,9 +52,17 @@ class Sweep:
 
     Attributes:
         cases: in the order in which they run.
+
+    Raises:
+        SweepError: some of ``cases`` is no ``Case``.
     """
 
     cases: tuple[Case, ...]
+
+    def __post_init__(self) -> None:
+        wrong = [case for case in self.cases if not isinstance(case, Case)]
+        if wrong:
+            raise SweepError([f"cases has {shown(wrong[0])}: it must be a Case."])
 
     @classmethod
     def from_spec(cls, spec: Spec) -> Self:
@@ -75,6 +83,11 @@ class Sweep:
 
         Raises:
             SweepError: every problem, one sentence each.
+
+        Example:
+            >>> sweep = Sweep.from_spec({"methods": ["ppo"], "models": "tiny", "seq_lens": [64, 128]})
+            >>> len(sweep.cases)  # of five methods, two lengths and the default batch sizes, 1 and 4
+            20
         """
         if any(key in spec for key in SETTING_KEYS):
             return cls._under_settings(spec)
@@ -262,7 +275,7 @@ def parse_option(text: str) -> tuple[str, Any]:
         raise SweepError([f"option {text!r} has no value: write it as KEY=VALUE."])
     annotation = option_annotations().get(name)
     if annotation is None:
-        raise SweepError([_unknown_option(name)])
+        raise SweepError([unknown_option(name)])
     if value.lower() == _NONE and accepts(annotation, type(None)):
         return name, None
     if accepts(annotation, bool):
@@ -274,13 +287,6 @@ def parse_option(text: str) -> tuple[str, Any]:
             except ValueError:
                 return name, value
     return name, value
-
-
-def _unknown_option(name: str) -> str:
-    """The message for an unknown option, with the new name of one that was renamed."""
-    if name in RENAMED_OPTIONS:
-        return f"option {name!r} is now called {RENAMED_OPTIONS[name]!r}."
-    return unknown("option", name, option_annotations())
 
 
 def split_length(seq_len: int, prompt_fraction: float) -> tuple[int, int]:
@@ -439,7 +445,7 @@ def _options(where: str, table: object, problems: list[str]) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for name, value in _dotted(table).items():
         if name not in annotations:
-            problems.append(f"{where}{_unknown_option(name)}")
+            problems.append(f"{where}{unknown_option(name)}")
         elif value == []:
             problems.append(f"{where}option {name!r} is []: it must have at least one value.")
         elif accepts(annotations[name], type(None)):
