@@ -44,6 +44,7 @@ _HEADS = (("hidden_size", "num_attention_heads"), ("n_embd", "n_head"), ("d_mode
 _INSTRUCTIONS = {"bfloat16": {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}}
 _DRIVER_GPUS = Path("/proc/driver/nvidia/gpus")
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +84,7 @@ def check(sweep: Sweep, *, devices: bool = True) -> dict[str, ModelFacts]:
             problems += _check_package(option, value, packages.get(value))
     if any(case.options.engine.backend == "native" for case in sweep.cases):
         problems += _check_compiler()
+    problems += _check_tokenizers(case.model for case in sweep.cases if case.data_file and case.model in facts)
     for source, model, data in dict.fromkeys(
         (METHODS[case.method].source, case.model, case.options.data) for case in sweep.cases if case.data_file
     ):
@@ -93,6 +95,14 @@ def check(sweep: Sweep, *, devices: bool = True) -> dict[str, ModelFacts]:
     if problems:
         raise SweepError(problems)
     return facts
+
+
+def _check_tokenizers(models: Iterable[str]) -> Iterator[str]:
+    """One sentence for each checkpoint folder without a tokenizer: a model may be saved without its own."""
+    for model in dict.fromkeys(models):
+        folder = Path(model).expanduser()
+        if model not in PRESETS and folder.is_dir() and not any(True for p in _TOKENIZERS for _ in folder.glob(p)):
+            yield f"model '{model}' is a folder without a tokenizer ({', '.join(_TOKENIZERS)}), which data files need."
 
 
 def check_chat_template(model: str, rows: Iterable[Text | Demonstration | Pair]) -> None:
