@@ -104,7 +104,7 @@ def test_dark_mode_is_dark_and_print_is_light(page: Any) -> None:
     page.emulate_media(media="print", color_scheme="dark")
     assert brightness(page, "html", "backgroundColor") > 200
     assert brightness(page, "body", "color") < 60
-    assert not page.locator("nav").is_visible()
+    assert not page.locator("body > nav").is_visible()
 
 
 def test_a_print_has_every_column_of_a_table(page: Any) -> None:

@@ -3,9 +3,12 @@ from __future__ import annotations
 import pandas as pd
 
 from rlhfreports.columns import (
+    as_one_machine,
     axes_that_vary,
     hosts_note,
+    hosts_of,
     methods_in_order,
+    one_machine_note,
     parts_of,
     setting_order,
     shared_axes_text,
@@ -92,3 +95,14 @@ def test_times_of_two_machines_are_not_compared(make_frame):
 def test_a_case_that_was_not_measured_makes_no_second_machine(make_frame):
     frame = make_frame({"host": "a"}, {"host": "b", "outcome": "skipped"})
     assert axes_that_vary(frame) == []
+
+
+def test_hosts_that_are_said_to_be_one_machine_are_one_and_a_note_says_so(
+    make_frame,
+):
+    frame = as_one_machine(make_frame({"host": "c1"}, {"host": "c2"}, {"host": None}), ["c1", "c2"])
+    assert hosts_of(frame) == ["c1 = c2"]
+    assert "host" not in axes_that_vary(frame)
+    note = "The hosts c1 = c2 count as one machine because --same-machine says so: the records cannot tell."
+    assert hosts_note(frame) == one_machine_note(frame) == note
+    assert one_machine_note(make_frame({"host": "c1"})) is None
