@@ -12,6 +12,7 @@ from rlhfreports.columns import (
     parts_of,
     setting_order,
     shared_axes_text,
+    with_short_options,
 )
 from rlhfreports.gain import has_gain
 from rlhfreports.slopes import slope_table
@@ -106,3 +107,20 @@ def test_hosts_that_are_said_to_be_one_machine_are_one_and_a_note_says_so(
     note = "The hosts c1 = c2 count as one machine because --same-machine says so: the records cannot tell."
     assert hosts_note(frame) == one_machine_note(frame) == note
     assert one_machine_note(make_frame({"host": "c1"})) is None
+
+
+def test_options_that_all_rows_have_stand_in_the_caption_and_not_in_words_about_a_row(make_frame):
+    frame = make_frame(
+        {"options": "parallel.strategy=ddp, parallel.world_size=2"},
+        {"options": "parallel.strategy=deepspeed, parallel.world_size=2, parallel.zero_stage=3"},
+        {"options": "parallel.world_size=2"},
+    )
+    assert with_short_options(frame)["options"].tolist() == [
+        "parallel.strategy=ddp",
+        "parallel.strategy=deepspeed, parallel.zero_stage=3",
+        "",
+    ]
+    assert shared_axes_text(frame) == "tiny · cpu · float32 · LoRA rank 16 · parallel.world_size=2"
+    differing = make_frame({"options": "a=1"}, {"options": ""})
+    assert with_short_options(differing) is differing
+    assert shared_axes_text(make_frame({"options": "a=1"})).endswith(" · a=1")
