@@ -47,7 +47,7 @@ def run(server, tmp_path):
     return run
 
 
-def is_gone(pid, within_s=3.0):
+def is_gone(pid, within_s=30.0):
     """Waits, without polling, until the process has ended."""
     try:
         fd = os.pidfd_open(pid)
@@ -269,7 +269,7 @@ def test_a_harness_killed_with_kill_9_leaves_nothing_behind(tmp_path):
     with start_harness(tmp_path / "run", *HANG) as harness:
         pids = wait_until_hanging(harness)
         harness.kill()
-        assert all(is_gone(pid, within_s=3.0) for pid in pids)
+        assert all(is_gone(pid) for pid in pids)
 
 
 def test_a_harness_killed_while_its_server_imports_leaves_nothing_behind(tmp_path, monkeypatch, fake_case_path):
@@ -286,7 +286,7 @@ def test_a_harness_killed_while_its_server_imports_leaves_nothing_behind(tmp_pat
             assert select.select([pid], [], [], 60)[0], "the server did not import the module"
             server = int(pid.read())
         harness.kill()
-        assert is_gone(server, within_s=3.0)
+        assert is_gone(server)
 
 
 def test_a_script_without_a_main_guard_is_not_started_over(tmp_path):
