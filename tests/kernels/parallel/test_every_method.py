@@ -14,7 +14,7 @@ from rlhfkernels import Batch, Case, Observer, TrainingStep, build_step
 from rlhfkernels.methods.program import Generate
 from rlhfkernels.methods.table import METHODS
 from rlhfkernels.parallel.world import World
-from rlhfkernels.training.step import StepStats
+from rlhfkernels.training.stats import StepStats
 
 ROWS, NUM_STEPS = 4, 3
 # One step of SGD moves every weight by its clipped gradient; AdamW's third step holds both moments.
@@ -106,7 +106,7 @@ class Trained(NamedTuple):
 
 
 def trained_on(step: TrainingStep, batches: list[Batch]) -> Trained:
-    step._lengths_differ = True  # as with a stop token, which would leave the lengths to chance
+    step._updates.lengths_differ = True  # as with a stop token, which would leave the lengths to chance
     before, statistics = weights_of(step), []
     for batch in batches:
         stats = StepStats()
