@@ -213,7 +213,7 @@ CASES = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(CASES, min_size=1, max_size=5, unique_by=lambda case: case.id))
 def test_a_resolved_sweep_loads_back_to_the_identical_cases(cases):
     sweep = Sweep(cases=tuple(cases))

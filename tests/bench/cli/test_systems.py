@@ -43,8 +43,7 @@ WITH_FAKE_CASES = (
 )
 
 
-@pytest.mark.parametrize("more", [(), ("--json",)])
-@pytest.mark.parametrize(("behaviour", "code"), [("ok", 0), ("exit", 3)])
+@pytest.mark.parametrize(("behaviour", "code", "more"), [("ok", 0, ("--json",)), ("exit", 3, ())])
 def test_a_pipe_that_closes_in_mid_run_loses_nothing(tmp_path, behaviour, code, more):
     """As in ``rlhfbench run 2>&1 | head -1``: the reader has left before the first case ends."""
     read_end, write_end = os.pipe()

@@ -250,7 +250,7 @@ def test_an_absent_part_is_na():
     assert [name for name in row.index if name.endswith("_part_bytes")] == [f"{part}_part_bytes" for part in PARTS]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     st.lists(
         st.tuples(st.one_of(st.none(), st.integers(0, 2**62)), st.one_of(st.none(), st.floats(1e-9, 1e9))),

@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhfkernels.config.case import Case, option_annotations
@@ -36,7 +36,6 @@ ANY_OPTIONS = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None)
 @given(ANY_OPTIONS)
 def test_options_are_read_back_by_dotted_name(values: dict[str, object]) -> None:
     options = Options.of(values)
@@ -45,7 +44,6 @@ def test_options_are_read_back_by_dotted_name(values: dict[str, object]) -> None
     assert Options().replace(values).replace(Options().flat()) == Options()
 
 
-@settings(deadline=None)
 @given(ANY_OPTIONS)
 def test_every_option_survives_a_record(values: dict[str, object]) -> None:
     free = {name: value for name, value in values.items() if name not in TIED}
