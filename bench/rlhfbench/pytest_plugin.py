@@ -150,11 +150,11 @@ class Measurer:
     def _open(self) -> Callable[[Case], dict[str, Any]]:
         from rlhfbench.records.file import RecordsFile
         from rlhfbench.runs.case_process import ThisMachine
+        from rlhfbench.runs.case_runner import Runner
         from rlhfbench.runs.folder import RunFolder
         from rlhfbench.runs.forkserver import WARM, ForkServer
         from rlhfbench.runs.options import RunOptions
         from rlhfbench.runs.progress import Silent
-        from rlhfbench.runs.runner import Runner
 
         folder = RunFolder(self._opened.enter_context(tempfile.TemporaryDirectory(prefix="rlhfbench-")))
         folder.prepare(self._sweep, resume=False)
