@@ -100,7 +100,7 @@ MISDEEDS = {
     "hang": _sleep,
     "all-hang": _sleep,
     "all-spin": _spin,
-    "profile-hang": _sleep_in_a_profile,
+    "all-profile": _sleep_in_a_profile,  # which the first rank alone writes
     "ddp-hang": _sleep,
     "spin": _spin,
     "ddp-spin": _spin,

@@ -276,6 +276,7 @@ def main(argument: str) -> None:
     gc.collect()
     gc.freeze()  # a collection in a case does not copy the shared pages of imported modules
     _Server(control, target).serve()
+    _flush_and_exit(0)  # the clean-up of torch's modules takes a second
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from rlhfbench.runs.forkserver_process import Message
 from rlhfbench.runs.hangs import CpuMeter
 from rlhfbench.runs.job import Exit, Job
 from rlhfbench.runs.supervise import conclude, detector_for, supervise
+from rlhfbench.runs.worker import PHASE_PREFIX
 
 # Modules that the fork server imports for the ranks of a case, by strategy; a second or more of the compiler's.
 _PRELOAD = {
@@ -66,7 +67,10 @@ class LocalRanks:
         rank = self.ranks[number]
         if "result" in message:
             rank.result = message["result"]
-        elif number == 0:
+            return
+        if "notify" in message:
+            rank.phase = message["notify"].removeprefix(PHASE_PREFIX)
+        if number == 0:
             self._on_message(message)
 
     def wait(self, timeout_s: float) -> None:
@@ -82,7 +86,8 @@ class LocalRanks:
         for rank, pid, place, meter in zip(self.ranks, self.job.pids, self.job.places, self._meters, strict=True):
             if rank.exit is None:
                 seconds = None if pid is None else meter.cpu_s(pid)
-                num_phases, is_stepping, rank.phase = place
+                num_phases, is_stepping, phase = place
+                rank.phase = phase or rank.phase
                 rank.usage = None if seconds is None else Usage(seconds, num_phases, is_stepping)
         self.job.ask_where()
 
