@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rlhfbench.measure.lifetimes import ReplayedTally
-from rlhfbench.measure.measurements import OUTER_VIEWS, memory_object, persistent_model_bytes
+from rlhfbench.measure.memory import OUTER_VIEWS, memory_object, persistent_model_bytes
 from rlhfbench.measure.tally import MODEL_PARTS, Tally, replay
 from rlhfbench.measure.timeline import Timeline
 from rlhfbench.planning.deep_recording import record_deep

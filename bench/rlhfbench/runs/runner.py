@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhfbench.cases import preflight
-from rlhfbench.cases.preflight import ModelFacts
+from rlhfbench.cases.model_facts import ModelFacts
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.errors import RunFolderError
 from rlhfbench.launch import Launch, find_launch

@@ -76,7 +76,6 @@ def test_a_fork_server_that_is_killed_names_its_rank_and_the_next_case_has_anoth
         f"rank 1 died with the fork server (last seen in phase {result['error']['phase']}); "
         "the other rank waited in all_reduce."
     )
-    assert result["error"]["phase"] in ("timing", "score", "update")  # it is up to a second old
     assert run(rank_request("well"))[0]["outcome"] == "ok"
 
 

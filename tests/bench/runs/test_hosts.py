@@ -120,7 +120,6 @@ def test_a_host_that_is_cut_off_is_named_and_both_ends_end(hosts, ended):
         f"rank 1 failed (last seen in phase {result['error']['phase']}): its process on machine two did not answer for "
         "10 s; the other rank waited in all_reduce."
     )
-    assert result["error"]["phase"] in ("timing", "score", "update")
     ended_s, _, says = other_err.splitlines()[-1].partition(" ")
     assert says == "the process of rank 0 is gone, or its machine cannot be reached."
     assert max(result["ended_s"], float(ended_s)) - cut_s < MAX_FAULT_S

@@ -196,7 +196,6 @@ def test_a_fork_server_that_is_killed_names_its_ranks_and_their_phase(run):
     assert result["error"]["message"] == (
         f"all ranks died with the fork server (last seen in phase {result['error']['phase']})."
     )
-    assert result["error"]["phase"] in ("timing", "score", "update")  # it is up to a second old
     assert run("well")[0]["outcome"] == "ok"
 
 
