@@ -25,6 +25,7 @@ class Launch:
         host: name or address of the machine of rank 0.
         port: where the processes meet on it.
         has_store: the launcher itself listens there, as torchrun does.
+        attempt: how often the launcher has started all processes again. Its store is the same.
     """
 
     rank: int
@@ -34,6 +35,7 @@ class Launch:
     host: str
     port: int
     has_store: bool = False
+    attempt: int = 0
 
 
 def find_launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
@@ -55,6 +57,7 @@ def find_launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
             host=environment.get("MASTER_ADDR", "127.0.0.1"),
             port=_number(environment, "MASTER_PORT", _SLURM_PORT),
             has_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+            attempt=_number(environment, "TORCHELASTIC_RESTART_COUNT", 0),
         )
     elif "SLURM_PROCID" in environment and "SLURM_STEP_NUM_TASKS" in environment:
         # The tasks of the step, and not those of the job: a shell in an allocation is a step of one task.

@@ -2,7 +2,9 @@
 
 import os
 import signal
+import subprocess
 import time
+from pathlib import Path
 
 import torch
 from torch import distributed
@@ -19,6 +21,8 @@ class Step:
         self._num_steps = 0
         self._is_last = distributed.get_rank() == distributed.get_world_size() - 1
         self._weight = torch.ones(1000, requires_grad=True)
+        if kind == "build-hang" and self._is_last:
+            _sleep()
         if kind.startswith("ddp"):
             self._model = DistributedDataParallel(torch.nn.Linear(64, 64))
 
@@ -28,7 +32,7 @@ class Step:
             total = torch.ones(256, 256) @ torch.ones(256, 256)
             distributed.all_reduce(total)
         with observer.phase("update"):
-            if self._is_last and self._num_steps >= TIMED:
+            if self._num_steps >= TIMED and (self._is_last or self._kind.startswith("all-")):
                 MISDEEDS.get(self._kind, lambda: None)()
             if self._kind.startswith("ddp"):
                 self._model(torch.ones(8, 64)).sum().backward()
@@ -50,6 +54,17 @@ def _die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _kill_server():
+    os.kill(os.getppid(), signal.SIGKILL)  # which kills this process too
+    time.sleep(1000)
+
+
+def _cut_link():
+    """Cuts this host off, then waits for the others as if nothing had been."""
+    Path(os.environ["CUT_FILE"]).write_text(str(time.monotonic()))
+    subprocess.run(["ip", "link", "set", "eth0", "down"], check=True)
+
+
 def _run_out_of_memory():
     raise MemoryError("no room for it")
 
@@ -62,6 +77,11 @@ def _sleep():
     time.sleep(1000)
 
 
+def _sleep_in_a_profile():
+    if torch._C._autograd._profiler_enabled():
+        _sleep()
+
+
 def _spin():
     while True:
         pass
@@ -72,10 +92,15 @@ def _be_slow():
 
 
 MISDEEDS = {
+    "cut": _cut_link,
     "die": _die,
+    "kill-server": _kill_server,
     "out-of-memory": _run_out_of_memory,
     "fail": _fail,
     "hang": _sleep,
+    "all-hang": _sleep,
+    "all-spin": _spin,
+    "all-profile": _sleep_in_a_profile,  # which the first rank alone writes
     "ddp-hang": _sleep,
     "spin": _spin,
     "ddp-spin": _spin,

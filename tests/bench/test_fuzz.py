@@ -38,8 +38,8 @@ from rlhfbench.records.file import make_record
 from rlhfbench.records.schema import FIELDS
 from rlhfbench.runs import environment, max_batch, runner
 from rlhfbench.runs.case_process import ThisMachine
+from rlhfbench.runs.case_runner import Runner
 from rlhfbench.runs.execution import Ended
-from rlhfbench.runs.runner import Runner
 from rlhfkernels.config.case import Case, option_annotations
 from rlhfkernels.engine import verify as engine_verify
 from rlhfkernels.errors import CaseError, ModelError

@@ -210,7 +210,7 @@ def run(
     environment.check_system()  # first: the runner imports modules that Windows lacks
     launch = find_launch()
     if launch is not None:
-        from rlhfbench.runs.agents import head
+        from rlhfbench.runs.head import head
 
         if launch.rank:
             from rlhfbench.runs.runner import follow_launcher

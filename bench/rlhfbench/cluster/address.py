@@ -35,24 +35,32 @@ def check_address(address: str) -> None:
     if found is None or not 0 < int(found["port"]) < 2**16:
         raise SweepError([f"--ray is '{address}': it must be local, or HOST:PORT of the head of a Ray cluster."])
     deadline_s = time.monotonic() + MAX_S
-    if not (_is_grpc(found["host"].strip("[]"), int(found["port"])) and _is_ray(address, deadline_s)):
-        raise SweepError([f"--ray is '{address}': no Ray cluster answers there."])
+    problem: str | None = "no Ray cluster answers there"
+    if _is_grpc(found["host"].strip("[]"), int(found["port"])):
+        problem = _refusal(address, deadline_s)
+    if problem is not None:
+        raise SweepError([f"--ray is '{address}': {problem}."])
 
 
-def _is_ray(address: str, deadline_s: float) -> bool:
-    """True if the control store of a Ray cluster answers."""
+def _refusal(address: str, deadline_s: float) -> str | None:
+    """The reason why the control store of a Ray cluster cannot be asked; ``None`` if it answers."""
     try:
         subprocess.run(
             [sys.executable, "-P", "-c", _ASK, address],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             timeout=max(deadline_s - time.monotonic(), 0.1),
             check=True,
         )
+    except subprocess.CalledProcessError as error:
+        if b"AuthenticationError" in error.stderr:  # as Ray 2.60 has it by default
+            return "the Ray cluster there asks for a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or its file"
     except (OSError, subprocess.SubprocessError):
-        return False
-    return True
+        pass
+    else:
+        return None
+    return "no Ray cluster answers there"
 
 
 def _is_grpc(host: str, port: int) -> bool:

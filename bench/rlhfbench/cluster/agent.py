@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,8 @@ class Agent:
             if max(cores) < len(usable):  # Ray may lend more cores than there are
                 os.sched_setaffinity(0, [usable[place] for place in cores])
         # The server dies with this process, however it ends.
-        self._machine = ThisMachine(ForkServer(**server))
+        self._server = ForkServer(**server)
+        self._machine = ThisMachine(self._server)
 
     def run(self, message: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, bytes]]:
         """Runs a task.
@@ -45,9 +45,7 @@ class Agent:
             Fields of ``Ended``, and the content of the files that the task wrote: logs by their names, and traces by
             their paths below ``TRACES``.
         """
-        self._machine.start()  # its imports are no part of the first case's time
-        with tempfile.TemporaryDirectory(prefix="rlhfbench-") as folder:
-            root = Path(folder)
+        with self._server.scratch() as root:  # the server's imports are no part of the first case's time
             request = message["request"]
             if request is not None and request["settings"].get("profile_dir") is not None:
                 request = {**request, "settings": {**request["settings"], "profile_dir": str(root / TRACES)}}

@@ -14,9 +14,9 @@ from typing import Any, ClassVar, Self
 from rlhfbench.cluster.address import LOCAL, check_address
 from rlhfbench.cluster.executor import ClusterExecutor
 from rlhfbench.cluster.needs import GROUPS, needs_of
-from rlhfbench.cluster.versions import version_problems
 from rlhfbench.errors import SweepError
 from rlhfbench.launch import find_launch
+from rlhfbench.runs import versions
 from rlhfbench.runs.execution import Executor, Setup
 from rlhfkernels.config.case import Case
 from rlhfkernels.naming import unknown
@@ -151,14 +151,13 @@ def _check_nodes(address: str) -> None:
     Raises:
         SweepError: every problem, one sentence each.
     """
-    from rlhfbench.cluster import probe
     from rlhfbench.cluster.ray_transport import ask_nodes, raw_nodes
 
     names = {node["NodeID"]: node["name"] for node in raw_nodes()}
     if not names:
         raise SweepError([f"--ray is '{address}': no node of that cluster lends cores."])
-    found, failed = ask_nodes(probe.installed, names)
-    problems = version_problems(probe.installed(), found)
+    found, failed = ask_nodes(versions.installed, names)
+    problems = versions.version_problems(versions.installed(), found)
     problems += [f"node {name} cannot be asked for its version: {why}." for name, why in failed.items()]
     if problems:
         raise SweepError(problems)

@@ -11,21 +11,19 @@ import ray
 from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rlhfbench.cluster import probe
 from rlhfbench.cluster.agent import Agent, describe_node, message_of
 from rlhfbench.cluster.executor import SUSPECT_S, Lost, Reply
 from rlhfbench.cluster.nodes import Node, names_of
 from rlhfbench.cluster.placement import Claim
-from rlhfbench.cluster.versions import version_problems
 from rlhfbench.planning.devices import Accelerator
-from rlhfbench.runs import environment
+from rlhfbench.runs import environment, versions
 from rlhfbench.runs.execution import Task
 
 NODES_S = 1.0  # a list of the nodes is used for so long
 _POLL_S = 0.2
 PROBE_S = 60.0  # a node that starts its first worker in this time can run cases
 
-ray.cloudpickle.register_pickle_by_value(probe)  # type: ignore[no-untyped-call]
+ray.cloudpickle.register_pickle_by_value(versions)  # type: ignore[no-untyped-call]
 
 
 def raw_nodes() -> list[dict[str, Any]]:
@@ -103,7 +101,7 @@ class RayTransport:
         self._idle: dict[str, dict[Hashable, list[Any]]] = {}  # agents by node and claim
         self._running: dict[ray.ObjectRef[Any], tuple[Claim, Any]] = {}
         self._known: dict[str, Node | None] = {}  # None: the node cannot run cases
-        self._here = probe.installed()
+        self._here = versions.installed()
         self._nodes: list[Node] = []
         self._listed_s: float | None = None
 
@@ -122,8 +120,8 @@ class RayTransport:
     def _learn(self, fresh: Sequence[Mapping[str, Any]]) -> None:
         """Checks the versions of nodes, and records their environments."""
         names = {node["NodeID"]: node["name"] for node in fresh}
-        installed, failed = ask_nodes(probe.installed, names)
-        problems = version_problems(self._here, installed)
+        installed, failed = ask_nodes(versions.installed, names)
+        problems = versions.version_problems(self._here, installed)
         wrong = {name for name, found in installed.items() if found != self._here}
         same = {node_id: name for node_id, name in names.items() if name in installed and name not in wrong}
         environments, unable = ask_nodes(describe_node, same, self._describe)

@@ -28,11 +28,11 @@ from rlhfbench.processes import num_cores
 from rlhfbench.records.derived import at
 from rlhfbench.records.file import Record, RecordsFile
 from rlhfbench.runs.case_process import ThisMachine
+from rlhfbench.runs.case_runner import Runner
 from rlhfbench.runs.folder import RunFolder
 from rlhfbench.runs.forkserver import WARM, ForkServer
 from rlhfbench.runs.options import RunOptions
 from rlhfbench.runs.progress import Silent
-from rlhfbench.runs.runner import Runner
 from rlhfkernels.config.case import Case
 
 # Both sides live at once only if they take less than this share of the memory that is free.

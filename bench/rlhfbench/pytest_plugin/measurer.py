@@ -13,11 +13,11 @@ from rlhfbench.gate import compare_with
 from rlhfbench.gate.findings import Finding
 from rlhfbench.records.file import RecordsFile
 from rlhfbench.runs.case_process import ThisMachine
+from rlhfbench.runs.case_runner import Runner
 from rlhfbench.runs.folder import RunFolder
 from rlhfbench.runs.forkserver import WARM, ForkServer
 from rlhfbench.runs.options import RunOptions
 from rlhfbench.runs.progress import Silent
-from rlhfbench.runs.runner import Runner
 from rlhfkernels.config.case import Case
 
 

@@ -43,6 +43,7 @@ _FUNCTIONS = {
 # Python's faulthandler: the innermost frame first. A traceback: the innermost last.
 _FRAME = re.compile(r'^  File "([^"]*)", line \d+,? in (\S+)', re.MULTILINE)
 _TORCH = re.compile(r"/torch/(distributed/|_C/)")
+_MAX_NAMED = 8
 # torch's DistributedDataParallel waits inside the backward pass, in C++; its collective is always this one.
 _BACKWARD, _OF_BACKWARD = "_engine_run_backward", "all_reduce"
 
@@ -58,6 +59,13 @@ class Verdict(enum.Enum):
     TIMEOUT = enum.auto()
     STALL = enum.auto()
     SPIN = enum.auto()
+
+
+_HANGS = {
+    Verdict.STALL: "hung {where}",
+    Verdict.SPIN: "used the CPU without an end {where}",
+    Verdict.TIMEOUT: "{were} still {where} at the case's timeout",
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -86,7 +94,9 @@ class Rank:
         stack: where it was when it was ended from outside, innermost frame first; empty otherwise.
         log: its log.
         usage: what it has done so far; ``None`` where that is not known, or while it waits for a disk.
+        phase: the phase that it was in when it was looked at last.
         is_late: it uses the CPU, and the others wait for it.
+        is_lost: the process that a launcher started for it does not answer any more.
     """
 
     number: int
@@ -95,7 +105,9 @@ class Rank:
     stack: str = ""
     log: str = ""
     usage: Usage | None = None
+    phase: str | None = None
     is_late: bool = False
+    is_lost: bool = False
 
     @property
     def has_failed(self) -> bool:
@@ -107,9 +119,17 @@ class Rank:
     @property
     def where(self) -> str:
         """The phase of a step, or the stage of the measurement, that it was in."""
-        phase = self.exit.phase if self.exit is not None else None
+        return self._told or self.phase or "start"
+
+    @property
+    def in_phase(self) -> str:
+        """``in phase update``; what was seen last may be a second old."""
+        return f"in phase {self._told}" if self._told else f"(last seen in phase {self.where})"
+
+    @property
+    def _told(self) -> str | None:
         reported: str | None = ((self.result or {}).get("error") or {}).get("phase")
-        return reported or phase or "start"
+        return reported or (None if self.exit is None else self.exit.phase)
 
     @property
     def collective(self) -> str | None:
@@ -163,8 +183,8 @@ def judge(ranks: Sequence[Rank], verdict: Verdict, *, oom_killed: bool) -> Resul
         if len(same) == len(ranks) > 1:  # the case itself is wrong, and every rank says so
             return _without_stack(first.result)
         error = first.result["error"]
-        message = f"rank {first.number} failed in phase {first.where}: {error['message'].rstrip('.')}{_waited(others)}"
-        return {"outcome": first.result["outcome"], "error": {**error, "message": message}}
+        message = f"rank {first.number} failed {first.in_phase}: {error['message'].rstrip('.')}{_waited(others)}"
+        return {"outcome": first.result["outcome"], "error": {**error, "message": message, "phase": first.where}}
     return _death(first, others, oom_killed=oom_killed)
 
 
@@ -179,16 +199,18 @@ def _blame(rank: Rank) -> tuple[int, int]:
 def _death(rank: Rank, others: Sequence[Rank], *, oom_killed: bool) -> Result:
     """The result of a case of which one rank died and said nothing."""
     assert rank.exit is not None
-    assert rank.exit.code is not None
-    outcome = "crashed"
-    if rank.exit.code < 0:
+    outcome, dead = "crashed", [rank]
+    if rank.exit.code is None:  # all ranks of one machine die with its fork server
+        dead += [other for other in others if other.exit is not None and other.exit.code is None]
+        kind, how = "ServerDied", "died with the fork server"
+    elif rank.exit.code < 0:
         kind = signal.Signals(-rank.exit.code).name
         how = f"was killed by {kind}"
         if kind == "SIGKILL" and oom_killed:
             outcome, how = "oom", "was killed by the kernel, since the machine was out of memory,"
     else:
         kind, how = "Exit", f"exited with status {rank.exit.code} and left no result"
-    message = f"rank {rank.number} {how} in phase {rank.where}{_waited(others)}"
+    message = f"{_names(dead, [rank, *others])} {how} {rank.in_phase}{_waited(others)}"
     said = last_line(rank.log)
     if outcome == "crashed" and said:
         message += f" Last line of its log: {said}"
@@ -199,19 +221,25 @@ def _hang(ranks: Sequence[Rank], verdict: Verdict) -> Result:
     """The result of a case whose ranks were ended from outside."""
     late = [rank for rank in ranks if rank.is_late]
     late = late or [rank for rank in ranks if rank.result is None and rank.collective is None]
-    first = late[0] if late else ranks[0]
-    others = [rank for rank in ranks if rank is not first]
-    if not late:
-        waits = "; ".join(f"rank {rank.number} in {rank.collective or 'nothing'}" for rank in ranks)
-        message = f"all ranks waited for each other in phase {first.where}: {waits}."
-    elif verdict is Verdict.STALL:
-        message = f"rank {first.number} hung in phase {first.where}{_waited(others)}"
-    elif verdict is Verdict.SPIN:
-        message = f"rank {first.number} used the CPU without an end in phase {first.where}{_waited(others)}"
-    else:
-        message = f"rank {first.number} was still in phase {first.where} at the case's timeout{_waited(others)}"
+    where = " and ".join(dict.fromkeys(rank.where for rank in late or ranks))
     kind = "Timeout" if verdict is Verdict.TIMEOUT else "Hang"
-    return {"outcome": "timeout", "error": {"kind": kind, "message": message, "phase": first.where}}
+    if late:
+        how = _HANGS[verdict].format(were="was" if len(late) == 1 else "were", where=f"in phase {where}")
+        message = f"{_names(late, ranks)} {how}{_waited([rank for rank in ranks if rank not in late])}"
+    else:
+        waits = "; ".join(f"rank {rank.number} in {rank.collective or 'nothing'}" for rank in ranks)
+        message = f"all ranks waited for each other in phase {where}: {waits}."
+    return {"outcome": "timeout", "error": {"kind": kind, "message": message, "phase": (late or ranks)[0].where}}
+
+
+def _names(some: Sequence[Rank], ranks: Sequence[Rank]) -> str:
+    """``rank 3``, ``ranks 1, 2``, or ``all ranks``."""
+    if len(some) == 1:
+        return f"rank {some[0].number}"
+    if len(some) == len(ranks):
+        return "all ranks"
+    more = f" and {len(some) - _MAX_NAMED} more" if len(some) > _MAX_NAMED else ""
+    return f"ranks {', '.join(str(rank.number) for rank in some[:_MAX_NAMED])}{more}"
 
 
 def last_line(text: str) -> str:

@@ -57,7 +57,7 @@ class ForkServer:
         self._control: socket.socket | None = None
         self._log: BinaryIO | None = None
         self._lines = Lines()
-        self.knows_where = False
+        self.knows = frozenset[str]()
 
     def __enter__(self) -> Self:
         self.start()
@@ -105,7 +105,7 @@ class ForkServer:
                 self.close()
         if ready is None:
             raise ForkServerError(f"the fork server did not start: {last_line_of_log}")
-        self.knows_where = bool(ready.get("knows_where"))
+        self.knows = frozenset(ready.get("knows", ()))
 
     def _environment(self) -> dict[str, str]:
         environment = worker_environment(os.environ)
@@ -134,6 +134,15 @@ class ForkServer:
         """Kills the server and with it a case that runs, from another thread than that of ``run``."""
         if self._process is not None:
             self._process.kill()
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """Makes a folder for the block. Where this process is killed, the server removes it."""
+        self.start()
+        with tempfile.TemporaryDirectory(prefix="rlhfbench-", ignore_cleanup_errors=True) as folder:
+            if "scratch" in self.knows:
+                self.send({"scratch": folder})
+            yield Path(folder)
 
     def run(
         self,

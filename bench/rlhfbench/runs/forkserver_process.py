@@ -14,6 +14,7 @@ import json
 import mmap
 import os
 import selectors
+import shutil
 import signal
 import socket
 import struct
@@ -25,6 +26,7 @@ from typing import Any
 
 from rlhfbench.processes import die_with_parent
 
+KNOWN = ("where", "scratch")  # messages that servers of older revisions do not know
 MAX_CHILDREN = 100  # one message carries two descriptors of each, and Linux passes at most 253
 _PAGE_BYTES = 256
 _HEADER = struct.Struct("<I?B")  # of a page: phases entered, whether it is stepping, bytes of the phase's name
@@ -67,10 +69,10 @@ class _Child:
         _, _, length = _HEADER.unpack_from(self.page)
         return self.page[_HEADER.size : _HEADER.size + length].decode(errors="replace") or None
 
-    def where(self) -> tuple[int, bool]:
-        """The number of phases that the process has announced, and whether it is stepping."""
+    def where(self) -> tuple[int, bool, str | None]:
+        """The number of phases that the process has announced, whether it is stepping, and the last phase."""
         num_phases, is_stepping, _ = _HEADER.unpack_from(self.page)
-        return num_phases, is_stepping
+        return num_phases, is_stepping, self.phase()
 
 
 class _Server:
@@ -81,9 +83,10 @@ class _Server:
         self._lines = Lines()
         self._fds: list[int] = []
         self._children: dict[int, _Child] = {}
+        self._scratch: list[str] = []
 
     def serve(self) -> None:
-        """Forks on request until the client is gone or SIGTERM arrives; then kills the running case."""
+        """Forks on request until the client is gone or SIGTERM arrives; then kills the case and removes its files."""
         wake_read, wake_write = os.pipe()
         os.set_blocking(wake_read, False)
         os.set_blocking(wake_write, False)
@@ -93,7 +96,7 @@ class _Server:
         with selectors.DefaultSelector() as selector:
             selector.register(self._control, selectors.EVENT_READ)
             selector.register(wake_read, selectors.EVENT_READ)
-            self._tell({"ready": True, "knows_where": True})
+            self._tell({"ready": True, "knows": list(KNOWN)})
             try:
                 while True:
                     ready = {key.fileobj for key, _ in selector.select()}
@@ -105,6 +108,10 @@ class _Server:
                         return
             finally:
                 self._kill()
+                for pid in self._children:
+                    os.waitpid(pid, 0)  # until then it may write
+                for folder in self._scratch:
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def _on_request(self) -> bool:
         try:
@@ -120,6 +127,8 @@ class _Server:
                     os.kill(child.pid, signal.SIGUSR1)
             elif "where" in message:
                 self._tell({"where": [[child.number, *child.where()] for child in self._children.values()]})
+            elif "scratch" in message:
+                self._scratch = [*filter(os.path.isdir, self._scratch), message["scratch"]]
             else:
                 self._fork_all(message["run"])
         return bool(data)
@@ -267,6 +276,7 @@ def main(argument: str) -> None:
     gc.collect()
     gc.freeze()  # a collection in a case does not copy the shared pages of imported modules
     _Server(control, target).serve()
+    _flush_and_exit(0)  # the clean-up of torch's modules takes a second
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import os
 import selectors
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Protocol
 
 from rlhfbench.runs.forkserver_process import Lines, Message
@@ -38,7 +38,9 @@ class Exit:
 class Server(Protocol):
     """The connection to the fork server, as a job uses it."""
 
-    knows_where: bool  # False for the server of an older revision
+    @property
+    def knows(self) -> Set[str]:
+        """The messages, among those that came later, that the server of this revision knows."""
 
     def send(self, message: Message) -> bool:
         """Sends a message; returns ``False`` if the server is gone."""
@@ -59,7 +61,8 @@ class Job:
     Attributes:
         pids: process ids, once they are known.
         exits: how each process ended; ``None`` while it runs.
-        places: phases that each process had entered when the server was asked last, and whether it was stepping.
+        places: phases that each process had entered when the server was asked last, whether it was stepping, and the
+            last phase.
     """
 
     def __init__(
@@ -74,7 +77,7 @@ class Job:
         self._open = set(range(len(self._pipes)))
         self.pids: list[int | None] = [None] * len(self._pipes)
         self.exits: list[Exit | None] = [None] * len(self._pipes)
-        self.places: list[tuple[int, bool]] = [(0, False)] * len(self._pipes)
+        self.places: list[tuple[int, bool, str | None]] = [(0, False, None)] * len(self._pipes)
 
     @property
     def is_over(self) -> bool:
@@ -114,14 +117,14 @@ class Job:
 
     def ask_where(self) -> None:
         """Asks for ``places``, which come with a later message."""
-        if self._server.knows_where:
+        if "where" in self._server.knows:
             self._server.send({"where": True})
 
     def _note(self, message: Message) -> None:
         number = message.get("child", 0)
         if "where" in message:
-            for number, num_phases, is_stepping in message["where"]:
-                self.places[number] = num_phases, is_stepping
+            for number, num_phases, is_stepping, phase in message["where"]:
+                self.places[number] = num_phases, is_stepping, phase
         elif "pid" in message:
             self.pids[number] = message["pid"]
         else:

@@ -17,10 +17,11 @@ from rlhfbench.measure.nvml import device_handle
 from rlhfbench.planning.devices import Accelerator
 from rlhfbench.records.file import Record
 from rlhfbench.runs import runner
+from rlhfbench.runs.case_runner import Runner
 from rlhfbench.runs.folder import RunFolder
 from rlhfbench.runs.options import RunOptions
 from rlhfbench.runs.progress import Progress
-from rlhfbench.runs.runner import Runner, RunResult
+from rlhfbench.runs.runner import RunResult
 from rlhfkernels.config.case import Case
 from rlhfkernels.errors import RlhfKernelsError
 

@@ -10,8 +10,10 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from rlhfbench.measure.options import MeasurementOptions
+from rlhfbench.network import address_toward, interface_of
 from rlhfbench.processes import num_cores
 from rlhfkernels.config.case import Case
 from rlhfkernels.errors import RlhfKernelsError
@@ -121,9 +123,8 @@ def join(
         case = dataclasses.replace(case, device=f"cuda:{place['local_rank']}")
     if options.num_threads is None:
         options = dataclasses.replace(options, num_threads=max(1, num_cores() // place["local_size"]))
-    if sys.platform == "linux" and place["local_size"] == place["size"]:
-        # All ranks are here: the loopback needs no name of this machine, which may have none that resolves.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if sys.platform == "linux":
+        _choose_interface(place)
     # A case's ranks meet at an address of their own, and not at the launcher's. DeepSpeed reads the rest.
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
     os.environ |= {"RANK": str(place["rank"]), "WORLD_SIZE": str(place["size"])}
@@ -136,6 +137,19 @@ def join(
         timeout_s=place["timeout_s"] or TIMEOUT_S,
     )
     return case, options, {"world": world, "enter_phase": stage.enter}
+
+
+def _choose_interface(place: dict[str, Any]) -> None:
+    """Has gloo use the interface on the way to rank 0, and the loopback where all ranks are here.
+
+    Gloo would take the address of this machine's name, which may have none, or one that others cannot connect to.
+    """
+    is_alone = place["local_size"] == place["size"]
+    host = None if is_alone else urlsplit(place["address"]).hostname
+    address = address_toward(host or "127.0.0.1")
+    name = None if address is None else interface_of(address)
+    if name is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def _plan(case: Case, stage: Stage, num_threads: int | None) -> Plan:

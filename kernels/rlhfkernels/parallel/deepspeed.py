@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.torch_version import TorchVersion
 
-from rlhfkernels.config.options import OPTION_PACKAGES, OptimizerOptions, Options
+from rlhfkernels.config.options import OPTION_PACKAGES, Options
 from rlhfkernels.errors import CaseError
 from rlhfkernels.parallel.strategies import (
     BaseModule,
@@ -31,14 +31,20 @@ from rlhfkernels.parallel.strategies import (
     by_storage,
 )
 from rlhfkernels.parallel.world import World
+from rlhfkernels.parallel.zero_optimizers import (
+    DividedBase,
+    DividedOptimizer,
+    ReplicatedOptimizer,
+    ZeroOptimizer,
+    make_optimizer,
+    part_of,
+)
 
 T = TypeVar("T")
 # The first whose steps end where the caller says (``managed_gradient_accumulation``).
 _OLDEST = "0.19.0"
 # Stands for a rollout among the modules that use a weight: a layer's hooks would let go of the weight after a token.
 _ROLLOUT = -1
-# As in ``rlhfkernels.training.optimizers``: what is added to the norm that divides.
-_NORM_EPS = 1e-6
 # Weights are gathered for a forward and for a backward, and freed after each. By default DeepSpeed prefetches 50
 # million elements, and keeps 1,000 million, where the order of modules is that of the pass before. The passes of a step
 # differ, so that what is held would depend on the passes before.
@@ -94,12 +100,12 @@ class _DeepSpeed(Strategy):
 
     def optimizer(self, role: str, schedule: Schedule) -> RoleOptimizer:
         """See ``Strategy.optimizer``."""
-        return _ZeroOptimizer(self._engines[role], schedule)
+        return ZeroOptimizer(self._engines[role], schedule)
 
     def _make_engine(self, module: nn.Module, groups: Sequence[Sequence[nn.Parameter]]) -> Any:
         """DeepSpeed's engine of a module, with an optimizer of one parameter group for each of ``groups``."""
         dtype = next(module.parameters()).dtype
-        optimizer = _make_optimizer(self.options.optimizer, groups) if groups else None
+        optimizer = make_optimizer(self.options.optimizer, groups) if groups else None
         engine, *_ = self._package.initialize(
             model=module, optimizer=optimizer, config=self._config(dtype), dist_init_required=False
         )
@@ -137,7 +143,7 @@ class _Stage0(_DeepSpeed):
 
     def optimizer(self, role: str, schedule: Schedule) -> RoleOptimizer:
         """See ``Strategy.optimizer``."""
-        return _ReplicatedOptimizer(self._engines[role], schedule)
+        return ReplicatedOptimizer(self._engines[role], schedule)
 
     def _name_buckets(self, optimizer: Any) -> None:
         """Does nothing: a stage that reduces whole gradients has no bucket."""
@@ -152,12 +158,12 @@ class _Stage3(_DeepSpeed):
 
     def declare_trained(self, roles: Mapping[str, Sequence[nn.Parameter]], passes: Mapping[str, Sequence[str]]) -> None:
         """See ``Strategy.declare_trained``."""
-        self._divided: dict[str, _DividedBase] = {}
+        self._divided: dict[str, DividedBase] = {}
         for base, module in self._bases.items():
             held = {id(p) for p in module.parameters()}
             found = {role: list(ps) for role, ps in roles.items() if ps and id(ps[0]) in held}
             self._gather_by_layer(module)
-            self._divided[base] = _DividedBase(self._make_engine(module, list(found.values())), found)
+            self._divided[base] = DividedBase(self._make_engine(module, list(found.values())), found)
 
     def _gather_by_layer(self, module: BaseModule) -> None:
         """Gathers the weights of a layer with the layer, and all others with the base.
@@ -198,7 +204,7 @@ class _Stage3(_DeepSpeed):
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See ``Strategy.tensors``: the partitions, and the buffers that DeepSpeed keeps between steps."""
         for module in self._bases.values():
-            yield from (("base", _part(parameter)) for parameter in module.parameters())
+            yield from (("base", part_of(parameter)) for parameter in module.parameters())
         for base in self._divided.values():
             if base.roles:
                 zero = base.engine.optimizer
@@ -224,7 +230,7 @@ class _Stage3(_DeepSpeed):
     def optimizer(self, role: str, schedule: Schedule) -> RoleOptimizer:
         """See ``Strategy.optimizer``."""
         base = next(base for base in self._divided.values() if role in base.roles)
-        return _DividedOptimizer(
+        return DividedOptimizer(
             base,
             list(base.roles).index(role),
             base.roles[role],
@@ -239,161 +245,10 @@ class _Stage3(_DeepSpeed):
         return bool(self.world.all_sum(count) == self.world.size)
 
 
-class _ZeroOptimizer:
-    """The optimizer of a role in stages 1 and 2: DeepSpeed reduces, clips, updates and gathers.
-
-    Args:
-        engine: of the role.
-        schedule: the learning rate of a step.
-    """
-
-    def __init__(self, engine: Any, schedule: Schedule) -> None:
-        self._engine, self._schedule = engine, schedule
-        self._num_steps = 0
-
-    def step(self) -> torch.Tensor:
-        """See ``RoleOptimizer.step``."""
-        self._update()
-        return torch.as_tensor(self._engine.get_global_grad_norm())
-
-    def _update(self) -> None:
-        for group in self._engine.basic_optimizer.param_groups:
-            group["lr"] = self._schedule(self._num_steps)
-        self._num_steps += 1
-        self._engine.step()
-
-    def tensors(self) -> Iterator[torch.Tensor]:
-        """See ``RoleOptimizer.tensors``."""
-        optimizer = self._engine.basic_optimizer
-        for group in optimizer.param_groups:
-            for master in group["params"]:
-                yield master
-                yield from _states(optimizer, master)
-
-
-class _ReplicatedOptimizer(_ZeroOptimizer):
-    """The optimizer of a role in stage 0: gradients are averaged in one all-reduce, every rank updates all weights."""
-
-    def step(self) -> torch.Tensor:
-        """See ``RoleOptimizer.step``."""
-        self._engine.allreduce_gradients()
-        grads = [parameter.grad for parameter in self._engine.module.parameters() if parameter.grad is not None]
-        norm = nn.utils.get_total_norm(grads)
-        self._update()
-        return norm
-
-
-class _DividedOptimizer(_ZeroOptimizer):
-    """The optimizer of a role in stage 3.
-
-    DeepSpeed clips all weights of an engine together, and updates them together. Here each role's gradient is clipped
-    to its own norm, and the last role of a base runs the engine's step: no pass lies between the roles' steps.
-    """
-
-    def __init__(
-        self,
-        base: _DividedBase,
-        group: int,
-        parameters: Sequence[nn.Parameter],
-        schedule: Schedule,
-        *,
-        world: World,
-        max_grad_norm: float,
-    ) -> None:
-        super().__init__(base.engine, schedule)
-        self._base, self._group, self._parameters = base, group, parameters
-        self._world, self._max_grad_norm = world, max_grad_norm
-
-    def step(self) -> torch.Tensor:
-        """See ``RoleOptimizer.step``."""
-        norm = self._clip()
-        self._engine.basic_optimizer.param_groups[self._group]["lr"] = self._schedule(self._num_steps)
-        self._num_steps += 1
-        self._base.step()
-        return norm
-
-    def _clip(self) -> torch.Tensor:
-        """Clips the role's gradient to its norm over all ranks, and returns the norm before."""
-        from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
-
-        grads = [safe_get_local_grad(parameter) for parameter in self._parameters]
-        norm = self._world.all_sum(torch.stack([grad.square().sum() for grad in grads]).sum()).sqrt()
-        factor = (self._max_grad_norm / (norm + _NORM_EPS)).clamp_(max=1.0)
-        for parameter, grad in zip(self._parameters, grads, strict=True):
-            safe_set_local_grad(parameter, grad * factor)
-        return norm
-
-    def tensors(self) -> Iterator[torch.Tensor]:
-        """See ``RoleOptimizer.tensors``."""
-        zero = self._engine.optimizer
-        for i, master in enumerate(zero.fp32_partitioned_groups_flat):
-            if zero.sub_group_to_group_id[i] == self._group:
-                yield master
-                yield from _states(self._engine.basic_optimizer, master)
-
-
-class _DividedBase:
-    """The engine of a base in stage 3, which steps when all of its roles have.
-
-    Args:
-        engine: DeepSpeed's.
-        roles: the weights of the base that each of its roles owns.
-    """
-
-    def __init__(self, engine: Any, roles: Mapping[str, Sequence[nn.Parameter]]) -> None:
-        self.engine, self.roles = engine, roles
-        self._num_ready = 0
-
-    @property
-    def coordinator(self) -> Any:
-        """DeepSpeed's, which gathers weights and lets go of them."""
-        zero = self.engine.optimizer  # where nothing is trained, what gathers is in the optimizer's place
-        return getattr(zero, "parameter_offload", zero).get_param_coordinator()
-
-    def step(self) -> None:
-        """Notes that one role is ready; with the last, all are updated."""
-        self._num_ready += 1
-        if self._num_ready == len(self.roles):
-            self._num_ready = 0
-            self.engine.step()
-            self._clear()
-
-    def _clear(self) -> None:
-        """Sets the gradients to zero.
-
-        A step's first backward overwrites them and the others add: what the first does not train would keep its own.
-        """
-        from deepspeed.utils import safe_set_local_grad
-
-        for parameters in self.roles.values():
-            for parameter in parameters:
-                safe_set_local_grad(parameter, torch.zeros_like(_part(parameter)))
-
-
-def _part(parameter: nn.Parameter) -> torch.Tensor:
-    """The rank's part of a weight in stage 3, flat."""
-    part: torch.Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
-    return part
-
-
 def _users(parameter: nn.Parameter) -> set[int]:
     """The modules that use a gathered weight, by DeepSpeed's number: it is let go when there is none."""
     users: set[int] = parameter.ds_active_sub_modules  # type: ignore[attr-defined]
     return users
-
-
-def _states(optimizer: torch.optim.Optimizer, master: torch.Tensor) -> Iterator[torch.Tensor]:
-    yield from (held for held in optimizer.state[master].values() if isinstance(held, torch.Tensor))
-
-
-def _make_optimizer(options: OptimizerOptions, groups: Sequence[Sequence[nn.Parameter]]) -> torch.optim.Optimizer:
-    """Torch's optimizer, which DeepSpeed gives its partitions; the learning rate is set before every step."""
-    named = [{"params": list(group)} for group in groups]
-    if options.name == "sgd":
-        return torch.optim.SGD(named, lr=0.0, weight_decay=options.weight_decay)
-    return torch.optim.AdamW(
-        named, lr=0.0, betas=(0.9, 0.999), eps=options.adam_epsilon, weight_decay=options.weight_decay, fused=True
-    )
 
 
 # By ``parallel.zero_stage``.

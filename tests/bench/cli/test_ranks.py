@@ -14,8 +14,10 @@ from rlhfbench.cases.sweep import Sweep
 from rlhfbench.cli.ranks import make_ranked_sweep
 from rlhfbench.errors import SweepError
 from rlhfbench.launch import Launch
+from rlhfbench.network import free_port
 from rlhfbench.processes import num_cores
-from rlhfbench.runs import agents, runner
+from rlhfbench.runs import runner
+from rlhfbench.runs.follower import Follower
 from rlhfkernels.config.case import Case
 from rlhfkernels.config.options import Options
 
@@ -173,7 +175,7 @@ def test_torchrun_starts_the_ranks_of_two_machines(tmp_path):
         "--rdzv-backend",
         "c10d",
         "--rdzv-endpoint",
-        f"localhost:{agents._free_port()}",
+        f"localhost:{free_port()}",
         "--local-addr",
         "localhost",
     ]
@@ -191,7 +193,7 @@ def test_torchrun_starts_the_ranks_of_two_machines(tmp_path):
 
 def test_two_processes_of_a_launcher_make_one_run(tmp_path, monkeypatch):
     """As torchrun starts them on two machines: rank 0 makes the run, and the other ends with it."""
-    monkeypatch.setenv("MASTER_PORT", str(agents._free_port()))
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
     command = [sys.executable, HERE / "fake_case.py", "", "run", "--out", tmp_path / "run", "--blocks", "1", "--json"]
     command += ["--methods", "dpo", "--seq-lens", "8", "--batch-sizes", "1", "--option", "data.prompt_field=echo"]
     started = [
@@ -216,11 +218,11 @@ def test_two_processes_of_a_launcher_make_one_run(tmp_path, monkeypatch):
 
 def test_the_others_end_when_rank_0_refuses_the_command(tmp_path, monkeypatch):
     """They wait for it, and hear of the end."""
-    port = agents._free_port()
+    port = free_port()
     monkeypatch.setenv("MASTER_PORT", str(port))
     environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "2"}
     command = [sys.executable, HERE / "fake_case.py", "", "run", "--out", tmp_path / "run", "--methods", "no"]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as head:
         launch = Launch(rank=1, size=2, local_rank=0, local_size=1, host="127.0.0.1", port=port)
-        agents.Follower(launch).follow(None)
+        Follower(launch).follow(None)
         assert head.wait(30) == 2

@@ -52,6 +52,12 @@ def test_a_server_of_http_2_is_asked_whether_it_is_a_cluster(server, monkeypatch
         check_address(server(SETTINGS))
 
 
+def test_a_cluster_that_asks_for_a_token_says_so(server, monkeypatch):
+    monkeypatch.setattr(address, "_ASK", "class AuthenticationError(Exception): pass\nraise AuthenticationError('x')")
+    with pytest.raises(SweepError, match=r"the Ray cluster there asks for a token: set RAY_AUTH_MODE=token, and RAY_A"):
+        check_address(server(SETTINGS))
+
+
 def test_a_server_that_keeps_ray_waiting_is_no_cluster(server, monkeypatch):
     monkeypatch.setattr(address, "_ASK", "import threading; threading.Event().wait()")
     monkeypatch.setattr(address, "MAX_S", 0.1)

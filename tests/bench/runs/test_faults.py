@@ -118,3 +118,37 @@ def test_a_rank_that_was_late_at_the_timeout_is_named():
         "message": "rank 1 was still in phase generate at the case's timeout; the other rank waited in barrier.",
         "phase": "generate",
     }
+
+
+def test_ranks_that_die_with_a_fork_server_are_named_with_their_phase():
+    ranks = [ended(0, None, phase=None), ended(1, None, phase=None), ended(2, -9, stack=DUMP_OF_A_BARRIER)]
+    ranks[0].phase = "score"
+    found = judge(ranks, Verdict.ENDED, oom_killed=False)
+    assert (found["outcome"], found["error"]["kind"]) == ("crashed", "ServerDied")
+    assert found["error"]["message"] == (
+        "ranks 0, 1 died with the fork server (last seen in phase score); the other ranks waited in barrier."
+    )
+    alone = judge(ranks[:2], Verdict.ENDED, oom_killed=False)
+    assert alone["error"]["message"] == "all ranks died with the fork server (last seen in phase score)."
+
+
+@pytest.mark.parametrize(
+    ("verdict", "phases", "message"),
+    [
+        (Verdict.TIMEOUT, ("score", "score"), "all ranks were still in phase score at the case's timeout."),
+        (Verdict.TIMEOUT, ("score", "update"), "all ranks were still in phase score and update at the case's timeout."),
+        (Verdict.STALL, ("build", "build"), "all ranks hung in phase build."),
+    ],
+)
+def test_ranks_that_all_hang_are_all_named(verdict, phases, message):
+    ranks = [ended(number, -9, stack=DUMP_OF_WORK, phase=phase) for number, phase in enumerate(phases)]
+    found = judge(ranks, verdict, oom_killed=False)
+    assert (found["outcome"], found["error"]["message"]) == ("timeout", message)
+
+
+def test_of_many_ranks_the_first_are_named():
+    ranks = [ended(0, -9, stack=DUMP_OF_A_BARRIER), *(ended(n, -9, stack=DUMP_OF_WORK) for n in range(1, 12))]
+    found = judge(ranks, Verdict.STALL, oom_killed=False)
+    assert found["error"]["message"] == (
+        "ranks 1, 2, 3, 4, 5, 6, 7, 8 and 3 more hung in phase update; the other rank waited in barrier."
+    )

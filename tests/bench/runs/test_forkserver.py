@@ -260,6 +260,31 @@ def test_a_harness_killed_with_kill_9_leaves_nothing_behind(tmp_path, is_gone):
         assert all(is_gone(pid) for pid in pids)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no signal tells the server of its parent's death")
+def test_a_harness_killed_with_kill_9_leaves_no_file_of_its_ranks_behind(tmp_path, monkeypatch, is_gone):
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    with start_harness(tmp_path / "run", *HANG, "--world-size", "2") as harness:
+        pids = wait_until_hanging(harness)
+        assert list(folder.iterdir())
+        harness.kill()
+        assert all(is_gone(pid) for pid in pids)
+    assert not list(folder.iterdir())
+
+
+def test_a_folder_lasts_as_long_as_its_block_and_no_longer_than_the_server(server, is_gone):
+    with server.scratch() as folder:
+        assert folder.is_dir()
+    assert not folder.exists()
+    with server.scratch() as folder:
+        (folder / "file").touch()
+        pid = server.pid
+        os.kill(pid, signal.SIGTERM)
+        assert is_gone(pid)
+        assert not folder.exists()
+
+
 def test_a_harness_killed_while_its_server_imports_leaves_nothing_behind(
     tmp_path, monkeypatch, fake_case_path, is_gone
 ):

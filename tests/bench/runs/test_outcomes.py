@@ -6,7 +6,7 @@ import pytest
 
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.runs import case_process
-from rlhfbench.runs.runner import dominates
+from rlhfbench.runs.case_runner import dominates
 from rlhfkernels.config.case import Case
 from rlhfkernels.config.options import Options
 

@@ -167,6 +167,31 @@ def test_a_case_that_takes_too_long_names_who_was_late(run, monkeypatch):
     )
 
 
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("build-hang", "rank 1 hung in phase build; the other rank waited in broadcast."),
+        ("all-profile", "rank 0 hung in phase update; the other rank waited in all_reduce."),
+        ("all-hang", "all ranks hung in phase update."),
+        ("all-spin", "all ranks were still in phase update at the case's timeout."),
+    ],
+)
+def test_a_hang_outside_the_timed_steps_or_of_all_ranks_is_named(run, tmp_path, monkeypatch, kind, message):
+    monkeypatch.setattr(hangs, "STALL_S", 3.0)
+    how = {"profile_dir": str(tmp_path / "profile")} if kind == "all-profile" else {}
+    result, _, _ = run(kind, timeout_s=20.0 if kind == "all-spin" else 60.0, **how)
+    assert (result["outcome"], result["error"]["message"]) == ("timeout", message)
+
+
+def test_a_fork_server_that_is_killed_names_its_ranks_and_their_phase(run):
+    result, end, _ = run("kill-server")
+    assert (result["outcome"], result["error"]["kind"], end.code) == ("crashed", "ServerDied", None)
+    assert result["error"]["message"] == (
+        f"all ranks died with the fork server (last seen in phase {result['error']['phase']})."
+    )
+    assert run("well")[0]["outcome"] == "ok"
+
+
 def test_a_case_that_every_rank_refuses_is_refused_in_its_own_words(run):
     result, _, _ = run("well", step="rank_steps:absent")
     assert result["outcome"] == "invalid"

@@ -2,10 +2,10 @@
 
 import pytest
 
-from rlhfbench.runs import ranks
+from rlhfbench.runs import supervise as module
 from rlhfbench.runs.faults import Rank, Usage, Verdict
 from rlhfbench.runs.job import Exit
-from rlhfbench.runs.ranks import detector_for, supervise
+from rlhfbench.runs.supervise import detector_for, supervise
 
 IN_A_BARRIER = 'Stack:\n  File "/torch/distributed/distributed_c10d.py", line 5 in barrier\n'
 AT_A_LOCK = 'Stack:\n  File "/lib/remembered.py", line 31 in remembered\n'
@@ -60,8 +60,8 @@ class Suspicious:
 
 @pytest.fixture(autouse=True)
 def _suspicious(monkeypatch):
-    monkeypatch.setattr(ranks, "TICK_S", 0.0)
-    monkeypatch.setattr(ranks, "_DUMP_S", 0.0)
+    monkeypatch.setattr(module, "TICK_S", 0.0)
+    monkeypatch.setattr(module, "_DUMP_S", 0.0)
     monkeypatch.setattr(Suspicious, "allowed", 0)
 
 

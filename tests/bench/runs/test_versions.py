@@ -3,8 +3,8 @@ import sys
 from pathlib import Path
 
 import rlhfbench
-from rlhfbench.cluster import probe
-from rlhfbench.cluster.versions import version_problems
+from rlhfbench.runs import versions
+from rlhfbench.runs.versions import version_problems
 
 
 def test_each_node_that_differs_is_named_with_both_versions():
@@ -18,17 +18,17 @@ def test_each_node_that_differs_is_named_with_both_versions():
     ]
 
 
-def test_the_probe_reads_the_sources_and_imports_only_the_standard_library(tmp_path):
-    found = probe.installed()
+def test_it_reads_the_sources_and_imports_only_the_standard_library(tmp_path):
+    found = versions.installed()
     assert found is not None
     assert len(found[1]) == 8
-    code = f"{Path(probe.__file__).read_text()}\nimport sys\nprint(installed(), 'rlhfbench' in sys.modules)"
+    code = f"{Path(versions.__file__).read_text()}\nimport sys\nprint(installed(), 'rlhfbench' in sys.modules)"
     roots = [str(Path(rlhfbench.__file__).parents[1]), *sys.path]
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": ":".join(roots)}
     )
     assert done.stdout == f"{found} False\n"
-    for package in probe.PACKAGES:
+    for package in versions.PACKAGES:
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").write_text("x = 1\n")
     done = subprocess.run(

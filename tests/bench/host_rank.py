@@ -1,0 +1,48 @@
+"""As a program: a process of a launcher on a machine of its own. That of rank 0 runs a case of each named kind."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from rlhfbench.errors import SweepError
+from rlhfbench.launch import find_launch
+from rlhfbench.runs.follower import follower
+from rlhfbench.runs.forkserver import ForkServer
+from rlhfbench.runs.head import head
+from rlhfkernels.config.case import Case
+from rlhfkernels.config.options import Options
+
+
+def request_of(kind):
+    options = {"parallel.strategy": "ddp", "parallel.world_size": 2, "data.prompt_field": kind}
+    sizes = {"prompt_len": 4, "completion_len": 4, "batch_size": 1}
+    return {
+        "case": Case(method="dpo", model="tiny", **sizes, options=Options.of(options)).to_dict(),
+        "memory_limit_bytes": None,
+        "settings": {"time_budget_s": 0.2, "num_blocks": 1, "step": "rank_steps:make"},
+    }
+
+
+def main(folder, *kinds):
+    preload = ("rank_steps", "rlhfbench.measure.measurements")
+    with ForkServer(preload=preload, paths=(str(Path(__file__).parent),)) as server:
+        if find_launch().rank:
+            try:
+                follower().follow(server)
+            except SweepError as error:
+                sys.exit(f"{time.monotonic()} {error}")
+            return
+        head().meet()
+        for kind in kinds:
+            messages = []
+            how = {"log_path": Path(folder) / f"{kind}.log", "timeout_s": 60.0, "on_message": messages.append}
+            head().run(server, request_of(kind), 2, **how)
+            (result,) = [message["result"] for message in messages if "result" in message]
+            found = {key: result.get(key) for key in ("outcome", "error", "world")}
+            print(json.dumps({**found, "ended_s": time.monotonic()}), flush=True)
+        head().end()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
