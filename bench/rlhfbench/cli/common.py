@@ -262,8 +262,8 @@ def make_sweep(
     )
 
 
-def draw(run_dir: Path, *, whole: bool = False, with_paper: bool = False) -> RenderableType:
-    """Draws a run into its folder and returns its tables. See ``rlhfbench.runs.drawing.draw_run``.
+def draw(run_dir: Path, **how: Any) -> RenderableType:
+    """Draws a run into its folder and returns its tables; arguments as ``rlhfbench.runs.drawing.draw_run``.
 
     Raises:
         RunFolderError: the folder cannot be written.
@@ -271,7 +271,7 @@ def draw(run_dir: Path, *, whole: bool = False, with_paper: bool = False) -> Ren
     from rlhfbench.runs.drawing import draw_run
 
     try:
-        return draw_run(run_dir, whole=whole, with_paper=with_paper)
+        return draw_run(run_dir, **how)
     except OSError as error:
         raise RunFolderError(f"run '{run_dir}' cannot be drawn: {error.strerror}.") from error
 

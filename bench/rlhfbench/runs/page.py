@@ -70,7 +70,12 @@ def run_names(run_dirs: Sequence[Path]) -> list[str]:
 
 
 def write_run_page(
-    run_dirs: Sequence[Path], path: Path, *, with_paper: bool = False, loaded: Sequence[Loaded | None] = ()
+    run_dirs: Sequence[Path],
+    path: Path,
+    *,
+    with_paper: bool = False,
+    loaded: Sequence[Loaded | None] = (),
+    plans: pd.DataFrame | None = None,
 ) -> list[str]:
     """Writes the page of one run, or the comparison of several, and returns the sentences of the comparison.
 
@@ -79,6 +84,7 @@ def write_run_page(
         path: of the page.
         with_paper: lay the papers' numbers beside the run.
         loaded: see ``read_run``, for each folder; empty to read all of them.
+        plans: laid beside a single run, as a frame of records.
 
     Raises:
         RecordsError: a run cannot be read.
@@ -91,7 +97,7 @@ def write_run_page(
 
     found = zip(run_dirs, run_names(run_dirs), loaded or [None] * len(run_dirs), strict=True)
     runs = [read_run(*entry) for entry in found]
-    page = Page.of(runs, with_paper=with_paper)
+    page = Page.of(runs, with_paper=with_paper, plans=plans)
     write_page(page, path)
     return comparison_sentences(page.frame, compared(page.frame)) if len(runs) > 1 else []
 
