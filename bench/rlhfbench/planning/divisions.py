@@ -31,9 +31,13 @@ _GRADIENTS = PARTS.index("gradients")
 
 
 class _Torchs(Zero):
-    """A strategy of torch's own: no library has to be stood in for."""
+    """A strategy of torch's own: no library has to be stood in for, and all ranks hold as much."""
 
     __slots__ = ()
+
+    def ranks(self, numels: Mapping[str, Sequence[int]]) -> list[int]:
+        """See ``Zero.ranks``."""
+        return [0]
 
     @contextmanager
     def stand_in(self, tag: Tag, tell: Tell, device: str) -> Iterator[Callable[..., Strategy] | None]:
@@ -42,6 +46,7 @@ class _Torchs(Zero):
 
     def changes(
         self,
+        rank: int,
         stretches: Iterable[list[Change]],
         step: TrainingStep,
         sizes: StepSizes,
@@ -58,6 +63,7 @@ class Replicas(_Torchs):
 
     def changes(
         self,
+        rank: int,
         stretches: Iterable[list[Change]],
         step: TrainingStep,
         sizes: StepSizes,
@@ -72,7 +78,7 @@ class Replicas(_Torchs):
         case = step.case
         waits = case.micro_batch_size < case.mini_batch_size
         waits |= any(PassForm(p, case.options).in_two_passes for p in step.method.update_passes)
-        for change in super().changes(stretches, step, sizes, numels):
+        for change in super().changes(rank, stretches, step, sizes, numels):
             if waits or change[0] not in ("grow", "move"):
                 yield change
             elif change[0] == "move" and change[3] == _GRADIENTS:

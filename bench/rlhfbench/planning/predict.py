@@ -44,12 +44,17 @@ def plan_case(case: Case, zero: Zero | None = None, *, with_timeline: bool = Fal
 def _plan_case(case: Case, zero: Zero, *, with_timeline: bool, every_layer: bool) -> Plan:
     of_a_rank = zero.of_a_rank(case)
     found = (None if every_layer else record_deep(of_a_rank, zero)) or record_step(of_a_rank, division=zero)
-    timeline = Timeline() if with_timeline else None
-    tally = Tally() if timeline is None else ReplayedTally(timeline.note, timeline.note_lifetime)
-    changes = zero.changes(found.stretches, found.step, found.sizes, found.numels)
-    replay(changes, tally, Observer() if timeline is None else timeline)
-    if isinstance(tally, ReplayedTally):
+    of_found = (found.stretches, found.step, found.sizes, found.numels)
+    tallies = {rank: Tally() for rank in zero.ranks(found.numels)}
+    for rank, tally in tallies.items():
+        replay(zero.changes(rank, *of_found), tally, Observer())
+    worst = max(tallies, key=lambda rank: tallies[rank].peak.total_bytes)
+    memory = memory_object(tallies[worst], dict(_NO_VIEWS))
+    timeline = None
+    if with_timeline:
+        followed = Timeline()
+        tally = ReplayedTally(followed.note, followed.note_lifetime)
+        replay(zero.changes(worst, *of_found), tally, followed)
         tally.end()
-    memory = memory_object(tally, dict(_NO_VIEWS))
-    kept = None if timeline is None else timeline.to_dict(tally.peaks)
-    return Plan(case=case, memory=memory, work=phase_work(found.step, found.sizes), zero=zero, timeline=kept)
+        timeline = followed.to_dict(tally.peaks)
+    return Plan(case=case, memory=memory, work=phase_work(found.step, found.sizes), zero=zero, timeline=timeline)

@@ -113,22 +113,36 @@ class Zero:
             with deepspeed_linear():
                 yield functools.partial(PlannedStage3, tag=tag, is_gloo=device == "cpu")
 
+    def ranks(self, numels: Mapping[str, Sequence[int]]) -> list[int]:
+        """The ranks of which one holds most.
+
+        It is the rank whose parts touch the most weights, or one that makes its part of the gradients before the
+        others: the first in the optimizer's step, the last in a backward.
+
+        Args:
+            numels: of the step, as ``trained_numels``.
+        """
+        if self.is_alone or self.gathers_weights:
+            return [0]
+        return sorted({0, fullest_rank(numels, self.world_size), self.world_size - 1})
+
     def changes(
         self,
+        rank: int,
         stretches: Iterable[list[Change]],
         step: TrainingStep,
         sizes: StepSizes,
         numels: Mapping[str, Sequence[int]],
     ) -> Iterator[Change]:
-        """The changes of the ledger of the rank that holds most, from those of the step that was run.
+        """The changes of a rank's ledger, from those of the step that was run.
 
         Args:
+            rank: one of ``ranks``.
             stretches: the changes of the step.
             step: the step.
             sizes: of the step.
             numels: of the step, as ``trained_numels``.
         """
-        rank = fullest_rank(numels, self.world_size)
         roles = {
             role: RoleChanges(
                 Part(each, self.world_size, rank),

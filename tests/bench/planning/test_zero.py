@@ -6,11 +6,14 @@ from collections.abc import Callable
 import pytest
 
 from rlhfbench.errors import SweepError
+from rlhfbench.measure.tally import Tally, replay
 from rlhfbench.planning.max_batch import BatchSearch
 from rlhfbench.planning.predict import plan_case
 from rlhfbench.planning.prediction import plan_object
-from rlhfbench.planning.zero import Zero, cases_of_a_rank
+from rlhfbench.planning.recording import record_step
+from rlhfbench.planning.zero import Zero, cases_of_a_rank, trained_numels
 from rlhfkernels import Case, CaseError, Options, build_step
+from rlhfkernels.observer import Observer
 
 
 def test_a_zero_that_is_none_is_said() -> None:
@@ -42,6 +45,24 @@ def test_stages_1_and_2_hold_masters_and_moments_of_a_part(
         found = plan_case(case, Zero(stage=stage, world_size=2)).memory["phases"]["update"]["parts"]["optimizer"]
         counts = len(sizes) if stage == 0 else 1
         assert found == 4 * held[stage] * sum(-(-size // num_ranks) for size in sizes) + 4 * counts
+
+
+def test_the_rank_that_holds_most_may_be_the_one_that_reduces_first(make_case: Callable[..., Case]) -> None:
+    """The first rank's part touches more, and the last rank's is made while more activations are there."""
+    case = make_case("lora", dtype="float32", parallel__reduce_bucket_size=100)
+    step = build_step(case)
+    zero = Zero(stage=2, world_size=2)
+    numels = trained_numels(step)
+    assert zero.ranks(numels) == [0, 1]
+    assert Zero(stage=2, world_size=5).ranks({"actor": (11, 28, 11)}) == [0, 3, 4]
+    assert Zero(stage=3, world_size=5).ranks(numels) == Zero().ranks(numels) == [0]
+    found = record_step(zero.of_a_rank(case), division=zero)
+    totals = []
+    for rank in (0, 1):
+        tally = Tally()
+        replay(zero.changes(rank, found.stretches, found.step, found.sizes, found.numels), tally, Observer())
+        totals.append(tally.peak.total_bytes)
+    assert plan_case(case, zero).total_bytes == max(totals) > min(totals)
 
 
 def test_a_forward_has_no_bucket() -> None:
