@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from rlhfbench.cases.preflight import num_cuda_devices
+from rlhfbench.measure.nvml import num_cuda_devices
 
 # Triton decides as it is imported, which torch does, whether its own functions are compiled or interpreted. Without a
 # GPU they are interpreted; the variable itself lives no longer than this, so nothing that a test starts inherits it.

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from rlhfkernels.config.case import Case
 from rlhfkernels.config.options import Options
 from rlhfkernels.errors import CaseError, DataError, ModelError, NumericalError, RlhfKernelsError
-from rlhfkernels.methods.program import Method, Phase, Role
+from rlhfkernels.methods.method import Method
+from rlhfkernels.methods.phases import Phase
+from rlhfkernels.methods.program import Role
 from rlhfkernels.methods.table import METHODS
 from rlhfkernels.models.presets import PRESETS, Preset
 
@@ -19,13 +21,14 @@ if TYPE_CHECKING:
     from rlhfkernels.data.batch import Batch
     from rlhfkernels.observer import Observer
     from rlhfkernels.training.roofline import Work
-    from rlhfkernels.training.step import StepStats, TrainingStep, build_step
+    from rlhfkernels.training.stats import StepStats
+    from rlhfkernels.training.step import TrainingStep, build_step
     from rlhfkernels.training.work import phase_work
 
 _LAZY = {
     "Batch": "rlhfkernels.data.batch",
     "Observer": "rlhfkernels.observer",
-    "StepStats": "rlhfkernels.training.step",
+    "StepStats": "rlhfkernels.training.stats",
     "TrainingStep": "rlhfkernels.training.step",
     "Work": "rlhfkernels.training.roofline",
     "build_step": "rlhfkernels.training.step",

@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import rlhfreports
-from rlhfbench.cases import preflight
+from rlhfbench.cases import model_facts, preflight
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.cli import main as cli
 from rlhfbench.cli import plan_output
@@ -43,7 +43,7 @@ from rlhfbench.runs.runner import Runner
 from rlhfkernels.config.case import Case, option_annotations
 from rlhfkernels.engine import verify as engine_verify
 from rlhfkernels.errors import CaseError, ModelError
-from rlhfkernels.models.loading import read_config
+from rlhfkernels.models.configuration import read_config
 from rlhfkernels.ops.native import build
 from rlhfreports import gain, plots, predicted_plot, slope_table, timelines
 
@@ -172,7 +172,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(plan_output, "write", lambda *_: None)
         patch.setattr(environment, "describe", lambda settings, **_: {"settings": settings})
         patch.setattr(os, "fsync", lambda fd: None)
-        patch.setattr(preflight, "_is_hub_reachable", lambda: False)
+        patch.setattr(model_facts, "_is_hub_reachable", lambda: False)
         patch.setattr(preflight, "library_path", build._SOURCES.absolute)
         for module, name in ((plots, "latency"), (plots, "throughput"), (predicted_plot, "draw_predicted")):
             patch.setattr(module, name, lambda *_: None)

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-import rlhfbench.gate
-from rlhfbench import pytest_plugin
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.errors import GateError
 from rlhfbench.gate.findings import Finding
-from rlhfbench.pytest_plugin import Measurer, ReplayTimer, block_steps_s, case_name, group_name
+from rlhfbench.pytest_plugin import benchmarks, measurer
+from rlhfbench.pytest_plugin.benchmarks import ReplayTimer, block_steps_s, case_name, group_name
+from rlhfbench.pytest_plugin.measurer import Measurer
 from rlhfbench.records.blocks import summarize
 from rlhfbench.records.file import make_record
 from rlhfbench.runs import forkserver
@@ -72,7 +72,7 @@ def measured(monkeypatch) -> list:
         def close(self):
             asked.append("closed")
 
-    monkeypatch.setattr(pytest_plugin, "Measurer", Stub)
+    monkeypatch.setattr(benchmarks, "Measurer", Stub)
     return asked
 
 
@@ -178,7 +178,7 @@ def test_a_saved_run_compares_with_the_next(bench, measured):
 
 def test_a_slower_step_fails_the_comparison(bench, measured, monkeypatch):
     bench("--benchmark", "-k", "full", "--benchmark-save=first")
-    monkeypatch.setattr(pytest_plugin, "block_steps_s", lambda record: [2 * s for s in STEPS_S])
+    monkeypatch.setattr(benchmarks, "block_steps_s", lambda record: [2 * s for s in STEPS_S])
     result = bench("--benchmark", "-k", "full", "--benchmark-compare=0001", "--benchmark-compare-fail=mean:10%")
     assert result.ret != pytest.ExitCode.OK
 
@@ -199,7 +199,7 @@ def test_a_gate_fails_the_tests_of_cases_with_a_regression(bench, measured, monk
             for c in sweep.cases
         ]
 
-    monkeypatch.setattr(rlhfbench.gate, "compare_with", compare_with)
+    monkeypatch.setattr(measurer, "compare_with", compare_with)
     result = bench("--benchmark", "--benchmark-gate=main", "-rs")
     result.assert_outcomes(passed=3, failed=1, skipped=1)
     result.stdout.fnmatch_lines(["*gate-full*", "*memory total*larger*", "*the gate cannot tell*"])
@@ -210,7 +210,7 @@ def test_a_gate_that_cannot_compare_fails_its_tests_with_the_sentence(bench, mea
     def compare_with(base, sweep, out):
         raise GateError(f"revision '{base}' is no commit.")
 
-    monkeypatch.setattr(rlhfbench.gate, "compare_with", compare_with)
+    monkeypatch.setattr(measurer, "compare_with", compare_with)
     result = bench("--benchmark", "--benchmark-gate=nonsense", "-k", "hydra and not joined")
     result.assert_outcomes(failed=1, deselected=4)
     result.stdout.fnmatch_lines(["*revision 'nonsense' is no commit.*"])
@@ -291,7 +291,7 @@ def test_switched_off_benchmarks_are_skipped_and_say_how_to_switch_them_on(bench
     [("oom", "skipped"), ("skipped", "skipped"), ("timeout", "failed"), ("crashed", "failed"), ("invalid", "failed")],
 )
 def test_a_case_without_numbers_skips_or_fails_with_its_sentence(bench, measured, monkeypatch, outcome, count):
-    monkeypatch.setattr(pytest_plugin.Measurer, "measure", lambda self, case: record_of(case, outcome))
+    monkeypatch.setattr(benchmarks.Measurer, "measure", lambda self, case: record_of(case, outcome))
     result = bench("--benchmark", "-k", "full", "-rsf")
     result.assert_outcomes(**{count: 1, "deselected": 4})
     result.stdout.fnmatch_lines([f"*{outcome} in score: the reason.*"])
@@ -360,13 +360,13 @@ def test_the_timer_replays_its_samples():
 @pytest.mark.usefixtures("fake_case_path")
 def test_the_measurer_runs_a_case_in_a_process_of_its_own(monkeypatch):
     server = partial(forkserver.ForkServer, target="fake_case:run_case", preload=())
-    monkeypatch.setattr(forkserver, "ForkServer", server)
+    monkeypatch.setattr(measurer, "ForkServer", server)
     cases = [dataclasses.replace(CASE, options=Options.of({"data.prompt_field": kind})) for kind in ("ok", "echo")]
-    measurer = Measurer(Sweep(cases=tuple(cases)), 0.25)
+    measuring = Measurer(Sweep(cases=tuple(cases)), 0.25)
     try:
-        records = [measurer.measure(case) for case in cases]
+        records = [measuring.measure(case) for case in cases]
     finally:
-        measurer.close()
+        measuring.close()
     assert [record["case"]["id"] for record in records] == [case.id for case in cases]
     assert [record["outcome"] for record in records] == ["ok", "ok"]
     assert records[1]["prompts"]["settings"]["time_budget_s"] == 0.25

@@ -208,7 +208,7 @@ def case_spec(params: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         SweepError: a list of numbers or a ``KEY=VALUE`` is malformed; or no such option exists.
     """
-    from rlhfbench.cases.sweep import parse_option
+    from rlhfbench.cases.spec import parse_option
 
     named = {
         "lora.r": params["lora_rank"],
@@ -245,7 +245,8 @@ def make_sweep(
     Raises:
         SweepError: every problem, one sentence each.
     """
-    from rlhfbench.cases.sweep import SETTING_KEYS, Sweep, override, read_spec
+    from rlhfbench.cases.spec import SETTING_KEYS, override, read_spec
+    from rlhfbench.cases.sweep import Sweep
     from rlhfkernels.config.settings import SETTINGS
 
     in_file = read_spec(file) if file is not None else {}

@@ -12,9 +12,8 @@ import torch
 
 from rlhfbench.evidence.items import Items
 from rlhfbench.evidence.request import Request
-from rlhfbench.measure.ceilings import measure_ceilings
+from rlhfbench.measure.ceilings import RATES, measure_ceilings
 from rlhfbench.measure.clock import StepClock
-from rlhfbench.measure.measurements import RATES
 from rlhfkernels.data.sources import Prompts
 from rlhfkernels.training.step import TrainingStep, build_step
 from rlhfkernels.training.work import phase_work

@@ -15,7 +15,7 @@ from rlhfbench.evidence.op_table import OP_CASES, OpCase, OpSize, Tensors
 from rlhfbench.evidence.request import Request
 from rlhfbench.measure.clock import StepClock
 from rlhfkernels.engine.backends import select_backend
-from rlhfkernels.models.loading import read_config
+from rlhfkernels.models.configuration import read_config
 from rlhfkernels.ops.table import OPS
 
 _NUM_TIMED = 7

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from rlhfbench.errors import RunFolderError, SweepError
 from rlhfbench.files import write_atomically
+from rlhfbench.measure.nvml import num_cuda_devices
 from rlhfkernels.config.case import Case
 from rlhfkernels.config.options import Options
 
@@ -137,8 +138,6 @@ class Request:
         Raises:
             CaseError: a field breaks a rule of ``Case``.
         """
-        from rlhfbench.cases.preflight import num_cuda_devices
-
         device = device or ("cuda" if num_cuda_devices() else "cpu")
         on_cpu = device == "cpu"
         sizes = MINIATURE if on_cpu else FULL

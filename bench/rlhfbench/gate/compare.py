@@ -213,7 +213,7 @@ class Comparison:
                 jobs = [functools.partial(timed.block, case) for timed in both]
                 aborts = [timed.kill for timed in both]
                 with self._spending(case):
-                    run_in_turns(jobs, folder, self._options.turns_s, self._random, aborts)
+                    run_in_turns(jobs, folder, self._options.turns_s, self._random, aborts, shared_cores(case, records))
             else:
                 with self._spending(case):
                     for timed in self._random.sample(both, 2):
@@ -245,6 +245,15 @@ def default_threads() -> int | None:
     if "OMP_NUM_THREADS" in os.environ:
         return None
     return max(1, min(psutil.cpu_count(logical=False) or 1, num_cores() - 1))
+
+
+def shared_cores(case: Case, records: Sequence[Record | None]) -> int | None:
+    """Returns the cores that both sides of a pair share, one for each thread; ``None`` leaves both to the scheduler.
+
+    A referee meets one process of a side, and would bind that one alone where a side has several.
+    """
+    threads = [at(record, "num_threads") for record in records]
+    return None if case.options.parallel.world_size > 1 or None in threads else max(threads)
 
 
 def fit_at_once(case: Case, records: Sequence[Record | None]) -> bool:

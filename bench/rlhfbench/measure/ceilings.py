@@ -10,6 +10,9 @@ import torch
 from rlhfkernels.ops.native import build
 from rlhfkernels.ops.native import matmul as native
 
+# In the order in which ``Work.floor_s`` takes them.
+RATES = ("matmul_flops_per_s", "copy_bytes_per_s", "read_bytes_per_s")
+
 _Matmul = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]
 # Measured with every block, of which a case has four, and the highest rate counts: 0.12 s on two cores of an AMD EPYC.
 _BUDGET_S = 0.02

@@ -6,10 +6,12 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Self
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
+_DRIVER_GPUS = Path("/proc/driver/nvidia/gpus")
 
 
 def visible_devices(num_devices: int, uuids: Callable[[], Sequence[str]]) -> list[int | str]:
@@ -43,9 +45,25 @@ def visible_devices(num_devices: int, uuids: Callable[[], Sequence[str]]) -> lis
     return found if len(set(found)) == len(found) else []
 
 
-def num_visible_devices(nvml: Any) -> int:
-    """Number of devices that CUDA sees, according to an initialised ``pynvml``."""
-    return len(_visible(nvml))
+def num_cuda_devices() -> int:
+    """Number of devices that CUDA sees under ``CUDA_VISIBLE_DEVICES``, according to the driver, without torch."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # NVML fails in many ways; Linux lists the devices here too
+        files = sorted(_DRIVER_GPUS.glob("*/information"))
+        return len(visible_devices(len(files), lambda: [_driver_uuid(file) for file in files]))
+    try:
+        return len(_visible(pynvml))
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _driver_uuid(information: Path) -> str:
+    """The UUID in a device's file of the driver."""
+    lines = information.read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("GPU UUID")), "")
 
 
 def device_handle(nvml: Any, index: int) -> Any:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class StorageObserver(Protocol):
-    """Receiver of the reports; implemented by ``Ledger``."""
+    """Receiver of the reports; implemented by ``LiveStorages``."""
 
     def on_tensor(self, tensor: torch.Tensor, op: object) -> None:
         """Called for every output of ``op``, and with ``None`` for every input of an op."""

@@ -19,6 +19,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+from rlhfbench.measure.cores import bind_peer, draw_cores
+
 _GO, _DONE = b"g", b"d"
 _MIN_ROUNDS, _MAX_ROUNDS = 5, 1000
 
@@ -59,6 +61,7 @@ def run_in_turns(
     budget_s: float,
     rng: random.Random,
     aborts: Sequence[Callable[[], object]],
+    num_cores: int | None = None,
 ) -> None:
     """Runs two jobs at once, each of which starts a process that steps in turns, until the budget is spent.
 
@@ -68,8 +71,9 @@ def run_in_turns(
         jobs: Each is called, in a thread of its own, with the path that its process makes ``Turns`` of.
         folder: An existing folder with a short path, which no one else can read.
         budget_s: Seconds of turns of all jobs together. There are 5 to 1000 rounds.
-        rng: Draws who goes first in each round.
+        rng: Draws who goes first in each round, and the cores.
         aborts: Called when this call is interrupted: they end the jobs.
+        num_cores: Cores that the processes share; ``None`` leaves them to the scheduler.
     """
     with ExitStack() as opened:
         ended, told = map(opened.enter_context, socket.socketpair())
@@ -81,7 +85,7 @@ def run_in_turns(
             for job, path in zip(jobs, paths, strict=True):
                 futures.append(pool.submit(job, str(path)))
                 futures[-1].add_done_callback(lambda _: told.send(b"e"))
-            _referee(listeners, ended, budget_s, rng)
+            _referee(listeners, ended, budget_s, rng, num_cores)
             for future in futures:
                 future.result()
         except BaseException:
@@ -100,7 +104,13 @@ def _listen(path: Path) -> socket.socket:
     return listener
 
 
-def _referee(listeners: Sequence[socket.socket], ended: socket.socket, budget_s: float, rng: random.Random) -> None:
+def _referee(
+    listeners: Sequence[socket.socket],
+    ended: socket.socket,
+    budget_s: float,
+    rng: random.Random,
+    num_cores: int | None,
+) -> None:
     """Grants turns once all have connected. At the end all connections are closed, which ends all turns."""
     with ExitStack() as opened:
         players = []
@@ -111,6 +121,9 @@ def _referee(listeners: Sequence[socket.socket], ended: socket.socket, budget_s:
                     each.close()
                 return
             players.append(opened.enter_context(listener.accept()[0]))
+        if num_cores is not None and (cores := draw_cores(num_cores, rng)):
+            for player in players:
+                bind_peer(player, cores)
         spent_s, num_rounds = 0.0, 0
         while num_rounds < _MIN_ROUNDS or (spent_s < budget_s and num_rounds < _MAX_ROUNDS):
             started_s = time.monotonic()

@@ -10,7 +10,7 @@ import torch
 
 from rlhfkernels.config.case import Case
 from rlhfkernels.errors import ModelError
-from rlhfkernels.methods.program import Phase
+from rlhfkernels.methods.phases import Phase
 from rlhfkernels.observer import Observer
 
 

@@ -20,7 +20,8 @@ from rlhfbench.planning.fake_tensors import CachingFakeTensorMode
 from rlhfkernels.config.options import OptimizerOptions
 from rlhfkernels.methods.program import Optimize
 from rlhfkernels.observer import Observer
-from rlhfkernels.training.optimizers import Optimizer, make_optimizer
+from rlhfkernels.training.optimizer_table import make_optimizer
+from rlhfkernels.training.optimizers import Optimizer
 from rlhfkernels.training.step import TrainingStep
 
 

@@ -8,7 +8,7 @@ layer more does, and that is repeated.
 from __future__ import annotations
 
 from rlhfbench.measure.lifetimes import ReplayedTally
-from rlhfbench.measure.measurements import OUTER_VIEWS, memory_object
+from rlhfbench.measure.memory import OUTER_VIEWS, memory_object
 from rlhfbench.measure.tally import Tally, replay
 from rlhfbench.measure.timeline import Timeline
 from rlhfbench.planning.deep_recording import record_deep

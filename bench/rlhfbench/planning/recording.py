@@ -12,7 +12,7 @@ import torch
 from transformers import masking_utils
 
 from rlhfbench.measure.ledger import Ledger, block_bytes
-from rlhfbench.measure.measurements import run_under_ledger
+from rlhfbench.measure.memory import run_under_ledger
 from rlhfbench.measure.tally import PHASE_CHANGES, Change, Recorder
 from rlhfbench.planning.decode_steps import decode_steps_of, set_decode_steps
 from rlhfbench.planning.divisions import division_of, fake_ranks
@@ -20,7 +20,7 @@ from rlhfbench.planning.fake_tensors import CachingFakeTensorMode
 from rlhfbench.planning.optimizer_steps import GradientsWatch, Trained
 from rlhfbench.planning.zero import Zero, trained_numels
 from rlhfkernels.config.case import Case
-from rlhfkernels.engine.engine import logprob_chunk_size
+from rlhfkernels.engine.logprob_chunk import logprob_chunk_size
 from rlhfkernels.ops.dispatch import standing_for
 from rlhfkernels.training.sizes import StepSizes
 from rlhfkernels.training.step import TrainingStep, build_step

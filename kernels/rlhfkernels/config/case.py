@@ -16,7 +16,8 @@ from rlhfkernels.config.content import content_hash
 from rlhfkernels.config.options import CPU_LOGPROB_CHUNK, Count, Dtype, Options, Text, option_fields
 from rlhfkernels.config.rules import checked, hints
 from rlhfkernels.errors import CaseError
-from rlhfkernels.methods.program import Method, Origin, SourceName
+from rlhfkernels.methods.method import Method
+from rlhfkernels.methods.program import Origin, SourceName
 from rlhfkernels.methods.table import METHODS
 from rlhfkernels.naming import unknown
 

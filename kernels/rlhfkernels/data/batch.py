@@ -103,7 +103,9 @@ class Batch:
         yield from self.columns.values()
 
     def select(self, rows: Rows) -> Batch:
-        """The given data rows of every tensor: views for a slice, copies for a list."""
+        """The given data rows of every tensor: views for a slice or a range, copies for a list."""
+        if isinstance(rows, range):
+            rows = slice(rows.start, rows.stop)
         if isinstance(rows, slice) and rows == slice(0, self.num_rows):
             return self
         num_rows = len(range(*rows.indices(self.num_rows))) if isinstance(rows, slice) else len(rows)
@@ -171,6 +173,12 @@ class Batch:
             index = torch.tensor([row * count + i for row in rows for i in range(count)])
             indices[count] = index.to(tensor.device, non_blocking=True)
         return tensor[indices[count]]
+
+
+def chunks(rows: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """``rows`` in their order, ``size`` at a time; of a range, ranges."""
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
 
 
 def empty_completions(prompts: torch.Tensor, prompt_mask: torch.Tensor | None, c: int, num_rows: int) -> Batch:

@@ -14,8 +14,9 @@ import torch
 
 from rlhfkernels.config.case import Case
 from rlhfkernels.data.batch import Batch
-from rlhfkernels.data.files import Demonstration, Pair, Text, read_demonstrations, read_pairs, read_prompts
-from rlhfkernels.errors import DataError, ModelError
+from rlhfkernels.data.encoding import encode_prompt, encode_row
+from rlhfkernels.data.files import Demonstration, Pair, read_demonstrations, read_pairs, read_prompts
+from rlhfkernels.errors import DataError
 from rlhfkernels.methods.program import SEQUENCES_PER_ROW, SourceName
 from rlhfkernels.parallel.world import ALONE, World
 
@@ -156,7 +157,7 @@ class PromptSource(_Rows):
     def _read(self, path: str) -> None:
         p = self._case.prompt_len
         texts = read_prompts(path, self._case.options.data.prompt_field)
-        prompts = [_encode_prompt(text, self._tokenizer, self._vocab_size) for text in texts]
+        prompts = [encode_prompt(text, self._tokenizer, self._vocab_size) for text in texts]
         self._num_truncated = sum(len(row) > p for row in prompts)
         self._prompts = [row[-p:] for row in prompts]
 
@@ -172,18 +173,7 @@ class _CompletionSource(_Rows):
     """Prompts with given completions: longer completions lose their end, shorter ones are padded on the right."""
 
     _num_completions = 1
-
-    def __init__(
-        self,
-        case: Case,
-        vocab_size: int,
-        tokenizer: Any | None,
-        *,
-        with_rows: bool = True,
-        world: World = ALONE,
-    ) -> None:
-        self._completions: list[list[list[int]]] = []
-        super().__init__(case, vocab_size, tokenizer, with_rows=with_rows, world=world)
+    _completions: Sequence[list[list[int]]] = ()
 
     def _rows(self, path: str) -> tuple[Sequence[Demonstration] | Sequence[Pair], int]:
         """The rows of the file, and the number of rows that it dropped."""
@@ -192,16 +182,18 @@ class _CompletionSource(_Rows):
     def _read(self, path: str) -> None:
         p, c = self._case.prompt_len, self._case.completion_len
         rows, self._num_dropped = self._rows(path)
+        kept: list[list[list[int]]] = []
         for row in rows:
             where = f"{self._case.role_table.source} '{path}', line {row.line}"
-            prompt, *completions = _encode_row(where, row.texts, self._tokenizer, self._vocab_size)
+            prompt, *completions = encode_row(where, row.texts, self._tokenizer, self._vocab_size)
             cut = [tokens[:c] for tokens in completions]
             if any(cut[0] == other for other in cut[1:]):
                 self._num_dropped += 1  # equal up to the completion length: nothing to prefer
                 continue
             self._num_truncated += len(prompt) > p or any(len(tokens) > c for tokens in completions)
             self._prompts.append(prompt[-p:])
-            self._completions.append(cut)
+            kept.append(cut)
+        self._completions = kept
         if not self._prompts:
             raise DataError(f"'{path}': the completions of every row are equal within completion_len {c}.")
 
@@ -291,53 +283,3 @@ SOURCES: dict[SourceName, type[PromptSource] | type[DemonstrationSource] | type[
     "demonstrations": DemonstrationSource,
     "pairs": PairSource,
 }
-
-
-def _encode_row(where: str, texts: tuple[Text, ...], tokenizer: Any | None, vocab_size: int) -> list[list[int]]:
-    """The prompt's tokens, then each completion's, which end with the end-of-sequence token where there is one."""
-    prompt, *completions = texts
-    if tokenizer is None:
-        return [_bytes(text, vocab_size) for text in texts]
-    if not isinstance(prompt, str):
-        if tokenizer.chat_template is None:
-            raise DataError(f"{where}: it holds messages, and the model's tokenizer has no chat template.")
-        return _encode_chat(where, prompt, completions, tokenizer)
-    found = [list(tokenizer(prompt)["input_ids"])]
-    for completion in completions:
-        tokens = list(tokenizer(_flat(completion), add_special_tokens=False)["input_ids"])
-        end = tokenizer.eos_token_id
-        found.append(tokens if end is None or tokens[-1:] == [end] else [*tokens, int(end)])
-    return found
-
-
-def _encode_chat(where: str, prompt: Text, completions: Sequence[Text], tokenizer: Any) -> list[list[int]]:
-    """Tokens of a chat. Prompt and completion are told apart in the text: a token could span both."""
-    head: str = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-    found = [head]
-    for completion in completions:
-        messages = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-        whole: str = tokenizer.apply_chat_template([*prompt, *messages], tokenize=False)
-        if not whole.startswith(head):
-            raise DataError(f"{where}: the chat template does not continue the prompt's text with the completion's.")
-        found.append(whole[len(head) :])
-    return [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in found]
-
-
-def _encode_prompt(text: Text, tokenizer: Any | None, vocab_size: int) -> list[int]:
-    if tokenizer is None:
-        return _bytes(text, vocab_size)
-    if isinstance(text, str):
-        return list(tokenizer(text)["input_ids"])
-    if tokenizer.chat_template is None:
-        return list(tokenizer(_flat(text))["input_ids"])
-    return list(tokenizer.apply_chat_template(text, add_generation_prompt=True, return_dict=True)["input_ids"])
-
-
-def _bytes(text: Text, vocab_size: int) -> list[int]:
-    if vocab_size < 256:
-        raise ModelError(f"text is encoded as bytes for a preset: a vocabulary of {vocab_size} is below 256.")
-    return list(_flat(text).encode())
-
-
-def _flat(text: Text) -> str:
-    return text if isinstance(text, str) else "\n".join(message["content"] for message in text)

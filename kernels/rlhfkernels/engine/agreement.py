@@ -11,8 +11,9 @@ import torch
 
 from rlhfkernels.engine.trunk import Trunk
 from rlhfkernels.errors import CaseError, ModelError, NumericalError
+from rlhfkernels.models.configuration import rotary_limit
 from rlhfkernels.models.faults import forward_errors
-from rlhfkernels.models.loading import LoadedModel, rotary_limit
+from rlhfkernels.models.loading import LoadedModel
 from rlhfkernels.observer import Observer
 from rlhfkernels.ops.attention_mask import Segment
 

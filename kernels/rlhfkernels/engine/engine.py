@@ -12,37 +12,31 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
-from rlhfkernels.config.case import Case, vocabulary_problem
-from rlhfkernels.config.options import CPU_LOGPROB_CHUNK
+from rlhfkernels.config.case import Case
 from rlhfkernels.data.batch import Batch, PackedRow, empty_completions
 from rlhfkernels.data.sources import Prompts
 from rlhfkernels.engine.agreement import check_cache, check_model, check_packing
 from rlhfkernels.engine.backends import select_backend
 from rlhfkernels.engine.fast.trunk import make_fast_trunk
+from rlhfkernels.engine.generation import sample_completions
+from rlhfkernels.engine.logprob_chunk import logprob_chunk_size
+from rlhfkernels.engine.saving import write_weights
 from rlhfkernels.engine.trunk import PlainTrunk, Trunk
-from rlhfkernels.errors import CaseError, NumericalError
-from rlhfkernels.methods.program import HEADS, Origin, Role, WeightSet
+from rlhfkernels.engine.weights import attach_adapters, base_parameters, declare_trained, load_bases, make_scalar_heads
+from rlhfkernels.errors import NumericalError
+from rlhfkernels.methods.program import WeightSet
 from rlhfkernels.models.adapters import Adapters
-from rlhfkernels.models.heads import LmHead, ScalarHead
-from rlhfkernels.models.loading import LoadedModel, clone_module, load_model
-from rlhfkernels.models.saving import save_model
+from rlhfkernels.models.heads import LmHead
+from rlhfkernels.models.loading import LoadedModel
 from rlhfkernels.observer import Observer
-from rlhfkernels.ops.sample import sample
 from rlhfkernels.ops.token_logprobs import token_logprobs
 from rlhfkernels.parallel.strategies import BaseModule, Strategy
 from rlhfkernels.parallel.table import STRATEGIES
 from rlhfkernels.parallel.world import ALONE, World
-from rlhfkernels.seeding import seeded
 
 T = TypeVar("T")
-# Bases of one origin start from equal weights, bases of different origins do not.
-_ORIGIN_SEED: dict[Origin, int] = {"policy": 0, "reward": 1}
-_ADAPTER_SEED, _HEAD_SEED = 1000, 2000
-# Float32 logits of a chunk on an accelerator, and the largest chunk.
-_LOGITS_BYTES, _MAX_LOGPROB_CHUNK = 2**28, 1024
 # By ``engine.trunk``.
 _TRUNKS: dict[str, Callable[[Case, LoadedModel, Adapters], Trunk]] = {"plain": PlainTrunk, "fast": make_fast_trunk}
 
@@ -79,52 +73,24 @@ class Engine:
         self.method = case.role_table
         self.device = torch.device(case.device)
         self.backend = select_backend(case.options.engine.backend, case.device, case.dtype)
-        self.models = self._load_models(with_weights, num_layers)
+        self.models = load_bases(case, self.method, with_weights=with_weights, num_layers=num_layers)
         self.logprob_chunk = logprob_chunk_size(case, self.vocab_size)
-        self.adapters = {base: self._attach(base) for base in self.method.bases}
+        self.adapters = attach_adapters(case, self.method, self.models)
         make_trunk = _TRUNKS[case.options.engine.trunk]
         self.trunks: dict[str, Trunk] = {
-            base: make_trunk(case, self.models[base], self.adapters[base]) for base in self.method.bases
+            base: make_trunk(case, model, self.adapters[base]) for base, model in self.models.items()
         }
         if check:
             self._check_models()
-        self.scalar_heads = self._make_scalar_heads()
+        self.scalar_heads = make_scalar_heads(case, self.method, self.models)
         self.strategy = self._divide(world, make_strategy)
-        self.parameters_of_role = self._declare_trained()
+        self.parameters_of_role = declare_trained(self.method, self.models, self.adapters, self.scalar_heads)
         self.strategy.declare_trained(
-            self.parameters_of_role, {pass_key(p.weights): p.roles for p in self.method.update_passes}
+            self.parameters_of_role, {p.weights.key: p.roles for p in self.method.update_passes}
         )
         if case.options.parallel.moves_weights:
             for trunk in self.trunks.values():
                 trunk.follow_weights()
-
-    def _load_models(self, with_weights: bool, num_layers: int | None) -> dict[str, LoadedModel]:
-        models: dict[str, LoadedModel] = {}
-        first_of: dict[tuple[Origin, bool], LoadedModel] = {}
-        for base in self.method.bases:
-            origin = self.method.origins[base]
-            key = (origin, "lm" in self.method.heads_of(base))
-            if key not in first_of:
-                seed = self.case.seed + _ORIGIN_SEED[origin]
-                name = self.case.model_of(origin)
-                first_of[key] = models[base] = load_model(
-                    self.case,
-                    seed=seed,
-                    with_lm_head=key[1],
-                    with_weights=with_weights,
-                    name=name,
-                    num_layers=num_layers,
-                )
-            else:
-                models[base] = first_of[key].clone()
-        self._check_vocabularies(models)
-        return models
-
-    def _check_vocabularies(self, models: dict[str, LoadedModel]) -> None:
-        """All bases read the same tokens."""
-        sizes = {self.case.model_of(self.method.origins[base]): model.vocab_size for base, model in models.items()}
-        if len(set(sizes.values())) > 1:
-            raise CaseError([vocabulary_problem(sizes)])
 
     def _check_models(self) -> None:
         """Refuses models that this engine would run wrongly, before anything is measured."""
@@ -159,39 +125,6 @@ class Engine:
         """Tokens of the vocabulary, which all bases share."""
         return self.models[self.method.bases[0]].vocab_size
 
-    def _attach(self, base: str) -> Adapters:
-        case = self.case
-        return Adapters(
-            self.models[base].trunk,
-            [adapter for owner, adapter in self.method.adapter_sets if owner == base],
-            rank=case.options.lora.r,
-            scaling=case.options.lora.scaling,
-            targets=case.options.lora.target_modules,
-            dtype=getattr(torch, case.options.lora.dtype or case.dtype),
-            seed=case.seed + _ADAPTER_SEED,
-        )
-
-    def _make_scalar_heads(self) -> dict[str, ScalarHead]:
-        """The scalar head of each role that reads one; roles that name one head share it."""
-        made: dict[str, ScalarHead] = {}
-        for role in self.method.roles.values():
-            if HEADS[role.head].outputs == "scalar":
-                self._make_scalar_head(role.head, self.models[role.base].hidden_size, made)
-        for head in made.values():
-            head.requires_grad_(False)
-        return {name: made[role.head] for name, role in self.method.roles.items() if role.head in made}
-
-    def _make_scalar_head(self, name: str, hidden_size: int, made: dict[str, ScalarHead]) -> ScalarHead:
-        """The head called ``name``: a copy with its own storage of the head that it starts from, or a new one."""
-        if name not in made:
-            original = HEADS[name].copy_of
-            if original is not None:
-                made[name] = clone_module(self._make_scalar_head(original, hidden_size, made))
-            else:
-                with seeded(self.device, self.case.seed + _HEAD_SEED):
-                    made[name] = ScalarHead(hidden_size, device=self.device, dtype=getattr(torch, self.case.dtype))
-        return made[name]
-
     def _divide(self, world: World, make: Callable[..., Strategy] | None) -> Strategy:
         """The strategy of the case, or what ``make`` makes, with the weights of all bases divided by it.
 
@@ -201,50 +134,18 @@ class Engine:
         strategy = (make or STRATEGIES[name])(
             self.case.options, world, self.device, may_skip=any(model.has_experts for model in self.models.values())
         )
-        heads = {
-            base: [self.scalar_heads[name] for name in self.scalar_heads if self.method.roles[name].base == base]
-            for base in self.models
-        }
-        strategy.divide(
-            {
-                base: BaseModule(model.trunk, [*([] if model.lm_head is None else [model.lm_head]), *heads[base]])
-                for base, model in self.models.items()
-            }
-        )
+        strategy.divide({base: BaseModule(model.trunk, self._heads_of(base)) for base, model in self.models.items()})
         return strategy
 
-    def _declare_trained(self) -> dict[str, list[nn.Parameter]]:
-        """The trained weights of each role; a weight that two roles train belongs to the first."""
-        for base, adapters in self.adapters.items():
-            roles = [self.method.roles[name] for name in self.method.trained_roles]
-            adapters.train([r.adapter for r in roles if r.base == base and r.adapter and "adapter" in r.trains])
-        owned: dict[int, str] = {}
-        found: dict[str, list[nn.Parameter]] = {}
-        for name in self.method.trained_roles:
-            candidates = self._trained_candidates(name)
-            found[name] = [p for p in candidates if owned.setdefault(id(p), name) == name]
-        for parameters in found.values():
-            for parameter in parameters:
-                parameter.requires_grad_(True)
-        return found
-
-    def _trained_candidates(self, name: str) -> list[nn.Parameter]:
-        role = self.method.roles[name]
-        parameters: list[nn.Parameter] = []
-        if "base" in role.trains:
-            parameters += self.base_parameters(role.base)
-        if "adapter" in role.trains and role.adapter is not None:
-            parameters += self.adapters[role.base].parameters(role.adapter)
-        if "head" in role.trains:
-            head = self.scalar_heads[name] if name in self.scalar_heads else self.models[role.base].lm_head
-            assert head is not None
-            parameters += head.parameters()
-        return list(dict.fromkeys(parameters))
+    def _heads_of(self, base: str) -> list[nn.Module]:
+        """The heads that read a base: the language-model head, where there is one, and scalar heads."""
+        lm_head = self.models[base].lm_head
+        scalar_heads = [head for role, head in self.scalar_heads.items() if self.method.roles[role].base == base]
+        return [*scalar_heads] if lm_head is None else [lm_head, *scalar_heads]
 
     def base_parameters(self, base: str) -> list[nn.Parameter]:
         """The weights of a trunk, adapters excluded."""
-        adapters = {id(p) for p in self.adapters[base].parameters()}
-        return [p for p in self.models[base].trunk.parameters() if id(p) not in adapters]
+        return base_parameters(self.models[base], self.adapters[base])
 
     def persistent_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(part, tensor) of every weight and buffer; a tied head comes after the base that owns its weight."""
@@ -333,7 +234,7 @@ class Engine:
 
     def train(self, weights: WeightSet, function: Callable[[], torch.Tensor], *, is_last: bool) -> torch.Tensor:
         """Calls ``function``, whose scalar a backward follows; see ``Strategy.train``."""
-        return self.strategy.train(pass_key(weights), weights.base, function, is_last=is_last)
+        return self.strategy.train(weights.key, weights.base, function, is_last=is_last)
 
     @torch.no_grad()
     def generate(
@@ -358,42 +259,24 @@ class Engine:
         assert tokens is not None
         batch = empty_completions(tokens, mask, case.completion_len, prompts.tokens.shape[0])
         observer.tag("rollout", batch.tensors())
-        self.strategy.generate(self.method.roles[role].base, lambda: self._decode(role, batch, generator, observer))
+        weights = self.method.roles[role].weights
+
+        def decode() -> None:
+            sample_completions(
+                batch,
+                self.trunks[weights.base].decoder(weights.adapter, batch.tokens.shape[1] - 1, observer),
+                self.lm_head(role),
+                generator,
+                options,
+                backend=self.backend,
+                skips_steps=not self.with_weights,
+                all_ended=self.strategy.all_ended,
+            )
+
+        self.strategy.generate(weights.base, decode)
         if options.stop_token_id is not None:
             batch["old_logprobs"].mul_(batch.mask)
         return batch
-
-    def _decode(self, role: str, batch: Batch, generator: torch.Generator | None, observer: Observer) -> None:
-        """Samples the completions of ``batch``, one position at a time."""
-        options, tokens = self.case.options.rollout, batch.tokens[:, : batch.prompt_len]
-        n, p, c = batch.num_sequences, batch.prompt_len, self.case.completion_len
-        weights, head = self.method.roles[role].weights, self.lm_head(role)
-        decoder = self.trunks[weights.base].decoder(weights.adapter, p + c - 1, observer)
-        ended = torch.zeros(n, dtype=torch.bool, device=tokens.device) if options.stop_token_id is not None else None
-        check_every = _tokens_between_looks(self.device)
-        start = 0
-        for t in range(p, p + c):
-            # Without weights only shapes matter: the prompt, the first step after it and the last step have the
-            # largest tensors, so the steps between are skipped.
-            if not self.with_weights and p + 1 < t < p + c - 1 and decoder.can_skip:
-                continue
-            if t > max(p, start + 1):
-                decoder.skip_to(t - 1)
-                start = t - 1
-            seen = None if batch.attention_mask is None else batch.attention_mask[:, :t]
-            hidden = decoder.advance(batch.tokens[:, start:t], seen)
-            logits = head.decode_logits(hidden, backend=self.backend)
-            if options.temperature != 1.0:
-                logits.div_(options.temperature)
-            token, logprob = sample(logits, generator, backend=self.backend)
-            if ended is not None:
-                if t > p and (t - p) % check_every == 0 and self.strategy.all_ended(bool(ended.all())):
-                    batch.mask[:, t - p :] = 0
-                    break
-                token, ended = _stop(batch, t, token, ended, options.stop_token_id)
-            batch.tokens[:, t] = token
-            batch["old_logprobs"][:, t - p] = logprob
-            start = t
 
     def check_sampled(self, role: str, batch: Batch) -> None:
         """Checks the log-probabilities of a generation. It waits for the device, so it belongs behind the phase.
@@ -418,67 +301,4 @@ class Engine:
         """
         with self.strategy.whole():
             if self.strategy.world.rank == 0:
-                self._write(folder)
-
-    def _write(self, folder: Path) -> None:
-        for base in self._trained_bases():
-            save_model(self.models[base], self.case.model_of(self.method.origins[base]), folder / base)
-        for base, adapters in self.adapters.items():
-            model = self.models[base]
-            for name in adapters.names:
-                prefix = model.prefix if model.lm_head is not None else None
-                adapters.save(
-                    name, folder / name, prefix=prefix, base_model=self.case.model_of(self.method.origins[base])
-                )
-        for role, head in self.scalar_heads.items():
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file({"weight": head.weight.detach().cpu().contiguous()}, folder / f"{role}_head.safetensors")
-
-    def _trained_bases(self) -> list[str]:
-        """The bases of which a weight of the trunk or of the language-model head is trained."""
-        roles = (self.method.roles[name] for name in self.method.trained_roles)
-        return list(dict.fromkeys(role.base for role in roles if "base" in role.trains or _trains_lm_head(role)))
-
-
-def pass_key(weights: WeightSet) -> str:
-    """The name of the differentiated pass over a weight set: there is one at most."""
-    return weights.base if weights.adapter is None else f"{weights.base}.{weights.adapter}"
-
-
-def _trains_lm_head(role: Role) -> bool:
-    return "head" in role.trains and HEADS[role.head].outputs == "vocabulary"
-
-
-def logprob_chunk_size(case: Case, vocab_size: int) -> int:
-    """Returns ``engine.logprob_chunk_size`` of ``case``, or that of its device.
-
-    128 positions bound the head's matmul on an H100 by memory: each chunk reads the whole head, and a position is worth
-    128 multiply-adds for every weight read, where the H100 needs about 300. Not yet measured on a GPU.
-
-    Args:
-        case: the case; its device decides.
-        vocab_size: columns of the logits.
-    """
-    asked = case.options.engine.logprob_chunk_size
-    if asked is not None:
-        return asked
-    if case.device == "cpu":
-        return CPU_LOGPROB_CHUNK
-    return min(_MAX_LOGPROB_CHUNK, max(CPU_LOGPROB_CHUNK, _LOGITS_BYTES // (4 * vocab_size)))
-
-
-def _tokens_between_looks(device: torch.device) -> int:
-    """Returns after how many tokens a generation looks whether all sequences have ended.
-
-    A look waits for the device, which the CPU has done anyway. Steps that come too many compute masked tokens.
-    """
-    return 1 if device.type == "cpu" else 16
-
-
-def _stop(
-    batch: Batch, t: int, token: torch.Tensor, ended: torch.Tensor, stop_token: int | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Masks position ``t`` of the sequences that ended before it, whose token becomes 0."""
-    batch.mask[:, t - batch.prompt_len] = (~ended).float()
-    token = torch.where(ended, torch.zeros_like(token), token)
-    return token, ended | (token == stop_token)
+                write_weights(folder, self.case, self.method, self.models, self.adapters, self.scalar_heads)

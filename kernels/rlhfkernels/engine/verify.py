@@ -21,8 +21,9 @@ from rlhfkernels.config.options import Options
 from rlhfkernels.engine.agreement import check_cache, decode, largest_error, tolerance, wide_log_softmax
 from rlhfkernels.engine.engine import Engine
 from rlhfkernels.errors import CaseError, ModelError
+from rlhfkernels.models.configuration import max_positions, read_config
 from rlhfkernels.models.faults import forward_errors
-from rlhfkernels.models.loading import load_causal_lm, read_max_positions
+from rlhfkernels.models.loading import load_causal_lm
 from rlhfkernels.seeding import seeded
 
 Outcome = Literal["ok", "wrong", "refused"]
@@ -79,7 +80,7 @@ def verify(model: str, *, dtype: str = "float32", device: str = "cpu", seed: int
         ModelError: the model cannot be loaded, or is of a kind that is not supported.
         CaseError: ``dtype`` or ``device`` breaks a rule.
     """
-    length = min(_MAX_LENGTH, read_max_positions(model) or _MAX_LENGTH)
+    length = min(_MAX_LENGTH, max_positions(read_config(model)) or _MAX_LENGTH)
     completion_len = max(1, length // 3)
     case = Case(
         method="sft-lora",

@@ -1,16 +1,10 @@
-"""Methods as data: weight sets, roles, a data source and a program of stages, and everything derived from them.
-
-A program is a tuple of stages. Which forward passes a step needs, which phases it has, which weights get gradients and
-what Hydra-RLHF's Table 2 counts are derived from it, here and nowhere else.
-"""
+"""What a method is made of: weight sets, roles, a data source and a program of stages."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
-T = TypeVar("T")
 Part = Literal["base", "adapter", "head"]
 Origin = Literal["policy", "reward"]
 SourceName = Literal["prompts", "demonstrations", "pairs"]
@@ -45,6 +39,11 @@ class WeightSet:
 
     base: str
     adapter: str | None = None
+
+    @property
+    def key(self) -> str:
+        """The name of the differentiated pass over it: there is one at most."""
+        return self.base if self.adapter is None else f"{self.base}.{self.adapter}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,234 +144,3 @@ class Optimize:
 
 
 Stage = Generate | Read | Derive | Update | Optimize
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class ForwardPass:
-    """One trunk forward with one weight set, for every stage that reads it.
-
-    Attributes:
-        weights: the weight set.
-        stages: ``Read`` or ``Update`` stages, in their order.
-    """
-
-    weights: WeightSet
-    stages: tuple[Read, ...] | tuple[Update, ...]
-
-    @property
-    def roles(self) -> tuple[str, ...]:
-        """The roles that share the pass, each once."""
-        return _unique(stage.role for stage in self.stages)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Phase:
-    """A named part of a step.
-
-    Attributes:
-        name: as in records and reports.
-        kind: the latency column of the papers' tables that it counts in. ``prepare`` runs once a data set and is no
-            part of a step.
-        stages: what it runs.
-        passes: the forward passes of its ``Read`` and ``Update`` stages.
-    """
-
-    name: str
-    kind: Literal["prepare", "inference", "update"]
-    stages: tuple[Stage, ...] = ()
-    passes: tuple[ForwardPass, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Method:
-    """A way to train.
-
-    Attributes:
-        name: the name users give it.
-        title: the name reports print.
-        family: methods of one family compute the same and differ in who shares weights.
-        origins: the pre-trained weights that each base starts from. Bases of one origin start equal.
-        roles: the role table.
-        source: the kind of data that a step reads.
-        program: the stages of a step, in order.
-        epochs: dotted name of the option with the epochs over one batch; ``None`` is one.
-        mini_batches: dotted name of the option with the optimizer steps per epoch; ``None`` is one.
-        same_work_as: a method that does the same work, though it holds other weights: reports take the difference of
-            the two as the noise of a run.
-    """
-
-    name: str
-    title: str
-    family: str
-    origins: dict[str, Origin]
-    roles: dict[str, Role]
-    source: SourceName
-    program: tuple[Stage, ...]
-    epochs: str | None = None
-    mini_batches: str | None = None
-    same_work_as: str | None = None
-
-    @property
-    def bases(self) -> tuple[str, ...]:
-        """The base weights that are loaded, in the order of first use."""
-        return _unique(role.base for role in self.roles.values())
-
-    @property
-    def num_static_models(self) -> int:
-        """Hydra-RLHF Table 2, "# of Static Models": every loaded full model is counted, trained or not."""
-        return len(self.bases)
-
-    @property
-    def adapter_sets(self) -> tuple[tuple[str, str], ...]:
-        """(base, adapter) pairs; their number is Hydra-RLHF Table 2, "# of LoRA Weight Sets"."""
-        return _unique((role.base, role.adapter) for role in self.roles.values() if role.adapter is not None)
-
-    @property
-    def trained_roles(self) -> tuple[str, ...]:
-        """The roles that train something."""
-        return tuple(name for name, role in self.roles.items() if role.trains)
-
-    @property
-    def trains_a_base(self) -> bool:
-        """True where a base is trained whole."""
-        return any("base" in role.trains for role in self.roles.values())
-
-    @property
-    def phases(self) -> tuple[Phase, ...]:
-        """The phases of a step, in order.
-
-        ``Read`` and ``Derive`` stages in a row are one phase, and so are ``Optimize`` stages. Each forward pass that is
-        differentiated is a phase: only one graph exists at a time.
-        """
-        found: list[Phase] = []
-        for kind, stages in _runs(self.program):
-            found += _PHASES[kind](self, stages)
-        return tuple(found)
-
-    @property
-    def score_passes(self) -> tuple[ForwardPass, ...]:
-        """The forward passes without a graph, generation apart."""
-        return tuple(p for phase in self.phases if phase.kind == "inference" for p in phase.passes)
-
-    @property
-    def update_passes(self) -> tuple[ForwardPass, ...]:
-        """The forward passes that are differentiated."""
-        return tuple(p for phase in self.phases if phase.kind == "update" for p in phase.passes)
-
-    @property
-    def prepare(self) -> Phase | None:
-        """The phase that runs once a data set, where there is one."""
-        return next((phase for phase in self.phases if phase.kind == "prepare"), None)
-
-    @property
-    def bases_of_steps(self) -> frozenset[str]:
-        """The bases that a step reads once its data set is prepared."""
-        roles = (getattr(stage, "role", None) for stage in self.program if not isinstance(stage, Prepare))
-        return frozenset(self.roles[role].base for role in roles if role is not None)
-
-    @property
-    def generate(self) -> Generate | None:
-        """The stage that samples, where there is one."""
-        return next((stage for stage in self.program if isinstance(stage, Generate)), None)
-
-    def sequences_per_row(self, options: dict[str, Any]) -> int:
-        """Sequences of one data row: 2 for a preference pair, n where n completions are sampled.
-
-        Args:
-            options: by dotted name.
-        """
-        samples = 1 if self.generate is None or self.generate.samples is None else int(options[self.generate.samples])
-        return SEQUENCES_PER_ROW[self.source] * samples
-
-    def heads_of(self, base: str) -> tuple[str, ...]:
-        """The heads that roles read from ``base``. A base without ``lm`` is loaded without a language-model head."""
-        return _unique(role.head for role in self.roles.values() if role.base == base)
-
-    def with_options(self, options: dict[str, Any]) -> Method:
-        """The method as ``options``, by dotted name, make it."""
-        program = tuple(
-            _as_asked(stage, options) if isinstance(stage, Read) else stage
-            for stage in self.program
-            if not isinstance(stage, Read) or _is_on(stage, options)
-        )
-        method = dataclasses.replace(self, program=program)
-        return method._with_frozen_copies() if options["ppo.critic_head"] == "frozen" else method
-
-    def _with_frozen_copies(self) -> Method:
-        """The same method with heads that start as copies frozen, and shared where original and copy share a base."""
-        roles = {}
-        for name, role in self.roles.items():
-            original = HEADS[role.head].copy_of
-            if original is not None:
-                shares = original in self.heads_of(role.base)
-                role = dataclasses.replace(role, head=original if shares else role.head, trains=role.trains - {"head"})
-            roles[name] = role
-        return dataclasses.replace(self, roles=roles)
-
-
-def _is_on(stage: Read, options: dict[str, Any]) -> bool:
-    return stage.when is None or bool(options[stage.when])
-
-
-def _as_asked(stage: Read, options: dict[str, Any]) -> Read:
-    """The stage, as a ``Prepare`` where its option says so."""
-    if stage.once is None or not options[stage.once]:
-        return stage
-    return Prepare(role=stage.role, quantity=stage.quantity, into=stage.into, once=stage.once)
-
-
-def _runs(program: Sequence[Stage]) -> list[tuple[type[Stage], tuple[Stage, ...]]]:
-    """The program in runs of stages that belong together: a ``Derive`` belongs to the reads around it."""
-    found: list[tuple[type[Stage], list[Stage]]] = []
-    for stage in program:
-        kind = Read if isinstance(stage, Derive) else type(stage)
-        if not found or found[-1][0] is not kind:
-            found.append((kind, []))
-        found[-1][1].append(stage)
-    return [(kind, tuple(stages)) for kind, stages in found]
-
-
-def _generate_phases(method: Method, stages: tuple[Stage, ...]) -> list[Phase]:
-    return [Phase(name="generate", kind="inference", stages=stages)]
-
-
-def _read_phases(method: Method, stages: tuple[Stage, ...]) -> list[Phase]:
-    return [Phase(name="score", kind="inference", stages=stages, passes=_passes(method, stages))]
-
-
-def _prepare_phases(method: Method, stages: tuple[Stage, ...]) -> list[Phase]:
-    return [Phase(name="prepare", kind="prepare", stages=stages, passes=_passes(method, stages))]
-
-
-def _update_phases(method: Method, stages: tuple[Stage, ...]) -> list[Phase]:
-    alone = len(method.trained_roles) == 1
-    return [
-        Phase(name="update" if alone else "_".join(("update", *p.roles)), kind="update", stages=p.stages, passes=(p,))
-        for p in _passes(method, stages)
-    ]
-
-
-def _optimize_phases(method: Method, stages: tuple[Stage, ...]) -> list[Phase]:
-    return [Phase(name="optimize", kind="update", stages=stages)]
-
-
-_PHASES = {
-    Generate: _generate_phases,
-    Read: _read_phases,
-    Prepare: _prepare_phases,
-    Update: _update_phases,
-    Optimize: _optimize_phases,
-}
-
-
-def _passes(method: Method, stages: Iterable[Stage]) -> tuple[ForwardPass, ...]:
-    """Stages that read one weight set share a forward pass, at the place of the first."""
-    groups: dict[WeightSet, list[Any]] = {}
-    for stage in stages:
-        if isinstance(stage, (Read, Update)):
-            groups.setdefault(method.roles[stage.role].weights, []).append(stage)
-    return tuple(ForwardPass(weights=weights, stages=tuple(found)) for weights, found in groups.items())
-
-
-def _unique(items: Iterable[T]) -> tuple[T, ...]:
-    return tuple(dict.fromkeys(items))

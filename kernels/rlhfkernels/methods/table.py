@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from rlhfkernels.errors import CaseError
-from rlhfkernels.methods.program import Derive, Generate, Method, Optimize, Origin, Part, Read, Role, Stage, Update
+from rlhfkernels.methods.method import Method
+from rlhfkernels.methods.program import Derive, Generate, Optimize, Origin, Part, Read, Role, Stage, Update
 from rlhfkernels.naming import unknown
 
 _WHOLE: frozenset[Part] = frozenset({"base", "head"})

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from rlhfkernels.config.case import Case
-from rlhfkernels.models.loading import read_config, with_attention
+from rlhfkernels.models.configuration import read_config
+from rlhfkernels.models.loading import with_attention
 
 MAX_PERIOD = 6  # Gemma 3: five layers with a sliding window, one without
 _PLAIN = (bool, int, float, str, type(None))

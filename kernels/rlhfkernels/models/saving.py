@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
-from rlhfkernels.models.loading import LoadedModel, read_config
+from rlhfkernels.models.configuration import read_config
+from rlhfkernels.models.loading import LoadedModel
 
 
 def save_model(model: LoadedModel, name: str, folder: Path) -> None:

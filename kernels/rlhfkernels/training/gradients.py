@@ -15,7 +15,8 @@ from rlhfkernels.algorithms.common import Counts, Loss, Reader
 from rlhfkernels.config.options import Options
 from rlhfkernels.data.batch import Batch
 from rlhfkernels.engine.engine import Engine
-from rlhfkernels.methods.program import ForwardPass, Update
+from rlhfkernels.methods.phases import ForwardPass
+from rlhfkernels.methods.program import Update
 from rlhfkernels.training.quantities import GraphReader, LeafReader, PackedReader
 
 

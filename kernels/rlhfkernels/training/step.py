@@ -8,10 +8,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import math
-import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,74 +17,28 @@ import torch
 from torch import nn
 
 from rlhfkernels.algorithms import DERIVATIONS
-from rlhfkernels.algorithms.common import Counts, Loss
 from rlhfkernels.config.case import Case
-from rlhfkernels.data.batch import Batch, Rows
+from rlhfkernels.data.batch import Batch, chunks
 from rlhfkernels.data.sources import SOURCES, Prompts, Source
 from rlhfkernels.engine.engine import Engine
-from rlhfkernels.errors import NumericalError
-from rlhfkernels.methods.program import Derive, ForwardPass, Generate, Optimize, Phase, Read
+from rlhfkernels.methods.phases import ForwardPass, Phase
+from rlhfkernels.methods.program import Derive, Generate, Optimize, Read
 from rlhfkernels.models.loading import load_tokenizer
 from rlhfkernels.observer import Observer
 from rlhfkernels.parallel.strategies import RoleOptimizer, Strategy
 from rlhfkernels.parallel.world import ALONE, World
-from rlhfkernels.training.gradients import PassForm, add_gradients, read_losses
-from rlhfkernels.training.optimizers import learning_rate, make_optimizer
+from rlhfkernels.training.gradients import PassForm
+from rlhfkernels.training.optimizer_table import make_optimizer
+from rlhfkernels.training.prepared import PreparedColumns
 from rlhfkernels.training.quantities import QUANTITIES
+from rlhfkernels.training.schedule import learning_rate
+from rlhfkernels.training.stats import StepStats
+from rlhfkernels.training.update import UpdatePhases
 
 RewardFunction = Callable[[Batch], torch.Tensor]
 
 # The column that a user's reward function fills, in place of the stage that reads it from the reward model.
 SCORES = "scores"
-
-
-@dataclasses.dataclass(kw_only=True, slots=True)
-class StepStats(Mapping[str, torch.Tensor]):
-    """Statistics of a step: scalars on the device, so that reading them is the caller's synchronisation.
-
-    As a mapping it holds every statistic by name: those of the method (``score`` and ``kl`` of a rollout,
-    ``ratio_error`` of PPO, ``accuracy`` of DPO), the losses as ``actor_loss`` and the gradient norms as
-    ``actor_grad_norm``.
-
-    Attributes:
-        metrics: the method's statistics. Those of the rollout are of the whole batch; those of the objectives too in
-            the first step; in later steps they are of the first mini-batch.
-        losses: loss of each trained role over the last mini-batch.
-        grad_norms: gradient norm of each optimizer over the last mini-batch, before clipping.
-    """
-
-    metrics: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
-    losses: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
-    grad_norms: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
-
-    def _all(self) -> dict[str, torch.Tensor]:
-        losses = {f"{role}_loss": value for role, value in self.losses.items()}
-        norms = {f"{role}_grad_norm": value for role, value in self.grad_norms.items()}
-        return {**self.metrics, **losses, **norms}
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._all()[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._all())
-
-    def __len__(self) -> int:
-        return len(self._all())
-
-    def to_dict(self) -> dict[str, float | None]:
-        """Every statistic as a number; ``None`` where it is not finite."""
-        numbers = {name: float(value) for name, value in self.items()}
-        return {name: number if math.isfinite(number) else None for name, number in numbers.items()}
-
-    def check_finite(self) -> None:
-        """Checks every statistic.
-
-        Raises:
-            NumericalError: one is not finite.
-        """
-        for name, value in self.items():
-            if not math.isfinite(float(value)):
-                raise NumericalError(f"{name} is {float(value)}: the step's numbers must be finite.")
 
 
 def build_step(
@@ -156,15 +108,12 @@ class TrainingStep:
             case, engine.vocab_size, tokenizer, with_rows=with_rows, world=world
         )
         self._generator = generator
-        self._prepared: dict[str, torch.Tensor] = {}
+        self._prepared = PreparedColumns(self._source.num_rows)
         self._is_prepared = self.method.prepare is None
         for p in self.method.update_passes if with_rows else ():
             if PassForm(p, case.options).packs:
                 engine.check_packing(p.weights.base)
-        self._order = random.Random(case.seed)
-        # Where every sequence has the case's lengths, no rank need ask the others for theirs.
-        self._lengths_differ = case.data_file is not None or case.options.rollout.stop_token_id is not None
-        self._is_first = True
+        self._updates = UpdatePhases(case, engine, world)
         self._set_gradient_dtypes()
         self.optimizers = {
             stage.role: self._make_optimizer(stage, engine.parameters_of_role[stage.role])
@@ -229,7 +178,7 @@ class TrainingStep:
         yield from self.engine.strategy.tensors()
         for optimizer in self.optimizers.values():
             yield from (("optimizer", tensor) for tensor in optimizer.tensors())
-        yield from (("rollout", tensor) for tensor in (*self._source.tensors(), *self._prepared.values()))
+        yield from (("rollout", tensor) for tensor in (*self._source.tensors(), *self._prepared.columns.values()))
 
     def save(self, folder: Path) -> None:
         """Writes every trained weight: adapter sets as PEFT, whole models as transformers reads them, scalar heads."""
@@ -262,26 +211,12 @@ class TrainingStep:
             for batch in itertools.islice(self._source.data_set(self._generator), num_batches):
                 self._read(phase.passes, batch, observer)
                 for stage in stages:
-                    self._keep(stage.into, batch)
-                observer.tag("rollout", self._prepared.values())
+                    self._prepared.keep(stage.into, batch)
+                observer.tag("rollout", self._prepared.columns.values())
             if num_batches is None:
                 self._is_prepared = True
                 for base in set(self.engine.models) - self.method.bases_of_steps:
                     self.engine.release(base)
-
-    def _keep(self, name: str, batch: Batch) -> None:
-        """Copies a column of ``batch`` to its rows of the data set's."""
-        column = batch[name]
-        if name not in self._prepared:
-            num_entries = self.num_data_rows * (len(column) // batch.num_rows)
-            self._prepared[name] = column.new_zeros(num_entries, *column.shape[1:])
-        self._prepared[name][self._entries(name, batch)] = column
-
-    def _entries(self, name: str, batch: Batch) -> list[int]:
-        """Places of a batch's entries in a prepared column."""
-        assert batch.rows is not None, "the rows of a data set have places"
-        count = len(self._prepared[name]) // self.num_data_rows
-        return [row * count + i for row in batch.rows for i in range(count)]
 
     def run(self, observer: Observer | None = None) -> StepStats:
         """One complete step on the next batch of data."""
@@ -305,8 +240,7 @@ class TrainingStep:
             first = next(phase.name for phase in self.phases if phase.kind != "prepare")
             with observer.phase(first):
                 batch = self._next_batch()
-                for name, column in self._prepared.items():
-                    batch[name] = column[self._entries(name, batch)]
+                self._prepared.fill(batch)
                 observer.tag("rollout", batch.tensors())
         for phase in self.phases:
             if phase.kind == "inference":
@@ -351,7 +285,7 @@ class TrainingStep:
             batch[read.into] = QUANTITIES[read.quantity].new_column(batch)
         observer.tag("rollout", batch.tensors())
         passes = [p for p in map(self._without_reward, passes) if p.stages]
-        for rows in self._micro_batches(range(batch.num_rows)):
+        for rows in chunks(range(batch.num_rows), self.case.micro_batch_size):
             part = batch.select(rows)
             for p in passes:
                 self.engine.read(p.weights, functools.partial(self._read_pass, p, part))
@@ -371,86 +305,11 @@ class TrainingStep:
         return dataclasses.replace(p, stages=kept)
 
     def update(self, batch: Batch, observer: Observer | None = None, stats: StepStats | None = None) -> StepStats:
-        """The update phases: every epoch's mini-batches, one graph at a time, and an optimizer step after each."""
+        """The update phases; see ``UpdatePhases.run``."""
         observer = self.engine.strategy.observer = observer or Observer()
         stats = StepStats() if stats is None else stats  # an empty mapping is false
-        phases = [phase for phase in self.phases if phase.kind == "update"]
-        if not phases:
-            return stats
-        whole = self._first_statistics(phases, batch, observer)
-        first = True
-        for _ in range(self.case.num_epochs):
-            for indices in self._mini_batches():
-                stats.losses, stats.grad_norms = {}, {}
-                metrics: dict[str, torch.Tensor] = {}
-                for phase in phases:
-                    with observer.phase(phase.name):
-                        for p in phase.passes:
-                            for losses in self._losses(p, batch, indices, train=True):
-                                for role, loss in losses:
-                                    stats.losses[role] = stats.losses.get(role, 0) + loss.value.detach()
-                                _add_statistics(metrics, losses)
-                        for stage in phase.stages:
-                            if isinstance(stage, Optimize) and stage.role in self.optimizers:
-                                stats.grad_norms[stage.role] = self.optimizers[stage.role].step()
-                if first:  # the weights are still those that the columns were read with
-                    stats.metrics |= metrics | whole
-                    first = False
+        self._updates.run(batch, observer, stats, self.optimizers)
         return stats
-
-    @torch.no_grad()
-    def _first_statistics(self, phases: Sequence[Phase], batch: Batch, observer: Observer) -> dict[str, torch.Tensor]:
-        """The objectives' statistics over the whole batch, before any weight moves; of the first step alone.
-
-        Rows of later mini-batches are trained on after an optimizer step, so they need a forward pass of their own.
-        None is run where the batch is one mini-batch, nor in later steps, which are timed.
-        """
-        is_needed = self._is_first and self.case.mini_batch_size < batch.num_rows and self.engine.with_weights
-        self._is_first = False
-        metrics: dict[str, torch.Tensor] = {}
-        for phase in [phase for phase in phases if phase.passes] if is_needed else ():
-            with observer.phase(phase.name):
-                for p in phase.passes:
-                    for losses in self._losses(p, batch, range(batch.num_rows), train=False):
-                        _add_statistics(metrics, losses)
-        return metrics
-
-    def _losses(
-        self, p: ForwardPass, batch: Batch, indices: Sequence[int], *, train: bool
-    ) -> Iterator[list[tuple[str, Loss]]]:
-        """The losses of one pass, each with its role, one micro-batch of ``indices`` at a time.
-
-        With ``train``, their gradients have been added, and no graph is left.
-        """
-        form = PassForm(p, self.case.options)
-        selected = batch.select(_rows(indices))
-        tokens = (selected.predicted_mask if form.reads_prompt else selected.mask).sum()
-        if self._lengths_differ:
-            # Gradients are averaged over ranks: the divisor is the mean of theirs.
-            tokens = self.world.all_sum(tokens) / self.world.size
-        counts = Counts(tokens=tokens, rows=len(indices))
-        micro_batches = list(self._micro_batches(indices))
-        for i, rows in enumerate(micro_batches):
-            part = batch.select(rows)
-            if train:
-                losses = add_gradients(self.engine, form, part, counts, is_last=i == len(micro_batches) - 1)
-            else:
-                losses = read_losses(self.engine, form, part, counts)
-            yield [(stage.role, loss) for stage, loss in zip(form.stages, losses, strict=True)]
-
-    def _mini_batches(self) -> Iterator[Sequence[int]]:
-        """The data rows of every mini-batch of one epoch; shuffled only where there are several."""
-        order: Sequence[int] = range(self.case.batch_size)
-        size = self.case.mini_batch_size
-        if size < len(order):
-            order = self._order.sample(order, len(order))
-        for start in range(0, len(order), size):
-            yield order[start : start + size]
-
-    def _micro_batches(self, indices: Sequence[int]) -> Iterator[Rows]:
-        size = self.case.micro_batch_size
-        for start in range(0, len(indices), size):
-            yield _rows(indices[start : start + size])
 
 
 # What runs an inference phase, by the kind of its first stage.
@@ -459,17 +318,3 @@ _INFERENCE = {
     Read: TrainingStep._score,
     Derive: TrainingStep._score,
 }
-
-
-def _add_statistics(metrics: dict[str, torch.Tensor], losses: Iterable[tuple[str, Loss]]) -> None:
-    """Adds one micro-batch's statistics to those of its mini-batch, or of the whole batch."""
-    for _, loss in losses:
-        for name, found in loss.sums.items():
-            metrics[name] = metrics[name] + found if name in metrics else found
-        for name, found in loss.maxima.items():
-            metrics[name] = torch.maximum(metrics[name], found) if name in metrics else found
-
-
-def _rows(indices: Sequence[int]) -> Rows:
-    """A range becomes a slice, so that its rows are views and not copies."""
-    return slice(indices.start, indices.stop) if isinstance(indices, range) else list(indices)

@@ -13,13 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from fractions import Fraction
 
+from rlhfkernels.methods.phases import ForwardPass, Phase
 from rlhfkernels.methods.program import (
     HEADS,
     Derive,
-    ForwardPass,
     Generate,
     Optimize,
-    Phase,
     Prepare,
     Read,
     Role,

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhfbench.cases.settings import changed_options, setting_of
-from rlhfbench.cases.sweep import Sweep, differences, override, parse_option, read_spec, split_length
+from rlhfbench.cases.settings import setting_of
+from rlhfbench.cases.sweep import Sweep, differences
 from rlhfbench.errors import SweepError
 from rlhfkernels.config.case import Case, option_annotations
-from rlhfkernels.config.options import RENAMED_OPTIONS, Options
+from rlhfkernels.config.options import Options
 from rlhfkernels.methods.table import METHODS
 
 GRID = {"methods": ["hydra"], "models": ["tiny"], "seq_lens": [8], "batch_sizes": [1]}
@@ -44,43 +44,6 @@ def test_methods_are_selected_by_row_family_and_all():
     table = {"method": "ppo", "model": "tiny", "seq_len": 8, "batch_size": 1}
     assert [case.method for case in Sweep.from_spec({"cases": [table]}).cases] == PPO_METHODS
     assert "method 'dp' is unknown" in problems({**GRID, "methods": ["ppo", "dp"]})[0]
-
-
-def test_cases_are_ordered_by_batch_size_length_and_method():
-    spec = {"methods": ["lora", "full"], "models": "tiny", "seq_lens": [16, 8], "batch_sizes": [4, 1]}
-    rows = [(case.batch_size, case.seq_len, case.method) for case in Sweep.from_spec(spec).cases]
-    assert rows == [(b, s, m) for b in (1, 4) for s in (8, 16) for m in ("lora", "full")]
-
-
-@pytest.mark.parametrize(
-    ("seq_len", "fraction", "expected"),
-    [
-        (800, 0.5, (400, 400)),
-        (7, 0.5, (3, 4)),
-        (2, 0.5, (1, 1)),
-        (10, 0.7, (7, 3)),
-        (10, 0.01, (1, 9)),
-        (10, 0.99, (9, 1)),
-    ],
-)
-def test_a_length_is_split(seq_len, fraction, expected):
-    assert split_length(seq_len, fraction) == expected
-
-
-@given(st.integers(2, 10_000), st.floats(0.001, 0.999))
-def test_both_parts_of_a_split_have_tokens_and_sum_to_the_length(seq_len, fraction):
-    prompt_len, completion_len = split_length(seq_len, fraction)
-    assert prompt_len + completion_len == seq_len
-    assert min(prompt_len, completion_len) >= 1
-    assert abs(prompt_len - seq_len * fraction) <= 1
-
-
-def test_prompt_and_completion_lengths_are_taken_in_pairs():
-    spec = {**GRID, "prompt_lens": [8, 4], "completion_lens": 6}
-    del spec["seq_lens"]
-    assert [(c.prompt_len, c.completion_len) for c in Sweep.from_spec(spec).cases] == [(4, 6), (8, 6)]
-    spec["completion_lens"] = [6, 7]
-    assert [(c.prompt_len, c.completion_len) for c in Sweep.from_spec(spec).cases] == [(4, 7), (8, 6)]
 
 
 def test_singular_keys_and_single_values():
@@ -205,11 +168,6 @@ def test_a_wrong_setting_is_reported_once_beside_other_problems(change, says):
     assert sum("float23" in problem for problem in found) == 1
 
 
-def test_pairs_of_different_lengths():
-    spec = {"methods": "hydra", "prompt_lens": [1, 2, 3], "completion_lens": [1, 2]}
-    assert "3 values and completion_lens 2" in problems(spec)[0]
-
-
 # Options whose value must fit another field of the case.
 TIED = (
     "ppo.num_mini_batches",
@@ -270,77 +228,6 @@ def test_a_sweep_file(tmp_path):
     assert all(case.options.ppo.reward_clip is None and repr(case.options.ppo.kl_coef) == "1.0" for case in cases)
 
 
-def test_a_sweep_file_that_is_absent_or_not_toml(tmp_path):
-    with pytest.raises(SweepError, match="cannot be read: No such file"):
-        read_spec(tmp_path / "absent.toml")
-    (tmp_path / "sweep.toml").write_text("methods = [")
-    with pytest.raises(SweepError, match="is not TOML"):
-        read_spec(tmp_path / "sweep.toml")
-
-
-def test_flags_win_over_keys_of_a_file():
-    spec = {**GRID, "prompt_lens": [4], "completion_lens": [4], "options": {"ppo": {"gamma": 0.5, "lam": 0.5}}}
-    merged = override(spec, {"seq_lens": [16], "device": "cuda", "options": {"ppo.lam": 0.9}})
-    assert merged["seq_lens"] == [16]
-    assert "prompt_lens" not in merged
-    assert merged["options"] == {"ppo.gamma": 0.5, "ppo.lam": 0.9}
-    assert merged["device"] == "cuda"
-
-
-def test_flags_win_over_listed_cases_but_add_no_grid():
-    spec = Sweep.from_spec({**GRID, "methods": ["hydra", "lora"]}).to_spec()
-    merged = Sweep.from_spec(override(spec, {"device": "cuda", "options": {"ppo.gamma": 0.5}}))
-    assert {(case.device, case.options.ppo.gamma) for case in merged.cases} == {("cuda", 0.5)}
-    assert len(merged.cases) == 2
-    with pytest.raises(SweepError, match="methods cannot be given for a sweep file that lists its"):
-        override(spec, {"methods": ["full"]})
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("ppo.gamma=1", ("ppo.gamma", 1.0)),
-        ("engine.logprob_chunk_size=64", ("engine.logprob_chunk_size", 64)),
-        ("engine.logprob_chunk_size=6.5", ("engine.logprob_chunk_size", "6.5")),
-        ("engine.gradient_checkpointing=True", ("engine.gradient_checkpointing", True)),
-        ("ppo.reward_clip=none", ("ppo.reward_clip", None)),
-        ("rollout.stop_token_id=5", ("rollout.stop_token_id", 5)),
-        ("lora.target_modules=q_proj,v_proj", ("lora.target_modules", "q_proj,v_proj")),
-        ("lora.target_modules=none", ("lora.target_modules", "none")),
-        ("data.prompts=a=b", ("data.prompts", "a=b")),
-    ],
-)
-def test_an_option_of_the_command_line_has_the_type_of_its_field(text, expected):
-    name, value = parse_option(text)
-    assert (name, value) == expected
-    assert type(value) is type(expected[1])
-
-
-def test_malformed_options():
-    with pytest.raises(SweepError, match="write it as KEY=VALUE"):
-        parse_option("ppo.gamma")
-    with pytest.raises(SweepError, match=r"did you mean 'ppo\.gamma'"):
-        parse_option("ppo.gama=1")
-
-
-@pytest.mark.parametrize(("old", "new"), RENAMED_OPTIONS.items())
-def test_an_old_name_of_an_option_reports_the_new_name(old, new, tmp_path):
-    sentence = f"option {old!r} is now called {new!r}."
-    with pytest.raises(SweepError) as caught:
-        parse_option(f"{old}=1")
-    assert caught.value.problems == (sentence,)
-    (tmp_path / "sweep.toml").write_text(f"[options]\n{old} = 1\n")
-    assert problems(read_spec(tmp_path / "sweep.toml")) == (sentence,)
-    table = {"method": "hydra", "model": "tiny", "seq_len": 8, "batch_size": 1, "options": {old: 1}}
-    assert problems({"cases": [table]}) == (f"cases[1]: {sentence}",)
-
-
-def test_a_sweep_key_that_became_an_option_reports_its_name():
-    assert problems({**GRID, "lora_rank": 4}) == ("sweep key 'lora_rank' is now the option 'lora.r'.",)
-    table = {"method": "hydra", "model": "tiny", "seq_len": 8, "batch_size": 1, "lora_rank": 4}
-    assert problems({"cases": [table]}) == ("cases[1]: sweep key 'lora_rank' is now the option 'lora.r'.",)
-
-
 def test_differences_between_two_sweeps():
     asked = Sweep.from_spec({**GRID, "batch_sizes": [1, 8]}).cases
     there = Sweep.from_spec({**GRID, "options": {"ppo.gamma": 0.5}}).cases
@@ -354,31 +241,6 @@ def test_differences_between_two_sweeps():
         for rank, size in ((1, 2), (2, 1))
     ]
     assert differences(pair, other) == "other combinations of the same values"
-
-
-def test_micro_batches_are_given_for_all_batch_sizes_that_they_divide():
-    spec = {"methods": "hydra", "models": "tiny", "seq_lens": [8], "batch_sizes": [4, 8]}
-    options = {"engine.micro_batch_size": 2, "ppo.num_mini_batches": 2}
-    assert [case.micro_batch_size for case in Sweep.from_spec({**spec, "options": options}).cases] == [2, 2]
-    with pytest.raises(SweepError, match=r"engine.micro_batch_size is 3: it must divide the mini-batch of 4"):
-        Sweep.from_spec({**spec, "options": {"engine.micro_batch_size": 3}})
-
-
-DATA = {"data.prompts": "p.jsonl", "data.pairs": "x.jsonl"}
-
-
-def test_each_method_of_a_grid_takes_its_own_data_file_and_loads_back():
-    sweep = Sweep.from_spec({**GRID, "methods": ["hydra", "dpo-lora", "sft"], "options": DATA})
-    files = [(case.method, case.data_file) for case in sweep.cases]
-    assert files == [("hydra", "p.jsonl"), ("dpo-lora", "x.jsonl"), ("sft", None)]
-    assert Sweep.from_spec(tomllib.loads(sweep.to_toml())) == sweep
-
-
-def test_a_data_file_that_no_method_of_the_grid_takes_is_one_sentence():
-    assert problems({**GRID, "methods": ["sft", "dpo"], "options": {"data.prompts": "p.jsonl"}}) == (
-        "data.prompts is 'p.jsonl': method 'sft' takes demonstrations, so it must be none.",
-        "data.prompts is 'p.jsonl': method 'dpo' takes pairs, so it must be none.",
-    )
 
 
 def test_methods_are_rows_families_and_all():
@@ -411,10 +273,3 @@ def test_the_paths_of_data_files_and_local_models_are_made_absolute(tmp_path, mo
         str(tmp_path / "m"), str(tmp_path / "p.jsonl"),
     )  # fmt: skip
     assert Sweep.from_spec(GRID).absolute() == Sweep.from_spec(GRID)
-
-
-def test_the_chunk_that_older_records_hold_is_of_the_modern_setting():
-    stated = dataclasses.asdict(Options.of({"engine.logprob_chunk_size": 128}))
-    assert setting_of(stated) == "modern"
-    assert changed_options(stated) == {}
-    assert setting_of(dataclasses.asdict(Options.of({"engine.logprob_chunk_size": 64}))) == "custom"

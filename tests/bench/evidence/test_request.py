@@ -22,9 +22,9 @@ def test_parts_are_numbers_joined_by_commas() -> None:
 
 
 def test_the_device_decides_model_and_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlhfbench.cases.preflight.num_cuda_devices", lambda: 0)
+    monkeypatch.setattr("rlhfbench.evidence.request.num_cuda_devices", lambda: 0)
     assert Request.of(None, None) == Request(model="tiny", device="cpu", sizes=MINIATURE)
-    monkeypatch.setattr("rlhfbench.cases.preflight.num_cuda_devices", lambda: 1)
+    monkeypatch.setattr("rlhfbench.evidence.request.num_cuda_devices", lambda: 1)
     assert Request.of(None, None) == Request(model="llama-7b", device="cuda", sizes=FULL)
     assert Request.of("gpt2", "cpu") == Request(model="gpt2", device="cpu", sizes=MINIATURE)
     assert Request.of("gpt2", "cpu", 7).sizes == dataclasses.replace(MINIATURE, blocks=7)

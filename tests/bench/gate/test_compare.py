@@ -72,6 +72,23 @@ def test_equal_sides_are_the_same_after_the_first_look(tmp_path):
         assert {len(block["phases"]["generate"]) for block in blocks[1:]} == {NUM_ROUNDS}
 
 
+def test_both_sides_of_every_pair_share_the_cores_that_a_case_needs(tmp_path, monkeypatch):
+    numbers = []
+    monkeypatch.setattr(turns, "draw_cores", lambda number, rng: numbers.append(number))
+    monkeypatch.setattr(compare, "shared_cores", lambda case, records: 3)
+    compared(tmp_path, "steady")
+    assert numbers == [3] * MIN_PAIRS
+
+
+@pytest.mark.parametrize(
+    ("world", "threads", "cores"), [(1, (1, 2), 2), (1, (1, None), None), (1, (None, None), None), (2, (1, 1), None)]
+)
+def test_a_case_needs_a_core_for_each_thread_where_that_is_known_of_all_its_processes(world, threads, cores):
+    options = Options.of({"parallel.strategy": "ddp", "parallel.world_size": 2} if world == 2 else {})
+    records = [{"num_threads": number} for number in threads]
+    assert compare.shared_cores(dataclasses.replace(CASE, options=options), records) == cores
+
+
 def test_an_older_base_is_timed_in_blocks_one_after_the_other(tmp_path):
     (tmp_path / "old" / "rlhfbench").mkdir(parents=True)
     old = dataclasses.replace(BASE, paths=(str(tmp_path / "old"),))

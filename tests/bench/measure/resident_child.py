@@ -12,8 +12,9 @@ import psutil
 import torch
 
 from rlhfbench.measure import host
+from rlhfbench.measure.announcer import Announcer
 from rlhfbench.measure.ledger import Ledger
-from rlhfbench.measure.measurements import Announcer, run_under_ledger
+from rlhfbench.measure.memory import run_under_ledger
 from rlhfkernels import Case, Options
 from rlhfkernels.observer import Observer
 from rlhfkernels.training.step import build_step

@@ -36,7 +36,7 @@ class Walked(Ledger):
 
     def exit_phase(self, name):
         super().exit_phase(name)
-        found, live = walk(), {key: entry.num_bytes for key, entry in self._entries.items()}
+        found, live = walk(), {key: entry.num_bytes for key, entry in self._storages.entries.items()}
         assert live == {key: size for key, size in found.items() if key not in self.before or key in live}
         assert sum(live.values()) == self.total_bytes == sum(self.parts.values())
         self.num_walks += 1
@@ -161,7 +161,7 @@ def test_a_storage_is_temporary_again_after_its_last_saved_reference():
         assert first_only == INPUT
         del first
         assert ledger.parts["activations"] == 0
-        assert ledger._entries[y.untyped_storage()._cdata].num_bytes == INPUT
+        assert ledger._storages.entries[y.untyped_storage()._cdata].num_bytes == INPUT
 
 
 def test_a_saved_output_does_not_keep_itself_alive():

@@ -10,7 +10,7 @@ import torch
 from torch import distributed
 
 from rlhfbench.measure.ledger import Ledger
-from rlhfbench.measure.measurements import measure_memory
+from rlhfbench.measure.memory import measure_memory
 from rlhfkernels import Case, build_step
 from rlhfkernels.parallel.world import World
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from rlhfbench.measure.ledger import Ledger
 from rlhfbench.measure.lifetimes import MAX_LIFETIMES, Lifetime, ReplayedTally, largest, lifetime_columns
-from rlhfbench.measure.measurements import measure_memory
+from rlhfbench.measure.memory import measure_memory
 from rlhfbench.measure.tally import Recorder, replay
 from rlhfbench.measure.timeline import Timeline
 from rlhfkernels.config.case import Case

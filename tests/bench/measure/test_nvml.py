@@ -4,8 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rlhfbench.cases import preflight
-from rlhfbench.measure.nvml import NvmlSampler
+from rlhfbench.measure.nvml import NvmlSampler, num_cuda_devices
 from rlhfbench.runs import max_batch
 
 MIB = 2**20
@@ -183,7 +182,7 @@ def test_cuda_visible_devices_maps_to_the_devices_of_the_driver_everywhere(nvml,
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert preflight.num_cuda_devices() == len(devices)
+    assert num_cuda_devices() == len(devices)
     memory = [device + 1 for device in devices]
     assert [max_batch.device_bytes(f"cuda:{index}") for index in range(4)] == memory + [None] * (4 - len(memory))
     for index in range(4):
@@ -195,12 +194,21 @@ def test_cuda_visible_devices_maps_to_the_devices_of_the_driver_everywhere(nvml,
 
 def test_without_nvml_the_files_of_the_driver_are_counted(nvml, monkeypatch, tmp_path):
     nvml(None)
-    monkeypatch.setattr(preflight, "_DRIVER_GPUS", tmp_path / "gpus")
-    assert preflight.num_cuda_devices() == 0
+    monkeypatch.setattr("rlhfbench.measure.nvml._DRIVER_GPUS", tmp_path / "gpus")
+    assert num_cuda_devices() == 0
     for index, uuid in enumerate(FourGpus.UUIDS):
         (tmp_path / "gpus" / f"0000:0{index}").mkdir(parents=True)
         (tmp_path / "gpus" / f"0000:0{index}" / "information").write_text(f"Model: X\nGPU UUID: \t {uuid}\n")
-    assert preflight.num_cuda_devices() == 4
+    assert num_cuda_devices() == 4
     for visible, number in (("3,0", 2), ("GPU-cc44,GPU-zz", 1), ("", 0)):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        assert preflight.num_cuda_devices() == number
+        assert num_cuda_devices() == number
+
+
+def test_devices_are_counted_by_nvml(monkeypatch):
+    calls = []
+    names = {"nvmlInit": None, "nvmlShutdown": None, "nvmlDeviceGetCount": 3}
+    nvml = type("Nvml", (), {n: staticmethod(lambda n=n, v=v: calls.append(n) or v) for n, v in names.items()})
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    assert num_cuda_devices() == 3
+    assert calls == ["nvmlInit", "nvmlDeviceGetCount", "nvmlShutdown"]

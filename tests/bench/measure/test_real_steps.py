@@ -8,6 +8,7 @@ import torch
 
 from rlhfbench.measure import MeasurementOptions, measure_case, measurements
 from rlhfbench.measure.ledger import Ledger
+from rlhfbench.measure.memory import OUTER_VIEWS, measure_memory, memory_object
 from rlhfbench.planning.predict import plan_case
 from rlhfbench.records.file import make_record
 from rlhfkernels.config.case import Case
@@ -47,7 +48,7 @@ class Walked(Observer):
 
     def exit_phase(self, name):
         self.ledger.exit_phase(name)
-        found, live = walk(), {key: entry.num_bytes for key, entry in self.ledger._entries.items()}
+        found, live = walk(), {key: entry.num_bytes for key, entry in self.ledger._storages.entries.items()}
         assert live == {key: size for key, size in found.items() if key not in self.before or key in live}
         assert sum(live.values()) == self.ledger.total_bytes == sum(self.ledger.parts.values())
         self.walked.append(name)
@@ -134,10 +135,8 @@ def test_the_check_of_loaded_models_changes_no_memory_figure(monkeypatch):
     case = Case(method="lora", model="tiny", prompt_len=4, completion_len=4, batch_size=2)
 
     def memory():
-        views = dict.fromkeys(measurements.OUTER_VIEWS)
-        return measurements.memory_object(
-            measurements.measure_memory(build_step(case), "cpu", lambda text: None), views
-        )
+        ledger = measure_memory(build_step(case), "cpu", lambda text: None)
+        return memory_object(ledger, dict.fromkeys(OUTER_VIEWS))
 
     checked = memory()
     monkeypatch.setattr(Engine, "_check_models", lambda engine: None)

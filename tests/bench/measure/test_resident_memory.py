@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlhfbench.measure.announcer import Announcer
 from rlhfbench.measure.ledger import Ledger, block_bytes
-from rlhfbench.measure.measurements import Announcer, run_under_ledger
+from rlhfbench.measure.memory import run_under_ledger
 from rlhfkernels import Case, Options
 from rlhfkernels.observer import Observer
 from rlhfkernels.training.step import build_step

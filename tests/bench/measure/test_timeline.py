@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rlhfbench.measure.announcer import Announcer
 from rlhfbench.measure.ledger import Ledger
-from rlhfbench.measure.measurements import Announcer, measure_memory
+from rlhfbench.measure.memory import measure_memory
 from rlhfbench.measure.tally import Snapshot
 from rlhfbench.measure.timeline import MAX_POINTS, MAX_STRETCHES, Timeline
 from rlhfkernels.config.case import Case

@@ -42,6 +42,17 @@ def test_every_round_has_one_turn_of_each_in_random_order(folder):
     assert not list(folder.iterdir())
 
 
+def test_both_are_bound_to_the_cores_that_are_drawn_and_to_none_by_default(folder, monkeypatch):
+    bound, order = [], []
+    monkeypatch.setattr("rlhfbench.measure.turns.draw_cores", lambda number, rng: [number + 5])
+    monkeypatch.setattr("rlhfbench.measure.turns.bind_peer", lambda connection, cores: bound.append(cores))
+    jobs = [player("a", order), player("b", order)]
+    run_in_turns(jobs, folder, 0.0, random.Random(1), [pytest.fail], num_cores=2)
+    assert bound == [[7], [7]]
+    run_in_turns(jobs, folder, 0.0, random.Random(1), [pytest.fail])
+    assert bound == [[7], [7]]
+
+
 def test_a_budget_of_many_short_turns_ends_after_a_thousand_rounds(folder):
     order = []
     run_in_turns([player("a", order), player("b", order)], folder, 1e6, random.Random(1), aborts=[pytest.fail])

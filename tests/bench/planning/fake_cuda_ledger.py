@@ -22,7 +22,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rlhfbench.measure.ledger import Ledger, block_bytes
-from rlhfbench.measure.measurements import run_under_ledger
+from rlhfbench.measure.memory import run_under_ledger
 from rlhfkernels import Case, build_step
 
 aten = torch.ops.aten

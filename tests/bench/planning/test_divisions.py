@@ -9,7 +9,7 @@ import pytest
 from torch import distributed
 
 import rlhfbench
-from rlhfbench.measure.measurements import measure_memory
+from rlhfbench.measure.memory import measure_memory
 from rlhfbench.planning.predict import plan_case
 from rlhfbench.planning.zero import Zero
 from rlhfkernels import Case, Options, build_step

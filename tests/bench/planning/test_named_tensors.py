@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rlhfbench.measure.measurements import measure_memory
+from rlhfbench.measure.memory import measure_memory
 from rlhfbench.measure.timeline import Timeline
 from rlhfbench.planning.predict import plan_case
 from rlhfbench.planning.zero import Zero

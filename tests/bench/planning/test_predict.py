@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhfbench.errors import SweepError
 from rlhfbench.measure.ledger import Ledger
-from rlhfbench.measure.measurements import memory_object, run_under_ledger
+from rlhfbench.measure.memory import memory_object, run_under_ledger
 from rlhfbench.planning.devices import find_accelerator
 from rlhfbench.planning.predict import plan_case
 from rlhfbench.planning.prediction import Plan

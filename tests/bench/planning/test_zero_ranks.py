@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rlhfbench.measure.measurements import OUTER_VIEWS, measure_memory, memory_object
+from rlhfbench.measure.memory import OUTER_VIEWS, measure_memory, memory_object
 from rlhfbench.planning.predict import plan_case
 from rlhfbench.planning.zero import Zero
 from rlhfkernels import Case, Options, build_step

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from rlhfbench.cases.sweep import parse_option
-from rlhfbench.measure.measurements import OUTER_VIEWS, measure_memory, memory_object
+from rlhfbench.cases.spec import parse_option
+from rlhfbench.measure.memory import OUTER_VIEWS, measure_memory, memory_object
 from rlhfbench.planning.predict import plan_case
 from rlhfkernels import Case, Options, build_step
 from rlhfkernels.parallel.deepspeed import load

@@ -14,7 +14,7 @@ from rlhfkernels.models.cache import PreallocatedLayer
 
 @pytest.mark.parametrize("trunk", ["fast", "plain"])
 def test_a_wrong_head_is_never_run(make_case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch, trunk: str) -> None:
-    monkeypatch.setattr(loading, "_logit_scale", lambda config: 0.5)
+    monkeypatch.setattr(loading, "logit_scale", lambda config: 0.5)
     sentence = (
         rf"model '.*' is run wrongly: the full forward \({trunk} trunk\) and transformers' own forward disagree by "
         r"\d.*, and float64 explains \d.*e-05\."

@@ -62,7 +62,7 @@ def test_bfloat16_explains_its_own_rounding_and_no_wrong_scale(
     checks = verify(checkpoint(architecture), dtype="bfloat16")
     assert by_outcome(checks, "wrong") == []
     assert "fast: adapter gradient" in by_outcome(checks, "ok")
-    monkeypatch.setattr(loading, "_logit_scale", lambda config: 1.5)
+    monkeypatch.setattr(loading, "logit_scale", lambda config: 1.5)
     wrong = by_outcome(verify(checkpoint(architecture), dtype="bfloat16"), "wrong")
     assert {"plain: log-probabilities", "plain: adapter gradient", "fast: adapter gradient"} <= set(wrong)
 
@@ -79,7 +79,7 @@ def test_decoding_beyond_a_change_of_the_rotary_embedding_is_refused(
 
 
 def test_a_wrong_head_is_found(checkpoint: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "_logit_scale", lambda config: 0.5)
+    monkeypatch.setattr(loading, "logit_scale", lambda config: 0.5)
     checks = verify(checkpoint("cohere"))
     assert by_outcome(checks, "wrong") == PLAIN
     assert all(check.error > 10 * check.tolerance for check in checks)

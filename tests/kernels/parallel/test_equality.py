@@ -14,7 +14,7 @@ import torch
 
 from rlhfkernels import Batch, Case, Observer, TrainingStep, build_step
 from rlhfkernels.parallel.world import World
-from rlhfkernels.training.step import StepStats
+from rlhfkernels.training.stats import StepStats
 
 ROWS = 4  # of a step, over all ranks
 
@@ -84,7 +84,7 @@ def rollouts(step: TrainingStep, count: int) -> list[Batch]:
 
 def trained_on(step: TrainingStep, batches: list[Batch]) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
     """Statistics of each step on ``batches``, and the weights after the last."""
-    step._lengths_differ = True  # as with a stop token, which would leave the lengths to chance
+    step._updates.lengths_differ = True  # as with a stop token, which would leave the lengths to chance
     (score,) = (phase for phase in step.phases if phase.name == "score")
     found = []
     for batch in batches:

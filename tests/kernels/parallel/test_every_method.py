@@ -14,7 +14,7 @@ from rlhfkernels import Batch, Case, Observer, TrainingStep, build_step
 from rlhfkernels.methods.program import Generate
 from rlhfkernels.methods.table import METHODS
 from rlhfkernels.parallel.world import World
-from rlhfkernels.training.step import StepStats
+from rlhfkernels.training.stats import StepStats
 
 ROWS, NUM_STEPS = 4, 3
 # One step of SGD moves every weight by its clipped gradient; AdamW's third step holds both moments.
@@ -90,7 +90,7 @@ def weights_of(step: TrainingStep) -> torch.Tensor:
 
 def trained_on(step: TrainingStep, batches: list[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns how far the weights moved, and the rewards that the last batch got."""
-    step._lengths_differ = True  # as with a stop token, which would leave the lengths to chance
+    step._updates.lengths_differ = True  # as with a stop token, which would leave the lengths to chance
     before = weights_of(step)
     for batch in batches:
         stats = StepStats()

@@ -132,7 +132,7 @@ def test_a_column_of_another_row_shows_in_the_first_step(file: str) -> None:
     step = tiny("dpo-lora", file, **ONCE)
     step.prepare()
     right = float(tiny("dpo-lora", file, **ONCE).run()["reference_error"])
-    (column,) = step._prepared.values()
+    (column,) = step._prepared.columns.values()
     column.copy_(column.roll(2))
     assert right < 1e-6 < 0.1 < float(step.run()["reference_error"])
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.activations import GELUActivation, NewGELUActivation, SiLUActivation
 
 from rlhfkernels.engine.fast.projections import GatheredProjection, Projection
-from rlhfkernels.models.loading import LENGTH_DEPENDENT_ROTARY
+from rlhfkernels.models.configuration import LENGTH_DEPENDENT_ROTARY
 from rlhfkernels.ops.qkv_layout import QkvLayout
 from rlhfkernels.ops.rms_norm import rms_norm
 from rlhfkernels.ops.rotary import make_signed_sin

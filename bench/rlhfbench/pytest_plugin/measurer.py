@@ -1,0 +1,83 @@
+"""What a benchmark measures: the record of a case, and the gate's findings on it."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from rlhfbench.cases.sweep import Sweep
+from rlhfbench.errors import GateError
+from rlhfbench.gate import compare_with
+from rlhfbench.gate.findings import Finding
+from rlhfbench.records.file import RecordsFile
+from rlhfbench.runs.case_process import ThisMachine
+from rlhfbench.runs.folder import RunFolder
+from rlhfbench.runs.forkserver import WARM, ForkServer
+from rlhfbench.runs.options import RunOptions
+from rlhfbench.runs.progress import Silent
+from rlhfbench.runs.runner import Runner
+from rlhfkernels.config.case import Case
+
+
+class Measurer:
+    """Measures cases as ``rlhfbench run`` does, each in its own process. The fork server starts with the first."""
+
+    def __init__(self, sweep: Sweep, time_budget_s: float) -> None:
+        self._sweep, self._time_budget_s = sweep, time_budget_s
+        self._opened = ExitStack()
+        self._runner: Runner | None = None
+
+    def measure(self, case: Case) -> dict[str, Any]:
+        """Measures ``case`` and returns its record.
+
+        Raises:
+            RlhfBenchError: The fork server does not start, or the disk is full.
+        """
+        if self._runner is None:
+            self._runner = self._open()
+        self._runner.run([case])
+        self._runner.run_blocks([case])
+        return self._records.records[-1]
+
+    def _open(self) -> Runner:
+        folder = RunFolder(self._opened.enter_context(tempfile.TemporaryDirectory(prefix="rlhfbench-")))
+        folder.prepare(self._sweep, resume=False)
+        self._records = self._opened.enter_context(RecordsFile(folder.path))
+        machine = ThisMachine(self._opened.enter_context(ForkServer(optional=WARM)))
+        return Runner(folder, RunOptions(time_budget_s=self._time_budget_s), self._records, machine, Silent())
+
+    def close(self) -> None:
+        """Ends the fork server and removes its files."""
+        self._opened.close()
+
+
+class Gate:
+    """Compares every case of a sweep with a revision or a stored run, when the first test asks.
+
+    Args:
+        base: The revision, or the folder of a run.
+        sweep: The cases.
+    """
+
+    def __init__(self, base: str, sweep: Sweep) -> None:
+        self._base, self._sweep = base, sweep
+        self._findings: list[Finding] | None = None
+
+    def findings(self, case: Case) -> list[Finding]:
+        """Returns the findings on ``case``.
+
+        Raises:
+            RlhfBenchError: The two cannot be compared.
+        """
+        if self._findings is None:
+            self._findings = self._compare()
+        found = [found for found in self._findings if found.case.id == case.id]
+        if not found:
+            raise GateError(f"'{self._base}' has no such case: it cannot be compared.")
+        return found
+
+    def _compare(self) -> list[Finding]:
+        with tempfile.TemporaryDirectory(prefix="rlhfbench-") as folder:
+            return compare_with(self._base, self._sweep, Path(folder) / "gate")
