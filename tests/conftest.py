@@ -228,6 +228,33 @@ def fake_cuda(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return library
 
 
+@pytest.fixture(scope="session")
+def null_cuda(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a process that finds a CUDA device which computes nothing; see ``tests/null_cuda``."""
+    compiler, packages = shutil.which("g++"), Path(torch.__file__).parents[1]
+    # Triton's folder has what torch's headers of CUDA lack.
+    headers = [packages / "nvidia" / "cu13" / "include", packages / "triton" / "backends" / "nvidia" / "include"]
+    if compiler is None or not all(folder.is_dir() for folder in headers) or num_cuda_devices():
+        pytest.skip("it needs g++, torch's build for CUDA 13 and no device")
+    folder = tmp_path_factory.mktemp("null-cuda")
+    sources = [str(path) for path in (Path(__file__).parent / "null_cuda").glob("*.cpp")]
+    command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", *(f"-I{path}" for path in headers), *sources]
+    subprocess.run([*command, "-o", str(folder / "null.so")], check=True)
+    for name in ("libcuda.so.1", "libnvidia-ml.so.1"):
+        (folder / name).symlink_to("null.so")
+    return {
+        **{name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+        "LD_PRELOAD": str(folder / "null.so"),
+        "LD_LIBRARY_PATH": str(folder),
+        "TRITON_CACHE_DIR": str(folder / "triton"),
+        "XDG_CACHE_HOME": str(folder / "cache"),
+        "NULL_CUDA_STATE": str(folder / "processes"),
+        "NULL_CUDA_LOG": str(folder / "log"),
+        # It has no cuDNN.
+        "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",
+    }
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _frozen_modules() -> None:
     """Hides what is imported from the garbage collector: a collection of it takes 0.2 s, and measurements have many."""
