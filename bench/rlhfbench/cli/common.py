@@ -76,6 +76,17 @@ def number(flag: str, kind: type[int] | type[float]) -> Callable[[Any], int | fl
     return parse
 
 
+def path_text(flag: str) -> Callable[[Any], str]:
+    """The parser of an option that names a folder or a file. An empty one is most likely a variable that is not set."""
+
+    def parse(text: Any) -> str:
+        if not text:
+            raise SweepError([f"{flag} is '': it must name a folder or a file."])
+        return str(text)
+
+    return parse
+
+
 # Every default is None: an option that is given wins over a sweep file, and over a setting.
 Model = Annotated[
     str | None,

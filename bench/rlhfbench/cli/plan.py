@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from rlhfbench.cli import common, ranks
-from rlhfbench.cli.common import READING_CODES, case_spec, epilog, print_table
+from rlhfbench.cli.common import READING_CODES, case_spec, epilog, path_text, print_table
+from rlhfbench.files import check_writable
 
 OUTPUT = "Output"
 EPILOG = epilog(
@@ -52,7 +53,13 @@ def plan(
     zero_stage: ranks.ZeroStage = None,
     global_batch: ranks.GlobalBatch = False,
     out: Annotated[
-        str | None, typer.Option(metavar="DIR", rich_help_panel=OUTPUT, help="Folder for the picture and the JSON.")
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            parser=path_text("--out"),
+            rich_help_panel=OUTPUT,
+            help="Folder for the picture and the JSON.",
+        ),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", rich_help_panel=OUTPUT, help="Print the plans as a JSON list.")
@@ -64,6 +71,9 @@ def plan(
     """
     from rlhfbench.cli import plan_output
     from rlhfbench.planning import plans as planning
+
+    if out is not None:
+        check_writable("out", Path(out))
 
     # A plan is for an accelerator unless the command says otherwise; a sweep file usually names the device of a run.
     spec = case_spec(ctx.params) | {"device": device or "cuda"}

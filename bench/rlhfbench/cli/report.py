@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from rlhfbench.cli.common import READING_CODES, draw, epilog, print_table
+from rlhfbench.cli.common import READING_CODES, draw, epilog, path_text, print_table
 from rlhfbench.errors import RecordsError, RunFolderError, SweepError
+from rlhfbench.files import check_writable
 
 EPILOG = epilog(
     "rlhfbench report rlhfbench-run-20260101T120000Z",
@@ -23,7 +24,10 @@ def report(
     run_dirs: Annotated[
         list[str],
         typer.Argument(
-            metavar="RUN [RUN…]", help="Folders of runs, or of one run and of plan --out.", show_default=False
+            metavar="RUN [RUN…]",
+            parser=path_text("RUN"),
+            help="Folders of runs, or of one run and of plan --out.",
+            show_default=False,
         ),
     ],
     paper: Annotated[
@@ -31,7 +35,11 @@ def report(
     ] = False,
     out: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="Folder of the page of several runs; by default the first run's."),
+        typer.Option(
+            metavar="DIR",
+            parser=path_text("--out"),
+            help="Folder of the page of several runs; by default the first run's.",
+        ),
     ] = None,
 ) -> None:
     """Draw a run again from its records, or compare several.
@@ -52,6 +60,7 @@ def report(
         raise SweepError([f"--out is {out!r}: it needs two runs or more; the report of one run stands in its folder."])
     if len({Path(run_dir).resolve() for run_dir in run_dirs}) < len(run_dirs):
         raise SweepError(["RUN names one folder twice: compare a run with another one."])
+    check_writable("run" if out is None else "out", Path(out or run_dirs[0]))
     for run_dir in run_dirs:
         if not read_records(run_dir):
             raise RecordsError(f"run '{run_dir}' holds no records yet: there is nothing to draw.")

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from rlhfkernels.config.case import Case, option_annotations
 from rlhfkernels.config.meanings import option_meanings
 from rlhfkernels.config.options import RENAMED_OPTIONS, Options, option_fields
+from rlhfkernels.errors import CaseError
 
 GOOD = {"method": "hydra", "model": "tiny", "prompt_len": 4, "completion_len": 4, "batch_size": 4}
 # Options whose value must fit another field of the case.
@@ -75,3 +76,32 @@ def test_every_option_has_a_rule() -> None:
 def test_an_old_name_is_no_option_and_its_new_name_is_one(old: str, new: str) -> None:
     assert old not in option_annotations()
     assert new in option_annotations()
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("ppo.gama", "option 'ppo.gama' is unknown: did you mean 'ppo.gamma' or 'ppo.lam'?"),
+        ("gamma", "option 'gamma' is now called 'ppo.gamma'."),
+        ("pp.gamma", "option 'pp.gamma' is unknown: did you mean 'ppo.gamma'"),
+    ],
+)
+def test_a_name_of_no_option_is_one_sentence_with_the_nearest_names(name: str, sentence: str) -> None:
+    with pytest.raises(CaseError) as error:
+        Options.of({"lora.r": 8, name: 1})
+    assert len(error.value.problems) == 1
+    assert error.value.problems[0].startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"lora.r": 8}, "options is {'lora.r': 8}: it must be Options, as from Options.of({'lora.r': 8})."),
+        (None, "options is None: it must be Options, as from Options.of({'lora.r': 8})."),
+        (Options(lora={"r": 8}), "lora is {'r': 8}: it must be LoraOptions."),  # type: ignore[arg-type]
+    ],
+)
+def test_options_of_another_type_are_one_sentence(options: object, sentence: str) -> None:
+    with pytest.raises(CaseError) as error:
+        Case(**GOOD, options=options)  # type: ignore[arg-type]
+    assert error.value.problems == (sentence,)
