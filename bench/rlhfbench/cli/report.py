@@ -16,6 +16,7 @@ EPILOG = epilog(
     "rlhfbench report before after --out comparison",
     "rlhfbench report my-run --paper",
     "rlhfbench report my-ranks my-plan",
+    "rlhfbench report before after --same-machine",
     codes=READING_CODES,
 )
 
@@ -41,6 +42,14 @@ def report(
             help="Folder of the page of several runs; by default the first run's.",
         ),
     ] = None,
+    same_machine: Annotated[
+        bool,
+        typer.Option(
+            "--same-machine",
+            help="All hosts are names of one machine, such as its containers: times compare. The report says that you "
+            "said so.",
+        ),
+    ] = False,
 ) -> None:
     """Draw a run again from its records, or compare several.
 
@@ -65,12 +74,14 @@ def report(
         if not read_records(run_dir):
             raise RecordsError(f"run '{run_dir}' holds no records yet: there is nothing to draw.")
     if len(run_dirs) == 1:
-        print_table(draw(Path(run_dirs[0]), whole=True, with_paper=paper, plan_dirs=plan_dirs))
+        how = {"with_paper": paper, "same_machine": same_machine, "plan_dirs": plan_dirs}
+        print_table(draw(Path(run_dirs[0]), whole=True, **how))
         return
-    _compare([Path(run_dir) for run_dir in run_dirs], Path(out or run_dirs[0]), with_paper=paper)
+    folder = Path(out or run_dirs[0])
+    _compare([Path(run_dir) for run_dir in run_dirs], folder, with_paper=paper, same_machine=same_machine)
 
 
-def _compare(run_dirs: list[Path], folder: Path, *, with_paper: bool) -> None:
+def _compare(run_dirs: list[Path], folder: Path, *, with_paper: bool, same_machine: bool) -> None:
     """Writes the page of several runs and prints its first sentences."""
     from rlhfbench.records.file import read_records
     from rlhfbench.runs.drawing import check_drawable
@@ -84,7 +95,7 @@ def _compare(run_dirs: list[Path], folder: Path, *, with_paper: bool) -> None:
     path = folder / COMPARISON_NAME
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        sentences = write_run_page(run_dirs, path, with_paper=with_paper)
+        sentences = write_run_page(run_dirs, path, with_paper=with_paper, same_machine=same_machine)
     except OSError as error:
         raise RunFolderError(f"out '{folder}' cannot be written: {error.strerror}.") from error
     for sentence in sentences:

@@ -28,6 +28,11 @@ _PHASE = {"names": "object", "first_event": "Int64", "last_event": "Int64"}
 _MADE_BEFORE = ("op",)  # absent for a storage that is older than the ledger
 
 
+def planned(case_id: str) -> str:
+    """The name, beside that of the measured one, of the timeline that a plan of the case predicts."""
+    return f"{case_id}-plan"
+
+
 def timeline_path(folder: Path, case_id: str) -> Path:
     """The file of a case's timeline in ``folder``."""
     return folder / f"{case_id}.json"

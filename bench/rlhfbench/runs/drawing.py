@@ -11,8 +11,8 @@ from rlhfbench.records.derived import at
 from rlhfbench.records.file import Record, read_records
 from rlhfbench.records.plans import read_plans
 from rlhfbench.records.timelines import read_timeline, timeline_frames
-from rlhfbench.runs.folder import TIMELINES_NAME
-from rlhfbench.runs.page import PAGE_NAME, missing_libraries, write_run_page
+from rlhfbench.runs.folder import TIMELINES_NAME, RunFolder
+from rlhfbench.runs.page import PAGE_NAME, missing_libraries, on_one_machine, write_run_page
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,7 +26,12 @@ _DRAWN_FIELDS = ("method", "model", "prompt_len", "completion_len", "batch_size"
 
 
 def draw_run(
-    run_dir: Path, *, whole: bool = False, with_paper: bool = False, plan_dirs: Sequence[Path] = ()
+    run_dir: Path,
+    *,
+    whole: bool = False,
+    with_paper: bool = False,
+    same_machine: bool = False,
+    plan_dirs: Sequence[Path] = (),
 ) -> RenderableType:
     """Draws the report of the records in ``run_dir`` into that folder.
 
@@ -42,6 +47,7 @@ def draw_run(
         whole: draw the timelines of all cases, up to 100 of them, not only of the largest case of each method and
             setting, and return more than the memory table.
         with_paper: lay the papers' numbers beside the run in the page.
+        same_machine: all hosts of the run are names of one machine.
         plan_dirs: folders of ``plan --out``, whose plans of cases over ranks are laid beside the run.
 
     Returns:
@@ -50,6 +56,7 @@ def draw_run(
 
     Raises:
         RecordsError: the records or a plan cannot be read.
+        SweepError: see ``on_one_machine``.
         OSError: the folder cannot be written.
     """
     records = read_records(run_dir)
@@ -70,6 +77,8 @@ def draw_run(
 
     frame = records_frame(records)
     plans = records_frame(_plans(plan_dirs))
+    if same_machine:
+        (frame,) = on_one_machine([frame], RunFolder(run_dir).environments())
     memory = memory_table(frame)
     # Nothing to tell apart where nothing was timed.
     noise = [Text(resolution(frame))] if frame["total_s_per_sample"].notna().any() else []

@@ -15,7 +15,7 @@ from rlhfbench.cases.sweep import Sweep
 from rlhfbench.errors import RunFolderError
 from rlhfbench.launch import find_launch
 from rlhfbench.records.file import Entry, Record, RecordsFile, make_record
-from rlhfbench.records.timelines import write_timeline
+from rlhfbench.records.timelines import planned, write_timeline
 from rlhfbench.runs import environment
 from rlhfbench.runs.agents import follower, head
 from rlhfbench.runs.case_process import ThisMachine
@@ -372,6 +372,8 @@ class Runner:
     def _append(self, record: Record, ended: Ended | None = None) -> Record:
         """Records ``record``, with the plan and the machine of ``ended``."""
         record["plan"] = None if ended is None or ended.plan is None else dict(ended.plan)
+        if ended is not None and ended.plan_timeline is not None:
+            write_timeline(self._folder.timelines_dir, planned(record["case"]["id"]), dict(ended.plan_timeline))
         if self._segment is not None:
             record["run"] = self._segment.to_dict()
             if ended is not None and ended.host is not None:

@@ -16,19 +16,20 @@ def test_report_draws_from_the_records(call, tmp_path):
     (tmp_path / "records.jsonl").write_text(record + "\n")
     drawn = []
 
-    def draw(run_dir, *, whole, with_paper, plan_dirs):
-        drawn.append((run_dir, whole, with_paper, plan_dirs))
+    def draw(run_dir, *, whole, with_paper, same_machine, plan_dirs):
+        drawn.append((run_dir, whole, with_paper, same_machine, plan_dirs))
         return "the table"
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rlhfbench.runs.drawing, "draw_run", draw)
         assert call("report", str(tmp_path)) == (0, "the table\n", "")
         assert call("report", str(tmp_path), "--paper") == (0, "the table\n", "")
+        assert call("report", str(tmp_path), "--same-machine") == (0, "the table\n", "")
         (tmp_path / "plan").mkdir()
         (tmp_path / "plan" / "plan.json").write_text("[]")
         assert call("report", str(tmp_path / "plan"), str(tmp_path)) == (0, "the table\n", "")
-    found = [(tmp_path, True, False, []), (tmp_path, True, True, []), (tmp_path, True, False, [tmp_path / "plan"])]
-    assert drawn == found
+    flags = ((False, False, []), (True, False, []), (False, True, []), (False, False, [tmp_path / "plan"]))
+    assert drawn == [(tmp_path, True, *each) for each in flags]
 
 
 def test_a_plan_stands_beside_one_run(call, tmp_path):
