@@ -1,7 +1,8 @@
 """The largest batches that ran, beside the planned ones.
 
 The frame has one row per kind of case: ``title`` (of the method), ``setting`` (shown where there are several),
-``model``, ``seq_len``, ``planned``, ``largest_ok`` and ``smallest_failing`` (may be absent), ``num_tries``, and
+``strategy`` (how ranks share a step) and ``world_size`` (shown where a case has ranks), ``model``, ``seq_len``,
+``planned``, ``largest_ok`` and ``smallest_failing`` (may be absent; batches of one rank), ``num_tries``, and
 ``stopped_because`` (a sentence).
 """
 
@@ -16,6 +17,8 @@ from rlhfreports.terminal import TerminalTable, terminal
 _COLUMNS = {
     "title": "method",
     "setting": "setting",
+    "strategy": "ranks share by",
+    "world_size": "ranks",
     "model": "model",
     "seq_len": "length",
     "planned": "planned\nbatch",
@@ -24,12 +27,14 @@ _COLUMNS = {
     "num_tries": "tries",
     "stopped_because": "stopped because",
 }
-_WORDS = ("title", "setting", "model", "stopped_because")
+_WORDS = ("title", "setting", "strategy", "model", "stopped_because")
 
 
 def max_batch_table(frame: pd.DataFrame) -> TerminalTable:
     """Returns ``frame`` as a table for the terminal."""
-    shown = [column for column in _COLUMNS if column != "setting" or frame[column].nunique() > 1]
+    hidden = {"setting"} if frame["setting"].nunique() < 2 else set()
+    hidden |= set() if frame["strategy"].any() else {"strategy", "world_size"}
+    shown = [column for column in _COLUMNS if column not in hidden]
     return terminal(
         "The largest batch",
         [

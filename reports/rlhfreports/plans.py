@@ -1,9 +1,9 @@
 """Plans as a table and as stacked bars.
 
-Their frame has one row per case: ``title`` (of the method), ``setting``, ``seq_len``, ``batch_size``,
-``{part}_part_bytes`` for every part, ``total_bytes`` (the sum of the parts), ``peak_phase``, ``fits``,
-``max_batch_size`` and ``floor_s_per_sample`` (the last three may be absent). A setting is shown where there are
-several.
+Their frame has one row per case: ``title`` (of the method), ``setting``, ``strategy`` (how ranks share a step, empty
+for one process), ``world_size``, ``seq_len``, ``batch_size``, ``{part}_part_bytes`` for every part, ``total_bytes``
+(their sum), ``peak_phase``, ``fits``, ``max_batch_size`` and ``floor_s_per_sample`` (the last three may be absent).
+Setting, strategy and world size are shown where there are several.
 """
 
 from __future__ import annotations
@@ -45,9 +45,17 @@ def part_colors(parts: Sequence[str]) -> list[str]:
     return [PART_COLORS.get(part, COLORS[0]) for part in parts]
 
 
-def _settings(frame: pd.DataFrame) -> tuple[str, ...]:
-    """``("setting",)`` if there are several."""
-    return ("setting",) if frame["setting"].nunique() > 1 else ()
+# What tells cases of one method and size apart: the heading of each column.
+_APART = {"setting": "setting", "strategy": "ranks share by", "world_size": "ranks"}
+
+
+def _apart(frame: pd.DataFrame) -> list[str]:
+    """The columns of ``_APART`` that have several values."""
+    return [name for name in _APART if frame[name].nunique() > 1]
+
+
+def _word_of(name: str, value: object) -> str:
+    return f"{value} ranks" if name == "world_size" else str(value)
 
 
 def plan_table(frame: pd.DataFrame, *, caption: str) -> TerminalTable:
@@ -61,7 +69,8 @@ def plan_table(frame: pd.DataFrame, *, caption: str) -> TerminalTable:
         "peak in": [str(row["peak_phase"]) for row in rows],
     }
     sizes = {f"{_label(part)} GiB": [_gib(int(row[f"{part}_part_bytes"])) for row in rows] for part in parts_of(frame)}
-    names = {"method": "title", **{name: name for name in _settings(frame)}, "length": "seq_len", "batch": "batch_size"}
+    apart = {_APART[name]: name for name in _apart(frame)}
+    names = {"method": "title", **apart, "length": "seq_len", "batch": "batch_size"}
     return terminal(
         caption,
         [
@@ -100,7 +109,11 @@ def plan_figure(frame: pd.DataFrame, *, caption: str, limit_bytes: int | None) -
             axes.text(limit_bytes / GIB, -0.75, f"{limit_bytes / GIB:.0f} GiB ", ha="right", va="center", fontsize=9)
         labels = [
             ", ".join(
-                (r["title"], *(r[s] for s in _settings(frame)), f"{r['seq_len']} tokens, batch {r['batch_size']}")
+                (
+                    r["title"],
+                    *(_word_of(name, r[name]) for name in _apart(frame) if r[name] not in ("", 1)),
+                    f"{r['seq_len']} tokens, batch {r['batch_size']}",
+                )
             )
             for r in frame.to_dict("records")
         ]

@@ -7,7 +7,7 @@ The frame of records has the columns of ``rlhfreports.columns``, and of ranks ``
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import pandas as pd
 
@@ -60,15 +60,15 @@ def ranked(frame: pd.DataFrame) -> pd.DataFrame:
     titles = rows["method_title"].astype("object")
     named = zip(*(rows.get(name, ()) for name in ("parallel", "zero_stage", "options")), strict=True)
     strategies = pd.Series([strategy_words(*words) for words in named], rows.index, dtype="object")
-    rows = rows.assign(title=titles, strategy=strategies, options=[_others(text) for text in rows["options"]])
+    rows = rows.assign(title=titles, strategy=strategies, options=[other_options(text) for text in rows["options"]])
     rest = [line.removeprefix(title) for line, title in zip(line_of(rows), titles, strict=True)]
     rows["label"] = strategies + pd.Series(rest, rows.index, dtype="object")
     rows["line"] = titles + ", " + rows["label"]
     return rows.sort_values("strategy", key=lambda names: names.map(strategy_place), kind="stable")
 
 
-def _others(options: object) -> str:
-    """The options of a row without those that every point of a line differs in."""
+def other_options(options: object) -> str:
+    """The options of a row without those that name its ranks, which every point of a line differs in."""
     words = [] if pd.isna(options) else str(options).split(", ")  # type: ignore[call-overload]
     return ", ".join(word for word in words if not word.startswith(_OF_RANKS))
 
@@ -85,17 +85,54 @@ def scaling_points(frame: pd.DataFrame) -> pd.DataFrame:
         the line) and ``efficiency`` (that, per rank).
     """
     rows = ranked(frame)
-    rows = rows[is_measured(rows)]
     found = []
+    for points in _lines(rows[is_measured(rows)]):
+        seconds, ranks = (points[name].astype("float64") for name in ("total_s_per_sample", "world_size"))
+        speed_up = seconds.iloc[0] / seconds
+        found.append(points.assign(speed_up=speed_up, efficiency=speed_up * ranks.iloc[0] / ranks))
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=["at", "line", "scaling"])
+
+
+def _lines(rows: pd.DataFrame) -> Iterator[pd.DataFrame]:
+    """The rows of each line of several worlds, with ``scaling`` and ``at``, by world size."""
     for kind, batch in KINDS.items():
         at = f"{kind}: " + size_of(rows.assign(batch_size=rows[batch])) if len(rows) else None
         for _, line in rows.assign(scaling=kind, at=at).groupby(["at", "line"], sort=False):
             points = line.drop_duplicates("world_size", keep="last").sort_values("world_size", kind="stable")
             if len(points) > 1:
-                seconds, ranks = (points[name].astype("float64") for name in ("total_s_per_sample", "world_size"))
-                speed_up = seconds.iloc[0] / seconds
-                found.append(points.assign(speed_up=speed_up, efficiency=speed_up * ranks.iloc[0] / ranks))
-    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=["at", "line", "scaling"])
+                yield points
+
+
+def planned_cases(frame: pd.DataFrame, plans: pd.DataFrame) -> pd.DataFrame:
+    """Planned memory of a rank beside the measured one, for every case over ranks that was planned.
+
+    Args:
+        frame: the records. Their own predictions count too.
+        plans: plans beside them, as a frame of records; empty for none.
+
+    Returns:
+        Rows of ``ranked``, one a case, with ``planned_bytes``, ``measured_bytes`` (of the worst rank; may be absent)
+        and ``error_percent`` (of the plan).
+    """
+    measured = frame["total_bytes"].where((frame["outcome"] == "ok").fillna(False).astype(bool))
+    rows = frame.assign(planned_bytes=frame["predicted_total_bytes"], measured_bytes=measured)
+    if len(plans):
+        nothing = pd.array([pd.NA] * len(plans), dtype="Int64")
+        rows = pd.concat([rows, plans.assign(planned_bytes=plans["total_bytes"], measured_bytes=nothing)])
+    rows = ranked(rows.reset_index(drop=True))
+    if rows.empty:
+        return rows.assign(error_percent=None)
+    found = rows.assign(at=at_world(rows))
+    both = found.groupby(["line", "at"], sort=False)[["planned_bytes", "measured_bytes"]].transform("first")
+    found = found.assign(planned_bytes=both["planned_bytes"], measured_bytes=both["measured_bytes"])
+    found = found[found["planned_bytes"].notna()].drop_duplicates(["line", "at"], ignore_index=True)
+    return found.assign(error_percent=100 * (found["planned_bytes"] / found["measured_bytes"] - 1))
+
+
+def planned_lines(cases: pd.DataFrame) -> pd.DataFrame:
+    """The rows of ``planned_cases`` that make lines over several worlds, with ``scaling`` and ``at``."""
+    found = list(_lines(cases))
+    return pd.concat(found, ignore_index=True) if found else cases.iloc[:0]
 
 
 def at_world(rows: pd.DataFrame) -> pd.Series[str]:

@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 
 from rlhfreports.columns import parts_of
 from rlhfreports.memory import interval_texts
-from rlhfreports.ranks import ranked, scaling_points, strategy_place
+from rlhfreports.ranks import planned_cases, ranked, scaling_points, strategy_place
 from rlhfreports.ratios import percent
 from rlhfreports.styles import INK, MARKERS, STYLE, draw_head, method_styles, plain_labels, tidy, write_figure
 from rlhfreports.tables import ABSENT, GIB, ReportTable, decimals_for, number_text, outcome_word, text
@@ -28,6 +28,10 @@ SCALING = (
 OF_RANKS = (
     "Memory is that of the rank with the most; waiting is the share of a step that ranks wait for each other in "
     "collectives, their mean; imbalance is the busiest rank's time without waiting over the mean, minus 1."
+)
+PLANNED = (
+    "A plan is made without running, for any number of ranks. Measured is the rank that holds most; where no case ran, "
+    "the plan stands alone."
 )
 _MIB = 2**20
 _MAX_ROWS = 8  # of panels in the picture; the page has all lines
@@ -79,6 +83,24 @@ def scaling_table(frame: pd.DataFrame) -> ReportTable:
         num_text_columns=3,
         explanation=f"{SCALING} {OF_RANKS}",
         frame=_full(points, ["scaling", "speed_up", "efficiency", "total_bytes"]),
+    )
+
+
+def planned_table(frame: pd.DataFrame, plans: pd.DataFrame) -> ReportTable:
+    """Planned memory of a rank beside the measured one; arguments as ``planned_cases``."""
+    rows = planned_cases(frame, plans)
+    keys = ["method_order", "method", "seq_len", "batch_size", "world_size"]
+    rows = rows.sort_values(keys, kind="stable", na_position="last", ignore_index=True)
+    gib = {"planned GiB": rows["planned_bytes"] / GIB, "measured GiB": rows["measured_bytes"] / GIB}
+    decimals = decimals_for([float(value) for values in gib.values() for value in values.dropna()], 2, 3)
+    cells = _names(rows) | {heading: _numbers(values, decimals) for heading, values in gib.items()}
+    cells["plan off by, %"] = [ABSENT if pd.isna(value) else f"{value:+.2f}" for value in rows["error_percent"]]
+    return ReportTable(
+        caption="Memory of a rank, planned and measured",
+        cells=pd.DataFrame(cells, dtype="object"),
+        num_text_columns=2,
+        explanation=PLANNED,
+        frame=_full(rows, ["planned_bytes", "measured_bytes", "error_percent"]),
     )
 
 

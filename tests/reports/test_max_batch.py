@@ -11,6 +11,8 @@ def test_planned_and_found_batches_share_a_row() -> None:
         {
             "title": ["A-PPO", "B-PPO"],
             "setting": ["modern", "modern"],
+            "strategy": ["", ""],
+            "world_size": [1, 1],
             "model": ["tiny", "tiny"],
             "seq_len": [64, 128],
             "planned": pd.array([9, None], dtype="Int64"),
@@ -29,3 +31,7 @@ def test_planned_and_found_batches_share_a_row() -> None:
     console.print(max_batch_table(frame))
     (row,) = (line.split() for line in console.export_text().splitlines() if "B-PPO" in line)
     assert row[:3] == ["B-PPO", "paper", "tiny"]
+    frame["strategy"], frame["world_size"] = ["", "ZeRO-1"], [1, 8]
+    console.print(max_batch_table(frame))
+    (row,) = (line.split() for line in console.export_text().splitlines() if "B-PPO" in line)
+    assert row[:5] == ["B-PPO", "paper", "ZeRO-1", "8", "tiny"]

@@ -19,7 +19,7 @@ def frame() -> pd.DataFrame:
     row |= {f"{part}_part_bytes": 0 for part in PARTS if part not in ALONE}
     total = sum(row.values())
     shared = {"seq_len": 800, "total_bytes": total, "model_bytes": 1, "activation_bytes": 1, "peak_phase": "score"}
-    shared |= {"setting": "modern"}
+    shared |= {"setting": "modern", "strategy": "", "world_size": 1}
     known = {"fits": True, "max_batch_size": 7.0, "floor_s_per_sample": 0.25}
     unknown = {"fits": None, "max_batch_size": None, "floor_s_per_sample": None}
     return pd.DataFrame(
@@ -60,6 +60,17 @@ def test_several_settings_are_a_column() -> None:
     (axes,) = plan_figure(both, caption="tiny", limit_bytes=None).axes
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert labels == ["A-PPO, paper, 800 tokens, batch 1", "B-PPO, modern, 800 tokens, batch 4"]
+
+
+def test_several_strategies_and_worlds_are_columns() -> None:
+    both = frame().assign(strategy=["", "ZeRO-1"], world_size=[1, 8])
+    console = Console(width=250, record=True)
+    console.print(plan_table(both, caption="tiny"))
+    text = console.export_text()
+    assert [line.split()[:4] for line in text.splitlines() if "B-PPO" in line] == [["B-PPO", "ZeRO-1", "8", "800"]]
+    (axes,) = plan_figure(both, caption="tiny", limit_bytes=None).axes
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == ["A-PPO, 800 tokens, batch 1", "B-PPO, ZeRO-1, 8 ranks, 800 tokens, batch 4"]
 
 
 def test_the_files_depend_on_the_frame_alone(tmp_path: Path) -> None:

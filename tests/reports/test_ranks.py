@@ -14,6 +14,8 @@ from rlhfreports.ranks import (
     TIME,
     WAITING,
     has_ranks,
+    planned_cases,
+    planned_lines,
     rank_bars,
     scaling_points,
     strategy_bars,
@@ -102,6 +104,29 @@ def test_a_strategy_that_failed_has_its_outcome(make_frame: Make, ranked: Ranked
             "error": "no memory.",
         }
     ]
+
+
+def test_plans_stand_beside_the_cases_that_ran(make_frame: Make, ranked: Ranked) -> None:
+    frame = make_frame(
+        ranked(1, 4, 1.0, predicted_total_bytes=3 * GIB),
+        ranked(2, 4, 0.5),
+        ranked(4, 4, 0.5, outcome="oom", total_s_per_sample=None),
+        ranked(2, 4, 0.5, method="lora"),  # nobody planned it
+    )
+    plans = make_frame(
+        *(ranked(size, 4, 1.0, outcome=None, total_s_per_sample=None, total_bytes=5 * GIB) for size in (2, 4, 8))
+    )
+    cases = planned_cases(frame, plans)
+    assert cases["world_size"].tolist() == [1, 2, 4, 8]
+    assert [size / GIB for size in cases["planned_bytes"]] == [3, 5, 5, 5]
+    assert cases["measured_bytes"].isna().tolist() == [False, False, True, True]
+    assert cases["error_percent"].tolist()[:2] == pytest.approx([100, 100 * (5 / 1.5 - 1)], rel=1e-4)
+    lines = planned_lines(cases)
+    assert lines["at"].tolist() == ["weak: 64 tokens, batch 4"] * 4
+    assert planned_lines(cases[:1]).empty
+    alone = planned_cases(frame, pd.DataFrame())
+    assert alone["world_size"].tolist() == [1]
+    assert planned_cases(make_frame({}), pd.DataFrame()).empty
 
 
 def of_ranks(case_id: str, *waited: float | None, hosts: tuple[str, str] = ("one", "one")) -> pd.DataFrame:

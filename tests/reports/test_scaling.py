@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from rlhfreports.scaling import draw_scaling, ranks_table, scaling_figure, scaling_table
+from rlhfreports.scaling import draw_scaling, planned_table, ranks_table, scaling_figure, scaling_table
 
 Make = Callable[..., pd.DataFrame]
 Ranked = Callable[..., dict[str, Any]]
@@ -69,3 +69,21 @@ def test_the_figure_has_panels_a_size_and_a_line_for_each_method_and_strategy(
     png, svg = draw_scaling(frame, tmp_path / "scaling")
     assert png.stat().st_size > 10_000
     assert svg.read_text().startswith("<?xml")
+
+
+def test_the_table_of_plans(make_frame: Make, ranked: Ranked) -> None:
+    gib = 2**30
+    frame = make_frame(ranked(2, 4, 1.0, **STAGE_2))
+    planned = ranked(8, 4, 1.0, **STAGE_2, outcome=None, total_bytes=gib)
+    plans = make_frame(ranked(2, 4, 1.0, **STAGE_2, outcome=None, total_bytes=gib), planned)
+    table = planned_table(frame, plans)
+    shared = ("Hydra-PPO", "ZeRO-2", "64", "4")
+    assert table.rows == ((*shared, "2", "1.00", "1.50", "-33.33"), (*shared, "8", "1.00", "–", "–"))
+    assert (
+        table.csv()
+        .splitlines()[0]
+        .endswith(
+            "planned_bytes,measured_bytes,error_percent,total_s_per_sample,"
+            "waiting_share,imbalance,communication_bytes,communication_calls"
+        )
+    )

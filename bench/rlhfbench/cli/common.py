@@ -274,8 +274,8 @@ def make_sweep(
     )
 
 
-def draw(run_dir: Path, **how: bool) -> RenderableType:
-    """Draws a run into its folder and returns its tables. See ``rlhfbench.runs.drawing.draw_run``, which takes ``how``.
+def draw(run_dir: Path, **how: Any) -> RenderableType:
+    """Draws a run into its folder and returns its tables; arguments as ``rlhfbench.runs.drawing.draw_run``.
 
     Raises:
         RunFolderError: the folder cannot be written.

@@ -8,15 +8,15 @@ from typing import Annotated
 
 import typer
 
-from rlhfbench.cli import common
-from rlhfbench.cli.common import READING_CODES, case_spec, epilog, given, make_sweep, number, path_text, print_table
+from rlhfbench.cli import common, ranks
+from rlhfbench.cli.common import READING_CODES, case_spec, epilog, path_text, print_table
 from rlhfbench.files import check_writable
 
-DIVISION, OUTPUT = "Accelerator and ranks", "Output"
+OUTPUT = "Output"
 EPILOG = epilog(
     "rlhfbench plan --model gpt2 --gpu a100-80gb",
     "rlhfbench plan --model tiny --device cpu --methods hydra --json",
-    "rlhfbench plan --model llama-7b --gpu 24GiB --zero-stage 3 --world-size 8",
+    "rlhfbench plan --model llama-7b --gpu 24GiB --zero-stage 2,3 --world-size 4,8",
     "rlhfbench plan --model tiny --device cpu --parallel fsdp --world-size 2",
     codes=READING_CODES,
 )
@@ -44,42 +44,14 @@ def plan(
         str | None,
         typer.Option(
             metavar="NAME",
-            rich_help_panel=DIVISION,
+            rich_help_panel=common.HARDWARE,
             help="An accelerator (a100-80gb) or a size: 24GiB. None by default.",
         ),
     ] = None,
-    zero_stage: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            parser=number("--zero-stage", int),
-            rich_help_panel=DIVISION,
-            help="Stage of DeepSpeed's ZeRO, 0 to 3.  [default: 0]",
-        ),
-    ] = None,
-    world_size: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            parser=number("--world-size", int),
-            rich_help_panel=DIVISION,
-            help="Number of ranks.  [default: 1]",
-        ),
-    ] = None,
-    parallel: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            rich_help_panel=DIVISION,
-            help="How ranks share a step: ddp, fsdp or deepspeed.  [default: deepspeed]",
-        ),
-    ] = None,
-    global_batch: Annotated[
-        bool,
-        typer.Option(
-            "--global-batch", rich_help_panel=DIVISION, help="Batch sizes are over all ranks, not of one rank."
-        ),
-    ] = False,
+    world_size: ranks.WorldSize = None,
+    parallel: ranks.Parallel = None,
+    zero_stage: ranks.ZeroStage = None,
+    global_batch: ranks.GlobalBatch = False,
     out: Annotated[
         str | None,
         typer.Option(
@@ -105,18 +77,12 @@ def plan(
 
     # A plan is for an accelerator unless the command says otherwise; a sweep file usually names the device of a run.
     spec = case_spec(ctx.params) | {"device": device or "cuda"}
-    if parallel is not None:
-        ranks = given(strategy=parallel, world_size=world_size, zero_stage=zero_stage)
-        spec["options"] = {f"parallel.{name}": value for name, value in ranks.items()} | spec.get("options", {})
-        zero_stage = world_size = None
-    cases = make_sweep(spec, sweep, setting)
+    cases = ranks.make_ranked_sweep(spec, sweep, setting, ctx.params)
     planned = planning.plan(
         cases,
         gpu=gpu,
-        global_batch=global_batch,
         with_timeline=out is not None,
         meanwhile=(lambda: None) if as_json and out is None else plan_output.import_libraries,
-        **given(zero_stage=zero_stage, world_size=world_size),
     )
     objects = planning.plan_objects(planned, gpu)
     if as_json:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rlhfbench.cases.settings import setting_of
 from rlhfbench.errors import RunFolderError
 from rlhfbench.planning.devices import find_accelerator
+from rlhfbench.records.derived import strategy
+from rlhfbench.records.plans import PLAN_NAME
 from rlhfbench.records.timelines import write_timeline
 from rlhfbench.runs.folder import TIMELINES_NAME
 from rlhfkernels.methods.table import METHODS
@@ -28,6 +30,8 @@ def frame(plans: list[dict[str, Any]]) -> pd.DataFrame:
             {
                 "title": METHODS[plan["case"]["method"]].title,
                 "setting": setting_of(plan["case"]["options"]),
+                "strategy": strategy(plan),
+                "world_size": plan["zero"]["world_size"],
                 "seq_len": plan["case"]["prompt_len"] + plan["case"]["completion_len"],
                 "batch_size": plan["case"]["batch_size"],
                 **{f"{part}_part_bytes": size for part, size in plan["memory"]["parts"].items()},
@@ -81,7 +85,7 @@ def write(
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "plan.json").write_text(json.dumps(plans, indent=1) + "\n", encoding="utf-8")
+        (folder / PLAN_NAME).write_text(json.dumps(plans, indent=1) + "\n", encoding="utf-8")
         limit = None if gpu is None else find_accelerator(gpu)
         draw_plan(
             frame(plans),
@@ -99,14 +103,14 @@ def write(
 def _caption(plans: list[dict[str, Any]], gpu: str | None) -> str:
     from rlhfbench.records.frame import records_frame
     from rlhfreports.columns import shared_axes_text
+    from rlhfreports.ranks import other_options
 
-    # Left out: in a plan the device only decides the block size of storages.
-    words = [shared_axes_text(records_frame(plans).assign(device=""))]
-    stage, num_ranks = (plans[0]["zero"][key] for key in ("stage", "world_size"))
-    if stage or num_ranks > 1:
-        # A case that names a strategy has it among its options.
-        how = f"ZeRO-{stage}, " if plans[0]["case"]["options"]["parallel"]["strategy"] is None else ""
-        words.append(f"{how}one rank of {num_ranks}")
+    # Left out: in a plan the device only decides the block size of storages, and ranks are told apart in words.
+    rows = records_frame(plans).assign(device="")
+    words = [shared_axes_text(rows.assign(options=[other_options(text) for text in rows["options"]]))]
+    shared = frame(plans)[["strategy", "world_size"]].drop_duplicates()
+    if len(shared) == 1 and shared["strategy"].iloc[0]:
+        words.append(f"{shared['strategy'].iloc[0]}, one rank of {shared['world_size'].iloc[0]}")
     if gpu is not None:
         limit = find_accelerator(gpu)
         gib, reserve = limit.memory_bytes / 2**30, limit.reserve_bytes / 2**30

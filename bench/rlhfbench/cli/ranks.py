@@ -1,4 +1,4 @@
-"""The options of ``rlhfbench run`` for cases of several ranks, and the sweep made with them."""
+"""The options for cases of several ranks, and the sweep made with them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ WorldSize = Annotated[
     typer.Option(
         metavar="N,...",
         rich_help_panel=RANKS,
-        help="Run each case over N processes; several numbers run it at each.  [default: the launcher's, or no ranks]",
+        help="Processes of each case, its ranks; each of several numbers is a case.  [default: no ranks; run: those of "
+        "the launcher]",
     ),
 ]
 Parallel = Annotated[
@@ -30,7 +31,7 @@ Parallel = Annotated[
     typer.Option(
         metavar="NAME,...",
         rich_help_panel=RANKS,
-        help="How ranks share a step: ddp, fsdp or deepspeed; each of several is run.  [default: ddp]",
+        help="How ranks share a step: ddp, fsdp or deepspeed; each of several is a case.  [default: ddp]",
     ),
 ]
 ZeroStage = Annotated[
@@ -48,7 +49,12 @@ GlobalBatch = Annotated[
 
 
 def make_ranked_sweep(
-    spec: Mapping[str, Any], file: str | None, setting: str | None, params: Mapping[str, Any]
+    spec: Mapping[str, Any],
+    file: str | None,
+    setting: str | None,
+    params: Mapping[str, Any],
+    *,
+    launched: int | None = None,
 ) -> Sweep:
     """The sweep of ``rlhfbench.cli.common.make_sweep`` over the ranks that options and launcher name.
 
@@ -57,13 +63,11 @@ def make_ranked_sweep(
         file: see ``make_sweep``.
         setting: see ``make_sweep``.
         params: the parameters of the verb: ``world_size``, ``parallel``, ``zero_stage``, ``global_batch``.
+        launched: processes that a launcher started; ``None`` without one.
 
     Raises:
         SweepError: every problem, one sentence each.
     """
-    from rlhfbench.launch import find_launch
-
-    launch = find_launch()
     sizes, stages = numbers("--world-size", params["world_size"]), numbers("--zero-stage", params["zero_stage"])
     wrong = [size for size in sizes or () if size < 1]
     if wrong:
@@ -71,8 +75,8 @@ def make_ranked_sweep(
     strategies = words(params["parallel"]) or (None if stages is None else ["deepspeed"])  # ZeRO is DeepSpeed's
     own = _options(world_size=sizes, strategy=strategies, zero_stage=stages)
     defaults: dict[str, Any] = {}
-    if sizes or launch is not None:
-        defaults = _options(world_size=None if launch is None else launch.size, strategy="ddp")
+    if sizes or launched is not None:
+        defaults = _options(world_size=launched, strategy="ddp")
     # An option that is given by its dotted name wins.
     spec = {**spec, "options": own | spec.get("options", {})} if own else spec
     sweep = make_sweep(spec, file, setting, defaults={"options": defaults} if defaults else None)

@@ -15,6 +15,7 @@ EPILOG = epilog(
     "rlhfbench report rlhfbench-run-20260101T120000Z",
     "rlhfbench report before after --out comparison",
     "rlhfbench report my-run --paper",
+    "rlhfbench report my-ranks my-plan",
     "rlhfbench report before after --same-machine",
     codes=READING_CODES,
 )
@@ -23,7 +24,12 @@ EPILOG = epilog(
 def report(
     run_dirs: Annotated[
         list[str],
-        typer.Argument(metavar="RUN [RUN…]", parser=path_text("RUN"), help="Folders of runs.", show_default=False),
+        typer.Argument(
+            metavar="RUN [RUN…]",
+            parser=path_text("RUN"),
+            help="Folders of runs, or of one run and of plan --out.",
+            show_default=False,
+        ),
     ],
     paper: Annotated[
         bool, typer.Option("--paper", help="Lay the numbers of Hydra-RLHF and trlX beside the run.")
@@ -48,10 +54,17 @@ def report(
     """Draw a run again from its records, or compare several.
 
     Prints how noisy the run was, the memory table, slopes and gain, draws the timeline of every case, and writes the
-    page index.html. Several runs are compared with the first one in comparison.html.
+    page index.html. Several runs are compared with the first one in comparison.html. Plans of cases over ranks are laid
+    beside the run.
     """
-    from rlhfbench.records.file import read_records
+    from rlhfbench.records.file import RECORDS_NAME, read_records
+    from rlhfbench.records.plans import PLAN_NAME
 
+    paths = {each: Path(each) for each in run_dirs}
+    plan_dirs = [path for path in paths.values() if (path / PLAN_NAME).is_file() and not (path / RECORDS_NAME).exists()]
+    run_dirs = [each for each in run_dirs if paths[each] not in plan_dirs]
+    if plan_dirs and len(run_dirs) != 1:
+        raise SweepError([f"'{plan_dirs[0]}' is a plan: it can be laid beside one run, and {len(run_dirs)} are named."])
     if out is not None and len(run_dirs) < 2:
         raise SweepError([f"--out is {out!r}: it needs two runs or more; the report of one run stands in its folder."])
     if len({Path(run_dir).resolve() for run_dir in run_dirs}) < len(run_dirs):
@@ -61,7 +74,8 @@ def report(
         if not read_records(run_dir):
             raise RecordsError(f"run '{run_dir}' holds no records yet: there is nothing to draw.")
     if len(run_dirs) == 1:
-        print_table(draw(Path(run_dirs[0]), whole=True, with_paper=paper, same_machine=same_machine))
+        how = {"with_paper": paper, "same_machine": same_machine, "plan_dirs": plan_dirs}
+        print_table(draw(Path(run_dirs[0]), whole=True, **how))
         return
     folder = Path(out or run_dirs[0])
     _compare([Path(run_dir) for run_dir in run_dirs], folder, with_paper=paper, same_machine=same_machine)

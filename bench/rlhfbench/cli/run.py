@@ -252,7 +252,8 @@ def run(
     if resume is not None and not defines_cases:
         cases = folder.load_sweep()
     else:
-        cases = ranks.make_ranked_sweep(spec, sweep, setting, ctx.params)
+        launched = None if launch is None else launch.size
+        cases = ranks.make_ranked_sweep(spec, sweep, setting, ctx.params, launched=launched)
     if place is not None:
         place.check(cases.cases)
     how: dict[str, Any] = {"resume": resume is not None, "retry": retried}

@@ -6,7 +6,8 @@ with ranks that are not there, so that what it gathers and when is its own doing
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -19,6 +20,9 @@ from rlhfkernels.parallel.world import ALONE, World
 from rlhfkernels.training.gradients import PassForm
 
 if TYPE_CHECKING:
+    from rlhfbench.planning.gathering import Tag
+    from rlhfbench.planning.roles import Tell
+    from rlhfkernels.parallel.strategies import Strategy
     from rlhfkernels.training.sizes import StepSizes
     from rlhfkernels.training.step import TrainingStep
 
@@ -26,13 +30,40 @@ if TYPE_CHECKING:
 _GRADIENTS = PARTS.index("gradients")
 
 
-class Replicas(Zero):
+class _Torchs(Zero):
+    """A strategy of torch's own: no library has to be stood in for, and all ranks hold as much."""
+
+    __slots__ = ()
+
+    def ranks(self, numels: Mapping[str, Sequence[int]]) -> list[int]:
+        """See ``Zero.ranks``."""
+        return [0]
+
+    @contextmanager
+    def stand_in(self, tag: Tag, tell: Tell, device: str) -> Iterator[Callable[..., Strategy] | None]:
+        """See ``Zero.stand_in``."""
+        yield None
+
+    def changes(
+        self,
+        rank: int,
+        stretches: Iterable[list[Change]],
+        step: TrainingStep,
+        sizes: StepSizes,
+        numels: Mapping[str, Sequence[int]],
+    ) -> Iterator[Change]:
+        """See ``Zero.changes``."""
+        return itertools.chain.from_iterable(stretches)
+
+
+class Replicas(_Torchs):
     """Torch's ``DistributedDataParallel``: a rank holds everything, and its gradients live in buckets between steps."""
 
     __slots__ = ()
 
     def changes(
         self,
+        rank: int,
         stretches: Iterable[list[Change]],
         step: TrainingStep,
         sizes: StepSizes,
@@ -47,7 +78,7 @@ class Replicas(Zero):
         case = step.case
         waits = case.micro_batch_size < case.mini_batch_size
         waits |= any(PassForm(p, case.options).in_two_passes for p in step.method.update_passes)
-        for change in super().changes(stretches, step, sizes, numels):
+        for change in super().changes(rank, stretches, step, sizes, numels):
             if waits or change[0] not in ("grow", "move"):
                 yield change
             elif change[0] == "move" and change[3] == _GRADIENTS:
@@ -55,26 +86,20 @@ class Replicas(Zero):
             elif change[0] == "move" or change[1] != _GRADIENTS:
                 yield change
 
-    def buckets(
-        self, step: TrainingStep, sizes: StepSizes | None = None, numels: Mapping[str, Sequence[int]] | None = None
-    ) -> dict[str, int]:
-        """See ``Zero.buckets``: the gradients are the buckets."""
-        return dict.fromkeys((phase.name for phase in step.phases), 0)
 
-
-class Shards(Zero):
-    """Torch's ``fully_shard``: the step that is planned is that of a rank, so nothing is left to divide."""
+class Shards(_Torchs):
+    """Torch's ``fully_shard``: the step that is planned is that of a rank."""
 
     __slots__ = ()
 
     @property
-    def runs_as_it_is(self) -> bool:
-        """See ``Zero.runs_as_it_is``."""
+    def gathers_weights(self) -> bool:
+        """See ``Zero.gathers_weights``."""
         return self.world_size > 1
 
     def repeats_layers(self, case: Case, sizes: StepSizes | None = None) -> bool:
         """See ``Zero.repeats_layers``."""
-        return not self.runs_as_it_is
+        return not self.gathers_weights
 
 
 _DIVISIONS: dict[str | None, type[Zero]] = {None: Zero, "ddp": Replicas, "fsdp": Shards, "deepspeed": Zero}
@@ -96,7 +121,7 @@ def fake_ranks(division: Zero, device: str) -> Iterator[World]:
         division: how the step is divided.
         device: of the case: gloo, which connects CPUs, copies what a reduce-scatter reads.
     """
-    if not division.runs_as_it_is or division.world_size == 1:
+    if not division.gathers_weights or division.world_size == 1:
         yield ALONE
         return
     from torch import distributed

@@ -32,7 +32,8 @@ class Recording:
 
     Attributes:
         step: the step that ran, on fake tensors.
-        stretches: the changes, cut before each beginning and each end of a phase.
+        stretches: the changes, cut before each beginning and each end of a phase; among them what a stand-in for
+            DeepSpeed says of gradients (``rlhfbench.planning.partitions``).
         trained: what each stretch of optimizer steps began with, by the index of the stretch.
         sizes: of the step.
         numels: of the step, as ``trained_numels``.
@@ -72,7 +73,7 @@ def record_step(case: Case, num_layers: int | None = None, division: Zero | None
     division = division or division_of(case)
     with (
         fake_ranks(division, case.device) as world,
-        division.stand_in(ledger.tag, case.device) as make_strategy,
+        division.stand_in(ledger.tag, recorder.changes.append, case.device) as make_strategy,
         _fake_tensors(case.seq_len),
         _no_collection(),
         standing_for(case.device),

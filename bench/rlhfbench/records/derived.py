@@ -54,6 +54,16 @@ def zero_stage(record: Mapping[str, Any]) -> int | None:
     return parallel.get("zero_stage") if parallel.get("strategy") == "deepspeed" else None
 
 
+def strategy(record: Mapping[str, Any]) -> str:
+    """How the ranks of a case share a step, in words, empty for one process."""
+    from rlhfreports.ranks import strategy_words  # it imports pandas, which takes half a second
+
+    parallel = at(record, "case.options.parallel") or {}
+    if parallel.get("strategy") is None:
+        return ""
+    return strategy_words(parallel["strategy"], zero_stage(record), f"parallel.gather={parallel.get('gather')}")
+
+
 def world_size(record: Mapping[str, Any]) -> int:
     """The number of ranks of a record's case; 1 for a record from before there were several."""
     return at(record, "case.options.parallel.world_size") or 1

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,30 +112,3 @@ def timeline_frames(timeline: dict[str, Any]) -> tuple[pd.DataFrame, pd.DataFram
         for row in timeline["phases"]
     ]
     return points, pd.DataFrame(phases, columns=["phase", "first_event", "last_event"])
-
-
-def divided_timeline(timeline: dict[str, Any], divide: Callable[[dict[str, int]], dict[str, int]]) -> dict[str, Any]:
-    """``timeline`` on one rank: the parts of each point divided, and the peak found again among the points.
-
-    Storages of a part that is divided are not named: a rank holds a share of each.
-    """
-    columns = timeline["parts_bytes"]
-    points = [divide(dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
-    totals = [sum(parts.values()) for parts in points]
-    highest = max(range(len(totals)), key=lambda i: totals[i])
-    event = timeline["events"][highest]
-    names = [
-        name
-        for stretch in timeline["phases"]
-        if stretch["first_event"] < event <= stretch["last_event"]
-        for name in stretch["names"]
-    ]
-    divided = {part: [parts[part] for parts in points] for part in columns}
-    tensors = timeline["tensors"]
-    whole = [divided[part] == columns[part] for part in tensors["part"]]
-    return {
-        **timeline,
-        "peak": {"event": event, "phase": names[0] if names else None, "total_bytes": totals[highest]},
-        "parts_bytes": divided,
-        "tensors": {name: list(itertools.compress(values, whole)) for name, values in tensors.items()},
-    }

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rlhfbench.errors import RecordsError
 from rlhfbench.records.derived import at
 from rlhfbench.records.file import Record, read_records
+from rlhfbench.records.plans import read_plans
 from rlhfbench.records.timelines import read_timeline, timeline_frames
 from rlhfbench.runs.folder import TIMELINES_NAME, RunFolder
 from rlhfbench.runs.page import PAGE_NAME, missing_libraries, on_one_machine, write_run_page
@@ -25,7 +26,12 @@ _DRAWN_FIELDS = ("method", "model", "prompt_len", "completion_len", "batch_size"
 
 
 def draw_run(
-    run_dir: Path, *, whole: bool = False, with_paper: bool = False, same_machine: bool = False
+    run_dir: Path,
+    *,
+    whole: bool = False,
+    with_paper: bool = False,
+    same_machine: bool = False,
+    plan_dirs: Sequence[Path] = (),
 ) -> RenderableType:
     """Draws the report of the records in ``run_dir`` into that folder.
 
@@ -33,7 +39,8 @@ def draw_run(
     page, where its libraries are installed. ``slopes`` (.md, .csv) if a method was measured at two lengths or batch
     sizes; ``gain`` (.md, .csv) if the baseline was measured, and another method at two batch sizes; ``ranks`` (.md,
     .csv) if cases ran over ranks, and ``scaling`` (.md, .csv, .png, .svg) if some differ in their ranks alone;
-    ``predicted`` (.md, .png, .svg) if memory was predicted; pictures of the timelines beside them.
+    ``planned_ranks`` (.md, .csv) if cases over ranks were planned; ``predicted`` (.md, .png, .svg) if memory was
+    predicted; pictures of the timelines beside them.
 
     Args:
         run_dir: a folder with ``records.jsonl``.
@@ -41,13 +48,14 @@ def draw_run(
             setting, and return more than the memory table.
         with_paper: lay the papers' numbers beside the run in the page.
         same_machine: all hosts of the run are names of one machine.
+        plan_dirs: folders of ``plan --out``, whose plans of cases over ranks are laid beside the run.
 
     Returns:
         The memory table for a terminal and a line on the differences that the run can tell apart; as a ``whole`` that
         line first, then the memory table, slopes and gain.
 
     Raises:
-        RecordsError: the records cannot be read.
+        RecordsError: the records or a plan cannot be read.
         SweepError: see ``on_one_machine``.
         OSError: the folder cannot be written.
     """
@@ -65,9 +73,10 @@ def draw_run(
     from rlhfreports.predicted_plot import draw_predicted
     from rlhfreports.ranks import has_ranks
     from rlhfreports.ratios import resolution
-    from rlhfreports.scaling import draw_scaling, ranks_table, scaling_table
+    from rlhfreports.scaling import draw_scaling, planned_table, ranks_table, scaling_table
 
     frame = records_frame(records)
+    plans = records_frame(_plans(plan_dirs))
     if same_machine:
         (frame,) = on_one_machine([frame], RunFolder(run_dir).environments())
     memory = memory_table(frame)
@@ -94,14 +103,27 @@ def draw_run(
         if len(scaling.frame):
             _write(run_dir, "scaling", scaling)
             draw_scaling(frame, run_dir / "scaling")
+        planned = planned_table(frame, plans)
+        if len(planned.frame):
+            _write(run_dir, "planned_ranks", planned)
     draws_all = whole and len(frame) <= _MAX_TIMELINES
     draw_timelines(frame if draws_all else largest_cases(frame), run_dir / TIMELINES_NAME)
     missing = missing_libraries()
     if missing:
         printed.append(Text(f"No page was written. It needs: pip install {' '.join(missing)}"))
     else:
-        write_run_page([run_dir], run_dir / PAGE_NAME, with_paper=with_paper, loaded=[(records, frame)])
+        write_run_page([run_dir], run_dir / PAGE_NAME, with_paper=with_paper, loaded=[(records, frame)], plans=plans)
     return Group(*printed)
+
+
+def _plans(plan_dirs: Sequence[Path]) -> list[Record]:
+    """The plans in several folders, in their order."""
+    found = []
+    for plan_dir in plan_dirs:
+        plans = read_plans(plan_dir)
+        check_drawable(plan_dir, plans)
+        found += plans
+    return found
 
 
 def check_drawable(run_dir: Path, records: Sequence[Record]) -> None:

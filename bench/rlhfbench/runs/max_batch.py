@@ -15,6 +15,7 @@ from rlhfbench.files import write_atomically
 from rlhfbench.measure import host
 from rlhfbench.measure.nvml import device_handle
 from rlhfbench.planning.devices import Accelerator
+from rlhfbench.records.derived import strategy
 from rlhfbench.records.file import Record
 from rlhfbench.runs import runner
 from rlhfbench.runs.case_runner import Runner
@@ -259,10 +260,9 @@ def _memory_limits(case: Case, options: RunOptions) -> tuple[int | None, int | N
 def _planned(case: Case, usable_bytes: int, limit: int) -> int | None:
     """The largest batch that is predicted to fit, at most ``limit``; ``None`` if the case cannot be planned."""
     from rlhfbench.planning.max_batch import BatchSearch
-    from rlhfbench.planning.zero import Zero
 
     try:
-        return min(limit, BatchSearch(usable_bytes, Zero()).largest(dataclasses.replace(case, batch_size=1)))
+        return min(limit, BatchSearch(usable_bytes, None).largest(dataclasses.replace(case, batch_size=1)))
     except RlhfKernelsError:
         return None
 
@@ -290,6 +290,8 @@ def max_batch_frame(found: list[MaxBatchResult]) -> pd.DataFrame:
         {
             "title": [item.case.role_table.title for item in found],
             "setting": [setting_of(dataclasses.asdict(item.case.options)) for item in found],
+            "strategy": [strategy({"case": item.case.to_dict()}) for item in found],
+            "world_size": [item.case.options.parallel.world_size for item in found],
             "model": [item.case.model for item in found],
             "seq_len": [item.case.seq_len for item in found],
             "planned": pd.array([item.planned for item in found], dtype="Int64"),

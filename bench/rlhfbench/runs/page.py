@@ -102,6 +102,7 @@ def write_run_page(
     with_paper: bool = False,
     same_machine: bool = False,
     loaded: Sequence[Loaded | None] = (),
+    plans: pd.DataFrame | None = None,
 ) -> list[str]:
     """Writes the page of one run, or the comparison of several, and returns the sentences of the comparison.
 
@@ -111,6 +112,7 @@ def write_run_page(
         with_paper: lay the papers' numbers beside the run.
         same_machine: all hosts are names of one machine.
         loaded: see ``read_run``, for each folder; empty to read all of them.
+        plans: laid beside a single run, as a frame of records.
 
     Raises:
         RecordsError: a run cannot be read.
@@ -128,7 +130,7 @@ def write_run_page(
         environments = itertools.chain.from_iterable(run.environments for run in runs)
         frames = on_one_machine([run.frame for run in runs], environments)
         runs = [dataclasses.replace(run, frame=frame) for run, frame in zip(runs, frames, strict=True)]
-    page = Page.of(runs, with_paper=with_paper)
+    page = Page.of(runs, with_paper=with_paper, plans=plans)
     write_page(page, path)
     return comparison_sentences(page.frame, compared(page.frame)) if len(runs) > 1 else []
 

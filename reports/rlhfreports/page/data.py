@@ -51,17 +51,20 @@ class Page:
         runs: the runs, in the order in which they were named.
         frame: their rows in one frame; where there are several, with the name of the run in the column ``run``.
         with_paper: the papers' numbers are laid beside the run.
+        plans: plans laid beside a single run, as a frame of records; empty for none.
     """
 
     runs: tuple[Run, ...]
     frame: pd.DataFrame
     with_paper: bool = False
+    plans: pd.DataFrame = dataclasses.field(default_factory=pd.DataFrame)
 
     @classmethod
-    def of(cls, runs: Sequence[Run], *, with_paper: bool = False) -> Page:
+    def of(cls, runs: Sequence[Run], *, with_paper: bool = False, plans: pd.DataFrame | None = None) -> Page:
         """Joins ``runs``, which must be one or more."""
         if len(runs) == 1:
-            return cls(runs=tuple(runs), frame=runs[0].frame, with_paper=with_paper)
+            plans = pd.DataFrame() if plans is None else plans
+            return cls(runs=tuple(runs), frame=runs[0].frame, with_paper=with_paper, plans=plans)
         named = []
         for run in runs:
             words: dict[str, list[Any]] = {RUN: [run.name] * len(run.frame), HARDWARE: hardware_of(run)}

@@ -28,13 +28,15 @@ from rlhfreports.ranks import (
     STRATEGIES,
     WAITING,
     has_ranks,
+    planned_cases,
+    planned_lines,
     rank_bars,
     scaling_points,
     strategy_bars,
     strategy_place,
     unmeasured,
 )
-from rlhfreports.scaling import SCALING, ranks_table, scaling_table
+from rlhfreports.scaling import SCALING, planned_table, ranks_table, scaling_table
 from rlhfreports.styles import COLORS, MARKERS
 from rlhfreports.tables import GIB
 
@@ -59,6 +61,10 @@ _STRATEGIES_CAPTION = (
     "slowest rank takes for a sample and how much of that is waiting. A strategy that was not measured has its outcome "
     "in place of a bar."
 )
+_PLANNED_CAPTION = (
+    "Dashed lines and hollow points are planned, without running; filled points are measured, on the rank that holds "
+    "most."
+)
 _RANKS_CAPTION = (
     "Each rank of the largest case of a method and strategy: what it holds, or the step in which collectives were "
     "counted, which is slower than the timed ones. Ranks that are as busy wait as long."
@@ -80,6 +86,12 @@ def ranks_section(page: Page) -> Section | None:
         blocks.append(_scaling_chart(page, points))
         filters = ("method", "ranks share by", "scaling", "tokens")
         blocks.append(table_of(scaling_table(page.frame), name="scaling-table", is_folded=True, filters=filters))
+    planned = planned_cases(page.frame, page.plans)
+    if len(planned):
+        lines = planned_lines(planned)
+        blocks += [_planned_chart(page, lines)] if len(lines) else []
+        table = planned_table(page.frame, page.plans)
+        blocks.append(table_of(table, name="planned-ranks-table", filters=("method", "ranks share by", "ranks")))
     for i, run in enumerate(page.runs):
         of_ranks = rank_bars(run.frame, run.ranks)
         if len(of_ranks):
@@ -166,13 +178,61 @@ def _scaling_chart(page: Page, points: pd.DataFrame) -> Chart:
     value = "NaN"
     for name, expression in measures.items():
         value = f"measure === '{name}' ? {expression} : {value}"
+    shown = legend_filter()
+    line, dots = _over_ranks(page, "scaling", data, value, shown)
+    switches = [
+        select("at", list(dict.fromkeys(data["at"])), "batch held"),
+        select("measure", list(measures), "measure"),
+    ]
+    made = alt.layer(line, dots).add_params(*switches, shown).properties(height=HEIGHT)
+    return Chart(
+        id="scaling",
+        title="Scaling over ranks",
+        caption=_SCALING_CAPTION,
+        spec=specification(made, description=_SCALING_CAPTION, title={"expr": "measure"}),
+        data={"scaling": data},
+    )
+
+
+assert len(STRATEGIES) <= len(MARKERS)
+
+
+def _planned_chart(page: Page, lines: pd.DataFrame) -> Chart:
+    """Planned and measured memory of a rank against the number of ranks; a switch chooses the batch that is held."""
+    columns = ["title", "strategy", "line", "at", "world_size", "batch_size"]
+    data = lines[[*columns, "planned_bytes", "measured_bytes", "error_percent"]]
+    shown = legend_filter()
+    line, hollow = _over_ranks(page, "planned-ranks", data, f"datum.planned_bytes / {GIB}", shown)
+    _, filled = _over_ranks(page, "planned-ranks", data, f"datum.measured_bytes / {GIB}", shown)
+    layers = (line.mark_line(strokeWidth=2, strokeDash=[6, 4]), hollow.mark_point(size=160), filled)
+    switch = select("at", list(dict.fromkeys(data["at"])), "batch held")
+    made = alt.layer(*layers).add_params(switch, shown).properties(height=HEIGHT)
+    return Chart(
+        id="planned-ranks",
+        title="Planned memory of more ranks",
+        caption=_PLANNED_CAPTION,
+        spec=specification(made, description=_PLANNED_CAPTION, title="GiB of a rank"),
+        data={"planned-ranks": data},
+    )
+
+
+def _over_ranks(page: Page, name: str, data: pd.DataFrame, value: str, shown: Any) -> tuple[Any, Any]:
+    """Lines and points of ``value`` against the number of ranks.
+
+    Args:
+        page: the page.
+        name: of the data source.
+        data: its rows: ``at``, ``title``, ``strategy``, ``line``, ``world_size``, ``batch_size``.
+        value: an expression.
+        shown: the methods that are chosen in the legend.
+    """
     strategies = sorted(dict.fromkeys(data["strategy"]), key=strategy_place)
     shapes = [SYMBOLS[MARKERS[strategy_place(name) % len(MARKERS)]] for name in strategies]
     worlds = sorted({int(size) for size in data["world_size"]})
-    shown, (colors, _) = legend_filter(), method_scales(page.frame)
+    colors, _ = method_scales(page.frame)
     grey = by_mode("#555555", "#BBBBBB")
     base = (
-        alt.Chart(alt.NamedData("scaling"))
+        alt.Chart(alt.NamedData(name))
         .transform_filter("datum.at === at")
         .transform_calculate(value=value)
         .transform_filter("isValid(datum.value) && isFinite(datum.value)")
@@ -198,18 +258,4 @@ def _scaling_chart(page: Page, points: pd.DataFrame) -> Chart:
         ),
         tooltip=tooltips("line", "world_size", "batch_size", "value"),
     )
-    switches = [
-        select("at", list(dict.fromkeys(data["at"])), "batch held"),
-        select("measure", list(measures), "measure"),
-    ]
-    made = alt.layer(base.mark_line(strokeWidth=2), dots).add_params(*switches, shown).properties(height=HEIGHT)
-    return Chart(
-        id="scaling",
-        title="Scaling over ranks",
-        caption=_SCALING_CAPTION,
-        spec=specification(made, description=_SCALING_CAPTION, title={"expr": "measure"}),
-        data={"scaling": data},
-    )
-
-
-assert len(STRATEGIES) <= len(MARKERS)
+    return base.mark_line(strokeWidth=2), dots

@@ -78,6 +78,35 @@ def test_batch_sizes_over_all_ranks_are_divided(
     assert (plan["case"]["batch_size"], plan["zero"]["global_batch_size"]) == (2, 4)
 
 
+def test_every_stage_and_world_size_is_planned(
+    make_case: Callable[..., Case], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
+    asked = ["plan", "--model", make_case().model, "--methods", "sft", "--seq-lens", "12", "--batch-sizes", "1"]
+    asked += ["--parallel", "deepspeed,ddp", "--zero-stage", "1,2", "--world-size", "2,8"]
+    assert cli.invoke(asked) == 0
+    text = capsys.readouterr().out
+    rows = [line.split()[:5] for line in text.splitlines() if line.split()[:1] == ["SFT"]]
+    kinds = [(strategy, size) for strategy in ("DDP", "ZeRO-1", "ZeRO-2") for size in "28"]
+    assert sorted(rows) == sorted(["SFT", strategy, size, "12", "1"] for strategy, size in kinds)
+    assert cli.invoke([*asked, "--json"]) == 0
+    zeros = [plan["zero"] for plan in json.loads(capsys.readouterr().out)]
+    assert [zero["global_batch_size"] for zero in zeros] == [zero["world_size"] for zero in zeros]
+    assert {(zero["stage"], zero["world_size"]) for zero in zeros} == {(s, n) for s in range(3) for n in (2, 8)}
+
+
+def test_what_all_plans_share_is_in_the_caption(
+    make_case: Callable[..., Case], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
+    asked = ["plan", "--model", make_case().model, *SMALL, "--zero-stage", "1", "--world-size", "8"]
+    assert cli.invoke(asked) == 0
+    (caption,) = [line for line in capsys.readouterr().out.splitlines() if "one rank of 8" in line]
+    assert "bfloat16" in caption
+    assert "ZeRO-1, one rank of 8" in caption
+    assert "parallel." not in caption
+
+
 def test_plans_of_two_settings_are_interleaved(
     make_case: Callable[..., Case], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,9 +166,13 @@ def test_without_a_gpu_no_plan_states_whether_it_fits(make_case: Callable[..., C
     [
         (("--gpu", "a1000"), "gpu 'a1000' is unknown: did you mean 'a10'"),
         (("--gpu", "-3GiB"), "gpu '-3GiB' is unknown"),
-        (("--zero-stage", "4"), "zero-stage is 4: it must be 0, 1, 2 or 3."),
-        (("--world-size", "0"), "world-size is 0: it must be a whole number of at least 1."),
-        (("--world-size", "two"), "--world-size is 'two': it must be a whole number."),
+        (
+            ("--zero-stage", "4", "--world-size", "2"),
+            "parallel.zero_stage is 4: it must be a whole number from 0 to 3.",
+        ),
+        (("--zero-stage", "1"), "--zero-stage is 1: it needs --world-size N."),
+        (("--world-size", "0"), "--world-size has 0: it must be whole numbers of at least 1."),
+        (("--world-size", "2,two"), "--world-size has 'two': it must be whole numbers, joined by commas."),
         (("--world-size", "2", "--global-batch"), "batch_sizes has 1: with --global-batch it must be a multiple of"),
         (("--setting", "papr"), "setting 'papr' is unknown: did you mean 'paper'? Valid: modern, paper."),
         (("--setting", "modern,"), "setting '' is unknown: Valid: modern, paper."),
@@ -148,7 +181,7 @@ def test_without_a_gpu_no_plan_states_whether_it_fits(make_case: Callable[..., C
     ],
 )
 def test_each_mistake_is_one_sentence_and_exit_code_2(
-    flags: tuple[str, str], sentence: str, capsys: pytest.CaptureFixture[str]
+    flags: tuple[str, ...], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.invoke(["plan", "--model", "tiny", "--seq-lens", "8", "--batch-sizes", "1", *flags]) == 2
     said = capsys.readouterr().err

@@ -32,8 +32,8 @@ def _no_launcher(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def ranked(spec=SPEC, **params):
-    sweep = make_ranked_sweep(spec, None, None, NO_RANKS | params)
+def ranked(spec=SPEC, launched=None, **params):
+    sweep = make_ranked_sweep(spec, None, None, NO_RANKS | params, launched=launched)
     return [(case.batch_size, case.rows_per_step, case.options.parallel) for case in sweep.cases]
 
 
@@ -95,12 +95,10 @@ def test_a_file_without_ranks_stays_without(tmp_path):
         make_ranked_sweep({}, str(file), None, NO_RANKS | {"parallel": "ddp"})
 
 
-def test_a_launcher_gives_the_world_size(monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    ((_, _, parallel),) = ranked(parallel="fsdp")
+def test_a_launcher_gives_the_world_size():
+    ((_, _, parallel),) = ranked(parallel="fsdp", launched=3)
     assert (parallel.strategy, parallel.world_size) == ("fsdp", 3)
-    ((_, _, parallel),) = ranked(world_size="2")
+    ((_, _, parallel),) = ranked(world_size="2", launched=3)
     assert (parallel.strategy, parallel.world_size) == ("ddp", 2)
 
 

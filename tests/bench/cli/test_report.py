@@ -16,8 +16,8 @@ def test_report_draws_from_the_records(call, tmp_path):
     (tmp_path / "records.jsonl").write_text(record + "\n")
     drawn = []
 
-    def draw(run_dir, *, whole, with_paper, same_machine):
-        drawn.append((run_dir, whole, with_paper, same_machine))
+    def draw(run_dir, *, whole, with_paper, same_machine, plan_dirs):
+        drawn.append((run_dir, whole, with_paper, same_machine, plan_dirs))
         return "the table"
 
     with pytest.MonkeyPatch.context() as patch:
@@ -25,7 +25,26 @@ def test_report_draws_from_the_records(call, tmp_path):
         assert call("report", str(tmp_path)) == (0, "the table\n", "")
         assert call("report", str(tmp_path), "--paper") == (0, "the table\n", "")
         assert call("report", str(tmp_path), "--same-machine") == (0, "the table\n", "")
-    assert drawn == [(tmp_path, True, *flags) for flags in ((False, False), (True, False), (False, True))]
+        (tmp_path / "plan").mkdir()
+        (tmp_path / "plan" / "plan.json").write_text("[]")
+        assert call("report", str(tmp_path / "plan"), str(tmp_path)) == (0, "the table\n", "")
+    flags = ((False, False, []), (True, False, []), (False, True, []), (False, False, [tmp_path / "plan"]))
+    assert drawn == [(tmp_path, True, *each) for each in flags]
+
+
+def test_a_plan_stands_beside_one_run(call, tmp_path):
+    for name in ("before", "after"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "records.jsonl").write_bytes(SCHEMA_1.read_bytes())
+    (tmp_path / "plan").mkdir()
+    (tmp_path / "plan" / "plan.json").write_text("[]")
+    plan, *names = (str(tmp_path / name) for name in ("plan", "before", "after"))
+    says = f"'{plan}' is a plan: it can be laid beside one run, and "
+    assert call("report", plan) == (2, "", f"{says}0 are named.\n")
+    assert call("report", *names, plan) == (2, "", f"{says}2 are named.\n")
+    (tmp_path / "plan" / "plan.json").write_text("{")
+    code, _, err = call("report", names[0], plan)
+    assert (code, "plan.json' cannot be read: " in err, len(err.splitlines())) == (2, True, 1)
 
 
 def test_report_compares_runs(call, tmp_path):

@@ -111,6 +111,23 @@ def test_on_the_cpu_in_float32(make_deep: MakeCase, batch_size: int, zero: Zero)
     assert_equals_the_whole(make_deep(device="cpu", dtype="float32", batch_size=batch_size), zero)
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("method", "family", "options"),
+    [
+        ("full", "qwen2", {}),
+        ("full", "opt", {"engine.micro_batch_size": 1}),
+        ("joined-hydra", "llama", {}),
+        ("dpo-lora", "gpt2", {"dpo.forward": "two-pass"}),
+    ],
+)
+def test_on_a_rank_whose_bucket_is_full_inside_a_layer(
+    make_deep: MakeCase, method: str, family: str, options: dict[str, Any], stage: int
+) -> None:
+    case = make_deep(method, family, options={"parallel.reduce_bucket_size": 5000, **options})
+    assert_equals_the_whole(case, Zero(stage=stage, world_size=3))
+
+
 @pytest.mark.parametrize(("family", "zero"), [("gemma2", ALONE), ("gemma3_text", STAGE_3)], ids=["gemma2", "gemma3"])
 def test_layers_that_alternate(make_deep: MakeCase, family: str, zero: Zero) -> None:
     kinds = ["sliding_attention", "full_attention"] * 10

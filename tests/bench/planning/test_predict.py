@@ -14,12 +14,11 @@ from rlhfbench.errors import SweepError
 from rlhfbench.measure.ledger import Ledger
 from rlhfbench.measure.memory import memory_object, run_under_ledger
 from rlhfbench.planning.devices import find_accelerator
-from rlhfbench.planning.predict import divided, plan_case
+from rlhfbench.planning.predict import plan_case
 from rlhfbench.planning.prediction import Plan
 from rlhfbench.planning.zero import Zero
 from rlhfkernels import METHODS, Case, Options, build_step
 from rlhfkernels.config.settings import SETTINGS
-from rlhfkernels.observer import PARTS
 from rlhfkernels.ops.native import build, matmul
 
 ARCHITECTURES = ["llama", "opt", "gpt_neox", "gpt2", "qwen2"]
@@ -217,20 +216,6 @@ def test_storages_on_a_gpu_are_counted_in_its_allocators_blocks(make_case: Calla
     on_gpu = plan_case(dataclasses.replace(case, device="cuda")).memory
     assert all(size % 512 == 0 for size in on_gpu["parts"].values())
     assert on_gpu["total_bytes"] > plan_case(case).memory["total_bytes"]
-
-
-def test_the_peak_may_move_when_ranks_share() -> None:
-    heavy = {**dict.fromkeys(PARTS, 0), "optimizer": 100, "activations": 1}
-    light = {**dict.fromkeys(PARTS, 0), "optimizer": 10, "activations": 50}
-    memory = {"phases": {"optimize": {"parts": heavy}, "update_actor": {"parts": light}}, "views": {}}
-    none = dict.fromkeys(memory["phases"], 0)
-    whole, shared = divided(memory, Zero().divide, none), divided(memory, Zero(stage=1, world_size=10).divide, none)
-    assert (whole["peak_phase"], whole["total_bytes"]) == ("optimize", 101)
-    assert (shared["peak_phase"], shared["total_bytes"]) == ("update_actor", 51)
-    assert shared["model_bytes"] + shared["activation_bytes"] + shared["rollout_bytes"] == 51
-    assert (whole["persistent_model_bytes"], shared["persistent_model_bytes"]) == (100, 10)
-    moved = divided(memory, Zero().divide, none | {"update_actor": 51})
-    assert (moved["peak_phase"], moved["total_bytes"], moved["parts"]["buckets"]) == ("update_actor", 111, 51)
 
 
 @functools.cache

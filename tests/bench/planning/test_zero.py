@@ -6,28 +6,14 @@ from collections.abc import Callable
 import pytest
 
 from rlhfbench.errors import SweepError
+from rlhfbench.measure.tally import Tally, replay
 from rlhfbench.planning.max_batch import BatchSearch
 from rlhfbench.planning.predict import plan_case
 from rlhfbench.planning.prediction import plan_object
-from rlhfbench.planning.zero import Zero, cases_of_a_rank
+from rlhfbench.planning.recording import record_step
+from rlhfbench.planning.zero import Zero, cases_of_a_rank, trained_numels
 from rlhfkernels import Case, CaseError, Options, build_step
-from rlhfkernels.observer import PARTS
-from rlhfkernels.training.sizes import StepSizes
-
-
-@pytest.mark.parametrize(
-    ("stage", "divided_parts"),
-    [
-        (0, set()),
-        (1, {"optimizer"}),
-        (2, {"optimizer"}),  # the changes of its step are those of a rank
-        (3, set()),  # its step is that of a rank
-    ],
-)
-def test_each_zero_stage_divides_what_deepspeed_divides(stage: int, divided_parts: set[str]) -> None:
-    parts = Zero(stage=stage, world_size=4).divide(dict.fromkeys(PARTS, 101))
-    assert {part for part, size in parts.items() if size == 26} == divided_parts
-    assert {size for part, size in parts.items() if part not in divided_parts} == {101}
+from rlhfkernels.observer import Observer
 
 
 def test_a_zero_that_is_none_is_said() -> None:
@@ -40,33 +26,61 @@ def test_a_zero_that_is_none_is_said() -> None:
 
 
 def test_stages_1_and_2_hold_a_whole_bucket_in_every_backward(make_case: Callable[..., Case]) -> None:
-    step = build_step(make_case("hydra", dtype="bfloat16"))
-    assert set(Zero(world_size=1).buckets(step).values()) == {0}
+    case = make_case("hydra", dtype="bfloat16")
     # Stage 1 reduces in the optimizer's step, and keeps the bucket of every role until then.
     for stage, sizes in ((1, (1, 2, 2)), (2, (1, 1, 0))):
-        buckets = Zero(stage=stage, world_size=8).buckets(step)
+        phases = plan_case(case, Zero(stage=stage, world_size=8)).memory["phases"]
+        buckets = {name: phase["parts"]["buckets"] for name, phase in phases.items()}
         found = [buckets[phase] // 1_000_000_000 for phase in ("update_actor", "update_critic", "optimize")]
         assert (tuple(found), buckets["generate"], buckets["score"]) == (sizes, 0, 0)
 
 
-def test_the_optimizers_step_copies_gradients(make_case: Callable[..., Case]) -> None:
-    step = build_step(make_case("sft", dtype="float32", parallel__reduce_bucket_size=10))
-    numels = [p.numel() for p in step.trained_parameters()]
-    whole, half = 4 * sum(numels), 2 * sum(numels)
-    assert Zero(world_size=2).buckets(step)["optimize"] == whole
-    # The tensor across the middle is copied by both ranks.
-    before = next(i for i in range(len(numels)) if sum(numels[: i + 1]) * 2 > sum(numels))
-    beyond = 4 * max(sum(numels[: before + 1]), sum(numels[before:])) - half
-    assert Zero(stage=1, world_size=2).buckets(step)["optimize"] == half + beyond + 40
-    assert Zero(stage=2, world_size=2).buckets(step)["optimize"] == half + beyond
+@pytest.mark.parametrize(("dtype", "held"), [("float32", (2, 3, 3)), ("bfloat16", (3, 3, 3))])
+def test_stages_1_and_2_hold_masters_and_moments_of_a_part(
+    make_case: Callable[..., Case], dtype: str, held: tuple[int, ...]
+) -> None:
+    case = make_case("sft", dtype=dtype)
+    sizes = [p.numel() for p in build_step(case).trained_parameters()]
+    for stage, num_ranks in ((0, 1), (1, 2), (2, 2)):  # float32 weights are their own masters in stage 0 alone
+        found = plan_case(case, Zero(stage=stage, world_size=2)).memory["phases"]["update"]["parts"]["optimizer"]
+        counts = len(sizes) if stage == 0 else 1
+        assert found == 4 * held[stage] * sum(-(-size // num_ranks) for size in sizes) + 4 * counts
 
 
-def test_a_rank_holds_master_weights_of_float32_too(make_case: Callable[..., Case]) -> None:
-    sizes = StepSizes.of(build_step(make_case("sft", dtype="float32")))
-    parts = dict.fromkeys(PARTS, 0)
-    for stage, masters in ((0, 0), (1, 1), (2, 1)):
-        found = Zero(stage=stage, world_size=2).divide(parts, sizes)
-        assert found == parts | {"optimizer": masters * sizes.trained.num_bytes // 2}
+def test_the_rank_that_holds_most_may_be_the_one_that_reduces_first(make_case: Callable[..., Case]) -> None:
+    """The first rank's part touches more, and the last rank's is made while more activations are there."""
+    case = make_case("lora", dtype="float32", parallel__reduce_bucket_size=100)
+    step = build_step(case)
+    zero = Zero(stage=2, world_size=2)
+    numels = trained_numels(step)
+    assert zero.ranks(numels) == [0, 1]
+    assert Zero(stage=2, world_size=5).ranks({"actor": (11, 28, 11)}) == [0, 3, 4]
+    assert Zero(stage=3, world_size=5).ranks(numels) == Zero().ranks(numels) == [0]
+    found = record_step(zero.of_a_rank(case), division=zero)
+    totals = []
+    for rank in (0, 1):
+        tally = Tally()
+        replay(zero.changes(rank, found.stretches, found.step, found.sizes, found.numels), tally, Observer())
+        totals.append(tally.peak.total_bytes)
+    assert plan_case(case, zero).total_bytes == max(totals) > min(totals)
+
+
+def test_a_forward_has_no_bucket() -> None:
+    """Where the forward of an update phase holds most, a bucket that the backward makes adds nothing."""
+    phases = {}
+    for size in (10_000, 100_000, 10_000_000):
+        options = Options.of({"parallel.reduce_bucket_size": size})
+        case = Case(
+            method="joined-hydra", model="tiny", prompt_len=32, completion_len=32, batch_size=2, options=options
+        )
+        phases[size] = plan_case(case, Zero(stage=2, world_size=2)).memory["phases"]["update_actor_critic"]
+    assert phases[10_000] == phases[100_000]
+    assert phases[100_000]["parts"]["buckets"] == 0 < phases[10_000_000]["parts"]["buckets"]
+
+
+def test_a_rank_runs_what_deepspeed_runs(make_case: Callable[..., Case]) -> None:
+    with pytest.raises(CaseError, match=r"optimizer\.name is 'adamw8bit': DeepSpeed"):
+        plan_case(make_case("hydra", dtype="float32", optimizer__name="adamw8bit"), Zero(stage=1, world_size=2))
 
 
 def test_buckets_count_in_what_fits(make_case: Callable[..., Case]) -> None:

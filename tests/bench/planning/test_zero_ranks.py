@@ -37,21 +37,20 @@ def total_bytes(world: World, case: Case) -> int:
 
 @pytest.mark.usefixtures("imported_deepspeed")
 @pytest.mark.parametrize(
-    ("method", "stage", "size", "error"),
+    ("method", "stage", "size"),
     [
-        ("full", 0, 2, 0.01),
-        ("full", 1, 2, 0.01),
-        ("full", 2, 2, 1e-4),
-        ("joined-hydra", 1, 2, 0.01),
-        ("hydra", 2, 2, 1e-3),
-        ("full", 3, 2, 1e-4),
-        ("hydra", 3, 4, 1e-4),
-        ("dynamic-lora", 3, 2, 1e-4),
+        ("full", 0, 2),
+        ("full", 1, 2),
+        ("full", 2, 2),
+        ("joined-hydra", 1, 2),
+        ("joined-hydra", 2, 2),
+        ("lora", 2, 2),  # the last rank holds most
+        ("full", 3, 2),
+        ("hydra", 3, 4),
+        ("dynamic-lora", 3, 2),
     ],
 )
-def test_a_plan_is_within_a_percent_of_the_worst_rank(
-    on_ranks: Any, method: str, stage: int, size: int, error: float
-) -> None:
+def test_a_plan_is_the_memory_of_the_worst_rank(on_ranks: Any, method: str, stage: int, size: int) -> None:
     case = case_of(method, stage, size)
     worst = max(on_ranks(size, total_bytes, case))
-    assert plan_case(case, Zero(stage=stage, world_size=size)).total_bytes == pytest.approx(worst, rel=error)
+    assert plan_case(case, Zero(stage=stage, world_size=size)).total_bytes == pytest.approx(worst, rel=1e-4)

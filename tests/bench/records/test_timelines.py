@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rlhfbench.errors import RecordsError
-from rlhfbench.records.timelines import divided_timeline, read_timeline, tensors_frame, timeline_frames, write_timeline
+from rlhfbench.records.timelines import read_timeline, tensors_frame, timeline_frames, write_timeline
 
 TIMELINE = {
     "num_events": 9,
@@ -83,14 +83,3 @@ def test_the_frame_of_the_largest_tensors() -> None:
     assert frame["op"].isna().tolist() == [False, True]
     without = tensors_frame({key: value for key, value in TIMELINE.items() if key != "tensors"})
     assert (len(without), list(without.columns)) == (0, list(frame.columns))
-
-
-def test_the_peak_is_found_again_after_division() -> None:
-    divided = divided_timeline(TIMELINE, lambda parts: {**parts, "base": parts["base"] // 2})
-    assert divided["parts_bytes"] == {"base": [5, 2], "rollout": [3, 6]}
-    assert divided["peak"] == {"event": 2, "phase": "score", "total_bytes": 8}
-    # A rank holds a share of each tensor of a part that is divided.
-    assert divided["tensors"]["part"] == [part for part in TIMELINE["tensors"]["part"] if part != "base"]
-    assert len(divided["tensors"]["op"]) == len(divided["tensors"]["part"])
-    divided = divided_timeline(TIMELINE, lambda parts: {**parts, "base": 0})
-    assert divided["peak"] == {"event": 7, "phase": "optimize", "total_bytes": 6}

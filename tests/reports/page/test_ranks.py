@@ -96,3 +96,21 @@ def test_no_measured_case_over_ranks_leaves_the_table(make_run: Runs, ranked: Ra
     section = ranks_section(Page.of([make_run(ranked(2, 4, 1.0, outcome="oom", total_s_per_sample=None))]))
     assert section is not None
     assert [block.id for block in section.blocks if isinstance(block, (Chart, Table))] == ["ranks-table"]
+
+
+def test_plans_of_more_ranks_stand_beside_a_run(make_run: Runs, ranked: Ranked) -> None:
+    run = make_run(*(ranked(size, 4, 1.0) for size in (1, 2)))
+    plans = make_run(*(ranked(size, 4, 1.0, outcome=None, total_bytes=2 * GIB) for size in (2, 8))).frame
+    section = ranks_section(Page.of([run], plans=plans))
+    assert section is not None
+    blocks = {block.id: block for block in section.blocks if isinstance(block, (Chart, Table))}
+    assert list(blocks)[-2:] == ["planned-ranks", "planned-ranks-table"]
+    chart, table = blocks["planned-ranks"], blocks["planned-ranks-table"]
+    assert isinstance(chart, Chart)
+    assert isinstance(table, Table)
+    assert chart.data["planned-ranks"]["world_size"].tolist() == [2, 8]
+    assert [[cell.text for cell in row[-4:]] for row in table.rows] == [
+        ["2", "2.00", "1.50", "+33.33"],
+        ["8", "2.00", "–", "–"],
+    ]
+    assert "Planned memory of more ranks" in page_html(Page.of([run], plans=plans))
