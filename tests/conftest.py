@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import importlib
 import multiprocessing
 import os
 import pickle
@@ -32,6 +33,7 @@ with pytest.MonkeyPatch.context() as _patch, contextlib.suppress(ImportError):
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
+from hypothesis import HealthCheck, settings
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -46,11 +48,18 @@ from transformers import (
 from transformers.utils import logging
 
 from rlhfkernels import Case, Options
+from rlhfkernels.parallel.deepspeed import load
 from rlhfkernels.parallel.world import World, join_world, leave_world
 
 logging.disable_progress_bar()
 
-_LONGEST_S = 120.0  # that a rank may take
+# The same examples in every run, and as long as a busy machine needs for one.
+settings.register_profile(
+    "repeatable", derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("repeatable")
+
+_LONGEST_S = 300.0  # that a rank may take, on a busy machine
 
 
 def _shape(width: int) -> dict[str, int]:
@@ -90,6 +99,7 @@ _REWARDS: dict[str, Callable[[], object]] = {
     "small-reward": lambda: LlamaConfig(**_shape(16) | _SMALL),
     "other-words": lambda: LlamaConfig(**_shape(16) | _SMALL | {"vocab_size": 50}),
     "short-reward": lambda: LlamaConfig(**_shape(16) | _SMALL | {"max_position_embeddings": 8}),
+    "bytes": lambda: LlamaConfig(**_shape(32) | {"intermediate_size": 64, "vocab_size": 256}),  # for text
 }
 # Architectures in which something differs from Llama that a wrong forward pass would miss.
 _GATED = {**_shape(32), "intermediate_size": 64, "num_key_value_heads": 2, "initializer_range": 0.2}
@@ -228,6 +238,33 @@ def fake_cuda(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return library
 
 
+@pytest.fixture(scope="session")
+def null_cuda(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a process that finds a CUDA device which computes nothing; see ``tests/null_cuda``."""
+    compiler, packages = shutil.which("g++"), Path(torch.__file__).parents[1]
+    # Triton's folder has what torch's headers of CUDA lack.
+    headers = [packages / "nvidia" / "cu13" / "include", packages / "triton" / "backends" / "nvidia" / "include"]
+    if compiler is None or not all(folder.is_dir() for folder in headers) or num_cuda_devices():
+        pytest.skip("it needs g++, torch's build for CUDA 13 and no device")
+    folder = tmp_path_factory.mktemp("null-cuda")
+    sources = [str(path) for path in (Path(__file__).parent / "null_cuda").glob("*.cpp")]
+    command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", *(f"-I{path}" for path in headers), *sources]
+    subprocess.run([*command, "-o", str(folder / "null.so")], check=True)
+    for name in ("libcuda.so.1", "libnvidia-ml.so.1"):
+        (folder / name).symlink_to("null.so")
+    return {
+        **{name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+        "LD_PRELOAD": str(folder / "null.so"),
+        "LD_LIBRARY_PATH": str(folder),
+        "TRITON_CACHE_DIR": str(folder / "triton"),
+        "XDG_CACHE_HOME": str(folder / "cache"),
+        "NULL_CUDA_STATE": str(folder / "processes"),
+        "NULL_CUDA_LOG": str(folder / "log"),
+        # It has no cuDNN.
+        "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",
+    }
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _frozen_modules() -> None:
     """Hides what is imported from the garbage collector: a collection of it takes 0.2 s, and measurements have many."""
@@ -254,11 +291,21 @@ def _one_thread() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def imported_deepspeed() -> None:
+    """Imports DeepSpeed before any rank is forked: each of them would take 5 s."""
+    pytest.importorskip("deepspeed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", "0")  # which ``load`` sets
+        load(torch.device("cpu"))
+
+
 @pytest.fixture
 def on_ranks(tmp_path: Path) -> Callable[..., list[Any]]:
     """Calls ``function(world, *arguments)`` on ``size`` ranks, and returns what each rank returned."""
 
     def call(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        _import_for_ranks()
         context = multiprocessing.get_context("fork")  # what is imported is there, and a test's own function too
         address = f"file://{tmp_path}/rendezvous-{len(list(tmp_path.iterdir()))}"
         pipes = [context.Pipe(duplex=False) for _ in range(size)]
@@ -280,6 +327,15 @@ def on_ranks(tmp_path: Path) -> Callable[..., list[Any]]:
                 process.join()
 
     return call
+
+
+@functools.cache
+def _import_for_ranks() -> None:
+    """Imports what the strategies import when they are used: every rank would, and the compiler takes 2 s."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
+        for name in ("torch._dynamo", "torch.distributed.fsdp"):
+            importlib.import_module(name)
 
 
 def _received(reader: Connection) -> Any:

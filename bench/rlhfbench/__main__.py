@@ -1,4 +1,4 @@
-"""``python -m rlhfbench``: the command line, from a source tree too, where packages may be missing."""
+"""The command ``rlhfbench``, and ``python -m rlhfbench`` from a source tree, where packages may be missing."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from rlhfbench.packages import check_packages
 
 
 def run() -> None:
-    """Runs the command line; a package that is missing is one sentence."""
+    """Runs the command line. A package that is missing is one sentence, and Ctrl-C during imports no traceback."""
     try:
         from rlhfbench.cli.main import main  # here, as it imports what may be missing
 
         main()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except ModuleNotFoundError:
         problem = check_packages()
         if problem is None:

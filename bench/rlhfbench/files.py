@@ -2,8 +2,37 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
+
+from rlhfbench.errors import RunFolderError
+
+
+def check_writable(field: str, folder: Path) -> None:
+    """Checks that ``folder`` can be written, before work whose results go there. It may not exist yet.
+
+    Raises:
+        RunFolderError: it, or the folder that it would be made in, is no folder or cannot be written.
+    """
+    try:
+        # Of a path below a file, the parts below are absent and the file is found.
+        place = next(path for path in (folder, *folder.absolute().parents) if _is_present(path))
+        if not place.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise RunFolderError(f"{field} '{folder}' cannot be written: {error.strerror}.") from error
+
+
+def _is_present(path: Path) -> bool:
+    """True for a file, a folder and a link; an error where a name is too long."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def write_atomically(path: Path, text: str) -> None:

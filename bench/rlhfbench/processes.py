@@ -47,11 +47,17 @@ def map_parallel(
     # Imported here: the fork server imports this module, and needs no pool.
     from concurrent.futures import ProcessPoolExecutor
     from concurrent.futures.process import BrokenProcessPool
-    from multiprocessing import forkserver  # Windows has none
+    from multiprocessing import forkserver, resource_tracker  # Windows has none
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
-    forkserver.ensure_running()
+    # The server inherits the mask: Ctrl-C while it imports would print its traceback. It ends with this process.
+    resource_tracker.ensure_running()  # unblocks the signal when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     meanwhile()
     with ProcessPoolExecutor(num_processes, context, initializer=_start) as pool:
         try:
@@ -68,6 +74,7 @@ def num_cores() -> int:
 def _start() -> None:
     """Has Ctrl-C and the death of the parent end a worker silently."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     die_with_parent(os.getppid(), signal.SIGKILL)
 
 

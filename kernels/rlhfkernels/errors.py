@@ -3,7 +3,7 @@
 RlhfKernelsError
 ├── CaseError        a case that is wrong by itself: every problem, one sentence each
 ├── ModelError       a model that is unknown, absent or cannot be loaded
-├── DataError     a data file that cannot be used
+├── DataError        a data file that cannot be used
 └── NumericalError   a step whose numbers are not finite
 """
 

@@ -1,4 +1,9 @@
-"""The maths of every method as functions of tensors: losses, advantages, rewards, selection and log-probabilities."""
+"""The maths of every method as functions of tensors: losses, advantages, rewards, selection and log-probabilities.
+
+Shapes: b or n = sequences, c = completion length. Log-probabilities are in nats. Masks are 1.0 on real completion
+tokens and 0.0 on padding. Losses are sums divided by a count that the caller gives, so that they do not depend on how a
+batch is split.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +13,11 @@ from rlhfkernels.algorithms.common import masked_mean, sequence_logprobs
 from rlhfkernels.algorithms.dpo import dpo_loss
 from rlhfkernels.algorithms.ppo import policy_loss, value_loss
 from rlhfkernels.algorithms.sft import nll_loss
+from rlhfkernels.ops.logit_transform import LogitTransform
 from rlhfkernels.ops.token_logprobs import token_logprobs
 
 __all__ = [
+    "LogitTransform",
     "best_index",
     "dpo_loss",
     "expected_best",

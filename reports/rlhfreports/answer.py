@@ -30,9 +30,11 @@ def answer(frame: pd.DataFrame) -> list[str]:
     if not is_ok.any():
         counts = frame["outcome"].map(outcome_word).value_counts(sort=False)
         found = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
-        return [f"No case was measured: {found}."]
+        reasons = frame["error"].dropna()
+        return [f"No case was measured: {found}.", *([f"The first says: {reasons.iloc[0]}"] if len(reasons) else [])]
     timed = bool(frame["total_s_per_sample"].notna().any())
-    sentences = [_memory(frame[is_ok]), _time(frame) if timed else None, resolution(frame) if timed else None]
+    times = [_time(frame), resolution(frame)] if timed else ["No case has a time."]
+    sentences = [_memory(frame[is_ok]), *times]
     return [sentence for sentence in sentences if sentence]
 
 
@@ -54,11 +56,11 @@ def _memory(frame: pd.DataFrame) -> str | None:
         if saved < 0.0005:
             continue
         return (
-            f"{_title(least)} needs {percent(saved)} less memory than {_title(other)} at the same batch "
-            f"({_gib(least)} against {_gib(other)} GiB, {_size(least)})."
+            f"{least['method_title']} needs {percent(saved)} less memory than {other['method_title']} at the same "
+            f"batch ({_gib(least)} against {_gib(other)} GiB, {_size(least)})."
         )
     row = _at(rows, "total_bytes", "max")
-    return f"{_title(row)} needs {_gib(row)} GiB ({_size(row)})."
+    return f"{row['method_title']} needs {_gib(row)} GiB ({_size(row)})."
 
 
 def _largest_first(rows: pd.DataFrame) -> list[tuple[Any, pd.DataFrame]]:
@@ -84,17 +86,17 @@ def _time(frame: pd.DataFrame) -> str | None:
         return None
     longest = gains[gains["seq_len"] == gains["seq_len"].max()]
     base = longest["baseline_title"].iloc[0]
-    where = f"at equal memory, {int(longest['seq_len'].iloc[0])} tokens"
+    where = f"at equal memory and {int(longest['seq_len'].iloc[0])} tokens"
     bound = resolvable(frame) or 0.0
     carried = longest[(longest["whole_gain_low"] > 1).fillna(False) & (longest["whole_gain"] > 1 + bound)]
     if carried.empty:
         if longest["whole_gain_low"].isna().all():
-            return f"Whether another method is faster than {base} {where}, one block a case cannot tell."
+            return f"One block a case cannot tell whether another method is faster than {base} {where}."
         return f"No method is faster than {base} {where} by more than this run can tell apart."
     best = _at(carried, "whole_gain", "max")
     gain = Ratio(*(float(best[f"whole_gain{end}"]) for end in ("", "_low", "_high")))
     batches = f"batch {best['batch_size']} against {best['baseline_batch_size']}"
-    return f"{_title(best)} is {gain} faster than {base} {where} ({batches})."
+    return f"{best['method_title']} is {gain} faster than {base} {where} ({batches})."
 
 
 def _at(rows: pd.DataFrame, column: str, end: str) -> pd.Series[Any]:
@@ -102,10 +104,6 @@ def _at(rows: pd.DataFrame, column: str, end: str) -> pd.Series[Any]:
     values = rows[column].to_numpy(dtype=float)
     row: pd.Series[Any] = rows.iloc[int(values.argmin() if end == "min" else values.argmax())]
     return row
-
-
-def _title(row: pd.Series[Any]) -> str:
-    return str(row["method"] if pd.isna(row["method_title"]) else row["method_title"])
 
 
 def _gib(row: pd.Series[Any]) -> str:

@@ -11,11 +11,14 @@ The harness documents and makes its columns (``rlhfbench.records_frame``). Repor
     {inference,update,total}_half_width_s_per_sample    num_{disturbed,counted}_blocks, disturbed_by
     {inference,update,total}_block_s_per_sample         allocator_rest_bytes, workspace_bytes, num_prompts_truncated
     {phase}_phase_s, {phase}_phase_block_s, one for each phase
+
+Of these ``method``, ``method_title``, lengths, batch size and outcome are never absent.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pandas as pd
 
@@ -27,6 +30,7 @@ _PARTS_OF_RANKS = ("gathered", "buckets")
 RUN = "run"
 # The machine that ran a case. Times of several machines are never compared within a run, so it is an axis like others.
 HOST = "host"
+_ALIAS = " = "  # between names of one machine, as containers have
 CASE_AXES: dict[str, str] = {
     "model": "{}",
     "device": "{}",
@@ -94,11 +98,24 @@ def hosts_of(frame: pd.DataFrame) -> list[str]:
     return list(frame.loc[measured, HOST].dropna().unique())
 
 
+def as_one_machine(frame: pd.DataFrame, hosts: Sequence[str]) -> pd.DataFrame:
+    """``frame`` with every case on one machine, of which ``hosts`` are names; ``one_machine_note`` tells so."""
+    return frame.assign(**{HOST: pd.array([_ALIAS.join(hosts)] * len(frame), dtype="string")})
+
+
+def one_machine_note(frame: pd.DataFrame) -> str | None:
+    """One sentence on hosts that stand for one machine by ``as_one_machine``, ``None`` where none do."""
+    named = [host for host in hosts_of(frame) if _ALIAS in host]
+    if not named:
+        return None
+    return f"The hosts {named[0]} count as one machine because --same-machine says so: the records cannot tell."
+
+
 def hosts_note(frame: pd.DataFrame) -> str | None:
-    """One sentence on the machines of cases, if there are several: what of their times compares."""
+    """One sentence on the machines of cases, if several hosts are named: what of their times compares."""
     hosts = hosts_of(frame)
     if len(hosts) < 2:
-        return None
+        return one_machine_note(frame)
     where = f"Cases were measured on {len(hosts)} machines ({', '.join(hosts)})"
     if RUN in frame and frame[RUN].nunique() > 1:
         return f"{where}: what the times of two runs differ by may be the machines."
@@ -116,6 +133,21 @@ def axis_text(axis: str, value: object) -> str:
     return "" if pd.isna(value) or value == "" else AXES[axis].format(value)  # type: ignore[call-overload]
 
 
+def _options_in_common(frame: pd.DataFrame) -> list[str]:
+    """The options, as ``name=value``, that every row has."""
+    rows = [str(text).split(", ") for text in frame["options"].fillna("").unique()]
+    return [option for option in rows[0] if option and all(option in row for row in rows)] if rows else []
+
+
+def with_short_options(frame: pd.DataFrame) -> pd.DataFrame:
+    """``frame`` for words about its rows: without the options that all of them have, which captions name."""
+    common = _options_in_common(frame) if "options" in axes_of(frame) else []
+    if not common:
+        return frame
+    rest = [", ".join(word for word in str(text).split(", ") if word not in common) for text in frame["options"]]
+    return frame.assign(options=pd.array(rest, dtype="string"))
+
+
 def shared_axes_text(frame: pd.DataFrame) -> str:
     """One line with the axes that all rows share: ``tiny · cpu · float32 · LoRA rank 16``.
 
@@ -126,6 +158,7 @@ def shared_axes_text(frame: pd.DataFrame) -> str:
     differing, implied = _differing(frame), _implied(frame)
     left_out = {*differing, *_QUIET_AXES, RUN, *(["setting"] if "setting" in implied else [])}
     words = [axis_text(axis, frame[axis].iloc[0]) for axis in axes_of(frame) if axis not in left_out]
+    words += _options_in_common(frame) if "options" in differing else []
     with_setting = [axis for axis in _SETTING_AXES if axis in differing and axis in implied]
     for setting in setting_order(frame) if with_setting else []:
         row = frame[frame["setting"] == setting].iloc[0]

@@ -9,16 +9,18 @@ from typing import Any
 
 import pandas as pd
 
-from rlhfreports.columns import HOST, RUN, axes_that_vary
+from rlhfreports.columns import HOST, RUN, axes_that_vary, one_machine_note
 from rlhfreports.frames import line_of, size_of
+from rlhfreports.once import once_per_frame
 from rlhfreports.ratios import Ratio, blocks_of, t_quantile
-from rlhfreports.tables import ABSENT, GIB, ReportTable, outcome_word
+from rlhfreports.tables import ABSENT, GIB, ReportTable, counted, outcome_word
 
 _SIZE = ("method", "prompt_len", "completion_len", "batch_size")
 EXPLANATION = (
     "Speed-up: seconds of the first run over seconds of the other, above 1 where the other is faster; ± half of its "
-    "95 % interval, from the blocks of both runs (Welch). Memory: GiB of the other run over GiB of the first. Runs "
-    "made at different times also differ by what changed on the machine between them."
+    "95 % interval, from the blocks of both runs (Welch). Verdict: on the other run, open where the interval carries "
+    "no difference. Memory: GiB of the other run over GiB of the first. Runs made at different times also differ by "
+    "what changed on the machine between them."
 )
 HARDWARE = "hardware"  # optional column: the model of the device, in words
 ONE, TWO, REFUSED = "one", "two", "two, times not compared"  # machines of a pair of cases
@@ -45,6 +47,7 @@ def ratio_of_runs(above: Mapping[Any, Any], below: Mapping[Any, Any]) -> Ratio:
     return Ratio(value, value * math.exp(-spread), value * math.exp(spread))
 
 
+@once_per_frame
 def compared(frame: pd.DataFrame) -> pd.DataFrame:
     """The cases that the first run of ``frame`` shares with each other one.
 
@@ -89,7 +92,7 @@ def _compared(base: Mapping[Any, Any], row: Mapping[Any, Any], run: str) -> dict
     sizes = [None if pd.isna(r["total_bytes"]) else int(r["total_bytes"]) / GIB for r in both]
     seconds = [None if pd.isna(r["total_s_per_sample"]) else float(r["total_s_per_sample"]) for r in both]
     return {
-        "title": row["method"] if pd.isna(row["method_title"]) else row["method_title"],
+        "title": row["method_title"],
         "method": row["method"],
         "line": row["_line"],
         "size": row["_size"],
@@ -128,6 +131,7 @@ def comparison_table(found: pd.DataFrame) -> ReportTable:
             row["line"],
             row["size"],
             row["other_run"],
+            _verdict(row),
             _cell(row["first_s"], row["first_outcome"]),
             _cell(row["other_s"], row["other_outcome"]),
             ABSENT if pd.isna(row["speedup"]) else str(_ratio(row)),
@@ -137,7 +141,18 @@ def comparison_table(found: pd.DataFrame) -> ReportTable:
         )
         for row in found.to_dict("records")
     ]
-    headings = ("method", "size", "run", "first s", "other s", "speed-up", "first GiB", "other GiB", "memory")
+    headings = (
+        "method",
+        "size",
+        "run",
+        "verdict",
+        "first s",
+        "other s",
+        "speed-up",
+        "first GiB",
+        "other GiB",
+        "memory",
+    )
     cells = pd.DataFrame(rows, columns=list(headings), dtype="object")
     several = bool((found["machines"] != ONE).any())
     if several:
@@ -145,16 +160,24 @@ def comparison_table(found: pd.DataFrame) -> ReportTable:
     return ReportTable(
         caption="Cases that both runs have, the first run against each other one",
         cells=cells,
-        num_text_columns=3 + several,
+        num_text_columns=4 + several,
         explanation=EXPLANATION,
         frame=found,
     )
 
 
+def _verdict(row: Mapping[Any, Any]) -> str:
+    """``faster`` or ``slower``, of the other run, where the interval carries it; ``open`` where it does not."""
+    if pd.isna(row["low"]):
+        return ABSENT
+    return "faster" if row["low"] > 1 else "slower" if row["high"] < 1 else "open"
+
+
 def comparison_sentences(frame: pd.DataFrame, found: pd.DataFrame) -> list[str]:
     """One sentence for each run after the first: in how many cases it is faster or slower beyond the intervals."""
     runs = list(dict.fromkeys(frame[RUN]))
-    sentences = []
+    note = one_machine_note(frame)
+    sentences = [note] if note else []
     for run in runs[1:]:
         rows = found[found["other_run"] == run]
         timed = rows[rows["speedup"].notna()]
@@ -170,10 +193,10 @@ def comparison_sentences(frame: pd.DataFrame, found: pd.DataFrame) -> list[str]:
         counts = [
             f"{run} is faster than {runs[0]} in {faster}, slower in {slower}",
             f"in {len(timed) - faster - slower - unknown} the interval carries no difference",
-            *([f"{unknown} were timed in one block and have no interval"] if unknown else []),
+            *([f"{unknown} had one block and so no interval"] if unknown else []),
         ]
         sentences.append(
-            f"Of {len(timed)} cases that both have, {'; '.join(counts)}. Speed-ups are from "
+            f"Of {counted(len(timed), 'case')} that both have, {'; '.join(counts)}. Speed-ups are from "
             f"{timed['speedup'].min():.2f}x to {timed['speedup'].max():.2f}x, their geometric mean {mean:.2f}x."
         )
         sentences += _memory_sentence(run, runs[0], rows)
@@ -183,7 +206,8 @@ def comparison_sentences(frame: pd.DataFrame, found: pd.DataFrame) -> list[str]:
 def _machine_sentences(run: str, first: str, rows: pd.DataFrame) -> list[str]:
     """Why times of two machines are not compared, and what a ratio of them is of."""
     reasons = {
-        REFUSED: "which are not known to differ in kind. Their times are not compared: a difference could be either's",
+        REFUSED: "which are not known to differ in kind. Their times are not compared, as a difference could be "
+        "either's. Are both names of one machine? Then --same-machine compares them",
         TWO: "so their speed-ups are of the machines, with all else that differs between the runs",
     }
     sentences = []
@@ -191,8 +215,8 @@ def _machine_sentences(run: str, first: str, rows: pd.DataFrame) -> list[str]:
         pairs = rows[rows["machines"] == machines]
         if len(pairs):
             hosts = [", ".join(dict.fromkeys(pairs[f"{side}_host"])) for side in ("first", "other")]
-            counted = "1 case" if len(pairs) == 1 else f"{len(pairs)} cases"
-            sentences.append(f"{counted} ran on {hosts[0]} in {first} and on {hosts[1]} in {run}, two machines, {why}.")
+            cases = counted(len(pairs), "case")
+            sentences.append(f"{cases} ran on {hosts[0]} in {first} and on {hosts[1]} in {run}, two machines, {why}.")
     return sentences
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from rlhfreports.columns import IN_A_LINE, axes_that_vary, axis_text, parts_of
+from rlhfreports.columns import IN_A_LINE, axes_that_vary, axis_text, parts_of, with_short_options
 from rlhfreports.fits import SLOPE_COLUMNS, slope_by_length
 from rlhfreports.panels import Panel, panels_of
 from rlhfreports.predicted import comparisons
@@ -32,7 +32,7 @@ MEMORY = {
 
 def line_of(frame: pd.DataFrame) -> pd.Series[str]:
     """The line of each row: the title of its method, with its setting and run where these vary."""
-    line = frame["method_title"].fillna(frame["method"]).astype(str)
+    line = frame["method_title"].astype(str)
     for axis in axes_that_vary(frame):
         if axis in IN_A_LINE:
             line = line + ", " + frame[axis].fillna("").astype(str)
@@ -49,6 +49,7 @@ def size_of(frame: pd.DataFrame) -> pd.Series[str]:
 
 
 def _batch_and_axes(frame: pd.DataFrame) -> pd.Series[str]:
+    frame = with_short_options(frame)
     words = "batch " + frame["batch_size"].astype(str)
     for axis in axes_that_vary(frame):
         if axis not in IN_A_LINE:
@@ -60,7 +61,7 @@ def _shared(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "method": rows["method"],
-            "title": rows["method_title"].fillna(rows["method"]),
+            "title": rows["method_title"],
             "seq_len": rows["seq_len"],
             "batch_size": rows["batch_size"],
         }
@@ -83,21 +84,31 @@ def times(frame: pd.DataFrame) -> pd.DataFrame:
         rows = panel.points
         tokens = (rows["seq_len"] * rows["sequences_per_sample"].fillna(1)).astype("float64")
         for kind in KINDS:
-            seconds = rows[f"{kind}_s_per_sample"].astype("float64")
-            width = rows[f"{kind}_half_width_s_per_sample"].astype("float64").fillna(0.0)
-            # A logarithmic axis has no 0: an interval that reaches it ends at a tenth of the point.
-            low, high = np.maximum(seconds - width, seconds / 10), seconds + width
-            of_kind = _shared(rows).assign(
-                panel=panel.title,
-                kind=kind,
-                seconds=seconds,
-                low=low,
-                high=high,
-                tokens=tokens,
-                shows_batch=panel.shows_batch,
+            timed = _timed(rows, kind)
+            # An empty frame would take the index of all rows.
+            of_panel = timed.assign(
+                panel=panel.title, tokens=tokens.reindex(timed.index), shows_batch=panel.shows_batch
             )
-            found.append(of_kind[(seconds > 0) & np.isfinite(seconds)])
+            found.append(of_panel.assign(kind=kind))
     return _with_lines(frame, found, ("panel", "kind", "seconds", "low", "high", "tokens", "shows_batch"))
+
+
+def _timed(rows: pd.DataFrame, kind: str) -> pd.DataFrame:
+    """The rows with a time of that kind, with ``seconds``, ``low`` and ``high``."""
+    seconds = rows[f"{kind}_s_per_sample"].astype("float64")
+    width = rows[f"{kind}_half_width_s_per_sample"].astype("float64").fillna(0.0)
+    # A logarithmic axis has no 0: an interval that reaches it ends at a tenth of the point.
+    low, high = np.maximum(seconds - width, seconds / 10), seconds + width
+    return _shared(rows).assign(seconds=seconds, low=low, high=high)[(seconds > 0) & np.isfinite(seconds)]
+
+
+def costs(frame: pd.DataFrame) -> pd.DataFrame:
+    """Memory and time of every measured case: ``size`` (``size_of``), ``gib``, ``seconds``, ``low`` and ``high``."""
+    rows = frame[_has_memory(frame)]
+    timed = _timed(rows, "total")
+    sizes = size_of(rows).reindex(timed.index) if len(timed) else None
+    gib = rows["total_bytes"].astype("float64").reindex(timed.index) / GIB
+    return _with_lines(frame, [timed.assign(size=sizes, gib=gib)], ("size", "gib", "seconds", "low", "high"))
 
 
 def panel_titles(frame: pd.DataFrame) -> list[str]:
@@ -112,7 +123,7 @@ def slopes(frame: pd.DataFrame) -> pd.DataFrame:
     for panel in panels_of(frame):
         points = panel.points[["method", "method_title", *SLOPE_COLUMNS]]
         for line, rows in points.groupby(lines.reindex(points.index), sort=False):
-            title = rows["method_title"].fillna(rows["method"]).iloc[0]
+            title = rows["method_title"].iloc[0]
             for kind in KINDS:
                 fitted = slope_by_length(rows, f"{kind}_s_per_sample")
                 if fitted is not None:
@@ -201,7 +212,7 @@ def _pairs(text: str) -> list[tuple[str, str]]:
 
 def predicted(frame: pd.DataFrame) -> pd.DataFrame:
     """Predicted and measured memory: ``case``, ``kind``, ``predicted_gib``, ``measured_gib``, ``percent`` (error)."""
-    titles = dict(zip(frame["method"], frame["method_title"].fillna(frame["method"]), strict=True))
+    titles = dict(zip(frame["method"], frame["method_title"], strict=True))
     rows = [
         {
             "method": item.method,
@@ -238,7 +249,7 @@ def block_times(frame: pd.DataFrame, blocks: pd.DataFrame) -> pd.DataFrame:
         return pd.DataFrame(columns=names)
     words = pd.DataFrame(
         {
-            "title": frame["method_title"].fillna(frame["method"]).to_numpy(),
+            "title": frame["method_title"].to_numpy(),
             "line": line_of(frame).to_numpy(),
             "size": size_of(frame).to_numpy(),
         },

@@ -18,7 +18,7 @@ whole gain lies above 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -129,7 +129,7 @@ def gain_table(frame: pd.DataFrame, baseline: str = BASELINE) -> GainTable:
     """
     axes = axes_that_vary(frame)
     titles = frame.loc[frame["method"] == baseline, "method_title"]
-    title = baseline if titles.empty or pd.isna(titles.iloc[0]) else str(titles.iloc[0])
+    title = baseline if titles.empty else str(titles.iloc[0])
     lengths = frame[list(_SIZE)].drop_duplicates()
     shows_split = len(lengths) > len(set(lengths.sum(axis=1)))
     found: list[dict[str, Any]] = []
@@ -140,9 +140,9 @@ def gain_table(frame: pd.DataFrame, baseline: str = BASELINE) -> GainTable:
         row = _divide(base, method)
         first = method.iloc[0]
         length = f"{first['prompt_len']}+{first['completion_len']}" if shows_split else f"{first['seq_len']}"
-        words = [_title(first), *(text(first[axis]) for axis in axes), length]
+        words = [first["method_title"], *(text(first[axis]) for axis in axes), length]
         if isinstance(row, str):
-            where = [_title(first), *(axis_text(axis, first[axis]) or f"no {axis}" for axis in axes)]
+            where = [first["method_title"], *(axis_text(axis, first[axis]) or f"no {axis}" for axis in axes)]
             notes.append(f"{', '.join(where)}, {length} tokens: {row}")
             continue
         shared = {name: first.get(name) for name in ("method", "method_title", HOST, *CASE_AXES, *_SIZE, "seq_len")}
@@ -230,10 +230,6 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     size = f"{row['memory_bytes'] / GIB:.4g}"
     largest = f"{'' if row['tried_larger'] else '≥'}{row['batch_size']}"
     return (str(row["baseline_batch_size"]), size, largest, *gains, *shares)
-
-
-def _title(row: Mapping[Hashable, Any] | pd.Series[Any]) -> str:
-    return str(row["method"] if pd.isna(row["method_title"]) else row["method_title"])
 
 
 def _with_share(gain: str, share: str) -> str:

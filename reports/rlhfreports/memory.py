@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from rlhfreports.columns import axes_that_vary, hosts_note, methods_in_order, setting_order, shared_axes_text
+from rlhfreports.columns import (
+    axes_that_vary,
+    hosts_note,
+    methods_in_order,
+    setting_order,
+    shared_axes_text,
+    with_short_options,
+)
 from rlhfreports.layouts import Column
 from rlhfreports.ratios import interval_decimals, resolution
 from rlhfreports.tables import ABSENT, GIB, ReportTable, decimals_for, number_text, outcome_word, text
@@ -101,8 +108,8 @@ def table(frame: pd.DataFrame) -> MemoryTable:
     """
     ordered = _ordered(frame)
     axes = sorted(axes_that_vary(ordered), key=lambda axis: axis != "setting")  # the setting beside its method
-    words = {"method": ordered["method_title"].fillna(ordered["method"]).tolist()}
-    words |= {_AXIS_HEADINGS.get(axis, axis): [text(value, "") for value in ordered[axis]] for axis in axes}
+    short, words = with_short_options(ordered), {"method": ordered["method_title"].tolist()}
+    words |= {_AXIS_HEADINGS.get(axis, axis): [text(value, "") for value in short[axis]] for axis in axes}
     caption = [shared_axes_text(ordered)]
     lengths = _lengths(ordered)
     if len(set(lengths)) > 1:

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pandas as pd
 
-from rlhfreports.columns import IN_A_LINE, axes_that_vary, axis_text, is_measured
+from rlhfreports.columns import IN_A_LINE, axes_that_vary, axis_text, is_measured, with_short_options
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +33,7 @@ def panels_of(frame: pd.DataFrame) -> list[Panel]:
     The settings of a method share a panel, and so do runs. Where the largest batch that fits differs, a last panel
     shows it for each line and length, as Figure 2 of Hydra-RLHF does.
     """
+    frame = with_short_options(frame)
     axes = [axis for axis in axes_that_vary(frame) if axis not in IN_A_LINE]
     groups = frame.groupby(axes, sort=False, dropna=False) if axes else [((), frame)]
     panels: list[Panel] = []

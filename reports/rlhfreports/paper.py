@@ -124,7 +124,7 @@ def table_1(frame: pd.DataFrame) -> ReportTable:
     measured = _at_length(alike(frame))
     ours = {row.method: _ours(measured, row) for row in TABLE_1}
     base, paper_base = ours[_BASE], next(row for row in TABLE_1 if row.method == _BASE)
-    titles = dict(zip(frame["method"], frame["method_title"].fillna(frame["method"]), strict=True))
+    titles = dict(zip(frame["method"], frame["method_title"], strict=True))
     rows = []
     for row in TABLE_1:
         own = ours[row.method]

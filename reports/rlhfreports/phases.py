@@ -35,10 +35,11 @@ def phase_points(frame: pd.DataFrame) -> pd.DataFrame:
     """
     measured = frame[is_measured(frame)]
     shared = measured.assign(
-        title=measured["method_title"].fillna(measured["method"]),
-        line=line_of(frame),
-        size=size_of(frame),
-        machine=machine_of(frame),
+        title=measured["method_title"],
+        # An empty frame takes the index of what it is assigned.
+        line=line_of(frame).reindex(measured.index),
+        size=size_of(frame).reindex(measured.index),
+        machine=machine_of(frame).reindex(measured.index),
     )[_SHARED]
     found = []
     for order, phase in enumerate(phases_of(frame)):

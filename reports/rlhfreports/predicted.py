@@ -109,8 +109,7 @@ def _measured(item: Comparison) -> str:
 
 def _case_words(row: Mapping[Hashable, Any], axes: list[str]) -> str:
     """The case in words, with its value on every axis that varies: ``Hydra-PPO, 128 tokens (64+64), batch 4``."""
-    title = row["method"] if pd.isna(row["method_title"]) else row["method_title"]
-    words = [f"{title}", f"{row['seq_len']} tokens ({row['prompt_len']}+{row['completion_len']})"]
+    words = [str(row["method_title"]), f"{row['seq_len']} tokens ({row['prompt_len']}+{row['completion_len']})"]
     words += [f"batch {row['batch_size']}", *(axis_text(axis, row[axis]) or f"no {axis}" for axis in axes)]
     return ", ".join(words)
 

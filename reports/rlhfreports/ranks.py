@@ -57,7 +57,7 @@ def ranked(frame: pd.DataFrame) -> pd.DataFrame:
         where these vary), ``line`` (title and label), and ``options`` without those that name ranks.
     """
     rows = frame[frame["parallel"].notna()] if "parallel" in frame else frame.iloc[:0]
-    titles = rows["method_title"].fillna(rows["method"]).astype("object")
+    titles = rows["method_title"].astype("object")
     named = zip(*(rows.get(name, ()) for name in ("parallel", "zero_stage", "options")), strict=True)
     strategies = pd.Series([strategy_words(*words) for words in named], rows.index, dtype="object")
     rows = rows.assign(title=titles, strategy=strategies, options=[_others(text) for text in rows["options"]])

@@ -113,7 +113,6 @@ def slope_table(frame: pd.DataFrame) -> SlopeTable:
         for name, dtype in _COLUMNS.items()
     }
     found = pd.DataFrame(columns)
-    found["method_title"] = found["method_title"].fillna(found["method"])
     found = _ordered(found, rows, frame)
     axes = tuple(axes_that_vary(frame))
     words: dict[str, Any] = {

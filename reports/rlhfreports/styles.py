@@ -70,7 +70,7 @@ def method_styles(frame: pd.DataFrame) -> dict[str, Style]:
     for row in methods.to_dict("records"):
         slot = next(free) if pd.isna(row["method_order"]) else int(row["method_order"])
         styles[row["method"]] = Style(
-            title=row["method"] if pd.isna(row["method_title"]) else row["method_title"],
+            title=row["method_title"],
             color=COLORS[slot % len(COLORS)],
             marker=MARKERS[(slot + slot // len(COLORS)) % len(MARKERS)],
         )

@@ -81,6 +81,11 @@ def outcome_word(outcome: object) -> str:
     return str(outcome).upper()
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 case``, ``2 cases``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def decimals_for(values: Sequence[float], least: int, most: int) -> int:
     """Decimals that show three significant digits of the smallest of ``values``.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import select
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,24 @@ from rlhfbench.runs import runner
 from rlhfbench.runs.forkserver import ForkServer
 
 HERE = Path(__file__).parent
+_LONGEST_S = 30.0  # that a process may take to end
+
+
+@pytest.fixture(scope="session")
+def is_gone() -> Callable[[int], bool]:
+    """Waits, without polling, until a process has ended; one that nobody waits for has too."""
+
+    def is_gone(pid: int) -> bool:
+        try:
+            fd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return True
+        try:
+            return bool(select.select([fd], [], [], _LONGEST_S)[0])
+        finally:
+            os.close(fd)
+
+    return is_gone
 
 
 @pytest.fixture

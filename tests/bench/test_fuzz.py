@@ -46,6 +46,9 @@ from rlhfkernels.errors import CaseError, ModelError
 from rlhfkernels.models.configuration import read_config
 from rlhfkernels.ops.native import build
 from rlhfreports import gain, plots, predicted_plot, slope_table, timelines
+from rlhfreports.page import sections
+from rlhfreports.page.ran import ran_section
+from rlhfreports.page.summary import answer_section
 
 NUMBERS = [
     "0", "-1", "1", "2", "0.5", "1e999", "-inf", "inf", "nan", "1e308", "9" * 400, "-" + "9" * 400, "9" * 5000,
@@ -202,9 +205,10 @@ def without_work(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def without_fits(folder: Path) -> Iterator[None]:
-    """Fits no slopes: those of a run of all methods take a second, and its records are alike."""
+def without_charts(folder: Path) -> Iterator[None]:
+    """Fits no slopes and draws no charts: a page takes 0.3 s, and the records of these runs are alike."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sections, "SECTIONS", (answer_section, ran_section))
         patch.setattr(rlhfreports, "slope_table", lambda frame: slope_table(frame.head(1)))
         patch.setattr(gain, "has_gain", lambda frame: False)
         yield
@@ -240,7 +244,7 @@ def flag() -> st.SearchStrategy[list[str]]:
 SMALL = ["--methods", "hydra", "--seq-lens", "8", "--batch-sizes", "1"]
 
 
-@pytest.mark.usefixtures("without_fits")
+@pytest.mark.usefixtures("without_charts")
 @fuzz(1000)
 @given(
     st.sampled_from(["run", "run", "plan", "report", "methods", "models"]), st.lists(flag(), max_size=3), st.booleans()
@@ -354,7 +358,7 @@ RAW = [
 ]  # fmt: skip
 
 
-@pytest.mark.usefixtures("without_fits")
+@pytest.mark.usefixtures("without_charts")
 @fuzz(500)
 @given(
     st.one_of(st.sampled_from(RAW), st.dictionaries(KEYS, VALUES, max_size=5).map(tomli_w.dumps)),

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -32,6 +35,20 @@ def test_results_come_from_other_processes_in_the_order_of_the_inputs() -> None:
     results = map_parallel(pid_and_square, [3, 1, 2], preload=[])
     assert [square for _, square in results] == [9, 1, 4]
     assert os.getpid() not in {pid for pid, _ in results}
+
+
+def test_ctrl_c_while_the_server_imports_prints_nothing(tmp_path: Path) -> None:
+    (tmp_path / "interrupted.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from rlhfbench import processes\n"
+        "processes.num_cores = lambda: 2\n"
+        "print(processes.map_parallel(abs, [-1, -2], preload=['interrupted']))"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    command, environment = [sys.executable, "-c", code, str(tmp_path)], {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("[1, 2]\n", "")
 
 
 def test_one_input_or_one_core_needs_no_process(monkeypatch: pytest.MonkeyPatch) -> None:

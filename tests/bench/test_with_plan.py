@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 
 from rlhfbench.cases.sweep import Sweep
-from rlhfbench.records.timelines import read_timeline
+from rlhfbench.records.timelines import planned, read_timeline
 from rlhfbench.runs.drawing import draw_run
 from rlhfbench.runs.options import RunOptions
 from rlhfbench.runs.progress import LineProgress
@@ -25,6 +25,9 @@ def test_a_plan_and_a_measurement_of_a_real_case_agree(tmp_path: Path) -> None:
             assert record["plan"][name] == record["memory"][name], name
         timeline = read_timeline(tmp_path / "run" / "timelines", record["case"]["id"])
         assert timeline["peak"]["total_bytes"] == record["memory"]["total_bytes"]
+        predicted = read_timeline(tmp_path / "run" / "timelines", planned(record["case"]["id"]))
+        assert predicted["peak"] == {**timeline["peak"], "event": predicted["peak"]["event"]}
     draw_run(tmp_path / "run")
+    assert "batch 2, predicted" in (tmp_path / "run" / "index.html").read_text(encoding="utf-8")
     assert "Farthest off: " in (tmp_path / "run" / "predicted.md").read_text(encoding="utf-8")
     assert len(list((tmp_path / "run" / "timelines").glob("*.svg"))) == 3

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-RESULT = Path(__file__).parents[2] / "reports" / "results" / "default-cpu"
+RESULTS = Path(__file__).parents[2] / "reports" / "results"
+RESULT = RESULTS / "default-cpu"
+READY = "html[data-ready=true]"
 HOSTILE = "</script><script>alert('run')</script><img src=x onerror=alert(1)>"
+_WAIT_MS = 60_000
 _PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -128,9 +132,64 @@ def _profile(folder: Path, case_id: str, number: int) -> None:
 
 
 @pytest.fixture(scope="session")
-def page_path(run_dir: Path) -> Path:
-    """The page of ``run_dir``."""
+def ranks_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four methods over two ranks in each strategy, of which DPO's last did not fit."""
+    folder = tmp_path_factory.mktemp("browser") / "ranks"
+    shutil.copytree(RESULTS / "two-ranks", folder, ignore=shutil.ignore_patterns("*.png", "*.svg"))
+    records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+    *_, last = (record for record in records if "case" in record)
+    _fail(last, "oom", "out of memory")
+    kept = [record for record in records if record.get("block_of") != last["case"]["id"]]
+    (folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def page_of(run_dir: Path, ranks_dir: Path) -> Callable[[str], Path]:
+    """The page of the run of a name, written once."""
     from rlhfbench.runs.page import write_run_page
 
-    write_run_page([run_dir], run_dir / "index.html")
-    return run_dir / "index.html"
+    @functools.cache
+    def written(name: str) -> Path:
+        folder = {"one process": run_dir, "ranks": ranks_dir}[name]
+        write_run_page([folder], folder / "index.html")
+        return folder / "index.html"
+
+    return written
+
+
+class Opened:
+    """A page, and what it said and asked for since it was opened."""
+
+    def __init__(self, page: Any, path: Path) -> None:
+        self.page = page
+        self.said: list[str] = []
+        self.asked: list[str] = []
+        self.dialogs: list[str] = []
+        page.on("console", lambda message: self.said.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: self.said.append(f"error: {error}"))
+        page.on("request", lambda request: self.asked.append(request.url))
+        page.on("dialog", self._dismiss)
+        self.url = path.as_uri()
+        page.goto(self.url)
+        page.wait_for_selector(READY, timeout=_WAIT_MS)
+
+    def _dismiss(self, dialog: Any) -> None:
+        self.dialogs.append(dialog.message)
+        dialog.dismiss()
+
+
+@pytest.fixture(scope="module")
+def opened(request: pytest.FixtureRequest, browser: Any, page_of: Callable[[str], Path]) -> Iterator[Opened]:
+    """A page at a common size in light mode: of one process unless a test names another."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, color_scheme="light")
+    yield Opened(context.new_page(), page_of(getattr(request, "param", "one process")))
+    context.close()
+
+
+@pytest.fixture
+def page(opened: Opened) -> Iterator[Any]:
+    """The page of ``opened``. Tests leave the switches as they were."""
+    yield opened.page
+    opened.page.set_viewport_size({"width": 1280, "height": 900})
+    opened.page.emulate_media(media="screen", color_scheme="light")

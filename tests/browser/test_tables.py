@@ -19,7 +19,7 @@ def test_numbers_of_several_digits_sort_beside_cases_without_one(browser: Any, t
     cells = pd.DataFrame({"method": list("abcde"), "seconds": ["OOM", "9.5", "10.25", "<0.001", "–"]})
     table = ReportTable(caption="times", cells=cells, num_text_columns=1, explanation="", frame=cells)
     section = Section(id="section", title="Times", blocks=[table_of(table, name="times")])
-    (tmp_path / "index.html").write_text(rendered("a run", "", [section]), encoding="utf-8")
+    (tmp_path / "index.html").write_text(rendered("a run", [], [section]), encoding="utf-8")
     page = browser.new_page()
     page.goto((tmp_path / "index.html").as_uri())
     page.wait_for_selector("html[data-ready=true]", timeout=_WAIT_MS)
@@ -30,4 +30,20 @@ def test_numbers_of_several_digits_sort_beside_cases_without_one(browser: Any, t
     order.click()
     page.wait_for_function(_FIRST_IS, arg="10.25", timeout=_WAIT_MS)
     assert page.locator(shown).all_inner_texts()[:3] == ["10.25", "9.5", "<0.001"]
+    page.close()
+
+
+def test_a_print_has_every_row_and_the_screen_its_page_again(browser: Any, tmp_path: Path) -> None:
+    cells = pd.DataFrame({"method": [f"m{i}" for i in range(60)], "seconds": ["1"] * 60})
+    table = ReportTable(caption="times", cells=cells, num_text_columns=1, explanation="", frame=cells)
+    section = Section(id="section", title="Times", blocks=[table_of(table, name="times")])
+    (tmp_path / "index.html").write_text(rendered("a run", [], [section]), encoding="utf-8")
+    page = browser.new_page()
+    page.goto((tmp_path / "index.html").as_uri())
+    page.wait_for_selector("html[data-ready=true]", timeout=_WAIT_MS)
+    rows = page.locator("#times tbody tr")
+    assert rows.count() == 50
+    for event, num_rows in (("beforeprint", 60), ("afterprint", 50)):
+        page.evaluate("(name) => { window.dispatchEvent(new Event(name)); }", event)
+        page.wait_for_function("(num) => document.querySelectorAll('#times tbody tr').length === num", arg=num_rows)
     page.close()

@@ -13,8 +13,8 @@ from rlhfkernels.config.options import Options
 PAGE = Path(__file__).parents[2] / "docs" / "options.md"
 HEAD = """# Options
 
-Options are in groups. `--option GROUP.NAME=VALUE` sets one, and may be repeated; a [sweep file](sweeps.md) has a table
-`[options]`. `none` is an option that is absent. Every option stands in every record.
+`--option GROUP.NAME=VALUE` sets one option, and may be repeated. In a [sweep file](sweeps.md) they are a table,
+`[options]`. `none` stands for no value. A record has every option of its case.
 
 ```sh
 rlhfbench run --methods hydra --option ppo.kl_coef=0.05 --option lora.target_modules=q_proj,v_proj

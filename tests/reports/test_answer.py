@@ -49,7 +49,7 @@ def test_a_gain_is_claimed_where_its_interval_and_the_run_carry_it(make_frame: F
     )
     found = answer(frame)
     assert found[1] == (
-        "Hydra-PPO is 2.500x ± 0.000 faster than LoRA-PPO at equal memory, 64 tokens (batch 2 against 1)."
+        "Hydra-PPO is 2.500x ± 0.000 faster than LoRA-PPO at equal memory and 64 tokens (batch 2 against 1)."
     )
     assert found[2] == "This run tells apart differences above 1.4 %, by its intervals."
 
@@ -63,7 +63,7 @@ def test_a_gain_that_intervals_or_the_run_do_not_carry_is_not_claimed(
 ) -> None:
     frame = make_frame(timed("lora", 1.0, 1.001, 0.999), timed("hydra", *hydra), timed("hydra", *hydra, batch_size=2))
     assert answer(frame)[1] == (
-        "No method is faster than LoRA-PPO at equal memory, 64 tokens by more than this run can tell apart."
+        "No method is faster than LoRA-PPO at equal memory and 64 tokens by more than this run can tell apart."
     ), reason
 
 
@@ -81,7 +81,7 @@ def test_one_block_cannot_tell(make_frame: Frames) -> None:
         timed("hydra", 0.1, batch_size=2, total_half_width_s_per_sample=None),
     )
     found = answer(frame)
-    assert "one block a case cannot tell" in found[1]
+    assert "One block a case cannot tell" in found[1]
     assert found[2] == "Every case was timed in one block: how sure the times are is not known."
 
 
@@ -100,13 +100,16 @@ def test_families_are_not_compared(make_frame: Frames) -> None:
 
 
 def test_a_run_without_measurements_says_so(make_frame: Frames) -> None:
-    failed = make_frame({"outcome": "oom"}, {"outcome": "oom", "method": "lora"}, {"outcome": "timeout"})
-    assert answer(failed) == ["No case was measured: 2 OOM, 1 TIMEOUT."]
+    failed = ({"outcome": "oom"}, {"outcome": "oom", "method": "lora"}, {"outcome": "timeout"})
+    counts = "No case was measured: 2 OOM, 1 TIMEOUT."
+    assert answer(make_frame(*failed)) == [counts]
+    with_reason = make_frame(failed[0], *({**row, "error": "out of memory."} for row in failed[1:]))
+    assert answer(with_reason) == [counts, "The first says: out of memory."]
     assert answer(make_frame()) == ["This run has no records yet."]
 
 
 def test_memory_alone_makes_no_claim_on_time(make_frame: Frames) -> None:
     none = {"total_s_per_sample": None, "inference_s_per_sample": None, "update_s_per_sample": None}
     found = answer(make_frame({"method": "lora", **none}, {"method": "hydra", "model_bytes": GIB // 2, **none}))
-    assert len(found) == 1
     assert "less memory" in found[0]
+    assert found[1:] == ["No case has a time."]

@@ -3,12 +3,16 @@ from __future__ import annotations
 import pandas as pd
 
 from rlhfreports.columns import (
+    as_one_machine,
     axes_that_vary,
     hosts_note,
+    hosts_of,
     methods_in_order,
+    one_machine_note,
     parts_of,
     setting_order,
     shared_axes_text,
+    with_short_options,
 )
 from rlhfreports.gain import has_gain
 from rlhfreports.slopes import slope_table
@@ -92,3 +96,31 @@ def test_times_of_two_machines_are_not_compared(make_frame):
 def test_a_case_that_was_not_measured_makes_no_second_machine(make_frame):
     frame = make_frame({"host": "a"}, {"host": "b", "outcome": "skipped"})
     assert axes_that_vary(frame) == []
+
+
+def test_hosts_that_are_said_to_be_one_machine_are_one_and_a_note_says_so(
+    make_frame,
+):
+    frame = as_one_machine(make_frame({"host": "c1"}, {"host": "c2"}, {"host": None}), ["c1", "c2"])
+    assert hosts_of(frame) == ["c1 = c2"]
+    assert "host" not in axes_that_vary(frame)
+    note = "The hosts c1 = c2 count as one machine because --same-machine says so: the records cannot tell."
+    assert hosts_note(frame) == one_machine_note(frame) == note
+    assert one_machine_note(make_frame({"host": "c1"})) is None
+
+
+def test_options_that_all_rows_have_stand_in_the_caption_and_not_in_words_about_a_row(make_frame):
+    frame = make_frame(
+        {"options": "parallel.strategy=ddp, parallel.world_size=2"},
+        {"options": "parallel.strategy=deepspeed, parallel.world_size=2, parallel.zero_stage=3"},
+        {"options": "parallel.world_size=2"},
+    )
+    assert with_short_options(frame)["options"].tolist() == [
+        "parallel.strategy=ddp",
+        "parallel.strategy=deepspeed, parallel.zero_stage=3",
+        "",
+    ]
+    assert shared_axes_text(frame) == "tiny · cpu · float32 · LoRA rank 16 · parallel.world_size=2"
+    differing = make_frame({"options": "a=1"}, {"options": ""})
+    assert with_short_options(differing) is differing
+    assert shared_axes_text(make_frame({"options": "a=1"})).endswith(" · a=1")

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from rlhfreports.columns import as_one_machine
 from rlhfreports.compare import compared, comparison_sentences, comparison_table, ratio_of_runs
 
 Frames = Callable[..., pd.DataFrame]
@@ -80,7 +81,7 @@ def test_sentences_count_only_what_the_intervals_carry(make_frame: Frames) -> No
     first, second = comparison_sentences(frame, compared(frame))
     assert first.startswith(
         "Of 4 cases that both have, after is faster than before in 1, slower in 1; in 1 the interval carries no "
-        "difference; 1 were timed in one block and have no interval. Speed-ups are from 0.50x to 2.00x"
+        "difference; 1 had one block and so no interval. Speed-ups are from 0.50x to 2.00x"
     )
     assert second == "after needs the same memory as before."
 
@@ -109,7 +110,8 @@ def test_times_of_two_machines_of_one_kind_are_refused_with_the_reason(make_fram
     ]
     assert comparison_sentences(frame, found) == [
         "1 case ran on one in before and on two in after, two machines, which are not known to differ in kind. Their "
-        "times are not compared: a difference could be either's.",
+        "times are not compared, as a difference could be either's. Are both names of one machine? Then --same-machine "
+        "compares them.",
         "after needs the same memory as before.",
     ]
 
@@ -130,7 +132,7 @@ def test_machines_of_two_kinds_are_compared_as_such(
     found = compared(frame)
     assert found["machines"].tolist() == ["two"]
     assert found["speedup"].tolist() == pytest.approx([1.0])
-    assert comparison_table(found).num_text_columns == 4
+    assert comparison_table(found).num_text_columns == 5
     assert comparison_sentences(frame, found)[0] == (
         "1 case ran on one in before and on two in after, two machines, so their speed-ups are of the machines, with "
         "all else that differs between the runs."
@@ -147,3 +149,24 @@ def test_cases_of_a_cluster_are_matched_and_each_pair_has_its_machines(make_fram
     assert found["machines"].tolist() == ["one", "two, times not compared", "one"]
     assert found["size"].tolist() == [f"{tokens} tokens, batch 1" for tokens in (64, 128, 256)]
     assert comparison_sentences(frame, found)[1].startswith("Of 2 cases that both have")
+
+
+def test_hosts_that_are_said_to_be_one_machine_are_compared_and_it_is_said(make_frame: Frames) -> None:
+    frame = runs(make_frame, before=[of_host("c1")], after=[of_host("c2")])
+    frame = as_one_machine(frame, ["c1", "c2"])
+    found = compared(frame)
+    assert found["machines"].tolist() == ["one"]
+    assert found["speedup"].tolist() == pytest.approx([1.0])
+    note, counts, _ = comparison_sentences(frame, found)
+    assert note.startswith("The hosts c1 = c2 count as one machine because --same-machine says so")
+    assert counts.startswith("Of 1 case that both have")
+
+
+def test_a_verdict_is_one_that_the_interval_carries(make_frame: Frames) -> None:
+    slow, fast = (2.0, 2.01, 1.99), (1.0, 1.01, 0.99)
+    frame = runs(
+        make_frame,
+        a=[of_blocks(*slow), of_blocks(*fast, prompt_len=64), of_blocks(1.0, 3.0, prompt_len=128), {"prompt_len": 256}],
+        b=[of_blocks(*fast), of_blocks(*slow, prompt_len=64), of_blocks(1.1, 2.9, prompt_len=128), {"prompt_len": 256}],
+    )
+    assert comparison_table(compared(frame)).cells["verdict"].tolist() == ["faster", "slower", "open", "–"]

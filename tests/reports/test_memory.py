@@ -6,7 +6,7 @@ import math
 
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -235,7 +235,6 @@ def test_markup_in_names_is_printed_as_it_is(make_frame):
     assert "[/] is bad." in text
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.floats(min_value=1e-9, max_value=1e6), min_size=1),
     st.integers(0, 2),
@@ -248,7 +247,6 @@ def test_the_smallest_value_keeps_two_digits_at_least(values, least, most):
     assert abs(float(f"{smallest:.{decimals}f}") - smallest) <= 0.051 * smallest
 
 
-@settings(deadline=None)
 @given(st.floats(min_value=0, max_value=1e9), st.integers(1, 6))
 def test_a_printed_number_is_right_and_zero_only_for_zero(value, decimals):
     text = number_text(value, decimals)

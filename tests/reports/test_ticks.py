@@ -4,13 +4,12 @@ import itertools
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhfreports.ticks import log_ticks, plain_number, spaced
 
 
-@settings(deadline=None)
 @given(st.floats(1e-9, 1e9), st.floats(1.2, 1e6))
 def test_ticks_are_round_numbers_within_the_axis(low, ratio):
     high = low * ratio
@@ -21,13 +20,11 @@ def test_ticks_are_round_numbers_within_the_axis(low, ratio):
     assert all(len(plain_number(tick).replace(",", "").replace(".", "").strip("0")) <= 2 for tick in ticks)
 
 
-@settings(deadline=None)
 @given(st.floats(1e-9, 1e9))
 def test_half_a_decade_has_at_least_three_ticks(low):
     assert len(log_ticks(low, low * 10**0.5)) >= 3
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 100_000), min_size=1, unique=True).map(sorted))
 def test_labels_that_are_kept_have_room_and_include_the_last(lengths):
     span = max(lengths[-1] / lengths[0], 2.0)

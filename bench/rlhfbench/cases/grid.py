@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlhfbench.cases.option_grid import combinations
-from rlhfbench.cases.spec import FIELD_KEYS, NONE, Spec, dotted, unknown_option
+from rlhfbench.cases.spec import FIELD_KEYS, NONE, Spec, dotted
 from rlhfkernels.config.case import Case, option_annotations
-from rlhfkernels.config.options import MAX_COUNT, Options
+from rlhfkernels.config.options import MAX_COUNT, Options, unknown_option
 from rlhfkernels.config.rules import accepts, shown
 from rlhfkernels.errors import CaseError
 from rlhfkernels.methods.table import METHODS, select

@@ -60,10 +60,15 @@ def inspect_model(model: str) -> ModelFacts:
             max_positions=preset.max_positions,
             vocab_size=preset.config.get("vocab_size"),
         )
-    path = Path(model).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(model).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError) as error:  # a name that is too long, a folder without permission, ~ of nobody
+        reason = error.strerror if isinstance(error, OSError) else str(error).rstrip(".")
+        raise ModelError(f"model {shown(model)} cannot be read: {reason}.") from error
+    if is_folder:
         return _inspect_folder(model, path)
-    if path.is_file():
+    if is_file:
         if path.suffix.lower() != ".gguf":
             raise ModelError(f"model '{model}' is a file: it must be a .gguf file, or the folder of a checkpoint.")
         check_gguf(model, path)  # a plan reads the file too

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 from collections.abc import Iterable, Iterator
@@ -9,18 +10,21 @@ from pathlib import Path
 
 from rlhfbench.cases.model_facts import ModelFacts, inspect_model
 from rlhfbench.cases.ranks import check_ranks
+from rlhfbench.cases.settings import changed_options
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.cases.weights import check_safetensors
 from rlhfbench.errors import SweepError
 from rlhfbench.measure.nvml import num_cuda_devices
 from rlhfkernels.config.case import vocabulary_problem
 from rlhfkernels.config.options import OPTION_PACKAGES
+from rlhfkernels.config.rules import shown
 from rlhfkernels.data.files import READERS, Demonstration, Pair, Text
 from rlhfkernels.errors import DataError, ModelError
 from rlhfkernels.methods.table import METHODS
 from rlhfkernels.models.presets import PRESETS
 from rlhfkernels.ops.native.build import BuildError, library_path
 
+_TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 # Flags in /proc/cpuinfo, of x86 and Arm; any of them means that the CPU computes in the dtype.
 _INSTRUCTIONS = {"bfloat16": {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}}
 
@@ -45,6 +49,7 @@ def check(sweep: Sweep, *, devices: bool = True) -> dict[str, ModelFacts]:
             problems += _check_package(option, value, packages.get(value))
     if any(case.options.engine.backend == "native" for case in sweep.cases):
         problems += _check_compiler()
+    problems += _check_tokenizers(case.model for case in sweep.cases if case.data_file and case.model in facts)
     for source, model, data in dict.fromkeys(
         (METHODS[case.method].source, case.model, case.options.data) for case in sweep.cases if case.data_file
     ):
@@ -55,6 +60,14 @@ def check(sweep: Sweep, *, devices: bool = True) -> dict[str, ModelFacts]:
     if problems:
         raise SweepError(problems)
     return facts
+
+
+def _check_tokenizers(models: Iterable[str]) -> Iterator[str]:
+    """One sentence for each checkpoint folder without a tokenizer: a model may be saved without its own."""
+    for model in dict.fromkeys(models):
+        folder = Path(model).expanduser()
+        if model not in PRESETS and folder.is_dir() and not any(True for p in _TOKENIZERS for _ in folder.glob(p)):
+            yield f"model '{model}' is a folder without a tokenizer ({', '.join(_TOKENIZERS)}), which data files need."
 
 
 def check_chat_template(model: str, rows: Iterable[Text | Demonstration | Pair]) -> None:
@@ -80,7 +93,17 @@ def notices(sweep: Sweep, cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
         sweep: the cases.
         cpuinfo: Linux's description of the CPU; without it there is no warning.
     """
-    return [*_backend_notices(sweep), *_dtype_notices(sweep, cpuinfo)]
+    return [*_option_notices(sweep), *_backend_notices(sweep), *_dtype_notices(sweep, cpuinfo)]
+
+
+def _option_notices(sweep: Sweep) -> Iterator[str]:
+    """One sentence for each option of a family that has no method in the sweep."""
+    groups = {method.family: method.family.lower().replace("-", "_") for method in METHODS.values()}
+    unread = set(groups.values()) - {groups[METHODS[case.method].family] for case in sweep.cases}
+    changed = (changed_options(dataclasses.asdict(case.options)) for case in sweep.cases)
+    for name, value in dict.fromkeys(option for options in changed for option in options.items()):
+        if name.split(".")[0] in unread:
+            yield f"{name} is {shown(value)}: no method of this sweep reads it."
 
 
 def _backend_notices(sweep: Sweep) -> Iterator[str]:
@@ -126,7 +149,8 @@ def _inspect(sweep: Sweep) -> tuple[dict[str, ModelFacts], list[str]]:
             facts[model] = inspect_model(model)
         except ModelError as error:
             problems.append(str(error))
-    return facts, [*problems, *_check_positions(sweep, facts), *_check_vocabularies(sweep, facts)]
+    problems += [*_check_positions(sweep, facts), *_check_vocabularies(sweep, facts), *_check_stop_tokens(sweep, facts)]
+    return facts, problems
 
 
 def _check_weights(models: Iterable[str]) -> Iterator[str]:
@@ -156,6 +180,13 @@ def _check_vocabularies(sweep: Sweep, facts: dict[str, ModelFacts]) -> Iterator[
         sizes = {model: size for model, size in known.items() if size is not None}
         if len(set(sizes.values())) > 1:
             yield vocabulary_problem(sizes)
+
+
+def _check_stop_tokens(sweep: Sweep, facts: dict[str, ModelFacts]) -> Iterator[str]:
+    for model, token in dict.fromkeys((case.model, case.options.rollout.stop_token_id) for case in sweep.cases):
+        size = facts[model].vocab_size if model in facts else None
+        if token is not None and size is not None and token >= size:
+            yield f"rollout.stop_token_id is {token}: it must be below {size}, the vocabulary of model '{model}'."
 
 
 def _check_device(device: str) -> Iterator[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from rlhfbench.errors import SweepError
 from rlhfkernels.config.case import option_annotations
-from rlhfkernels.config.options import RENAMED_OPTIONS
+from rlhfkernels.config.options import RENAMED_OPTIONS, unknown_option
 from rlhfkernels.config.rules import accepts
 from rlhfkernels.naming import unknown
 
@@ -130,10 +130,3 @@ def parse_option(text: str) -> tuple[str, Any]:
             except ValueError:
                 return name, value
     return name, value
-
-
-def unknown_option(name: str) -> str:
-    """The message for an unknown option, with the new name of one that was renamed."""
-    if name in RENAMED_OPTIONS:
-        return f"option {name!r} is now called {RENAMED_OPTIONS[name]!r}."
-    return unknown("option", name, option_annotations())

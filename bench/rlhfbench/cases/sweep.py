@@ -26,12 +26,13 @@ from rlhfbench.cases.spec import (
 from rlhfbench.errors import SweepError
 from rlhfkernels.config.case import Case
 from rlhfkernels.config.options import Options
+from rlhfkernels.config.rules import shown
 from rlhfkernels.config.settings import SETTINGS
 from rlhfkernels.methods.program import SourceName
 from rlhfkernels.models.presets import PRESETS
 from rlhfkernels.naming import unknown
 
-# The sweep of `rlhfbench run` without options: under three minutes on a laptop with two cores.
+# The sweep of `rlhfbench run` without options: about three minutes on two cores.
 DEFAULT_GRID: dict[str, Any] = {
     "methods": ["ppo"],
     "models": ["tiny"],
@@ -47,9 +48,17 @@ class Sweep:
 
     Attributes:
         cases: in the order in which they run.
+
+    Raises:
+        SweepError: some of ``cases`` is no ``Case``.
     """
 
     cases: tuple[Case, ...]
+
+    def __post_init__(self) -> None:
+        wrong = [case for case in self.cases if not isinstance(case, Case)]
+        if wrong:
+            raise SweepError([f"cases has {shown(wrong[0])}: it must be a Case."])
 
     @classmethod
     def from_spec(cls, spec: Spec) -> Self:
@@ -70,6 +79,11 @@ class Sweep:
 
         Raises:
             SweepError: every problem, one sentence each.
+
+        Example:
+            >>> sweep = Sweep.from_spec({"methods": ["ppo"], "models": "tiny", "seq_lens": [64, 128]})
+            >>> len(sweep.cases)  # of five methods, two lengths and the default batch sizes, 1 and 4
+            20
         """
         if any(key in spec for key in SETTING_KEYS):
             return cls._under_settings(spec)

@@ -76,6 +76,17 @@ def number(flag: str, kind: type[int] | type[float]) -> Callable[[Any], int | fl
     return parse
 
 
+def path_text(flag: str) -> Callable[[Any], str]:
+    """The parser of an option that names a folder or a file. An empty one is most likely a variable that is not set."""
+
+    def parse(text: Any) -> str:
+        if not text:
+            raise SweepError([f"{flag} is '': it must name a folder or a file."])
+        return str(text)
+
+    return parse
+
+
 # Every default is None: an option that is given wins over a sweep file, and over a setting.
 Model = Annotated[
     str | None,
@@ -263,8 +274,8 @@ def make_sweep(
     )
 
 
-def draw(run_dir: Path, *, whole: bool = False, with_paper: bool = False) -> RenderableType:
-    """Draws a run into its folder and returns its tables. See ``rlhfbench.runs.drawing.draw_run``.
+def draw(run_dir: Path, **how: bool) -> RenderableType:
+    """Draws a run into its folder and returns its tables. See ``rlhfbench.runs.drawing.draw_run``, which takes ``how``.
 
     Raises:
         RunFolderError: the folder cannot be written.
@@ -272,7 +283,7 @@ def draw(run_dir: Path, *, whole: bool = False, with_paper: bool = False) -> Ren
     from rlhfbench.runs.drawing import draw_run
 
     try:
-        return draw_run(run_dir, whole=whole, with_paper=with_paper)
+        return draw_run(run_dir, **how)
     except OSError as error:
         raise RunFolderError(f"run '{run_dir}' cannot be drawn: {error.strerror}.") from error
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from rlhfbench.cli import common
-from rlhfbench.cli.common import DONE, NOTHING, epilog, number
+from rlhfbench.cli.common import DONE, NOTHING, epilog, number, path_text
 from rlhfbench.errors import SweepError
 from rlhfbench.packages import check_packages
 
@@ -27,7 +27,12 @@ _MAX_BUDGET_MIN = 24 * 60
 def evidence(
     out: Annotated[
         str,
-        typer.Option(metavar="DIR", rich_help_panel=OUTPUT, help="Folder of the evidence: new, or to be continued."),
+        typer.Option(
+            metavar="DIR",
+            parser=path_text("--out"),
+            rich_help_panel=OUTPUT,
+            help="Folder of the evidence: new, or to be continued.",
+        ),
     ],
     budget_min: Annotated[
         float,

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rlhfbench.cli import common
-from rlhfbench.cli.common import case_spec, epilog, make_sweep, number
+from rlhfbench.cli.common import case_spec, epilog, make_sweep, number, path_text
 from rlhfbench.cli.gate_output import Output, progress
 from rlhfbench.errors import ForkServerError, GateError
+from rlhfbench.files import check_writable
 from rlhfbench.launch import refuse_launcher
 
 if TYPE_CHECKING:
@@ -41,7 +42,12 @@ def gate(
     ] = None,
     baseline: Annotated[
         str | None,
-        typer.Option(metavar="RUN", rich_help_panel=COMPARED, help="Folder of a stored run to compare with."),
+        typer.Option(
+            metavar="RUN",
+            parser=path_text("--baseline"),
+            rich_help_panel=COMPARED,
+            help="Folder of a stored run to compare with.",
+        ),
     ] = None,
     update_baseline: Annotated[
         bool, typer.Option("--update-baseline", rich_help_panel=COMPARED, help="Store the new run as --baseline.")
@@ -127,10 +133,21 @@ def gate(
     ] = None,
     out: Annotated[
         str | None,
-        typer.Option(metavar="DIR", rich_help_panel=OUTPUT, help="Keep the runs of both sides in this folder."),
+        typer.Option(
+            metavar="DIR",
+            parser=path_text("--out"),
+            rich_help_panel=OUTPUT,
+            help="Keep the runs of both sides in this folder.",
+        ),
     ] = None,
     summary: Annotated[
-        str | None, typer.Option(metavar="FILE", rich_help_panel=OUTPUT, help="Write the table to this file too.")
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            parser=path_text("--summary"),
+            rich_help_panel=OUTPUT,
+            help="Write the table to this file too.",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", rich_help_panel=OUTPUT, help="Print everything as JSON.")] = False,
 ) -> int:
@@ -153,6 +170,8 @@ def gate(
         raise GateError("--step needs --base, --bisect or --self-test.")
     output = Output(summary=summary, as_json=as_json, out=out)
     output.check()
+    if baseline and update_baseline:
+        check_writable("baseline", Path(baseline))
     from rlhfbench.gate import sides
 
     options = _options(smallest_effect, promised_effect, budget_s, threads, step)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhfbench.errors import GateError
+from rlhfbench.files import check_writable
 
 if TYPE_CHECKING:
     from rlhfbench.gate.findings import Finding
@@ -35,6 +36,7 @@ class Output:
 
         Raises:
             GateError: ``--summary`` cannot be written, or ``--out`` is no empty or new folder.
+            RunFolderError: ``--out`` cannot be written.
         """
         if self.summary is not None:
             path = Path(self.summary)
@@ -44,11 +46,12 @@ class Output:
                 raise GateError(f"--summary '{path}' cannot be written: there is no folder '{path.parent}'.")
             if not os.access(path if path.exists() else path.parent, os.W_OK):
                 raise GateError(f"--summary '{path}' cannot be written: permission denied.")
-        if self.out is not None and os.path.lexists(self.out):
+        if self.out is not None:
             folder = Path(self.out)
-            if not folder.is_dir():
+            if os.path.lexists(folder) and not folder.is_dir():
                 raise GateError(f"--out '{folder}' is no folder: name an empty or a new one.")
-            if any(folder.iterdir()):
+            check_writable("--out", folder)
+            if folder.is_dir() and any(folder.iterdir()):
                 raise GateError(f"--out '{folder}' holds files: a gate needs an empty or a new folder.")
 
     def tell(self, line: str) -> None:

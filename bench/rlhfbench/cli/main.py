@@ -33,26 +33,31 @@ for _verb, _epilog in (
 
 
 class _Pipe(io.FileIO):
-    """A standard stream that goes on after its reader has left, as in ``rlhfbench run | head -1``.
+    """A standard stream that goes on after its reader has left, as in ``rlhfbench run | head -1``, or its disk is full.
 
     The command ends with its own exit code, and a run with all of its files. Typer and rich exit with 1 instead.
+
+    Attributes:
+        fault: why something was lost, such as a full disk; ``None`` where nothing was, or where its reader has left.
     """
 
+    fault: str | None = None
+
     def write(self, data: Any) -> int:
-        """Writes ``data``, into nothing once the pipe is closed."""
+        """Writes ``data``, into nothing after the first error."""
         try:
             return super().write(data)
-        except BrokenPipeError:
+        except OSError as error:
+            self.fault = None if isinstance(error, BrokenPipeError) else error.strerror
             nothing = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nothing, self.fileno())
             os.close(nothing)
             return len(data)
 
 
-def _open_pipe(descriptor: int, before: TextIO | None) -> TextIO:
-    pipe = io.BufferedWriter(_Pipe(descriptor, "w", closefd=False))
+def _open_text(pipe: _Pipe, before: TextIO | None) -> TextIO:
     encoding = None if before is None else before.encoding  # which PYTHONIOENCODING may have set
-    return io.TextIOWrapper(pipe, encoding, line_buffering=descriptor == 2)
+    return io.TextIOWrapper(io.BufferedWriter(pipe), encoding, line_buffering=pipe.fileno() == 2)
 
 
 def main() -> None:
@@ -62,11 +67,17 @@ def main() -> None:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+    output, errors = (_Pipe(descriptor, "w", closefd=False) for descriptor in (1, 2))
     if sys.stdout is None or not sys.stdout.isatty():
-        sys.stdout = _open_pipe(1, sys.stdout)
+        sys.stdout = _open_text(output, sys.stdout)
     if sys.stderr is None or not sys.stderr.isatty():
-        sys.stderr = _open_pipe(2, sys.stderr)
-    sys.exit(invoke(sys.argv[1:]))
+        sys.stderr = _open_text(errors, sys.stderr)
+    code = invoke(sys.argv[1:])
+    sys.stdout.flush()
+    if output.fault is not None:
+        _complain(f"standard output cannot be written: {output.fault}.")
+        code = code or WRONG
+    sys.exit(code)
 
 
 def invoke(arguments: list[str]) -> int:
@@ -84,6 +95,12 @@ def invoke(arguments: list[str]) -> int:
         return NOTHING if isinstance(error, ForkServerError) else WRONG
     except KeyboardInterrupt:
         return INTERRUPTED
+    except OSError as error:
+        # Of a file that no verb foresaw: a name that is too long, a folder without permission, a full disk.
+        if error.filename is None:
+            raise
+        _complain(f"'{os.fsdecode(error.filename)}' cannot be used: {error.strerror}.")
+        return WRONG
     except Exception as error:
         # An error of click, recognised by its method: newer versions of typer carry a private copy of click.
         if not hasattr(error, "format_message"):

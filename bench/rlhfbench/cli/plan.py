@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from rlhfbench.cli import common
-from rlhfbench.cli.common import READING_CODES, case_spec, epilog, given, make_sweep, number, print_table
+from rlhfbench.cli.common import READING_CODES, case_spec, epilog, given, make_sweep, number, path_text, print_table
+from rlhfbench.files import check_writable
 
 DIVISION, OUTPUT = "Accelerator and ranks", "Output"
 EPILOG = epilog(
@@ -80,7 +81,13 @@ def plan(
         ),
     ] = False,
     out: Annotated[
-        str | None, typer.Option(metavar="DIR", rich_help_panel=OUTPUT, help="Folder for the picture and the JSON.")
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            parser=path_text("--out"),
+            rich_help_panel=OUTPUT,
+            help="Folder for the picture and the JSON.",
+        ),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", rich_help_panel=OUTPUT, help="Print the plans as a JSON list.")
@@ -92,6 +99,9 @@ def plan(
     """
     from rlhfbench.cli import plan_output
     from rlhfbench.planning import plans as planning
+
+    if out is not None:
+        check_writable("out", Path(out))
 
     # A plan is for an accelerator unless the command says otherwise; a sweep file usually names the device of a run.
     spec = case_spec(ctx.params) | {"device": device or "cuda"}

@@ -7,26 +7,43 @@ from typing import Annotated
 
 import typer
 
-from rlhfbench.cli.common import READING_CODES, draw, epilog, print_table
+from rlhfbench.cli.common import READING_CODES, draw, epilog, path_text, print_table
 from rlhfbench.errors import RecordsError, RunFolderError, SweepError
+from rlhfbench.files import check_writable
 
 EPILOG = epilog(
     "rlhfbench report rlhfbench-run-20260101T120000Z",
     "rlhfbench report before after --out comparison",
     "rlhfbench report my-run --paper",
+    "rlhfbench report before after --same-machine",
     codes=READING_CODES,
 )
 
 
 def report(
-    run_dirs: Annotated[list[str], typer.Argument(metavar="RUN [RUN…]", help="Folders of runs.", show_default=False)],
+    run_dirs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN [RUN…]", parser=path_text("RUN"), help="Folders of runs.", show_default=False),
+    ],
     paper: Annotated[
         bool, typer.Option("--paper", help="Lay the numbers of Hydra-RLHF and trlX beside the run.")
     ] = False,
     out: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="Folder of the page of several runs; by default the first run's."),
+        typer.Option(
+            metavar="DIR",
+            parser=path_text("--out"),
+            help="Folder of the page of several runs; by default the first run's.",
+        ),
     ] = None,
+    same_machine: Annotated[
+        bool,
+        typer.Option(
+            "--same-machine",
+            help="All hosts are names of one machine, such as its containers: times compare. The report says that you "
+            "said so.",
+        ),
+    ] = False,
 ) -> None:
     """Draw a run again from its records, or compare several.
 
@@ -39,16 +56,18 @@ def report(
         raise SweepError([f"--out is {out!r}: it needs two runs or more; the report of one run stands in its folder."])
     if len({Path(run_dir).resolve() for run_dir in run_dirs}) < len(run_dirs):
         raise SweepError(["RUN names one folder twice: compare a run with another one."])
+    check_writable("run" if out is None else "out", Path(out or run_dirs[0]))
     for run_dir in run_dirs:
         if not read_records(run_dir):
             raise RecordsError(f"run '{run_dir}' holds no records yet: there is nothing to draw.")
     if len(run_dirs) == 1:
-        print_table(draw(Path(run_dirs[0]), whole=True, with_paper=paper))
+        print_table(draw(Path(run_dirs[0]), whole=True, with_paper=paper, same_machine=same_machine))
         return
-    _compare([Path(run_dir) for run_dir in run_dirs], Path(out or run_dirs[0]), with_paper=paper)
+    folder = Path(out or run_dirs[0])
+    _compare([Path(run_dir) for run_dir in run_dirs], folder, with_paper=paper, same_machine=same_machine)
 
 
-def _compare(run_dirs: list[Path], folder: Path, *, with_paper: bool) -> None:
+def _compare(run_dirs: list[Path], folder: Path, *, with_paper: bool, same_machine: bool) -> None:
     """Writes the page of several runs and prints its first sentences."""
     from rlhfbench.records.file import read_records
     from rlhfbench.runs.drawing import check_drawable
@@ -62,7 +81,7 @@ def _compare(run_dirs: list[Path], folder: Path, *, with_paper: bool) -> None:
     path = folder / COMPARISON_NAME
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        sentences = write_run_page(run_dirs, path, with_paper=with_paper)
+        sentences = write_run_page(run_dirs, path, with_paper=with_paper, same_machine=same_machine)
     except OSError as error:
         raise RunFolderError(f"out '{folder}' cannot be written: {error.strerror}.") from error
     for sentence in sentences:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rlhfbench.cli.common import DONE, epilog, number
+from rlhfbench.cli.common import DONE, epilog, number, path_text
 from rlhfbench.errors import RunFolderError
 
 EPILOG = epilog(
@@ -18,7 +18,7 @@ EPILOG = epilog(
 
 
 def watch(
-    run_dir: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    run_dir: Annotated[str, typer.Argument(metavar="RUN", parser=path_text("RUN"), help="Folder of a run.")],
     host: Annotated[
         str, typer.Option(metavar="ADDRESS", help="Address to listen on; others than this machine's own open the run.")
     ] = "127.0.0.1",

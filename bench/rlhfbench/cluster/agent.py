@@ -65,6 +65,7 @@ class Agent:
                 "max_rss_bytes": ended.max_rss_bytes,
                 "driver_peak_bytes": ended.driver_peak_bytes,
                 "plan": ended.plan,
+                "plan_timeline": ended.plan_timeline,
             }
             return fields, {name: path.read_bytes() for name, path in files.items()}
 

@@ -178,7 +178,9 @@ class Request:
             }
             return cls(**values, sizes=Sizes(**sizes))
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise RunFolderError(f"out '{folder}' holds no request that can be read: {error}.") from error
+            raise RunFolderError(
+                f"out '{folder}' holds a {REQUEST_NAME} that is no request: name a new folder."
+            ) from error
 
 
 def parse_parts(text: str | None, known: Mapping[int, Any]) -> list[int]:

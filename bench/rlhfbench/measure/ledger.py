@@ -45,13 +45,15 @@ class Ledger(Observer):
     ``Observer`` and can be handed to a training step of ``rlhfkernels``.
 
     Example:
-        >>> with Ledger() as ledger:
-        ...     ledger.track(model, optimizer)
+        >>> model = torch.nn.Linear(256, 256)
+        >>> with Ledger("cpu") as ledger:
+        ...     ledger.track(model)
         ...     with ledger.phase("forward"):
-        ...         loss = model(x).mean()
+        ...         loss = model(torch.ones(4, 256)).mean()
         ...     with ledger.phase("backward"):
         ...         loss.backward()
-        >>> print(ledger.summary())
+        >>> ledger.peak_phase, ledger.peak.parts["base"]  # in bytes
+        ('backward', 263168)
 
     Args:
         device: Device whose storages are counted. Without an index: every device of that type. Default: ``cuda`` where

@@ -43,8 +43,10 @@ def plan(
         CaseError: an option does not fit the model.
 
     Example:
-        >>> (planned,) = rlhfbench.plan(case, gpu="24GiB")  # doctest: +SKIP
-        >>> planned.plan.memory["total_bytes"], planned.max_batch_size  # doctest: +SKIP
+        >>> case = Case(method="dpo-lora", model="tiny", prompt_len=8, completion_len=8, batch_size=2)
+        >>> (planned,) = plan(case)
+        >>> planned.plan.memory["peak_phase"], planned.plan.memory["parts"]["base"]  # in bytes
+        ('update', 33703040)
     """
     from rlhfbench.planning.zero import Zero, cases_of_a_rank
 

@@ -34,6 +34,15 @@ def same_work_as(record: Mapping[str, Any]) -> str | None:
     return METHODS[name].same_work_as if name in METHODS else None
 
 
+def loads(record: Mapping[str, Any]) -> str | None:
+    """The weights that the method loads, in words: ``1 model, 2 LoRA sets``."""
+    method = METHODS.get(at(record, "case.method"))
+    if method is None:
+        return None
+    counts = {"model": method.num_static_models, "LoRA set": len(method.adapter_sets)}
+    return ", ".join(f"{count} {name}{'s' if count > 1 else ''}" for name, count in counts.items() if count)
+
+
 def options(record: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
     """The options of a record's case, by group."""
     return at(record, "case.options") or {}

@@ -25,6 +25,7 @@ from rlhfkernels.config.rules import shown
 Record = dict[str, Any]
 
 RECORDS_NAME = "records.jsonl"
+_KEYS, _LATENCY_KEYS = empty_record().keys(), empty_record()["latency"].keys()
 
 
 def make_record(
@@ -162,7 +163,7 @@ def _parse(path: Path, number: int, line: bytes) -> Record:
     if not isinstance(record.get("case"), dict) or "id" not in record["case"] or record.get("outcome") not in OUTCOMES:
         raise RecordsError(f"{where}: it is not a record (it lacks a case with an id, or a known outcome).")
     try:
-        record = upgraded(record)
+        record = _whole(upgraded(record))
     except (TypeError, AttributeError, ValueError, KeyError) as error:
         raise RecordsError(f"{where}: it is not a record of schema {record['schema']}.") from error
     problem = wrong_type(record)
@@ -175,6 +176,13 @@ def _parse(path: Path, number: int, line: bytes) -> Record:
     if problem:
         raise RecordsError(f"{where}: {problem}")
     return record
+
+
+def _whole(record: Record) -> Record:
+    """``record`` with every key, where an object that others read is absent."""
+    if isinstance(record.get("latency"), dict) and record.keys() >= _KEYS and record["latency"].keys() >= _LATENCY_KEYS:
+        return record
+    return filled(empty_record(), {key: value for key, value in record.items() if value is not None})
 
 
 def _checked_block(where: str, entry: Record) -> Record:

@@ -25,18 +25,27 @@ def records_frame(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
     Returns:
         One row per record, in their order, with the columns of ``rlhfbench.records.schema``.
     """
-    phases = dict.fromkeys(
-        phase
-        for record in records
-        for section in ("latency", "memory")
-        for phase in at(record, f"{section}.phases") or {}
-    )
+    phases = _phases_in_order(records)
     return pd.DataFrame(
         {
             name: _column([field.value(record) for record in records], field.dtype)
             for name, field in columns(phases).items()
         }
     )
+
+
+def _phases_in_order(records: Sequence[dict[str, Any]]) -> list[str]:
+    """The phases of all records, each before those that it precedes in its own record."""
+    found: list[str] = []
+    for record in records:
+        for section in ("latency", "memory"):
+            place = len(found)
+            for phase in reversed(at(record, f"{section}.phases") or {}):
+                if phase in found:
+                    place = found.index(phase)
+                else:
+                    found.insert(place, phase)
+    return found
 
 
 def _column(values: list[Any], dtype: str) -> Any:

@@ -63,6 +63,7 @@ _MEASURED: tuple[Field, ...] = (
         name="method_order",
     ),
     Field(derived.family, "string", "family of the method; gains are taken within one", name="family"),
+    Field(derived.loads, "string", "weights that the method loads, in words", name="loads"),
     Field(
         derived.same_work_as,
         "string",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhfbench.errors import RecordsError
 from rlhfbench.files import write_atomically
-from rlhfbench.records.json_files import are_columns, frame_of, read_json, rows_of
+from rlhfbench.records.json_files import are_columns, are_rows, frame_of, read_json, rows_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,7 +26,13 @@ _TENSORS = {
     "dtype": "string",
     "op": "string",
 }
+_PHASE = {"names": "object", "first_event": "Int64", "last_event": "Int64"}
 _MADE_BEFORE = ("op",)  # absent for a storage that is older than the ledger
+
+
+def planned(case_id: str) -> str:
+    """The name, beside that of the measured one, of the timeline that a plan of the case predicts."""
+    return f"{case_id}-plan"
 
 
 def timeline_path(folder: Path, case_id: str) -> Path:
@@ -68,6 +74,20 @@ def read_timeline(folder: Path, case_id: str) -> dict[str, Any] | None:
 
 
 def _fit(timeline: dict[str, Any]) -> bool:
+    parts, phases = timeline["parts_bytes"], timeline["phases"]
+    if (
+        not isinstance(parts, dict)
+        or not are_rows(phases, _PHASE)
+        or not all(_PHASE.keys() <= row.keys() for row in phases)
+    ):
+        return False
+    if not all(isinstance(name, str) for row in phases for name in row["names"]):
+        return False
+    points = {"event": timeline["events"], **parts}
+    return are_columns(points, dict.fromkeys(points, "Int64")) and _tensors_fit(timeline)
+
+
+def _tensors_fit(timeline: dict[str, Any]) -> bool:
     return timeline.get("tensors") is None or are_columns(timeline["tensors"], _TENSORS, optional=_MADE_BEFORE)
 
 

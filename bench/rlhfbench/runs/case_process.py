@@ -65,10 +65,10 @@ class ThisMachine:
 
     def run_task(self, task: Task) -> Ended:
         """Runs a task to its end."""
-        plan = self._plan(task) if task.with_plan else None
+        plan, plan_timeline = self._plan(task) if task.with_plan else (None, None)
         started_at, start_s = environment.now(), time.monotonic()
         if task.request is None:
-            return Ended(task=task, result={}, started_at=started_at, plan=plan)
+            return Ended(task=task, result={}, started_at=started_at, plan=plan, plan_timeline=plan_timeline)
         with self._sampler(task.case) as sampler:
             result, end = self._run(task.request, task.log_path, task.timeout_s)
             driver_peak_bytes = sampler.peak_bytes(end.pid) if sampler is not None and end.pid is not None else None
@@ -80,14 +80,15 @@ class ThisMachine:
             max_rss_bytes=end.max_rss_bytes,
             driver_peak_bytes=driver_peak_bytes,
             plan=plan,
+            plan_timeline=plan_timeline,
         )
 
-    def _plan(self, task: Task) -> dict[str, Any]:
-        """Predicts the memory of the case and returns the ``plan`` of its record, which may be an error."""
+    def _plan(self, task: Task) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """Predicts the memory of the case: the ``plan`` of its record, which may be an error, and its timeline."""
         settings = (task.request or {}).get("settings", {})
         request = {"case": task.case.to_dict(), "plan": True, "num_threads": settings.get("num_threads")}
         result, _ = self._run(request, task.plan_log_path, task.timeout_s)
-        return make_plan(result.get("memory"), result["error"])
+        return make_plan(result.get("memory"), result["error"]), result.get("timeline")
 
     def _run(self, request: Mapping[str, Any], log_path: Path, timeout_s: float) -> tuple[dict[str, Any], Exit]:
         """The result that the process sent, or one made from its exit status, and its end; deletes an empty log."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from rlhfbench.records.file import Entry, Record, RecordsFile, make_record
-from rlhfbench.records.timelines import write_timeline
+from rlhfbench.records.timelines import planned, write_timeline
 from rlhfbench.runs import environment
 from rlhfbench.runs.execution import Ended, Executor, Task
 from rlhfbench.runs.folder import RunFolder, Segment
@@ -168,6 +168,8 @@ class Runner:
     def _append(self, record: Record, ended: Ended | None = None) -> Record:
         """Records ``record``, with the plan and the machine of ``ended``."""
         record["plan"] = None if ended is None or ended.plan is None else dict(ended.plan)
+        if ended is not None and ended.plan_timeline is not None:
+            write_timeline(self._folder.timelines_dir, planned(record["case"]["id"]), dict(ended.plan_timeline))
         if self._segment is not None:
             record["run"] = self._segment.to_dict()
             if ended is not None and ended.host is not None:

@@ -10,8 +10,8 @@ from rlhfbench.errors import RecordsError
 from rlhfbench.records.derived import at
 from rlhfbench.records.file import Record, read_records
 from rlhfbench.records.timelines import read_timeline, timeline_frames
-from rlhfbench.runs.folder import TIMELINES_NAME
-from rlhfbench.runs.page import PAGE_NAME, missing_libraries, write_run_page
+from rlhfbench.runs.folder import TIMELINES_NAME, RunFolder
+from rlhfbench.runs.page import PAGE_NAME, missing_libraries, on_one_machine, write_run_page
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,7 +24,9 @@ _MAX_TIMELINES = 100  # pictures, which take half a second each
 _DRAWN_FIELDS = ("method", "model", "prompt_len", "completion_len", "batch_size", "device", "dtype")
 
 
-def draw_run(run_dir: Path, *, whole: bool = False, with_paper: bool = False) -> RenderableType:
+def draw_run(
+    run_dir: Path, *, whole: bool = False, with_paper: bool = False, same_machine: bool = False
+) -> RenderableType:
     """Draws the report of the records in ``run_dir`` into that folder.
 
     Always ``memory_table`` (.md, .csv), ``latency`` and ``throughput`` (.png, .svg). ``index.html``, the interactive
@@ -38,6 +40,7 @@ def draw_run(run_dir: Path, *, whole: bool = False, with_paper: bool = False) ->
         whole: draw the timelines of all cases, up to 100 of them, not only of the largest case of each method and
             setting, and return more than the memory table.
         with_paper: lay the papers' numbers beside the run in the page.
+        same_machine: all hosts of the run are names of one machine.
 
     Returns:
         The memory table for a terminal and a line on the differences that the run can tell apart; as a ``whole`` that
@@ -45,6 +48,7 @@ def draw_run(run_dir: Path, *, whole: bool = False, with_paper: bool = False) ->
 
     Raises:
         RecordsError: the records cannot be read.
+        SweepError: see ``on_one_machine``.
         OSError: the folder cannot be written.
     """
     records = read_records(run_dir)
@@ -64,6 +68,8 @@ def draw_run(run_dir: Path, *, whole: bool = False, with_paper: bool = False) ->
     from rlhfreports.scaling import draw_scaling, ranks_table, scaling_table
 
     frame = records_frame(records)
+    if same_machine:
+        (frame,) = on_one_machine([frame], RunFolder(run_dir).environments())
     memory = memory_table(frame)
     # Nothing to tell apart where nothing was timed.
     noise = [Text(resolution(frame))] if frame["total_s_per_sample"].notna().any() else []

@@ -48,6 +48,7 @@ class Ended:
         max_rss_bytes: largest resident set of the process.
         driver_peak_bytes: the driver's view of its peak on CUDA.
         plan: the ``plan`` of the record.
+        plan_timeline: the timeline of the predicted step.
         host: name of the machine that ran it; ``None`` for the machine of the run.
         is_lost: the machine died with it.
     """
@@ -59,6 +60,7 @@ class Ended:
     max_rss_bytes: int | None = None
     driver_peak_bytes: int | None = None
     plan: Mapping[str, Any] | None = None
+    plan_timeline: Mapping[str, Any] | None = None
     host: str | None = None
     is_lost: bool = False
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhfbench.errors import RecordsError
+from rlhfbench.errors import RecordsError, SweepError
+from rlhfbench.records.derived import at
 from rlhfbench.records.file import read_records
 from rlhfbench.records.profiles import profile_frames, read_profile
-from rlhfbench.records.timelines import read_timeline, tensors_frame, timeline_frames
+from rlhfbench.records.timelines import planned, read_timeline, tensors_frame, timeline_frames
 from rlhfbench.runs.folder import SWEEP_NAME, RunFolder
 
 if TYPE_CHECKING:
@@ -55,6 +58,7 @@ def read_run(run_dir: Path, name: str | None = None, loaded: Loaded | None = Non
         environments=folder.environments(),
         sweep=_text(run_dir / SWEEP_NAME),
         timelines=_timelines(largest_cases(frame), folder.timelines_dir),
+        predicted_timelines=_timelines(largest_cases(frame), folder.timelines_dir, planned),
         profiles=_profiles(largest_cases(frame), folder.traces_dir),
     )
 
@@ -69,8 +73,35 @@ def run_names(run_dirs: Sequence[Path]) -> list[str]:
     return [f"{path.name} ({place})" for place, path in enumerate(paths, 1)]
 
 
+def on_one_machine(frames: Sequence[pd.DataFrame], environments: Iterable[Mapping[str, Any]]) -> list[pd.DataFrame]:
+    """``frames`` of runs with all their hosts as names of one machine, which the user says they are.
+
+    Args:
+        frames: frames of ``records_frame``.
+        environments: of all these runs.
+
+    Raises:
+        SweepError: the runs were made on CPUs of two models.
+    """
+    from rlhfreports.columns import HOST, as_one_machine
+
+    machines = [machine for segment in environments for machine in (segment, *(segment.get("nodes") or {}).values())]
+    models = sorted({str(model) for machine in machines if (model := at(machine, "cpu.model")) is not None})
+    if len(models) > 1:
+        raise SweepError(
+            [f"--same-machine: the runs were made on {' and '.join(models)}, which no machine has at once."]
+        )
+    hosts = list(dict.fromkeys(host for frame in frames for host in frame[HOST].dropna()))
+    return [as_one_machine(frame, hosts) for frame in frames] if len(hosts) > 1 else list(frames)
+
+
 def write_run_page(
-    run_dirs: Sequence[Path], path: Path, *, with_paper: bool = False, loaded: Sequence[Loaded | None] = ()
+    run_dirs: Sequence[Path],
+    path: Path,
+    *,
+    with_paper: bool = False,
+    same_machine: bool = False,
+    loaded: Sequence[Loaded | None] = (),
 ) -> list[str]:
     """Writes the page of one run, or the comparison of several, and returns the sentences of the comparison.
 
@@ -78,11 +109,13 @@ def write_run_page(
         run_dirs: one folder or more.
         path: of the page.
         with_paper: lay the papers' numbers beside the run.
+        same_machine: all hosts are names of one machine.
         loaded: see ``read_run``, for each folder; empty to read all of them.
 
     Raises:
         RecordsError: a run cannot be read.
         RunFolderError: an environment cannot be read.
+        SweepError: see ``on_one_machine``.
         OSError: the page cannot be written.
     """
     from rlhfreports.compare import compared, comparison_sentences
@@ -91,13 +124,17 @@ def write_run_page(
 
     found = zip(run_dirs, run_names(run_dirs), loaded or [None] * len(run_dirs), strict=True)
     runs = [read_run(*entry) for entry in found]
+    if same_machine:
+        environments = itertools.chain.from_iterable(run.environments for run in runs)
+        frames = on_one_machine([run.frame for run in runs], environments)
+        runs = [dataclasses.replace(run, frame=frame) for run, frame in zip(runs, frames, strict=True)]
     page = Page.of(runs, with_paper=with_paper)
     write_page(page, path)
     return comparison_sentences(page.frame, compared(page.frame)) if len(runs) > 1 else []
 
 
-def _timelines(cases: pd.DataFrame, folder: Path) -> dict[str, Timeline]:
-    found = {str(case_id): read_timeline(folder, str(case_id)) for case_id in cases["case_id"]}
+def _timelines(cases: pd.DataFrame, folder: Path, name_of: Callable[[str], str] = str) -> dict[str, Timeline]:
+    found = {str(case_id): read_timeline(folder, name_of(str(case_id))) for case_id in cases["case_id"]}
     return {
         case_id: (*timeline_frames(timeline), tensors_frame(timeline))
         for case_id, timeline in found.items()

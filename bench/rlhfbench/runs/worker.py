@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from rlhfbench.measure.options import MeasurementOptions
@@ -17,6 +17,9 @@ from rlhfbench.network import address_toward, interface_of
 from rlhfbench.processes import num_cores
 from rlhfkernels.config.case import Case
 from rlhfkernels.errors import RlhfKernelsError
+
+if TYPE_CHECKING:
+    from rlhfbench.planning.prediction import Plan
 
 PHASE_PREFIX = "phase:"
 _UNLIKE = ("profile",)  # stages in which rank 0 alone writes files, and the others wait for it
@@ -76,8 +79,8 @@ def run_case(request: dict[str, Any], send: Callable[[dict[str, Any]], None]) ->
     try:
         case = Case.from_dict(request["case"])
         if request.get("plan"):
-            memory = _predict_memory(case, stage, request.get("num_threads"))
-            send({"result": {"outcome": "ok", "error": None, "memory": memory}})
+            plan = _plan(case, stage, request.get("num_threads"))
+            send({"result": {"outcome": "ok", "error": None, "memory": plan.memory, "timeline": plan.timeline}})
             return
         stage.notify("import")
         from rlhfbench.measure import measure_case
@@ -149,8 +152,8 @@ def _choose_interface(place: dict[str, Any]) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
-def _predict_memory(case: Case, stage: Stage, num_threads: int | None) -> dict[str, Any]:
-    """The ``memory`` object of a plan of ``case``. Scratch buffers on the CPU grow with the number of threads."""
+def _plan(case: Case, stage: Stage, num_threads: int | None) -> Plan:
+    """A plan of ``case`` with its timeline. Scratch buffers on the CPU grow with the number of threads."""
     stage.notify("plan")
     import torch
 
@@ -159,7 +162,7 @@ def _predict_memory(case: Case, stage: Stage, num_threads: int | None) -> dict[s
     if num_threads is not None:
         torch.set_num_threads(num_threads)
 
-    return plan_case(case).memory
+    return plan_case(case, with_timeline=True)
 
 
 def failure(error: BaseException, phase: str | None) -> dict[str, Any]:

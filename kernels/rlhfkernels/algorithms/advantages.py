@@ -34,6 +34,11 @@ def shaped_rewards(
 
     Returns:
         [b, c]; 0 after the end.
+
+    Example:
+        >>> ones = torch.ones(1, 2)
+        >>> shaped_rewards(torch.tensor([[-1.0, -1.0]]), torch.tensor([[-2.0, -1.0]]), ones[:, 0], ones, kl_coef=0.1)
+        tensor([[-0.1000,  1.0000]])
     """
     rewards = (reference_logprobs - logprobs) * kl_coef * mask
     last = (mask.sum(1) - 1).clamp_(min=0).long()[:, None]
@@ -63,6 +68,12 @@ def gae(
 
     Returns:
         Advantages [b, c] and returns [b, c]; both 0 after the end.
+
+    Example:
+        >>> rewards, values, mask = torch.tensor([[0.0, 0.0, 1.0]]), torch.zeros(1, 3), torch.ones(1, 3)
+        >>> advantages, returns = gae(rewards, values, mask, gamma=1.0, lam=0.5)
+        >>> advantages
+        tensor([[0.2500, 0.5000, 1.0000]])
     """
     values = values * mask
     following = torch.zeros_like(values)
@@ -95,9 +106,20 @@ def _discounted_sums(deltas: torch.Tensor, discount: float) -> torch.Tensor:
 
 
 def whiten(values: torch.Tensor, mask: torch.Tensor, *, eps: float = 1e-8, all_sum: AllSum = alone) -> torch.Tensor:
-    """Subtracts the masked mean and divides by the masked standard deviation (population), [b, c]; 0 after the end.
+    """Subtracts the masked mean and divides by the masked standard deviation of the population.
 
-    Both are over all ranks: ``all_sum`` adds up theirs.
+    Args:
+        values: [b, c].
+        mask: [b, c].
+        eps: added to the variance.
+        all_sum: adds a tensor up over the ranks, so that both are over all of them; by default there is one.
+
+    Returns:
+        [b, c]; 0 after the end.
+
+    Example:
+        >>> whiten(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[1.0, 1.0, 0.0]]))
+        tensor([[-1.,  1.,  0.]])
     """
     total, count = all_sum(torch.stack([(values * mask).sum(), mask.sum().to(values.dtype)])).unbind()
     centred = (values - total / count) * mask

@@ -1,4 +1,4 @@
-"""Best-of-n sampling (RLHF Deciphered, section 7.9.1): the sample with the highest reward is kept.
+"""Best-of-n sampling (RLHF Deciphered, arXiv:2404.08555, section 7.9.1): the sample with the highest reward is kept.
 
 Shapes: b = prompts, n = samples of a prompt.
 """
@@ -15,12 +15,30 @@ from rlhfkernels.data.batch import Batch
 
 
 def best_index(scores: torch.Tensor) -> torch.Tensor:
-    """The index of the highest score of each prompt, the first of equals: [b, n] to [b] int64."""
+    """The index of the highest score of each prompt, the first of equals.
+
+    RLHF Deciphered (arXiv:2404.08555), section 7.9.1.
+
+    Args:
+        scores: [b, n], of n samples a prompt.
+
+    Returns:
+        [b], int64.
+
+    Example:
+        >>> best_index(torch.tensor([[0.1, 0.9], [0.5, 0.2]]))
+        tensor([1, 0])
+    """
     return scores.argmax(1)
 
 
 def kl_bound(n: int) -> float:
-    """ln n − (n − 1)/n: the largest KL divergence of best-of-n from the policy that it samples, in nats."""
+    """ln n − (n − 1)/n: the largest KL divergence of best-of-n from the policy that it samples, in nats.
+
+    Example:
+        >>> round(kl_bound(4), 4)
+        0.6363
+    """
     return math.log(n) - (n - 1) / n
 
 
@@ -38,6 +56,10 @@ def expected_best(scores: torch.Tensor, n: int) -> torch.Tensor:
 
     Raises:
         ValueError: n is below 1 or above m.
+
+    Example:
+        >>> expected_best(torch.tensor([0.0, 1.0, 2.0]), 2)  # (1 + 2 + 2) / 3
+        tensor(1.6667)
     """
     m = scores.shape[-1]
     if not 1 <= n <= m:

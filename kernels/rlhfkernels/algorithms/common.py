@@ -60,7 +60,20 @@ class Loss:
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
-    """Σ values · mask / count, a scalar."""
+    """Σ values · mask / count.
+
+    Args:
+        values: [n, c].
+        mask: [n, c].
+        count: real tokens of the whole mini-batch, of which these rows may be a part.
+
+    Returns:
+        A scalar.
+
+    Example:
+        >>> masked_mean(torch.tensor([[1.0, 2.0, 9.0]]), torch.tensor([[1.0, 1.0, 0.0]]), 2)
+        tensor(1.5000)
+    """
     return (values * mask).sum() / count
 
 
@@ -70,5 +83,17 @@ def alone(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def sequence_logprobs(logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """ℓ = Σ_t log π(y_t | x, y_<t) over real completion tokens: [n, c] to [n]."""
+    """ℓ = Σ_t log π(y_t | x, y_<t) over real completion tokens.
+
+    Args:
+        logprobs: [n, c].
+        mask: [n, c].
+
+    Returns:
+        [n].
+
+    Example:
+        >>> sequence_logprobs(torch.tensor([[-1.0, -2.0, -9.0]]), torch.tensor([[1.0, 1.0, 0.0]]))
+        tensor([-3.])
+    """
     return (logprobs * mask).sum(1)

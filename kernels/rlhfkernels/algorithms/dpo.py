@@ -23,6 +23,8 @@ def dpo_loss(
 ) -> torch.Tensor:
     """−Σ log σ(β (Δ_w − Δ_l)) / num_pairs, Δ = ℓ − ℓ_ref, ℓ a sequence's summed log-probability.
 
+    DPO (arXiv:2305.18290), equation 7.
+
     Args:
         chosen: [b], ℓ_w of the policy.
         rejected: [b], ℓ_l of the policy.
@@ -33,6 +35,11 @@ def dpo_loss(
 
     Returns:
         A scalar; ln 2 where policy and reference are equal.
+
+    Example:
+        >>> logprobs = torch.tensor([-10.0, -12.0])
+        >>> dpo_loss(logprobs, logprobs - 1, logprobs, logprobs - 1, beta=0.1, num_pairs=2)
+        tensor(0.6931)
     """
     margins = (chosen - reference_chosen) - (rejected - reference_rejected)
     return -torch.nn.functional.logsigmoid(beta * margins).sum() / num_pairs

@@ -37,6 +37,11 @@ def policy_loss(
 
     Returns:
         A scalar.
+
+    Example:
+        >>> logprobs, advantages, mask = torch.zeros(1, 2), torch.ones(1, 2), torch.ones(1, 2)
+        >>> policy_loss(logprobs, logprobs, advantages, mask, cliprange=0.2, num_tokens=2)
+        tensor(-1.)
     """
     ratio = torch.exp(logprobs - old_logprobs)
     clipped = ratio.clamp(1 - cliprange, 1 + cliprange)
@@ -53,7 +58,24 @@ def value_loss(
     cliprange: float,
     num_tokens: torch.Tensor | int,
 ) -> torch.Tensor:
-    """½ Σ max((V − R)², (clip(V, V_old − ε, V_old + ε) − R)²) / num_tokens; arguments as in ``policy_loss``."""
+    """½ Σ max((V − R)², (clip(V, V_old − ε, V_old + ε) − R)²) / num_tokens, the value loss of trlX and TRL.
+
+    Args:
+        values: [n, c], V of the critic that is trained.
+        old_values: [n, c], V_old of the rollout.
+        returns: [n, c], R.
+        mask: [n, c], 1.0 on real tokens.
+        cliprange: ε.
+        num_tokens: real tokens of the whole mini-batch, of which these rows may be a part.
+
+    Returns:
+        A scalar.
+
+    Example:
+        >>> zeros, ones = torch.zeros(1, 2), torch.ones(1, 2)
+        >>> value_loss(ones, zeros, zeros, ones, cliprange=0.2, num_tokens=2)
+        tensor(0.5000)
+    """
     clipped = torch.clamp(values, old_values - cliprange, old_values + cliprange)
     squared = torch.maximum((values - returns).square(), (clipped - returns).square())
     return 0.5 * (squared * mask).sum() / num_tokens

@@ -22,6 +22,10 @@ def nll_loss(logprobs: torch.Tensor, mask: torch.Tensor, *, num_tokens: torch.Te
 
     Returns:
         A scalar.
+
+    Example:
+        >>> nll_loss(torch.tensor([[-1.0, -3.0]]), torch.ones(1, 2), num_tokens=2)
+        tensor(2.)
     """
     return -(logprobs * mask).sum() / num_tokens
 

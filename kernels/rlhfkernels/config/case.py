@@ -14,7 +14,7 @@ from annotated_types import Ge, Lt
 
 from rlhfkernels.config.content import content_hash
 from rlhfkernels.config.options import CPU_LOGPROB_CHUNK, Count, Dtype, Options, Text, option_fields
-from rlhfkernels.config.rules import checked, hints
+from rlhfkernels.config.rules import checked, hints, shown
 from rlhfkernels.errors import CaseError
 from rlhfkernels.methods.method import Method
 from rlhfkernels.methods.program import Origin, SourceName
@@ -41,6 +41,11 @@ class Case:
 
     Raises:
         CaseError: some field breaks a rule; every problem is named.
+
+    Example:
+        >>> case = Case(method="dpo-lora", model="tiny", prompt_len=32, completion_len=32, batch_size=2)
+        >>> case.seq_len, case.sequences_per_row
+        (64, 2)
     """
 
     method: str
@@ -72,6 +77,15 @@ class Case:
 
     def _check_options(self) -> Iterator[str]:
         """Checks every option and converts integers that stand for floats."""
+        if not isinstance(self.options, Options):
+            yield f"options is {shown(self.options)}: it must be Options, as from Options.of({{'lora.r': 8}})."
+            return
+        kinds = hints(Options)
+        wrong = [name for name, kind in kinds.items() if not isinstance(getattr(self.options, name), kind)]
+        for name in wrong:
+            yield f"{name} is {shown(getattr(self.options, name))}: it must be {kinds[name].__name__}."
+        if wrong:
+            return
         values = {}
         for name, annotation in option_annotations().items():
             group, field = name.split(".")

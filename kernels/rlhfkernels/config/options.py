@@ -7,10 +7,14 @@ them and words them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Self
 
 from annotated_types import Ge, Gt, Le, MinLen
+
+from rlhfkernels.errors import CaseError
+from rlhfkernels.naming import unknown
 
 Dtype = Literal["float32", "bfloat16", "float64"]
 MAX_COUNT = 2**31 - 1  # sizes of a step: tensors of their products must have sizes of 64 bits
@@ -287,11 +291,28 @@ class Options:
 
     @classmethod
     def of(cls, values: Mapping[str, Any] = {}, /) -> Self:
-        """The options with ``values`` by dotted name, such as ``{"ppo.kl_coef": 0.05}``, and defaults elsewhere."""
+        """The options with ``values`` by dotted name, and defaults elsewhere.
+
+        Values are checked when a ``Case`` is made of them.
+
+        Raises:
+            CaseError: there is no option of some name.
+
+        Example:
+            >>> Options.of({"ppo.kl_coef": 0.05, "lora.r": 8}).ppo.kl_coef
+            0.05
+        """
         return cls().replace(values)
 
     def replace(self, values: Mapping[str, Any], /) -> Self:
-        """These options with other ``values`` by dotted name."""
+        """These options with other ``values`` by dotted name.
+
+        Raises:
+            CaseError: there is no option of some name.
+        """
+        wrong = [unknown_option(name) for name in values if name not in option_names()]
+        if wrong:
+            raise CaseError(wrong)
         groups: dict[str, dict[str, Any]] = {}
         for name, value in values.items():
             group, _, field = name.partition(".")
@@ -320,6 +341,19 @@ def option_fields() -> Iterator[tuple[str, dataclasses.Field[Any]]]:
     for group in dataclasses.fields(Options):
         for field in dataclasses.fields(getattr(defaults, group.name)):
             yield f"{group.name}.{field.name}", field
+
+
+@functools.cache
+def option_names() -> dict[str, None]:
+    """The dotted name of every option, in their order."""
+    return dict.fromkeys(name for name, _ in option_fields())
+
+
+def unknown_option(name: str) -> str:
+    """One sentence saying that there is no option ``name``, with the new name of one that was renamed."""
+    if name in RENAMED_OPTIONS:
+        return f"option {name!r} is now called {RENAMED_OPTIONS[name]!r}."
+    return unknown("option", name, option_names())
 
 
 # Options of records of schema 1 and of flags before the groups, by the dotted name that each has now.

@@ -17,7 +17,9 @@ import torch
 from torch import nn
 
 from rlhfkernels.ops.attention_mask import AttentionSpan, CausalMask, Segment
+from rlhfkernels.ops.decode_attention import without_plans
 from rlhfkernels.ops.dispatch import is_on_cpu, takes_native
+from rlhfkernels.ops.grouped_attention import grouped_attention
 from rlhfkernels.ops.native import causal_attention as native
 from rlhfkernels.ops.qkv_layout import QkvLayout
 from rlhfkernels.ops.rivals import Rival
@@ -77,7 +79,7 @@ def packed_attention(
     """Computes block-diagonal causal attention: every sequence of a packed row sees itself alone.
 
     Each sequence is one call, and neighbours of equal lengths share one, so that no score between two sequences is
-    computed and no mask of the whole row exists.
+    computed and no mask of the whole row exists. On CUDA no plan is made for lengths that may not come again.
 
     Args:
         qkv: [m, n], rotated; m is the sum of the segments' lengths.
@@ -96,7 +98,8 @@ def packed_attention(
     for (segment, count), part in zip(runs, parts, strict=True):
         mask = CausalMask(part[:, :1].view(count, segment.length), None)
         span = AttentionSpan(start=segment.start, window=window, scale=scale)
-        outs.append(causal_attention(part, layout, mask, span, backend=backend))
+        with without_plans(qkv.device):
+            outs.append(causal_attention(part, layout, mask, span, backend=backend))
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
@@ -124,19 +127,18 @@ def _torch(qkv: torch.Tensor, layout: QkvLayout, mask: CausalMask, span: Attenti
         query = query[:, :, first:]
         attended = (mask.causal() if attended is None else attended)[:, :, first:]
     grouped = layout.num_heads != layout.num_kv_heads
-    if grouped and attended is not None and not _masks_are_cheap(query):
-        # With a mask and grouped heads, torch has only the math kernel on CUDA, which keeps all scores.
-        key, value = (_repeated(part, layout.num_heads) for part in (key, value))
-        grouped = False
-    out = nn.functional.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=attended,
-        is_causal=attended is None,
-        scale=span.scale,
-        enable_gqa=grouped,
-    )
+    if grouped and not _masks_are_cheap(query):
+        out = grouped_attention(query, key, value, attended, span.scale)
+    else:
+        out = nn.functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=attended,
+            is_causal=attended is None,
+            scale=span.scale,
+            enable_gqa=grouped,
+        )
     return out[:, :, start - first :].transpose(1, 2).reshape(b * (t - start), -1)
 
 
@@ -178,8 +180,3 @@ FLASH = Rival(
 def _masks_are_cheap(query: torch.Tensor) -> bool:
     """Returns whether attention with an explicit mask is about as fast as plain causal attention."""
     return is_on_cpu(query)
-
-
-def _repeated(x: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Repeats [b, k, t, e] for every query head: [b, h, t, e]."""
-    return x.repeat_interleave(num_heads // x.shape[1], 1)

@@ -87,7 +87,10 @@ def _packed(
 
 
 def without_plans(device: torch.device) -> AbstractContextManager[None]:
-    """Leaves attention on CUDA to kernels that need no plan: cuDNN makes one for every shape, which decode changes."""
+    """Leaves attention on CUDA to kernels that need no plan.
+
+    cuDNN makes one for every shape, which every decode step changes, and every sequence of a packed row.
+    """
     if device.type == "cpu":
         return nullcontext()
     backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

@@ -29,6 +29,10 @@ class Work:
             flops_per_s: rate of matmuls.
             bytes_per_s: rate of a copy, both directions counted.
             read_bytes_per_s: rate of reading alone, for the bytes read beyond those written; that of a copy by default.
+
+        Example:
+            >>> Work(flops=100, bytes=40).floor_s(flops_per_s=10.0, bytes_per_s=10.0)
+            10.0
         """
         only_read = max(self.bytes - 2 * self.written_bytes, 0)
         memory_s = (self.bytes - only_read) / bytes_per_s + only_read / (read_bytes_per_s or bytes_per_s)

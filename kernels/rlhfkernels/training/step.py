@@ -65,6 +65,12 @@ def build_step(
         ModelError: the model cannot be loaded or is too short.
         CaseError: an option does not fit the model.
         DataError: the data file cannot be used.
+
+    Example:
+        >>> case = Case(method="sft-lora", model="tiny", prompt_len=8, completion_len=8, batch_size=2)
+        >>> stats = build_step(case).run()
+        >>> sorted(stats)
+        ['policy_grad_norm', 'policy_loss']
     """
     generator = None
     if with_weights:

@@ -109,6 +109,7 @@ class Table:
         num_text_columns: columns of words, from the left. The others are numbers.
         filters: headings of columns that have a list of their values to choose from.
         downloads: the table as files.
+        note: the paragraph below it.
         is_folded: it is folded behind its caption.
     """
 
@@ -122,15 +123,8 @@ class Table:
     num_text_columns: int
     filters: Sequence[str] = ()
     downloads: Sequence[Download] = ()
+    note: str = ""
     is_folded: bool = False
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Html:
-    """Markup of a library's own making, such as a picture as SVG. It is NOT escaped."""
-
-    macro: ClassVar[str] = "html"
-    html: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,7 +146,7 @@ class Links:
 
 
 _NUMBER = re.compile(r"[<≥]?([+-]?\d[\d,]*\.?\d*)")
-Block = Text | Items | Code | Chart | Table | Html | Links
+Block = Text | Items | Code | Chart | Table | Links
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -241,6 +235,7 @@ def table_of(
     return Table(
         id=name,
         caption=caption or table.caption,
+        note=table.explanation,
         is_folded=is_folded,
         headings=table.headings,
         rows=list(zip(*columns, strict=True)),

@@ -19,6 +19,7 @@ from rlhfreports.plans import part_colors
 from rlhfreports.styles import COLORS, MARKERS, method_styles
 
 HEIGHT = 340
+NUMBER = ",.3~r"  # of an axis: plain, with three significant digits
 LENGTH_TITLE = "sequence length (tokens)"
 DASHES = ([1, 0], [6, 4], [2, 3], [10, 3, 2, 3])
 # Vega's symbols for matplotlib's markers.
@@ -60,6 +61,9 @@ def _config() -> dict[str, Any]:
         "font": "system-ui, sans-serif",
         "view": {"stroke": None},
         "axis": {**words, "gridColor": faint, "domainColor": faint, "tickColor": faint, "titleFontWeight": "normal"},
+        # As many ticks as have room: Vega's own number made a grid of 20 lines, and labels that touch on log axes.
+        "axisX": {"tickCount": {"expr": "clamp(floor((containerSize()[0] || 900) / 110), 3, 10)"}},
+        "axisY": {"tickCount": {"expr": "clamp(floor(height / 45), 3, 8)"}},
         "legend": {
             **words,
             "orient": "top",
@@ -82,6 +86,17 @@ def method_scales(frame: pd.DataFrame) -> tuple[alt.Scale, alt.Scale]:
     colors = [by_mode(style.color, DARK[style.color]) for style in styles]
     shapes = [SYMBOLS[style.marker] for style in styles]
     return alt.Scale(domain=titles, range=colors), alt.Scale(domain=titles, range=shapes)
+
+
+def part_color(frame: pd.DataFrame, offset: int = 18) -> alt.Color:
+    """The encoding of parts, whose names are short: their legend takes one row where there is room.
+
+    Args:
+        frame: has the parts.
+        offset: pixels between the legend and the chart.
+    """
+    columns = {"expr": "clamp(floor((containerSize()[0] || 900) / 110), 2, 11)"}
+    return alt.Color("part:N", scale=part_scale(frame), legend=alt.Legend(columns=columns, offset=offset))
 
 
 def part_scale(frame: pd.DataFrame) -> alt.Scale:
@@ -121,6 +136,23 @@ def select(name: str, options: Sequence[str], label: str, value: str | None = No
     few = len(options) <= 4 and sum(map(len, options)) <= 60
     bind = alt.binding_radio if few else alt.binding_select
     return alt.param(name=name, value=value or options[0], bind=bind(options=list(options), name=f"{label}: "))
+
+
+def length_axis(lengths: Sequence[int]) -> alt.X:
+    """The logarithmic axis of sequence lengths, with a tick at each; a single length stands in the middle."""
+    low, high = (lengths[0], lengths[-1]) if len(lengths) > 1 else (lengths[0] / 2, lengths[0] * 2)
+    return alt.X(
+        "seq_len:Q",
+        title=LENGTH_TITLE,
+        scale=alt.Scale(type="log", nice=False, padding=24, domain=[low, high]),
+        axis=alt.Axis(values=list(lengths), labelOverlap=True, format="d"),
+    )
+
+
+def by_size(rows: pd.DataFrame, size: str = "size", line: str = "line") -> tuple[list[str], str, int]:
+    """The sizes to choose from, the last of those with the most lines, and how many lines that has."""
+    counts = rows.groupby(size, sort=False)[line].nunique()
+    return list(counts.index), str(counts[counts == counts.max()].index[-1]), int(counts.max())
 
 
 def specification(chart: Any, *, description: str, title: Any = None) -> dict[str, Any]:

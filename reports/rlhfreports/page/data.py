@@ -28,6 +28,7 @@ class Run:
         environments: the environments of its segments, its start first. Empty where none is recorded.
         sweep: the resolved sweep as TOML, empty where none is recorded.
         timelines: points, phases and largest tensors of the cases whose timelines the page shows, by ``case_id``.
+        predicted_timelines: the same of their plans, where they were planned.
         profiles: the profiles of the cases that were profiled and that the page shows, by ``case_id``.
     """
 
@@ -38,6 +39,7 @@ class Run:
     environments: Sequence[Mapping[str, Any]] = ()
     sweep: str = ""
     timelines: Mapping[str, Timeline] = dataclasses.field(default_factory=dict)
+    predicted_timelines: Mapping[str, Timeline] = dataclasses.field(default_factory=dict)
     profiles: Mapping[str, Profile] = dataclasses.field(default_factory=dict)
 
 
@@ -62,12 +64,12 @@ class Page:
             return cls(runs=tuple(runs), frame=runs[0].frame, with_paper=with_paper)
         named = []
         for run in runs:
-            words: dict[str, list[Any]] = {RUN: [run.name] * len(run.frame), HARDWARE: _hardware(run)}
+            words: dict[str, list[Any]] = {RUN: [run.name] * len(run.frame), HARDWARE: hardware_of(run)}
             named.append(run.frame.assign(**{name: pd.array(texts, dtype="string") for name, texts in words.items()}))
         return cls(runs=tuple(runs), frame=pd.concat(named, ignore_index=True), with_paper=with_paper)
 
 
-def _hardware(run: Run) -> list[str | None]:
+def hardware_of(run: Run) -> list[str | None]:
     """The models of the GPUs, or of the CPU with its cores, of each row of a run; ``None`` where they are not recorded.
 
     A run on a cluster has the environments of its nodes by host.

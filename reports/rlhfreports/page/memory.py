@@ -10,16 +10,17 @@ import pandas as pd
 
 from rlhfreports.columns import AXES
 from rlhfreports.memory import NUMBERS, table
-from rlhfreports.page.blocks import Block, Items, Section, Text, table_of
+from rlhfreports.page.blocks import Block, Items, Section, table_of
 from rlhfreports.page.data import Page
 from rlhfreports.paper import paper_cells
-from rlhfreports.tables import outcome_word
+from rlhfreports.tables import counted, outcome_word
 
 _CSV_COLUMNS = (
     *("method", "family", *AXES, "prompt_len", "completion_len", "batch_size", "outcome", "error"),
     *(column for column, _, _ in NUMBERS),
     *("inference_half_width_s_per_sample", "update_half_width_s_per_sample", "total_half_width_s_per_sample"),
 )
+_WARNED = "A coloured number has a warning, under the pointer and in the notes."
 FILTERS = ("run", "method", "family", "setting", "length", "batch")
 
 
@@ -43,13 +44,13 @@ def memory_section(page: Page) -> Section:
     kinds = ["failed" if fails else "warned" if title else "" for fails, title in zip(failed, titles, strict=True)]
     # The file memory_table.csv has all columns: with them the page of 1,000 cases would grow by 2 MB.
     csv = rows[[name for name in _CSV_COLUMNS if name in rows and rows[name].notna().any()]]
-    shown = dataclasses.replace(made, cells=cells, num_text_columns=num_text_columns, frame=csv)
+    note = f"{made.explanation} {_WARNED}" if "warned" in kinds else made.explanation
+    shown = dataclasses.replace(made, cells=cells, num_text_columns=num_text_columns, frame=csv, explanation=note)
     blocks: list[Block] = [
         table_of(shown, name="memory-table", orders=orders, titles=titles, kinds=kinds, filters=FILTERS),
-        Text(text=made.explanation, kind="caption"),
-        Items(title=f"{len(made.notes)} notes", items=made.notes),
+        Items(title=counted(len(made.notes), "note"), items=made.notes),
     ]
-    return Section(id="memory-table-section", title="Memory and time of every case", blocks=blocks)
+    return Section(id="memory-table-section", title="Every case", blocks=blocks)
 
 
 def _title(row: Mapping[Hashable, Any]) -> str:

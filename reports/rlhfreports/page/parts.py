@@ -8,15 +8,17 @@ import altair as alt
 import pandas as pd
 
 from rlhfreports import frames
-from rlhfreports.page.blocks import Block, Chart, Section
+from rlhfreports.page.blocks import Block, Chart, Section, Text
 from rlhfreports.page.charts import (
     HEIGHT,
-    LENGTH_TITLE,
+    NUMBER,
+    by_size,
     legend_filter,
+    length_axis,
     line_dash,
     lines_in_order,
     method_scales,
-    part_scale,
+    part_color,
     select,
     specification,
 )
@@ -27,10 +29,8 @@ from rlhfreports.tables import outcome_word
 
 _BAR_PX = 30
 _GIB = "GiB at the step's highest total"
-_PARTS_CAPTION = (
-    "Live bytes by part at the moment of the step's highest total. Frozen weights are grey. A method that was not "
-    "measured at this size has its outcome in place of a bar."
-)
+_PARTS_CAPTION = "Live bytes by part at the moment of the step's highest total. Frozen weights are grey."
+_UNMEASURED = " A method that was not measured at this size has its outcome in place of a bar."
 _LENGTH_CAPTION = "Memory against sequence length, both axes logarithmic. A flat line is memory that no length changes."
 _SWEPT_CAPTION = "Total memory against a number that the sweep varies, at one length and batch size."
 
@@ -40,7 +40,7 @@ def parts_section(page: Page) -> Section | None:
     parts = frames.parts(page.frame)
     if parts.empty:
         return None
-    blocks: list[Block] = [parts_chart(page, parts)]
+    blocks: list[Block] = [*_loads(page.frame), parts_chart(page, parts)]
     for run in page.runs:
         chart = timeline_chart(run, f"timeline-{page.runs.index(run)}", run.name if len(page.runs) > 1 else "")
         blocks += [chart] if chart else []
@@ -48,6 +48,13 @@ def parts_section(page: Page) -> Section | None:
     swept = frames.swept(page.frame)
     blocks += [swept_chart(page, swept)] if len(swept) else []
     return Section(id="parts", title="Where the memory is", blocks=blocks)
+
+
+def _loads(frame: pd.DataFrame) -> list[Text]:
+    """The weights that each method loads, in one sentence: most of what their memory differs by."""
+    methods = frame[frame["loads"].notna()].sort_values("method_order", kind="stable").drop_duplicates("method")
+    found = [f"{title}, {loads}" for title, loads in zip(methods["method_title"], methods["loads"], strict=True)]
+    return [Text(text=f"What each method loads: {'; '.join(found)}.")] if found else []
 
 
 def parts_chart(page: Page, parts: pd.DataFrame) -> Chart:
@@ -61,8 +68,8 @@ def parts_chart(page: Page, parts: pd.DataFrame) -> Chart:
             "error": failed["error"],
         }
     )
-    counts = parts.groupby("size", sort=False)["line"].nunique()
-    fullest = str(counts[counts == counts.max()].index[-1])  # the last has the largest cases
+    sizes, fullest, _ = by_size(parts)
+    num_lines = by_size(pd.concat([parts[["size", "line"]], marks[["size", "line"]]]))[2]
     y = alt.Y("line:N", title=None, sort=lines_in_order(page.frame), axis=alt.Axis(labelLimit=260))
     bars = (
         alt.Chart(alt.NamedData("parts"))
@@ -72,7 +79,7 @@ def parts_chart(page: Page, parts: pd.DataFrame) -> Chart:
         .encode(
             y=y,
             x=alt.X("gib:Q", stack="zero", title=_GIB),
-            color=alt.Color("part:N", scale=part_scale(page.frame)),
+            color=part_color(page.frame),
             order=alt.Order("place:Q"),
             tooltip=tooltips("line", "part", "gib", "total"),
         )
@@ -91,12 +98,13 @@ def parts_chart(page: Page, parts: pd.DataFrame) -> Chart:
         .encode(y=y, x=alt.datum(0), text="word:N", tooltip=tooltips("error"))
     )
     layers = [bars, totals, *([words] if len(marks) else [])]
-    made = alt.layer(*layers).add_params(select("size", list(counts.index), "size", fullest))
+    made = alt.layer(*layers).add_params(select("size", sizes, "size", fullest))
+    caption = _PARTS_CAPTION + (_UNMEASURED if len(marks) else "")
     return Chart(
         id="parts-bars",
         title="Memory by part",
-        caption=_PARTS_CAPTION,
-        spec=specification(made.properties(height=_BAR_PX * int(counts.max())), description=_PARTS_CAPTION),
+        caption=caption,
+        spec=specification(made.properties(height=_BAR_PX * num_lines), description=caption),
         data={"parts": parts} | ({"failed-sizes": marks} if len(marks) else {}),
     )
 
@@ -104,11 +112,7 @@ def parts_chart(page: Page, parts: pd.DataFrame) -> Chart:
 def length_chart(page: Page) -> Chart:
     """Memory against length, log-log; switches choose batch size and kind of memory."""
     data = frames.memory(page.frame)
-    lengths = sorted({int(length) for length in data["seq_len"]})
-    axis = alt.Axis(values=lengths, labelOverlap=True, format="d")
-    domain = [lengths[0], max(lengths[-1], lengths[0] + 1)]
-    x = alt.X("seq_len:Q", title=LENGTH_TITLE, axis=axis)
-    x = x.scale(type="log", nice=False, padding=24, domain=domain)
+    x = length_axis(sorted({int(length) for length in data["seq_len"]}))
     panels, kinds = list(dict.fromkeys(data["panel"])), list(dict.fromkeys(data["what"]))
     switches = [select("panel", panels, "batch"), select("what", kinds, "memory")]
     chosen = "datum.panel === panel && datum.what === what"
@@ -148,7 +152,7 @@ def _memory_lines(page: Page, source: str, chosen: str, x: alt.X) -> Any:
         .transform_filter(chosen)
         .encode(
             x=x,
-            y=alt.Y("gib:Q", title=None, scale=alt.Scale(type="log", nice=False, padding=16)),
+            y=alt.Y("gib:Q", title=None, scale=alt.Scale(type="log", nice=False, padding=16)).axis(format=NUMBER),
             color=alt.Color("title:N", scale=colors),
             detail="line:N",
             opacity=alt.condition(shown, alt.value(1), alt.value(0.08)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from urllib.parse import quote
 
 import altair as alt
@@ -10,13 +10,13 @@ import pandas as pd
 
 from rlhfreports.columns import RUN
 from rlhfreports.frames import line_of, size_of
-from rlhfreports.page.blocks import Block, Cell, Chart, Link, Links, Table, Text, downloads
+from rlhfreports.page.blocks import Block, Chart, Link, Links, Table, Text, table_of
 from rlhfreports.page.charts import HEIGHT, by_mode, select, specification
 from rlhfreports.page.data import Page, Run
 from rlhfreports.page.tooltips import tooltips
 from rlhfreports.profiles import TOP, Profile, flame_rects, function_first, kernels, shorter, top_ops
 from rlhfreports.styles import COLORS
-from rlhfreports.tables import GIB
+from rlhfreports.tables import ABSENT, GIB, ReportTable
 
 # Light enough for black words in both modes.
 KIND_COLORS = {
@@ -28,6 +28,7 @@ KIND_COLORS = {
 }
 _STEP = 19  # pixels of a row
 TRACES = "traces"
+Found = tuple[str, str, Profile]  # a case in words, its id, its profile
 
 
 def profile_blocks(page: Page) -> list[Block]:
@@ -40,15 +41,17 @@ def profile_blocks(page: Page) -> list[Block]:
     ]
     if not found:
         return []
+    ops, on_device = _joined(found, top_ops), _joined(found, kernels)
     return [
         Text(
             text="The profiler records one step, and of each phase its first stretch. It makes the step slower: what "
             "counts here are shares. The seconds above are those of steps without it."
         ),
-        *_ops_blocks([(label, profile) for label, _, profile in found]),
-        *_flame_blocks([(label, profile) for label, _, profile in found]),
-        *_allocator_blocks([(label, profile) for label, _, profile in found]),
-        *_ops_table([(label, profile) for label, _, profile in found]),
+        *([_ops_chart(ops, "top-ops", "Top ops of each phase", "op")] if len(ops) else ()),
+        *([_ops_chart(on_device, "top-kernels", "Top kernels of each phase", "kernel")] if len(on_device) else ()),
+        *_flame_blocks(_joined(found, flame_rects)),
+        *_allocator_blocks(_joined(found, lambda profile: profile["allocator"])),
+        *([_ops_table(ops)] if len(ops) else ()),
         *(_links(found) if len(page.runs) == 1 else ()),
     ]
 
@@ -60,7 +63,9 @@ def _labels(page: Page, run: Run) -> dict[str, str]:
     return dict(zip(rows["case_id"].astype(str), words, strict=True))
 
 
-def _joined(frames: Sequence[tuple[str, pd.DataFrame]]) -> pd.DataFrame:
+def _joined(found: Sequence[Found], frame_of: Callable[[Profile], pd.DataFrame]) -> pd.DataFrame:
+    """A frame of every profile in one, with the words of its case in the column ``case``."""
+    frames = [(label, frame_of(profile)) for label, _, profile in found]
     filled = [frame.assign(case=label) for label, frame in frames if len(frame)]
     return pd.concat(filled, ignore_index=True) if filled else pd.DataFrame()
 
@@ -68,17 +73,6 @@ def _joined(frames: Sequence[tuple[str, pd.DataFrame]]) -> pd.DataFrame:
 def _kind_scale(kinds: Iterable[str]) -> alt.Scale:
     present = [kind for kind in KIND_COLORS if kind in set(kinds)]
     return alt.Scale(domain=present, range=[KIND_COLORS[kind] for kind in present])
-
-
-def _ops_blocks(profiles: Sequence[tuple[str, Profile]]) -> list[Block]:
-    ops = _joined([(label, top_ops(profile)) for label, profile in profiles])
-    found = _joined([(label, kernels(profile)) for label, profile in profiles])
-    blocks: list[Block] = []
-    if len(ops):
-        blocks.append(_ops_chart(ops, "top-ops", "Top ops of each phase", "op"))
-    if len(found):
-        blocks.append(_ops_chart(found, "top-kernels", "Top kernels of each phase", "kernel"))
-    return blocks
 
 
 def _ops_chart(ops: pd.DataFrame, name: str, title: str, what: str) -> Chart:
@@ -124,42 +118,21 @@ def _switches(rows: pd.DataFrame) -> list[alt.Parameter]:
     ]
 
 
-def _ops_table(profiles: Sequence[tuple[str, Profile]]) -> list[Block]:
-    ops = _joined([(label, top_ops(profile)) for label, profile in profiles])
-    if ops.empty:
-        return []
-    columns = {"case": "case", "phase": "phase", "op": "op", "kind": "kind"}
-    cells = ops[list(columns)].astype(str)
-    cells["calls"] = ["–" if pd.isna(count) else f"{int(count):,}" for count in ops["count"]]
-    cells["seconds"] = [f"{seconds:.3g}" for seconds in ops["seconds"]]
-    cells["% of phase"] = [f"{100 * share:.1f}" for share in ops["share"]]
-    orders = {"calls": ops["count"], "seconds": ops["seconds"], "% of phase": ops["share"]}
-    rows = [
-        [
-            Cell(text=str(text), order=_order(orders[heading].iloc[row]) if heading in orders else None)
-            for heading, text in zip(cells.columns, texts, strict=True)
-        ]
-        for row, texts in enumerate(cells.itertuples(index=False))
-    ]
-    return [
-        Table(
-            id="top-ops-table",
-            caption="Top ops of all phases and profiled cases.",
-            headings=list(cells.columns),
-            rows=rows,
-            num_text_columns=len(columns),
-            filters=["case", "phase", "kind"],
-            downloads=downloads("top-ops", cells, len(columns), ops.to_csv(index=False)),
-        )
-    ]
+def _ops_table(ops: pd.DataFrame) -> Table:
+    cells = ops[["case", "phase", "op", "kind"]].astype(str)
+    cells = cells.assign(
+        calls=[ABSENT if pd.isna(count) else f"{int(count):,}" for count in ops["count"]],
+        seconds=[f"{seconds:.3g}" for seconds in ops["seconds"]],
+        share=[ABSENT if pd.isna(share) else f"{100 * share:.1f}" for share in ops["share"]],
+    ).rename(columns={"share": "% of phase"})
+    table = ReportTable(
+        caption="Top ops of all phases and profiled cases.", cells=cells, num_text_columns=4, explanation="", frame=ops
+    )
+    orders = {"seconds": ops["seconds"].tolist()}  # the text may be 1e-05
+    return table_of(table, name="top-ops-table", filters=("case", "phase", "kind"), orders=orders)
 
 
-def _order(value: object) -> float | None:
-    return None if pd.isna(value) else float(value)  # type: ignore[call-overload, arg-type]
-
-
-def _flame_blocks(profiles: Sequence[tuple[str, Profile]]) -> list[Block]:
-    rects = _joined([(label, flame_rects(profile)) for label, profile in profiles])
+def _flame_blocks(rects: pd.DataFrame) -> list[Block]:
     if rects.empty:
         return []
     caption = (
@@ -211,8 +184,7 @@ def _flame_blocks(profiles: Sequence[tuple[str, Profile]]) -> list[Block]:
     ]
 
 
-def _allocator_blocks(profiles: Sequence[tuple[str, Profile]]) -> list[Block]:
-    curves = _joined([(label, profile["allocator"]) for label, profile in profiles])
+def _allocator_blocks(curves: pd.DataFrame) -> list[Block]:
     if curves.empty:
         return []
     caption = "The CUDA allocator over one step: what tensors hold, and what the allocator keeps from the driver."
@@ -248,7 +220,7 @@ def _allocator_blocks(profiles: Sequence[tuple[str, Profile]]) -> list[Block]:
     ]
 
 
-def _links(found: Sequence[tuple[str, str, Profile]]) -> list[Block]:
+def _links(found: Sequence[Found]) -> list[Block]:
     links = [
         Link(text=f"{label}: {str(row['phase']).replace('_', ' ')}", url=_url(case_id, str(row["trace"])))
         for label, case_id, profile in found

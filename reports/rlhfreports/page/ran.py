@@ -11,9 +11,10 @@ import pandas as pd
 
 from rlhfreports.columns import hosts_note
 from rlhfreports.page.blocks import Block, Cell, Code, Items, Section, Table, Text
-from rlhfreports.page.data import Page, Run
-from rlhfreports.tables import ABSENT, outcome_word
+from rlhfreports.page.data import Page, Run, hardware_of
+from rlhfreports.tables import ABSENT, counted, outcome_word
 
+_SOFTWARE = ("rlhfbench", "torch", "transformers")
 # Of an environment: different in every run, and no cause of a difference.
 _OF_EVERY_RUN = ("run_id", "started_at", "load_average", "resumed")
 
@@ -26,7 +27,7 @@ def ran_section(page: Page) -> Section:
         blocks.append(differing if len(differing.rows) else Text(text="The runs' environments are the same."))
     for run in page.runs:
         name = f", {run.name}" if len(page.runs) > 1 else ""
-        blocks.append(Items(items=warnings(run)))
+        blocks.append(Items(items=[f"{run.name}: {text}" if name else text for text in warnings(run)]))
         commands = [command for environment in run.environments if (command := command_of(environment))]
         blocks += [Code(title=f"Command{name}", text="\n".join(commands))] if commands else []
         blocks += [Code(title=f"Sweep with every default{name}", text=run.sweep)] if run.sweep else []
@@ -36,6 +37,37 @@ def ran_section(page: Page) -> Section:
         else:
             blocks.append(Text(text=f"No environment is recorded{name}.", kind="warning"))
     return Section(id="ran", title="What was run", blocks=blocks)
+
+
+def facts(run: Run) -> str:
+    """One line on a run: how many cases were measured, on what, when, and by which software.
+
+    Facts that are not recorded are left out.
+    """
+    first: Mapping[str, Any] = run.environments[0] if run.environments else {}
+    num_ok, num_cases = int((run.frame["outcome"] == "ok").sum()), len(run.frame)
+    versions, source = _object(first, "versions"), _object(first, "source")
+    software = [f"{name} {versions[name]}" for name in _SOFTWARE if versions.get(name)]
+    words = [
+        ("" if num_ok == num_cases else f"{num_ok} of ") + f"{counted(num_cases, 'case')} measured",
+        *(model for model in dict.fromkeys(hardware_of(run)) if model),
+        _day(first.get("started_at")),
+        *software,
+        f"commit {str(source['commit'])[:12]}" if source.get("commit") else "",
+    ]
+    return " · ".join(word for word in words if word)
+
+
+def _object(environment: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """An entry of an environment, empty where it is no object."""
+    found = environment.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _day(started_at: object) -> str:
+    """``21 November 2026, 22:55 UTC``; empty where the time is not recorded."""
+    time = pd.to_datetime(str(started_at), utc=True, errors="coerce", format="ISO8601")
+    return "" if pd.isna(time) else f"{time.day} {time:%B %Y, %H:%M} UTC"
 
 
 def command_of(environment: Mapping[str, Any]) -> str:
@@ -48,11 +80,11 @@ def warnings(run: Run) -> list[str]:
     """Sentences on the run as a whole that touch every number of it."""
     found = []
     first: Mapping[str, Any] = run.environments[0] if run.environments else {}
-    source = first.get("source")
-    if isinstance(source, Mapping) and source.get("dirty"):
+    source = _object(first, "source")
+    if source.get("dirty"):
         found.append(f"The code had changes beside commit {str(source.get('commit'))[:12]}.")
     if len(run.environments) > 1:
-        found.append(f"The run was resumed {len(run.environments) - 1} times.")
+        found.append(f"The run was resumed {counted(len(run.environments) - 1, 'time')}.")
     note = hosts_note(run.frame)
     if note is not None:
         found.append(note)

@@ -7,12 +7,14 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
-from rlhfreports.page.blocks import Block, Chart, Section, Text, table_of
+from rlhfreports.columns import methods_in_order
+from rlhfreports.page.blocks import Block, Chart, Section, table_of
 from rlhfreports.page.charts import (
     DARK,
     HEIGHT,
     SYMBOLS,
     by_mode,
+    by_size,
     legend_filter,
     method_scales,
     part_scale,
@@ -72,11 +74,8 @@ def ranks_section(page: Page) -> Section | None:
     if len(bars):
         marks = unmeasured(page.frame)
         blocks.append(_bars_chart(page, "strategies", "Strategies beside each other", _STRATEGIES_CAPTION, bars, marks))
-    table = ranks_table(page.frame)
-    blocks += [
-        table_of(table, name="ranks-table", filters=("method", "ranks share by", "tokens", "ranks")),
-        Text(text=table.explanation, kind="caption"),
-    ]
+    filters = ("method", "ranks share by", "tokens", "ranks")
+    blocks.append(table_of(ranks_table(page.frame), name="ranks-table", filters=filters))
     if len(points):
         blocks.append(_scaling_chart(page, points))
         filters = ("method", "ranks share by", "scaling", "tokens")
@@ -120,16 +119,16 @@ def _bars_chart(
             .encode(y=y, x=alt.datum(0), text="word:N", tooltip=tooltips("error"))
         )
         data[f"{name}-failed"] = marks
-    counts = bars.groupby("at", sort=False)["label"].nunique()
-    fullest = str(counts[counts == counts.max()].index[-1])
+    worlds, fullest, num_labels = by_size(bars, "at", "label")
     switches = [
         select("what", list(dict.fromkeys(bars["what"])), "show"),
-        select("at", list(counts.index), "case" if marks is None else "at", fullest),
+        select("at", worlds, "case" if marks is None else "at", fullest),
     ]
     if marks is not None:
-        methods = bars.loc[bars["at"] == fullest, "title"]
-        switches.append(select("method", list(dict.fromkeys(bars["title"])), "method", str(methods.iloc[0])))
-    height = min(_BAR_PX * (int(counts.max()) + (0 if marks is None else marks["label"].nunique())), _MAX_CHART_PX)
+        methods = [title for title in methods_in_order(page.frame)["method_title"] if title in set(bars["title"])]
+        at_fullest = set(bars.loc[bars["at"] == fullest, "title"])
+        switches.append(select("method", methods, "method", next(title for title in methods if title in at_fullest)))
+    height = min(_BAR_PX * (num_labels + (0 if marks is None else marks["label"].nunique())), _MAX_CHART_PX)
     return Chart(
         id=name,
         title=title,

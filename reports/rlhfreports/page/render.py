@@ -22,6 +22,7 @@ from markupsafe import Markup
 from rlhfreports.columns import shared_axes_text
 from rlhfreports.page.blocks import Chart, Section, Table
 from rlhfreports.page.data import Page
+from rlhfreports.page.ran import facts
 from rlhfreports.page.sections import sections_of
 
 _EXPORTS = "window.vegaEmbed = vegaEmbed;"  # what the page's script uses of the bundle
@@ -47,11 +48,20 @@ def write_page(page: Page, path: str | Path) -> Path:
 
 def page_html(page: Page) -> str:
     """The page as text."""
-    return rendered(", ".join(run.name for run in page.runs), shared_axes_text(page.frame), sections_of(page))
+    several = len(page.runs) > 1
+    about = [f"{run.name}: {facts(run)}" if several else facts(run) for run in page.runs]
+    captions = [text for text in (shared_axes_text(page.frame), *about) if text]
+    return rendered(", ".join(run.name for run in page.runs), captions, sections_of(page))
 
 
-def rendered(title: str, caption: str, sections: Sequence[Section]) -> str:
-    """The page of these sections. All text in them is escaped, in JSON too."""
+def rendered(title: str, captions: Sequence[str], sections: Sequence[Section]) -> str:
+    """The page of these sections. All text in them is escaped, in JSON too.
+
+    Args:
+        title: of the page.
+        captions: lines below the title.
+        sections: the contents.
+    """
     charts = [block for section in sections for block in section.blocks if isinstance(block, Chart)]
     data = {name: columns_of(frame) for chart in charts for name, frame in chart.data.items()}
     specs = {chart.id: {"spec": chart.spec, "data": list(chart.data)} for chart in charts}
@@ -60,7 +70,7 @@ def rendered(title: str, caption: str, sections: Sequence[Section]) -> str:
     return (
         _environment()
         .get_template("page.html")
-        .render(title=title, caption=caption, sections=sections, data=data, specs=specs, files=files, **_libraries())
+        .render(title=title, captions=captions, sections=sections, data=data, specs=specs, files=files, **_libraries())
     )
 
 

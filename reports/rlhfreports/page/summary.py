@@ -7,10 +7,11 @@ import pandas as pd
 
 from rlhfreports import frames
 from rlhfreports.answer import answer
-from rlhfreports.compare import EXPLANATION, compared, comparison_sentences, comparison_table
+from rlhfreports.compare import compared, comparison_sentences, comparison_table
 from rlhfreports.gain import gain_table, has_gain
 from rlhfreports.page.blocks import Block, Chart, Section, Text, table_of
 from rlhfreports.page.charts import HEIGHT, LENGTH_TITLE, method_scales, select, specification
+from rlhfreports.page.costs import costs_chart
 from rlhfreports.page.data import Page
 from rlhfreports.page.tooltips import tooltips
 from rlhfreports.paper import COMPLETION_LEN, FIGURE_2, PROMPT_LEN, TABLE_1, TABLES, alike
@@ -19,34 +20,33 @@ _ROW_PX, _MAX_CHART_PX = 22, 1600
 
 
 def answer_section(page: Page) -> Section:
-    """Three sentences a run, computed from its records, and the gains behind them."""
-    blocks: list[Block] = []
-    for run in page.runs:
-        name = f"{run.name}: " if len(page.runs) > 1 else ""
-        blocks.append(Text(text=name + " ".join(answer(run.frame)), kind="answer"))
-    explanation = ""
+    """What several runs differ by, then three sentences a run, computed from its records, and the gains behind them."""
+    several = len(page.runs) > 1
+    sentences = comparison_sentences(page.frame, compared(page.frame)) if several else answer(page.runs[0].frame)
+    blocks: list[Block] = [Text(text=sentence, kind="answer") for sentence in sentences]
+    for run in page.runs if several else ():
+        blocks.append(Text(text=f"{run.name}: {' '.join(answer(run.frame))}"))
+    chart = None if several else costs_chart(page.frame)
+    blocks += [chart] if chart else []
     for i, run in enumerate(page.runs):
         if len(run.frame) and has_gain(run.frame):
             gains = gain_table(run.frame)
-            explanation = gains.explanation
-            caption = f"Gain {gains.caption}{f', {run.name}' if len(page.runs) > 1 else ''}"
+            caption = f"Gain {gains.caption}{f', {run.name}' if several else ''}"
             blocks.append(table_of(gains, name=f"gain-{i}", caption=caption, is_folded=True, filters=("method",)))
-    blocks += [Text(text=explanation, kind="caption")] if explanation else []
     return Section(id="answer", title="The answer", blocks=blocks)
 
 
 def comparison_section(page: Page) -> Section | None:
-    """The first run against each other one; ``None`` for a single run."""
+    """The cases of the first run against those of each other one; ``None`` where they share none."""
     if len(page.runs) < 2:
         return None
     found = compared(page.frame)
-    sentences = comparison_sentences(page.frame, found)
-    blocks: list[Block] = [Text(text=sentence) for sentence in sentences]
-    if len(found):
-        timed = found[found["speedup"].notna()]
-        blocks += [_speedup_chart(page, timed)] if len(timed) else []
-        blocks.append(table_of(comparison_table(found), name="comparison-table", filters=("method", "size", "run")))
-        blocks.append(Text(text=EXPLANATION, kind="caption"))
+    if found.empty:
+        return None
+    timed = found[found["speedup"].notna()]
+    filters = ("method", "size", "run", "verdict")
+    table = table_of(comparison_table(found), name="comparison-table", filters=filters)
+    blocks: list[Block] = [*([_speedup_chart(page, timed)] if len(timed) else []), table]
     return Section(id="comparison", title=f"Against {page.runs[0].name}", blocks=blocks)
 
 
@@ -95,7 +95,7 @@ def paper_section(page: Page) -> Section | None:
     for i, make in enumerate(TABLES):
         made = make(run.frame)
         if len(made.cells):
-            blocks += [table_of(made, name=f"paper-{i}"), Text(text=made.explanation)]
+            blocks.append(table_of(made, name=f"paper-{i}"))
     points = frames.times(alike(run.frame))
     blocks += [_figure_2(page, points)] if len(points) else []
     return Section(id="paper", title="Beside the papers", blocks=blocks)
@@ -105,7 +105,7 @@ def _figure_2(page: Page, points: pd.DataFrame) -> Chart:
     """Total seconds per sample at the largest batch of each length, with the paper's points."""
     total = points[points["kind"] == "total"].sort_values("batch_size", kind="stable")
     ours = total.drop_duplicates(["line", "seq_len"], keep="last")
-    titles = dict(zip(page.frame["method"], page.frame["method_title"].fillna(page.frame["method"]), strict=True))
+    titles = dict(zip(page.frame["method"], page.frame["method_title"], strict=True))
     paper = pd.DataFrame(
         [
             {

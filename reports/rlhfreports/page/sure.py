@@ -11,8 +11,9 @@ from rlhfreports.page.charts import HEIGHT, by_mode, method_scales, select, spec
 from rlhfreports.page.data import Page
 from rlhfreports.page.tooltips import tooltips
 from rlhfreports.predicted import comparisons, has_predictions, worst_sentence
-from rlhfreports.ratios import resolution
+from rlhfreports.ratios import interval_decimals, resolution
 from rlhfreports.styles import COLORS
+from rlhfreports.tables import counted
 
 _PREDICTED_CAPTION = (
     "Each point is a case: memory that a plan predicted without running, and what the ledger counted. On the dashed "
@@ -23,6 +24,12 @@ _BLOCKS_CAPTION = (
     "far its time is from the median of its case. A run without disturbance has no pattern in time; disturbed blocks "
     "are triangles."
 )
+# Why timing ended, in words.
+_STOPPED = {
+    "precise": "the median was precise enough",
+    "steady": "the noise was steady",
+    "budget": "the time budget was spent",
+}
 _OTHERS_CAPTION = "CPU time of the machine that other processes or the hypervisor took beside each block."
 
 
@@ -34,7 +41,9 @@ def predicted_section(page: Page) -> Section | None:
     blocks: list[Block] = [Text(text=worst_sentence(comparisons(page.frame)))]
     failed = page.frame["plan_error"].dropna()
     blocks += (
-        [Text(text=f"{len(failed)} cases have no prediction: {failed.iloc[0]}", kind="warning")] if len(failed) else []
+        [Text(text=f"{counted(len(failed), 'case')} without a prediction: {failed.iloc[0]}", kind="warning")]
+        if len(failed)
+        else []
     )
     if len(data):
         sizes = [float(value) for name in ("predicted_gib", "measured_gib") for value in data[name]]
@@ -87,12 +96,13 @@ def _how_timed(frame: pd.DataFrame) -> list[tuple[str, str]]:
     found = []
     reasons = frame["stopped_because"].dropna()
     if len(reasons):
-        counts = ", ".join(f"{count} by {reason}" for reason, count in reasons.value_counts(sort=False).items())
-        found.append((f"Timing of {len(reasons)} cases ended: {counts}.", ""))
+        found_by = reasons.value_counts(sort=False).items()
+        counts = ", ".join(f"{count} because {_STOPPED.get(str(reason), reason)}" for reason, count in found_by)
+        found.append((f"Timing of {counted(len(reasons), 'case')} ended: {counts}.", ""))
     disturbed = frame["num_disturbed_blocks"].fillna(0)
     if (disturbed > 0).any():
         worst = frame["disturbed_by"].iloc[int(disturbed.to_numpy().argmax())]
-        found.append((f"{int(disturbed.sum())} blocks were disturbed: {worst}.", "warning"))
+        found.append((f"{counted(int(disturbed.sum()), 'disturbed block')}: {worst}.", "warning"))
     return found
 
 
@@ -101,7 +111,8 @@ def _drift_sentence(data: pd.DataFrame) -> str:
     if found is None:
         return "The run has too few blocks to tell a drift from noise."
     percent, half_width = found
-    interval = f"{percent:+.1f} % ± {half_width:.1f} from the first block to the last"
+    decimals = min(interval_decimals(abs(percent), half_width), 1)
+    interval = f"{percent:+.{decimals}f} % ± {half_width:.{decimals}f} from the first block to the last"
     if abs(percent) <= half_width:
         return f"No drift that the blocks can tell from noise: {interval}."
     return f"Drift: blocks became {'slower' if percent > 0 else 'faster'} over the run, {interval}."

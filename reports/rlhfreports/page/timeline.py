@@ -11,17 +11,19 @@ import pandas as pd
 from rlhfreports import frames
 from rlhfreports.columns import parts_of
 from rlhfreports.page.blocks import Chart
-from rlhfreports.page.charts import HEIGHT, by_mode, part_scale, select, specification
+from rlhfreports.page.charts import HEIGHT, by_mode, part_color, select, specification
 from rlhfreports.page.data import Run, Timeline
 from rlhfreports.page.tooltips import tooltips
 from rlhfreports.tables import GIB
 from rlhfreports.timelines import Floats, scale
 
 _CAPTION = (
-    "Live bytes by part over the events of one step: tensors made, named and freed. Short phases are widened. The line "
-    "below says what the moment under the cursor is: its phase, total and event."
+    "Live bytes by part over one step. An event is a tensor made, named or freed; short phases are widened. The line "
+    "below names the moment under the pointer: phase, total and event."
 )
-_OF_TENSORS = " Over an edged area it is the tensor that is named, one of the largest of its part."
+_OF_TENSORS = " Over an outlined area the pointer names the tensor, one of the largest of its part."
+_OF_PLANS = " Choose a predicted step to compare: it leaves out most decode steps."
+_PREDICTED = ", predicted"  # after the words of a case
 _BEFORE = "made before the step"
 
 
@@ -31,9 +33,10 @@ def timeline_chart(run: Run, name: str, title: str) -> Chart | None:
     if moments.empty:
         return None
     cases = list(dict.fromkeys(moments["case"]))
+    measured = [case for case in cases if not case.endswith(_PREDICTED)]
     layers = [_areas(run, name), *_phases(name), *_moments(name), *([_tensors(run, name)] if len(tensors) else [])]
-    made = alt.layer(*layers).add_params(select("shown_case", cases, "case", cases[-1]))
-    caption = _CAPTION + (_OF_TENSORS if len(tensors) else "")
+    made = alt.layer(*layers).add_params(select("shown_case", cases, "case", (measured or cases)[-1]))
+    caption = _CAPTION + (_OF_TENSORS if len(tensors) else "") + (_OF_PLANS if run.predicted_timelines else "")
     data = {f"{name}-moments": moments, f"{name}-phases": spans}
     return Chart(
         id=name,
@@ -58,12 +61,13 @@ def timeline_frames(run: Run) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]
     words: Any = frames.line_of(cases) + ", " + frames.size_of(cases) if len(cases) else {}
     found: list[tuple[pd.DataFrame, ...]] = []
     num_moments = 0
-    for case_id, timeline in run.timelines.items():
-        if case_id in words:
-            found.append(_frames_of(timeline, num_moments))
-            for frame in found[-1]:
-                frame.insert(0, "case", words[case_id])
-            num_moments += len(found[-1][0])
+    for case_id in run.timelines:
+        for timelines, kind in ((run.timelines, ""), (run.predicted_timelines, _PREDICTED)):
+            if case_id in words and case_id in timelines:
+                found.append(_frames_of(timelines[case_id], num_moments))
+                for frame in found[-1]:
+                    frame.insert(0, "case", f"{words[case_id]}{kind}")
+                num_moments += len(found[-1][0])
     if not found:
         return pd.DataFrame(), pd.DataFrame(), pd.DataFrame()
     moments, spans, tensors = (pd.concat(rows, ignore_index=True) for rows in zip(*found, strict=True))
@@ -147,7 +151,7 @@ def _areas(run: Run, name: str) -> Any:
         .encode(
             x=_x(),
             y=alt.Y("in_part:Q", stack="zero", title="GiB"),
-            color=alt.Color("part:N", scale=part_scale(run.frame)),
+            color=part_color(run.frame, offset=26),
             order=alt.Order("place:Q"),
         )
     )

@@ -12,8 +12,9 @@ from rlhfreports.columns import hosts_note
 from rlhfreports.page.blocks import Block, Chart, Section, Text, table_of
 from rlhfreports.page.charts import (
     HEIGHT,
-    LENGTH_TITLE,
+    NUMBER,
     legend_filter,
+    length_axis,
     line_dash,
     method_scales,
     select,
@@ -40,11 +41,11 @@ _SLOPES = {
     "tokens per second": (-1, 1),
 }
 _CAPTION = (
-    "One line a method, both axes logarithmic, 95 % intervals as bands. The legend has the slope of each line for the "
-    "measure shown: a time per sample in proportion to the length has 1, a throughput per token that no length changes "
-    "has 0. A word at the top marks a length that was not measured, such as OOM. Choose the batch size, the part of "
-    "the step and the measure above. A click on a method in the legend shows it alone."
+    "One line a method, both axes logarithmic, 95 % intervals as bands and bars. The legend has the slope of each line "
+    "for the measure shown: a time per sample in proportion to the length has 1, a throughput per token that no length "
+    "changes has 0. A click on a method in the legend shows it alone."
 )
+_UNMEASURED = " A word at the top marks a length that was not measured, such as OOM."
 _ROW_PX, _MAX_ROWS = 13, 6  # of the words at the top, and how many of them lines never cross
 
 
@@ -63,7 +64,7 @@ def times_section(page: Page) -> Section | None:
             caption = "Slopes of log time against log size" + (f", {run.name}" if len(page.runs) > 1 else "")
             blocks.append(table_of(slopes, name=name, caption=caption, is_folded=True, filters=("method", "time")))
     blocks.append(Text(text=_tokens_line(page.frame)))
-    return Section(id="times", title="Latency and throughput against sequence length", blocks=blocks)
+    return Section(id="times", title="Time and throughput", blocks=blocks)
 
 
 def _tokens_line(frame: pd.DataFrame) -> str:
@@ -97,12 +98,7 @@ def latency_chart(page: Page, points: pd.DataFrame, failed: pd.DataFrame) -> Cha
         row=failed.groupby("panel")["line"].transform(lambda lines: pd.factorize(lines)[0]) if len(failed) else [],
     )
     lengths = sorted({int(length) for rows in (points, failed) for length in rows["seq_len"]})
-    x = alt.X(
-        "seq_len:Q",
-        title=LENGTH_TITLE,
-        scale=alt.Scale(type="log", nice=False, padding=24, domain=[lengths[0], max(lengths[-1], lengths[0] + 1)]),
-        axis=alt.Axis(values=lengths, labelOverlap=True, format="d"),
-    )
+    x = length_axis(lengths)
     shown, dash = legend_filter(), line_dash(page.frame)
     colors, shapes = method_scales(page.frame)
     slope = "slopes[panel + '|' + kind + '|' + measure + '|' + datum.label]"
@@ -127,10 +123,18 @@ def latency_chart(page: Page, points: pd.DataFrame, failed: pd.DataFrame) -> Cha
         .encode(x=x, color=alt.Color("title:N", scale=colors, legend=legend), detail="line:N")
     )
     room = 16 + _ROW_PX * min(1 + int(words["row"].max()), _MAX_ROWS) if len(words) else 16
-    y: dict[str, Any] = {"scale": alt.Scale(type="log", nice=False, padding=room), "title": None}
+    y: dict[str, Any] = {
+        "scale": alt.Scale(type="log", nice=False, padding=room),
+        "title": None,
+        "axis": alt.Axis(format=NUMBER),
+    }
     faded = alt.condition(shown, alt.value(1), alt.value(0.08))
+    # Of all lines at once the bands are faint: five opaque ones are a single brown area.
+    chosen = alt.when(alt.ParameterPredicate(param="shown", empty=False)).then(alt.value(0.25))
     band = base.mark_area(strokeOpacity=0).encode(
-        y=alt.Y("low:Q", **y), y2="high:Q", fillOpacity=alt.condition(shown, alt.value(0.15), alt.value(0.03))
+        y=alt.Y("low:Q", **y),
+        y2="high:Q",
+        fillOpacity=chosen.when(alt.ParameterPredicate(param="shown")).then(alt.value(0.08)).otherwise(alt.value(0)),
     )
     rule = base.mark_rule(strokeWidth=1.2).encode(y=alt.Y("low:Q", **y), y2="high:Q", opacity=faded)
     line = base.mark_line(strokeWidth=2).encode(y=alt.Y("seconds:Q", **y), opacity=faded, **dash)
@@ -162,11 +166,12 @@ def latency_chart(page: Page, points: pd.DataFrame, failed: pd.DataFrame) -> Cha
     layers = [band, rule, line, dots, *([marks] if len(words) else [])]
     made = alt.layer(*layers).add_params(*switches, shown).properties(height=HEIGHT)
     data = {"times": points} | ({"failures": words} if len(words) else {})
+    caption = _CAPTION + (_UNMEASURED if len(words) else "")
     return Chart(
         id="latency",
         title="Time against sequence length",
-        caption=_CAPTION,
-        spec=specification(made, description=_CAPTION, title={"expr": "measure"}),
+        caption=caption,
+        spec=specification(made, description=caption, title={"expr": "measure"}),
         data=data,
     )
 

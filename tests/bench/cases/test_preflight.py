@@ -97,6 +97,34 @@ def test_the_native_backend_without_a_compiler(monkeypatch, tmp_path):
     assert preflight.notices(Sweep.from_spec({**GRID, "options": {"engine.backend": "torch"}})) == []
 
 
+def test_an_option_of_a_family_without_a_method_in_the_sweep_is_noticed():
+    options = {"engine.backend": "torch", "dpo.beta": 0.2, "ppo.gamma": 0.9, "lora.r": 4}
+    sweep = Sweep.from_spec({**GRID, "options": options})
+    assert preflight.notices(sweep) == ["dpo.beta is 0.2: no method of this sweep reads it."]
+    with_dpo = Sweep.from_spec({**GRID, "methods": ["hydra", "dpo"], "options": options})
+    assert preflight.notices(with_dpo) == []
+    for setting in ("modern", "paper"):
+        spec = {
+            **GRID,
+            "methods": ["sft"],
+            "settings": [setting],
+            "dtype": "float32",
+            "options": {"engine.backend": "torch"},
+        }
+        assert preflight.notices(Sweep.from_spec(spec)) == []
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model"])
+def test_a_checkpoint_without_a_tokenizer_reads_no_data(tmp_path, name, checkpoint):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "hello"}\n')
+    data = {"options": {"data.prompts": str(tmp_path / "p.jsonl")}}
+    (problem,) = problems(models=str(checkpoint), **data)
+    assert problem.startswith(f"model '{checkpoint}' is a folder without a tokenizer (tokenizer*, vocab*, ")
+    assert preflight.check(Sweep.from_spec({**GRID, "models": str(checkpoint)}))
+    (checkpoint / name).touch()
+    assert preflight.check(Sweep.from_spec({**GRID, "models": str(checkpoint), **data}))
+
+
 def test_prompts_are_read_before_anything_runs(tmp_path):
     (problem,) = problems(options={"data.prompts": str(tmp_path / "absent.jsonl")})
     assert "cannot be read: No such file" in problem

@@ -51,6 +51,12 @@ def test_singular_keys_and_single_values():
     assert Sweep.from_spec(spec) == Sweep.from_spec(GRID)
 
 
+@pytest.mark.parametrize("cases", ["hydra", [{"method": "hydra"}]])
+def test_what_is_no_case_is_one_sentence(cases):
+    with pytest.raises(SweepError, match=r"^cases has .*: it must be a Case\.$"):
+        Sweep(cases=tuple(cases))
+
+
 def test_a_repeated_case_is_kept_once():
     assert len(Sweep.from_spec({**GRID, "seq_lens": [8, 8], "batch_sizes": [1, 1]}).cases) == 1
 
@@ -207,7 +213,7 @@ CASES = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(CASES, min_size=1, max_size=5, unique_by=lambda case: case.id))
 def test_a_resolved_sweep_loads_back_to_the_identical_cases(cases):
     sweep = Sweep(cases=tuple(cases))

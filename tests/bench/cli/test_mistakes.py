@@ -1,5 +1,7 @@
 import pytest
 
+LONG = "x" * 300  # longer than a name may be
+
 WRONG = [
     (("run", "--methods", "hydr"), "method 'hydr' is unknown: did you mean 'hydra'"),
     (("run", "--methods", "hydra,,lora"), "methods has '': it must be a name."),
@@ -63,6 +65,27 @@ WRONG = [
     (("report", "old", "--out", "x"), "--out is 'x': it needs two runs or more; the report of one run stands in its"),
     (("report", "old", "./old"), "RUN names one folder twice: compare a run with another one."),
     (("report", "old", "future"), "run 'old' holds no records yet: there is nothing to draw."),
+    (("run", "--model", "~nobody-at-all/m"), "model '~nobody-at-all/m' cannot be read: Could not determine home"),
+    (("run", "--model", LONG), "xxx... cannot be read: File name too long."),
+    (("run", "--option", "rollout.stop_token_id=8192"), "it must be below 8192, the vocabulary of model 'tiny'."),
+    (("run", "--out", ""), "--out is '': it must name a folder or a file."),
+    (("run", "--resume", ""), "--resume is '': it must name a folder or a file."),
+    (("plan", "--out", ""), "--out is '': it must name a folder or a file."),
+    (("plan", "--out", LONG), "' cannot be written: File name too long."),
+    (("report", ""), "RUN is '': it must name a folder or a file."),
+    (("watch", ""), "RUN is '': it must name a folder or a file."),
+    (("evidence", "--out", ""), "--out is '': it must name a folder or a file."),
+    (("gate", "--baseline", ""), "--baseline is '': it must name a folder or a file."),
+    (("run", "--resume", LONG), "' cannot be used: File name too long."),
+    (("report", LONG), "' cannot be written: File name too long."),
+    (("watch", LONG), "' cannot be used: File name too long."),
+    (("report", "old", "future", "--out", "good.jsonl"), "out 'good.jsonl' cannot be written: Not a directory."),
+    (("plan", "--out", "good.jsonl/x"), "out 'good.jsonl/x' cannot be written: Not a directory."),
+    (("gate", "--base", "main", "--out", "good.jsonl/x"), "--out 'good.jsonl/x' cannot be written: Not a directory."),
+    (
+        ("gate", "--baseline", "good.jsonl", "--update-baseline"),
+        "baseline 'good.jsonl' cannot be written: Not a directory.",
+    ),
 ]
 
 

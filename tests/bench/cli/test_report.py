@@ -16,15 +16,16 @@ def test_report_draws_from_the_records(call, tmp_path):
     (tmp_path / "records.jsonl").write_text(record + "\n")
     drawn = []
 
-    def draw(run_dir, *, whole, with_paper):
-        drawn.append((run_dir, whole, with_paper))
+    def draw(run_dir, *, whole, with_paper, same_machine):
+        drawn.append((run_dir, whole, with_paper, same_machine))
         return "the table"
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rlhfbench.runs.drawing, "draw_run", draw)
         assert call("report", str(tmp_path)) == (0, "the table\n", "")
         assert call("report", str(tmp_path), "--paper") == (0, "the table\n", "")
-    assert drawn == [(tmp_path, True, False), (tmp_path, True, True)]
+        assert call("report", str(tmp_path), "--same-machine") == (0, "the table\n", "")
+    assert drawn == [(tmp_path, True, *flags) for flags in ((False, False), (True, False), (False, True))]
 
 
 def test_report_compares_runs(call, tmp_path):

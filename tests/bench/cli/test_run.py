@@ -1,3 +1,4 @@
+import errno
 import json
 import signal
 import subprocess
@@ -116,7 +117,8 @@ def test_an_interrupt_prints_the_command_that_resumes(call, monkeypatch):
 
 def test_a_full_disk_prints_the_command_that_resumes(call, monkeypatch):
     def full(*arguments, **keywords):
-        raise RecordsError("records file 'x' cannot be written: No space left on device.")
+        error = OSError(errno.ENOSPC, "No space left on device")
+        raise RecordsError(f"records file 'x' cannot be written: {error.strerror}.") from error
 
     monkeypatch.setattr(runner, "run_sweep", full)
     code, _, err = call("run", *SMALL, "--out=x")

@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from rlhfbench.records.file import read_records
 
+FULL = Path("/dev/full")
 SMALL = ("--methods", "hydra", "--seq-lens", "8", "--batch-sizes", "1")
 
 
@@ -41,8 +43,7 @@ WITH_FAKE_CASES = (
 )
 
 
-@pytest.mark.parametrize("more", [(), ("--json",)])
-@pytest.mark.parametrize(("behaviour", "code"), [("ok", 0), ("exit", 3)])
+@pytest.mark.parametrize(("behaviour", "code", "more"), [("ok", 0, ("--json",)), ("exit", 3, ())])
 def test_a_pipe_that_closes_in_mid_run_loses_nothing(tmp_path, behaviour, code, more):
     """As in ``rlhfbench run 2>&1 | head -1``: the reader has left before the first case ends."""
     read_end, write_end = os.pipe()
@@ -55,6 +56,28 @@ def test_a_pipe_that_closes_in_mid_run_loses_nothing(tmp_path, behaviour, code, 
     assert done.returncode == code
     assert [record["outcome"] for record in read_records("here")] == ["ok" if code == 0 else "crashed"]
     assert (tmp_path / "here" / "memory_table.md").is_file()
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="it needs a file that is always full")
+def test_output_that_a_full_disk_loses_is_one_sentence():
+    code = "import sys; from rlhfbench.cli import main; sys.argv[1:] = ['models', '--json']; main.main()"
+    with FULL.open("w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "standard output cannot be written: No space left on device.\n")
+
+
+def test_ctrl_c_during_the_first_imports_prints_no_traceback():
+    code = (
+        "import sys\n"
+        "class Interrupted:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'typer': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupted())\n"
+        "from rlhfbench.__main__ import run\n"
+        "run()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_a_verb_whose_reader_has_left_ends_as_if_it_had_stayed():

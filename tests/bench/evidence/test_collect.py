@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -84,6 +86,9 @@ def test_a_part_ends_with_its_time_and_the_next_is_not_begun(
     without_drawing: None, request_of_all: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_MIN_PART_S", 0.01)
+    # All of the time is left for the first part, however busy the machine is, and none for the second.
+    clock = itertools.chain([0.0] * 3, itertools.repeat(1.0))
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     parts = collect(tmp_path / "out", request_of_all, [1, 2], 0.3)["parts"]
     assert parts["1"]["outcome"] == "timeout"
     assert parts["2"] == {"outcome": "no time", "wall_s": 0.0, "error": None}

@@ -1,11 +1,12 @@
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import distributed
 
 from rlhfbench.measure.collectives import CollectiveCounter, tensor_bytes
-from rlhfbench.measure.ranks import communication, imbalance, slowest, world_object
+from rlhfbench.measure.ranks import communication, imbalance, own_s, slowest, world_object
 from rlhfkernels.config.options import ParallelOptions
 
 
@@ -43,6 +44,17 @@ def test_calls_and_bytes_of_every_collective_by_phase():
     assert set(counter.phase_s) == {"generate", "update"}
 
 
+def bytes_of_two_ranks(world):
+    with CollectiveCounter("cpu") as counter, counter.phase("update"):
+        distributed.all_gather([torch.empty(10), torch.empty(10)], torch.ones(10))
+        distributed.reduce_scatter(torch.empty(10), [torch.ones(10), torch.ones(10)])
+    return counter.num_bytes["update"]
+
+
+def test_bytes_are_those_of_the_whole_tensors(on_ranks):
+    assert on_ranks(2, bytes_of_two_ranks) == [{"all_gather": 80, "reduce_scatter": 80}] * 2
+
+
 @pytest.mark.usefixtures("_group")
 def test_waiting_belongs_to_its_phase_and_ends_with_the_block(monkeypatch):
     wait = distributed.Work.wait
@@ -70,6 +82,21 @@ def test_a_backward_pass_without_collectives_waits_for_nothing():
         (weight * 2).sum().backward()
     assert counter.waiting_s == {}
     assert weight.grad.tolist() == [2.0, 2.0, 2.0]
+
+
+@pytest.mark.usefixtures("_group")
+def test_a_backward_pass_waits_for_no_collective_that_was_issued_before_it():
+    weight = torch.ones(3, requires_grad=True)
+    with CollectiveCounter("cpu") as counter, counter.phase("update"):
+        work = distributed.all_reduce(torch.ones(2), async_op=True)
+        (weight * 2).sum().backward()
+        assert counter.waiting_s == {}
+        work.wait()
+
+
+def test_cpu_seconds_are_those_of_all_ranks_on_this_machine():
+    world = SimpleNamespace(gather=lambda mine: [mine, ("another", 5.0), (mine[0], 2.0)])
+    assert own_s(1.0, world) == 3.0
 
 
 def test_bytes_of_nested_tensors():

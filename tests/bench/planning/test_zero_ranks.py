@@ -35,6 +35,7 @@ def total_bytes(world: World, case: Case) -> int:
     return min(memory_object(ledger, dict.fromkeys(OUTER_VIEWS))["total_bytes"] for ledger in ledgers)
 
 
+@pytest.mark.usefixtures("imported_deepspeed")
 @pytest.mark.parametrize(
     ("method", "stage", "size", "error"),
     [
@@ -51,7 +52,6 @@ def total_bytes(world: World, case: Case) -> int:
 def test_a_plan_is_within_a_percent_of_the_worst_rank(
     on_ranks: Any, method: str, stage: int, size: int, error: float
 ) -> None:
-    pytest.importorskip("deepspeed")
     case = case_of(method, stage, size)
     worst = max(on_ranks(size, total_bytes, case))
     assert plan_case(case, Zero(stage=stage, world_size=size)).total_bytes == pytest.approx(worst, rel=error)

@@ -9,6 +9,7 @@ import pytest
 from rlhfbench.errors import RecordsError, RunFolderError
 from rlhfbench.records.file import RecordsFile, make_plan, make_record, read_records
 from rlhfbench.records.frame import records_frame
+from rlhfbench.records.schema import empty_record
 from rlhfkernels.config.case import Case
 
 CASE = Case(method="hydra", model="tiny", prompt_len=4, completion_len=4, batch_size=1)
@@ -138,6 +139,16 @@ def test_a_bad_line_is_named_in_one_sentence(tmp_path, line, says):
     assert says in str(caught.value)
     with pytest.raises(RecordsError):
         RecordsFile(tmp_path)
+
+
+@pytest.mark.parametrize("latency", [{}, {"latency": None}, {"latency": {"blocks": []}}])
+def test_a_record_without_its_objects_gets_empty_ones(tmp_path, latency):
+    line = {"schema": 2, "case": {"id": "x"}, "outcome": "crashed", **latency}
+    (tmp_path / "records.jsonl").write_text(json.dumps(line) + "\n")
+    (record,) = read_records(tmp_path)
+    assert record["outcome"] == "crashed"
+    assert set(empty_record()) <= set(record)
+    assert record["latency"]["total_s_per_sample"] is None
 
 
 def test_a_missing_records_file_is_an_error(tmp_path):

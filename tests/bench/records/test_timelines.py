@@ -43,7 +43,13 @@ WRONG = {**TIMELINE, "tensors": {**TIMELINE["tensors"], "bytes": ["many", 2]}}
 SHORT = {**TIMELINE, "tensors": {**TIMELINE["tensors"], "bytes": [8]}}
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "null", '{"events": []}', json.dumps(WRONG), json.dumps(SHORT)])
+OTHER = [{**TIMELINE, "phases": 3}, {**TIMELINE, "phases": [{}]}, {**TIMELINE, "parts_bytes": []}]
+OTHER += [{**TIMELINE, "phases": [{**TIMELINE["phases"][0], "names": [1]}]}, {**TIMELINE, "events": [1]}]
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "null", '{"events": []}', *(json.dumps(wrong) for wrong in (WRONG, SHORT, *OTHER))]
+)
 def test_a_file_without_a_timeline_is_named_in_one_sentence(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(RecordsError, match=r"^timeline '.*a\.json' .*\.$"):

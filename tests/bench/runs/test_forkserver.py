@@ -47,18 +47,6 @@ def run(server, tmp_path):
     return run
 
 
-def is_gone(pid, within_s=3.0):
-    """Waits, without polling, until the process has ended."""
-    try:
-        fd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return True
-    try:
-        return bool(select.select([fd], [], [], within_s)[0])
-    finally:
-        os.close(fd)
-
-
 def test_a_case_gets_its_request_and_its_messages_come_in_order(run):
     end, messages, log = run("echo", more=[1, "é"])
     assert (end.code, end.timed_out, log) == (0, False, "")
@@ -68,7 +56,7 @@ def test_a_case_gets_its_request_and_its_messages_come_in_order(run):
     assert end.max_rss_bytes > 2**20
 
 
-def test_a_job_has_several_processes_each_with_its_messages_log_and_exit(server, tmp_path):
+def test_a_job_has_several_processes_each_with_its_messages_log_and_exit(server, tmp_path, is_gone):
     kinds = ("chatter", "exit", "hang")
     requests = [{"case": {"options": {"data": {"prompt_field": kind}}}, "preload": ["colorsys"]} for kind in kinds]
     logs = [tmp_path / f"{kind}.log" for kind in kinds]
@@ -163,7 +151,7 @@ def test_an_incomplete_line_is_no_message(run):
     assert lines.feed(b'{"torn') == []
 
 
-def test_a_case_that_takes_too_long_is_killed_with_all_it_started(run):
+def test_a_case_that_takes_too_long_is_killed_with_all_it_started(run, is_gone):
     pids = []
     end, messages, _ = run("hang-with-helper", timeout_s=0.5)
     assert end.timed_out
@@ -175,7 +163,7 @@ def test_a_case_that_takes_too_long_is_killed_with_all_it_started(run):
 
 
 @pytest.mark.parametrize("server", [("without_waitid",)], indirect=True)
-def test_a_system_without_waitid_gets_the_same_exits(run):
+def test_a_system_without_waitid_gets_the_same_exits(run, is_gone):
     """Python has it on macOS from 3.13 on."""
     assert [run(kind)[0].code for kind in ("ok", "exit", "die")] == [0, 7, -signal.SIGKILL]
     end, messages, _ = run("hang-with-helper", timeout_s=0.5)
@@ -195,7 +183,7 @@ def test_a_case_killed_from_outside(run):
     assert (end.code, end.timed_out) == (-signal.SIGKILL, False)
 
 
-def test_a_server_that_dies_ends_its_case_and_is_started_again(run, server):
+def test_a_server_that_dies_ends_its_case_and_is_started_again(run, server, is_gone):
     seen = []
 
     def kill_server(message):
@@ -210,7 +198,7 @@ def test_a_server_that_dies_ends_its_case_and_is_started_again(run, server):
     assert run("ok")[0].code == 0
 
 
-def test_an_interrupt_ends_the_case_and_the_server(run, server):
+def test_an_interrupt_ends_the_case_and_the_server(run, server, is_gone):
     pids = []
 
     def interrupt(message):
@@ -225,7 +213,7 @@ def test_an_interrupt_ends_the_case_and_the_server(run, server):
     assert server.pid is None
 
 
-def test_closing_ends_the_server():
+def test_closing_ends_the_server(is_gone):
     server = ForkServer(target="fake_case:run_case", preload=())
     server.start()
     pid = server.pid
@@ -265,15 +253,15 @@ def wait_until_hanging(harness):
 HANG = ("--methods", "hydra", "--seq-lens", "8", "--batch-sizes", "1", "--option", "data.prompt_field=hang")
 
 
-def test_a_harness_killed_with_kill_9_leaves_nothing_behind(tmp_path):
+def test_a_harness_killed_with_kill_9_leaves_nothing_behind(tmp_path, is_gone):
     with start_harness(tmp_path / "run", *HANG) as harness:
         pids = wait_until_hanging(harness)
         harness.kill()
-        assert all(is_gone(pid, within_s=3.0) for pid in pids)
+        assert all(is_gone(pid) for pid in pids)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no signal tells the server of its parent's death")
-def test_a_harness_killed_with_kill_9_leaves_no_file_of_its_ranks_behind(tmp_path, monkeypatch):
+def test_a_harness_killed_with_kill_9_leaves_no_file_of_its_ranks_behind(tmp_path, monkeypatch, is_gone):
     folder = tmp_path / "tmp"
     folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))
@@ -285,7 +273,7 @@ def test_a_harness_killed_with_kill_9_leaves_no_file_of_its_ranks_behind(tmp_pat
     assert not list(folder.iterdir())
 
 
-def test_a_folder_lasts_as_long_as_its_block_and_no_longer_than_the_server(server):
+def test_a_folder_lasts_as_long_as_its_block_and_no_longer_than_the_server(server, is_gone):
     with server.scratch() as folder:
         assert folder.is_dir()
     assert not folder.exists()
@@ -297,7 +285,9 @@ def test_a_folder_lasts_as_long_as_its_block_and_no_longer_than_the_server(serve
         assert not folder.exists()
 
 
-def test_a_harness_killed_while_its_server_imports_leaves_nothing_behind(tmp_path, monkeypatch, fake_case_path):
+def test_a_harness_killed_while_its_server_imports_leaves_nothing_behind(
+    tmp_path, monkeypatch, fake_case_path, is_gone
+):
     os.mkfifo(tmp_path / "pid")
     (tmp_path / "slow_to_import.py").write_text(
         "import os, time\n"
@@ -311,7 +301,7 @@ def test_a_harness_killed_while_its_server_imports_leaves_nothing_behind(tmp_pat
             assert select.select([pid], [], [], 60)[0], "the server did not import the module"
             server = int(pid.read())
         harness.kill()
-        assert is_gone(server, within_s=3.0)
+        assert is_gone(server)
 
 
 def test_a_script_without_a_main_guard_is_not_started_over(tmp_path):

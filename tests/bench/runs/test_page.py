@@ -3,14 +3,15 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from rlhfbench.errors import RecordsError
-from rlhfbench.records.file import RecordsFile, make_record
-from rlhfbench.records.timelines import write_timeline
+from rlhfbench.errors import RecordsError, SweepError
+from rlhfbench.records.file import RecordsFile, make_record, read_records
+from rlhfbench.records.timelines import planned, write_timeline
 from rlhfbench.runs.drawing import draw_run
 from rlhfbench.runs.page import missing_libraries, read_run, run_names, write_run_page
 from rlhfkernels.config.case import Case
@@ -76,7 +77,7 @@ def test_two_runs_are_compared(tmp_path: Path) -> None:
     for name, seconds in (("before", 0.5), ("after", 0.25)):
         write_run(tmp_path / name, seconds=seconds)
     sentences = write_run_page([tmp_path / "before", tmp_path / "after"], tmp_path / "comparison.html")
-    assert sentences[0].startswith("Of 1 cases that both have, after is faster than before in 0")
+    assert sentences[0].startswith("Of 1 case that both have, after is faster than before in 0")
     assert "Against before" in (tmp_path / "comparison.html").read_text()
 
 
@@ -115,3 +116,56 @@ def test_an_old_page_stays_when_a_new_one_fails(tmp_path: Path, monkeypatch: pyt
         write_run_page([tmp_path], tmp_path / "index.html")
     assert (tmp_path / "index.html").read_text() == "old"
     assert not list(tmp_path.glob(".index*"))
+
+
+def host_run(folder: Path, host: str, cpu: str) -> None:
+    write_run(folder)
+    (record,) = read_records(folder)
+    record["run"] = {"id": host, "segment": 0, "host": host}
+    (folder / "records.jsonl").write_text(json.dumps(record) + "\n")
+    (folder / "environment.json").write_text(json.dumps({"host": host, "cpu": {"model": cpu}}))
+
+
+def test_hosts_of_two_runs_are_one_machine_where_the_user_says_so(tmp_path: Path) -> None:
+    folders = [tmp_path / "before", tmp_path / "after"]
+    for folder, host in zip(folders, ("c1", "c2"), strict=True):
+        host_run(folder, host, "AMD EPYC")
+    assert "two machines" in write_run_page(folders, tmp_path / "comparison.html")[0]
+    note, counts, *_ = write_run_page(folders, tmp_path / "comparison.html", same_machine=True)
+    assert note.startswith("The hosts c1 = c2 count as one machine because --same-machine says so")
+    assert counts.startswith("Of 1 case that both have")
+    assert note in (tmp_path / "comparison.html").read_text()
+
+
+def test_cpus_of_two_models_are_no_one_machine(tmp_path: Path) -> None:
+    folders = [tmp_path / "before", tmp_path / "after"]
+    for folder, (host, cpu) in zip(folders, (("c1", "AMD EPYC"), ("c2", "Intel Xeon")), strict=True):
+        host_run(folder, host, cpu)
+    message = "--same-machine: the runs were made on AMD EPYC and Intel Xeon, which no machine has at once."
+    with pytest.raises(SweepError, match=re.escape(message)):
+        write_run_page(folders, tmp_path / "comparison.html", same_machine=True)
+
+
+def test_a_run_that_was_resumed_under_another_name_is_of_one_machine_where_the_user_says_so(tmp_path: Path) -> None:
+    host_run(tmp_path, "c1", "AMD EPYC")
+    (record,) = read_records(tmp_path)
+    other = {
+        **record,
+        "case": {**record["case"], "id": "other", "prompt_len": 16},
+        "run": {**record["run"], "host": "c2"},
+    }
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (record, other)))
+    draw_run(tmp_path)
+    assert "measured on 2 machines (c1, c2)" in (tmp_path / "memory_table.md").read_text()
+    draw_run(tmp_path, same_machine=True)
+    assert "The hosts c1 = c2 count as one machine" in (tmp_path / "memory_table.md").read_text()
+
+
+def test_the_timeline_of_a_plan_is_read_beside_the_measured_one(tmp_path: Path) -> None:
+    case = write_run(tmp_path)
+    phase = {"names": ["score"], "first_event": 0, "last_event": 1}
+    timeline = {"phases": [phase], "events": [1], "parts_bytes": {part: [0] for part in PARTS}}
+    for name in (case.id, planned(case.id)):
+        write_timeline(tmp_path / "timelines", name, timeline)
+    run = read_run(tmp_path)
+    assert list(run.timelines) == list(run.predicted_timelines) == [case.id]

@@ -30,7 +30,7 @@ def make_batch(c: int, lengths: list[int], seed: int) -> tuple[torch.Tensor, tor
     return rewards, torch.randn(shape, generator=generator, dtype=torch.float64), mask
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     c=st.integers(1, 300),
     gamma=st.sampled_from([1.0, 0.99, 0.5]),

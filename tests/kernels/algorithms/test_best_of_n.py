@@ -8,14 +8,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhfkernels import Case, build_step
 from rlhfkernels.algorithms.best_of_n import expected_best, kl_bound
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=7), st.integers(1, 7))
 def test_the_expected_best_is_the_mean_over_all_subsets(scores: list[float], n: int) -> None:
     n = min(n, len(scores))

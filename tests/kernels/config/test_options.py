@@ -4,12 +4,13 @@ import json
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhfkernels.config.case import Case, option_annotations
 from rlhfkernels.config.meanings import option_meanings
 from rlhfkernels.config.options import RENAMED_OPTIONS, Options, option_fields
+from rlhfkernels.errors import CaseError
 
 GOOD = {"method": "hydra", "model": "tiny", "prompt_len": 4, "completion_len": 4, "batch_size": 4}
 # Options whose value must fit another field of the case.
@@ -35,7 +36,6 @@ ANY_OPTIONS = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None)
 @given(ANY_OPTIONS)
 def test_options_are_read_back_by_dotted_name(values: dict[str, object]) -> None:
     options = Options.of(values)
@@ -44,7 +44,6 @@ def test_options_are_read_back_by_dotted_name(values: dict[str, object]) -> None
     assert Options().replace(values).replace(Options().flat()) == Options()
 
 
-@settings(deadline=None)
 @given(ANY_OPTIONS)
 def test_every_option_survives_a_record(values: dict[str, object]) -> None:
     free = {name: value for name, value in values.items() if name not in TIED}
@@ -75,3 +74,32 @@ def test_every_option_has_a_rule() -> None:
 def test_an_old_name_is_no_option_and_its_new_name_is_one(old: str, new: str) -> None:
     assert old not in option_annotations()
     assert new in option_annotations()
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("ppo.gama", "option 'ppo.gama' is unknown: did you mean 'ppo.gamma' or 'ppo.lam'?"),
+        ("gamma", "option 'gamma' is now called 'ppo.gamma'."),
+        ("pp.gamma", "option 'pp.gamma' is unknown: did you mean 'ppo.gamma'"),
+    ],
+)
+def test_a_name_of_no_option_is_one_sentence_with_the_nearest_names(name: str, sentence: str) -> None:
+    with pytest.raises(CaseError) as error:
+        Options.of({"lora.r": 8, name: 1})
+    assert len(error.value.problems) == 1
+    assert error.value.problems[0].startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"lora.r": 8}, "options is {'lora.r': 8}: it must be Options, as from Options.of({'lora.r': 8})."),
+        (None, "options is None: it must be Options, as from Options.of({'lora.r': 8})."),
+        (Options(lora={"r": 8}), "lora is {'r': 8}: it must be LoraOptions."),  # type: ignore[arg-type]
+    ],
+)
+def test_options_of_another_type_are_one_sentence(options: object, sentence: str) -> None:
+    with pytest.raises(CaseError) as error:
+        Case(**GOOD, options=options)  # type: ignore[arg-type]
+    assert error.value.problems == (sentence,)

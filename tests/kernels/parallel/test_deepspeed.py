@@ -41,10 +41,9 @@ def test_an_old_package_is_said(monkeypatch: pytest.MonkeyPatch, bare_environmen
     )
 
 
-def completions(world: World, case: Case) -> torch.Tensor:
+def completions(world: World, cases: list[Case]) -> list[torch.Tensor]:
     """The tokens that a rank generates."""
-    batch, _ = build_step(case, world=world).infer()
-    return batch.tokens
+    return [build_step(case, world=world).infer()[0].tokens for case in cases]
 
 
 STAGE_3 = {
@@ -58,10 +57,14 @@ STAGE_3 = {
 }
 
 
-def statistics(world: World, case: Case) -> tuple[str, dict[str, float | None]]:
-    step = build_step(case, world=world)
-    step.run()
-    return step.trunk_taken, step.run().to_dict()
+def statistics(world: World, cases: list[Case]) -> list[tuple[str, dict[str, float | None]]]:
+    """The trunk of each case, and the statistics of its second step."""
+    found = []
+    for case in cases:
+        step = build_step(case, world=world)
+        step.run()
+        found.append((step.trunk_taken, step.run().to_dict()))
+    return found
 
 
 @pytest.mark.usefixtures("imported_deepspeed")
@@ -69,42 +72,42 @@ def statistics(world: World, case: Case) -> tuple[str, dict[str, float | None]]:
 def test_layers_that_stage_3_gathers_can_be_recomputed(
     make_case: Callable[..., Case], on_ranks: Any, trunk: str
 ) -> None:
-    kept, recomputed = (
-        on_ranks(
-            2, statistics, make_case("hydra", engine__gradient_checkpointing=again, engine__trunk=trunk, **STAGE_3)
-        )
+    cases = [
+        make_case("hydra", engine__gradient_checkpointing=again, engine__trunk=trunk, **STAGE_3)
         for again in (False, True)
-    )
-    assert kept == recomputed
-    assert kept[0][0] == trunk
+    ]
+    for kept, recomputed in on_ranks(2, statistics, cases):
+        assert kept == recomputed
+        assert kept[0] == trunk
 
 
 @pytest.mark.usefixtures("imported_deepspeed")
 def test_stage_3_generates_the_same_however_it_gathers(make_case: Callable[..., Case], on_ranks: Any) -> None:
-    by_layer, at_once = (
-        on_ranks(2, completions, make_case("hydra", parallel__gather=gather, **STAGE_3))
-        for gather in ("layer", "rollout")
-    )
-    assert all(torch.equal(one, other) for one, other in zip(by_layer, at_once, strict=True))
-    assert not torch.equal(*by_layer)  # every rank samples its own
+    cases = [make_case("hydra", parallel__gather=gather, **STAGE_3) for gather in ("layer", "rollout")]
+    first, second = on_ranks(2, completions, cases)
+    assert torch.equal(*first)
+    assert torch.equal(*second)
+    assert not torch.equal(first[0], second[0])  # every rank samples its own
 
 
-def gathers(world: World, case: Case) -> int:
+def gathers(world: World, cases: list[Case]) -> list[int]:
     """All-gathers of a generation."""
-    step = build_step(case, world=world)
-    step.run()
-    with CollectiveCounter("cpu") as counter:
-        step.infer(counter)
-    return counter.calls["generate"]["all_gather"]
+    counts = []
+    for case in cases:
+        step = build_step(case, world=world)
+        step.run()
+        with CollectiveCounter("cpu") as counter:
+            step.infer(counter)
+        counts.append(counter.calls["generate"]["all_gather"])
+    return counts
 
 
 @pytest.mark.usefixtures("imported_deepspeed")
 @pytest.mark.parametrize("strategy", ["fsdp", "deepspeed"])
 def test_a_rollout_gathers_every_layer_once(make_case: Callable[..., Case], on_ranks: Any, strategy: str) -> None:
     options = STAGE_3 | {"parallel__strategy": strategy, "parallel__zero_stage": 3 if strategy == "deepspeed" else 0}
-    counts = {
-        how: on_ranks(2, gathers, make_case("hydra", parallel__gather=how, **options)) for how in ("layer", "rollout")
-    }
+    cases = [make_case("hydra", parallel__gather=how, **options) for how in ("layer", "rollout")]
+    (by_layer, by_rollout), _ = counts = on_ranks(2, gathers, cases)
     # Two layers, for each of three tokens or once, and what is no layer, once. DeepSpeed prefetches, and has fewer.
-    assert counts["layer"][0] > counts["rollout"][0] <= 3
-    assert strategy == "deepspeed" or counts == {"layer": [7, 7], "rollout": [3, 3]}
+    assert by_layer > by_rollout <= 3
+    assert strategy == "deepspeed" or counts == [[7, 3], [7, 3]]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhfkernels import Case, build_step
+from rlhfkernels import Case, TrainingStep, build_step
 from rlhfkernels.parallel.strategies import DataParallel, local
 from rlhfkernels.parallel.world import World
 
@@ -22,18 +22,17 @@ FSDP = {"parallel__strategy": "fsdp", "parallel__world_size": 2}
 BUCKET = {"parallel__reduce_bucket_size": 3000}
 
 
-def statistics(world: World, case: Case) -> dict[str, float | None]:
-    return build_step(case, world=world).run().to_dict()
+def statistics(world: World, cases: list[Case]) -> list[dict[str, float | None]]:
+    return [build_step(case, world=world).run().to_dict() for case in cases]
 
 
 @pytest.mark.parametrize("method", ["hydra", "full"])
 def test_gathering_once_a_rollout_changes_nothing(make_case: Make, on_ranks: Any, method: str) -> None:
-    by_layer, by_rollout = (
-        on_ranks(2, statistics, make_case(method, **FSDP, parallel__gather=how)) for how in ("layer", "rollout")
-    )
-    assert by_layer == by_rollout
-    assert by_layer[0]["kl"] == by_layer[1]["kl"]  # of all ranks
-    assert by_layer[0]["actor_loss"] != by_layer[1]["actor_loss"]  # of their own rows, which differ
+    cases = [make_case(method, **FSDP, parallel__gather=how) for how in ("layer", "rollout")]
+    (by_layer, by_rollout), (layer_of_other, _) = ranks = on_ranks(2, statistics, cases)
+    assert all(one == other for one, other in ranks)
+    assert by_rollout["kl"] == layer_of_other["kl"]  # of all ranks
+    assert by_layer["actor_loss"] != layer_of_other["actor_loss"]  # of their own rows, which differ
 
 
 def ends(world: World, case: Case) -> list[list[int]]:
@@ -49,26 +48,23 @@ def test_ranks_that_stop_at_different_tokens_stay_together(make_case: Make, on_r
     assert found[0] != found[1]  # one rank's only sequence ended first
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"engine__micro_batch_size": 1, "ppo__num_mini_batches": 2, "ppo__num_ppo_epochs": 2},
-        {"engine__gradient_checkpointing": True},
-        {"lora__dtype": "float32"},
-        {"engine__cache_implementation": "dynamic", "engine__attn_implementation": "eager"},
-        {"ppo__critic_head": "frozen"},
-    ],
-    ids=lambda options: next(iter(options)),
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {"engine__micro_batch_size": 1, "ppo__num_mini_batches": 2, "ppo__num_ppo_epochs": 2},
+    {"engine__gradient_checkpointing": True},
+    {"lora__dtype": "float32"},
+    {"engine__cache_implementation": "dynamic", "engine__attn_implementation": "eager"},
+    {"ppo__critic_head": "frozen"},
 )
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_the_options_of_a_step_work_on_ranks(
-    make_case: Make, on_ranks: Any, strategy: str, options: dict[str, Any]
-) -> None:
-    case = make_case("hydra", dtype="bfloat16", **{**FSDP, "parallel__strategy": strategy}, **options)
-    first, second = on_ranks(2, statistics, case)
-    norms = {name: value for name, value in first.items() if name.endswith("norm")}
-    assert norms == {name: second[name] for name in norms}
-    assert all(norms.values())
+def test_the_options_of_a_step_work_on_ranks(make_case: Make, on_ranks: Any, strategy: str) -> None:
+    parallel = {**FSDP, "parallel__strategy": strategy}
+    cases = [make_case("hydra", dtype="bfloat16", **parallel, **options) for options in OPTIONS]
+    for options, first, second in zip(OPTIONS, *on_ranks(2, statistics, cases), strict=True):
+        norms = {name: value for name, value in first.items() if name.endswith("norm")}
+        assert norms == {name: second[name] for name in norms}, options
+        assert all(norms.values()), options
 
 
 # Every strategy that divides weights, or moves them.
@@ -81,24 +77,23 @@ DIVIDED: dict[str, dict[str, Any]] = {
 }
 
 
-def saved(world: World, case: Case, folder: Path) -> None:
-    step = build_step(case, world=world)
-    step.save(folder)
-    world.barrier()
-    step.run()  # the weights are divided again
+def saved(world: World, cases: list[Case], folder: Path) -> None:
+    for case in cases:
+        step = build_step(case, world=world)
+        step.save(folder / case.method)
+        world.barrier()
+        step.run()  # the weights are divided again
 
 
 @pytest.mark.usefixtures("imported_deepspeed")
 @pytest.mark.parametrize("strategy", DIVIDED)
-@pytest.mark.parametrize(("method", "files"), [("full", 4), ("hydra", 4)])
-def test_divided_weights_are_saved_whole(
-    make_case: Make, on_ranks: Any, tmp_path: Path, method: str, files: int, strategy: str
-) -> None:
-    case = make_case(method, **BUCKET, **DIVIDED[strategy])
-    on_ranks(2, saved, case, tmp_path / "ranks")
-    build_step(make_case(method, dtype=case.dtype)).save(tmp_path / "alone")
+def test_divided_weights_are_saved_whole(make_case: Make, on_ranks: Any, tmp_path: Path, strategy: str) -> None:
+    cases = [make_case(method, **BUCKET, **DIVIDED[strategy]) for method in ("full", "hydra")]
+    on_ranks(2, saved, cases, tmp_path / "ranks")
+    for case in cases:
+        build_step(make_case(case.method, dtype=case.dtype)).save(tmp_path / "alone" / case.method)
     names = sorted(path.relative_to(tmp_path / "alone") for path in (tmp_path / "alone").rglob("*.safetensors"))
-    assert len(names) == files
+    assert [name.parts[0] for name in names] == ["full"] * 4 + ["hydra"] * 4
     for name in names:
         alone, ranks = (load_file(tmp_path / folder / name) for folder in ("alone", "ranks"))
         assert alone.keys() == ranks.keys()
@@ -120,9 +115,16 @@ def test_a_divided_reference_is_let_go(make_case: Make, on_ranks: Any, tmp_path:
     assert on_ranks(2, bases_after, case) == [["policy"], ["policy"]]
 
 
-def buckets_sent(world: World, case: Case) -> int:
-    step = build_step(case, world=world)
-    step.run()
+def buckets_sent(world: World, cases: list[Case]) -> list[int]:
+    counts = []
+    for case in cases:
+        step = build_step(case, world=world)
+        step.run()
+        counts.append(_buckets_of_a_step(step))
+    return counts
+
+
+def _buckets_of_a_step(step: TrainingStep) -> int:
     strategy, sent = step.engine.strategy, []
     assert isinstance(strategy, DataParallel)
     average = strategy._average
@@ -133,10 +135,8 @@ def buckets_sent(world: World, case: Case) -> int:
 
 def test_gradients_are_sent_once_a_mini_batch(make_case: Make, on_ranks: Any) -> None:
     options = {**FSDP, "parallel__strategy": "ddp"}
-    whole, split = (
-        on_ranks(2, buckets_sent, make_case("lora", engine__micro_batch_size=size, **options)) for size in (4, 1)
-    )
-    assert whole == split == [2, 2]  # the actor's and the critic's
+    cases = [make_case("lora", engine__micro_batch_size=size, **options) for size in (4, 1)]
+    assert on_ranks(2, buckets_sent, cases) == [[2, 2], [2, 2]]  # the actor's and the critic's
 
 
 def bytes_left(world: World, case: Case) -> dict[str, int]:

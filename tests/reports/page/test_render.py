@@ -56,7 +56,7 @@ def test_blocks_are_escaped() -> None:
         title=hostile,
         blocks=[Text(text=hostile), Items(items=[hostile], title=hostile), Code(title=hostile, text=hostile)],
     )
-    html = rendered(hostile, hostile, [section])
+    html = rendered(hostile, [hostile], [section])
     body = html[html.index("<body") : html.index('<script type="application/json"')]
     assert "<b>" not in body
     assert body.count("&lt;b&gt;&amp;") == 9

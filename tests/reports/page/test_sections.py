@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import pytest
 
 from rlhfreports.page.blocks import Block, Chart, Section, Table, Text
 from rlhfreports.page.data import Page, Run
+from rlhfreports.page.ran import facts
 from rlhfreports.page.render import page_html
 from rlhfreports.page.sections import sections_of
 from rlhfreports.page.times import slope_texts
@@ -78,7 +80,16 @@ def test_a_full_run_has_every_section_and_chart(make_run: Runs, rows: Rows) -> N
     run = make_run(*rows)
     assert list(sections(run)) == ["answer", "memory-table-section", "times", "parts", "predicted", "sure", "ran"]
     assert set(charts(run)) == {
-        *("latency", "parts-bars", "timeline-0", "memory-length", "memory-swept", "predicted-memory", "blocks-0"),
+        *(
+            "costs",
+            "latency",
+            "parts-bars",
+            "timeline-0",
+            "memory-length",
+            "memory-swept",
+            "predicted-memory",
+            "blocks-0",
+        ),
         "blocks-0-others",
     }
     assert set(charts(*two_runs(make_run, rows), with_paper=True)) >= {"speedup", "figure-2", "timeline-1"}
@@ -200,7 +211,8 @@ ODD: dict[str, tuple[dict[str, Any], ...]] = {
         dict.fromkeys(("total_s_per_sample", "inference_s_per_sample", "update_s_per_sample")),
         {"prompt_len": 64, "model_bytes": 1, "activation_bytes": 0, "rollout_bytes": 0},
     ),
-    "an unknown method": ({"method": "gone", "family": None, "method_order": None, "method_title": None},),
+    "no times": ({"total_s_per_sample": None, "generate_phase_s": None}, {"outcome": "oom", "prompt_len": 64}),
+    "an unknown method": ({"method": "gone", "family": None, "method_order": None},),
     "an unknown outcome": ({"outcome": "lost"}, {}),
     "many": tuple({"method": f"m{i}", "prompt_len": 2 ** (1 + i % 9), "batch_size": 1 + i % 5} for i in range(60)),
 }
@@ -218,7 +230,9 @@ def test_an_odd_run_gives_a_page(make_run: Runs, kind: str, bare: bool) -> None:
 )
 def test_odd_runs_are_compared(make_run: Runs, first: str, second: str) -> None:
     runs = [make_run(*ODD[kind], name=kind) for kind in (first, second)]
-    assert "comparison" in parsed(page_html(Page.of(runs))).ids
+    html = page_html(Page.of(runs))
+    told = "This run has no records yet." if first == "empty" else f"{second} and {first} have no timed case in common."
+    assert "comparison" in parsed(html).ids or told in html
 
 
 def test_odd_runs_say_what_is_missing(make_run: Runs) -> None:
@@ -252,3 +266,48 @@ def test_hostile_text_is_escaped_everywhere(make_run: Runs, rows: Rows) -> None:
         assert parsed(html).tags.count(tag) == parsed(plain).tags.count(tag), tag
     assert not re.search(r"<img src=x|</script><script>alert", html)
     assert "49" not in re.findall(r"<h1>(.*?)</h1>", html)[0]
+
+
+def test_a_line_below_the_title_says_what_was_measured_on_what_and_by_what(make_run: Runs) -> None:
+    environment = {
+        "started_at": "2026-01-02T03:04:05+00:00",
+        "cpu": {"model": "AMD EPYC", "num_usable_cores": 2},
+        "versions": {"rlhfbench": "0.1.0", "torch": "2.13.0", "peft": None},
+        "source": {"commit": "0123456789abcdef", "dirty": True},
+    }
+    run = make_run({}, {"outcome": "oom", "error": "x"}, **environment)
+    assert facts(run) == (
+        "1 of 2 cases measured · AMD EPYC, 2 cores · 2 January 2026, 03:04 UTC · rlhfbench 0.1.0 · torch 2.13.0 · "
+        "commit 0123456789ab"
+    )
+    assert facts(make_run({}, bare=True)) == "1 case measured"
+    odd = make_run({}, started_at=[], cpu="none", versions=3, source=None)
+    assert facts(odd) == "1 case measured"
+
+
+def test_the_weights_that_methods_load_are_told_in_their_order(make_run: Runs) -> None:
+    rows = (
+        {"method": "hydra", "loads": "1 model, 2 LoRA sets"},
+        {"method": "full", "loads": "4 models"},
+        {"method": "x"},
+    )
+    measured = tuple({**row, "base_part_bytes": 2**30} for row in rows)
+    assert "What each method loads: PPO, 4 models; Hydra-PPO, 1 model, 2 LoRA sets." in words(make_run(*measured))
+    assert "What each method loads" not in words(make_run(*measured[2:]))
+
+
+def test_the_page_of_several_runs_begins_with_what_they_differ_by(make_run: Runs, rows: Rows) -> None:
+    first, *_ = sections(make_run(*rows, name="before"), make_run(*rows, name="after"))["answer"].blocks
+    assert isinstance(first, Text)
+    assert first.kind == "answer"
+    assert first.text.startswith("Of 12 cases that both have, after is faster than before in 0")
+
+
+def test_a_predicted_timeline_stands_behind_the_measured_one(make_run: Runs) -> None:
+    run = make_run({"base_part_bytes": 2**30})
+    (case_id,) = run.timelines
+    chart = charts(dataclasses.replace(run, predicted_timelines={case_id: run.timelines[case_id]}))["timeline-0"]
+    (switch,) = (param for param in chart.spec["params"] if isinstance(param.get("bind"), dict))
+    case = "Hydra-PPO, 64 tokens, batch 1"
+    assert (switch["value"], switch["bind"]["options"]) == (case, [case, f"{case}, predicted"])
+    assert chart.caption.endswith("it leaves out most decode steps.")

@@ -60,8 +60,8 @@ def test_a_timeline_without_tensors_is_drawn_without_them(make_run: Runs) -> Non
     named = timeline_chart(run, "t", "")
     assert named is not None
     assert len(named.spec["layer"]) == len(chart.spec["layer"]) + 1
-    assert "tensor that is named" in named.caption
-    assert "tensor that is named" not in chart.caption
+    assert "names the tensor" in named.caption
+    assert "names the tensor" not in chart.caption
 
 
 def test_no_timeline_makes_no_chart(make_run: Runs) -> None:

@@ -81,20 +81,34 @@ class CudaGraphs:
 
     def _captured(self, step: Step) -> Step | None:
         try:
-            pool = graph_pool(self._device)
-            replay = pool.capture(step)
-        except torch.OutOfMemoryError:
-            raise
+            try:
+                replay = self._capture(step)
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()  # a capture cannot take the blocks that torch keeps for tensors
+                replay = self._capture(step)
         except RuntimeError as error:
-            if self._is_required:
+            if self._is_required or isinstance(error, torch.OutOfMemoryError):
                 raise
             self._works = False
             reason = (str(error).splitlines() or [""])[0]
             warnings.warn(f"decode steps run without CUDA graphs: {reason}", RuntimeWarning, stacklevel=2)
             return None
-        self._observer.tag("temporary", pool.held)
+        self._observer.tag("temporary", graph_pool(self._device).held)
         note_taken(CUDA_GRAPHS)
         return replay
+
+    def _capture(self, step: Step) -> Step:
+        """Returns what replays ``step``.
+
+        Raises:
+            RuntimeError: the step cannot be captured. The next capture takes another pool, as torch's allocator of
+                pinned memory still records the failed one under its own.
+        """
+        try:
+            return graph_pool(self._device).capture(step)
+        except RuntimeError:
+            graph_pool.cache_clear()
+            raise
 
 
 class GraphPool:
@@ -116,8 +130,7 @@ class GraphPool:
         self._device = device
         self._handle = torch.cuda.graph_pool_handle()
         self.held: list[torch.Tensor] = []
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of an empty graph
+        with warnings.catch_warnings(action="ignore"):  # torch warns of an empty graph
             self._keeper = self._graph_of(lambda: None)
 
     def capture(self, step: Step) -> Step:
@@ -138,16 +151,23 @@ class GraphPool:
         graph.capture_begin(pool=self._handle, capture_error_mode="thread_local")
         try:
             step()
+            graph.capture_end()
         except BaseException:
-            with suppress(RuntimeError):  # the first error says more
+            with suppress(RuntimeError), warnings.catch_warnings(action="ignore"):  # the first error says more
                 graph.capture_end()
-            # Where ending fails, torch's allocator still believes in a capture, and frees no cached memory when it
-            # runs out.
-            with suppress(RuntimeError):
-                torch._C._cuda_endAllocateToPool(self._device.index, self._handle)
+            self._forget_capture()
             raise
-        graph.capture_end()
         return graph
+
+    def _forget_capture(self) -> None:
+        """Ends a failed capture for torch's allocator and default generator, which ``capture_end`` may have left in it.
+
+        The allocator would free no cached memory when it runs out, and the generator would refuse to draw.
+        """
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(self._device.index, self._handle)
+        generator = torch.cuda.default_generators[self._device.index]
+        generator.graphsafe_set_state(generator.clone_state())
 
     def _hold(self, num_bytes: int) -> None:
         if num_bytes > 0:

@@ -69,8 +69,18 @@ const setDark = (isDark) => {
 };
 setDark(darkMode.matches);
 darkMode.addEventListener("change", (event) => setDark(event.matches));
-window.addEventListener("beforeprint", () => setDark(false));
-window.addEventListener("afterprint", () => setDark(darkMode.matches));
+// A print is light, and its tables have all their rows and columns: a wide one is made smaller.
+const PRINT_PX = 680; // of a page of A4 with margins
+const grids = [];
+const setPrint = (isPrint) => {
+  setDark(!isPrint && darkMode.matches);
+  for (const grid of grids) {
+    if (grid.page.info().recordsDisplay > PAGE_ROWS) grid.page.len(isPrint ? -1 : PAGE_ROWS).draw();
+    grid.table().container().style.zoom = isPrint ? Math.min(1, PRINT_PX / grid.table().node().offsetWidth) : "";
+  }
+};
+window.addEventListener("beforeprint", () => setPrint(true));
+window.addEventListener("afterprint", () => setPrint(false));
 
 // A file of a table with the rows that are shown, in their order, on all of its pages.
 function download(file, table) {
@@ -81,6 +91,7 @@ function download(file, table) {
   setTimeout(() => URL.revokeObjectURL(url), 60_000);
 }
 
+const PAGE_ROWS = 50;
 async function makeTables() {
   const { default: DataTable } = await library("tables-library");
   for (const table of document.querySelectorAll("table[data-filters]")) {
@@ -91,14 +102,14 @@ async function makeTables() {
     const filter = (heading) => ({ extend: "dropdown", text: `Filter ${heading}`, content: ["searchList"] });
     const made = new DataTable(table, {
       order: [],
-      pageLength: 25,
-      paging: numRows > 25,
+      pageLength: PAGE_ROWS,
+      paging: numRows > PAGE_ROWS,
       searching: true,
       layout: {
-        topStart: numRows > 25 ? "pageLength" : null,
+        topStart: numRows > PAGE_ROWS ? "pageLength" : null,
         topEnd: numRows > 10 ? "search" : null,
         bottomStart: numRows > 10 ? "info" : null,
-        bottomEnd: numRows > 25 ? "paging" : null,
+        bottomEnd: numRows > PAGE_ROWS ? "paging" : null,
       },
       scrollX: true,
       columnDefs: headings.map((heading, i) => ({
@@ -107,6 +118,7 @@ async function makeTables() {
       })),
       ordering: { indicators: false, handler: false },
     });
+    grids.push(made);
     const saves = (files[table.id] ?? []).map((file) => button(file.title, () => download(file, made)));
     document.querySelector(`[data-downloads="${table.id}"]`)?.append(...saves);
   }

@@ -66,10 +66,13 @@ def make_engine(reads_file: bool, case: Case, **options: object) -> Engine:
 
 
 def checked_attention(watch: Watch, attention: Any) -> Any:
-    """Wraps torch's attention: a mask with ``enable_gqa`` takes the math kernel on CUDA, which keeps all scores."""
+    """Wraps torch's attention: with ``enable_gqa``, CUDA has only the math kernel for a mask and for float32.
+
+    It keeps all scores.
+    """
 
     def attend(*args: Any, attn_mask: Any = None, enable_gqa: bool = False, **kwargs: Any) -> Any:
-        if enable_gqa and attn_mask is not None:
+        if enable_gqa and (attn_mask is not None or args[0].dtype == torch.float32):
             watch.problems.append(f"math kernel: attention at {caller()}")
         return attention(*args, attn_mask=attn_mask, enable_gqa=enable_gqa, **kwargs)
 

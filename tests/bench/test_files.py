@@ -1,0 +1,32 @@
+"""Checks of folders that results will be written into."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from rlhfbench.errors import RunFolderError
+from rlhfbench.files import check_writable
+
+
+@pytest.mark.parametrize("name", [".", "new", "new/below"])
+def test_a_folder_that_can_be_made_is_writable_and_is_not_made(name: str, tmp_path: Path) -> None:
+    check_writable("out", tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "dangling"])
+def test_a_file_is_no_folder(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "absent")
+    with pytest.raises(RunFolderError, match=rf"^out '{tmp_path / name}' cannot be written: Not a directory\.$"):
+        check_writable("out", tmp_path / name)
+
+
+def test_a_folder_without_permission_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The superuser may write everywhere, so the system's answer is replaced.
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(RunFolderError, match=r"^--out '.*new' cannot be written: Permission denied\.$"):
+        check_writable("--out", tmp_path / "new")
