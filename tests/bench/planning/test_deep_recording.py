@@ -46,7 +46,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "plain": {"engine.trunk": "plain"},
     "checkpointing": {"engine.gradient_checkpointing": True, "engine.micro_batch_size": 1},
-    "epochs": {"ppo.num_ppo_epochs": 2, "ppo.num_mini_batches": 2, "optimizer.name": "adamw8bit"},
+    "epochs": {"ppo.num_ppo_epochs": 2, "ppo.num_mini_batches": 2},
+    "8-bit": {"optimizer.name": "adamw8bit"},
 }
 
 ALONE, STAGE_2, STAGE_3 = Zero(), Zero(stage=2, world_size=4), Zero(stage=3, world_size=4)
@@ -103,7 +104,9 @@ def test_few_layers_plan_what_all_layers_do(make_deep: MakeCase, method: str, fa
 
 @pytest.mark.parametrize(("setting", "method"), SETTING_PAIRS)
 def test_in_every_setting(make_deep: MakeCase, method: str, setting: str) -> None:
-    assert_equals_the_whole(make_deep(method, options=SETTINGS[setting]), STAGE_2)
+    case = make_deep(method, options=SETTINGS[setting])
+    # DeepSpeed refuses 8-bit states.
+    assert_equals_the_whole(case, ALONE if case.options.optimizer.name == "adamw8bit" else STAGE_2)
 
 
 @pytest.mark.parametrize(("batch_size", "zero"), [(1, ALONE), (4, STAGE_2)], ids=["1", "4"])
