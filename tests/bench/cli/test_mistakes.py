@@ -77,7 +77,7 @@ WRONG = [
     (("evidence", "--out", ""), "--out is '': it must name a folder or a file."),
     (("gate", "--baseline", ""), "--baseline is '': it must name a folder or a file."),
     (("run", "--resume", LONG), "' cannot be used: File name too long."),
-    (("report", LONG), "' cannot be written: File name too long."),
+    (("report", LONG), "' cannot be used: File name too long."),
     (("watch", LONG), "' cannot be used: File name too long."),
     (("report", "old", "future", "--out", "good.jsonl"), "out 'good.jsonl' cannot be written: Not a directory."),
     (("plan", "--out", "good.jsonl/x"), "out 'good.jsonl/x' cannot be written: Not a directory."),
