@@ -168,6 +168,6 @@ def test_nodes_that_join_are_used_and_nodes_that_leave_are_not(run, monkeypatch)
 
 
 def test_ended_has_the_fields_that_a_reply_names():
-    reply = {"result", "started_at", "wall_s", "max_rss_bytes", "driver_peak_bytes", "plan"}
+    reply = {"result", "started_at", "wall_s", "max_rss_bytes", "driver_peak_bytes", "plan", "plan_timeline"}
     names = {field.name for field in dataclasses.fields(module.Ended)}
     assert reply == names - {"task", "host", "is_lost"}
