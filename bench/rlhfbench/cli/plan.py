@@ -16,7 +16,7 @@ OUTPUT = "Output"
 EPILOG = epilog(
     "rlhfbench plan --model gpt2 --gpu a100-80gb",
     "rlhfbench plan --model tiny --device cpu --methods hydra --json",
-    "rlhfbench plan --model llama-7b --gpu 24GiB --zero-stage 2,3 --world-size 4,8",
+    "rlhfbench plan --model llama-7b --gpu h200 --zero-stage 2,3 --world-size 8",
     "rlhfbench plan --model tiny --device cpu --parallel fsdp --world-size 2",
     codes=READING_CODES,
 )
