@@ -77,6 +77,8 @@ def plan_frame() -> pd.DataFrame:
             {
                 "title": title,
                 "setting": setting,
+                "strategy": "",
+                "world_size": 1,
                 "seq_len": length,
                 "batch_size": 16,
                 **parts,
@@ -99,6 +101,8 @@ def max_batch_frame() -> pd.DataFrame:
         {
             "title": TITLES[:3],
             "setting": ["modern", "paper", "modern"],
+            "strategy": ["", "ZeRO-3", "fsdp"],
+            "world_size": [1, 16, 2],
             "model": LONG_MODEL,
             "seq_len": [128, 1024, 4096],
             "planned": pd.array([512, 31, None], dtype="Int64"),

@@ -60,7 +60,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 # Ops that wait, by label.
 WAITS = {
     # Every sixteenth of 40 tokens looks whether all sequences have ended.
-    "stop token": {"generate: aten._local_scalar_dense.default at engine/engine.py": 2},
+    "stop token": {"generate: aten._local_scalar_dense.default at engine/generation.py": 2},
 }
 
 
