@@ -45,8 +45,9 @@ def plan(
     Example:
         >>> case = Case(method="dpo-lora", model="tiny", prompt_len=8, completion_len=8, batch_size=2)
         >>> (planned,) = plan(case)
-        >>> planned.plan.memory["peak_phase"], planned.plan.memory["parts"]["base"]  # in bytes
-        ('update', 33703040)
+        >>> memory = planned.plan.memory
+        >>> memory["peak_phase"], memory["total_bytes"] > 0
+        ('update', True)
     """
     from rlhfbench.planning.zero import Zero, cases_of_a_rank
 
