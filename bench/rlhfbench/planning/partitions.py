@@ -90,7 +90,7 @@ def fullest_rank(roles: Mapping[str, Sequence[int]], world_size: int) -> int:
 
 
 class RoleChanges:
-    """What a rank holds for the gradients of one role.
+    """Bytes that a rank holds for the gradients of one role.
 
     Args:
         part: of the rank.

@@ -1,4 +1,4 @@
-"""What a benchmark measures: the record of a case, and the gate's findings on it."""
+"""The measurement of a benchmark: the record of a case, and the gate's findings on it."""
 
 from __future__ import annotations
 

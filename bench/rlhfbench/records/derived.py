@@ -55,7 +55,7 @@ def zero_stage(record: Mapping[str, Any]) -> int | None:
 
 
 def strategy(record: Mapping[str, Any]) -> str:
-    """How the ranks of a case share a step, in words, empty for one process."""
+    """The way in which the ranks of a case share a step, in words; empty for one process."""
     from rlhfreports.ranks import strategy_words  # it imports pandas, which takes half a second
 
     parallel = at(record, "case.options.parallel") or {}
