@@ -133,6 +133,14 @@ def test_the_highest_ceiling_of_any_block_makes_the_floor():
     assert made["work"]["floor_fraction"] == pytest.approx(2.5 / 106)
 
 
+def test_a_ceiling_of_a_disturbed_block_counts_too():
+    """Other load lowers a measured rate and never raises it: the highest is the machine's, whichever block has it."""
+    quiet = [block((1.0, 4.0)) for _ in range(3)]
+    made = record(*quiet, block((9.0, 4.0), share=0.4, floors=(0.5, 2.0, 0.0, 0.0)))
+    assert made["latency"]["num_disturbed_blocks"] == 1
+    assert made["work"]["phases"]["think"]["floor_s"] == 0.5
+
+
 def test_preparing_is_the_mean_of_the_blocks_and_no_part_of_the_step():
     without = record(block((1.0, 4.0)), block((3.0, 6.0)))
     made = record(block((1.0, 4.0), prepare_s_per_sample=1.0), block((3.0, 6.0), prepare_s_per_sample=2.0))
