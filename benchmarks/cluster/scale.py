@@ -1,4 +1,4 @@
-"""What a run on a cluster costs the driver: cases that do nothing, on logical nodes.
+"""Costs of a run on a cluster for the driver: cases that do nothing, on logical nodes.
 
 The nodes are logical: a few Ray actors stand for all of them, and answer each task at once with the measurements of a
 kept run. Everything else is real: Ray's messages, placement, records with their flush to the disk, and progress.

@@ -3,7 +3,7 @@
 The scheduler keeps a process on the core where it ran last, so each of two that take turns stays on a core of its own.
 Cores of a shared machine differ in speed for minutes, by what runs beside them. Of a revision with itself, timed with
 one thread in pairs of 3 s on two otherwise idle cores, the ratios of 47 pairs spread by 3.9 % (root mean square) where
-the scheduler chose, in single pairs by 15 % in every phase alike, and those of 79 pairs by 2.6 % on shared cores.
+the scheduler chose, up to 14 % in a pair, and those of 79 pairs by 2.6 % on shared cores.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a method is made of: weight sets, roles, a data source and a program of stages."""
+"""The parts of a method: weight sets, roles, a data source and a program of stages."""
 
 from __future__ import annotations
 

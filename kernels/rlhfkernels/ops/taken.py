@@ -1,4 +1,4 @@
-"""What a process took beside this project's own ops: kernels of other libraries, and CUDA graphs.
+"""Names of what a process took beside this project's own ops: kernels of other libraries, and CUDA graphs.
 
 Each is taken where it can run and is as good, so only the process that ran a step knows. It runs one case.
 """

@@ -1,4 +1,4 @@
-"""How the ranks of a step share its weights: not at all, or as torch and DeepSpeed do it.
+"""Ways in which ranks share the weights of a step: not at all, or as torch and DeepSpeed do it.
 
 The unit is a ``BaseModule``: a trunk, the heads that read it, and their adapters. Its forward calls a function, so that
 the hooks of torch and DeepSpeed, which gather weights before a forward and reduce gradients in a backward, see every
@@ -282,6 +282,6 @@ def by_storage(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor that may be divided."""
+    """The part of a tensor, divided or not, that this rank holds."""
     to_local: Callable[[], torch.Tensor] | None = getattr(tensor, "to_local", None)  # of torch's ``DTensor``
     return tensor if to_local is None else to_local()

@@ -64,7 +64,7 @@ class Optimizer:
         self._is_copy = [m.dtype != p.dtype for m, p in zip(self.masters, self.parameters, strict=True)]
 
     def _held(self, rows: Iterable[int]) -> list[torch.Tensor]:
-        """What this rank holds of the weights, without a graph."""
+        """The part of the weights that this rank holds, without a graph."""
         return [local(self.parameters[i].detach()) for i in rows]
 
     @property
