@@ -45,6 +45,15 @@ def browser() -> Iterator[Any]:
         made.close()
 
 
+@pytest.fixture
+def expect(browser: Any) -> Any:
+    """Playwright's assertions, which wait until they hold: the page answers a click after it returned."""
+    from playwright.sync_api import expect as assertions
+
+    assertions.set_options(timeout=_WAIT_MS)
+    return assertions
+
+
 @pytest.fixture(scope="session")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 30 cases: two of them failed, one with hostile text; the largest case of a method was profiled."""

@@ -10,6 +10,8 @@ import pytest
 # Elements that a person can act on; of a group of radio buttons the Tab key reaches one.
 ACTIVE = "a[href], button, input, select, summary, [tabindex='0']"
 _WAIT_MS = 30_000
+# Ends when what was due is done and the next frame has been drawn.
+_FRAME = """() => new Promise((done) => setTimeout(() => requestAnimationFrame(() => requestAnimationFrame(done))))"""
 pytestmark = pytest.mark.parametrize("opened", ["one process", "ranks"], indirect=True, scope="module")
 
 
@@ -68,8 +70,10 @@ def _changes(page: Any, chart: str, choose: Callable[[str], object], first: str,
     for value in values:
         if value != first:
             choose(value)
+            page.evaluate(_FRAME)  # a chart is drawn again in the next frame
             changed.append(picture(page, chart) != before)
     choose(first)
+    page.evaluate(_FRAME)
     assert any(changed), (chart, values)
     return True
 
@@ -91,10 +95,17 @@ def brightness(page: Any, selector: str, style: str) -> float:
     return sum(float(part) for part in color[color.index("(") + 1 : -1].split(",")[:3]) / 3
 
 
+def set_scheme(page: Any, scheme: str) -> None:
+    """Chooses light or dark mode, and waits until the tables and the charts know."""
+    page.emulate_media(color_scheme=scheme)
+    is_dark = "(isDark) => document.documentElement.classList.contains('dark') === isDark"
+    page.wait_for_function(is_dark, arg=scheme == "dark", timeout=_WAIT_MS)
+
+
 def test_dark_mode_is_dark_and_print_is_light(page: Any) -> None:
     label = "[data-chart='latency'] svg .mark-text text"
     assert brightness(page, "html", "backgroundColor") > 200 > 100 > brightness(page, label, "fill")
-    page.emulate_media(color_scheme="dark")
+    set_scheme(page, "dark")
     assert brightness(page, "html", "backgroundColor") < 60
     assert brightness(page, "body", "color") > 180
     page.wait_for_function(
@@ -147,7 +158,7 @@ def test_the_keyboard_reaches_everything(page: Any) -> None:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_serious(page: Any, scheme: str) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright")
-    page.emulate_media(color_scheme=scheme)
+    set_scheme(page, scheme)
     # What depends on the mode is contrast alone.
     options = {"runOnly": ["color-contrast"]} if scheme == "dark" else {}
     # The thousands of marks in a chart's own picture have one name, which the picture carries.

@@ -18,7 +18,7 @@ class InjectedStep:
         inner: The step.
         device: Its device.
         phase: The phase that is slowed down; ``None`` for none.
-        share: Of every stretch of that phase, spent waiting busily at its end.
+        share: Of the last stretch of that phase, spent waiting busily at the beginning of the next.
         held_bytes: Size of a tensor that is held from the beginning of a step to its end.
     """
 
@@ -27,6 +27,7 @@ class InjectedStep:
     ) -> None:
         self._inner, self._device = inner, device
         self._phase, self._share, self._held_bytes = phase, share, held_bytes
+        self._stretch_s = 0.0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -34,30 +35,40 @@ class InjectedStep:
     def run(self, observer: Observer) -> Any:
         """Runs the inner step with the fault."""
         held = torch.ones(self._held_bytes // 4, device=self._device) if self._held_bytes else None
-        stats = self._inner.run(_Slower(observer, self._phase, self._share))
+        slower = _Slower(observer, self._phase, self._share, self._stretch_s)
+        stats = self._inner.run(slower)
+        self._stretch_s = slower.stretch_s
         del held
         return stats
 
 
 class _Slower(Observer):
-    """Passes on all calls, and waits at the end of a phase before the others learn of it."""
+    """Passes on all calls, and waits at the beginning of a phase after the others have learnt of it.
 
-    def __init__(self, inner: Observer, phase: str | None, share: float) -> None:
+    It waits before the work and not after it: a busy wait leaves the caches cold for what follows. One of 4 ms at the
+    end of ``update`` made the 2 ms of ``optimize`` behind it slower by 5 %, at the beginning of ``update`` by 0.2 %.
+
+    Attributes:
+        stretch_s: Seconds that the last stretch of the phase took without its wait.
+    """
+
+    def __init__(self, inner: Observer, phase: str | None, share: float, stretch_s: float) -> None:
         self._inner, self._phase, self._share = inner, phase, share
-        self._entered_s = 0.0
+        self.stretch_s = stretch_s
+        self._began_s = 0.0
 
     def enter_phase(self, name: str) -> None:
-        """Passes the call on."""
+        """Passes the call on, then waits."""
         self._inner.enter_phase(name)
-        self._entered_s = time.perf_counter()
+        if name == self._phase:
+            self._began_s = time.perf_counter() + self._share * self.stretch_s
+            while time.perf_counter() < self._began_s:
+                pass
 
     def exit_phase(self, name: str) -> None:
-        """Waits, then passes the call on."""
+        """Passes the call on."""
         if name == self._phase:
-            now_s = time.perf_counter()
-            end_s = now_s + self._share * (now_s - self._entered_s)
-            while time.perf_counter() < end_s:
-                pass
+            self.stretch_s = time.perf_counter() - self._began_s
         self._inner.exit_phase(name)
 
     def tag(self, part: str, tensors: Iterable[torch.Tensor]) -> None:
