@@ -15,6 +15,7 @@ import pandas as pd
 
 from rlhfreports.columns import IN_A_LINE, axes_that_vary, axis_text, parts_of, with_short_options
 from rlhfreports.fits import SLOPE_COLUMNS, slope_by_length
+from rlhfreports.once import once_per_frame
 from rlhfreports.panels import Panel, panels_of
 from rlhfreports.predicted import comparisons
 from rlhfreports.ratios import t_quantile
@@ -68,6 +69,7 @@ def _shared(rows: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+@once_per_frame
 def times(frame: pd.DataFrame) -> pd.DataFrame:
     """Seconds per sample of every measured case, by panel and kind.
 
@@ -131,6 +133,7 @@ def slopes(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found, columns=["panel", "kind", "title", "line", "slope", "half_width"])
 
 
+@once_per_frame
 def failures(frame: pd.DataFrame) -> pd.DataFrame:
     """The cases that were not measured, by panel: ``panel``, ``outcome`` and ``error``."""
     found = [_of_failures(panel) for panel in panels_of(frame)]

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from rlhfreports.columns import IN_A_LINE, axes_that_vary, axis_text, is_measured, with_short_options
+from rlhfreports.once import once_per_frame
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +28,7 @@ class Panel:
     shows_batch: bool = False
 
 
+@once_per_frame
 def panels_of(frame: pd.DataFrame) -> list[Panel]:
     """The panels of ``frame``: one per batch size and combination of the other axes that vary.
 

@@ -45,6 +45,7 @@ from rlhfreports.ticks import log_ticks, spaced
 _BAND = "#F5F2EC"
 _BAND_ALPHA = 0.2
 _MAX_COLUMNS = 3
+_MAX_PANELS = 9  # a picture of 67 panels took half of a report of 1,000 records, and nobody can read it
 _WORD_ROW, _MAX_BAND = 0.055, 0.5  # shares of a panel's height
 _PANEL_WIDTH_IN, _PANEL_HEIGHT_IN = 4.4, 3.7
 
@@ -80,6 +81,15 @@ def _panels(frame: pd.DataFrame) -> list[_Panel]:
     ]
 
 
+def _drawn(panels: Sequence[_Panel]) -> list[_Panel]:
+    """Those that a picture has room for: the first with points, the last, and others evenly between them."""
+    if len(panels) <= _MAX_PANELS:
+        return list(panels)
+    panels = [panel for panel in panels if len(panel.points)]
+    places = np.linspace(0, len(panels) - 1, min(_MAX_PANELS, len(panels))).round().astype(int)
+    return [panels[place] for place in places]
+
+
 def latency(frame: pd.DataFrame, path_stem: str | Path) -> tuple[Path, Path]:
     """Writes ``latency_figure`` as ``path_stem``.png and .svg, and returns both paths."""
     return write_figure(latency_figure(frame), path_stem)
@@ -92,6 +102,8 @@ def throughput(frame: pd.DataFrame, path_stem: str | Path) -> tuple[Path, Path]:
 
 def latency_figure(frame: pd.DataFrame) -> Figure:
     """Seconds per sample (lower is better) against sequence length: one panel per batch size, one line per method.
+
+    Of more than nine panels nine are drawn, and the picture says so.
 
     Args:
         frame: a frame of ``rlhfbench.records_frame``; see ``rlhfreports.columns``.
@@ -109,7 +121,9 @@ def throughput_figure(frame: pd.DataFrame) -> Figure:
 
 
 def _figure(frame: pd.DataFrame, title: str, quantities: Sequence[_Quantity]) -> Figure:
-    panels = _panels(frame)
+    every = _panels(frame)
+    panels = _drawn(every)
+    left_out = "" if len(panels) == len(every) else f"{len(panels)} of {len(every)} panels: the page has all"
     with matplotlib.rc_context(STYLE):
         if not any(len(panel.points) for panel in panels):
             return _empty_figure(frame, title)
@@ -130,7 +144,7 @@ def _figure(frame: pd.DataFrame, title: str, quantities: Sequence[_Quantity]) ->
             Line2D([], [], color=INK, linestyle=line, linewidth=1.8, label=setting)
             for setting, line in settings.items()
         ]
-        draw_head(figure, frame, title, methods, lines)
+        draw_head(figure, frame, title, methods, lines, note=left_out)
     return figure
 
 

@@ -105,11 +105,14 @@ def draw_head(
     title: str,
     styles: Sequence[Style],
     more: Sequence[Line2D] = (),
+    *,
+    note: str = "",
 ) -> None:
-    """Draws the title, the axes that all points share, and a legend of ``styles`` and ``more``."""
+    """Draws the title, the axes that all points share and ``note``, and a legend of ``styles`` and ``more``."""
     width, height = figure.get_size_inches()
     figure.text(0.5, 1 - 0.12 / height, title, ha="center", va="top", fontsize=14, fontweight="bold")
-    figure.text(0.5, 1 - 0.42 / height, shared_axes_text(frame), ha="center", va="top", fontsize=10, color="#666666")
+    words = " · ".join(filter(None, [shared_axes_text(frame), note]))
+    figure.text(0.5, 1 - 0.42 / height, words, ha="center", va="top", fontsize=10, color="#666666")
     handles = [
         Line2D([], [], color=style.color, marker=style.marker, markersize=6, linewidth=1.8, label=style.title)
         for style in styles

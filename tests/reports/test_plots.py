@@ -55,6 +55,25 @@ def test_latency_has_one_line_per_method(frame):
     assert lines(four)["PPO"].get_ydata().tolist() == [32.0, 64.0, 128.0]
 
 
+def test_of_many_batch_sizes_a_picture_draws_nine_and_says_so(make_frame):
+    sizes = range(1, 31)
+    frame = make_frame(*({"batch_size": b, "outcome": "oom" if b == 1 else "ok"} for b in sizes))
+    figure = latency_figure(frame)
+    titles = [axes.get_title() for axes in visible(figure)]
+    assert len(titles) == 9
+    assert (titles[0], titles[-1]) == ("batch 2", "batch 30")  # nothing was measured at 1
+    assert any("9 of 30 panels: the page has all" in text.get_text() for text in figure.texts)
+    few = latency_figure(frame[frame["batch_size"] <= 9])
+    assert len(visible(few)) == 9
+    assert not any("panels" in text.get_text() for text in few.texts)
+
+
+def test_many_batch_sizes_without_a_measurement_are_counted(make_frame):
+    figure = latency_figure(make_frame(*({"batch_size": b, "outcome": "oom"} for b in range(1, 31))))
+    assert visible(figure) == []
+    assert any("No case was measured: 30 OOM" in text.get_text() for text in figure.texts)
+
+
 def both_settings(make_frame, *, oom=()):
     return make_frame(
         *(
