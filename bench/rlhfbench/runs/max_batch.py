@@ -20,7 +20,7 @@ from rlhfbench.records.file import Record
 from rlhfbench.runs import runner
 from rlhfbench.runs.case_runner import Runner
 from rlhfbench.runs.folder import RunFolder
-from rlhfbench.runs.options import RunOptions
+from rlhfbench.runs.options import MAX_BATCH, RunOptions
 from rlhfbench.runs.progress import Progress
 from rlhfbench.runs.runner import RunResult
 from rlhfkernels.config.case import Case
@@ -162,7 +162,7 @@ def find_max_batches(
     out_dir: Path,
     options: RunOptions | None = None,
     *,
-    limit: int = 512,
+    limit: int = MAX_BATCH,
     resume: bool = False,
     retry: Collection[str] = (),
     progress: Progress | None = None,
