@@ -20,7 +20,9 @@ def with_groups(verb: Callable[..., Result]) -> Callable[..., Result]:
         verb: Its groups stand where their options stand in the help.
     """
     hints = get_type_hints(verb, include_extras=True)
-    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if name != "return" and dataclasses.is_dataclass(hint)}
+    groups: dict[str, Any] = {
+        name: hint for name, hint in hints.items() if name != "return" and dataclasses.is_dataclass(hint)
+    }
 
     @functools.wraps(verb)
     def called(**values: Any) -> Result:
