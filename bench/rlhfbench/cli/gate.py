@@ -14,7 +14,7 @@ from rlhfbench.cli.cases import CaseOptions, make_sweep
 from rlhfbench.cli.common import ended_by_sigterm, epilog, number, path_text
 from rlhfbench.cli.gate_output import Output, progress
 from rlhfbench.cli.groups import with_groups
-from rlhfbench.errors import ForkServerError, GateError
+from rlhfbench.errors import GateError
 from rlhfbench.files import check_writable
 from rlhfbench.launch import refuse_launcher
 
@@ -149,9 +149,9 @@ def gate(
     if (update_baseline or memory_only) and not baseline:
         raise GateError("--update-baseline and --memory-only need --baseline RUN.")
     spec = cases.spec()
-    is_new = bool(baseline and update_baseline and not Path(baseline).exists())
-    if baseline and not is_new and (spec or cases.sweep or cases.setting or step):
-        raise GateError("--baseline takes no cases: they are those of the stored run.")
+    is_new = bool(baseline and update_baseline and not any(Path(baseline).glob("*")))
+    if baseline and not is_new and (spec or cases.sweep or cases.setting or step or threads):
+        raise GateError("--baseline takes no cases and no --threads: they are those of the stored run.")
     if step and baseline:
         raise GateError("--step needs --base, --bisect or --self-test.")
     output = Output(summary=summary, as_json=as_json, out=out)
@@ -176,8 +176,9 @@ def gate(
             return _bisect(bisect, sweep, folder, options, output)
         assert base is not None
         root = sides.repository()
-        head = sides.head_side(root, step=step)
-        with sides.checked_out(base, root, "base", _roots(root, options)) as other:
+        roots = sides.module_roots(root, with_working_folder=step is not None)
+        head = sides.head_side(root, roots, step=step)
+        with sides.checked_out(base, root, "base", roots, step=step) as other:
             findings = _compare(other, head, sweep, folder, options)
         return output.finish(findings, other.title, head.title)
 
@@ -201,12 +202,6 @@ def _options(smallest: float, promised: float, budget_s: float, threads: int | N
     return GateOptions(effects=effects, budget_s=budget_s, num_threads=threads, step=step)
 
 
-def _roots(root: Path, options: GateOptions) -> list[str]:
-    from rlhfbench.gate.sides import module_roots
-
-    return module_roots(root, with_working_folder=options.step is not None)
-
-
 def _compare(base: Any, head: Any, cases: Sweep, folder: Path, options: GateOptions) -> list[Finding]:
     from rlhfbench.gate.compare import Comparison
 
@@ -217,7 +212,7 @@ def _self_test(cases: Sweep, folder: Path, options: GateOptions, output: Output)
     from rlhfbench.gate.selftest import self_test
     from rlhfbench.gate.sides import Side
 
-    paths = tuple([str(Path.cwd())] if options.step else [])
+    paths = (str(Path.cwd()),) if options.step else ()
     lines: list[str] = []
 
     def tell(line: str) -> None:
@@ -236,15 +231,15 @@ def _bisect(ends: tuple[str, str], cases: Sweep, folder: Path, options: GateOpti
     from rlhfbench.gate import sides
 
     root = sides.repository()
-    roots = _roots(root, options)
+    roots = sides.module_roots(root, with_working_folder=options.step is not None)
     commits = search.commits_between(*ends, root)
-    with sides.checked_out(ends[0], root, "base", roots) as good:
+    with sides.checked_out(ends[0], root, "base", roots, step=options.step) as good:
 
         def compare(commit: str) -> list[Finding]:
             try:
-                with sides.checked_out(commit, root, "head", roots) as head:
+                with sides.checked_out(commit, root, "head", roots, step=options.step) as head:
                     return _compare(good, head, cases, folder / commit[:10], options)
-            except (GateError, ForkServerError) as error:  # a commit whose code cannot be imported
+            except GateError as error:  # a commit that cannot be compared
                 progress(str(error))
                 return []
 
