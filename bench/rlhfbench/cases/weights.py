@@ -144,7 +144,7 @@ def _unpack(file: BinaryIO, fields: str) -> tuple[int, ...]:
 
 
 def _string(file: BinaryIO) -> bytes:
-    """Reads a string; of one that is too long to be a key, the beginning."""
+    """Reads a string, or the beginning of one that is too long to be a key."""
     (length,) = _unpack(file, "Q")
     text = file.read(min(length, 64))
     _skip(file, length - len(text))
