@@ -14,7 +14,7 @@ import pickle
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -57,6 +57,8 @@ ANSWERS = {
     "max_memory_allocated": 1000,
     "max_memory_reserved": 2000,
     "get_device_capability": (9, 0),
+    "get_allocator_backend": "native",
+    "device_of": nullcontext(),
 }
 
 
