@@ -171,6 +171,10 @@ class NvmlSampler:
             self._read()
             self._nvml.nvmlShutdown()
 
+    def restart(self) -> None:
+        """Forgets the readings so far; the device's use at the start stays."""
+        self._peak_used, self._peak_by_pid = None, {}
+
     def peak_bytes(self, pid: int) -> int | None:
         """Returns the peak device memory of process ``pid``, or ``None`` without NVML.
 

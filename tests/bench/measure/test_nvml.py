@@ -96,6 +96,16 @@ def test_the_largest_reading_counts(nvml):
     assert sampler.peak_bytes(7) == 300 * MIB
 
 
+def test_readings_before_a_restart_do_not_count(nvml):
+    fake = nvml(FakeNvml())
+    sampler = NvmlSampler(1, interval_s=1000)
+    fake.processes = [process(7, 900 * MIB)]
+    with sampler:
+        sampler.restart()
+        fake.processes = [process(7, 200 * MIB)]
+    assert sampler.peak_bytes(7) == 200 * MIB
+
+
 @pytest.mark.parametrize("processes", [[], [process(7, None)], [process(8, 10 * MIB)]])
 def test_the_peak_of_an_unlisted_process_is_that_of_the_device_minus_its_start(nvml, processes):
     fake = nvml(FakeNvml())
