@@ -199,8 +199,3 @@ def graph_pool(device: torch.device) -> GraphPool:
 def side_stream(device: torch.device) -> torch.cuda.Stream:
     """Returns the stream of ``device`` that captures: always the same, as cuBLAS keeps a workspace for every stream."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-
-def num_side_streams() -> int:
-    """Returns how many streams this process has captured on."""
-    return side_stream.cache_info().currsize
