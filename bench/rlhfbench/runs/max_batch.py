@@ -13,7 +13,7 @@ from rlhfbench.cases.sweep import Sweep
 from rlhfbench.errors import RunFolderError, SweepError
 from rlhfbench.files import write_atomically
 from rlhfbench.measure import host
-from rlhfbench.measure.nvml import device_handle
+from rlhfbench.measure.nvml import device_bytes
 from rlhfbench.planning.devices import Accelerator
 from rlhfbench.records.derived import strategy
 from rlhfbench.records.file import Record
@@ -264,21 +264,6 @@ def _planned(case: Case, usable_bytes: int, limit: int) -> int | None:
     try:
         return min(limit, BatchSearch(usable_bytes, None).largest(dataclasses.replace(case, batch_size=1)))
     except RlhfKernelsError:
-        return None
-
-
-def device_bytes(device: str) -> int | None:
-    """The whole memory of a CUDA device as the driver states it; ``None`` without a driver."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        try:
-            handle = device_handle(pynvml, int(device.partition(":")[2] or 0))
-            return None if handle is None else int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
-        finally:
-            pynvml.nvmlShutdown()
-    except Exception:  # NVML fails in many ways, and all of them mean that the size is unknown
         return None
 
 
