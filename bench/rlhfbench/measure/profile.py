@@ -86,7 +86,8 @@ class PhaseProfiler(Observer):
             return
         self._seen.add(name)
         self._synchronize()
-        profiler = profile(activities=self._activities, with_stack=self._with_stacks)
+        # There is one cycle. Without the option torch 2.11 warns that another would lose its events.
+        profiler = profile(activities=self._activities, with_stack=self._with_stacks, acc_events=True)
         profiler.start()
         self._running = name, profiler, time.perf_counter()
 
