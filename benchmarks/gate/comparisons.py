@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhfbench.cases.sweep import Sweep
-from rlhfbench.cli.common import make_sweep
+from rlhfbench.cli.cases import make_sweep
 from rlhfbench.errors import GateError
 from rlhfbench.gate import sides
 from rlhfbench.gate.compare import Comparison, GateOptions
