@@ -119,7 +119,7 @@ def _compared(base: Mapping[Any, Any], row: Mapping[Any, Any], run: str) -> dict
 
 
 def _machines(base: Mapping[Any, Any], row: Mapping[Any, Any]) -> str:
-    """How many machines a pair of cases ran on, and whether their times compare; ``ONE`` where that is not recorded."""
+    """The machines of a pair of cases, and whether their times compare; ``ONE`` where that is not recorded."""
     hosts = {host for r in (base, row) if not pd.isna(host := r.get(HOST))}
     if len(hosts) < 2:
         return ONE

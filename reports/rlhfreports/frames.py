@@ -284,7 +284,7 @@ def block_times(frame: pd.DataFrame, blocks: pd.DataFrame) -> pd.DataFrame:
 
 
 def drift(blocks: pd.DataFrame) -> tuple[float, float] | None:
-    """How many percent slower the blocks of a run became from its first to its last, with half of the 95 % interval.
+    """Percent by which blocks became slower from the run's first to its last, with half of the 95 % interval.
 
     A line through the blocks of each case, all with one slope: cases differ in their times and in when they ran.
 

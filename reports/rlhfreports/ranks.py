@@ -38,7 +38,7 @@ def has_ranks(frame: pd.DataFrame) -> bool:
 
 
 def strategy_words(parallel: object, zero_stage: object, options: object) -> str:
-    """How the ranks of a case share a step, in words: ``DDP``, ``FSDP``, ``ZeRO-2``."""
+    """The strategy by which the ranks of a case share a step, in words: ``DDP``, ``FSDP``, ``ZeRO-2``."""
     name = _NAMES.get(str(parallel), str(parallel))
     name = name if pd.isna(zero_stage) else f"{name}-{zero_stage}"  # type: ignore[call-overload]
     by_rollout = _BY_ROLLOUT in str(options).split(", ")

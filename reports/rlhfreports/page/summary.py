@@ -20,7 +20,7 @@ _ROW_PX, _MAX_CHART_PX = 22, 1600
 
 
 def answer_section(page: Page) -> Section:
-    """What several runs differ by, then three sentences a run, computed from its records, and the gains behind them."""
+    """The differences of several runs, then three sentences on each, from its records, and the gains behind them."""
     several = len(page.runs) > 1
     sentences = comparison_sentences(page.frame, compared(page.frame)) if several else answer(page.runs[0].frame)
     blocks: list[Block] = [Text(text=sentence, kind="answer") for sentence in sentences]
