@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rlhfbench.launch import find_launch
+from rlhfbench.measure.options import BUILD
 from rlhfbench.processes import num_oom_kills
 from rlhfbench.records.file import make_plan
 from rlhfbench.runs import environment
@@ -26,6 +27,8 @@ from rlhfkernels.config.case import Case
 
 class _Sampler(Protocol):
     def peak_bytes(self, pid: int) -> int | None: ...
+
+    def restart(self) -> None: ...
 
 
 class ThisMachine:
@@ -71,7 +74,7 @@ class ThisMachine:
         if task.request is None:
             return Ended(task=task, result={}, started_at=started_at, plan=plan, plan_timeline=plan_timeline)
         with self._sampler(task.case) as sampler:
-            result, end = self._run(task.request, task.log_path, task.timeout_s)
+            result, end = self._run(task.request, task.log_path, task.timeout_s, sampler)
             driver_peak_bytes = sampler.peak_bytes(end.pid) if sampler is not None and end.pid is not None else None
         return Ended(
             task=task,
@@ -90,9 +93,17 @@ class ThisMachine:
         result, _ = self._run(request, task.plan_log_path, task.timeout_s)
         return make_plan(result.get("memory"), result["error"]), result.get("timeline")
 
-    def _run(self, request: Mapping[str, Any], log_path: Path, timeout_s: float) -> tuple[dict[str, Any], Exit]:
+    def _run(
+        self, request: Mapping[str, Any], log_path: Path, timeout_s: float, sampler: _Sampler | None = None
+    ) -> tuple[dict[str, Any], Exit]:
         """The result that the process sent, or one made from its exit status, and its end; deletes an empty log."""
-        watch, kills = _Watch(self._progress.doing), num_oom_kills()
+
+        def enter(stage: str) -> None:
+            if stage == BUILD and sampler is not None:
+                sampler.restart()  # what the ceilings took is no memory of the case
+            self._progress.doing(stage)
+
+        watch, kills = _Watch(enter), num_oom_kills()
         size = world_of(request)
         how: dict[str, Any] = {"log_path": log_path, "timeout_s": timeout_s, "on_message": watch}
         if size is None:

@@ -67,13 +67,16 @@ def join_world(*, rank: int, size: int, address: str, device: str = "cpu", timeo
         rank: of this process.
         size: number of ranks.
         address: where rank 0 listens: ``tcp://HOST:PORT``.
-        device: of this rank; gloo connects CPUs, NCCL connects CUDA devices.
+        device: of this rank; gloo connects CPUs, NCCL connects CUDA devices. A CUDA device becomes the current one, on
+            which torch sends the objects of ``broadcast`` and ``gather``.
         timeout_s: seconds after which a collective that waits fails.
 
     Raises:
         torch.distributed.DistNetworkError: the other ranks did not come, or the port is in use.
     """
     kind = torch.device(device).type
+    if kind == "cuda":
+        torch.cuda.set_device(device)
     distributed.init_process_group(
         _BACKENDS[kind],
         init_method=address,
