@@ -144,7 +144,7 @@ def on_cuda(monkeypatch):
     monkeypatch.setattr(rlhfbench.measure.nvml, "NvmlSampler", FakeSampler)
 
 
-def test_the_peak_of_the_driver_is_sampled_from_outside_the_process_from_its_build_on(tmp_path, monkeypatch, sweep_of, run):
+def test_the_peak_of_the_driver_is_sampled_from_outside_from_the_build_on(tmp_path, monkeypatch, sweep_of, run):
     on_cuda(monkeypatch)
     result = run(sweep_of("ok", device="cuda:1"), tmp_path / "run")
     assert result.records[0]["memory"]["views"]["driver_peak_bytes"] == 1001
