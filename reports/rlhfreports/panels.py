@@ -1,4 +1,4 @@
-"""Which rows stand in which panel. ``rlhfreports.frames`` makes the frames of pictures from them."""
+"""Division of rows into panels. ``rlhfreports.frames`` makes the frames of pictures from them."""
 
 from __future__ import annotations
 

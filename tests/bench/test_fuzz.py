@@ -381,7 +381,7 @@ PATHS = sorted(
 )  # fmt: skip
 WRONG = st.one_of(
     st.sampled_from(
-        [None, True, 3, -1, 2**63, 10**400, 1.5, 1e308, "x", "", "\ud800", "../x", [], [3], {}, {"a": 3}, [[]]]
+        [None, True, 0, 3, -1, 2**63, 10**400, 1.5, 1e308, "x", "", "\ud800", "../x", [], [3], {}, {"a": 3}, [[]]]
     ),
     st.sampled_from([1, 2, 3, "ok", "oom", "skipped", float("nan"), {"generate": 3}, {"generate": {"samples_s": 3}}]),
 )
@@ -422,16 +422,26 @@ RAW_RECORDS = [
 ]  # fmt: skip
 
 
-@fuzz(500)
-@given(
-    st.one_of(
-        st.sampled_from(RAW_RECORDS),
-        st.lists(st.tuples(st.sampled_from(PATHS), WRONG), min_size=1, max_size=3).map(
-            lambda changes: json.dumps(_changed(changes)).encode()
-        ),
-    )
+CHANGED = st.lists(st.tuples(st.sampled_from(PATHS), WRONG), min_size=1, max_size=3).map(
+    lambda changes: json.dumps(_changed(changes)).encode()
 )
+
+
+@pytest.mark.usefixtures("without_charts")
+@fuzz(500)
+@given(st.one_of(st.sampled_from(RAW_RECORDS), CHANGED))
 def test_records(line: bytes) -> None:
+    report(line)
+
+
+@fuzz(100)
+@given(CHANGED)
+def test_charts_of_records(line: bytes) -> None:
+    report(line)
+
+
+def report(line: bytes) -> None:
+    """Reports a good record and ``line``."""
     Path("recorded").mkdir(exist_ok=True)
     Path("recorded/records.jsonl").write_bytes(json.dumps(RECORD).encode() + b"\n" + line + b"\n")
     check("report", "recorded")

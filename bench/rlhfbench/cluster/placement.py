@@ -1,4 +1,4 @@
-"""Which case runs where: by need, one case on a device and on a set of cores, and a group of cases on one machine.
+"""Placement of cases: by need, one case on a device and on a set of cores, and a group of cases on one machine.
 
 Pure bookkeeping, without Ray. A choice costs no more for 10,000 cases than for ten: nodes that may take a case stand in
 one queue, and the cases of a group in another.

@@ -29,6 +29,7 @@ from rlhfbench.measure.timeline import Timeline
 from rlhfbench.measure.timing import Timing, time_steps
 from rlhfbench.measure.user_step import load_step
 from rlhfkernels.config.case import Case
+from rlhfkernels.errors import ModelError
 from rlhfkernels.observer import Observer
 from rlhfkernels.ops.taken import taken
 from rlhfkernels.parallel.world import ALONE, World
@@ -74,6 +75,8 @@ def run_measurements(
             result["latency"]["num_blocks"] = num_blocks
             result["work"] = {"phases": {name: dataclasses.asdict(item) for name, item in work.items()}}
     names = [phase.name for phase in step.phases if phase.kind != "prepare"]
+    for name in [name for step_s in timing.steps_s for name in step_s if name not in names]:
+        raise ModelError(f"the step entered phase '{name}', which is none of its phases: {', '.join(names)}.")
     result["block"] = {
         "started_at": started_at,
         "build_s": build_s,

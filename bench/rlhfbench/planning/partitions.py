@@ -74,7 +74,7 @@ def part_size(numels: Sequence[int], world_size: int) -> int:
 
 
 def fullest_rank(roles: Mapping[str, Sequence[int]], world_size: int) -> int:
-    """The rank whose parts touch the most elements, the last of equals: backwards begin with its weights.
+    """The rank whose parts touch the most elements; of equal ranks the last, with whose weights a backward begins.
 
     Args:
         roles: of each role, the elements of its weights, in their order.

@@ -43,6 +43,9 @@ def wrong_type(record: Mapping[str, Any]) -> str | None:
     groups = at(record, "case.options") or {}
     if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
         return f"case.options is {shown(groups)}: it must be objects by group."
+    num_rows = at(record, "case.batch_size")
+    if at(record, "latency.phases") and (num_rows is None or num_rows < 1):  # seconds per sample divide by it
+        return f"case.batch_size is {shown(num_rows)}: it must be a whole number of at least 1 in a timed record."
     return None
 
 

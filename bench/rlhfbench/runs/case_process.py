@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
+from rlhfbench.launch import find_launch
 from rlhfbench.measure.options import BUILD
 from rlhfbench.processes import num_oom_kills
 from rlhfbench.records.file import make_plan
@@ -20,7 +21,7 @@ from rlhfbench.runs.forkserver import ForkServer
 from rlhfbench.runs.job import Exit
 from rlhfbench.runs.progress import Progress, Silent
 from rlhfbench.runs.ranks import run_ranks, world_of
-from rlhfbench.runs.worker import PHASE_PREFIX
+from rlhfbench.runs.worker import PHASE_PREFIX, threads_of_a_rank
 from rlhfkernels.config.case import Case
 
 
@@ -88,8 +89,7 @@ class ThisMachine:
 
     def _plan(self, task: Task) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """Predicts the memory of the case: the ``plan`` of its record, which may be an error, and its timeline."""
-        settings = (task.request or {}).get("settings", {})
-        request = {"case": task.case.to_dict(), "plan": True, "num_threads": settings.get("num_threads")}
+        request = {"case": task.case.to_dict(), "plan": True, "num_threads": _num_threads(task)}
         result, _ = self._run(request, task.plan_log_path, task.timeout_s)
         return make_plan(result.get("memory"), result["error"]), result.get("timeline")
 
@@ -146,6 +146,16 @@ class _Watch:
             self._on_stage(message["notify"].removeprefix(PHASE_PREFIX))
         if "result" in message:
             self.result = message["result"]
+
+
+def _num_threads(task: Task) -> int | None:
+    """Threads of the processes of a case; ``None`` for torch's default. A rank without a number has its share."""
+    found: int | None = (task.request or {}).get("settings", {}).get("num_threads")
+    size = world_of({"case": task.case.to_dict()})
+    if found is not None or size is None:
+        return found
+    launch = find_launch()
+    return threads_of_a_rank(size if launch is None else launch.num_local(size))
 
 
 def _death(end: Exit, stage: str | None, *, timeout_s: float, oom_killed: bool, log: str) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def join(
     if case.device == "cuda":
         case = dataclasses.replace(case, device=f"cuda:{place['local_rank']}")
     if options.num_threads is None:
-        options = dataclasses.replace(options, num_threads=max(1, num_cores() // place["local_size"]))
+        options = dataclasses.replace(options, num_threads=threads_of_a_rank(place["local_size"]))
     if sys.platform == "linux":
         _choose_interface(place)
     # A case's ranks meet at an address of their own, and not at the launcher's. DeepSpeed reads the rest.
@@ -144,6 +144,11 @@ def join(
         timeout_s=place["timeout_s"] or TIMEOUT_S,
     )
     return case, options, {"world": world, "enter_phase": stage.enter}
+
+
+def threads_of_a_rank(local_size: int) -> int:
+    """A rank's share of this machine's cores, of which ``local_size`` ranks run here."""
+    return max(1, num_cores() // local_size)
 
 
 def _choose_interface(place: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Which strategy carries out each ``parallel.strategy``."""
+"""The strategy of each value of ``parallel.strategy``."""
 
 from __future__ import annotations
 

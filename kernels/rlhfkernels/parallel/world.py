@@ -35,12 +35,6 @@ class World:
             distributed.all_reduce(tensor)
         return tensor
 
-    def all_max(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The largest ``tensor`` of any rank, element by element, in place."""
-        if self.size > 1:
-            distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX)
-        return tensor
-
     def broadcast(self, value: Any) -> Any:
         """The value of rank 0, an object that can be pickled."""
         if self.size == 1:

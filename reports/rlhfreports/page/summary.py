@@ -10,7 +10,7 @@ from rlhfreports.answer import answer
 from rlhfreports.compare import compared, comparison_sentences, comparison_table
 from rlhfreports.gain import gain_table, has_gain
 from rlhfreports.page.blocks import Block, Chart, Section, Text, table_of
-from rlhfreports.page.charts import HEIGHT, LENGTH_TITLE, method_scales, select, specification
+from rlhfreports.page.charts import HEIGHT, LENGTH_TITLE, method_scales, names_axis, select, specification
 from rlhfreports.page.costs import costs_chart
 from rlhfreports.page.data import Page
 from rlhfreports.page.tooltips import tooltips
@@ -20,7 +20,7 @@ _ROW_PX, _MAX_CHART_PX = 22, 1600
 
 
 def answer_section(page: Page) -> Section:
-    """What several runs differ by, then three sentences a run, computed from its records, and the gains behind them."""
+    """The differences of several runs, then three sentences on each, from its records, and the gains behind them."""
     several = len(page.runs) > 1
     sentences = comparison_sentences(page.frame, compared(page.frame)) if several else answer(page.runs[0].frame)
     blocks: list[Block] = [Text(text=sentence, kind="answer") for sentence in sentences]
@@ -61,7 +61,7 @@ def _speedup_chart(page: Page, timed: pd.DataFrame) -> Chart:
         alt.Chart(alt.NamedData("speedups"))
         .transform_filter("datum.other_run === other")
         .encode(
-            y=alt.Y("size:N", title=None, sort=None, axis=alt.Axis(labelLimit=260)),
+            y=alt.Y("size:N", title=None, sort=None, axis=names_axis()),
             yOffset=alt.YOffset("title:N"),
             color=alt.Color("title:N", scale=colors),
         )

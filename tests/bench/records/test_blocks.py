@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import statistics
 
@@ -197,3 +198,14 @@ def test_a_block_of_other_phases_is_one_sentence(tmp_path):
         other = {**block((1.0, 4.0)), "phases": {"think": [1.0]}, "floors_s": None}
         with pytest.raises(RecordsError, match="has other phases than its record"):
             file.append_block(made["case"]["id"], other)
+
+
+@pytest.mark.parametrize("num_rows", [None, 0])
+def test_a_timed_record_without_data_rows_is_one_sentence(tmp_path, num_rows):
+    made = record(block((1.0, 4.0)))
+    made["case"]["batch_size"] = num_rows
+    (tmp_path / "records.jsonl").write_text(json.dumps(made) + "\n")
+    with pytest.raises(
+        RecordsError, match=r"case\.batch_size is .*: it must be a whole number of at least 1 in a timed"
+    ):
+        read_records(tmp_path)

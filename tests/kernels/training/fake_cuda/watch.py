@@ -55,21 +55,17 @@ class Watch(TorchDispatchMode, Observer):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self.num_ops += 1
-        place = f"{func} at {caller()}"
-        if self._waits(func, args, kwargs):
-            self._note_wait(place)
+        if self._phases and self._waits(func, args, kwargs):
+            self.waits.append(f"{self._phases[-1]}: {func} at {caller()}")
         if func is aten._local_scalar_dense.default:
             # A fake tensor has no value: 0 stands for it, so that a loop goes on.
             return zero_of(args[0].dtype)
         result = func(*args, **kwargs)
         for kind in self._mistakes(func, args, kwargs, result):
-            if f"{kind}: {place}" not in self.problems:
-                self.problems.append(f"{kind}: {place}")
+            problem = f"{kind}: {func} at {caller()}"
+            if problem not in self.problems:
+                self.problems.append(problem)
         return result
-
-    def _note_wait(self, place: str) -> None:
-        if self._phases:
-            self.waits.append(f"{self._phases[-1]}: {place}")
 
     def _waits(self, func: Any, args: Any, kwargs: Any) -> bool:
         if func in INDEXING:
