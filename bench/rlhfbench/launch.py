@@ -26,6 +26,7 @@ class Launch:
         port: where the processes meet on it.
         has_store: the launcher itself listens there, as torchrun does.
         attempt: how often the launcher has started all processes again. Its store is the same.
+        job: name of the launcher's job. Another one on the same machine may meet at the same port.
     """
 
     rank: int
@@ -36,14 +37,19 @@ class Launch:
     port: int
     has_store: bool = False
     attempt: int = 0
+    job: str = ""
+
+    def num_local(self, world_size: int) -> int:
+        """Ranks of a case on this process's machine, whose last processes may be beyond the world."""
+        return min(self.local_size, world_size - (self.rank - self.local_rank))
 
 
 def find_launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
     """The launcher's variables in ``environment``; ``None`` without a launcher of several processes.
 
     Those of torchrun: ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``LOCAL_WORLD_SIZE``, ``MASTER_ADDR`` and
-    ``MASTER_PORT``. Else those of Slurm: ``SLURM_PROCID``, ``SLURM_NTASKS``, ``SLURM_LOCALID``,
-    ``SLURM_NTASKS_PER_NODE`` and ``SLURM_NODELIST``, with ``MASTER_PORT`` or 29500.
+    ``MASTER_PORT``. Else those of Slurm: ``SLURM_PROCID``, ``SLURM_STEP_NUM_TASKS``, ``SLURM_LOCALID``,
+    ``SLURM_STEP_TASKS_PER_NODE`` and ``SLURM_NODELIST``, with ``MASTER_PORT`` or 29500.
 
     Raises:
         SweepError: a variable is malformed, or does not fit the others.
@@ -58,6 +64,7 @@ def find_launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
             port=_number(environment, "MASTER_PORT", _SLURM_PORT),
             has_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
             attempt=_number(environment, "TORCHELASTIC_RESTART_COUNT", 0),
+            job=environment.get("TORCHELASTIC_RUN_ID", ""),
         )
     elif "SLURM_PROCID" in environment and "SLURM_STEP_NUM_TASKS" in environment:
         # The tasks of the step, and not those of the job: a shell in an allocation is a step of one task.
@@ -68,6 +75,7 @@ def find_launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
             local_size=_tasks_per_node(environment),
             host=environment.get("MASTER_ADDR") or first_host(environment.get("SLURM_NODELIST", "127.0.0.1")),
             port=_number(environment, "MASTER_PORT", _SLURM_PORT),
+            job=".".join(environment.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")),
         )
     else:
         return None

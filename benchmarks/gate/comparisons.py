@@ -6,7 +6,8 @@
 Each gate compares ten cases on ``tiny``. A comparison is one of them: 10 gates of each kind are 200 comparisons. With
 ``--slower`` the longest phase of five of the ten, drawn anew for each gate, is that much slower in the head. Those of a
 gate are appended to OUT/comparisons.jsonl as it ends. The same command goes on where an earlier one was interrupted,
-and prints the rates of all.
+and prints the rates of all, and those of two other tools' rules: of the steps of the first and the last pair of each
+comparison, they are asked about every time that the gate is asked about.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ import json
 import random
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhfbench.cases.sweep import Sweep
-from rlhfbench.cli.common import make_sweep
+from rlhfbench.cli.cases import make_sweep
 from rlhfbench.errors import GateError
 from rlhfbench.gate import sides
 from rlhfbench.gate.compare import Comparison, GateOptions
 from rlhfbench.gate.findings import Finding
+from rlhfbench.gate.other_rules import OTHERS
 from rlhfbench.gate.selftest import slower_phase
 from rlhfbench.gate.simulation import MeasuredCase, measured_cases
 
@@ -64,15 +65,17 @@ def main() -> int:
             started_s = time.monotonic()
             slowed = random.Random(gate).sample(measured, len(measured) // 2)
             with _busy_process() if busy else contextlib.nullcontext():
-                findings, spent_s = _gate(root, commit, given, slowed, seed=gate)
-            rows = [{**about, "gate": gate, "busy": busy, **row} for row in _rows(findings, slowed, spent_s)]
+                findings, spent_s, others = _gate(root, commit, given, slowed, seed=gate)
+            rows = [{**about, "gate": gate, "busy": busy, **row} for row in _rows(findings, slowed, spent_s, others)]
             with path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
             done += rows
             print(f"gate {gate}: {_rates(rows)}, {time.monotonic() - started_s:.0f} s", flush=True)
     for busy in kinds:
-        kind = "beside a busy process" if busy else "on the machine as it is"
-        print(f"{kind}: {_rates([row for row in done if row['busy'] is busy])}")
+        rows = [row for row in done if row["busy"] is busy]
+        print(f"{'beside a busy process' if busy else 'on the machine as it is'}: {_rates(rows)}")
+        for name in OTHERS:
+            print(f"    {name}: {_rates_of_other(rows, name)}")
     return int(any(row["alarms"] for row in done))
 
 
@@ -98,11 +101,26 @@ def _busy_process() -> Iterator[None]:
 
 def _gate(
     root: Path, commit: str, given: argparse.Namespace, slowed: Sequence[MeasuredCase], *, seed: int
-) -> tuple[list[Finding], dict[str, float]]:
-    """The findings of one gate, and the seconds that each case took; in the head, cases of ``slowed`` are slower."""
+) -> tuple[list[Finding], dict[str, float], dict[str, dict[str, list[str]]]]:
+    """Runs one gate. In the head, cases of ``slowed`` are slower.
+
+    Returns:
+        Its findings; the seconds that each case took; and the times of each case that each other rule flags.
+    """
     fault = slower_phase({case.case_id: case.longest_phase for case in slowed}, given.slower) if slowed else None
-    with _comparison(root, commit, GateOptions(budget_s=given.budget_s), seed) as (comparison, _):
-        return comparison.run(fault), comparison.spent_s
+    with _comparison(root, commit, GateOptions(budget_s=given.budget_s), seed) as (comparison, out):
+        findings = comparison.run(fault)
+        cases = measured_cases(out, comparison.spent_s)
+    return findings, comparison.spent_s, {case.case_id: _flagged(case) for case in cases}
+
+
+def _flagged(case: MeasuredCase) -> dict[str, list[str]]:
+    """The times that each other rule flags, between the first and the last pair."""
+    first, last = case.pairs[0].steps, case.pairs[-1].steps
+    return {
+        name: sorted(f"{time} s" for time in rule.flagged(case.quantities, first, last))
+        for name, rule in OTHERS.items()
+    }
 
 
 def _measured_cases(root: Path, commit: str) -> list[MeasuredCase]:
@@ -119,9 +137,9 @@ def _comparison(root: Path, commit: str, options: GateOptions, seed: int) -> Ite
     with (
         sides.checked_out(commit, root, "base", roots) as base,
         sides.checked_out(commit, root, "head", roots) as head,
-        tempfile.TemporaryDirectory() as out,
+        sides.temporary_folder() as out,
     ):
-        yield Comparison(base, head, _sweep(), Path(out), options, seed=seed), Path(out)
+        yield Comparison(base, head, _sweep(), out, options, seed=seed), out
 
 
 @functools.cache
@@ -130,7 +148,10 @@ def _sweep() -> Sweep:
 
 
 def _rows(
-    findings: Sequence[Finding], slowed: Sequence[MeasuredCase], spent_s: Mapping[str, float]
+    findings: Sequence[Finding],
+    slowed: Sequence[MeasuredCase],
+    spent_s: Mapping[str, float],
+    others: Mapping[str, Mapping[str, Sequence[str]]],
 ) -> Iterator[dict[str, Any]]:
     """Yields one row per case."""
     phases = {case.case_id: case.longest_phase for case in slowed}
@@ -152,6 +173,8 @@ def _rows(
             "num_quantities": len(own),
             "num_pairs": max((ratio.num_pairs for ratio in estimates.values()), default=0),
             "spent_s": spent_s[case.id],
+            "expected": sorted(expected),
+            "others": others.get(case.id, {}),
             "intervals": {name: [ratio.low, ratio.ratio, ratio.high] for name, ratio in estimates.items()},
         }
 
@@ -166,6 +189,15 @@ def _rates(rows: Sequence[dict[str, Any]]) -> str:
     return (
         f"{found}{alarms} false alarms and {unsure} without an answer in {len(rows)} comparisons, {mean_s:.0f} s a case"
     )
+
+
+def _rates_of_other(rows: Sequence[dict[str, Any]], name: str) -> str:
+    """One line on what another rule flags in ``rows``."""
+    flagged = [(set(row["others"].get(name, ())), set(row["expected"])) for row in rows]
+    slowed = [times for times, expected in flagged if expected]
+    found = sum(bool(times & expected) for times, expected in flagged)
+    said = f"{found} of {len(slowed)} slower cases found, " if slowed else ""
+    return f"{said}{sum(bool(times - expected) for times, expected in flagged)} false alarms"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from rlhfreports.columns import axes_of
+from rlhfreports.columns import axes_of, differing_words
 from rlhfreports.gain import BASELINE, gain_table
 from rlhfreports.ratios import Ratio, percent, resolution, resolvable
 from rlhfreports.tables import GIB, outcome_word
@@ -34,15 +34,16 @@ def answer(frame: pd.DataFrame) -> list[str]:
         return [f"No case was measured: {found}.", *([f"The first says: {reasons.iloc[0]}"] if len(reasons) else [])]
     timed = bool(frame["total_s_per_sample"].notna().any())
     times = [_time(frame), resolution(frame)] if timed else ["No case has a time."]
-    sentences = [_memory(frame[is_ok]), *times]
+    sentences = [_memory(frame, is_ok), *times]
     return [sentence for sentence in sentences if sentence]
 
 
-def _memory(frame: pd.DataFrame) -> str | None:
+def _memory(frame: pd.DataFrame, is_ok: pd.Series[bool]) -> str | None:
     """The method that needs least memory against the baseline, at the largest case that both were measured at."""
     # Groups of all columns took half of the time of the answer.
     rows = frame.loc[
-        frame["total_bytes"].notna(), ["method", "method_title", "family", *axes_of(frame), *_SIZE, "total_bytes"]
+        is_ok & frame["total_bytes"].notna(),
+        ["method", "method_title", "family", *axes_of(frame), *_SIZE, "total_bytes"],
     ]
     if rows.empty:
         return None
@@ -57,10 +58,10 @@ def _memory(frame: pd.DataFrame) -> str | None:
             continue
         return (
             f"{least['method_title']} needs {percent(saved)} less memory than {other['method_title']} at the same "
-            f"batch ({_gib(least)} against {_gib(other)} GiB, {_size(least)})."
+            f"batch ({_gib(least, other)} against {_gib(other, least)} GiB, {_size(least, frame)})."
         )
     row = _at(rows, "total_bytes", "max")
-    return f"{row['method_title']} needs {_gib(row)} GiB ({_size(row)})."
+    return f"{row['method_title']} needs {_gib(row)} GiB ({_size(row, frame)})."
 
 
 def _largest_first(rows: pd.DataFrame) -> list[tuple[Any, pd.DataFrame]]:
@@ -95,8 +96,11 @@ def _time(frame: pd.DataFrame) -> str | None:
         return f"No method is faster than {base} {where} by more than this run can tell apart."
     best = _at(carried, "whole_gain", "max")
     gain = Ratio(*(float(best[f"whole_gain{end}"]) for end in ("", "_low", "_high")))
-    batches = f"batch {best['batch_size']} against {best['baseline_batch_size']}"
-    return f"{best['method_title']} is {gain} faster than {base} {where} ({batches})."
+    words = [
+        f"batch {best['batch_size']} against {best['baseline_batch_size']}",
+        *differing_words(best.to_dict(), frame),
+    ]
+    return f"{best['method_title']} is {gain} faster than {base} {where} ({', '.join(words)})."
 
 
 def _at(rows: pd.DataFrame, column: str, end: str) -> pd.Series[Any]:
@@ -106,9 +110,16 @@ def _at(rows: pd.DataFrame, column: str, end: str) -> pd.Series[Any]:
     return row
 
 
-def _gib(row: pd.Series[Any]) -> str:
-    return f"{int(row['total_bytes']) / GIB:.3g}"
+def _gib(row: pd.Series[Any], other: pd.Series[Any] | None = None) -> str:
+    """GiB with three digits, or as many more as tell them from those of ``other``."""
+    sizes = [int(one["total_bytes"]) / GIB for one in (row, other) if one is not None]
+    for digits in range(3, 7):
+        texts = [f"{size:#.{digits}g}".rstrip(".") for size in sizes]
+        if len(set(texts)) == len(texts):
+            break
+    return texts[0]
 
 
-def _size(row: pd.Series[Any]) -> str:
-    return f"{row['seq_len']} tokens, batch {row['batch_size']}"
+def _size(row: pd.Series[Any], frame: pd.DataFrame) -> str:
+    words = differing_words(row.to_dict(), frame)
+    return ", ".join([f"{row['seq_len']} tokens", f"batch {row['batch_size']}", *words])

@@ -18,7 +18,8 @@ Of these ``method``, ``method_title``, lengths, batch size and outcome are never
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -146,6 +147,20 @@ def with_short_options(frame: pd.DataFrame) -> pd.DataFrame:
         return frame
     rest = [", ".join(word for word in str(text).split(", ") if word not in common) for text in frame["options"]]
     return frame.assign(options=pd.array(rest, dtype="string"))
+
+
+def differing_words(row: Mapping[Hashable, Any], frame: pd.DataFrame) -> list[str]:
+    """The words that tell ``row`` from other cases of ``frame``, beside method and size: one for each axis that varies.
+
+    Args:
+        row: has the axes of ``frame``.
+        frame: the records.
+    """
+    short = dict(zip(frame["options"].fillna(""), with_short_options(frame)["options"].fillna(""), strict=True))
+    values = {axis: row[axis] for axis in axes_that_vary(frame)}
+    if "options" in values:
+        values["options"] = short["" if pd.isna(values["options"]) else values["options"]]
+    return [axis_text(axis, value) or f"no {axis}" for axis, value in values.items()]
 
 
 def shared_axes_text(frame: pd.DataFrame) -> str:

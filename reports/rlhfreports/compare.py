@@ -12,7 +12,7 @@ import pandas as pd
 from rlhfreports.columns import HOST, RUN, axes_that_vary, one_machine_note
 from rlhfreports.frames import line_of, size_of
 from rlhfreports.once import once_per_frame
-from rlhfreports.ratios import Ratio, blocks_of, t_quantile
+from rlhfreports.ratios import Ratio, blocks_of, rounded, t_quantile
 from rlhfreports.tables import ABSENT, GIB, ReportTable, counted, outcome_word
 
 _SIZE = ("method", "prompt_len", "completion_len", "batch_size")
@@ -24,8 +24,10 @@ EXPLANATION = (
 )
 HARDWARE = "hardware"  # optional column: the model of the device, in words
 ONE, TWO, REFUSED = "one", "two", "two, times not compared"  # machines of a pair of cases
+_MIN_FOR_CHANCE = 10  # intervals; of fewer, one that excludes 1 is a sign
 _COLUMNS = (
     *("title", "method", "line", "size", "case", "other_run", "first_outcome", "other_outcome", "first_s", "other_s"),
+    *("first_half_width_s", "other_half_width_s"),
     *("speedup", "low", "high", "first_gib", "other_gib", "memory_ratio", "machines", "first_host", "other_host"),
 )
 
@@ -60,8 +62,8 @@ def compared(frame: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         ``title``, ``method``, ``line``, ``size`` and ``case`` in words, ``other_run``, the outcome, host, seconds per
-        sample and GiB of both (``first_…``, ``other_…``), ``speedup`` with ``low`` and ``high``, ``memory_ratio``, and
-        ``machines`` (``ONE``, ``TWO`` or ``REFUSED``).
+        sample with half of their interval, and GiB of both (``first_…``, ``other_…``), ``speedup`` with ``low`` and
+        ``high``, ``memory_ratio``, and ``machines`` (``ONE``, ``TWO`` or ``REFUSED``).
     """
     runs = list(dict.fromkeys(frame[RUN]))
     keys = [*_SIZE, *(axis for axis in axes_that_vary(frame) if axis not in (RUN, HOST))]
@@ -102,6 +104,8 @@ def _compared(base: Mapping[Any, Any], row: Mapping[Any, Any], run: str) -> dict
         "other_outcome": row["outcome"],
         "first_s": seconds[0],
         "other_s": seconds[1],
+        "first_half_width_s": base["total_half_width_s_per_sample"],
+        "other_half_width_s": row["total_half_width_s_per_sample"],
         "speedup": ratio.value if ratio else None,
         "low": ratio.low if ratio else None,
         "high": ratio.high if ratio else None,
@@ -132,8 +136,8 @@ def comparison_table(found: pd.DataFrame) -> ReportTable:
             row["size"],
             row["other_run"],
             _verdict(row),
-            _cell(row["first_s"], row["first_outcome"]),
-            _cell(row["other_s"], row["other_outcome"]),
+            _cell(row["first_s"], row["first_outcome"], row["first_half_width_s"]),
+            _cell(row["other_s"], row["other_outcome"], row["other_half_width_s"]),
             ABSENT if pd.isna(row["speedup"]) else str(_ratio(row)),
             _cell(row["first_gib"], row["first_outcome"]),
             _cell(row["other_gib"], row["other_outcome"]),
@@ -199,8 +203,21 @@ def comparison_sentences(frame: pd.DataFrame, found: pd.DataFrame) -> list[str]:
             f"Of {counted(len(timed), 'case')} that both have, {'; '.join(counts)}. Speed-ups are from "
             f"{timed['speedup'].min():.2f}x to {timed['speedup'].max():.2f}x, their geometric mean {mean:.2f}x."
         )
+        sentences += _chance_sentence(faster + slower, len(timed) - unknown)
         sentences += _memory_sentence(run, runs[0], rows)
     return sentences
+
+
+def _chance_sentence(num_apart: int, num_intervals: int) -> list[str]:
+    """Why few intervals beside 1, of many, are no sign of a difference."""
+    if num_intervals < _MIN_FOR_CHANCE or not num_apart:
+        return []
+    from scipy.special import bdtr
+
+    most = next(k for k in range(num_intervals + 1) if bdtr(k, num_intervals, 0.05) >= 0.95)  # of 19 such runs in 20
+    if num_apart > most:
+        return []
+    return [f"Chance alone puts up to {most} of {num_intervals} intervals beside 1 where nothing differs."]
 
 
 def _machine_sentences(run: str, first: str, rows: pd.DataFrame) -> list[str]:
@@ -234,7 +251,7 @@ def _ratio(row: Mapping[Any, Any]) -> Ratio:
     return Ratio(float(row["speedup"]), *ends)
 
 
-def _cell(value: float | None, outcome: str) -> str:
+def _cell(value: float | None, outcome: str, half_width: object = None) -> str:
     if outcome != "ok":
         return outcome_word(outcome)
-    return ABSENT if value is None or pd.isna(value) else f"{value:.3g}"
+    return ABSENT if value is None or pd.isna(value) else rounded(value, half_width)

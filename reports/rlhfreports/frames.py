@@ -22,6 +22,7 @@ from rlhfreports.ratios import t_quantile
 from rlhfreports.tables import GIB
 
 KINDS = ("total", "inference", "update")  # of seconds
+_LORA_RANK = "LoRA rank"
 # Kinds of memory, by column.
 MEMORY = {
     "total_bytes": "total",
@@ -186,19 +187,30 @@ def swept(frame: pd.DataFrame) -> pd.DataFrame:
     """Total memory against each number that a sweep varies beside lengths and batches: LoRA rank, numeric options.
 
     Returns:
-        ``axis`` (the name of the number), ``value``, ``size`` and ``gib``; only axes on which some method was measured
-        at two values of one length and batch.
+        ``axis`` (the name of the number), ``value``, ``size`` (``size_of``, without that axis) and ``gib``; only lines
+        and sizes that were measured at two values.
     """
     rows = frame[_has_memory(frame)]
-    values = {"LoRA rank": rows["lora_rank"].astype("Float64"), **_numeric_options(rows)}
-    at = rows["seq_len"].astype(str) + " tokens, batch " + rows["batch_size"].astype(str)
+    values = {_LORA_RANK: rows["lora_rank"].astype("Float64"), **_numeric_options(rows)}
+    gib, lines = rows["total_bytes"].astype("float64") / GIB, line_of(frame).reindex(rows.index)
     found = []
     for axis, value in values.items():
-        of_axis = _shared(rows).assign(axis=axis, value=value, size=at, gib=rows["total_bytes"].astype("float64") / GIB)
-        of_axis = of_axis[value.notna()]
-        num_values = of_axis.groupby(["method", "size"])["value"].transform("nunique")
+        if value.nunique() < 2:
+            continue
+        of_axis = _shared(rows).assign(axis=axis, value=value, size=size_of(_without(rows, axis)), gib=gib)[
+            value.notna()
+        ]
+        num_values = of_axis.groupby([lines.reindex(of_axis.index), "size"])["value"].transform("nunique")
         found.append(of_axis[num_values > 1].sort_values("value", kind="stable"))
     return _with_lines(frame, found, ("axis", "value", "size", "gib"))
+
+
+def _without(rows: pd.DataFrame, axis: str) -> pd.DataFrame:
+    """``rows`` as if none differed on an axis of ``swept``."""
+    if axis == _LORA_RANK:
+        return rows.assign(lora_rank=rows["lora_rank"].iloc[0])
+    others = [", ".join(f"{n}={v}" for n, v in _pairs(text) if n != axis) for text in rows["options"].fillna("")]
+    return rows.assign(options=pd.array(others, dtype="string"))
 
 
 def _numeric_options(rows: pd.DataFrame) -> dict[str, pd.Series[float]]:

@@ -16,7 +16,7 @@ from rlhfreports.columns import (
 )
 from rlhfreports.layouts import Column
 from rlhfreports.ratios import interval_decimals, resolution
-from rlhfreports.tables import ABSENT, GIB, ReportTable, decimals_for, number_text, outcome_word, text
+from rlhfreports.tables import ABSENT, GIB, ReportTable, counted, decimals_for, number_text, outcome_word, text
 from rlhfreports.terminal import terminal
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class MemoryTable(ReportTable):
         notes = [note for note in self.notes if note != said]
         hidden = len(notes) - _MAX_TERMINAL_NOTES
         footer = [self.explanation, *(f"• {note}" for note in notes[:_MAX_TERMINAL_NOTES])]
-        footer += [f"• {hidden} more notes stand in the Markdown table."] if hidden > 0 else []
+        footer += [f"• {counted(hidden, 'more note')} in the Markdown table."] if hidden > 0 else []
         return terminal(
             self.caption,
             [self._column(i, name) for i, name in enumerate(self.headings)],
@@ -213,17 +213,18 @@ def _is_disturbed(frame: pd.DataFrame) -> pd.Series[bool]:
 
 def _disturbances(frame: pd.DataFrame) -> list[str]:
     """One sentence on disturbed blocks that were set aside, and one on cases that had too few others."""
-    num_disturbed, counted = frame["num_disturbed_blocks"].fillna(0), _is_disturbed(frame)
+    num_disturbed, shown = frame["num_disturbed_blocks"].fillna(0), _is_disturbed(frame)
     if not num_disturbed.any():
         return []
     worst = frame["disturbed_by"].iloc[int(num_disturbed.to_numpy().argmax())]
     found = []
-    if (num_disturbed > 0)[~counted].any():
-        found.append(f"{num_disturbed[~counted].sum()} disturbed blocks do not count: {worst}.")
-    if counted.any():
+    if (num_disturbed > 0)[~shown].any():
+        num = int(num_disturbed[~shown].sum())
+        found.append(f"{num} disturbed {'block does' if num == 1 else 'blocks do'} not count: {worst}.")
+    if shown.any():
         found.append(
-            f"{_DISTURBED}: {counted.sum()} of {len(frame)} cases are shown with disturbed blocks, as too few others "
-            f"are left: {worst}."
+            f"{_DISTURBED}: {shown.sum()} of {len(frame)} cases {'is' if shown.sum() == 1 else 'are'} shown with "
+            f"disturbed blocks, as too few others are left: {worst}."
         )
     return found
 
@@ -235,7 +236,11 @@ def _notes(frame: pd.DataFrame, words: dict[str, list[str]]) -> tuple[str, ...]:
     # A side of a comparison may have more than its run asked for.
     lost = int((frame["num_blocks"] - frame["num_timed_blocks"])[_is_ok(frame)].clip(lower=0).sum())
     if lost:
-        notes.append(f"{lost} blocks are missing: they failed, or the run was ended before them.")
+        notes.append(
+            "A block is missing: it failed, or the run was ended before it."
+            if lost == 1
+            else f"{lost} blocks are missing: they failed, or the run was ended before them."
+        )
     num_cut = frame["num_prompts_truncated"].max()
     if not pd.isna(num_cut) and num_cut > 0:
         notes.append(

@@ -6,6 +6,8 @@ the ceilings ``matmul_flops_per_s``, ``copy_bytes_per_s`` and ``read_bytes_per_s
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 
 from rlhfreports.columns import is_measured
@@ -68,7 +70,9 @@ def roofline_points(frame: pd.DataFrame) -> pd.DataFrame:
     points = phase_points(frame)
     if points.empty:
         return points
-    return points[(points["intensity"] > 0) & (points["flops_per_s"] > 0)].reset_index(drop=True)
+    # A phase that moves no byte has no intensity: its point would stretch the ceilings to infinity.
+    can_be_shown = (points["intensity"] > 0) & (points["intensity"] < math.inf) & (points["flops_per_s"] > 0)
+    return points[can_be_shown].reset_index(drop=True)
 
 
 def machine_of(frame: pd.DataFrame) -> pd.Series[str]:

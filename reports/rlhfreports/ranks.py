@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import numpy as np
 import pandas as pd
 
 from rlhfreports.columns import is_measured, parts_of
 from rlhfreports.frames import line_of, size_of
-from rlhfreports.ratios import percent
+from rlhfreports.ratios import Ratio, percent, ratio, rounded
 from rlhfreports.tables import ABSENT, GIB, outcome_word
 
 KINDS = {"weak": "batch_size", "strong": "global_batch_size"}  # by the batch size that is the same at every point
@@ -82,14 +83,18 @@ def scaling_points(frame: pd.DataFrame) -> pd.DataFrame:
     Returns:
         Rows of ``ranked`` with ``scaling`` (one of ``KINDS``: the batch of a rank or the batch over all ranks is the
         same), ``at`` (that, with the size in words), ``speed_up`` (samples per second relative to the smallest world of
-        the line) and ``efficiency`` (that, per rank).
+        the line) with the ends of its 95 % interval (``speed_up_low``, ``speed_up_high``), and
+        ``efficiency`` (the speed-up, per rank).
     """
     rows = ranked(frame)
     found = []
     for points in _lines(rows[is_measured(rows)]):
-        seconds, ranks = (points[name].astype("float64") for name in ("total_s_per_sample", "world_size"))
-        speed_up = seconds.iloc[0] / seconds
-        found.append(points.assign(speed_up=speed_up, efficiency=speed_up * ranks.iloc[0] / ranks))
+        first, *others = (row for _, row in points.iterrows())
+        ratios = [Ratio(1.0), *(ratio(first, row) for row in others)]
+        ends = {f"speed_up_{end}": [getattr(one, end) for one in ratios] for end in ("low", "high")}
+        speed_up = np.array([one.value for one in ratios])
+        ranks = points["world_size"].to_numpy(dtype=float)
+        found.append(points.assign(speed_up=speed_up, **ends, efficiency=speed_up * ranks[0] / ranks))
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=["at", "line", "scaling"])
 
 
@@ -155,14 +160,15 @@ def strategy_bars(frame: pd.DataFrame) -> pd.DataFrame:
         return pd.DataFrame(columns=_BARS)
     shared = rows[["title", "label"]].assign(at=at_world(rows))
     seconds, share = (rows[name].astype("float64") for name in ("total_s_per_sample", "waiting_share"))
+    texts = [rounded(s, w) for s, w in zip(seconds, rows["total_half_width_s_per_sample"], strict=True)]
     return _bars(
         shared,
         rows,
         parts_of(frame),
         {AT_WORK: seconds * (1 - share.fillna(0)), WAITING: seconds * share.fillna(0)},
         {
-            MEMORY: [f"{_gib(b)}, {s:.3g} s" for b, s in zip(rows["total_bytes"], seconds, strict=True)],
-            TIME: [_waiting(s, w) for s, w in zip(seconds, share, strict=True)],
+            MEMORY: [f"{_gib(b)}, {s} s" for b, s in zip(rows["total_bytes"], texts, strict=True)],
+            TIME: [_waiting(s, w) for s, w in zip(texts, share, strict=True)],
         },
     )
 
@@ -197,7 +203,7 @@ def rank_bars(frame: pd.DataFrame, ranks: pd.DataFrame) -> pd.DataFrame:
         {AT_WORK: seconds - waited.fillna(0), WAITING: waited.fillna(0)},
         {
             MEMORY: [_gib(total) for total in of_ranks["total_bytes"]],
-            TIME: [_waiting(s, w / s if s else None) for s, w in zip(seconds, waited, strict=True)],
+            TIME: [_waiting(f"{s:.3g}", w / s if s else None) for s, w in zip(seconds, waited, strict=True)],
         },
     )
 
@@ -227,12 +233,11 @@ def _bars(
 
 
 def _gib(size: float) -> str:
-    return ABSENT if pd.isna(size) else f"{size / GIB:.3g} GiB"
+    return ABSENT if pd.isna(size) else f"{size / GIB:#.3g} GiB"
 
 
-def _waiting(seconds: float, share: float | None) -> str:
-    waits = "" if share is None or pd.isna(share) else f", {percent(share)} waiting"
-    return ABSENT if pd.isna(seconds) else f"{seconds:.3g} s{waits}"
+def _waiting(seconds: str, share: float | None) -> str:
+    return f"{seconds} s" if share is None or pd.isna(share) else f"{seconds} s, {percent(share)} waiting"
 
 
 def unmeasured(frame: pd.DataFrame) -> pd.DataFrame:

@@ -94,6 +94,13 @@ def interval_decimals(value: float, half_width: float) -> int:
     return max(0, decimals, -math.floor(math.log10(value)) if value > 0 else 0)
 
 
+def rounded(value: float, half_width: object) -> str:
+    """``value`` with the decimals that its interval carries, or with three significant digits where it has none."""
+    if pd.isna(half_width):  # type: ignore[call-overload]
+        return f"{value:.3g}"
+    return f"{value:.{interval_decimals(value, float(str(half_width)))}f}"
+
+
 @once_per_frame
 def control_ratios(frame: pd.DataFrame) -> list[Ratio]:
     """Returns the ratios of methods that do the same work as another one, case by case: each should be 1."""
@@ -137,9 +144,12 @@ def resolution(frame: pd.DataFrame) -> str:
     if bound is None:
         return "Every case was timed in one block: how sure the times are is not known."
     if any(r.half_width is not None for r in controls):
+        several = len(controls) > 1
+        pairs = f"{len(controls)} pairs" if several else "a pair"
+        differ = "differ by up to" if several else "differs by"
         return (
-            f"This run tells apart differences above {percent(bound)}: {len(controls)} pairs of cases that do the "
-            f"same work differ by up to {percent(_largest_difference(controls))}."
+            f"This run tells apart differences above {percent(bound)}: {pairs} of cases that do the same work "
+            f"{differ} {percent(_largest_difference(controls))}."
         )
     return f"This run tells apart differences above {percent(bound)}, by its intervals."
 

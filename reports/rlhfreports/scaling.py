@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from rlhfreports.columns import parts_of
 from rlhfreports.memory import interval_texts
 from rlhfreports.ranks import planned_cases, ranked, scaling_points, strategy_place
-from rlhfreports.ratios import percent
+from rlhfreports.ratios import Ratio, percent
 from rlhfreports.styles import INK, MARKERS, STYLE, draw_head, method_styles, plain_labels, tidy, write_figure
 from rlhfreports.tables import ABSENT, GIB, ReportTable, decimals_for, number_text, outcome_word, text
 from rlhfreports.ticks import log_ticks
@@ -34,6 +34,7 @@ PLANNED = (
     "the plan stands alone."
 )
 _MIB = 2**20
+_SPEED_UP = ("speed_up", "speed_up_low", "speed_up_high")
 _MAX_ROWS = 8  # of panels in the picture; the page has all lines
 _PANEL_IN, _HEAD_IN = 3.7, 1.0
 # The panels of a row: label, column, factor, and whether the axis is logarithmic.
@@ -69,11 +70,11 @@ def scaling_table(frame: pd.DataFrame) -> ReportTable:
     """The lines of ``scaling_points``: one row for each world size of each."""
     points = scaling_points(frame)
     if points.empty:
-        points = points.reindex(columns=[*ranked(frame).columns, *points.columns, "speed_up", "efficiency"])
+        points = points.reindex(columns=[*ranked(frame).columns, *points.columns, *_SPEED_UP, "efficiency"])
     cells = _names(points)
     cells = {"scaling": points["scaling"].tolist(), **cells}
     gained = {
-        "speed-up": [f"{value:.2f}x" for value in points["speed_up"]],
+        "speed-up": [str(_speed_up(row)) for row in points[[*_SPEED_UP]].to_dict("records")],
         "efficiency": [_share(value) for value in points["efficiency"]],
         "GiB of the worst rank": _numbers(points["total_bytes"] / GIB, 3),
     }
@@ -82,7 +83,7 @@ def scaling_table(frame: pd.DataFrame) -> ReportTable:
         cells=pd.DataFrame(cells | gained | _times(points), dtype="object"),
         num_text_columns=3,
         explanation=f"{SCALING} {OF_RANKS}",
-        frame=_full(points, ["scaling", "speed_up", "efficiency", "total_bytes"]),
+        frame=_full(points, ["scaling", *_SPEED_UP, "efficiency", "total_bytes"]),
     )
 
 
@@ -132,6 +133,11 @@ def _full(rows: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     shared = ("method", "title", "label", "seq_len", "batch_size", "global_batch_size", "world_size", "worst_rank")
     times = ("total_s_per_sample", "waiting_share", "imbalance", "communication_bytes", "communication_calls")
     return rows[[*shared, *columns, *times]].rename(columns={"title": "method_title", "label": "strategy"})
+
+
+def _speed_up(row: Mapping[Hashable, Any]) -> Ratio:
+    value, *ends = (row[name] for name in _SPEED_UP)
+    return Ratio(float(value), *(None if pd.isna(end) else float(end) for end in ends))
 
 
 def _numbers(values: pd.Series[Any], decimals: int) -> list[str]:

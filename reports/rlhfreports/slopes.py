@@ -21,6 +21,7 @@ from rlhfreports.columns import (
 from rlhfreports.fits import QUANTITIES, SIZES, fit, needed_columns
 from rlhfreports.layouts import Column
 from rlhfreports.once import once_per_frame
+from rlhfreports.ratios import interval_decimals
 from rlhfreports.tables import ReportTable, text
 from rlhfreports.terminal import terminal
 
@@ -123,16 +124,14 @@ def slope_table(frame: pd.DataFrame) -> SlopeTable:
         "at": found["held"],
         "from–to": [f"{row['smallest']}–{row['largest']}" for row in found.to_dict("records")],
     }
+    texts = [slope_cells(*pair, most=3) for pair in zip(found["slope"], found["half_width"], strict=True)]
     numbers: dict[str, Any] = {
         "points": found["num_points"],
+        "slope": [slope for slope, _ in texts],
+        "±": [width or None for _, width in texts],
         **{
             heading: [None if pd.isna(value) else f"{value:.3f}" for value in found[name]]
-            for heading, name in (
-                ("slope", "slope"),
-                ("±", "half_width"),
-                ("standard error", "standard_error"),
-                ("R²", "r_squared"),
-            )
+            for heading, name in (("standard error", "standard_error"), ("R²", "r_squared"))
         },
     }
     return SlopeTable(
@@ -171,6 +170,15 @@ def _longest(rows: pd.DataFrame) -> pd.Series[Any] | None:
 
 
 def _slope_text(row: pd.Series[Any], *, with_held: bool) -> str:
-    error = "" if pd.isna(row["half_width"]) else f" ±{row['half_width']:.2f}"
+    slope, width = slope_cells(row["slope"], row["half_width"])
     held = f" ({row['held']})" if with_held else ""
-    return f"{row['slope']:.2f}{error}{held}"
+    return f"{slope}{width and f' ±{width}'}{held}"
+
+
+def slope_cells(slope: float, half_width: object, most: int = 2) -> tuple[str, str]:
+    """A slope and half of its interval as text, with as many decimals as the interval carries and at ``most``."""
+    if pd.isna(half_width):  # type: ignore[call-overload]
+        return f"{round(slope, most) + 0.0:.{most}f}", ""  # no negative zero
+    width = float(str(half_width))
+    decimals = min(interval_decimals(abs(slope), width), most)
+    return f"{round(slope, decimals) + 0.0:.{decimals}f}", f"{width:.{decimals}f}"

@@ -157,7 +157,7 @@ def _needs_more_than_its_limit(request, send):
     try:
         bytearray(2 * request["memory_limit_bytes"])
     except MemoryError as error:
-        worker.lift_memory_limit("cpu")
+        worker.lift_memory_limit()
         send({"result": worker.failure(error, "score")})
 
 

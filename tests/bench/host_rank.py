@@ -13,14 +13,19 @@ from rlhfbench.runs.head import head
 from rlhfkernels.config.case import Case
 from rlhfkernels.config.options import Options
 
+ZERO = {"parallel.strategy": "deepspeed", "parallel.zero_stage": 3, "parallel.reduce_bucket_size": 100_000}
+
 
 def request_of(kind):
-    options = {"parallel.strategy": "ddp", "parallel.world_size": 2, "data.prompt_field": kind}
-    sizes = {"prompt_len": 4, "completion_len": 4, "batch_size": 1}
+    """The request of a case whose step is one of ``rank_steps``, or a method's own under ZeRO."""
+    is_zero = kind == "zero"
+    options = ZERO if is_zero else {"parallel.strategy": "ddp", "data.prompt_field": kind}
+    sizes = {"prompt_len": 4, "completion_len": 4, "batch_size": 1, "dtype": "float32"}
+    case = Case(method="hydra", model="tiny", **sizes, options=Options.of({**options, "parallel.world_size": 2}))
     return {
-        "case": Case(method="dpo", model="tiny", **sizes, options=Options.of(options)).to_dict(),
+        "case": case.to_dict(),
         "memory_limit_bytes": None,
-        "settings": {"time_budget_s": 0.2, "num_blocks": 1, "step": "rank_steps:make"},
+        "settings": {"time_budget_s": 0.2, "num_blocks": 1, "step": None if is_zero else "rank_steps:make"},
     }
 
 

@@ -21,19 +21,22 @@ class Step:
         self._num_steps = 0
         self._is_last = distributed.get_rank() == distributed.get_world_size() - 1
         self._weight = torch.ones(1000, requires_grad=True)
-        if kind == "build-hang" and self._is_last:
-            _sleep()
+        if kind in ("build-hang", "build-die") and self._is_last:
+            MISDEEDS[kind.removeprefix("build-")]()
         if kind.startswith("ddp"):
             self._model = DistributedDataParallel(torch.nn.Linear(64, 64))
 
     def run(self, observer):
         self._num_steps += 1
+        instruments = {type(inner).__name__ for inner in getattr(observer, "_inner", ())}
         with observer.phase("score"):
             total = torch.ones(256, 256) @ torch.ones(256, 256)
             distributed.all_reduce(total)
         with observer.phase("update"):
             if self._num_steps >= TIMED and (self._is_last or self._kind.startswith("all-")):
                 MISDEEDS.get(self._kind, lambda: None)()
+            if self._is_last and self._kind in {f"die-under-{name}" for name in instruments}:
+                _die()
             if self._kind.startswith("ddp"):
                 self._model(torch.ones(8, 64)).sum().backward()
             else:

@@ -18,6 +18,8 @@ SLURM = {
     "SLURM_NODEID": "2",
     "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
     "SLURM_NODELIST": "node[07-08,11]",
+    "SLURM_JOB_ID": "17",
+    "SLURM_STEP_ID": "2",
 }
 
 
@@ -33,12 +35,15 @@ def test_the_variables_of_torchrun():
     assert find_launch(TORCHRUN) == launch
     assert find_launch({**SLURM, **TORCHRUN}) == launch
     assert find_launch({**TORCHRUN, "TORCHELASTIC_USE_AGENT_STORE": "True"}).has_store
+    assert find_launch({**TORCHRUN, "TORCHELASTIC_RUN_ID": "night"}).job == "night"
 
 
 def test_the_variables_of_slurm():
-    assert find_launch(SLURM) == Launch(rank=4, size=5, local_rank=0, local_size=1, host="node07", port=29500)
+    launch = Launch(rank=4, size=5, local_rank=0, local_size=1, host="node07", port=29500, job="17.2")
+    assert find_launch(SLURM) == launch
     first = {**SLURM, "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "0", "MASTER_PORT": "1234"}
-    assert find_launch(first) == Launch(rank=1, size=5, local_rank=1, local_size=2, host="node07", port=1234)
+    launch = Launch(rank=1, size=5, local_rank=1, local_size=2, host="node07", port=1234, job="17.2")
+    assert find_launch(first) == launch
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from rlhfbench.pytest_plugin.measurer import Measurer
 from rlhfbench.records.blocks import summarize
 from rlhfbench.records.file import make_record
 from rlhfbench.runs import forkserver
+from rlhfbench.runs.folder import RunFolder
 from rlhfkernels.config.case import Case
 from rlhfkernels.config.options import Options
 from rlhfkernels.methods.table import METHODS, families
@@ -214,6 +215,48 @@ def test_a_gate_that_cannot_compare_fails_its_tests_with_the_sentence(bench, mea
     result = bench("--benchmark", "--benchmark-gate=nonsense", "-k", "hydra and not joined")
     result.assert_outcomes(failed=1, deselected=4)
     result.stdout.fnmatch_lines(["*revision 'nonsense' is no commit.*"])
+
+
+def test_a_gate_that_cannot_compare_is_not_tried_again_for_each_case(bench, measured, monkeypatch):
+    asked = []
+
+    def compare_with(base, sweep, out):
+        asked.append(base)
+        raise GateError("the machine is not free.")
+
+    monkeypatch.setattr(measurer, "compare_with", compare_with)
+    bench("--benchmark", "--benchmark-gate=main").assert_outcomes(failed=5)
+    assert asked == ["main"]
+
+
+def test_a_gate_of_a_stored_run_has_its_cases(bench, pytester, measured, monkeypatch):
+    sweep = Sweep(cases=(dataclasses.replace(CASE, batch_size=5), dataclasses.replace(CASE, method="lora")))
+    RunFolder("stored").prepare(sweep, resume=False)
+    Path("stored", "records.jsonl").write_text(json.dumps(record_of(sweep.cases[0])) + "\n")
+    monkeypatch.setattr(
+        measurer,
+        "compare_with",
+        lambda base, own, out: [Finding(case=case, quantity="total s", verdict="same") for case in own.cases],
+    )
+    bench("--benchmark", "--benchmark-gate=stored").assert_outcomes(passed=2)
+    pytester.path.joinpath("mine.toml").write_text('methods = ["lora"]\n')
+    result = bench("--benchmark", "--benchmark-gate=stored", "--benchmark-sweep=mine.toml")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*--benchmark-gate RUN takes no --benchmark-sweep: the cases are those of the run.*"])
+    Path("stored", "records.jsonl").write_text("")
+    bench("--benchmark", "--benchmark-gate=stored").stderr.fnmatch_lines(["*baseline 'stored' holds no records*"])
+
+
+def test_a_gate_finds_a_case_whose_model_is_named_by_a_path_from_here(pytester, monkeypatch):
+    pytester.mkdir("mine")
+    sweep = Sweep(cases=(dataclasses.replace(CASE, model="mine"),))
+    monkeypatch.setattr(
+        measurer,
+        "compare_with",
+        lambda base, own, out: [Finding(case=c, quantity="total s", verdict="same") for c in own.absolute().cases],
+    )
+    (found,) = measurer.Gate("main", sweep).findings(sweep.cases[0])
+    assert found.case.model == str(pytester.path / "mine")
 
 
 def test_a_sweep_file_says_what_is_measured(bench, pytester, measured):

@@ -153,14 +153,40 @@ def ranks_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+# Which cases a page of little has, by its name, and whether they failed.
+LITTLE: dict[str, tuple[Callable[[dict[str, Any]], bool], bool]] = {
+    "one case": (lambda case: (case["method"], case["prompt_len"], case["batch_size"]) == ("hydra", 64, 4), False),
+    "one length": (lambda case: case["prompt_len"] == 64, False),
+    "all failed": (lambda case: case["prompt_len"] == 64, True),
+    "empty": (lambda case: False, False),
+}
+
+
+def _little(folder: Path, name: str) -> Path:
+    """The run of a name of ``LITTLE``."""
+    shutil.copytree(RESULT, folder, ignore=shutil.ignore_patterns("*.png", "*.svg", "*.html"))
+    keep, fails = LITTLE[name]
+    records = [json.loads(line) for line in (RESULT / "records.jsonl").read_text().splitlines()]
+    kept = [record for record in records if "case" in record and keep(record["case"])]
+    ids = {record["case"]["id"] for record in kept}
+    if fails:
+        for record in kept:
+            _fail(record, "oom", "out of memory")
+    else:
+        kept += [record for record in records if record.get("block_of") in ids]
+    (folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept))
+    return folder
+
+
 @pytest.fixture(scope="session")
-def page_of(run_dir: Path, ranks_dir: Path) -> Callable[[str], Path]:
+def page_of(run_dir: Path, ranks_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The page of the run of a name, written once."""
     from rlhfbench.runs.page import write_run_page
 
     @functools.cache
     def written(name: str) -> Path:
-        folder = {"one process": run_dir, "ranks": ranks_dir}[name]
+        folder = {"one process": run_dir, "ranks": ranks_dir}.get(name)
+        folder = folder or _little(tmp_path_factory.mktemp("browser") / name, name)
         write_run_page([folder], folder / "index.html")
         return folder / "index.html"
 
@@ -170,8 +196,9 @@ def page_of(run_dir: Path, ranks_dir: Path) -> Callable[[str], Path]:
 class Opened:
     """A page, and what it said and asked for since it was opened."""
 
-    def __init__(self, page: Any, path: Path) -> None:
+    def __init__(self, page: Any, name: str, path: Path) -> None:
         self.page = page
+        self.name = name
         self.said: list[str] = []
         self.asked: list[str] = []
         self.dialogs: list[str] = []
@@ -192,7 +219,8 @@ class Opened:
 def opened(request: pytest.FixtureRequest, browser: Any, page_of: Callable[[str], Path]) -> Iterator[Opened]:
     """A page at a common size in light mode: of one process unless a test names another."""
     context = browser.new_context(viewport={"width": 1280, "height": 900}, color_scheme="light")
-    yield Opened(context.new_page(), page_of(getattr(request, "param", "one process")))
+    name = getattr(request, "param", "one process")
+    yield Opened(context.new_page(), name, page_of(name))
     context.close()
 
 
@@ -202,3 +230,4 @@ def page(opened: Opened) -> Iterator[Any]:
     yield opened.page
     opened.page.set_viewport_size({"width": 1280, "height": 900})
     opened.page.emulate_media(media="screen", color_scheme="light")
+    opened.page.wait_for_function("() => !document.documentElement.classList.contains('dark')", timeout=_WAIT_MS)

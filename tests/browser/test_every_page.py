@@ -1,4 +1,4 @@
-"""Every page as a person uses it, in a real browser: that of one process, and that of cases over ranks."""
+"""Every page as a person uses it, in a real browser: of one process, of cases over ranks, and of runs with little."""
 
 from __future__ import annotations
 
@@ -12,7 +12,16 @@ ACTIVE = "a[href], button, input, select, summary, [tabindex='0']"
 _WAIT_MS = 30_000
 # Ends when what was due is done and the next frame has been drawn.
 _FRAME = """() => new Promise((done) => setTimeout(() => requestAnimationFrame(() => requestAnimationFrame(done))))"""
-pytestmark = pytest.mark.parametrize("opened", ["one process", "ranks"], indirect=True, scope="module")
+# At least so many charts and switches that offer a choice has each page.
+PAGES = {
+    "one process": (8, 6),
+    "ranks": (8, 6),
+    "one length": (8, 6),
+    "one case": (7, 2),
+    "all failed": (0, 0),
+    "empty": (0, 0),
+}
+pytestmark = pytest.mark.parametrize("opened", list(PAGES), indirect=True, scope="module")
 
 
 def test_the_page_loads_without_a_word_on_the_console_and_without_the_network(opened: Any) -> None:
@@ -21,13 +30,13 @@ def test_the_page_loads_without_a_word_on_the_console_and_without_the_network(op
     assert opened.dialogs == []
 
 
-def test_every_chart_is_drawn(page: Any) -> None:
+def test_every_chart_is_drawn(opened: Any, page: Any) -> None:
     charts = page.locator("[data-chart]")
-    assert charts.count() >= 8
+    assert charts.count() >= PAGES[opened.name][0]
     for i in range(charts.count()):
         chart = charts.nth(i)
-        num_marks = chart.locator("svg .mark-group path, svg .mark-symbol path, svg .mark-rect path").count()
-        assert num_marks > 3, chart.get_attribute("data-chart")
+        num_marks = chart.locator("svg .role-mark path").count()
+        assert num_marks > 0, chart.get_attribute("data-chart")
 
 
 def picture(page: Any, chart: str) -> str:
@@ -40,7 +49,7 @@ def chart_ids(page: Any) -> list[str]:
     return found
 
 
-def test_each_switch_changes_its_plot(page: Any) -> None:
+def test_each_switch_changes_its_plot(opened: Any, page: Any) -> None:
     num_switches = 0
     for chart in chart_ids(page):
         figure = page.locator(f"figure:has([data-chart='{chart}'])")
@@ -58,7 +67,7 @@ def test_each_switch_changes_its_plot(page: Any) -> None:
                 group.nth(values.index(value)).check()
 
             num_switches += _changes(page, chart, check, first, values)
-    assert num_switches >= 6
+    assert num_switches >= PAGES[opened.name][1]
 
 
 def _changes(page: Any, chart: str, choose: Callable[[str], object], first: str, values: list[str]) -> bool:
@@ -104,14 +113,13 @@ def set_scheme(page: Any, scheme: str) -> None:
 
 def test_dark_mode_is_dark_and_print_is_light(page: Any) -> None:
     label = "[data-chart='latency'] svg .mark-text text"
-    assert brightness(page, "html", "backgroundColor") > 200 > 100 > brightness(page, label, "fill")
+    has_chart = page.locator(label).count() > 0
+    assert brightness(page, "html", "backgroundColor") > 200
+    assert not has_chart or brightness(page, label, "fill") < 100
     set_scheme(page, "dark")
     assert brightness(page, "html", "backgroundColor") < 60
     assert brightness(page, "body", "color") > 180
-    page.wait_for_function(
-        f"() => getComputedStyle(document.querySelector(\"{label}\")).fill !== 'rgb(51, 51, 51)'", timeout=_WAIT_MS
-    )
-    assert brightness(page, label, "fill") > 150
+    assert not has_chart or brightness(page, label, "fill") > 150
     page.emulate_media(media="print", color_scheme="dark")
     assert brightness(page, "html", "backgroundColor") > 200
     assert brightness(page, "body", "color") < 60

@@ -18,6 +18,12 @@ def texts(page: Any, chart: str) -> list[str]:
     return found
 
 
+def legend(page: Any) -> list[str]:
+    """The words of the legend of the strategies."""
+    found: list[str] = page.locator("[data-chart='strategies'] svg .role-legend-label text").all_text_contents()
+    return found
+
+
 def wait_for_text(page: Any, chart: str, text: str) -> None:
     page.locator(f"[data-chart='{chart}'] svg text", has_text=text).first.wait_for(timeout=_WAIT_MS)
 
@@ -38,14 +44,19 @@ def test_the_strategies_of_a_method_are_bars_with_their_totals(page: Any) -> Non
     assert "OOM" not in found
     figure.get_by_label("DPO", exact=True).check()
     wait_for_text(page, "strategies", "OOM")
+    figure.get_by_label("PPO", exact=True).check()
+    page.locator("[data-chart='strategies'] svg text", has_text="OOM").wait_for(state="detached", timeout=_WAIT_MS)
 
 
 def test_seconds_are_divided_into_work_and_waiting(page: Any) -> None:
     figure = page.locator("figure:has([data-chart='strategies'])")
     figure.get_by_label("seconds", exact=True).check()
     wait_for_text(page, "strategies", "% waiting")
+    assert legend(page) == ["at work", "waiting"]
     figure.get_by_label("GiB by part", exact=True).check()
     wait_for_text(page, "strategies", " GiB, ")
+    assert "waiting" not in legend(page)
+    assert {"base", "optimizer"} <= set(legend(page))
 
 
 def test_every_rank_of_a_case_has_a_bar(page: Any) -> None:

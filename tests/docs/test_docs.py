@@ -6,6 +6,7 @@ The blocks of a page run in order in an empty folder. A block with a title is fi
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import re
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import pytest
 import typer
 
-from rlhfbench.cli.common import case_spec, make_sweep
+from rlhfbench.cli.cases import CaseOptions, make_sweep
 from rlhfbench.cli.main import app, invoke
 from rlhfbench.evidence.parts import PARTS
 from rlhfbench.evidence.request import Request, parse_parts
@@ -194,7 +195,8 @@ def _check_flags(words: list[str]) -> None:
         return
     if "methods" not in params:  # a verb that reads a run
         return
-    assert make_sweep(case_spec(params), params["sweep"], params["setting"]).cases
+    cases = CaseOptions(**{field.name: params[field.name] for field in dataclasses.fields(CaseOptions)})
+    assert make_sweep(cases.spec(), cases.sweep, cases.setting).cases
 
 
 def _check_pytest(words: list[str]) -> None:

@@ -36,7 +36,7 @@ def test_memory_is_compared_at_the_largest_case_that_the_baseline_has_too(make_f
         timed("hydra", 1.0, total=6 * GIB, batch_size=4),
     )
     expected = (
-        "Hydra-PPO needs 75 % less memory than LoRA-PPO at the same batch (5 against 20 GiB, 64 tokens, batch 2)."
+        "Hydra-PPO needs 75 % less memory than LoRA-PPO at the same batch (5.00 against 20.0 GiB, 64 tokens, batch 2)."
     )
     assert answer(frame)[0] == expected
 
@@ -86,7 +86,7 @@ def test_one_block_cannot_tell(make_frame: Frames) -> None:
 
 
 def test_one_method_says_what_it_needs(make_frame: Frames) -> None:
-    assert answer(make_frame(timed("hydra", 1.0, 1.1)))[0] == "Hydra-PPO needs 1 GiB (64 tokens, batch 1)."
+    assert answer(make_frame(timed("hydra", 1.0, 1.1)))[0] == "Hydra-PPO needs 1.00 GiB (64 tokens, batch 1)."
 
 
 def test_methods_without_the_baseline_are_compared_with_the_one_that_needs_most(make_frame: Frames) -> None:
@@ -113,3 +113,20 @@ def test_memory_alone_makes_no_claim_on_time(make_frame: Frames) -> None:
     found = answer(make_frame({"method": "lora", **none}, {"method": "hydra", "model_bytes": GIB // 2, **none}))
     assert "less memory" in found[0]
     assert found[1:] == ["No case has a time."]
+
+
+def test_a_sentence_names_the_case_that_it_is_about(make_frame: Frames) -> None:
+    rows = [
+        timed(method, *(factor * s for s in (1.0, 1.01, 0.99)), total=size * GIB, batch_size=batch, setting=setting)
+        for setting, factor in (("modern", 1.0), ("paper", 2.0))
+        for method, size, batch in (("lora", 8, 1), ("hydra", 4, 1))
+    ]
+    rows += [timed("hydra", 0.2, 0.202, 0.198, total=5 * GIB, batch_size=2, setting="paper")]
+    memory, time, _ = answer(make_frame(*rows))
+    assert memory.endswith("(4.00 against 8.00 GiB, 64 tokens, batch 1, setting modern).")
+    assert time.endswith("(batch 2 against 1, setting paper).")
+
+
+def test_two_sizes_have_the_digits_that_tell_them_apart(make_frame: Frames) -> None:
+    frame = make_frame(timed("lora", 1.0, total=1004 * GIB // 10), timed("hydra", 1.0, total=1003 * GIB // 10))
+    assert "(100.3 against 100.4 GiB, " in answer(frame)[0]

@@ -170,3 +170,28 @@ def test_a_verdict_is_one_that_the_interval_carries(make_frame: Frames) -> None:
         b=[of_blocks(*fast), of_blocks(*slow, prompt_len=64), of_blocks(1.1, 2.9, prompt_len=128), {"prompt_len": 256}],
     )
     assert comparison_table(compared(frame)).cells["verdict"].tolist() == ["faster", "slower", "open", "–"]
+
+
+def test_few_of_many_intervals_beside_1_are_no_sign_of_a_difference(make_frame: Frames) -> None:
+    same, slow = (1.0, 1.01, 0.99), (2.0, 2.01, 1.99)
+    lengths = [16 * place for place in range(1, 21)]
+    before = [of_blocks(*same, prompt_len=length) for length in lengths]
+
+    def sentences(num_slow: int) -> list[str]:
+        after = [of_blocks(*(slow if i < num_slow else same), prompt_len=n) for i, n in enumerate(lengths)]
+        frame = runs(make_frame, before=before, after=after)
+        return comparison_sentences(frame, compared(frame))
+
+    # Of 20 intervals of 95 % at most 3 miss in 98 runs of 100, at most 2 in 92.
+    by_chance = "Chance alone puts up to 3 of 20 intervals beside 1 where nothing differs."
+    assert [by_chance in sentences(num_slow) for num_slow in (0, 1, 3, 4)] == [False, True, True, False]
+
+
+def test_seconds_have_the_digits_that_their_interval_carries(make_frame: Frames) -> None:
+    def texts(*half_widths: float | None) -> list[str]:
+        first, other = ({"total_s_per_sample": 1.23456, "total_half_width_s_per_sample": w} for w in half_widths)
+        table = comparison_table(compared(runs(make_frame, first=[first], other=[other])))
+        return [str(table.cells[heading].iloc[0]) for heading in ("first s", "other s")]
+
+    assert texts(0.4, 0.0003) == ["1.2", "1.2346"]
+    assert texts(0.02, None) == ["1.23", "1.23"]

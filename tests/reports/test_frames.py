@@ -103,13 +103,24 @@ def test_memory_has_a_row_for_every_kind_that_was_counted(make_frame: Frames) ->
 def test_swept_numbers_need_two_values_at_one_size(make_frame: Frames) -> None:
     frame = make_frame(
         {"lora_rank": 8, "options": "ppo.num_ppo_epochs=1"},
+        {"lora_rank": 16, "options": "ppo.num_ppo_epochs=1"},
         {"lora_rank": 16, "options": "ppo.num_ppo_epochs=4, lora.target_modules=all"},
+        {"lora_rank": 16, "options": "ppo.num_ppo_epochs=2, lora.target_modules=all"},
         {"lora_rank": 32, "prompt_len": 64},
     )
     found = frames.swept(frame)
     assert list(dict.fromkeys(found["axis"])) == ["LoRA rank", "ppo.num_ppo_epochs"]
-    assert found.loc[found["axis"] == "LoRA rank", "value"].tolist() == [8, 16]
+    ranks, epochs = (found[found["axis"] == axis] for axis in ("LoRA rank", "ppo.num_ppo_epochs"))
+    assert ranks["value"].tolist() == [8, 16]
+    assert set(ranks["size"]) == {"64 tokens, batch 1, ppo.num_ppo_epochs=1"}
+    assert epochs["value"].tolist() == [2, 4]
+    assert set(epochs["size"]) == {"64 tokens, batch 1, LoRA rank 16, lora.target_modules=all"}
     assert frames.swept(make_frame({})).empty
+
+
+def test_a_number_that_follows_from_the_setting_is_not_swept(make_frame: Frames) -> None:
+    frame = make_frame({"lora_rank": 16, "setting": "modern"}, {"lora_rank": 128, "setting": "paper"})
+    assert frames.swept(frame).empty
 
 
 def test_predictions_stand_beside_measurements(make_frame: Frames) -> None:

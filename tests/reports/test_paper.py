@@ -50,7 +50,7 @@ def test_table_1_takes_ratios_to_the_baseline_on_both_sides(make_frame: Frames) 
     assert cells.loc["Hydra-PPO", "total / LoRA-PPO, ours"] == "0.50"
     assert cells.loc["Hydra-PPO", "s / LoRA-PPO, paper"] == "0.35"
     assert cells.loc["Hydra-PPO", "s / LoRA-PPO, ours"] == "0.25"
-    assert cells.loc["full", "total GiB, ours"] == "–"
+    assert cells.loc["PPO", "total GiB, ours"] == "–"
     assert cells.loc["LoRA-PPO", "our case"] == "64 tokens, batch 1"
 
 

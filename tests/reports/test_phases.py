@@ -41,7 +41,9 @@ def test_cases_without_a_time_and_phases_that_a_method_lacks_have_no_point(make_
 
 
 def test_the_roofline_has_the_phases_that_logarithmic_axes_can_show(make_frame: Frames) -> None:
-    points = roofline_points(make_frame(row(), row(seed=1, generate_phase_flops=0)))
+    points = roofline_points(
+        make_frame(row(), row(seed=1, generate_phase_flops=0), row(seed=2, generate_phase_bytes=0))
+    )
     assert points["phase"].tolist() == ["generate"]
 
 

@@ -88,7 +88,7 @@ def test_strategies_stand_beside_each_other_in_one_order(make_frame: Make, ranke
         [TIME, AT_WORK, 0.75],
         [TIME, WAITING, 0.25],
     ]
-    assert list(dict.fromkeys(ddp["words"])) == ["1.5 GiB, 1 s", "1 s, 25 % waiting"]
+    assert list(dict.fromkeys(ddp["words"])) == ["1.50 GiB, 1 s", "1 s, 25 % waiting"]
     zero = bars[(bars["label"] == "ZeRO-3") & (bars["what"] == TIME)]
     assert zero[["part", "value", "words"]].to_numpy().tolist() == [[AT_WORK, 2.0, "2 s"]]
 
@@ -148,8 +148,8 @@ def test_the_ranks_of_the_largest_case_of_each_line(make_frame: Make, ranked: Ra
     bars = rank_bars(frame, ranks)
     assert set(bars["at"]) == {"Hydra-PPO, DDP, 2 ranks, 128 tokens, batch 4"}
     assert bars[["label", "part", "value", "words"]].to_numpy().tolist() == [
-        ["rank 0, cpu on one", "base", 1.0, "1 GiB"],
-        ["rank 1, cpu on two", "base", 1.0, "1 GiB"],
+        ["rank 0, cpu on one", "base", 1.0, "1.00 GiB"],
+        ["rank 1, cpu on two", "base", 1.0, "1.00 GiB"],
         ["rank 0, cpu on one", AT_WORK, 1.5, "2 s, 25 % waiting"],
         ["rank 1, cpu on two", AT_WORK, 2.0, "2 s"],
         ["rank 0, cpu on one", WAITING, 0.5, "2 s, 25 % waiting"],

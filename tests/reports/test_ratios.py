@@ -10,7 +10,7 @@ from scipy import stats
 
 from rlhfreports.gain import gain_table
 from rlhfreports.memory import table as memory_table
-from rlhfreports.ratios import Ratio, control_ratios, interval_decimals, ratio, resolution
+from rlhfreports.ratios import Ratio, control_ratios, interval_decimals, ratio, resolution, rounded
 
 
 def row(blocks, **other):
@@ -73,6 +73,11 @@ def test_decimals_follow_the_first_digit_of_the_half_width(value, half_width, de
     assert interval_decimals(value, half_width) == decimals
 
 
+@pytest.mark.parametrize(("half_width", "text"), [(None, "0.123"), (0.04, "0.12"), (0.0003, "0.1235"), (0.0, "0.123")])
+def test_a_number_has_the_digits_that_its_interval_carries(half_width, text):
+    assert rounded(0.12345, half_width) == text
+
+
 def pair(blocks, others, **case):
     return [row(blocks, method="lora", **case), row(others, method="dynamic-lora", same_work_as="lora", **case)]
 
@@ -82,6 +87,8 @@ def test_methods_of_the_same_work_are_the_control(make_frame):
     frame = make_frame(*rows, row([9.0, 9.0], method="hydra"))
     assert [found.value for found in control_ratios(frame)] == pytest.approx([math.sqrt(1.1), 0.5])
     assert resolution(frame).startswith("This run tells apart differences above 100 %: 2 pairs of cases")
+    one = make_frame(*pair([1.0, 1.1], [1.0, 1.0]))
+    assert resolution(one).endswith(": a pair of cases that do the same work differs by 4.9 %.")
 
 
 def test_without_a_control_the_intervals_tell(make_frame):
@@ -105,12 +112,12 @@ def test_the_memory_table_rounds_to_the_interval_and_marks_disturbed_cases(make_
     assert cells.loc["Hydra-PPO", ["total s/sample", "± s"]].tolist() == ["0.124", "0.002"]
     assert cells.loc["LoRA-PPO", ["total s/sample", "± s"]].tolist() == ["0.3", "2.5!"]
     assert "2 disturbed blocks do not count: x used 40 %." in table.notes
-    assert any(note.startswith("!: 1 of 2 cases are shown with disturbed blocks") for note in table.notes)
+    assert any(note.startswith("!: 1 of 2 cases is shown with disturbed blocks") for note in table.notes)
 
 
 def test_missing_blocks_are_counted(make_frame):
     table = memory_table(make_frame(row([1.0, None, 1.1], num_timed_blocks=2)))
-    assert "1 blocks are missing: they failed, or the run was ended before them." in table.notes
+    assert "A block is missing: it failed, or the run was ended before it." in table.notes
 
 
 def test_a_gain_within_its_interval_is_not_shared_out(make_frame):

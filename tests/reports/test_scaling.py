@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pytest
 
 from rlhfreports.scaling import draw_scaling, planned_table, ranks_table, scaling_figure, scaling_table
 
@@ -24,6 +25,18 @@ def test_the_table_of_lines(make_frame: Make, ranked: Ranked) -> None:
     )
     assert "| ZeRO-2" in table.markdown()
     assert table.csv().splitlines()[0].startswith("method,method_title,strategy,seq_len,")
+
+
+def test_a_speed_up_has_the_interval_of_its_blocks(make_frame: Make, ranked: Ranked) -> None:
+    blocks = ([2.0, 2.1, 1.9], [1.0, 1.0, 1.0])
+    frame = make_frame(
+        *(ranked(2**i, 4, values[0], total_block_s_per_sample=values) for i, values in enumerate(blocks))
+    )
+    table = scaling_table(frame)
+    assert table.cells["speed-up"].tolist() == ["1.00x", "2.0x ± 0.3"]
+    low, high = (float(table.frame[f"speed_up_{end}"].iloc[1]) for end in ("low", "high"))
+    # 2 exp(± 4.303 s / √3), with s = 0.0501, the standard deviation of ln 2.0, ln 2.1 and ln 1.9.
+    assert (low, high) == pytest.approx((1.7647, 2.2629), abs=1e-4)
 
 
 def test_the_table_of_all_cases_over_ranks(make_frame: Make, ranked: Ranked) -> None:

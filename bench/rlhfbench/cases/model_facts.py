@@ -27,7 +27,6 @@ _MAX_SIZES |= dict.fromkeys(("hidden_size", "n_embd", "d_model", "num_attention_
 _MAX_SIZES |= {"vocab_size": 2**31 - 1}
 # Names of the width of a model and of the number of its heads.
 _HEADS = (("hidden_size", "num_attention_heads"), ("n_embd", "n_head"), ("d_model", "n_heads"))
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,8 +84,6 @@ def _inspect_folder(model: str, path: Path) -> ModelFacts:
     if not config.is_file():
         what = "adapters without their model" if (path / "adapter_config.json").is_file() else "no config.json"
         raise ModelError(f"model '{model}' is a folder that holds no model: it has {what}.")
-    if not any(True for pattern in _WEIGHTS for _ in path.glob(pattern)):
-        raise ModelError(f"model '{model}' is a folder that holds no model: it has no weights ({', '.join(_WEIGHTS)}).")
     return _facts(model, config)
 
 

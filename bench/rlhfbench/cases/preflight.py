@@ -12,7 +12,7 @@ from rlhfbench.cases.model_facts import ModelFacts, inspect_model
 from rlhfbench.cases.ranks import check_ranks
 from rlhfbench.cases.settings import changed_options
 from rlhfbench.cases.sweep import Sweep
-from rlhfbench.cases.weights import check_safetensors
+from rlhfbench.cases.weights import check_weights
 from rlhfbench.errors import SweepError
 from rlhfbench.measure.nvml import num_cuda_devices
 from rlhfkernels.config.case import vocabulary_problem
@@ -158,7 +158,7 @@ def _check_weights(models: Iterable[str]) -> Iterator[str]:
     for model in models:
         if model not in PRESETS and (folder := Path(model).expanduser()).is_dir():
             try:
-                check_safetensors(model, folder)
+                check_weights(model, folder)
             except ModelError as error:
                 yield str(error)
 

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 
 from rlhfkernels.errors import ModelError
 
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _SAFETENSORS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000  # of safetensors' own reader
@@ -24,11 +25,11 @@ class _FileError(Exception):
     """The rest of a sentence that begins with the file."""
 
 
-def check_safetensors(model: str, folder: Path) -> None:
-    """Checks the safetensors files that transformers would load from the folder of a checkpoint.
+def check_weights(model: str, folder: Path) -> None:
+    """Checks that the folder of a checkpoint has weights, and the safetensors files that transformers would load.
 
     Raises:
-        ModelError: a file is absent, empty, truncated or malformed, or holds no tensors.
+        ModelError: there are none; or a safetensors file is absent, empty, truncated or malformed, or holds no tensors.
     """
     name = _SAFETENSORS
     try:
@@ -38,6 +39,8 @@ def check_safetensors(model: str, folder: Path) -> None:
             name = _INDEX
             for name in _shards(folder / _INDEX):
                 _read_safetensors(folder / name)
+        elif not any(True for pattern in _WEIGHTS for _ in folder.glob(pattern)):
+            raise ModelError(f"model '{model}' is a folder without weights ({', '.join(_WEIGHTS)}): a plan needs none.")
     except (_FileError, OSError) as error:
         raise _invalid(model, name, error) from error
 

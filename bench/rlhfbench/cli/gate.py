@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rlhfbench.cli import common
-from rlhfbench.cli.common import case_spec, epilog, make_sweep, number, path_text
+from rlhfbench.cli.cases import CaseOptions, make_sweep
+from rlhfbench.cli.common import ended_by_sigterm, epilog, number, path_text
 from rlhfbench.cli.gate_output import Output, progress
-from rlhfbench.errors import ForkServerError, GateError
+from rlhfbench.cli.groups import with_groups
+from rlhfbench.errors import GateError
 from rlhfbench.files import check_writable
 from rlhfbench.launch import refuse_launcher
 
@@ -34,8 +35,9 @@ EPILOG = epilog(
 SMALL: dict[str, Any] = {"seq_lens": [32], "batch_sizes": [2]}
 
 
+@with_groups
 def gate(
-    ctx: typer.Context,
+    *,
     base: Annotated[
         str | None,
         typer.Option(metavar="REV", rich_help_panel=COMPARED, help="Revision that the working tree is compared with."),
@@ -77,22 +79,7 @@ def gate(
             help="Your own step in place of a method: called with each case.",
         ),
     ] = None,
-    model: common.Model = None,
-    methods: common.Methods = None,
-    seq_lens: common.SeqLens = None,
-    batch_sizes: common.BatchSizes = None,
-    sweep: common.SweepFile = None,
-    setting: common.Setting = None,
-    prompt_fraction: common.PromptFraction = None,
-    seed: common.Seed = None,
-    option: common.Option = None,
-    prompts: common.Prompts = None,
-    prompt_field: common.PromptField = None,
-    demonstrations: common.Demonstrations = None,
-    pairs: common.Pairs = None,
-    device: common.Device = None,
-    dtype: common.Dtype = None,
-    lora_rank: common.LoraRank = None,
+    cases: CaseOptions,
     smallest_effect: Annotated[
         float,
         typer.Option(
@@ -157,15 +144,14 @@ def gate(
     is spent. Without options for cases: the PPO methods on a tiny model at one small size.
     """
     refuse_launcher("rlhfbench gate")
-    asked = [name for name in ("base", "baseline", "self_test", "bisect") if ctx.params[name]]
-    if len(asked) != 1:
+    if sum(map(bool, (base, baseline, self_test, bisect))) != 1:
         raise GateError("one of --base, --baseline, --self-test and --bisect must be given, and only one.")
     if (update_baseline or memory_only) and not baseline:
         raise GateError("--update-baseline and --memory-only need --baseline RUN.")
-    spec = case_spec(ctx.params)
-    is_new = bool(baseline and update_baseline and not Path(baseline).exists())
-    if baseline and not is_new and (spec or sweep or setting or step):
-        raise GateError("--baseline takes no cases: they are those of the stored run.")
+    spec = cases.spec()
+    is_new = bool(baseline and update_baseline and not any(Path(baseline).glob("*")))
+    if baseline and not is_new and (spec or cases.sweep or cases.setting or step or threads):
+        raise GateError("--baseline takes no cases and no --threads: they are those of the stored run.")
     if step and baseline:
         raise GateError("--step needs --base, --bisect or --self-test.")
     output = Output(summary=summary, as_json=as_json, out=out)
@@ -175,31 +161,26 @@ def gate(
     from rlhfbench.gate import sides
 
     options = _options(smallest_effect, promised_effect, budget_s, threads, step)
-    # SIGTERM ends a gate as Ctrl-C does: processes and folders are removed.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with sides.only_gate(), sides.temporary_folder() as temporary:
-            folder = temporary / "runs" if out is None else Path(out)
-            if baseline and not is_new:
-                findings = _against_run(
-                    Path(baseline), folder, options, update=update_baseline, memory_only=memory_only
-                )
-                return output.finish(findings, f"the run in {baseline}", "a new run")
-            cases = make_sweep(spec if sweep else {**SMALL, **spec}, sweep, setting)
-            if baseline:
-                return _first_baseline(Path(baseline), cases, folder, options)
-            if self_test:
-                return _self_test(cases, folder, options, output)
-            if bisect:
-                return _bisect(bisect, cases, folder, options, output)
-            assert base is not None
-            root = sides.repository()
-            head = sides.head_side(root, step=step)
-            with sides.checked_out(base, root, "base", _roots(root, options)) as other:
-                findings = _compare(other, head, cases, folder, options)
-            return output.finish(findings, other.title, head.title)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    # However it ends, processes and folders are removed.
+    with ended_by_sigterm(), sides.only_gate(), sides.temporary_folder() as temporary:
+        folder = temporary / "runs" if out is None else Path(out)
+        if baseline and not is_new:
+            findings = _against_run(Path(baseline), folder, options, update=update_baseline, memory_only=memory_only)
+            return output.finish(findings, f"the run in {baseline}", "a new run")
+        sweep = make_sweep(spec if cases.sweep else {**SMALL, **spec}, cases.sweep, cases.setting)
+        if baseline:
+            return _first_baseline(Path(baseline), sweep, folder, options)
+        if self_test:
+            return _self_test(sweep, folder, options, output)
+        if bisect:
+            return _bisect(bisect, sweep, folder, options, output)
+        assert base is not None
+        root = sides.repository()
+        roots = sides.module_roots(root, with_working_folder=step is not None)
+        head = sides.head_side(root, roots, step=step)
+        with sides.checked_out(base, root, "base", roots, step=step) as other:
+            findings = _compare(other, head, sweep, folder, options)
+        return output.finish(findings, other.title, head.title)
 
 
 def _options(smallest: float, promised: float, budget_s: float, threads: int | None, step: str | None) -> GateOptions:
@@ -221,12 +202,6 @@ def _options(smallest: float, promised: float, budget_s: float, threads: int | N
     return GateOptions(effects=effects, budget_s=budget_s, num_threads=threads, step=step)
 
 
-def _roots(root: Path, options: GateOptions) -> list[str]:
-    from rlhfbench.gate.sides import module_roots
-
-    return module_roots(root, with_working_folder=options.step is not None)
-
-
 def _compare(base: Any, head: Any, cases: Sweep, folder: Path, options: GateOptions) -> list[Finding]:
     from rlhfbench.gate.compare import Comparison
 
@@ -237,7 +212,7 @@ def _self_test(cases: Sweep, folder: Path, options: GateOptions, output: Output)
     from rlhfbench.gate.selftest import self_test
     from rlhfbench.gate.sides import Side
 
-    paths = tuple([str(Path.cwd())] if options.step else [])
+    paths = (str(Path.cwd()),) if options.step else ()
     lines: list[str] = []
 
     def tell(line: str) -> None:
@@ -256,15 +231,15 @@ def _bisect(ends: tuple[str, str], cases: Sweep, folder: Path, options: GateOpti
     from rlhfbench.gate import sides
 
     root = sides.repository()
-    roots = _roots(root, options)
+    roots = sides.module_roots(root, with_working_folder=options.step is not None)
     commits = search.commits_between(*ends, root)
-    with sides.checked_out(ends[0], root, "base", roots) as good:
+    with sides.checked_out(ends[0], root, "base", roots, step=options.step) as good:
 
         def compare(commit: str) -> list[Finding]:
             try:
-                with sides.checked_out(commit, root, "head", roots) as head:
+                with sides.checked_out(commit, root, "head", roots, step=options.step) as head:
                     return _compare(good, head, cases, folder / commit[:10], options)
-            except (GateError, ForkServerError) as error:  # a commit whose code cannot be imported
+            except GateError as error:  # a commit that cannot be compared
                 progress(str(error))
                 return []
 

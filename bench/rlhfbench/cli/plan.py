@@ -8,8 +8,10 @@ from typing import Annotated
 
 import typer
 
-from rlhfbench.cli import common, ranks
-from rlhfbench.cli.common import READING_CODES, case_spec, epilog, path_text, print_table
+from rlhfbench.cli.cases import CaseOptions
+from rlhfbench.cli.common import HARDWARE, READING_CODES, epilog, path_text, print_table
+from rlhfbench.cli.groups import with_groups
+from rlhfbench.cli.ranks import RankOptions, make_ranked_sweep
 from rlhfbench.files import check_writable
 
 OUTPUT = "Output"
@@ -22,36 +24,19 @@ EPILOG = epilog(
 )
 
 
+@with_groups
 def plan(
-    ctx: typer.Context,
-    model: common.Model = None,
-    methods: common.Methods = None,
-    seq_lens: common.SeqLens = None,
-    batch_sizes: common.BatchSizes = None,
-    sweep: common.SweepFile = None,
-    setting: common.Setting = None,
-    prompt_fraction: common.PromptFraction = None,
-    seed: common.Seed = None,
-    option: common.Option = None,
-    prompts: common.Prompts = None,
-    prompt_field: common.PromptField = None,
-    demonstrations: common.Demonstrations = None,
-    pairs: common.Pairs = None,
-    device: common.Device = None,
-    dtype: common.Dtype = None,
-    lora_rank: common.LoraRank = None,
+    *,
+    cases: CaseOptions,
     gpu: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            rich_help_panel=common.HARDWARE,
+            rich_help_panel=HARDWARE,
             help="An accelerator (a100-80gb) or a size: 24GiB. None by default.",
         ),
     ] = None,
-    world_size: ranks.WorldSize = None,
-    parallel: ranks.Parallel = None,
-    zero_stage: ranks.ZeroStage = None,
-    global_batch: ranks.GlobalBatch = False,
+    ranks: RankOptions,
     out: Annotated[
         str | None,
         typer.Option(
@@ -76,10 +61,9 @@ def plan(
         check_writable("out", Path(out))
 
     # A plan is for an accelerator unless the command says otherwise; a sweep file usually names the device of a run.
-    spec = case_spec(ctx.params) | {"device": device or "cuda"}
-    cases = ranks.make_ranked_sweep(spec, sweep, setting, ctx.params)
+    spec = cases.spec() | {"device": cases.device or "cuda"}
     planned = planning.plan(
-        cases,
+        make_ranked_sweep(spec, cases.sweep, cases.setting, ranks),
         gpu=gpu,
         with_timeline=out is not None,
         meanwhile=(lambda: None) if as_json and out is None else plan_output.import_libraries,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlhfbench.cli.common import given, make_sweep, numbers, words
+from rlhfbench.cli.cases import make_sweep
+from rlhfbench.cli.common import given, numbers, words
 from rlhfbench.errors import SweepError
 from rlhfkernels.config.rules import shown
 
@@ -17,62 +19,72 @@ if TYPE_CHECKING:
 
 RANKS = "Ranks"
 
-WorldSize = Annotated[
-    str | None,
-    typer.Option(
-        metavar="N,...",
-        rich_help_panel=RANKS,
-        help="Processes of each case, its ranks; each of several numbers is a case.  [default: no ranks; run: those of "
-        "the launcher]",
-    ),
-]
-Parallel = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME,...",
-        rich_help_panel=RANKS,
-        help="How ranks share a step: ddp, fsdp or deepspeed; each of several is a case.  [default: ddp]",
-    ),
-]
-ZeroStage = Annotated[
-    str | None,
-    typer.Option(
-        metavar="N,...",
-        rich_help_panel=RANKS,
-        help="Stages of DeepSpeed's ZeRO, 0 to 3; without --parallel it is deepspeed.  [default: 0]",
-    ),
-]
-GlobalBatch = Annotated[
-    bool,
-    typer.Option("--global-batch", rich_help_panel=RANKS, help="Batch sizes are over all ranks, not of one rank."),
-]
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RankOptions:
+    """The options for cases of several ranks."""
+
+    world_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,...",
+            rich_help_panel=RANKS,
+            help="Processes of each case, its ranks; each of several numbers is a case.  [default: no ranks; run: those"
+            " of the launcher]",
+        ),
+    ] = None
+    parallel: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            rich_help_panel=RANKS,
+            help="How ranks share a step: ddp, fsdp or deepspeed; each of several is a case.  [default: ddp]",
+        ),
+    ] = None
+    zero_stage: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,...",
+            rich_help_panel=RANKS,
+            help="Stages of DeepSpeed's ZeRO, 0 to 3; without --parallel it is deepspeed.  [default: 0]",
+        ),
+    ] = None
+    global_batch: Annotated[
+        bool,
+        typer.Option("--global-batch", rich_help_panel=RANKS, help="Batch sizes are over all ranks, not of one rank."),
+    ] = False
+
+    @property
+    def define_cases(self) -> bool:
+        """True if one of them was given that makes other cases."""
+        return any(value is not None for value in (self.world_size, self.parallel, self.zero_stage))
 
 
 def make_ranked_sweep(
     spec: Mapping[str, Any],
     file: str | None,
     setting: str | None,
-    params: Mapping[str, Any],
+    ranks: RankOptions,
     *,
     launched: int | None = None,
 ) -> Sweep:
-    """The sweep of ``rlhfbench.cli.common.make_sweep`` over the ranks that options and launcher name.
+    """The sweep of ``rlhfbench.cli.cases.make_sweep`` over the ranks that options and launcher name.
 
     Args:
         spec: see ``make_sweep``.
         file: see ``make_sweep``.
         setting: see ``make_sweep``.
-        params: the parameters of the verb: ``world_size``, ``parallel``, ``zero_stage``, ``global_batch``.
+        ranks: the options of ranks.
         launched: processes that a launcher started; ``None`` without one.
 
     Raises:
         SweepError: every problem, one sentence each.
     """
-    sizes, stages = numbers("--world-size", params["world_size"]), numbers("--zero-stage", params["zero_stage"])
+    sizes, stages = numbers("--world-size", ranks.world_size), numbers("--zero-stage", ranks.zero_stage)
     wrong = [size for size in sizes or () if size < 1]
     if wrong:
         raise SweepError(f"--world-size has {size}: it must be whole numbers of at least 1." for size in wrong)
-    strategies = words(params["parallel"]) or (None if stages is None else ["deepspeed"])  # ZeRO is DeepSpeed's
+    strategies = words(ranks.parallel) or (None if stages is None else ["deepspeed"])  # ZeRO is DeepSpeed's
     own = _options(world_size=sizes, strategy=strategies, zero_stage=stages)
     defaults: dict[str, Any] = {}
     if sizes or launched is not None:
@@ -81,9 +93,9 @@ def make_ranked_sweep(
     spec = {**spec, "options": own | spec.get("options", {})} if own else spec
     sweep = make_sweep(spec, file, setting, defaults={"options": defaults} if defaults else None)
     if strategies and not defaults and all(case.options.parallel.world_size == 1 for case in sweep.cases):
-        flag = f"--zero-stage is {params['zero_stage']}" if stages else f"--parallel is {shown(params['parallel'])}"
+        flag = f"--zero-stage is {ranks.zero_stage}" if stages else f"--parallel is {shown(ranks.parallel)}"
         raise SweepError([f"{flag}: it needs --world-size N."])
-    return _of_one_rank(sweep) if params["global_batch"] else sweep
+    return _of_one_rank(sweep) if ranks.global_batch else sweep
 
 
 def _options(**values: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rlhfbench.cluster.agent import Agent, describe_node, message_of
 from rlhfbench.cluster.executor import SUSPECT_S, Lost, Reply
+from rlhfbench.cluster.lease import keep_lease
 from rlhfbench.cluster.nodes import Node, names_of
 from rlhfbench.cluster.placement import Claim
 from rlhfbench.planning.devices import Accelerator
@@ -78,6 +79,19 @@ def _of_living(failed: Mapping[str, str]) -> dict[str, str]:
     return dict(failed)
 
 
+class NodeAgent(Agent):
+    """An agent that ends itself where its node is cut off: Ray would leave it alone, and its case is tried elsewhere.
+
+    Args:
+        server: see ``Agent``.
+        cores: see ``Agent``.
+    """
+
+    def __init__(self, server: Mapping[str, Any], cores: Sequence[int] | None) -> None:
+        keep_lease(ray.get_runtime_context().gcs_address)
+        super().__init__(server, cores)
+
+
 class RayTransport:
     """Carries tasks to the nodes of the cluster that this process is connected to.
 
@@ -97,7 +111,7 @@ class RayTransport:
         tell: Callable[[str], None],
     ) -> None:
         self._server, self._describe, self._add_nodes, self._tell = dict(server), dict(describe), add_nodes, tell
-        self._agent_class = ray.remote(Agent)
+        self._agent_class = ray.remote(NodeAgent)
         self._idle: dict[str, dict[Hashable, list[Any]]] = {}  # agents by node and claim
         self._running: dict[ray.ObjectRef[Any], tuple[Claim, Any]] = {}
         self._known: dict[str, Node | None] = {}  # None: the node cannot run cases

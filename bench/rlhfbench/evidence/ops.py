@@ -87,7 +87,9 @@ def _swapped(call: Callable[[Tensors, OpSize], Any], size: OpSize, tensors: Tens
 def _values(call: Call, inputs: Tensors, num_differentiated: int) -> list[torch.Tensor]:
     """Returns the result, then the gradients of the first inputs for a gradient of alternating signs."""
     leaves = [t.detach().clone().requires_grad_() for t in inputs[:num_differentiated]]
-    with torch.set_grad_enabled(num_differentiated > 0):
+    # Libraries start their kernels on the current device.
+    device = torch.cuda.device_of(inputs[0])  # type: ignore[no-untyped-call]
+    with device, torch.set_grad_enabled(num_differentiated > 0):
         out: torch.Tensor = call((*leaves, *inputs[num_differentiated:]))
         if not leaves:
             return [out]

@@ -13,6 +13,7 @@ from rlhfbench.evidence.items import read_items
 from rlhfbench.evidence.parts import PARTS
 from rlhfbench.evidence.request import GIB
 from rlhfbench.evidence.reserve import fit_reserve
+from rlhfbench.measure.options import SNAPSHOT_NAME
 from rlhfbench.planning.devices import Accelerator
 from rlhfbench.records.derived import at
 from rlhfbench.records.file import Record, read_records
@@ -66,7 +67,7 @@ def report(folder: Path, found: dict[str, Any]) -> str:
         "## Against transformers and PEFT",
         _table(("dtype", "checks", "wrong", "largest error / tolerance"), _verify(read_items(folder / "verify.json"))),
         "## Profile",
-        _profile(runs["profile"], read_items(folder / "profile.json")),
+        _profile(folder, runs["profile"], read_items(folder / "profile.json")),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -234,15 +235,15 @@ def _verify(items: dict[str, Any]) -> list[Sequence[Any]]:
     return rows
 
 
-def _profile(records: Sequence[Record], items: dict[str, Any]) -> str:
+def _profile(folder: Path, records: Sequence[Record], items: dict[str, Any]) -> str:
     if not records:
         return ""
-    traces = "Traces of the phases are in `runs/profile/traces`."
-    step = items.get("step")
-    if step is None:
-        return traces
-    waits = ", ".join(step["waits"]) or "none"
-    return f"{traces} The allocator's history is `snapshot.pickle`. Waits inside phases: {step['num_waits']} ({waits})."
+    said = ["Traces of the phases are in `runs/profile/traces`."]
+    if (folder / SNAPSHOT_NAME).is_file():
+        said.append(f"The allocator's history is `{SNAPSHOT_NAME}`.")
+    if (step := items.get("step")) is not None:
+        said.append(f"Waits inside phases: {step['num_waits']} ({', '.join(step['waits']) or 'none'}).")
+    return " ".join(said)
 
 
 def _number(value: float | None, digits: int) -> str:

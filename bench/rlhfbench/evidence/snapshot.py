@@ -6,12 +6,13 @@ Not yet run on a GPU.
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rlhfbench.measure.allocator import allocator_history
+from rlhfbench.measure.allocator import allocator_history, keeps_history
 from rlhfkernels.config.case import Case
 from rlhfkernels.observer import Observer
 from rlhfkernels.training.step import build_step
@@ -38,7 +39,7 @@ def watch_step(case: Case, path: Path) -> dict[str, Any]:
 
     Args:
         case: the case.
-        path: receives the allocator's snapshot, for pytorch.org/memory_viz.
+        path: receives the snapshot of torch's own allocator, for pytorch.org/memory_viz.
 
     Returns:
         ``num_waits``: synchronizations inside phases, as ``torch.cuda.set_sync_debug_mode`` warns of them; ``waits``:
@@ -54,7 +55,8 @@ def watch_step(case: Case, path: Path) -> dict[str, Any]:
         if phases.name is not None and "synchroniz" in str(message):
             waits.append(f"{phases.name}: {filename.rpartition('/rlhfkernels/')[2]}:{lineno}")
 
-    with allocator_history(path), warnings.catch_warnings():
+    history = allocator_history(path) if keeps_history() else nullcontext()
+    with history, warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.showwarning = note  # type: ignore[assignment]
         torch.cuda.set_sync_debug_mode("warn")

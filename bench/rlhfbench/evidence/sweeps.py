@@ -11,10 +11,11 @@ from typing import Any
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.evidence.items import Items
 from rlhfbench.evidence.request import GIB, PAPER_TOTAL_GIB, Request
+from rlhfbench.measure.nvml import device_bytes
+from rlhfbench.measure.options import SNAPSHOT_NAME
 from rlhfbench.planning.devices import Accelerator
 from rlhfbench.planning.max_batch import plan_kinds, with_batch
 from rlhfbench.planning.zero import Zero
-from rlhfbench.runs import environment
 from rlhfbench.runs.folder import RunFolder
 from rlhfbench.runs.options import RunOptions
 from rlhfbench.runs.runner import run_sweep
@@ -59,7 +60,7 @@ def run_profile(request: Request, folder: Path, left_s: float) -> None:
     if request.device != "cpu":  # last: this process then holds the memory of a step
         from rlhfbench.evidence.snapshot import watch_step
 
-        Items(folder / "profile.json").add("step", functools.partial(watch_step, short, folder / "snapshot.pickle"))
+        Items(folder / "profile.json").add("step", functools.partial(watch_step, short, folder / SNAPSHOT_NAME))
 
 
 def _run(request: Request, folder: Path, name: str, cases: Sequence[Case], left_s: float, **options: Any) -> None:
@@ -98,8 +99,7 @@ def largest(request: Request, folder: Path, cases: Iterable[Case]) -> list[Case]
 def usable_bytes(device: str) -> int:
     """Returns the memory that a step may take: the device's without the reserve, and at most the paper's total."""
     limit = int(PAPER_TOTAL_GIB * GIB)
-    gpus = environment.gpus() if device != "cpu" else None
-    index = int(device.partition(":")[2] or 0)
-    if not gpus or index >= len(gpus):
+    memory_bytes = None if device == "cpu" else device_bytes(device)
+    if memory_bytes is None:
         return limit
-    return min(limit, Accelerator(name=device, memory_bytes=gpus[index]["memory_bytes"]).usable_bytes)
+    return min(limit, Accelerator(name=device, memory_bytes=memory_bytes).usable_bytes)

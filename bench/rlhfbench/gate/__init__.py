@@ -40,8 +40,7 @@ def compare_with(
         if RunFolder(base).is_run:
             return baseline.compare_with_run(Path(base), out, options)
         root = sides.repository()
-        with_working_folder = options.step is not None
-        head = sides.head_side(root, step=options.step)
-        roots = sides.module_roots(root, with_working_folder=with_working_folder)
-        with sides.checked_out(base, root, "base", roots) as side:
+        roots = sides.module_roots(root, with_working_folder=options.step is not None)
+        head = sides.head_side(root, roots, step=options.step)
+        with sides.checked_out(base, root, "base", roots, step=options.step) as side:
             return Comparison(side, head, sweep, out, options, tell).run()

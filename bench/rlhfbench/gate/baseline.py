@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import statistics
+from collections.abc import Iterator
 from pathlib import Path
 
 from rlhfbench.cases.sweep import Sweep
-from rlhfbench.errors import GateError
+from rlhfbench.errors import GateError, RecordsError, RunFolderError, SweepError
 from rlhfbench.files import write_atomically
 from rlhfbench.gate.compare import GateOptions
 from rlhfbench.gate.decide import SIGNIFICANCE, Effects, estimate_unpaired
-from rlhfbench.gate.findings import Finding, failure, findings_of, judged
+from rlhfbench.gate.findings import Finding, findings_of, one_sided
 from rlhfbench.records.blocks import block_values
-from rlhfbench.records.file import Record, read_records
+from rlhfbench.records.file import RECORDS_NAME, Record, read_records
 from rlhfbench.runs import environment
-from rlhfbench.runs.folder import RunFolder
+from rlhfbench.runs.folder import ENVIRONMENT_NAME, SWEEP_NAME, RunFolder
 from rlhfbench.runs.options import RunOptions
 from rlhfbench.runs.runner import run_sweep
 from rlhfkernels.config.case import Case
@@ -23,14 +26,20 @@ def baseline_sweep(folder: Path) -> Sweep:
     """Returns the sweep of a stored run.
 
     Raises:
-        GateError: the folder holds no run, or one without records.
+        GateError: the folder holds no run, one without records, or one that cannot be read.
     """
     run = RunFolder(folder)
     if not run.is_run:
         raise GateError(f"baseline '{folder}' holds no run: make one with rlhfbench run --out.")
-    if not read_records(folder):
-        raise GateError(f"baseline '{folder}' holds no records: nothing can be compared with it.")
-    return run.load_sweep()
+    try:
+        if not run.sweep_path.is_file():
+            raise GateError(f"baseline '{folder}' has no {run.sweep_path.name}: it cannot be run again.")
+        if not read_records(folder):
+            raise GateError(f"baseline '{folder}' holds no records: nothing can be compared with it.")
+        run.environments()
+        return Sweep.from_file(run.sweep_path)
+    except (RecordsError, RunFolderError, SweepError) as error:
+        raise GateError(f"baseline '{folder}' cannot be compared with: {str(error).splitlines()[0]}") from error
 
 
 def time_obstacle(base: Path, head: Path) -> str | None:
@@ -38,7 +47,8 @@ def time_obstacle(base: Path, head: Path) -> str | None:
     earlier, now = RunFolder(base).environments(), RunFolder(head).environments()
     if not earlier or not now:
         return "Times are not judged: the environment of the baseline is not recorded."
-    changed = environment.differences(now[0], earlier, without=("commit", "rlhfbench"))
+    # Threads are compared by case: the environment has those that were asked for.
+    changed = environment.differences(now[0], earlier, without=("commit", "rlhfbench", "threads"))
     return f"Times are not judged: {'; '.join(changed)}." if changed else None
 
 
@@ -51,40 +61,38 @@ def baseline_findings(base: Path, head: Path, effects: Effects, *, times_obstacl
         effects: What counts.
         times_obstacle: One sentence on why times cannot be compared; ``None`` if they can.
     """
-    sides = [{r["case"]["id"]: r for r in read_records(folder)} for folder in (base, head)]
+    old, new = ({r["case"]["id"]: r for r in read_records(folder)} for folder in (base, head))
     cases = {case.id: case for folder in (base, head) for case in RunFolder(folder).load_sweep().cases}
-    paired = findings_of(
-        cases.values(), lambda case: sides[0].get(case.id), lambda case: sides[1].get(case.id), effects, SIGNIFICANCE
-    )
-    # Blocks of two runs are no pairs: times are estimated anew.
-    findings = [found for found in paired if not found.quantity.endswith(" s") and found.quantity != "times"]
-    for case in cases.values():
-        old, new = (side.get(case.id) for side in sides)
-        if old is not None and new is not None and failure(old) is failure(new) is None:
-            findings += _times(case, old, new, times_obstacle)
-    return judged(findings, SIGNIFICANCE, effects)
+
+    def times_of(case: Case, base: Record, head: Record) -> Iterator[Finding]:
+        return _times(case, base, head, times_obstacle)
+
+    return findings_of(cases.values(), old, new, effects, SIGNIFICANCE, times_of)
 
 
-def _times(case: Case, base: Record, head: Record, obstacle: str | None) -> list[Finding]:
-    """The times of one case, not judged yet, or one finding on why they cannot be."""
+def _times(case: Case, base: Record, head: Record, obstacle: str | None) -> Iterator[Finding]:
+    """Yields the times of one case, not judged yet, or one finding on why they cannot be."""
     values = [_counted_values(record) for record in (base, head)]
+    if obstacle is None and base["num_threads"] != head["num_threads"]:
+        obstacle = f"Times are not judged: {head['num_threads']} threads instead of {base['num_threads']}."
     if obstacle is None and min(map(len, values)) < 2:
         obstacle = "a side has fewer than two blocks."
     if obstacle is not None:
-        return [Finding(case=case, quantity="times", verdict="ambiguous", reason=obstacle)]
-    found = []
+        yield Finding(case=case, quantity="times", verdict="ambiguous", reason=obstacle)
+        return
     for name in dict.fromkeys(name for side in values for value in side for name in value):
-        seconds = [[value[name] for value in side if value.get(name, 0) > 0] for side in values]
-        if min(map(len, seconds)) >= 2:
-            means = [sum(side) / len(side) for side in seconds]
-            estimated = estimate_unpaired(*seconds)
-            quantity = f"{name} s"
-            found.append(
-                Finding(
-                    case=case, quantity=quantity, verdict="ambiguous", base=means[0], head=means[1], estimate=estimated
-                )
-            )
-    return found
+        seconds = [[value[name] for value in side if name in value] for side in values]
+        if not all(seconds):
+            yield one_sided(case, f"{name} s", in_base=bool(seconds[0]))
+            continue
+        base_s, head_s = map(statistics.fmean, seconds)
+        known = Finding(case=case, quantity=f"{name} s", verdict="same", base=base_s, head=head_s)
+        if min(map(min, seconds)) > 0:
+            yield dataclasses.replace(known, estimate=estimate_unpaired(*seconds))
+        elif base_s or head_s:
+            yield dataclasses.replace(known, verdict="ambiguous", reason="it took no time in some blocks.")
+        else:
+            yield known
 
 
 def _counted_values(record: Record) -> list[dict[str, float]]:
@@ -108,12 +116,18 @@ def compare_with_run(baseline: Path, out: Path, options: GateOptions, *, memory_
     """
     cases = baseline_sweep(baseline)
     settings = RunFolder(baseline).settings()
-    threads = {} if options.num_threads is None else {"num_threads": options.num_threads}
+    threads = {"num_threads": options.num_threads or settings.get("num_threads") or _threads(baseline)}
     if run_sweep(cases, out, RunOptions.recorded({**settings, **threads, "with_plan": False})).interrupted:
         raise KeyboardInterrupt
     obstacle = None if memory_only else time_obstacle(baseline, out)
     findings = baseline_findings(baseline, out, options.effects, times_obstacle=obstacle)
     return [found for found in findings if not memory_only or found.quantity.startswith("memory") or not found.quantity]
+
+
+def _threads(baseline: Path) -> int | None:
+    """The threads of the cases of a stored run, whose scratch buffers grow with them; ``None`` if cases differ."""
+    found = {record["num_threads"] for record in read_records(baseline)} - {None}
+    return found.pop() if len(found) == 1 else None
 
 
 def update_baseline(head: Path, baseline: Path) -> None:
@@ -126,8 +140,10 @@ def update_baseline(head: Path, baseline: Path) -> None:
         raise GateError(f"baseline '{baseline}' holds files of something else: name an empty or a new folder.")
     try:
         baseline.mkdir(parents=True, exist_ok=True)
-        # The records last: with the others alone, the folder is a run that lacks its cases.
-        for name in ("sweep.toml", "environment.json", "records.jsonl"):
+        # Old records are gone before the files that they would be read with change, and new ones come last: without
+        # them, the folder is a run that lacks its cases.
+        (baseline / RECORDS_NAME).unlink(missing_ok=True)
+        for name in (SWEEP_NAME, ENVIRONMENT_NAME, RECORDS_NAME):
             write_atomically(baseline / name, (head / name).read_text(encoding="utf-8"))
     except OSError as error:
         raise GateError(f"baseline '{baseline}' cannot be written: {error.strerror}.") from error

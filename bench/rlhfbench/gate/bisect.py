@@ -57,11 +57,13 @@ class Tested:
         is_open = any(quantity and (case, quantity) not in answered for case, quantity, _ in wanted)
         return "cannot tell" if is_open or not self.findings else "good"
 
-    def line(self, judgement: Judgement) -> str:
-        """Returns the judgement, the interval of the ratio that differs most, and the commit's subject."""
-        ratios = [found.estimate for found in self.findings if found.estimate is not None]
-        most = max(ratios, key=lambda ratio: abs(ratio.ratio - 1), default=None)
-        sure = f" (largest ratio {most.ratio:.3f}, {most.low:.3f} to {most.high:.3f})" if most else ""
+    def line(self, judgement: Judgement, wanted: set[Regression]) -> str:
+        """Returns the judgement, the most different of the quantities that it goes by, and the commit's subject."""
+        names = {(case, quantity) for case, quantity, _ in wanted}
+        rated = [found for found in self.findings if found.ratio is not None]
+        asked = [found for found in rated if not names or (found.case.id, found.quantity) in names]
+        most = max(asked, key=lambda found: abs((found.ratio or 0) - 1), default=None)
+        sure = f" ({most.quantity}: {most.shown_ratio})" if most is not None else ""
         return f"{self.commit[:10]} {judgement}{sure}: {self.subject}"
 
 
@@ -72,10 +74,10 @@ def commits_between(good: str, bad: str, root: Path) -> list[str]:
         GateError: ``good`` is no ancestor of ``bad``.
     """
     first, last = commit_of(good, root), commit_of(bad, root)
-    found = git("rev-list", "--reverse", "--first-parent", f"{first}..{last}", folder=root).split()
-    if not found or git("merge-base", first, last, folder=root) != first:
+    newer = git("rev-list", last, folder=root).split()
+    if first == last or first not in newer:
         raise GateError(f"--bisect {good} {bad}: the first must be an ancestor of the second.")
-    return found
+    return git("rev-list", "--reverse", "--first-parent", f"{first}..{last}", folder=root).split()
 
 
 def bisect(
@@ -101,7 +103,7 @@ def bisect(
 
     culprit = test(commits[-1])
     wanted, unclear = culprit.regressions, []
-    tell(culprit.line(culprit.judged(wanted)))
+    tell(culprit.line(culprit.judged(wanted), wanted))
     if not wanted:
         return culprit
     low, high = 0, len(commits) - 1
@@ -109,7 +111,7 @@ def bisect(
         middle = (low + high) // 2
         tested = test(commits[middle])
         judgement = tested.judged(wanted)
-        tell(tested.line(judgement))
+        tell(tested.line(judgement, wanted))
         if judgement == "bad":
             culprit, high = tested, middle
             continue

@@ -20,8 +20,9 @@ import psutil
 
 from rlhfbench.cases.preflight import check
 from rlhfbench.cases.sweep import Sweep
+from rlhfbench.errors import ForkServerError
 from rlhfbench.gate.decide import MAX_LOOKS, MIN_PAIRS, PAIRS_PER_LOOK, Effects, Levels, share_done
-from rlhfbench.gate.findings import Finding, failure, findings_of
+from rlhfbench.gate.findings import Finding, failure, findings_of, not_compared
 from rlhfbench.gate.sides import Side, temporary_folder
 from rlhfbench.measure.turns import run_in_turns
 from rlhfbench.processes import num_cores
@@ -40,7 +41,7 @@ _MAX_SHARE_OF_MEMORY = 0.7
 # Of the first pair, which measures memory: a step to warm up and two more.
 _SHORTEST_S = 0.01
 _MAX_TURNS_S = 3.0
-CHANGES = ("slower", "faster")
+CHANGES = ("slower", "faster", "larger", "smaller")
 Tell = Callable[[str], None]
 # Returns the fault that is put into the step of a case: see ``rlhfbench.measure.injection``.
 Fault = Callable[[Case], Mapping[str, Any]]
@@ -110,6 +111,15 @@ class Timed:
             run_folder, run_options, self.records, ThisMachine(self._server), Silent(), extra_settings=settings
         )
 
+    def start(self) -> str | None:
+        """Starts the process that cases are forked from; returns why it did not start."""
+        if self.side.obstacle is None:
+            try:
+                self._server.start()
+            except ForkServerError as error:
+                return str(error)
+        return self.side.obstacle
+
     def measure_memory(self, case: Case) -> None:
         """Measures the first block of ``case``."""
         self._runner.run([case])
@@ -124,9 +134,9 @@ class Timed:
         """Kills a case that runs."""
         self._server.kill()
 
-    def record(self, case: Case) -> Record | None:
-        """The record of ``case``; ``None`` before its first block."""
-        return next((r for r in self.records.records if r["case"]["id"] == case.id), None)
+    def records_by_case(self) -> dict[str, Record]:
+        """The records by the case's id, read from the file."""
+        return {record["case"]["id"]: record for record in self.records.records}
 
 
 class Comparison:
@@ -156,9 +166,10 @@ class Comparison:
         *,
         seed: int = 0,
     ) -> None:
-        self._sides, self._sweep, self._out, self._options = (base, head), sweep, out, options
+        self._sides, self._out, self._options = (base, head), out, options
+        self._sweep = sweep.absolute()
         self._tell, self._random = tell, random.Random(seed)
-        self.spent_s: dict[str, float] = {case.id: 0.0 for case in sweep.cases}
+        self.spent_s: dict[str, float] = {case.id: 0.0 for case in self._sweep.cases}
 
     def run(self, fault: Fault | None = None) -> list[Finding]:
         """Times pairs until every case is decided or its time is spent, and returns the findings of all cases.
@@ -168,13 +179,16 @@ class Comparison:
         """
         if self._options.step is None:
             check(self._sweep)
-        sweep = self._sweep.absolute()
+        sweep = self._sweep
         with contextlib.ExitStack() as opened:
             folder = opened.enter_context(temporary_folder(for_sockets=True))
             both = [
                 Timed(side, self._out / side.name, sweep, self._options, opened, own)
                 for side, own in zip(self._sides, (None, fault), strict=True)
             ]
+            obstacles = [timed.start() for timed in both]
+            if any(obstacles):
+                return [not_compared(case, *obstacles) for case in sweep.cases]
             self._measure_memory(both, sweep.cases)
             undecided = list(sweep.cases)
             findings: list[Finding] = []
@@ -184,9 +198,8 @@ class Comparison:
                     self._time_pairs(both, undecided, folder)
                 least_s = min((self.spent_s[case.id] for case in undecided), default=self._options.budget_s)
                 share = share_done(look, least_s, self._options.budget_s)
-                found = findings_of(
-                    sweep.cases, both[0].record, both[1].record, self._options.effects, levels.take(share)
-                )
+                base, head = (timed.records_by_case() for timed in both)
+                found = findings_of(sweep.cases, base, head, self._options.effects, levels.take(share))
                 findings = _with_changes_of(findings, found)
                 ids = {found.case.id for found in findings if found.verdict == "ambiguous"}
                 undecided = [c for c in sweep.cases if c.id in ids and self.spent_s[c.id] < self._options.budget_s]
@@ -205,8 +218,9 @@ class Comparison:
 
     def _time_pairs(self, both: Sequence[Timed], cases: Sequence[Case], folder: Path) -> None:
         """Times a pair of every case, in random order."""
+        earlier = [timed.records_by_case() for timed in both]
         for case in self._random.sample(cases, len(cases)):
-            records = [timed.record(case) for timed in both]
+            records = [side.get(case.id) for side in earlier]
             if any(failure(record) for record in records):
                 continue  # it cannot be compared any more
             if all(timed.side.takes_turns for timed in both) and fit_at_once(case, records):
@@ -231,9 +245,11 @@ def _with_changes_of(before: Sequence[Finding], now: Sequence[Finding]) -> list[
     """The findings of this look, but for changes that an earlier one found.
 
     A level is spent once: without this, the smaller levels of later looks would take back what a larger one allowed.
+    A change stands also where its case has failed since, and is compared no more.
     """
-    changes = {(f.case.id, f.quantity): f for f in before if f.estimate is not None and f.verdict in CHANGES}
-    return [changes.get((found.case.id, found.quantity), found) for found in now]
+    changes = {(f.case.id, f.quantity): f for f in before if f.verdict in CHANGES}
+    kept = [changes.pop((found.case.id, found.quantity), found) for found in now]
+    return [*kept, *changes.values()]
 
 
 def default_threads() -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from rlhfbench.gate.decide import Effects, Estimate, Verdict, counted_pairs, estimate, judge, judge_memory
@@ -13,7 +13,7 @@ from rlhfbench.records.derived import at
 from rlhfbench.records.file import Record
 from rlhfkernels.config.case import Case
 
-RecordOf = Callable[[Case], "Record | None"]
+TimesOf = Callable[[Case, Record, Record], "Iterable[Finding]"]
 # At the moment of the highest total. Their split is comparable only where both sides peak in the same phase.
 _AT_PEAK = ("model_bytes", "activation_bytes", "rollout_bytes")
 
@@ -44,34 +44,52 @@ class Finding:
     reason: str | None = None
     is_regression: bool = False
 
+    @property
+    def ratio(self) -> float | None:
+        """Of head to base; ``None`` without both."""
+        if self.estimate is not None:
+            return self.estimate.ratio
+        return self.head / self.base if self.base and self.head is not None else None
+
+    @property
+    def shown_ratio(self) -> str:
+        """The ratio with its interval, if it has one."""
+        if self.estimate is not None:
+            return f"{self.estimate.ratio:.3f} ({self.estimate.low:.3f} to {self.estimate.high:.3f})"
+        return "–" if self.ratio is None else f"{self.ratio:.4f}"
+
 
 def findings_of(
-    cases: Iterable[Case], base_of: RecordOf, head_of: RecordOf, effects: Effects, level: float
+    cases: Iterable[Case],
+    base: Mapping[str, Record],
+    head: Mapping[str, Record],
+    effects: Effects,
+    level: float,
+    times_of: TimesOf | None = None,
 ) -> list[Finding]:
     """Returns the findings of every case from the records of both sides.
 
     Args:
         cases: The cases.
-        base_of: Returns the base's record of a case, or ``None``.
-        head_of: Returns the head's.
+        base: The base's records, by the case's id.
+        head: The head's.
         effects: What counts.
         level: Significance level.
+        times_of: Returns the times of a case from its two records, not judged yet; by default, from pairs of blocks.
     """
     findings: list[Finding] = []
     for case in cases:
-        base, head = base_of(case), head_of(case)
-        if base is None or head is None or failure(base) is not None or failure(head) is not None:
-            findings.append(_not_compared(case, base, head))
-        else:
-            findings += [*_times(case, base, head), *sizes_of(case, base, head)]
-    return judged(findings, level, effects)
-
-
-def judged(findings: Iterable[Finding], level: float, effects: Effects) -> list[Finding]:
-    """Returns ``findings`` with a verdict for each that has an estimate; Holm's correction is over all of these."""
-    findings = list(findings)
-    times = [found for found in findings if found.estimate is not None]
-    verdicts = iter(judge([found.estimate for found in times if found.estimate is not None], level, effects))
+        old, new = base.get(case.id), head.get(case.id)
+        failures = failure(old), failure(new)
+        if any(failures):
+            findings.append(not_compared(case, *failures, is_missing=old is None or new is None))
+        elif old is not None and new is not None:
+            findings += (times_of or _times)(case, old, new)
+        # Memory is measured in the first block: a later one may fail.
+        if old is not None and new is not None and old["outcome"] == new["outcome"] == "ok":
+            findings += sizes_of(case, old, new)
+    # Holm's correction is over the times of all cases.
+    verdicts = iter(judge([found.estimate for found in findings if found.estimate is not None], level, effects))
     return [found if found.estimate is None else _with_verdict(found, next(verdicts)) for found in findings]
 
 
@@ -79,19 +97,24 @@ def _with_verdict(found: Finding, verdict: Verdict) -> Finding:
     return dataclasses.replace(found, verdict=verdict, is_regression=verdict in ("slower", "larger"))
 
 
-def _not_compared(case: Case, base: Record | None, head: Record | None) -> Finding:
-    """The finding on a case that a side lacks or could not measure.
+def not_compared(case: Case, base: str | None, head: str | None, *, is_missing: bool = False) -> Finding:
+    """Returns the finding on a case that a side lacks or could not measure.
 
     It is a regression where the base measured it. Where the base is at fault, or both are, the gate cannot tell.
+
+    Args:
+        case: The case.
+        base: How the base failed; ``None`` if it did not.
+        head: How the head failed.
+        is_missing: A side has no record of the case.
     """
-    failures = {"base": failure(base), "head": failure(head)}
-    reason = "; ".join(f"{name}: {why}" for name, why in failures.items() if why is not None)
+    failures = {"base": base, "head": head}
     return Finding(
         case=case,
         quantity="",
-        verdict="missing" if base is None or head is None else "failed",
-        reason=reason,
-        is_regression=failures["base"] is None,
+        verdict="missing" if is_missing else "failed",
+        reason="; ".join(f"{name}: {why}" for name, why in failures.items() if why is not None).replace(".; ", "; "),
+        is_regression=base is None,
     )
 
 
@@ -116,16 +139,17 @@ def _times(case: Case, base: Record, head: Record) -> Iterator[Finding]:
         if name not in kept[0].base or name not in kept[0].head:
             yield one_sided(case, f"{name} s", in_base=name in kept[0].base)
             continue
-        if all(name in pair.log_ratios for pair in kept):
-            yield Finding(
-                case=case,
-                quantity=f"{name} s",
-                verdict="ambiguous",
-                base=statistics.fmean(pair.base[name] for pair in kept),
-                head=statistics.fmean(pair.head[name] for pair in kept),
-                estimate=estimate([pair.log_ratios[name] for pair in kept], [pair.errors[name] for pair in kept]),
-                num_set_aside=len(counted) - sum(counted),
-            )
+        base_s = statistics.fmean(pair.base[name] for pair in kept)
+        head_s = statistics.fmean(pair.head[name] for pair in kept)
+        known = Finding(case=case, quantity=f"{name} s", verdict="same", base=base_s, head=head_s)
+        logs = [(pair.log_ratios[name], pair.errors[name]) for pair in kept if name in pair.log_ratios]
+        if len(logs) == len(kept):
+            num_set_aside = len(counted) - sum(counted)
+            yield dataclasses.replace(known, estimate=estimate(*zip(*logs, strict=True)), num_set_aside=num_set_aside)
+        elif base_s or head_s:
+            yield dataclasses.replace(known, verdict="ambiguous", reason="it took no time in some blocks.")
+        else:
+            yield known
 
 
 def one_sided(case: Case, quantity: str, *, in_base: bool) -> Finding:

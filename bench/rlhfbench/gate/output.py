@@ -33,17 +33,13 @@ def _entry(found: Finding) -> dict[str, Any]:
         "verdict": found.verdict,
         "base": found.base,
         "head": found.head,
-        "ratio": ratio.ratio if ratio else _ratio_of(found),
+        "ratio": found.ratio,
         "interval": [ratio.low, ratio.high] if ratio else None,
         "p_value": ratio.p_value if ratio else None,
         "num_pairs": ratio.num_pairs if ratio else None,
         "num_pairs_set_aside": found.num_set_aside,
         "reason": found.reason,
     }
-
-
-def _ratio_of(found: Finding) -> float | None:
-    return found.head / found.base if found.base and found.head is not None else None
 
 
 def markdown(findings: Sequence[Finding], base: str, head: str) -> str:
@@ -85,13 +81,7 @@ def _answer(findings: Sequence[Finding]) -> str:
 
 def _row(found: Finding, title: str) -> str:
     cells = [title, found.quantity or "–", *(_size(found, value) for value in (found.base, found.head))]
-    if found.estimate is not None:
-        estimate = found.estimate
-        cells.append(f"{estimate.ratio:.3f} ({estimate.low:.3f} to {estimate.high:.3f})")
-    else:
-        ratio = _ratio_of(found)
-        cells.append("–" if ratio is None else f"{ratio:.4f}")
-    cells.append(found.verdict if found.reason is None else f"{found.verdict}: {found.reason}")
+    cells += [found.shown_ratio, found.verdict if found.reason is None else f"{found.verdict}: {found.reason}"]
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 

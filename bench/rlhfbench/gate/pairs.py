@@ -54,7 +54,8 @@ def pairs_of(base: Record, head: Record) -> list[BlockPair]:
         # One side may have had a turn more when the other failed.
         rounds = list(zip(*steps, strict=False)) if in_turns else [(base_s, head_s)]
         disturbed = (_is_disturbed(base_block), _is_disturbed(head_block))
-        logs = _logs_of_rounds(rounds)
+        # A phase that not every step enters has no ratio in each round.
+        logs = {**_logs_of_rounds([(base_s, head_s)]), **_logs_of_rounds(rounds)}
         found.append(
             BlockPair(
                 base=base_s,

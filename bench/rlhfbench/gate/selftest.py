@@ -12,11 +12,12 @@ from pathlib import Path
 
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.errors import GateError
-from rlhfbench.gate.compare import Comparison, Fault, GateOptions
+from rlhfbench.gate.compare import CHANGES, Comparison, Fault, GateOptions
 from rlhfbench.gate.decide import Effects, Verdict
 from rlhfbench.gate.findings import Finding
 from rlhfbench.gate.sides import Side
 from rlhfbench.gate.simulation import Rates, measured_cases, rates
+from rlhfbench.runs.titles import Titles
 
 SLOWDOWNS = (0.02, 0.05, 0.10, 0.20)
 HELD_BYTES = 64 * 1024
@@ -38,7 +39,9 @@ def self_test(side: Side, sweep: Sweep, out: Path, options: GateOptions, tell: C
     cases = measured_cases(out / "clean", comparison.spent_s)
     if not cases:
         raise GateError(f"no case could be measured: {clean[0].reason}")
-    alarms = [found for found in clean if found.verdict in ("slower", "faster", "larger", "smaller")]
+    for failed in [found for found in clean if found.verdict == "failed"]:
+        tell(f"{Titles(sweep.cases)(failed.case)} could not be measured: {failed.reason}")
+    alarms = [found for found in clean if found.verdict in CHANGES]
     tell(f"itself: {len(alarms)} false alarms in {len(sweep.cases)} cases, {len(clean)} quantities")
     held = Comparison(base, head, sweep, out / "held", options).run(lambda case: {"held_bytes": HELD_BYTES})
     tell(f"{HELD_BYTES} bytes held over a step: found in {_num_cases(held, 'larger')} of {len(sweep.cases)} cases")

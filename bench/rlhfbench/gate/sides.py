@@ -15,11 +15,15 @@ from pathlib import Path
 
 from rlhfbench.errors import GateError
 
-# Prints the files of the modules that a step's module loads.
+# Writes the files of the modules that a step's module loads to a file: what that module prints is its own. The kernel
+# kills it with its parent (PR_SET_PDEATHSIG is 1): a module may wait for something for ever.
 _LOADED_FILES = (
-    "import importlib, json, sys; importlib.import_module(sys.argv[1]); "
-    "print(json.dumps({n: getattr(m, '__file__', None) for n, m in list(sys.modules.items()) if '.' not in n}))"
+    "import ctypes, importlib, json, pathlib, sys; sys.platform == 'linux' and ctypes.CDLL(None).prctl(1, 9); "
+    "importlib.import_module(sys.argv[1]); "
+    "files = {n: getattr(m, '__file__', None) for n, m in list(sys.modules.items()) if '.' not in n}; "
+    "pathlib.Path(sys.argv[2]).write_text(json.dumps(files))"
 )
+_SOURCE_FOLDERS = ("src", "python", "lib")
 # The path of a Unix socket has 104 to 108 characters.
 _MAX_TEMPORARY_CHARS = 70
 # Deletes a folder when its standard input ends: when the gate ends, also by SIGKILL.
@@ -33,7 +37,7 @@ class Side:
     Attributes:
         name: ``base`` or ``head``.
         title: What it is, in words: a revision with its commit, or the working tree.
-        paths: Folders that Python's module search finds first. Empty: those of this process.
+        paths: Folders that Python's module search finds first.
     """
 
     name: str
@@ -43,24 +47,45 @@ class Side:
     @property
     def takes_turns(self) -> bool:
         """False for a revision of this package from before its steps could be timed in turns."""
-        own = [Path(path, "rlhfbench") for path in self.paths if Path(path, "rlhfbench").is_dir()]
-        return not own or Path(own[0], "measure", "turns.py").is_file()
+        own = self._own_package
+        return own is None or Path(own, "measure", "turns.py").is_file()
+
+    @property
+    def obstacle(self) -> str | None:
+        """One sentence for a revision of this package that cannot be timed at all; ``None`` for others."""
+        own = self._own_package
+        if own is None or Path(own, "measure", "injection.py").is_file():
+            return None
+        return "its rlhfbench is from before there was a gate: compare with a later revision."
+
+    @property
+    def _own_package(self) -> Path | None:
+        return next((Path(path, "rlhfbench") for path in self.paths if Path(path, "rlhfbench").is_dir()), None)
 
 
-def git(*arguments: str, folder: Path | None = None) -> str:
+def git(*arguments: str, folder: Path | None = None, index: Path | None = None) -> str:
     """Returns the output of a git command.
+
+    Args:
+        *arguments: The command.
+        folder: Working folder of the command.
+        index: File of the index, in place of the repository's.
 
     Raises:
         GateError: git is missing, or the command fails.
     """
+    environment = None if index is None else {**os.environ, "GIT_INDEX_FILE": str(index)}
     try:
-        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ["git", *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=True
+        )
     except OSError as error:
         raise GateError("git is needed to compare revisions, and is not installed.") from error
     except subprocess.CalledProcessError as error:
-        raise GateError(
-            f"git {arguments[0]} failed: {(error.stderr.strip() or 'no message.').splitlines()[-1]}"
-        ) from error
+        lines = error.stderr.strip().splitlines() or ["no message."]
+        # Advice may follow the line that says what is wrong.
+        said = next((line for line in lines if line.startswith("fatal: ")), lines[-1])
+        raise GateError(f"git {arguments[0]} failed: {said.removeprefix('fatal: ')}") from error
     return done.stdout.strip()
 
 
@@ -68,12 +93,12 @@ def repository() -> Path:
     """Returns the root of the repository that the working folder lies in.
 
     Raises:
-        GateError: it lies in none.
+        GateError: it lies in none, or git refuses it.
     """
     try:
         return Path(git("rev-parse", "--show-toplevel"))
     except GateError as error:
-        raise GateError(f"--base needs a git repository, and '{Path.cwd()}' lies in none.") from error
+        raise GateError(f"'{Path.cwd()}' lies in no git repository that can be compared: {error}") from error
 
 
 def commit_of(revision: str, root: Path) -> str:
@@ -90,55 +115,68 @@ def commit_of(revision: str, root: Path) -> str:
         raise GateError(f"revision '{revision}' is no commit of '{root}'.") from error
 
 
-def head_side(root: Path, *, step: str | None = None) -> Side:
+def head_side(root: Path, roots: Sequence[str], *, step: str | None = None) -> Side:
     """Returns the working tree as it is, uncommitted changes included.
 
     Args:
         root: The repository.
-        step: ``module:function`` of the user's own step, which is imported from the working folder too.
+        roots: Folders of ``root`` that modules are imported from.
+        step: ``module:function`` of the user's own step.
 
     Raises:
-        GateError: The step imports a module of the repository from somewhere else.
+        GateError: There is no commit yet, or the step imports a module of the repository from somewhere else.
     """
-    commit = git("rev-parse", "--short", "HEAD", folder=root)
+    commit = git("rev-parse", "--short", commit_of("HEAD", root), folder=root)
     num_changed = len(git("status", "--porcelain", folder=root).splitlines())
-    changes = f" with uncommitted changes in {num_changed} files" if num_changed else ""
-    paths = (str(Path.cwd()),) if step else ()
+    changes = f" with uncommitted changes in {num_changed} file{'s' * (num_changed > 1)}" if num_changed else ""
     if step:
-        _check_imports(step, paths, root)
-    return Side(name="head", title=f"the working tree at {commit}{changes}", paths=paths)
+        _check_imports(step, roots, root, root, "the repository")
+    return Side(name="head", title=f"the working tree at {commit}{changes}", paths=tuple(roots))
 
 
-def _check_imports(step: str, paths: Sequence[str], root: Path) -> None:
-    """Refuses a step that loads a module of the repository from another place: both sides would run that copy."""
+def _check_imports(step: str, paths: Sequence[str], files: Path, root: Path, where: str) -> None:
+    """Refuses a step that loads a module of the repository from another place: both sides would run that copy.
+
+    Args:
+        step: ``module:function``.
+        paths: Folders that the side's modules are looked for in first.
+        files: Folder that the side's files lie in.
+        root: The repository.
+        where: ``files`` in words.
+    """
     given = os.environ.get("PYTHONPATH")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, *([given] if given else [])])}
-    command = [sys.executable, "-P", "-c", _LOADED_FILES, step.partition(":")[0]]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return  # the record of its first case says why it cannot be imported
-    loaded: dict[str, str | None] = json.loads(done.stdout.splitlines()[-1])
-    for name in _module_names(root) & loaded.keys():
+    with temporary_folder() as folder:
+        written = folder / "files.json"
+        command = [sys.executable, "-P", "-c", _LOADED_FILES, step.partition(":")[0], str(written)]
+        subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        if not written.is_file():
+            return  # the record of its first case says why it cannot be imported
+        loaded: dict[str, str | None] = json.loads(written.read_text(encoding="utf-8"))
+    for name in sorted(_module_names(root) & loaded.keys()):
         file = loaded[name]
-        if file is not None and not _is_inside(Path(file), root):
+        if file is not None and not _is_inside(Path(file), files):
             raise GateError(
-                f"step '{step}' imports '{name}' from '{file}' and not from the repository, so both sides would run "
-                "that copy: install the project in editable mode."
+                f"step '{step}' imports '{name}' from '{file}' and not from {where}, so both sides would run that "
+                "copy: install the project in editable mode, and call the gate in the folder of the step."
             )
 
 
 def _module_names(root: Path) -> set[str]:
-    """The modules and packages at the top of a repository, or of its folder ``src``."""
+    """The modules and packages at the top of a repository, or of its folder of sources."""
     found = set()
     for line in git("ls-files", "*.py", folder=root).splitlines():
-        first, *rest = Path(line).parts if not line.startswith("src/") else Path(line).parts[1:]
+        parts = Path(line).parts
+        first, *rest = parts[1:] if len(parts) > 1 and parts[0] in _SOURCE_FOLDERS else parts
         if not rest or rest == ["__init__.py"]:
             found.add(first.removesuffix(".py"))
-    return found
+    return found - sys.stdlib_module_names
 
 
 @contextlib.contextmanager
-def checked_out(revision: str, root: Path, name: str, roots: Sequence[str]) -> Iterator[Side]:
+def checked_out(
+    revision: str, root: Path, name: str, roots: Sequence[str], *, step: str | None = None
+) -> Iterator[Side]:
     """Yields the side of ``revision``, whose files lie in a temporary folder until the block ends.
 
     Args:
@@ -146,24 +184,30 @@ def checked_out(revision: str, root: Path, name: str, roots: Sequence[str]) -> I
         root: The repository.
         name: Of the side.
         roots: Folders of ``root`` that modules are imported from; the same folders of the revision are used.
+        step: ``module:function`` of the user's own step.
 
     Raises:
-        GateError: There is no such commit, or it lacks all of these folders.
+        GateError: There is no such commit, it cannot be checked out, it lacks these folders, or the step imports a
+            module of the repository from somewhere else.
     """
     commit = commit_of(revision, root)
     with temporary_folder() as folder:
-        # An archive and not a worktree: it leaves nothing in the repository, whatever ends this process.
-        with subprocess.Popen(["git", "archive", commit], cwd=root, stdout=subprocess.PIPE) as archive:
-            unpacked = subprocess.run(["tar", "-x", "-C", str(folder)], stdin=archive.stdout, check=False)
-        if archive.returncode or unpacked.returncode:
-            raise GateError(f"revision '{revision}' cannot be checked out.")
-        paths = [folder / Path(path).resolve().relative_to(root.resolve()) for path in roots]
-        present = tuple(str(path) for path in paths if path.is_dir())
-        if not present:
-            raise GateError(f"revision '{revision}' has none of the folders that modules are imported from.")
+        files, index = folder / "files", folder / "index"
+        # Neither a worktree, which leaves an entry in the repository if this process is killed, nor an archive, which
+        # lacks what the repository's attributes leave out of releases.
+        git("read-tree", commit, folder=root, index=index)
+        git("checkout-index", "--all", f"--prefix={files}/", folder=root, index=index)
+        folders = {path: files / Path(path).resolve().relative_to(root.resolve()) for path in roots}
+        missing = [path for path, own in folders.items() if not own.is_dir()]
+        # Without the folder of one of this package's parts, the part would come from the working tree.
+        if len(missing) == len(folders) or (missing and step is None):
+            raise GateError(f"revision '{revision}' lacks '{missing[0]}', which modules are imported from.")
+        paths = tuple(str(own) for path, own in folders.items() if path not in missing)
+        if step:
+            _check_imports(step, paths, files, root, f"revision '{revision}'")
         short = git("rev-parse", "--short", commit, folder=root)
         title = short if short.startswith(revision) or revision.startswith(short) else f"{revision} ({short})"
-        yield Side(name=name, title=title, paths=present)
+        yield Side(name=name, title=title, paths=paths)
 
 
 @contextlib.contextmanager

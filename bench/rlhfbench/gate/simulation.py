@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rlhfbench.gate.compare import CHANGES
@@ -24,8 +24,8 @@ from rlhfbench.gate.decide import (
     judge,
     share_done,
 )
-from rlhfbench.gate.other_rules import differs_by_asv, is_slower_by_threshold
-from rlhfbench.gate.pairs import BlockPair, Values, pairs_of
+from rlhfbench.gate.other_rules import OTHERS, Rule, Steps
+from rlhfbench.gate.pairs import BlockPair, pairs_of
 from rlhfbench.records.blocks import quantity_of
 from rlhfbench.records.file import read_records
 
@@ -52,6 +52,11 @@ class MeasuredCase:
     def pair_s(self) -> float:
         """Seconds of a pair. Measuring the memory before the first counts as one more."""
         return self.spent_s / (len(self.pairs) + 1)
+
+    @property
+    def quantities(self) -> list[str]:
+        """The times of which every pair has a ratio."""
+        return [name for name in self.pairs[0].log_ratios if all(name in pair.log_ratios for pair in self.pairs)]
 
     @property
     def longest_phase(self) -> str:
@@ -95,7 +100,7 @@ def measured_cases(out: Path, spent_s: Mapping[str, float]) -> list[MeasuredCase
     """
     base, head = ({r["case"]["id"]: r for r in read_records(out / name)} for name in ("base", "head"))
     found = []
-    for case_id in base.keys() & head.keys():
+    for case_id in [case_id for case_id in base if case_id in head]:
         pairs = pairs_of(base[case_id], head[case_id])
         kinds = {name: phase["kind"] for name, phase in base[case_id]["latency"]["phases"].items()}
         if pairs:
@@ -137,59 +142,33 @@ def rates(cases: Sequence[MeasuredCase], slowdown: float, effects: Effects, budg
 
 
 def _rates_of_rule(
-    cases: Sequence[MeasuredCase], slowdown: float, rule: _Rule, rng: random.Random
+    cases: Sequence[MeasuredCase], slowdown: float, rule: Rule, rng: random.Random
 ) -> tuple[float, float]:
     """The shares of tries in which a rule flags the slower case, and falsely one of the others, in any quantity."""
     found = alarms = 0
     for _ in range(NUM_TRIES):
         target = rng.randrange(len(cases))
         for place, case in enumerate(cases):
-            phase = case.longest_phase
-            factors = dict.fromkeys(case.affected(phase) if place == target else (), slowdown)
-            base, head = rule.draw(case.pairs, rng)
-            flagged = {
-                name
-                for name in case.pairs[0].log_ratios
-                if rule.flags(
-                    [step[name] for step in base],
-                    [step[name] + factors.get(name, 0.0) * step[quantity_of(phase)] for step in head],
-                )
-            }
-            found += place == target and bool(flagged & case.affected(phase))
+            pairs = rng.sample(case.pairs, 2) if len(case.pairs) > 1 else [*case.pairs] * 2
+            drawn = [_steps(case, pair, slowdown if place == target else 0.0, rng) for pair in pairs]
+            flagged = rule.flagged(case.quantities, *drawn)
+            found += place == target and bool(flagged & case.affected(case.longest_phase))
             alarms += place != target and bool(flagged)
     others = NUM_TRIES * (len(cases) - 1)
     return found / NUM_TRIES, alarms / others if others else 0.0
 
 
-def _of_two_runs(pairs: Sequence[BlockPair], rng: random.Random) -> tuple[Sequence[Values], Sequence[Values]]:
-    """The steps of two sides from two processes of different pairs, as if one were a stored run."""
-    old, new = rng.sample(pairs, 2) if len(pairs) > 1 else (pairs[0], pairs[0])
-    return rng.choice(old.steps), rng.choice(new.steps)
-
-
-def _of_interleaved_rounds(pairs: Sequence[BlockPair], rng: random.Random) -> tuple[Sequence[Values], Sequence[Values]]:
-    """The steps of two sides from two pairs, whose sides were timed next to each other."""
-    base: list[Values] = []
-    head: list[Values] = []
-    for pair in rng.choices(pairs, k=2):
-        first, second = rng.sample(pair.steps, 2)
-        base += first
-        head += second
-    return base, head
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Rule:
-    """Another tool's rule: what it compares, and what it says of it."""
-
-    draw: Callable[[Sequence[BlockPair], random.Random], tuple[Sequence[Values], Sequence[Values]]]
-    flags: Callable[[Sequence[float], Sequence[float]], bool]
-
-
-OTHERS = {
-    "pytest-benchmark's 10 % on means": _Rule(_of_two_runs, is_slower_by_threshold),
-    "asv's factor 1.1": _Rule(_of_interleaved_rounds, differs_by_asv),
-}
+def _steps(case: MeasuredCase, pair: BlockPair, slowdown: float, rng: random.Random) -> Steps:
+    """The steps of a pair whose sides are exchanged at random; the head's longest phase is slower."""
+    base, head = rng.sample(pair.steps, 2)
+    if not slowdown:
+        return base, head
+    phase = case.longest_phase
+    affected = case.affected(phase)
+    return base, [
+        {name: value + slowdown * step[quantity_of(phase)] * (name in affected) for name, value in step.items()}
+        for step in head
+    ]
 
 
 def _compare(
@@ -235,7 +214,7 @@ def _compare(
 
 def _logs(case: MeasuredCase, slowdown: float, rng: random.Random) -> Iterator[dict[str, tuple[float, float]]]:
     """Logarithms of head / base and their errors by quantity, of pairs that are drawn, exchanged and slowed down."""
-    phase = case.longest_phase
+    phase, quantities = case.longest_phase, case.quantities
     affected = case.affected(phase)
     while True:
         pair, sign = rng.choice(case.pairs), rng.choice((-1, 1))
@@ -243,4 +222,5 @@ def _logs(case: MeasuredCase, slowdown: float, rng: random.Random) -> Iterator[d
         yield {
             name: (sign * ratio + math.log1p(added.get(name, 0.0)), pair.errors[name])
             for name, ratio in pair.log_ratios.items()
+            if name in quantities
         }

@@ -20,6 +20,11 @@ _ACTIVE = {"alloc": 1, "free_completed": -1}
 _RESERVED = {"segment_alloc": 1, "segment_map": 1, "segment_free": -1, "segment_unmap": -1}
 
 
+def keeps_history() -> bool:
+    """Returns whether the CUDA allocator keeps a history, as torch's own does; ``cudaMallocAsync`` has none."""
+    return torch.cuda.get_allocator_backend() == "native"
+
+
 @contextmanager
 def allocator_history(path: Path) -> Iterator[None]:
     """Records the CUDA allocator's history over the block and writes its snapshot, for pytorch.org/memory_viz.

@@ -132,7 +132,7 @@ def _gpu_state(device: str) -> dict[str, Any]:
     state: dict[str, Any] = {"gpu_processes": None, "gpu_throttled": None}
     if kind != "cuda":
         return state
-    from rlhfbench.measure.nvml import opened
+    from rlhfbench.measure.nvml import opened, running_processes
 
     with opened(int(index or 0)) as (nvml, handle):
         if nvml is None:
@@ -143,10 +143,11 @@ def _gpu_state(device: str) -> dict[str, Any]:
             nvml.nvmlClocksThrottleReasonSwThermalSlowdown: "heat",
             nvml.nvmlClocksThrottleReasonHwThermalSlowdown: "heat",
         }
-        try:
-            pids = {process.pid for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle)}
+        processes = running_processes(nvml, handle)
+        if processes is not None:
             # One of them is this process, which a container may know under another id.
-            state["gpu_processes"] = max(len(pids) - 1, 0)
+            state["gpu_processes"] = max(len({process.pid for process in processes}) - 1, 0)
+        try:
             held = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
         except nvml.NVMLError:
             return state

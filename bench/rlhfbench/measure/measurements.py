@@ -20,7 +20,7 @@ from rlhfbench.measure.clock import StepClock
 from rlhfbench.measure.injection import InjectedStep
 from rlhfbench.measure.ledger import Ledger, block_bytes
 from rlhfbench.measure.memory import highest_views, ledger_of, measure_memory, memory_object, outer_peaks
-from rlhfbench.measure.options import MeasurementOptions
+from rlhfbench.measure.options import BUILD, MeasurementOptions
 from rlhfbench.measure.profile import num_profiled_steps, profile_step
 from rlhfbench.measure.statistic import DEFAULT_BLOCKS
 from rlhfbench.measure.step import Step
@@ -29,6 +29,7 @@ from rlhfbench.measure.timeline import Timeline
 from rlhfbench.measure.timing import Timing, time_steps
 from rlhfbench.measure.user_step import load_step
 from rlhfkernels.config.case import Case
+from rlhfkernels.errors import ModelError
 from rlhfkernels.observer import Observer
 from rlhfkernels.ops.taken import taken
 from rlhfkernels.parallel.world import ALONE, World
@@ -55,7 +56,7 @@ def run_measurements(
     # Before the step, whose models would need a slow collection to make room for the buffers after it.
     ceilings = _ceilings(case, options, notify, world)
     step_begins()
-    notify("build")
+    notify(BUILD)
     started_s = time.perf_counter()
     step = _build(case, options, world)
     build_s = time.perf_counter() - started_s
@@ -74,6 +75,8 @@ def run_measurements(
             result["latency"]["num_blocks"] = num_blocks
             result["work"] = {"phases": {name: dataclasses.asdict(item) for name, item in work.items()}}
     names = [phase.name for phase in step.phases if phase.kind != "prepare"]
+    for name in [name for step_s in timing.steps_s for name in step_s if name not in names]:
+        raise ModelError(f"the step entered phase '{name}', which is none of its phases: {', '.join(names)}.")
     result["block"] = {
         "started_at": started_at,
         "build_s": build_s,
@@ -97,7 +100,9 @@ def _ceilings(case: Case, options: MeasurementOptions, notify: Notify, world: Wo
         return None
     notify("ceilings")
     world.barrier()  # all ranks at once: a rank's ceilings are those that it has beside the others
-    return measure_ceilings(case.device, getattr(torch, case.dtype))
+    found = measure_ceilings(case.device, getattr(torch, case.dtype))
+    torch.cuda.empty_cache()  # up to 2 GiB of buffers: nothing that a small case takes would show beside them
+    return found
 
 
 def _build(case: Case, options: MeasurementOptions, world: World) -> Step:

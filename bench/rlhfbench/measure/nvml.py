@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Self
@@ -55,7 +55,9 @@ def num_cuda_devices() -> int:
         files = sorted(_DRIVER_GPUS.glob("*/information"))
         return len(visible_devices(len(files), lambda: [_driver_uuid(file) for file in files]))
     try:
-        return len(_visible(pynvml))
+        return len(visible_handles(pynvml))
+    except pynvml.NVMLError:
+        return 0
     finally:
         pynvml.nvmlShutdown()
 
@@ -70,28 +72,63 @@ def device_handle(nvml: Any, index: int) -> Any:
     """NVML's handle of CUDA's device ``index``; ``None`` if CUDA sees no such device.
 
     Raises:
-        NVMLError: the driver has no such device.
+        NVMLError: the driver fails.
     """
-    if _VISIBLE not in os.environ:
-        return nvml.nvmlDeviceGetHandleByIndex(index)
-    devices = _visible(nvml)
-    if index >= len(devices):
-        return None
-    device = devices[index]
-    by_uuid = isinstance(device, str)
-    return nvml.nvmlDeviceGetHandleByUUID(device) if by_uuid else nvml.nvmlDeviceGetHandleByIndex(device)
+    devices = visible_handles(nvml)
+    return devices[index] if index < len(devices) else None
 
 
-def _visible(nvml: Any) -> list[int | str]:
-    num_devices = int(nvml.nvmlDeviceGetCount())
+def device_bytes(device: str) -> int | None:
+    """The whole memory of a CUDA device as the driver states it; ``None`` without a driver.
+
+    Args:
+        device: ``cuda`` or ``cuda:N``.
+    """
+    with opened(int(device.partition(":")[2] or 0)) as (nvml, handle):
+        if nvml is None:
+            return None
+        try:
+            return int(nvml.nvmlDeviceGetMemoryInfo(handle).total)
+        except nvml.NVMLError:
+            return None
+
+
+def visible_handles(nvml: Any) -> list[Any]:
+    """Handles of the devices that CUDA sees, in its order.
+
+    Of a device that is divided (MIG) it is the handle of the first instance, which CUDA takes.
+
+    Raises:
+        NVMLError: the driver fails.
+    """
+    handles = _usable_handles(nvml)
 
     def uuids() -> list[str]:
-        handles = map(nvml.nvmlDeviceGetHandleByIndex, range(num_devices))
         return [
             uuid.decode() if isinstance(uuid, bytes) else str(uuid) for uuid in map(nvml.nvmlDeviceGetUUID, handles)
         ]
 
-    return visible_devices(num_devices, uuids)
+    return [
+        nvml.nvmlDeviceGetHandleByUUID(device) if isinstance(device, str) else _undivided(nvml, handles[device])
+        for device in visible_devices(len(handles), uuids)
+    ]
+
+
+def _usable_handles(nvml: Any) -> list[Any]:
+    """Handles of the devices that this process may use. NVML counts those of others too, and CUDA does not."""
+    handles = []
+    for index in range(int(nvml.nvmlDeviceGetCount())):
+        with suppress(nvml.NVMLError_NoPermission):
+            handles.append(nvml.nvmlDeviceGetHandleByIndex(index))
+    return handles
+
+
+def _undivided(nvml: Any, handle: Any) -> Any:
+    """The first instance of a divided device, else the device itself."""
+    try:
+        return nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, 0)
+    except nvml.NVMLError:
+        return handle
 
 
 class NvmlSampler:
@@ -134,6 +171,10 @@ class NvmlSampler:
             self._read()
             self._nvml.nvmlShutdown()
 
+    def restart(self) -> None:
+        """Forgets the readings so far; the device's use at the start stays."""
+        self._peak_used, self._peak_by_pid = None, {}
+
     def peak_bytes(self, pid: int) -> int | None:
         """Returns the peak device memory of process ``pid``, or ``None`` without NVML.
 
@@ -155,15 +196,23 @@ class NvmlSampler:
         nvml: Any = self._nvml
         try:
             used = int(nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
-            processes = nvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
         except nvml.NVMLError:
             return None
         self._peak_used = max(used, self._peak_used or 0)
-        for process in processes:
+        for process in running_processes(nvml, self._handle) or ():
             if process.usedGpuMemory is not None:
                 peak = self._peak_by_pid.get(process.pid, 0)
                 self._peak_by_pid[process.pid] = max(peak, int(process.usedGpuMemory))
         return used
+
+
+def running_processes(nvml: Any, handle: Any) -> Sequence[Any] | None:
+    """The processes that compute on a device; ``None`` where the driver does not tell, as for a virtual GPU."""
+    try:
+        found: Sequence[Any] = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    except nvml.NVMLError:
+        return None
+    return found
 
 
 @contextmanager

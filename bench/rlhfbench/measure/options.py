@@ -8,6 +8,7 @@ from typing import Any
 
 PROFILE_NAME = "profile.json"  # in ``profile_dir``
 SNAPSHOT_NAME = "snapshot.pickle"  # on CUDA
+BUILD = "build"  # the stage of a case in which its models are made
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

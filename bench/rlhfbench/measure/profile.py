@@ -19,7 +19,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from rlhfbench.files import write_atomically
-from rlhfbench.measure.allocator import allocator_history, read_allocator_curve
+from rlhfbench.measure.allocator import allocator_history, keeps_history, read_allocator_curve
 from rlhfbench.measure.options import PROFILE_NAME, SNAPSHOT_NAME
 from rlhfbench.measure.trace_events import NATIVE_PREFIX, Event, num_ops, ops_table, read_trace, stack_tree
 from rlhfkernels.observer import Observer
@@ -86,7 +86,8 @@ class PhaseProfiler(Observer):
             return
         self._seen.add(name)
         self._synchronize()
-        profiler = profile(activities=self._activities, with_stack=self._with_stacks)
+        # There is one cycle. Without the option torch 2.11 warns that another would lose its events.
+        profiler = profile(activities=self._activities, with_stack=self._with_stacks, acc_events=True)
         profiler.start()
         self._running = name, profiler, time.perf_counter()
 
@@ -110,14 +111,18 @@ class PhaseProfiler(Observer):
 
 
 def num_profiled_steps(device: str) -> int:
-    """The number of steps that ``profile_step`` runs: ops, stacks, and on CUDA the allocator's history."""
-    return 3 if torch.device(device).type == "cuda" else 2
+    """The number of steps that ``profile_step`` runs: ops, stacks, and the allocator's history."""
+    return 3 if _has_history(device) else 2
+
+
+def _has_history(device: str) -> bool:
+    return torch.device(device).type == "cuda" and keeps_history()
 
 
 def profile_step(run: Callable[[Observer], object], directory: Path, case_id: str, device: str) -> None:
     """Profiles a step into ``directory``: the traces of its phases, and ``profile.json`` with what they say.
 
-    On CUDA also ``snapshot.pickle``, the allocator's history over one more step.
+    On CUDA also ``snapshot.pickle``, the history of torch's own allocator over one more step.
 
     Args:
         run: Runs one step under an observer.
@@ -137,7 +142,7 @@ def profile_step(run: Callable[[Observer], object], directory: Path, case_id: st
             for name, trace in profiler.traces.items():
                 phases[name]["stacks"] = {"wall_s": trace.wall_s, **stack_tree(read_trace(trace.path))}
     allocator = None
-    if torch.device(device).type == "cuda":
+    if _has_history(device):
         with allocator_history(directory / SNAPSHOT_NAME):
             run(Observer())
         allocator = read_allocator_curve(directory / SNAPSHOT_NAME, device)

@@ -25,7 +25,7 @@ class UserStep:
             gradients.
 
     Raises:
-        ModelError: It lacks phases or ``run``.
+        ModelError: It lacks phases or ``run``, or its phases break a rule.
     """
 
     trunk_taken = attention_taken = backend_taken = "own"
@@ -38,6 +38,9 @@ class UserStep:
             raise ModelError(
                 f"step is {type(inner).__name__}: it must have phases, a list of (name, kind), and run(observer)."
             ) from error
+        names = [phase.name for phase in self.phases]
+        if not names or len(set(names)) < len(names) or not all(isinstance(name, str) for name in names):
+            raise ModelError(f"the step's phases are {names}: there must be one or more, each with a name of its own.")
         wrong = [phase for phase in self.phases if phase.kind not in ("inference", "update")]
         if wrong:
             raise ModelError(f"phase {wrong[0].name} has the kind '{wrong[0].kind}': it must be inference or update.")

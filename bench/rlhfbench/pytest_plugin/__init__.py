@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -70,7 +71,7 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("--benchmark needs pytest-benchmark: install rlhfbench[pytest].")
     if config.getoption("dist", "no") != "no" or hasattr(config, "workerinput"):
         raise pytest.UsageError("--benchmark measures one case at a time: pytest-xdist must be off (-n 0).")
-    sweep = _load_sweep(config.getoption("rlhfbench_sweep"))
+    sweep = _load_sweep(config.getoption("rlhfbench_sweep"), config.getoption("rlhfbench_gate"))
     from rlhfbench.pytest_plugin.benchmarks import Benchmarks  # on a system that can fork
 
     config.pluginmanager.register(Benchmarks(config, sweep), "rlhfbench-benchmarks")
@@ -78,20 +79,30 @@ def pytest_configure(config: pytest.Config) -> None:
         config.args = []
 
 
-def _load_sweep(path: str | None) -> Sweep:
+def _load_sweep(path: str | None, gate: str | None) -> Sweep:
+    """Returns the cases: those of the stored run that a gate compares with, else of the file, else the default ones."""
     from rlhfbench.cases.preflight import check
     from rlhfbench.cases.sweep import Sweep
-    from rlhfbench.errors import ForkServerError, SweepError
+    from rlhfbench.errors import ForkServerError, GateError, SweepError
     from rlhfbench.launch import refuse_launcher
     from rlhfbench.runs.environment import check_system
+    from rlhfbench.runs.folder import RunFolder
 
+    is_stored = gate is not None and RunFolder(gate).is_run
+    if is_stored and path is not None:
+        raise pytest.UsageError("--benchmark-gate RUN takes no --benchmark-sweep: the cases are those of the run.")
     try:
         check_system()
         refuse_launcher("pytest --benchmark")
-        sweep = Sweep.from_spec(SMALL_GRID) if path is None else Sweep.from_file(path)
+        if gate is not None and is_stored:
+            from rlhfbench.gate.baseline import baseline_sweep
+
+            sweep = baseline_sweep(Path(gate))
+        else:
+            sweep = Sweep.from_spec(SMALL_GRID) if path is None else Sweep.from_file(path)
         check(sweep)
     except SweepError as error:
         raise pytest.UsageError(*error.problems) from error
-    except ForkServerError as error:
+    except (ForkServerError, GateError) as error:
         raise pytest.UsageError(str(error)) from error
     return sweep

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from rlhfbench.cases.sweep import Sweep
-from rlhfbench.errors import GateError
+from rlhfbench.errors import GateError, RlhfBenchError
 from rlhfbench.gate import compare_with
 from rlhfbench.gate.findings import Finding
+from rlhfbench.gate.sides import temporary_folder
 from rlhfbench.records.file import RecordsFile
 from rlhfbench.runs.case_process import ThisMachine
 from rlhfbench.runs.case_runner import Runner
@@ -64,6 +64,7 @@ class Gate:
     def __init__(self, base: str, sweep: Sweep) -> None:
         self._base, self._sweep = base, sweep
         self._findings: list[Finding] | None = None
+        self._error: RlhfBenchError | None = None
 
     def findings(self, case: Case) -> list[Finding]:
         """Returns the findings on ``case``.
@@ -71,13 +72,16 @@ class Gate:
         Raises:
             RlhfBenchError: The two cannot be compared.
         """
-        if self._findings is None:
-            self._findings = self._compare()
-        found = [found for found in self._findings if found.case.id == case.id]
+        if self._findings is None and self._error is None:
+            try:
+                with temporary_folder() as folder:
+                    self._findings = compare_with(self._base, self._sweep, folder)
+            except RlhfBenchError as error:  # the next test fails with it too, and not after trying again
+                self._error = error
+        if self._error is not None:
+            raise self._error
+        (compared,) = Sweep(cases=(case,)).absolute().cases
+        found = [found for found in self._findings or () if found.case.id == compared.id]
         if not found:
             raise GateError(f"'{self._base}' has no such case: it cannot be compared.")
         return found
-
-    def _compare(self) -> list[Finding]:
-        with tempfile.TemporaryDirectory(prefix="rlhfbench-") as folder:
-            return compare_with(self._base, self._sweep, Path(folder) / "gate")

@@ -164,7 +164,7 @@ _MEASURED: tuple[Field, ...] = (
     Field("memory.views.allocator_reserved_bytes", "Int64", "CUDA allocator, peak reserved"),
     Field("memory.views.allocator_rest_bytes", "Int64", "allocator_peak_bytes - ledger_peak_bytes - workspace_bytes"),
     Field("memory.views.workspace_bytes", "Int64", "CUDA memory that libraries hold as workspace"),
-    Field("memory.views.driver_peak_bytes", "Int64", "NVML, sampled from another process"),
+    Field("memory.views.driver_peak_bytes", "Int64", "NVML, sampled from another process from the build on"),
     Field(
         "memory.views.host_peak_bytes",
         "Int64",

@@ -10,6 +10,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
+from rlhfbench.launch import find_launch
+from rlhfbench.measure.options import BUILD
 from rlhfbench.processes import num_oom_kills
 from rlhfbench.records.file import make_plan
 from rlhfbench.runs import environment
@@ -19,12 +21,14 @@ from rlhfbench.runs.forkserver import ForkServer
 from rlhfbench.runs.job import Exit
 from rlhfbench.runs.progress import Progress, Silent
 from rlhfbench.runs.ranks import run_ranks, world_of
-from rlhfbench.runs.worker import PHASE_PREFIX
+from rlhfbench.runs.worker import PHASE_PREFIX, threads_of_a_rank
 from rlhfkernels.config.case import Case
 
 
 class _Sampler(Protocol):
     def peak_bytes(self, pid: int) -> int | None: ...
+
+    def restart(self) -> None: ...
 
 
 class ThisMachine:
@@ -70,7 +74,7 @@ class ThisMachine:
         if task.request is None:
             return Ended(task=task, result={}, started_at=started_at, plan=plan, plan_timeline=plan_timeline)
         with self._sampler(task.case) as sampler:
-            result, end = self._run(task.request, task.log_path, task.timeout_s)
+            result, end = self._run(task.request, task.log_path, task.timeout_s, sampler)
             driver_peak_bytes = sampler.peak_bytes(end.pid) if sampler is not None and end.pid is not None else None
         return Ended(
             task=task,
@@ -85,14 +89,21 @@ class ThisMachine:
 
     def _plan(self, task: Task) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """Predicts the memory of the case: the ``plan`` of its record, which may be an error, and its timeline."""
-        settings = (task.request or {}).get("settings", {})
-        request = {"case": task.case.to_dict(), "plan": True, "num_threads": settings.get("num_threads")}
+        request = {"case": task.case.to_dict(), "plan": True, "num_threads": _num_threads(task)}
         result, _ = self._run(request, task.plan_log_path, task.timeout_s)
         return make_plan(result.get("memory"), result["error"]), result.get("timeline")
 
-    def _run(self, request: Mapping[str, Any], log_path: Path, timeout_s: float) -> tuple[dict[str, Any], Exit]:
+    def _run(
+        self, request: Mapping[str, Any], log_path: Path, timeout_s: float, sampler: _Sampler | None = None
+    ) -> tuple[dict[str, Any], Exit]:
         """The result that the process sent, or one made from its exit status, and its end; deletes an empty log."""
-        watch, kills = _Watch(self._progress.doing), num_oom_kills()
+
+        def enter(stage: str) -> None:
+            if stage == BUILD and sampler is not None:
+                sampler.restart()  # what the ceilings took is no memory of the case
+            self._progress.doing(stage)
+
+        watch, kills = _Watch(enter), num_oom_kills()
         size = world_of(request)
         how: dict[str, Any] = {"log_path": log_path, "timeout_s": timeout_s, "on_message": watch}
         if size is None:
@@ -135,6 +146,16 @@ class _Watch:
             self._on_stage(message["notify"].removeprefix(PHASE_PREFIX))
         if "result" in message:
             self.result = message["result"]
+
+
+def _num_threads(task: Task) -> int | None:
+    """Threads of the processes of a case; ``None`` for torch's default. A rank without a number has its share."""
+    found: int | None = (task.request or {}).get("settings", {}).get("num_threads")
+    size = world_of({"case": task.case.to_dict()})
+    if found is not None or size is None:
+        return found
+    launch = find_launch()
+    return threads_of_a_rank(size if launch is None else launch.num_local(size))
 
 
 def _death(end: Exit, stage: str | None, *, timeout_s: float, oom_killed: bool, log: str) -> dict[str, Any]:

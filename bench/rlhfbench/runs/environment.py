@@ -15,11 +15,25 @@ from typing import Any
 import psutil
 
 from rlhfbench.errors import ForkServerError, RunFolderError
+from rlhfbench.measure.nvml import visible_handles
 from rlhfbench.records.derived import at
 
 _PACKAGES = ("rlhfbench", "torch", "transformers", "peft", "numpy", "triton")
 # Environment variables that change speed, memory or the visible devices.
-_VARIABLES = ("OMP_", "MKL_", "KMP_", "GOMP_", "MALLOC_", "CUDA_", "PYTORCH_", "RLHFBENCH_")
+_VARIABLES = (
+    "OMP_",
+    "MKL_",
+    "KMP_",
+    "GOMP_",
+    "MALLOC_",
+    "CUDA_",
+    "CUBLAS_",
+    "NVIDIA_TF32_",
+    "NVIDIA_VISIBLE_",
+    "PYTORCH_",
+    "TORCH_",
+    "RLHFBENCH_",
+)
 # What times depend on, by the name that a notice uses: its place in an environment.
 _COMPARED = {
     "commit": "source.commit",
@@ -158,7 +172,7 @@ def source(folder: Path) -> dict[str, Any]:
 
 
 def gpus() -> list[dict[str, Any]] | None:
-    """Name, driver version and memory of every GPU; ``None`` without NVML."""
+    """Name, driver version and memory of every GPU that CUDA sees, in its order; ``None`` without NVML."""
     try:
         import pynvml
 
@@ -167,14 +181,13 @@ def gpus() -> list[dict[str, Any]] | None:
         return None
     try:
         driver = _text(pynvml.nvmlSystemGetDriverVersion())
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
         return [
             {
                 "name": _text(pynvml.nvmlDeviceGetName(handle)),
                 "driver": driver,
                 "memory_bytes": int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
             }
-            for handle in handles
+            for handle in visible_handles(pynvml)
         ]
     except pynvml.NVMLError:
         return None

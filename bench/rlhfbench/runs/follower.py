@@ -23,7 +23,7 @@ def follower() -> Follower:
     """The follower of rank 0, in the process of another rank that a launcher started.
 
     Raises:
-        SweepError: see ``SharedStore``.
+        SweepError: see ``SharedStore`` and ``come``.
     """
     launch = find_launch()
     assert launch is not None, "a launcher started this process"
@@ -37,7 +37,7 @@ class Follower:
         launch: of this process; not rank 0.
 
     Raises:
-        SweepError: see ``SharedStore``.
+        SweepError: see ``SharedStore`` and ``come``.
     """
 
     def __init__(self, launch: Launch) -> None:
@@ -104,15 +104,12 @@ def _state(rank: Rank, log_path: Path, num_beats: int) -> dict[str, Any]:
 
 def own_request(launch: Launch, message: Message) -> Message:
     """The request of this process's rank, from the message of a case."""
-    size = message["size"]
-    first = launch.rank - launch.local_rank  # of this machine, whose last ranks may be beyond the world
-    local_size = min(launch.local_size, size - first)
     return rank_request(
         message["request"],
         launch.rank,
-        size,
+        message["size"],
         launch.local_rank,
-        local_size,
+        launch.num_local(message["size"]),
         message["address"],
         message["timeout_s"],
     )

@@ -24,7 +24,7 @@ from typing import BinaryIO, Self
 
 from rlhfbench.errors import ForkServerError
 from rlhfbench.runs.faults import last_line
-from rlhfbench.runs.forkserver_process import Lines, Message
+from rlhfbench.runs.forkserver_process import MAX_FDS, Lines, Message
 from rlhfbench.runs.job import KILL_WAIT_S, Exit, Job, finish
 
 WORKER = "rlhfbench.runs.worker:run_case"
@@ -173,8 +173,8 @@ class ForkServer:
         """Forks one process for each of ``requests``, and yields them; they are killed where the block fails.
 
         Args:
-            requests: JSON objects for the target, at most 100.
-            log_paths: receive standard output and standard error of each process.
+            requests: JSON objects for the target.
+            log_paths: receive standard output and standard error of each process, in place of what they hold.
             on_message: called with the number of a process and each of its messages.
         """
         self.start()
@@ -186,6 +186,8 @@ class ForkServer:
             with ExitStack() as sent:
                 for _, write_end in pipes:
                     sent.callback(os.close, write_end)
+                for path in log_paths:
+                    path.write_bytes(b"")  # what an earlier try of the case wrote says nothing of this one's end
                 logs = [sent.enter_context(path.open("ab")).fileno() for path in log_paths]
                 fds = [fd for (_, write_end), log in zip(pipes, logs, strict=True) for fd in (write_end, log)]
                 # One request alone is sent as servers of older revisions take it.
@@ -206,8 +208,9 @@ class ForkServer:
         assert self._control is not None
         data = json.dumps(message).encode() + b"\n"
         try:
-            sent = socket.send_fds(self._control, [data], fds) if fds else 0
-            self._control.sendall(data[sent:])
+            for start in range(0, len(fds), MAX_FDS):  # each part comes with white space before the message
+                socket.send_fds(self._control, [b" "], fds[start : start + MAX_FDS])
+            self._control.sendall(data)
         except OSError:
             return False
         return True

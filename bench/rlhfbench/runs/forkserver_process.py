@@ -27,7 +27,7 @@ from typing import Any
 from rlhfbench.processes import die_with_parent
 
 KNOWN = ("where", "scratch")  # messages that servers of older revisions do not know
-MAX_CHILDREN = 100  # one message carries two descriptors of each, and Linux passes at most 253
+MAX_FDS = 200  # of one message: Linux passes at most 253
 _PAGE_BYTES = 256
 _HEADER = struct.Struct("<I?B")  # of a page: phases entered, whether it is stepping, bytes of the phase's name
 
@@ -100,12 +100,13 @@ class _Server:
             try:
                 while True:
                     ready = {key.fileobj for key, _ in selector.select()}
+                    # First: it may name a folder to remove, and a signal may have come in the same moment.
+                    if self._control in ready and not self._on_request():
+                        return
                     if wake_read in ready:
                         if signal.SIGTERM in os.read(wake_read, 512):
                             return
                         self._reap()
-                    if self._control in ready and not self._on_request():
-                        return
             finally:
                 self._kill()
                 for pid in self._children:
@@ -115,7 +116,7 @@ class _Server:
 
     def _on_request(self) -> bool:
         try:
-            data, fds, _, _ = socket.recv_fds(self._control, 65536, 2 * MAX_CHILDREN)
+            data, fds, _, _ = socket.recv_fds(self._control, 65536, MAX_FDS)
         except ConnectionError:
             return False
         self._fds += fds

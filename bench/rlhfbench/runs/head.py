@@ -23,7 +23,7 @@ from rlhfbench.runs.follower import own_request
 from rlhfbench.runs.forkserver_process import Message
 from rlhfbench.runs.hangs import TICK_S
 from rlhfbench.runs.job import Exit
-from rlhfbench.runs.meeting import LOST_S, MEET_S, SharedStore, machines, own_address
+from rlhfbench.runs.meeting import LOST_S, MEET_S, SharedStore, come, machines, own_address
 from rlhfbench.runs.ranks import LocalRanks, Server
 from rlhfbench.runs.supervise import conclude, detector_for, supervise
 
@@ -36,7 +36,7 @@ def head() -> Head:
     """The head of the launcher's processes, in the process of rank 0 that a launcher started.
 
     Raises:
-        SweepError: see ``SharedStore``.
+        SweepError: see ``SharedStore`` and ``come``.
     """
     launch = find_launch()
     assert launch is not None, "a launcher started this process"
@@ -65,11 +65,12 @@ class Head:
         launch: of this process.
 
     Raises:
-        SweepError: see ``SharedStore``.
+        SweepError: see ``SharedStore`` and ``come``.
     """
 
     def __init__(self, launch: Launch) -> None:
         self._launch, self._store = launch, SharedStore(launch)
+        come(self._store, launch)
         self._num_messages, self._is_ended = 0, False
         self._peers: dict[int, Peer] = {}
 

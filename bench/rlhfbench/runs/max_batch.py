@@ -12,15 +12,16 @@ from rlhfbench.cases.settings import setting_of
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.errors import RunFolderError, SweepError
 from rlhfbench.files import write_atomically
+from rlhfbench.launch import find_launch
 from rlhfbench.measure import host
-from rlhfbench.measure.nvml import device_handle
+from rlhfbench.measure.nvml import device_bytes
 from rlhfbench.planning.devices import Accelerator
 from rlhfbench.records.derived import strategy
 from rlhfbench.records.file import Record
 from rlhfbench.runs import runner
 from rlhfbench.runs.case_runner import Runner
 from rlhfbench.runs.folder import RunFolder
-from rlhfbench.runs.options import RunOptions
+from rlhfbench.runs.options import MAX_BATCH, RunOptions
 from rlhfbench.runs.progress import Progress
 from rlhfbench.runs.runner import RunResult
 from rlhfkernels.config.case import Case
@@ -162,7 +163,7 @@ def find_max_batches(
     out_dir: Path,
     options: RunOptions | None = None,
     *,
-    limit: int = 512,
+    limit: int = MAX_BATCH,
     resume: bool = False,
     retry: Collection[str] = (),
     progress: Progress | None = None,
@@ -243,11 +244,12 @@ def _smallest_batches(sweep: Sweep) -> Iterator[Case]:
 def _memory_limits(case: Case, options: RunOptions) -> tuple[int | None, int | None]:
     """(bytes that a predicted batch must fit into, bytes that a try must not exceed), each ``None`` if unknown.
 
-    On a CPU the ranks of a case share the memory of the machine.
+    On a CPU the ranks of a case that are on this machine share its memory.
     """
     limit = options.memory_limit_bytes
     if case.device == "cpu":
-        available_bytes = host.available_bytes() // case.options.parallel.world_size
+        launch, world_size = find_launch(), case.options.parallel.world_size
+        available_bytes = host.available_bytes() // (world_size if launch is None else launch.num_local(world_size))
         usable_bytes = max(0, available_bytes - _PROCESS_BYTES)
         return min(usable_bytes, limit or usable_bytes), available_bytes
     total_bytes = device_bytes(case.device)
@@ -264,21 +266,6 @@ def _planned(case: Case, usable_bytes: int, limit: int) -> int | None:
     try:
         return min(limit, BatchSearch(usable_bytes, None).largest(dataclasses.replace(case, batch_size=1)))
     except RlhfKernelsError:
-        return None
-
-
-def device_bytes(device: str) -> int | None:
-    """The whole memory of a CUDA device as the driver states it; ``None`` without a driver."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        try:
-            handle = device_handle(pynvml, int(device.partition(":")[2] or 0))
-            return None if handle is None else int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
-        finally:
-            pynvml.nvmlShutdown()
-    except Exception:  # NVML fails in many ways, and all of them mean that the size is unknown
         return None
 
 

@@ -109,13 +109,21 @@ def _connect(launch: Launch) -> Store:
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
             raise SweepError([f"MASTER_PORT is {launch.port}: it is in use on this machine."]) from error
         raise SweepError([f"the launcher's address is {where}: no process of rank 0 answers there."]) from error
-    return PrefixStore(f"rlhfbench/{launch.attempt}", store)
+    # Without the job's name a process would run the cases of another job, whose rank 0 took the port first.
+    return PrefixStore(f"rlhfbench/{launch.job}/{launch.attempt}", store)
 
 
 def come(store: SharedStore, launch: Launch) -> None:
-    """Tells rank 0 of this process: its machine, the address there, and the version of the package."""
+    """Tells the others of this process: its machine, the address there, and the version of the package.
+
+    Raises:
+        SweepError: rank 0 did not come within a minute.
+    """
     machine = {"host": platform.node(), "address": address_toward(launch.host), "installed": versions.installed()}
     store.write(f"here/{launch.rank}", machine)
+    if store.wait("here/0", MEET_S) is None:
+        where = f"{launch.host}:{launch.port}"
+        raise SweepError([f"the launcher's address is {where}: this job's process of rank 0 does not answer there."])
 
 
 def machines(store: SharedStore, launch: Launch) -> dict[int, dict[str, Any]]:

@@ -15,6 +15,7 @@ from rlhfkernels.config.rules import checked, hints
 MAX_SECONDS = 1_000_000  # epoll waits 24 days at most
 MAX_THREADS = 1024
 MAX_BLOCKS = 1000
+MAX_BATCH = 512  # that a search for the largest batch tries
 
 Seconds = Annotated[float, Gt(0), Le(MAX_SECONDS)]
 

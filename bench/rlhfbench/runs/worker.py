@@ -25,14 +25,16 @@ PHASE_PREFIX = "phase:"
 _UNLIKE = ("profile",)  # stages in which rank 0 alone writes files, and the others wait for it
 MAX_MESSAGE_CHARS = 500
 
-# Messages of errors without a type of their own: torch's CPU allocator on Linux and elsewhere, C++'s new, cuBLAS.
+# Messages of errors without a type of their own: torch's CPU allocator on Linux and elsewhere, C++'s new, CUDA's driver
+# and its libraries.
 _OUT_OF_MEMORY_MESSAGES = (
     "can't allocate memory",
     "cannot allocate memory",
     "not enough memory",
     "out of memory",
     "std::bad_alloc",
-    "cublas_status_alloc_failed",
+    "cuda_error_out_of_memory",
+    "_status_alloc_failed",
 )
 # Messages of gloo and NCCL when a peer is gone.
 _LOST_PEER_MESSAGES = ("gloo", "nccl", "connection closed by peer", "connection reset by peer")
@@ -90,6 +92,11 @@ def run_case(request: dict[str, Any], send: Callable[[dict[str, Any]], None]) ->
         ranked: dict[str, Any] = {}
         if place is not None:
             case, options, ranked = join(case, options, place, stage)
+        elif case.device.startswith("cuda:"):
+            import torch
+
+            # Not every library starts its kernels on the device of their tensors; and no memory of device 0 is taken.
+            torch.cuda.set_device(case.device)
         result = measure_case(
             case,
             options,
@@ -98,7 +105,7 @@ def run_case(request: dict[str, Any], send: Callable[[dict[str, Any]], None]) ->
             **ranked,
         )
     except BaseException as error:
-        lift_memory_limit("cpu")  # the message of a failure needs memory too
+        lift_memory_limit()  # the message of a failure needs memory too
         traceback.print_exc()
         found = failure(error, stage.name)
         if place is not None:
@@ -122,7 +129,7 @@ def join(
     if case.device == "cuda":
         case = dataclasses.replace(case, device=f"cuda:{place['local_rank']}")
     if options.num_threads is None:
-        options = dataclasses.replace(options, num_threads=max(1, num_cores() // place["local_size"]))
+        options = dataclasses.replace(options, num_threads=threads_of_a_rank(place["local_size"]))
     if sys.platform == "linux":
         _choose_interface(place)
     # A case's ranks meet at an address of their own, and not at the launcher's. DeepSpeed reads the rest.
@@ -137,6 +144,11 @@ def join(
         timeout_s=place["timeout_s"] or TIMEOUT_S,
     )
     return case, options, {"world": world, "enter_phase": stage.enter}
+
+
+def threads_of_a_rank(local_size: int) -> int:
+    """A rank's share of this machine's cores, of which ``local_size`` ranks run here."""
+    return max(1, num_cores() // local_size)
 
 
 def _choose_interface(place: dict[str, Any]) -> None:
@@ -225,21 +237,17 @@ def limit_memory(device: str, limit_bytes: int) -> None:
         return
     import torch
 
-    total = torch.cuda.get_device_properties(torch.device(device)).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total), torch.device(device))
+    total = torch.cuda.get_device_properties(device).total_memory
+    # ``None`` is the current device: torch takes no ``cuda`` without an index here, unlike elsewhere.
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total), torch.device(device).index)
 
 
-def lift_memory_limit(device: str) -> None:
-    """Removes the limit of ``limit_memory``."""
-    if device == "cpu":
-        import resource
+def lift_memory_limit() -> None:
+    """Removes the limit of ``limit_memory`` on the CPU."""
+    import resource
 
-        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-        resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
-        return
-    import torch
-
-    torch.cuda.set_per_process_memory_fraction(1.0, torch.device(device))
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
 
 
 def _data_bytes() -> int:

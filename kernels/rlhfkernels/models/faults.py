@@ -6,6 +6,7 @@ import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,16 +52,32 @@ def _loading_error(name: str, attention: str | None, error: Exception) -> ModelE
     if isinstance(error, ImportError):
         return ModelError(f"model {name!r} needs a package that is not installed: {_reason(error)}")
     if "attention implementation" in str(error):
-        return AttentionError(
-            f"model {name!r} has no {attention} attention: set engine.attn_implementation to another (eager always "
-            "works)."
-        )
+        return _without(attention, name)
     if name not in PRESETS and not Path(name).exists():
         return ModelError(
             f"model {name!r} could not be fetched: it is no local folder or file, and the hub was not reached "
             f"or does not hold it ({_reason(error)})"
         )
     return ModelError(f"model {name!r} could not be loaded: {_reason(error)}")
+
+
+def _without(attention: str | None, name: str) -> AttentionError:
+    return AttentionError(
+        f"model {name!r} has no {attention} attention: set engine.attn_implementation to another (eager always works)."
+    )
+
+
+def check_softcap(name: str, config: Any, attention: str) -> None:
+    """Checks that ``attention`` computes what the model's configuration asks for.
+
+    sdpa leaves the cap of the scores out. Some versions of transformers (5.17) let Gemma 2 take it, and the result is
+    another model's.
+
+    Raises:
+        AttentionError: the scores are capped, and the attention is sdpa.
+    """
+    if attention == "sdpa" and getattr(config, "attn_logit_softcapping", None) is not None:
+        raise _without(attention, name)
 
 
 @contextmanager

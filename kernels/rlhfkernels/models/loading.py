@@ -15,7 +15,7 @@ from rlhfkernels.models.cache import has_other_states
 from rlhfkernels.models.checkpoint import check_weights
 from rlhfkernels.models.cloning import clone_module
 from rlhfkernels.models.configuration import check_config, cut_layers, logit_scale, pretrained, read_config, silence
-from rlhfkernels.models.faults import AttentionError, forward_errors, loading_errors
+from rlhfkernels.models.faults import AttentionError, check_softcap, forward_errors, loading_errors
 from rlhfkernels.models.fields import EXPERT_FIELDS
 from rlhfkernels.models.heads import LmHead
 from rlhfkernels.models.presets import PRESETS
@@ -135,8 +135,8 @@ def load_causal_lm(
         with seeded(device, seed), device:
             model = with_attention(name, AutoModelForCausalLM.from_config, config, **options)
     else:
-        options |= {"config": config, "output_loading_info": True, **pretrained(name)}
-        model, info = with_attention(name, AutoModelForCausalLM.from_pretrained, **options)
+        options |= {"output_loading_info": True, **pretrained(name)}
+        model, info = with_attention(name, _from_pretrained, config, **options)
         check_weights(name, model, info, with_lm_head)
         model = model.to(device)
     with loading_errors(name):
@@ -150,16 +150,21 @@ def load_causal_lm(
     return model
 
 
-def with_attention(name: str, load: Any, *args: Any, asked: str, **kwargs: Any) -> Any:
+def with_attention(name: str, load: Any, config: Any, *, asked: str, **kwargs: Any) -> Any:
     """Loads with the attention that the case asks for; ``auto`` is sdpa if the architecture has it, else eager."""
     for implementation in ("sdpa", "eager") if asked == "auto" else (asked,):
         try:
+            check_softcap(name, config, implementation)
             with loading_errors(name, implementation):
-                return load(*args, attn_implementation=implementation, **kwargs)
+                return load(config, attn_implementation=implementation, **kwargs)
         except AttentionError:
             if asked != "auto" or implementation == "eager":
                 raise
     raise AssertionError("the last attention returns or raises")
+
+
+def _from_pretrained(config: Any, **kwargs: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(config=config, **kwargs)
 
 
 @torch.no_grad()

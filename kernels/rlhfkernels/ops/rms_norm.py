@@ -115,7 +115,9 @@ def _liger(tensors: tuple[torch.Tensor, ...], eps: float) -> torch.Tensor:
     """Computes the norm by liger-kernel, which rounds as Llama does and keeps the input and one float a row."""
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
-    y: torch.Tensor = LigerRMSNormFunction.apply(*tensors, eps, 0.0, "llama", False)
+    # It starts its kernels on the current device.
+    with torch.cuda.device_of(tensors[0]):  # type: ignore[no-untyped-call]
+        y: torch.Tensor = LigerRMSNormFunction.apply(*tensors, eps, 0.0, "llama", False)
     return y
 
 

@@ -35,12 +35,6 @@ class World:
             distributed.all_reduce(tensor)
         return tensor
 
-    def all_max(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The largest ``tensor`` of any rank, element by element, in place."""
-        if self.size > 1:
-            distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX)
-        return tensor
-
     def broadcast(self, value: Any) -> Any:
         """The value of rank 0, an object that can be pickled."""
         if self.size == 1:
@@ -73,13 +67,16 @@ def join_world(*, rank: int, size: int, address: str, device: str = "cpu", timeo
         rank: of this process.
         size: number of ranks.
         address: where rank 0 listens: ``tcp://HOST:PORT``.
-        device: of this rank; gloo connects CPUs, NCCL connects CUDA devices.
+        device: of this rank; gloo connects CPUs, NCCL connects CUDA devices. A CUDA device becomes the current one, on
+            which torch sends the objects of ``broadcast`` and ``gather``.
         timeout_s: seconds after which a collective that waits fails.
 
     Raises:
         torch.distributed.DistNetworkError: the other ranks did not come, or the port is in use.
     """
     kind = torch.device(device).type
+    if kind == "cuda":
+        torch.cuda.set_device(device)
     distributed.init_process_group(
         _BACKENDS[kind],
         init_method=address,

@@ -82,7 +82,7 @@ class Optimizer:
         Returns:
             The gradient norm before clipping, a scalar.
         """
-        norm = _total_norm([local(p.grad) for p in self.parameters if p.grad is not None])
+        norm = self._norm()
         if self._all_ranks is not None:
             norm = self._all_ranks(norm.to(self._dtype).square()).sqrt()
         factor = (self.max_grad_norm / (norm + _NORM_EPS)).clamp_(max=1.0)
@@ -102,6 +102,13 @@ class Optimizer:
             weight.grad = None  # empty, but a view of the storage of other gradients
         self.num_steps += 1
         return norm
+
+    def _norm(self) -> torch.Tensor:
+        """The norm of the gradients that this rank holds, on its device: 0 where it holds none."""
+        grads = [local(p.grad) for p in self.parameters if p.grad is not None]
+        if not grads:
+            return torch.zeros((), device=next((p.device for p in (*self.parameters, *self._absent)), None))
+        return _total_norm(grads)
 
     def _update(self, rows: Sequence[int], masters: list[torch.Tensor], grads: list[torch.Tensor]) -> None:
         raise NotImplementedError
@@ -197,7 +204,8 @@ def _total_norm(grads: Sequence[torch.Tensor]) -> torch.Tensor:
     for dtype in dict.fromkeys(grad.dtype for grad in grads):  # torch's fused norm takes one
         alike = [grad for grad in grads if grad.dtype == dtype]
         norms += torch._foreach_norm(alike, 2.0, torch.promote_types(dtype, torch.float32))
-    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+    norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return norm
 
 
 def _widened(grad: torch.Tensor | None, master: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ from rlhfreports.styles import COLORS, MARKERS, method_styles
 HEIGHT = 340
 NUMBER = ",.3~r"  # of an axis: plain, with three significant digits
 LENGTH_TITLE = "sequence length (tokens)"
+WORDS_ROOM = "max(width - 150, width / 3)"  # of bars whose words stand right of them
 DASHES = ([1, 0], [6, 4], [2, 3], [10, 3, 2, 3])
 # Vega's symbols for matplotlib's markers.
 SYMBOLS = {
@@ -129,6 +130,11 @@ def line_dash(frame: pd.DataFrame) -> dict[str, Any]:
 def legend_filter() -> alt.Parameter:
     """The methods that a reader chose in the legend; all where none is chosen."""
     return alt.selection_point(name="shown", fields=["title"], bind="legend")
+
+
+def names_axis(most_px: int = 260) -> alt.Axis:
+    """The axis of names of lines: in a narrow window they take two fifths of it, and are cut."""
+    return alt.Axis(labelLimit=alt.ExprRef(f"min({most_px}, (containerSize()[0] || 900) * 0.4)"))
 
 
 def select(name: str, options: Sequence[str], label: str, value: str | None = None) -> alt.Parameter:

@@ -24,8 +24,10 @@ _WARNED = "A coloured number has a warning, under the pointer and in the notes."
 FILTERS = ("run", "method", "family", "setting", "length", "batch")
 
 
-def memory_section(page: Page) -> Section:
-    """The memory table: a row per case, in the form of Hydra-RLHF's Table 1."""
+def memory_section(page: Page) -> Section | None:
+    """The memory table: a row per case, in the form of Hydra-RLHF's Table 1; ``None`` where there is no case."""
+    if page.frame.empty:
+        return None
     made = table(page.frame)
     rows = made.frame
     cells = made.cells
@@ -64,8 +66,10 @@ def _title(row: Mapping[Hashable, Any]) -> str:
     if num_blocks == 1:
         found.append("One block: its times have no interval.")
     if num_disturbed:
-        found.append(f"{num_disturbed} of {num_blocks} blocks were disturbed: {row['disturbed_by']}.")
+        were = "was" if num_disturbed == 1 else "were"
+        found.append(f"{num_disturbed} of {num_blocks} blocks {were} disturbed: {row['disturbed_by']}.")
     num_cut = row["num_prompts_truncated"]
     if not pd.isna(num_cut) and num_cut > 0:
-        found.append(f"{num_cut} rows were longer than the case and were cut.")
+        rows = "row was" if num_cut == 1 else "rows were"
+        found.append(f"{num_cut} {rows} longer than the case and cut.")
     return " ".join(found)

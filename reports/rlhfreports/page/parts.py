@@ -18,6 +18,7 @@ from rlhfreports.page.charts import (
     line_dash,
     lines_in_order,
     method_scales,
+    names_axis,
     part_color,
     select,
     specification,
@@ -32,7 +33,7 @@ _GIB = "GiB at the step's highest total"
 _PARTS_CAPTION = "Live bytes by part at the moment of the step's highest total. Frozen weights are grey."
 _UNMEASURED = " A method that was not measured at this size has its outcome in place of a bar."
 _LENGTH_CAPTION = "Memory against sequence length, both axes logarithmic. A flat line is memory that no length changes."
-_SWEPT_CAPTION = "Total memory against a number that the sweep varies, at one length and batch size."
+_SWEPT_CAPTION = "Total memory against a number that the sweep varies, at one length and batch size, all else equal."
 
 
 def parts_section(page: Page) -> Section | None:
@@ -44,7 +45,9 @@ def parts_section(page: Page) -> Section | None:
     for run in page.runs:
         chart = timeline_chart(run, f"timeline-{page.runs.index(run)}", run.name if len(page.runs) > 1 else "")
         blocks += [chart] if chart else []
-    blocks.append(length_chart(page))
+    memory = frames.memory(page.frame)
+    if (memory.groupby(["panel", "line"])["seq_len"].nunique() > 1).any():
+        blocks.append(length_chart(page, memory))
     swept = frames.swept(page.frame)
     blocks += [swept_chart(page, swept)] if len(swept) else []
     return Section(id="parts", title="Where the memory is", blocks=blocks)
@@ -70,7 +73,7 @@ def parts_chart(page: Page, parts: pd.DataFrame) -> Chart:
     )
     sizes, fullest, _ = by_size(parts)
     num_lines = by_size(pd.concat([parts[["size", "line"]], marks[["size", "line"]]]))[2]
-    y = alt.Y("line:N", title=None, sort=lines_in_order(page.frame), axis=alt.Axis(labelLimit=260))
+    y = alt.Y("line:N", title=None, sort=lines_in_order(page.frame), axis=names_axis())
     bars = (
         alt.Chart(alt.NamedData("parts"))
         .transform_filter("datum.size === size")
@@ -78,7 +81,7 @@ def parts_chart(page: Page, parts: pd.DataFrame) -> Chart:
         .mark_bar()
         .encode(
             y=y,
-            x=alt.X("gib:Q", stack="zero", title=_GIB),
+            x=alt.X("gib:Q", stack="zero", title=_GIB, scale=alt.Scale(range=[0, alt.ExprRef("width - 45")])),
             color=part_color(page.frame),
             order=alt.Order("place:Q"),
             tooltip=tooltips("line", "part", "gib", "total"),
@@ -89,7 +92,7 @@ def parts_chart(page: Page, parts: pd.DataFrame) -> Chart:
         .transform_filter("datum.size === size")
         .transform_aggregate(total="sum(gib)", groupby=["line"])
         .mark_text(align="left", dx=5)
-        .encode(y=y, x="total:Q", text=alt.Text("total:Q", format=".3~g"))
+        .encode(y=y, x="total:Q", text=alt.Text("total:Q", format=".3g"))
     )
     words = (
         alt.Chart(alt.NamedData("failed-sizes"))
@@ -109,12 +112,11 @@ def parts_chart(page: Page, parts: pd.DataFrame) -> Chart:
     )
 
 
-def length_chart(page: Page) -> Chart:
-    """Memory against length, log-log; switches choose batch size and kind of memory."""
-    data = frames.memory(page.frame)
+def length_chart(page: Page, data: pd.DataFrame) -> Chart:
+    """The rows of ``frames.memory`` against length, log-log; switches choose batch size and kind of memory."""
     x = length_axis(sorted({int(length) for length in data["seq_len"]}))
     panels, kinds = list(dict.fromkeys(data["panel"])), list(dict.fromkeys(data["what"]))
-    switches = [select("panel", panels, "batch"), select("what", kinds, "memory")]
+    switches = [select("panel", panels, "cases"), select("what", kinds, "memory")]
     chosen = "datum.panel === panel && datum.what === what"
     made = _memory_lines(page, "memory", chosen, x).add_params(*switches).properties(height=HEIGHT)
     return Chart(
@@ -130,21 +132,28 @@ def swept_chart(page: Page, swept: pd.DataFrame) -> Chart:
     """Total memory against a number that the sweep varies."""
     axes, sizes = list(dict.fromkeys(swept["axis"])), list(dict.fromkeys(swept["size"]))
     switches = [select("axis", axes, "against"), select("size", sizes, "size", sizes[-1])]
-    x = alt.X("value:Q", title="value").scale(zero=False)
-    made = _memory_lines(page, "swept", "datum.axis === axis && datum.size === size", x)
+    x = alt.X(
+        "value:Q",
+        title=axes[0] if len(axes) == 1 else None,
+        scale=alt.Scale(zero=False, nice=False, padding=24),
+        axis=alt.Axis(format="~g", tickMinStep=1 if (swept["value"] % 1 == 0).all() else alt.Undefined),
+    )
+    made = _memory_lines(page, "swept", "datum.axis === axis && datum.size === size", x, "value")
     return Chart(
         id="memory-swept",
         title="Memory against what the sweep varies",
         caption=_SWEPT_CAPTION,
         spec=specification(
-            made.add_params(*switches).properties(height=HEIGHT), description=_SWEPT_CAPTION, title="GiB"
+            made.add_params(*switches).properties(height=HEIGHT),
+            description=_SWEPT_CAPTION,
+            title="GiB" if len(axes) == 1 else {"expr": "'GiB, against ' + axis"},
         ),
         data={"swept": swept},
     )
 
 
-def _memory_lines(page: Page, source: str, chosen: str, x: alt.X) -> Any:
-    """Lines and points of ``gib`` over ``x``, both in the colours of methods."""
+def _memory_lines(page: Page, source: str, chosen: str, x: alt.X, *more: str) -> Any:
+    """Lines and points of ``gib`` over ``x``, in the colours of methods; ``more`` are fields for the tooltip."""
     colors, shapes = method_scales(page.frame)
     shown = legend_filter()
     base = (
@@ -158,7 +167,7 @@ def _memory_lines(page: Page, source: str, chosen: str, x: alt.X) -> Any:
             opacity=alt.condition(shown, alt.value(1), alt.value(0.08)),
         )
     )
-    tooltip = tooltips("line", "seq_len", "batch_size", "gib")
+    tooltip = tooltips("line", "seq_len", "batch_size", *more, "gib")
     dots = base.mark_point(filled=True, size=70, opacity=1).encode(
         shape=alt.Shape("title:N", scale=shapes), tooltip=tooltip
     )

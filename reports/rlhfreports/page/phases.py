@@ -8,7 +8,16 @@ import altair as alt
 import pandas as pd
 
 from rlhfreports.page.blocks import Block, Chart
-from rlhfreports.page.charts import DARK, HEIGHT, by_mode, lines_in_order, method_scales, select, specification
+from rlhfreports.page.charts import (
+    DARK,
+    HEIGHT,
+    by_mode,
+    lines_in_order,
+    method_scales,
+    names_axis,
+    select,
+    specification,
+)
 from rlhfreports.page.data import Page
 from rlhfreports.page.tooltips import tooltips
 from rlhfreports.phases import ceilings, phase_points, roofline_points
@@ -58,7 +67,7 @@ def _seconds(page: Page, points: pd.DataFrame) -> Chart:
     )
     phases = _in_order(points)
     lines = lines_in_order(page.frame)
-    y = alt.Y("line:N", title=None, scale=alt.Scale(domain=lines), axis=alt.Axis(labelLimit=320))
+    y = alt.Y("line:N", title=None, scale=alt.Scale(domain=lines), axis=names_axis(320))
     base = alt.Chart(alt.NamedData("phases")).transform_filter("datum.size === size")
     bars = base.mark_bar().encode(
         y=y,
@@ -139,7 +148,8 @@ def _roofline(page: Page, points: pd.DataFrame, lines: pd.DataFrame) -> Chart:
             ),
         )
     )
-    sizes = _sizes(points) if len(points) > _MAX_POINTS else [ALL, *_sizes(points)]
+    sizes = _sizes(points)
+    sizes = [ALL, *sizes] if len(sizes) > 1 and len(points) <= _MAX_POINTS else sizes
     switches = [select("size", sizes, "case")]
     switches += [select("machine", machines, "machine")] if len(machines) > 1 else []
     made = alt.layer(roof, dots).add_params(*switches, by_method, by_phase).properties(height=HEIGHT + 60)

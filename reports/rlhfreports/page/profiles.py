@@ -11,7 +11,7 @@ import pandas as pd
 from rlhfreports.columns import RUN
 from rlhfreports.frames import line_of, size_of
 from rlhfreports.page.blocks import Block, Chart, Link, Links, Table, Text, table_of
-from rlhfreports.page.charts import HEIGHT, by_mode, select, specification
+from rlhfreports.page.charts import HEIGHT, by_mode, names_axis, select, specification
 from rlhfreports.page.data import Page, Run
 from rlhfreports.page.tooltips import tooltips
 from rlhfreports.profiles import TOP, Profile, flame_rects, function_first, kernels, shorter, top_ops
@@ -88,7 +88,7 @@ def _ops_chart(ops: pd.DataFrame, name: str, title: str, what: str) -> Chart:
         "label:N",
         title=None,
         sort=alt.EncodingSortField("rank", op="min", order="ascending"),
-        axis=alt.Axis(labelLimit=alt.ExprRef("min(420, (containerSize()[0] || 900) * 0.4)")),
+        axis=names_axis(420),
     )
     bars = base.mark_bar().encode(
         y=y,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import altair as alt
@@ -13,10 +14,12 @@ from rlhfreports.page.charts import (
     DARK,
     HEIGHT,
     SYMBOLS,
+    WORDS_ROOM,
     by_mode,
     by_size,
     legend_filter,
     method_scales,
+    names_axis,
     part_scale,
     select,
     specification,
@@ -41,7 +44,6 @@ from rlhfreports.styles import COLORS, MARKERS
 from rlhfreports.tables import GIB
 
 _BAR_PX, _MAX_CHART_PX = 30, 1600
-_ROOM = "max(width - 150, width / 3)"  # the words of a bar stand right of it
 # By the option of the switch: a column, and an expression of its value. Seconds are of the slowest rank, memory of the
 # worst.
 MEASURES = {
@@ -108,11 +110,12 @@ def _bars_chart(
     if marks is None:  # what stands together says its method
         source = "datum.at === at && datum.what === what"
     of_bars = alt.Chart(alt.NamedData(name)).transform_filter(source)
-    y = alt.Y("label:N", title=None, sort=_labels(bars, marks), axis=alt.Axis(labelLimit=260))
+    y = alt.Y("label:N", title=None, sort=_labels(bars, marks), axis=names_axis())
+    scale = _piece_scale(page, set(bars["part"]))
     pieces = of_bars.mark_bar().encode(
         y=y,
-        x=alt.X("value:Q", stack="zero", title=None, scale=alt.Scale(range=[0, alt.ExprRef(_ROOM)])),
-        color=alt.Color("part:N", scale=_piece_scale(page, set(bars["part"]))),
+        x=alt.X("value:Q", stack="zero", title=None, scale=alt.Scale(range=[0, alt.ExprRef(WORDS_ROOM)])),
+        color=alt.Color("part:N", scale=scale, legend=alt.Legend(values=alt.ExprRef(_pieces_of(bars, scale)))),
         order=alt.Order("place:Q"),
         tooltip=tooltips("label", "part", "value", "words"),
     )
@@ -167,6 +170,14 @@ def _piece_scale(page: Page, shown: set[str]) -> alt.Scale:
     colors = zip([*parts["domain"], AT_WORK, WAITING], [*parts["range"], *times], strict=True)
     found = {name: color for name, color in colors if name in shown}
     return alt.Scale(domain=list(found), range=list(found.values()))
+
+
+def _pieces_of(bars: pd.DataFrame, scale: alt.Scale) -> str:
+    """An expression of the names in the legend: those of what the bars are made of now."""
+    names = scale.to_dict()["domain"]
+    shown = {what: set(rows["part"]) for what, rows in bars.groupby("what", sort=False)}
+    pieces = {what: [name for name in names if name in parts] for what, parts in shown.items()}
+    return f"({json.dumps(pieces)})[what]"
 
 
 def _scaling_chart(page: Page, points: pd.DataFrame) -> Chart:

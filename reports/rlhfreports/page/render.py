@@ -101,12 +101,21 @@ def _json(value: Any) -> Any:
     return value
 
 
+# Characters that turn the direction of the text behind them, also of text that is not a record's.
+_TURNS = dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)], "\N{REPLACEMENT CHARACTER}")
+
+
+def _in_one_direction(value: Any) -> Any:
+    return value.translate(_TURNS) if type(value) is str else value
+
+
 @functools.cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("rlhfreports.page"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        finalize=_in_one_direction,
         trim_blocks=True,
         lstrip_blocks=True,
     )

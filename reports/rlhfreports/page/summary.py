@@ -10,7 +10,7 @@ from rlhfreports.answer import answer
 from rlhfreports.compare import compared, comparison_sentences, comparison_table
 from rlhfreports.gain import gain_table, has_gain
 from rlhfreports.page.blocks import Block, Chart, Section, Text, table_of
-from rlhfreports.page.charts import HEIGHT, LENGTH_TITLE, method_scales, select, specification
+from rlhfreports.page.charts import HEIGHT, LENGTH_TITLE, method_scales, names_axis, select, specification
 from rlhfreports.page.costs import costs_chart
 from rlhfreports.page.data import Page
 from rlhfreports.page.tooltips import tooltips
@@ -61,7 +61,7 @@ def _speedup_chart(page: Page, timed: pd.DataFrame) -> Chart:
         alt.Chart(alt.NamedData("speedups"))
         .transform_filter("datum.other_run === other")
         .encode(
-            y=alt.Y("size:N", title=None, sort=None, axis=alt.Axis(labelLimit=260)),
+            y=alt.Y("size:N", title=None, sort=None, axis=names_axis()),
             yOffset=alt.YOffset("title:N"),
             color=alt.Color("title:N", scale=colors),
         )

@@ -97,8 +97,13 @@ def _how_timed(frame: pd.DataFrame) -> list[tuple[str, str]]:
     reasons = frame["stopped_because"].dropna()
     if len(reasons):
         found_by = reasons.value_counts(sort=False).items()
-        counts = ", ".join(f"{count} because {_STOPPED.get(str(reason), reason)}" for reason, count in found_by)
-        found.append((f"Timing of {counted(len(reasons), 'case')} ended: {counts}.", ""))
+        counts = [(count, f"because {_STOPPED.get(str(reason), reason)}") for reason, count in found_by]
+        why = (
+            f" {counts[0][1]}"
+            if len(counts) == 1
+            else ": " + ", ".join(f"{count} {because}" for count, because in counts)
+        )
+        found.append((f"Timing of {counted(len(reasons), 'case')} ended{why}.", ""))
     disturbed = frame["num_disturbed_blocks"].fillna(0)
     if (disturbed > 0).any():
         worst = frame["disturbed_by"].iloc[int(disturbed.to_numpy().argmax())]

@@ -33,9 +33,7 @@ def test_folders_without_a_model(tmp_path, checkpoint):
     (tmp_path / "adapter_config.json").touch()
     assert "adapters without their model" in sentence(tmp_path)
     (checkpoint / "model.safetensors").unlink()
-    assert "it has no weights" in sentence(checkpoint)
-    (checkpoint / "pytorch_model-00001-of-00002.bin").touch()
-    assert model_facts.inspect_model(str(checkpoint)).max_positions == 16
+    assert model_facts.inspect_model(str(checkpoint)).max_positions == 16  # a plan needs no weights
 
 
 @pytest.mark.parametrize("text", ["{", "[]"])

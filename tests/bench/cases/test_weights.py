@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from rlhfbench.cases.weights import check_gguf, check_safetensors
+from rlhfbench.cases.weights import check_gguf, check_weights
 from rlhfkernels.errors import ModelError
 
 GOOD = save({"a": torch.ones(4), "b": torch.zeros(2, 3)}, {"format": "pt"})
@@ -19,7 +19,7 @@ GOOD = save({"a": torch.ones(4), "b": torch.zeros(2, 3)}, {"format": "pt"})
 def fault(folder: Path) -> str:
     """The sentence about a folder's weights, without its beginning."""
     with pytest.raises(ModelError) as caught:
-        check_safetensors("m", folder)
+        check_weights("m", folder)
     start = "model 'm' is invalid: its "
     assert str(caught.value).startswith(start)
     assert "\n" not in str(caught.value)
@@ -32,7 +32,17 @@ def header(content: bytes) -> bytes:
 
 def test_files_that_safetensors_wrote_pass(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(GOOD)
-    check_safetensors("m", tmp_path)
+    check_weights("m", tmp_path)
+
+
+def test_a_folder_without_weights(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(
+        ModelError, match=r"^model 'm' is a folder without weights \(\*\.safetensors, .*: a plan needs none"
+    ):
+        check_weights("m", tmp_path)
+    (tmp_path / "pytorch_model-00001-of-00002.bin").touch()
+    check_weights("m", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +81,7 @@ def test_every_shard_of_an_index_is_there_and_whole(tmp_path: Path) -> None:
     (tmp_path / "1.safetensors").write_bytes(GOOD[:-8])
     assert fault(tmp_path).startswith("1.safetensors is truncated")
     (tmp_path / "1.safetensors").write_bytes(GOOD)
-    check_safetensors("m", tmp_path)
+    check_weights("m", tmp_path)
 
 
 def string(text: str) -> bytes:

@@ -32,10 +32,11 @@ def kind(name):
         (("--base", "a", "--smallest-effect", "-1"), "--smallest-effect is -1: it must be above 0 and below 10."),
         (("--base", "a", "--step", "mine"), "--step is 'mine': it must be MODULE:FUNCTION."),
         (("--base", "a", "--threads", "0"), "--threads is 0: it must be from 1 to 1024."),
-        (("--base", "a"), "--base needs a git repository"),
-        (("--bisect", "a", "b"), "--base needs a git repository"),
+        (("--base", "a"), "lies in no git repository that can be compared"),
+        (("--bisect", "a", "b"), "lies in no git repository that can be compared"),
         (("--baseline", "nowhere"), "baseline 'nowhere' holds no run"),
         (("--baseline", "nowhere", "--methods", "hydra"), "--baseline takes no cases"),
+        (("--baseline", "nowhere", "--threads", "2"), "--baseline takes no cases and no --threads"),
     ],
 )
 def test_a_wrong_gate_is_one_sentence(call, monkeypatch, tmp_path, arguments, sentence):
@@ -68,6 +69,8 @@ def test_a_first_baseline_is_made(call, fake, tmp_path):
     code, _, err = call("gate", "--baseline", "new", "--update-baseline", *SMALL, *kind("steady"))
     assert code == 3  # nothing was compared
     assert "is new: there was nothing to compare with." in err
+    (tmp_path / "empty").mkdir()
+    assert call("gate", "--baseline", "empty", "--update-baseline", *SMALL, *kind("steady"))[0] == 3
     assert call("gate", "--baseline", "new")[0] == 0
 
 

@@ -94,10 +94,11 @@ def test_a_bisect_prints_the_commit_as_a_table_as_json_and_in_a_file(call, commi
     assert (found["exit_code"], found["commit"]) == (1, culprit)
     assert found["head"] == f"{culprit[:10]} (the culprit)"
     assert table.read_text().startswith(f"**Regression: 1 quantity.** {culprit[:10]} (the culprit) against HEAD~3 (")
-    assert [line.split(" ", 1)[1].split(" (")[0] for line in err.splitlines() if "largest ratio" in line] == [
-        "bad",
-        "bad",
-        "good",
+    judged = [line.split(" ", 1)[1] for line in err.splitlines() if "memory total: " in line]
+    assert [line.partition("):")[0] for line in judged] == [
+        "bad (memory total: 1.1667",
+        "bad (memory total: 1.1667",
+        "good (memory total: 1.0000",
     ]
     assert left_in(temporary) == []
 
@@ -132,6 +133,15 @@ def test_a_self_test_prints_its_lines_and_stores_them(call, commit, monkeypatch,
     assert code == 0, err
     assert "held over a step: found in 1 of 1 cases" in said
     assert table.read_text() == f"```\n{said}```\n"
+
+
+def test_a_self_test_names_cases_that_could_not_be_measured(call, commit, monkeypatch, tmp_path):
+    monkeypatch.setattr(selftest, "SLOWDOWNS", (0.2,))
+    monkeypatch.setattr(simulation, "NUM_TRIES", 1)
+    monkeypatch.setattr(compare, "MAX_LOOKS", 1)
+    (tmp_path / "both.toml").write_text('[options.data]\nprompt_field = ["steady", "exit"]\n')
+    _, said, err = call("gate", *CASES, "--sweep", str(tmp_path / "both.toml"), "--self-test")
+    assert "could not be measured: base: crashed: it exited with status 7" in said.partition("\n")[0], err
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,22 @@ def test_json_is_one_object_a_case(
         assert (tmp_path / "p" / "timelines" / f"{plan['case']['id']}.png").is_file()
 
 
+def test_a_plan_needs_no_more_of_a_model_than_its_configuration(
+    make_case: Callable[..., Case], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = Path(make_case().model)
+    asked = ["plan", "--methods", "sft", "--seq-lens", "8", "--batch-sizes", "1", "--json", "--model"]
+    totals = []
+    (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
+    for folder in (checkpoint, tmp_path):
+        assert cli.invoke([*asked, str(folder)]) == 0
+        (plan,) = json.loads(capsys.readouterr().out)
+        totals.append(plan["memory"]["total_bytes"])
+    assert totals[0] == totals[1] > 0
+    assert cli.invoke(["run", *asked[1:], str(tmp_path)]) == 2
+    assert "is a folder without weights" in capsys.readouterr().err
+
+
 def test_a_case_that_does_not_fit_comes_with_advice(
     make_case: Callable[..., Case], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ import pytest
 from rlhfbench.cases import preflight
 from rlhfbench.cases.ranks import MAX_RANKS_PER_CORE, check_ranks
 from rlhfbench.cases.sweep import Sweep
-from rlhfbench.cli.ranks import make_ranked_sweep
+from rlhfbench.cli.ranks import RankOptions, make_ranked_sweep
 from rlhfbench.errors import SweepError
 from rlhfbench.launch import Launch
 from rlhfbench.network import free_port
@@ -23,7 +23,6 @@ from rlhfkernels.config.options import Options
 
 HERE = Path(__file__).parents[1]
 SPEC = {"methods": ["dpo"], "seq_lens": [8], "batch_sizes": [4]}
-NO_RANKS = {"world_size": None, "parallel": None, "zero_stage": None, "global_batch": False}
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +32,7 @@ def _no_launcher(monkeypatch):
 
 
 def ranked(spec=SPEC, launched=None, **params):
-    sweep = make_ranked_sweep(spec, None, None, NO_RANKS | params, launched=launched)
+    sweep = make_ranked_sweep(spec, None, None, RankOptions(**params), launched=launched)
     return [(case.batch_size, case.rows_per_step, case.options.parallel) for case in sweep.cases]
 
 
@@ -76,7 +75,7 @@ def test_a_file_says_how_ranks_share_where_flags_do_not(tmp_path):
     file.write_text('methods = ["dpo"]\nseq_lens = [8]\nbatch_sizes = [1]\n[options.parallel]\nstrategy = "fsdp"\n')
 
     def of_file(**params):
-        sweep = make_ranked_sweep({}, str(file), None, NO_RANKS | params)
+        sweep = make_ranked_sweep({}, str(file), None, RankOptions(**params))
         return sorted((case.options.parallel.strategy, case.options.parallel.world_size) for case in sweep.cases)
 
     assert of_file(world_size="2") == [("fsdp", 2)]
@@ -89,10 +88,10 @@ def test_a_file_says_how_ranks_share_where_flags_do_not(tmp_path):
 def test_a_file_without_ranks_stays_without(tmp_path):
     file = tmp_path / "sweep.toml"
     file.write_text('methods = ["dpo"]\nseq_lens = [8]\nbatch_sizes = [1]\n')
-    (case,) = make_ranked_sweep({}, str(file), None, NO_RANKS).cases
+    (case,) = make_ranked_sweep({}, str(file), None, RankOptions()).cases
     assert case.options.parallel.strategy is None
     with pytest.raises(SweepError, match=r"^--parallel is 'ddp': it needs --world-size N\.$"):
-        make_ranked_sweep({}, str(file), None, NO_RANKS | {"parallel": "ddp"})
+        make_ranked_sweep({}, str(file), None, RankOptions(parallel="ddp"))
 
 
 def test_a_launcher_gives_the_world_size():

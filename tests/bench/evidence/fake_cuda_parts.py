@@ -14,7 +14,7 @@ import pickle
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -56,7 +56,8 @@ ANSWERS = {
     "set_sync_debug_mode": None,
     "max_memory_allocated": 1000,
     "max_memory_reserved": 2000,
-    "get_device_capability": (9, 0),
+    "get_allocator_backend": "native",
+    "device_of": nullcontext(),
 }
 
 
@@ -108,6 +109,7 @@ def on_fake_tensors(run: Callable[[Path], object], folder: Path) -> object:
     with ExitStack() as stack:
         for name, answer in ANSWERS.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, return_value=answer))
+        stack.enter_context(mock.patch.object(torch._C, "_cuda_clearCublasWorkspaces", create=True))
         stack.enter_context(mock.patch.object(torch.cuda.memory, "_record_memory_history"))
         stack.enter_context(mock.patch.object(torch.cuda.memory, "_dump_snapshot", dump_snapshot))
         stack.enter_context(mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None))

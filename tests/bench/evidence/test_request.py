@@ -60,5 +60,5 @@ def test_a_step_may_take_the_device_without_its_reserve_and_no_more_than_the_pap
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for gib, most in ((24, 24), (141, 71.1)):
-        monkeypatch.setattr(sweeps.environment, "gpus", lambda gib=gib: [{"name": "x", "memory_bytes": gib * 2**30}])
+        monkeypatch.setattr(sweeps, "device_bytes", lambda device, gib=gib: gib * 2**30)
         assert 0.9 * most * 2**30 < sweeps.usable_bytes("cuda") <= most * 2**30

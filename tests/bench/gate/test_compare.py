@@ -11,12 +11,12 @@ import pytest
 
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.errors import GateError
-from rlhfbench.gate import compare
+from rlhfbench.gate import baseline, compare
 from rlhfbench.gate.baseline import baseline_findings, baseline_sweep, time_obstacle, update_baseline
 from rlhfbench.gate.bisect import bisect
 from rlhfbench.gate.compare import Comparison, GateOptions
 from rlhfbench.gate.decide import MIN_PAIRS, Effects, estimate
-from rlhfbench.gate.findings import Finding, sizes_of
+from rlhfbench.gate.findings import Finding, findings_of, sizes_of
 from rlhfbench.gate.output import exit_code, markdown, to_json
 from rlhfbench.gate.pairs import BlockPair, pairs_of
 from rlhfbench.gate.selftest import slower_phase
@@ -96,6 +96,9 @@ def test_an_older_base_is_timed_in_blocks_one_after_the_other(tmp_path):
     (tmp_path / "old" / "rlhfbench" / "measure").mkdir()
     (tmp_path / "old" / "rlhfbench" / "measure" / "turns.py").touch()
     assert old.takes_turns
+    assert "from before there was a gate" in str(old.obstacle)
+    (tmp_path / "old" / "rlhfbench" / "measure" / "injection.py").touch()
+    assert old.obstacle is BASE.obstacle is None
     assert dataclasses.replace(BASE, paths=(str(tmp_path),)).takes_turns  # a project of the user's
 
     class Older(Side):
@@ -218,7 +221,7 @@ def test_a_change_that_was_found_stands_whatever_later_looks_allow():
     kept = compare._with_changes_of([slower, other], [weaker, dataclasses.replace(other, verdict="ambiguous")])
     assert [found.verdict for found in kept] == ["slower", "ambiguous"]
     failed = Finding(case=CASE, quantity="", verdict="failed")
-    assert compare._with_changes_of([slower], [failed]) == [failed]
+    assert compare._with_changes_of([slower, other], [failed]) == [failed, slower]
 
 
 def test_noise_is_looked_at_again_until_the_time_is_spent(tmp_path):
@@ -239,10 +242,62 @@ def test_noise_is_looked_at_again_until_the_time_is_spent(tmp_path):
 )
 def test_a_case_that_fails_on_a_side_is_no_pass(tmp_path, kind, code, reason):
     findings, _ = compared(tmp_path, kind, "steady", injected={"held_bytes": 0})
-    (failed,) = [found for found in findings if found.case.options.data.prompt_field == kind]
+    failed, *sizes = [found for found in findings if found.case.options.data.prompt_field == kind]
     assert failed.verdict == "failed"
     assert failed.reason.startswith(reason)
     assert exit_code(findings) == code
+    # What both sides have measured is compared.
+    assert {found.quantity for found in sizes} == ({"memory total", *AT_PEAK} if kind.endswith("later") else set())
+
+
+AT_PEAK = {"memory model", "memory activation", "memory rollout"}
+
+
+@pytest.mark.parametrize(("broken", "code", "reason"), [("head", 1, "head: "), ("base", 3, "base: ")])
+def test_a_side_that_does_not_start_fails_every_case(tmp_path, monkeypatch, broken, code, reason):
+    monkeypatch.setattr(
+        compare,
+        "ForkServer",
+        lambda paths, optional: ForkServer(target="fake_case:run_case", preload=paths),
+    )
+    sides = [dataclasses.replace(side, paths=("no_such_module",) * (side.name == broken)) for side in (BASE, HEAD)]
+    sweep = sweep_of("steady", "noisy")
+    findings = Comparison(*sides, sweep, tmp_path / "out", GateOptions()).run()
+    assert [(found.case, found.verdict) for found in findings] == [(case, "failed") for case in sweep.cases]
+    assert findings[0].reason.startswith(f"{reason}the fork server did not start: ")
+    assert exit_code(findings) == code
+
+
+def test_a_model_may_be_named_by_a_path_from_the_working_folder(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    sweep = Sweep(cases=tuple(dataclasses.replace(case, model="mine") for case in sweep_of("steady").cases))
+    comparison = Comparison(BASE, HEAD, sweep, tmp_path / "out", GateOptions(step="mine:unused"))
+    assert {found.case.model for found in comparison.run()} == {str(tmp_path / "mine")}
+    assert list(comparison.spent_s.values()) > [0.0]
+
+
+def record_of(generate_s, score_s, *, num_blocks=MIN_PAIRS, **more):
+    """A record of two phases whose blocks after the first have these steps."""
+    block = {"phases": {"generate": generate_s, "score": score_s}, "in_turns": True, "error": None}
+    kinds = {"generate": {"kind": "inference"}, "score": {"kind": "inference"}}
+    blocks = [block] * (num_blocks + 1)
+    latency = {"phases": kinds, "blocks": blocks, "total_block_s_per_sample": [1.0] * len(blocks)}
+    return {"case": {"batch_size": 1}, "outcome": "ok", "error": None, "latency": latency, "num_threads": 1, **more}
+
+
+@pytest.mark.parametrize(
+    ("base", "head", "verdict", "reason"),
+    [
+        ([1.0, 0.0, 1.0, 0.0], [1.5, 0.0, 1.5, 0.0], "slower", None),  # every second step enters the phase
+        ([0.0] * 4, [0.0] * 4, "same", None),  # declared, and never entered
+        ([0.0] * 4, [1.0] * 4, "ambiguous", "it took no time in some blocks."),
+    ],
+)
+def test_a_phase_that_takes_no_time_in_some_steps_is_not_left_out(base, head, verdict, reason):
+    records = [{CASE.id: record_of([1.0] * 4, steps)} for steps in (base, head)]
+    findings = {found.quantity: found for found in findings_of([CASE], *records, Effects(), 0.05)}
+    assert (findings["score s"].verdict, findings["score s"].reason) == (verdict, reason)
 
 
 def test_a_quantity_that_one_side_alone_has_is_missing(tmp_path):
@@ -301,6 +356,17 @@ def test_bisect_finds_the_first_bad_commit(culprit):
     assert found.commit == COMMITS[culprit]
     assert len(asked) == len(set(asked)) <= 4
     assert lines[0] == "c7 bad: subject of c7"
+
+
+def test_a_bisect_shows_the_ratio_that_it_judges_by():
+    def compare_commit(commit):
+        memory = Finding(case=CASE, quantity="memory total", verdict="larger", base=100, head=101, is_regression=True)
+        noise = Finding(case=CASE, quantity="total s", verdict="same", estimate=estimate([0.04, 0.041]))
+        return [noise, memory]
+
+    lines = []
+    bisect(["c1"], compare_commit, lambda commit: "the culprit", lines.append)
+    assert lines == ["c1 bad (memory total: 1.0100): the culprit"]
 
 
 @pytest.mark.parametrize(("verdict", "is_clear"), [("same", True), ("ambiguous", False)])
@@ -380,6 +446,49 @@ def test_times_of_another_machine_are_not_judged(tmp_path):
     assert "is not recorded" in time_obstacle(tmp_path / "old", tmp_path / "new")
 
 
+def test_a_phase_of_one_run_alone_is_missing_and_a_constant_of_both_is_the_same(tmp_path):
+    """A time has no pairs between two runs."""
+    for name, renamed, seconds in (("old", "score", 0.0), ("new", "judge", 0.0)):
+        stored(tmp_path / name, "steady")
+        (record,) = read_records(tmp_path / name)
+        for block in record["latency"]["blocks"]:
+            block["phases"] |= {renamed: [1.0], "idle": [seconds]}
+        record["latency"]["phases"] |= {renamed: {"kind": "update"}, "idle": {"kind": "update"}}
+        (tmp_path / name / "records.jsonl").write_text(json.dumps(record) + "\n")
+    findings = baseline_findings(tmp_path / "old", tmp_path / "new", Effects(), times_obstacle=None)
+    missing = {found.quantity: found.is_regression for found in findings if found.verdict == "missing"}
+    assert missing == {"score s": True, "judge s": False}
+    assert verdicts(findings)["idle s"] == "same"
+
+
+def test_a_baseline_is_run_again_with_its_threads_and_times_of_others_are_not_judged(tmp_path):
+    def record(num_threads):
+        return record_of([1.0], [1.0], num_threads=num_threads)
+
+    (found,) = baseline._times(CASE, record(4), record(2), None)
+    assert (found.verdict, found.reason) == ("ambiguous", "Times are not judged: 2 threads instead of 4.")
+    stored(tmp_path, "steady", "noisy")
+    assert baseline._threads(tmp_path) is None  # fakes say nothing of it
+    records = [{**record, "num_threads": 3} for record in read_records(tmp_path)]
+    for last, threads in ((3, 3), (None, 3), (4, None)):
+        records[-1]["num_threads"] = last
+        (tmp_path / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        assert baseline._threads(tmp_path) == threads
+
+
+def test_a_baseline_that_is_replaced_never_has_old_records_beside_a_new_environment(tmp_path, monkeypatch):
+    for name in ("old", "new"):
+        stored(tmp_path / name, "steady")
+    seen = []
+    monkeypatch.setattr(baseline, "write_atomically", lambda path, text: seen.append((path.name, is_there())))
+
+    def is_there():
+        return (tmp_path / "old" / "records.jsonl").exists()
+
+    update_baseline(tmp_path / "new", tmp_path / "old")
+    assert seen == [("sweep.toml", False), ("environment.json", False), ("records.jsonl", False)]
+
+
 def test_a_baseline_is_replaced_by_what_the_gate_reads(tmp_path):
     stored(tmp_path / "new", "steady")
     update_baseline(tmp_path / "new", tmp_path / "base")
@@ -400,6 +509,24 @@ def test_a_baseline_without_a_run_or_records_is_one_sentence(tmp_path):
         baseline_sweep(tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("sweep.toml", None, "has no sweep.toml: it cannot be run again."),
+        ("sweep.toml", "methods = [", "cannot be compared with: .*sweep.toml"),
+        ("sweep.toml", 'methods = ["gone"]', "cannot be compared with: .*gone"),
+        ("records.jsonl", "{}\n", "cannot be compared with: records file .* line 1: it is not a record"),
+        ("environment.json", "[", "cannot be compared with: .*environment.json' is not JSON"),
+    ],
+)
+def test_a_baseline_that_cannot_be_read_is_one_sentence(tmp_path, name, content, says):
+    stored(tmp_path / "run", "steady")
+    path = tmp_path / "run" / name
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(GateError, match=f"^baseline '.*run' {says}"):
+        baseline_sweep(tmp_path / "run")
+
+
 def test_simulated_rates_follow_the_noise(tmp_path):
     compared(tmp_path, "steady", "blocks")
     ids = [case.id for case in sweep_of("steady", "blocks").cases]
@@ -407,6 +534,7 @@ def test_simulated_rates_follow_the_noise(tmp_path):
     assert {case.longest_phase for case in cases} == {"generate"}
     steady = [case for case in cases if "optimize" in case.kinds]
     assert steady[0].affected("generate") == {"generate", "inference", "total"}
+    assert [case.case_id for case in cases] == [record["case"]["id"] for record in read_records(tmp_path / "out/base")]
     quiet = rates(steady * 3, 0.2, Effects(), 60.0)
     assert (quiet.found, quiet.false_alarms, quiet.num_pairs) == (1.0, 0.0, MIN_PAIRS)
     assert quiet.others == {"pytest-benchmark's 10 % on means": (1.0, 0.0), "asv's factor 1.1": (1.0, 0.0)}

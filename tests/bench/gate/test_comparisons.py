@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import psutil
@@ -13,6 +14,7 @@ import pytest
 
 from rlhfbench.gate.decide import estimate
 from rlhfbench.gate.findings import Finding
+from rlhfbench.gate.other_rules import OTHERS
 from rlhfbench.gate.pairs import BlockPair
 from rlhfbench.gate.simulation import MeasuredCase
 from rlhfkernels.config.case import Case
@@ -23,6 +25,9 @@ OTHER = dataclasses.replace(CASE, method="lora")
 KINDS = {"generate": "inference", "optimize": "update"}
 VALUES = {"generate": 2.0, "optimize": 1.0, "inference": 2.0, "update": 1.0, "total": 3.0}
 PAIRS = [BlockPair(base=VALUES, head=VALUES, log_ratios={}, errors={}, steps=([], []), disturbed=(False, False))]
+
+# By the other rules, in each gate: a slower case with an alarm, and nothing.
+FLAGGED = dict(zip(OTHERS, (["generate", "optimize"], []), strict=True))
 
 
 def finding(case, quantity, verdict):
@@ -40,7 +45,7 @@ def count(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(script.sides, "repository", lambda: tmp_path)
     monkeypatch.setattr(script.sides, "commit_of", lambda revision, root: next(commits))
     monkeypatch.setattr(script, "_measured_cases", lambda root, commit: measured)
-    monkeypatch.setattr(script.tempfile, "tempdir", str(tmp_path))  # the lock of this machine's gates lies there
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # the lock of this machine's gates lies there
     asked = []
 
     def run(num_gates, verdicts=("same", "ambiguous"), *options):
@@ -48,7 +53,8 @@ def count(monkeypatch, tmp_path, capsys):
             asked.append(seed)
             case = next((case for case in (CASE, OTHER) if case.id in [each.case_id for each in slowed]), CASE)
             names = zip(("total s", "score s"), verdicts, strict=True)
-            return [finding(case, name, verdict) for name, verdict in names], {case.id: 7.0}
+            others = {case.id: {name: [f"{time} s" for time in times] for name, times in FLAGGED.items()}}
+            return [finding(case, name, verdict) for name, verdict in names], {case.id: 7.0}, others
 
         monkeypatch.setattr(script, "_gate", gate)
         arguments = ["comparisons.py", str(tmp_path / "out"), "--gates", str(num_gates), *options]
@@ -66,6 +72,7 @@ def test_it_goes_on_where_it_was_interrupted_and_counts_cases_with_an_alarm(coun
     assert not [child for child in psutil.Process().children() if "os.getppid() == parent" in " ".join(child.cmdline())]
     code, said, asked = count(2, ("slower", "faster"))
     assert (code, asked) == (1, [0, 0, 1, 1])
+    assert said.count("10 % on means: 2 false alarms\n") == 2
     assert "beside a busy process: 1 false alarms and 1 without an answer in 2 comparisons" in said
     rows = [json.loads(line) for line in (tmp_path / "out" / "comparisons.jsonl").read_text().splitlines()]
     assert [(row["gate"], row["busy"]) for row in rows] == [(0, False), (0, True), (1, False), (1, True)]
@@ -79,6 +86,8 @@ def test_a_slower_case_is_found_by_what_its_longest_phase_is_part_of(count, tmp_
     code, said, _ = count(1, ("slower", "slower"), "--slower", "0.1")
     assert "on the machine as it is: 1 of 1 slower cases found, 1 false alarms and 0 without an answer" in said
     assert "7 s a case" in said
+    assert "10 % on means: 1 of 1 slower cases found, 1 false alarms\n" in said
+    assert "asv's factor 1.1: 0 of 1 slower cases found, 0 false alarms\n" in said
     assert code == 1
     (row,) = map(json.loads, (tmp_path / "out" / "comparisons.jsonl").read_text().splitlines())
     assert (row["slowed"], row["slower"], row["alarms"]) == ("generate", 0.1, {"score s": "slower"})

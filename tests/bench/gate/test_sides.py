@@ -91,12 +91,22 @@ def _command(entry: Path) -> bytes:
         return b""
 
 
+def test_a_revision_has_the_files_that_releases_leave_out(repo):
+    (repo / ".gitattributes").write_text("mine.py export-ignore\n")
+    sides.git("add", "-A", folder=repo)
+    sides.git("commit", "-q", "-m", "attributes", folder=repo)
+    with sides.checked_out("HEAD", repo, "base", [str(repo / "src")]) as side:
+        assert value_of(side) == "2\n"
+    assert sides.git("status", "--porcelain", folder=repo) == ""
+
+
 @pytest.mark.parametrize(
     ("revision", "roots", "says"),
     [
         ("nonsense", ["src"], "revision 'nonsense' is no commit of"),
         ("--help", ["src"], "begins with a dash"),
-        ("HEAD", ["other"], "has none of the folders that modules are imported from"),
+        ("HEAD", ["other"], "revision 'HEAD' lacks '.*other', which modules are imported from"),
+        ("HEAD", ["src", "other"], "revision 'HEAD' lacks '.*other', which modules are imported from"),
     ],
 )
 def test_a_revision_that_cannot_be_compared_is_one_sentence(repo, revision, roots, says):
@@ -111,18 +121,40 @@ def test_a_revision_that_cannot_be_compared_is_one_sentence(repo, revision, root
 def test_outside_a_repository(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    with pytest.raises(GateError, match="--base needs a git repository"):
+    with pytest.raises(GateError, match=r"lies in no git repository that can be compared: .* not a git repository"):
         sides.repository()
 
 
+def test_a_repository_that_git_refuses_is_told_in_its_words(repo, monkeypatch, tmp_path):
+    """As in a container where somebody else owns the checkout: advice on several lines follows what is wrong."""
+    git = tmp_path / "bin" / "git"
+    git.parent.mkdir()
+    git.write_text(
+        "#!/bin/sh\nprintf 'fatal: detected dubious ownership\\n\\n\\tgit config --global\\n' >&2\nexit 128\n"
+    )
+    git.chmod(0o755)
+    monkeypatch.setenv("PATH", str(git.parent))
+    with pytest.raises(GateError, match=r"compared: git rev-parse failed: detected dubious ownership$"):
+        sides.repository()
+    git.unlink()
+    with pytest.raises(GateError, match="and is not installed"):
+        sides.repository()
+
+
+def test_a_repository_without_commits(repo, tmp_path):
+    sides.git("init", "-q", str(tmp_path / "empty"))
+    with pytest.raises(GateError, match="revision 'HEAD' is no commit"):
+        sides.head_side(tmp_path / "empty", [])
+
+
 def test_a_dirty_tree_is_said_to_be_compared(repo):
-    clean = sides.head_side(repo)
+    clean = sides.head_side(repo, [str(repo / "src")])
     (repo / "new.txt").write_text("")
-    dirty = sides.head_side(repo, step="bench_step:make")
+    dirty = sides.head_side(repo, [str(repo)], step="bench_step:make")
     assert clean.title.startswith("the working tree at ")
     assert "uncommitted" not in clean.title
-    assert dirty.title.endswith("with uncommitted changes in 1 files")
-    assert (clean.paths, dirty.paths) == ((), (str(repo),))
+    assert dirty.title.endswith("with uncommitted changes in 1 file")
+    assert value_of(clean) == "2\n"  # from the working tree, wherever else the module is installed
 
 
 def test_folders_that_modules_come_from(repo, monkeypatch):
@@ -150,9 +182,32 @@ def test_a_step_that_imports_another_copy_of_the_repository_is_refused(repo, mon
     (installed / "mine.py").write_text("VALUE = 1\n")
     monkeypatch.setenv("PYTHONPATH", str(installed))
     with pytest.raises(GateError, match=r"imports 'mine' from '.*installed.mine.py' and not from the repository"):
-        sides.head_side(repo, step="bench_step:make")
+        sides.head_side(repo, [str(repo)], step="bench_step:make")
     monkeypatch.setenv("PYTHONPATH", str(repo / "src"))
-    assert sides.head_side(repo, step="bench_step:make").paths == (str(repo),)
+    assert sides.head_side(repo, [str(repo)], step="bench_step:make").paths == (str(repo),)
+
+
+def test_a_revision_whose_step_imports_the_working_tree_is_refused(repo, monkeypatch):
+    """The module lies in a folder that Python looks into by itself, and the revision in a folder of its own."""
+    (repo / "bench").mkdir()
+    (repo / "bench" / "bench_step.py").write_text("import mine\n")
+    sides.git("add", "-A", folder=repo)
+    sides.git("commit", "-q", "-m", "step", folder=repo)
+    monkeypatch.setenv("PYTHONPATH", str(repo / "src"))
+    with (
+        pytest.raises(GateError, match=r"imports 'mine' from '.*repo/src/mine.py' and not from revision 'HEAD'"),
+        sides.checked_out("HEAD", repo, "base", [str(repo / "bench")], step="bench_step:make"),
+    ):
+        pass
+    roots = [str(repo / "bench"), str(repo / "src")]
+    with sides.checked_out("HEAD", repo, "base", roots, step="bench_step:make") as side:
+        assert value_of(side) == "2\n"
+
+
+@pytest.mark.parametrize("content", ["import atexit; atexit.register(print, 'bye')", "import sys; sys.exit()", "1 / 0"])
+def test_a_step_may_print_and_end_as_it_likes(repo, content):
+    (repo / "bench_step.py").write_text(content + "\n")
+    assert sides.head_side(repo, [str(repo)], step="bench_step:make").name == "head"
 
 
 def test_a_folder_for_sockets_has_a_short_path(monkeypatch, tmp_path):

@@ -106,3 +106,14 @@ def test_a_gpu_tells_of_its_processes_and_clocks(monkeypatch, pids, held, found)
     monkeypatch.setattr(nvml, "opened", lambda index: nullcontext((fake_nvml(pids, held), "handle")))
     state = interference._gpu_state("cuda:0")
     assert (state["gpu_processes"], state["gpu_throttled"]) == found
+
+
+def test_a_gpu_that_does_not_list_its_processes_tells_of_its_clocks(monkeypatch):
+    fake = fake_nvml([], 4)
+
+    def fail(handle):
+        raise fake.NVMLError
+
+    fake.nvmlDeviceGetComputeRunningProcesses = fail
+    monkeypatch.setattr(nvml, "opened", lambda index: nullcontext((fake, "handle")))
+    assert interference._gpu_state("cuda") == {"gpu_processes": None, "gpu_throttled": "power cap"}

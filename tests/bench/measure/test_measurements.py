@@ -100,6 +100,14 @@ def options(**fields):
     return MeasurementOptions(**{"time_budget_s": 0.0, **fields})
 
 
+def test_a_phase_that_a_step_does_not_declare_is_refused(fake):
+    """Its time would be in no total."""
+    step = fake(FakeStep())
+    step.phases = PHASES[1:]
+    with pytest.raises(ModelError, match=f"entered phase '{PHASES[0].name}', which is none of its phases"):
+        measure_case(CASE, options(), lambda name: None)
+
+
 def test_the_measurements_in_their_order(fake, tmp_path):
     step, notices = fake(FakeStep()), []
     result = measure_case(CASE, options(profile_dir=str(tmp_path)), notices.append)

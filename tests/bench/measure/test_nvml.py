@@ -4,17 +4,23 @@ from types import SimpleNamespace
 
 import pytest
 
-from rlhfbench.measure.nvml import NvmlSampler, num_cuda_devices
-from rlhfbench.runs import max_batch
+from rlhfbench.measure.nvml import NvmlSampler, device_bytes, num_cuda_devices
 
 MIB = 2**20
+
+
+class NVMLError(Exception):
+    pass
+
+
+class NoPermissionError(NVMLError):
+    pass
 
 
 class FakeNvml:
     """Stands in for pynvml; the test sets the readings."""
 
-    class NVMLError(Exception):
-        pass
+    NVMLError, NVMLError_NoPermission = NVMLError, NoPermissionError
 
     def __init__(self, fails_at=None):
         self.fails_at = fails_at
@@ -31,6 +37,12 @@ class FakeNvml:
     def nvmlInit(self):  # noqa: N802
         self._may_fail("init")
 
+    def nvmlDeviceGetCount(self):  # noqa: N802
+        return 2
+
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, handle, index):  # noqa: N802
+        raise self.NVMLError("not divided")
+
     def nvmlDeviceGetHandleByIndex(self, index):  # noqa: N802
         self._may_fail("handle")
         return f"device {index}"
@@ -44,6 +56,7 @@ class FakeNvml:
         return SimpleNamespace(used=self.used)
 
     def nvmlDeviceGetComputeRunningProcesses(self, handle):  # noqa: N802
+        self._may_fail("processes")
         return self.processes
 
     def nvmlShutdown(self):  # noqa: N802
@@ -83,11 +96,28 @@ def test_the_largest_reading_counts(nvml):
     assert sampler.peak_bytes(7) == 300 * MIB
 
 
+def test_readings_before_a_restart_do_not_count(nvml):
+    fake = nvml(FakeNvml())
+    sampler = NvmlSampler(1, interval_s=1000)
+    fake.processes = [process(7, 900 * MIB)]
+    with sampler:
+        sampler.restart()
+        fake.processes = [process(7, 200 * MIB)]
+    assert sampler.peak_bytes(7) == 200 * MIB
+
+
 @pytest.mark.parametrize("processes", [[], [process(7, None)], [process(8, 10 * MIB)]])
 def test_the_peak_of_an_unlisted_process_is_that_of_the_device_minus_its_start(nvml, processes):
     fake = nvml(FakeNvml())
     with NvmlSampler(1, interval_s=1000) as sampler:
         fake.processes, fake.used = processes, 350 * MIB
+    assert sampler.peak_bytes(7) == 250 * MIB
+
+
+def test_without_a_list_of_processes_the_peak_is_that_of_the_device(nvml):
+    fake = nvml(FakeNvml(fails_at="processes"))
+    with NvmlSampler(1, interval_s=1000) as sampler:
+        fake.used = 350 * MIB
     assert sampler.peak_bytes(7) == 250 * MIB
 
 
@@ -124,10 +154,11 @@ def test_before_the_block_the_peak_is_none(nvml):
 class FourGpus:
     """Stands in for pynvml on a machine of four devices, whose memory tells them apart."""
 
-    class NVMLError(Exception):
-        pass
-
+    NVMLError, NVMLError_NoPermission = NVMLError, NoPermissionError
     UUIDS = ("GPU-aa11", "GPU-aa22", "GPU-bb33", "GPU-cc44")
+
+    def __init__(self, kept=(), divided=()):
+        self.kept, self.divided = kept, divided
 
     def nvmlInit(self):  # noqa: N802
         pass
@@ -139,9 +170,14 @@ class FourGpus:
         return 4
 
     def nvmlDeviceGetHandleByIndex(self, index):  # noqa: N802
-        if index not in range(4):
-            raise self.NVMLError
+        if index in self.kept:
+            raise self.NVMLError_NoPermission
         return index
+
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, handle, index):  # noqa: N802
+        if handle not in self.divided:
+            raise self.NVMLError
+        return 10 * (handle + 1) + index
 
     def nvmlDeviceGetHandleByUUID(self, uuid):  # noqa: N802
         assert uuid == "MIG-1"
@@ -184,12 +220,37 @@ def test_cuda_visible_devices_maps_to_the_devices_of_the_driver_everywhere(nvml,
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert num_cuda_devices() == len(devices)
     memory = [device + 1 for device in devices]
-    assert [max_batch.device_bytes(f"cuda:{index}") for index in range(4)] == memory + [None] * (4 - len(memory))
+    assert [device_bytes(f"cuda:{index}") for index in range(4)] == memory + [None] * (4 - len(memory))
     for index in range(4):
         with NvmlSampler(index, interval_s=1000) as sampler:
             pass
         assert sampler.available == (index < len(devices))
         assert sampler.peak_bytes(7) == (memory[index] if index < len(memory) else None)
+
+
+@pytest.mark.parametrize(("visible", "devices"), [(None, [1, 3]), ("1", [3]), ("GPU-cc44,GPU-aa22", [3, 1])])
+def test_a_device_that_this_process_may_not_use_is_not_counted(nvml, monkeypatch, visible, devices):
+    nvml(FourGpus(kept=(0, 2)))
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert num_cuda_devices() == len(devices)
+    assert [device_bytes(f"cuda:{index}") for index in range(len(devices))] == [device + 1 for device in devices]
+
+
+def test_the_memory_of_a_divided_device_is_that_of_its_first_instance(nvml):
+    nvml(FourGpus(divided=(0,)))
+    assert [device_bytes(device) for device in ("cuda", "cuda:1")] == [11, 2]
+
+
+def test_a_driver_that_fails_has_no_devices(nvml):
+    fake = nvml(FourGpus())
+    fake.nvmlDeviceGetCount = _fails
+    assert num_cuda_devices() == 0
+    assert device_bytes("cuda") is None
+
+
+def _fails(*arguments):
+    raise NVMLError
 
 
 def test_without_nvml_the_files_of_the_driver_are_counted(nvml, monkeypatch, tmp_path):
@@ -203,12 +264,3 @@ def test_without_nvml_the_files_of_the_driver_are_counted(nvml, monkeypatch, tmp
     for visible, number in (("3,0", 2), ("GPU-cc44,GPU-zz", 1), ("", 0)):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert num_cuda_devices() == number
-
-
-def test_devices_are_counted_by_nvml(monkeypatch):
-    calls = []
-    names = {"nvmlInit": None, "nvmlShutdown": None, "nvmlDeviceGetCount": 3}
-    nvml = type("Nvml", (), {n: staticmethod(lambda n=n, v=v: calls.append(n) or v) for n, v in names.items()})
-    monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    assert num_cuda_devices() == 3
-    assert calls == ["nvmlInit", "nvmlDeviceGetCount", "nvmlShutdown"]

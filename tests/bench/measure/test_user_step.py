@@ -56,6 +56,16 @@ def test_a_step_with_phases_and_run_is_enough():
     assert stats.to_dict() == {}
 
 
+@pytest.mark.parametrize("phases", [[], [("a", "inference"), ("a", "update")], [(1, "update")]])
+def test_phases_have_names_of_their_own(phases):
+    class Wrong(Step):
+        pass
+
+    Wrong.phases = phases
+    with pytest.raises(ModelError, match=r"the step's phases are .*: there must be one or more, each with a name"):
+        UserStep(Wrong())
+
+
 def test_a_step_is_made_for_its_case_and_its_tensors_are_passed_on():
     step = load_step(f"{__name__}:Declared", CASE)
     assert step._inner.batch_size == 3

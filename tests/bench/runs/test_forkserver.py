@@ -56,6 +56,22 @@ def test_a_case_gets_its_request_and_its_messages_come_in_order(run):
     assert end.max_rss_bytes > 2**20
 
 
+def test_a_job_may_have_more_processes_than_one_message_has_descriptors_for(server, tmp_path):
+    """Four ranks a core are more than 100 on a machine of 32 cores."""
+    results = {}
+    request = {"case": {"options": {"data": {"prompt_field": "echo"}}}, "preload": ()}
+    requests = [{**request, "number": number} for number in range(130)]
+
+    def take(number, message):
+        if "result" in message:
+            results[number] = message["result"]["prompts"]["number"]
+
+    with server.job(requests, [tmp_path / f"{number}.log" for number in range(130)], take) as job:
+        finish(job, None)
+    assert {end.code for end in job.exits} == {0}
+    assert results == {number: number for number in range(130)}
+
+
 def test_a_job_has_several_processes_each_with_its_messages_log_and_exit(server, tmp_path, is_gone):
     kinds = ("chatter", "exit", "hang")
     requests = [{"case": {"options": {"data": {"prompt_field": kind}}}, "preload": ["colorsys"]} for kind in kinds]

@@ -13,8 +13,8 @@ from rlhfbench.runs.head import Head, LaunchedRanks, Peer
 from rlhfbench.runs.meeting import SharedStore
 
 
-def launch(rank, port):
-    return Launch(rank=rank, size=2, local_rank=0, local_size=1, host="127.0.0.1", port=port)
+def launch(rank, port, job=""):
+    return Launch(rank=rank, size=2, local_rank=0, local_size=1, host="127.0.0.1", port=port, job=job)
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +85,18 @@ def test_a_port_in_use_is_one_sentence():
     with pytest.raises(SweepError, match=f"^MASTER_PORT is {port}: it is in use on this machine.$"):
         SharedStore(launch(0, port))
     del first
+
+
+def test_a_process_takes_no_case_of_another_job_at_the_same_port(monkeypatch):
+    port = free_port()
+    first = Head(launch(0, port, job="17.0"))
+    monkeypatch.setattr(meeting, "MEET_S", 0.2)
+    with pytest.raises(
+        SweepError, match=rf"^the launcher's address is 127\.0\.0\.1:{port}: this job's process of rank"
+    ):
+        Follower(launch(1, port, job="18.0"))
+    Follower(launch(1, port, job="17.0"))
+    assert first.meet() is None
 
 
 def test_a_head_that_does_not_answer_is_one_sentence(monkeypatch):

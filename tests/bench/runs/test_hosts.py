@@ -1,6 +1,7 @@
 """Cases over two hosts with addresses of their own: network namespaces of this machine, which a link joins."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import pytest
 HERE = Path(__file__).parents[1]
 MAX_FAULT_S = 15.0
 ADDRESSES = {"one": "10.0.0.1", "two": "10.0.0.2"}
+ZERO = ["zero"] if importlib.util.find_spec("deepspeed") else []
 TOOLS = ("ip", "unshare", "nsenter", "mount", "hostname")
 
 
@@ -87,14 +89,14 @@ def hosts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ended(hosts, tmp_path_factory):
-    """Two cases over both hosts: one that runs well, and one in which the second host's link is cut."""
+    """Three cases over both hosts: two that run well, and one in which the second host's link is cut."""
     folder = tmp_path_factory.mktemp("cases")
     base = {**os.environ, "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     base |= {"MASTER_ADDR": "one", "MASTER_PORT": "29500", "CUT_FILE": str(folder / "cut")}
     base.pop("GLOO_SOCKET_IFNAME", None)
     started = [
         subprocess.Popen(
-            host.inside(sys.executable, str(HERE / "host_rank.py"), str(folder), "well", "cut"),
+            host.inside(sys.executable, str(HERE / "host_rank.py"), str(folder), "well", *ZERO, "cut"),
             env={**base, "RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -108,13 +110,22 @@ def ended(hosts, tmp_path_factory):
 
 
 def test_a_case_runs_over_hosts_whose_own_names_are_loopback_addresses(ended):
-    (result, _), _, _ = ended
+    (result, *_), _, _ = ended
     assert (result["outcome"], result["error"]) == ("ok", None)
     assert [rank["host"] for rank in result["world"]["ranks"]] == list(ADDRESSES)
 
 
+@pytest.mark.skipif(not ZERO, reason="deepspeed is not installed")
+def test_zero_divides_weights_over_hosts(ended):
+    (_, result, _), _, _ = ended
+    assert (result["outcome"], result["error"]) == ("ok", None)
+    ranks = result["world"]["ranks"]
+    assert [rank["host"] for rank in ranks] == list(ADDRESSES)
+    assert ranks[0]["parts"]["base"] == ranks[1]["parts"]["base"] > 0
+
+
 def test_a_host_that_is_cut_off_is_named_and_both_ends_end(hosts, ended):
-    (_, result), other_err, cut_s = ended
+    (*_, result), other_err, cut_s = ended
     assert (result["outcome"], result["error"]["kind"]) == ("crashed", "LauncherDied")
     assert result["error"]["message"] == (
         f"rank 1 failed (last seen in phase {result['error']['phase']}): its process on machine two did not answer for "

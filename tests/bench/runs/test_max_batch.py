@@ -275,5 +275,10 @@ def test_an_absent_device_has_no_memory() -> None:
 def test_the_ranks_of_a_case_share_the_memory_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "available_bytes", lambda: 64 * GIB)
     options = Options.of({"parallel.strategy": "ddp", "parallel.world_size": 4})
-    _, available_bytes = max_batch._memory_limits(dataclasses.replace(CASE, options=options), RunOptions())
+    case = dataclasses.replace(CASE, options=options)
+    _, available_bytes = max_batch._memory_limits(case, RunOptions())
     assert available_bytes == 16 * GIB
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    _, available_bytes = max_batch._memory_limits(case, RunOptions())
+    assert available_bytes == 32 * GIB  # the other two are on another machine

@@ -125,6 +125,22 @@ def test_a_rank_that_fails_ends_the_case_and_is_named(run, kind, outcome, error)
     assert (result["outcome"], found["kind"], found["message"], found["phase"]) == (outcome, *error, "update")
 
 
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("build-die", "rank 1 was killed by SIGKILL in phase build; the other rank waited in broadcast."),
+        ("die-under-Ledger", "rank 1 was killed by SIGKILL in phase update; the other rank waited in all_reduce."),
+        (
+            "die-under-CollectiveCounter",
+            "rank 1 was killed by SIGKILL in phase update; the other rank waited in all_reduce.",
+        ),
+    ],
+)
+def test_a_rank_that_dies_outside_the_timed_steps_is_named(run, kind, message):
+    result, _, _ = run(kind)
+    assert (result["outcome"], result["error"]["message"]) == ("crashed", message)
+
+
 @pytest.mark.usefixtures("short_stall")
 def test_a_rank_that_sleeps_for_ever_is_noticed_and_named(run):
     result, _, spent_s = run("hang")

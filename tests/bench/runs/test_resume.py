@@ -58,6 +58,18 @@ def test_failed_cases_are_run_again_on_request_and_their_newest_record_wins(tmp_
     assert len((tmp_path / "run" / "records.jsonl").read_text().splitlines()) == 6  # nothing is deleted
 
 
+def test_the_log_of_a_case_that_is_run_again_is_that_of_the_last_time(tmp_path, sweep_of, run):
+    """Else the last line of an earlier try would stand in the message of a death that said nothing."""
+    sweep = sweep_of("segfault")
+    (before,) = run(sweep, tmp_path / "run").records
+    path = tmp_path / "run" / "logs" / f"{before['case']['id']}.log"
+    said = path.read_text()
+    path.write_text("of an earlier try\n" + said)
+    run(sweep, tmp_path / "run", resume=True, retry=["crashed"])
+    assert "of an earlier try" not in path.read_text()
+    assert "Segmentation fault" in path.read_text()
+
+
 def test_a_case_out_of_memory_that_is_run_again_skips_no_other(tmp_path, sweep_of, run):
     small, large = (sweep_of("oom-from-batch-4", batch_size=size).cases[0] for size in (4, 8))
     sweep = Sweep(cases=(small, large))

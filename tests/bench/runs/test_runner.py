@@ -121,7 +121,7 @@ class FakeSampler:
     available = True
 
     def __init__(self, index):
-        self.index = index
+        self.index, self.num_restarts = index, 0
 
     def __enter__(self):
         return self
@@ -129,8 +129,11 @@ class FakeSampler:
     def __exit__(self, *_):
         self.left = True
 
+    def restart(self):
+        self.num_restarts += 1
+
     def peak_bytes(self, pid):
-        return 1000 + self.index if pid else None
+        return 1000 * self.num_restarts + self.index if pid else None
 
 
 def on_cuda(monkeypatch):
@@ -141,7 +144,7 @@ def on_cuda(monkeypatch):
     monkeypatch.setattr(rlhfbench.measure.nvml, "NvmlSampler", FakeSampler)
 
 
-def test_the_peak_of_the_driver_is_sampled_from_outside_the_process(tmp_path, monkeypatch, sweep_of, run):
+def test_the_peak_of_the_driver_is_sampled_from_outside_from_the_build_on(tmp_path, monkeypatch, sweep_of, run):
     on_cuda(monkeypatch)
     result = run(sweep_of("ok", device="cuda:1"), tmp_path / "run")
     assert result.records[0]["memory"]["views"]["driver_peak_bytes"] == 1001

@@ -1,5 +1,7 @@
+import dataclasses
 import errno
 import resource
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,6 +75,8 @@ def test_a_plan_that_fails_says_why(capsys):
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "oom"),
         (MemoryError(), "oom"),
         (RuntimeError("std::bad_alloc"), "oom"),
+        (RuntimeError("CUDA_ERROR_OUT_OF_MEMORY"), "oom"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "oom"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "oom"),
         (CaseError(["prompt_len is 9: too long."]), "invalid"),
         (ModelError("no such model"), "invalid"),
@@ -170,3 +174,28 @@ def test_a_rank_says_how_many_phases_it_has_entered_and_whether_it_steps():
         ("profile", False),
         ("generate", False),
     ]
+
+
+@pytest.mark.parametrize(("device", "index"), [("cuda", 0), ("cuda:1", 1)])
+def test_the_memory_limit_of_a_cuda_device_is_a_share_of_its_memory(monkeypatch, device, index):
+    shares = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch._C, "_cuda_setMemoryFraction", lambda *given: shares.append(given), raising=False)
+    for limit_bytes in (20, 200):
+        worker.limit_memory(device, limit_bytes)
+    assert shares == [(0.25, index), (1.0, index)]
+
+
+def test_a_case_makes_its_cuda_device_the_current_one(run, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+
+    def measure(case, settings, notify, step_begins):
+        calls.append("measure")
+        return {}
+
+    for device in ("cuda:1", "cuda", "cpu"):
+        run(measure, dataclasses.replace(CASE, device=device))
+    assert calls == ["cuda:1", "measure", "measure", "measure"]

@@ -97,3 +97,16 @@ def test_what_the_optimizer_holds_exists_from_the_start() -> None:
     high = AdamW(make_parameters(torch.float32), weight_decay=0.0, eps=1e-8, **SCHEDULE)
     assert sum(t.nbytes for t in high.tensors()) == 17 * 8 + counts
     assert SGD(make_parameters(torch.float32), weight_decay=0.0, eps=0.0, **SCHEDULE).tensors() == []
+
+
+def test_a_rank_that_holds_no_weight_gives_a_norm_on_its_device() -> None:
+    held: list[torch.Tensor] = []
+
+    def all_ranks(squared: torch.Tensor) -> torch.Tensor:
+        held.append(squared)
+        return squared
+
+    SGD(
+        [nn.Parameter(torch.empty(0, 4, device="meta"))], weight_decay=0.0, eps=0.0, all_ranks=all_ranks, **SCHEDULE
+    ).step()
+    assert [squared.device.type for squared in held] == ["meta"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -114,3 +115,20 @@ def test_plans_of_more_ranks_stand_beside_a_run(make_run: Runs, ranked: Ranked) 
         ["8", "2.00", "–", "–"],
     ]
     assert "Planned memory of more ranks" in page_html(Page.of([run], plans=plans))
+
+
+def test_a_legend_has_the_pieces_of_what_is_shown(make_run: Runs, ranked: Ranked) -> None:
+    section = ranks_section(Page.of([many(make_run, ranked)]))
+    assert section is not None
+    charts = {block.id: block for block in section.blocks if isinstance(block, Chart)}
+    for name in ("strategies", "each-rank-0"):
+        values = [color["legend"]["values"] for color in colors(charts[name].spec)]
+        parts = ["base", "activations"] if name == "strategies" else ["base"]
+        pieces = {"GiB by part": parts, "seconds": ["at work", "waiting"]}
+        assert values == [{"expr": f"({json.dumps(pieces)})[what]"}]
+
+
+def colors(spec: Any) -> list[Any]:
+    """The colours of a specification that have a legend of their own."""
+    layers = [layer["encoding"] for layer in spec["layer"]]
+    return [encoding["color"] for encoding in layers if "legend" in encoding.get("color", {})]

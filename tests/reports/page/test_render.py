@@ -119,3 +119,10 @@ def test_every_cell_of_a_column_of_numbers_says_what_it_is_sorted_by() -> None:
     # One cell without it in the first row would make the whole column text, in which 10 comes before 9.
     orders = re.findall(r'<td class="number" data-order="([^"]*)">', html)
     assert orders == ["", "9.5", "10.25", "0.001", "", "1.26", "1024.0", "8.0", "-3.0"]
+
+
+def test_text_that_turns_the_direction_of_writing_turns_none() -> None:
+    section = Section(id="s", title="T", blocks=[Text(text="a \u202e model \u2066")])
+    html = rendered("run \u202e", ["caption \u202d"], [section])
+    assert not set(html) & set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+    assert "a \ufffd model \ufffd" in html

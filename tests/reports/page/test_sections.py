@@ -24,6 +24,9 @@ Rows = tuple[dict[str, Any], ...]
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>'\"&{{ 7*7 }}"
 
 
+PART = {"base_part_bytes": 1}
+
+
 def sections(*runs: Run, with_paper: bool = False) -> dict[str, Section]:
     return {section.id: section for section in sections_of(Page.of(runs, with_paper=with_paper))}
 
@@ -168,7 +171,7 @@ def test_a_row_has_the_warnings_that_touch_its_numbers(make_run: Runs) -> None:
         ("", ""),
         ("failed", "x"),
         ("warned", "2 of 4 blocks were disturbed: a backup."),
-        ("warned", "One block: its times have no interval. 3 rows were longer than the case and were cut."),
+        ("warned", "One block: its times have no interval. 3 rows were longer than the case and cut."),
     ]
 
 
@@ -222,7 +225,7 @@ ODD: dict[str, tuple[dict[str, Any], ...]] = {
 @pytest.mark.parametrize("kind", ODD)
 def test_an_odd_run_gives_a_page(make_run: Runs, kind: str, bare: bool) -> None:
     html = page_html(Page.of([make_run(*ODD[kind], bare=bare)], with_paper=True))
-    assert {"answer", "memory-table", "ran"} <= set(parsed(html).ids)
+    assert {"answer", "ran", *(["memory-table"] if ODD[kind] else [])} <= set(parsed(html).ids)
 
 
 @pytest.mark.parametrize(
@@ -311,3 +314,49 @@ def test_a_predicted_timeline_stands_behind_the_measured_one(make_run: Runs) -> 
     case = "Hydra-PPO, 64 tokens, batch 1"
     assert (switch["value"], switch["bind"]["options"]) == (case, [case, f"{case}, predicted"])
     assert chart.caption.endswith("it leaves out most decode steps.")
+
+
+def test_one_length_is_a_bar_a_method_and_no_line_against_length(make_run: Runs) -> None:
+    failed = {"method": "full", "outcome": "oom", "error": "out of memory."}
+    found = charts(make_run({"method": "lora", **PART}, {"batch_size": 2, **PART}, failed))
+    assert "parts-bars" in found
+    assert "memory-length" not in found
+    latency = found["latency"]
+    assert latency.title == "Time at 64 tokens"
+    assert "slope" not in latency.caption
+    assert latency.caption.endswith("has its outcome in place of a bar.")
+    assert set(latency.data["failures"]["word"]) == {"OOM"}
+    assert {p["name"] for p in latency.spec["params"] if "bind" in p} == {"panel", "kind", "measure"}
+    assert {n["mark"]["type"] for n in nodes(latency.spec) if isinstance(n.get("mark"), dict)} == {
+        "bar",
+        "rule",
+        "text",
+    }
+
+
+def test_memory_against_one_number_has_its_name_on_the_axis(make_run: Runs) -> None:
+    one = charts(make_run(*({"lora_rank": rank, **PART} for rank in (8, 16))))["memory-swept"].spec
+    assert {n["x"]["title"] for n in nodes(one) if "x" in n and "title" in n["x"]} == {"LoRA rank"}
+    assert one["title"]["text"] == "GiB"
+    rows = [{**PART, "lora_rank": rank, "options": f"ppo.num_ppo_epochs={num}"} for rank in (8, 16) for num in (1, 2)]
+    several = charts(make_run(*rows))["memory-swept"].spec
+    assert several["title"]["text"] == {"expr": "'GiB, against ' + axis"}
+
+
+def test_a_run_without_records_has_no_table(make_run: Runs) -> None:
+    assert list(sections(make_run())) == ["answer", "ran"]
+
+
+def test_one_reason_why_timing_ended_is_no_list(make_run: Runs) -> None:
+    precise, budget = {"stopped_because": "precise"}, {"stopped_because": "budget"}
+    assert "Timing of 2 cases ended because the median was precise enough." in words(make_run(precise, precise))
+    both = words(make_run(precise, budget))
+    assert "ended: 1 because the median was precise enough, 1 because the time budget was spent." in both
+
+
+def test_points_at_lengths_that_no_panel_shares_are_bars_with_their_lengths(make_run: Runs) -> None:
+    found = charts(make_run({"model": "a", **PART}, {"model": "b", "prompt_len": 64, **PART}))
+    assert "parts-bars" in found
+    assert "memory-length" not in found
+    assert found["latency"].title == "Time of each method"
+    assert "datum.seq_len + ' tokens'" in str(found["latency"].spec)

@@ -6,9 +6,10 @@ Not yet run on a GPU.
 from __future__ import annotations
 
 import functools
+import gc
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 import torch
@@ -147,16 +148,17 @@ class GraphPool:
 
     def _graph_of(self, step: Step) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        # Other threads may allocate meanwhile, as a sampler of memory does.
-        graph.capture_begin(pool=self._handle, capture_error_mode="thread_local")
-        try:
-            step()
-            graph.capture_end()
-        except BaseException:
-            with suppress(RuntimeError), warnings.catch_warnings(action="ignore"):  # the first error says more
+        with _no_collections():
+            # Other threads may allocate meanwhile, as a sampler of memory does.
+            graph.capture_begin(pool=self._handle, capture_error_mode="thread_local")
+            try:
+                step()
                 graph.capture_end()
-            self._forget_capture()
-            raise
+            except BaseException:
+                with suppress(RuntimeError), warnings.catch_warnings(action="ignore"):  # the first error says more
+                    graph.capture_end()
+                self._forget_capture()
+                raise
         return graph
 
     def _forget_capture(self) -> None:
@@ -175,6 +177,18 @@ class GraphPool:
                 self.held.append(torch.empty(num_bytes, dtype=torch.uint8, device=self._device))
 
 
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Keeps the garbage collector from destroying a graph of a reference cycle, which would end the capture."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 @functools.cache
 def graph_pool(device: torch.device) -> GraphPool:
     """Returns the pool of ``device``: always the same."""
@@ -185,8 +199,3 @@ def graph_pool(device: torch.device) -> GraphPool:
 def side_stream(device: torch.device) -> torch.cuda.Stream:
     """Returns the stream of ``device`` that captures: always the same, as cuBLAS keeps a workspace for every stream."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-
-def num_side_streams() -> int:
-    """Returns how many streams this process has captured on."""
-    return side_stream.cache_info().currsize

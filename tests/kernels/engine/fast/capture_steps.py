@@ -23,6 +23,17 @@ def main() -> None:
         step()
         y.sum().item()
 
+    graphs = [CudaGraphs(DEVICE, Observer(), is_required=True)(step)]
+
+    def drops() -> None:
+        """Leaves a graph to the garbage collector, and enough objects for it to run."""
+        step()
+        if torch.cuda.is_current_stream_capturing():
+            cycle: list[object] = [graphs.pop()]
+            cycle.append(cycle)
+            del cycle
+            _ = [[] for _ in range(10_000)]
+
     def capture(function: object = step) -> str:
         with warnings.catch_warnings(record=True) as caught:
             replay = CudaGraphs(DEVICE, Observer(), is_required=False)(function)
@@ -37,6 +48,7 @@ def main() -> None:
     found["fails"] = capture()
     del os.environ["NULL_CUDA_FAIL_AT"]
     found["last"] = capture()
+    found["drops"] = capture(drops)
     print(json.dumps(found))
 
 

@@ -30,3 +30,7 @@ def test_a_step_that_cannot_be_captured_says_so(found: dict[str, str], reason: s
 
 def test_captures_and_random_numbers_go_on_after_one_that_failed(found: dict[str, str]) -> None:
     assert (found["after it"], found["last"]) == ("captured", "captured")
+
+
+def test_no_garbage_is_collected_during_a_capture(found: dict[str, str]) -> None:
+    assert found["drops"] == "captured"

@@ -1,0 +1,198 @@
+"""The options that define cases, and the sweep made from them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rlhfbench.cli.common import (
+    CASE_DEFAULTS,
+    CASES,
+    HARDWARE,
+    Device,
+    Dtype,
+    Model,
+    given,
+    number,
+    numbers,
+    words,
+)
+from rlhfbench.errors import SweepError
+from rlhfkernels.config.options import DataOptions, LoraOptions
+from rlhfkernels.naming import unknown
+
+if TYPE_CHECKING:
+    from rlhfbench.cases.sweep import Sweep
+
+MODEL_INPUT = "Training data"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CaseOptions:
+    """The options that define cases. ``None`` is an option that is not given."""
+
+    model: Model = None
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            rich_help_panel=CASES,
+            help="Methods and families, joined by commas, or all.  [default: ppo]",
+        ),
+    ] = None
+    seq_lens: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,...",
+            rich_help_panel=CASES,
+            help="Sequence lengths in tokens: a prompt and its completion.  [default: 32,64,128; gate: 32]",
+        ),
+    ] = None
+    batch_sizes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,...", rich_help_panel=CASES, help="Data rows in one training step.  [default: 1,4; gate: 2]"
+        ),
+    ] = None
+    sweep: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", rich_help_panel=CASES, help="Sweep in TOML; other options win over it."),
+    ] = None
+    setting: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            rich_help_panel=CASES,
+            help="Named options: paper, modern or both; other options win.  [default: modern]",
+        ),
+    ] = None
+    prompt_fraction: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            parser=number("--prompt-fraction", float),
+            rich_help_panel=CASES,
+            help="Share of the prompt in a sequence.  [default: 0.5]",
+        ),
+    ] = None
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            parser=number("--seed", int),
+            rich_help_panel=CASES,
+            help=f"Seed of weights, data and samples.  [default: {CASE_DEFAULTS['seed']}]",
+        ),
+    ] = None
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            rich_help_panel=CASES,
+            help="Any other option, such as ppo.kl_coef=0.05; may be repeated. See methods --options.",
+        ),
+    ] = None
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", rich_help_panel=MODEL_INPUT, help="Prompts in JSON lines; random tokens by default."
+        ),
+    ] = None
+    prompt_field: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=MODEL_INPUT,
+            help=f"Field of a row that holds the prompt.  [default: {DataOptions().prompt_field}]",
+        ),
+    ] = None
+    demonstrations: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=MODEL_INPUT,
+            help="Prompts and completions in JSON lines; random by default.",
+        ),
+    ] = None
+    pairs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=MODEL_INPUT,
+            help="Preferences in JSON lines: prompt, chosen, rejected; random by default.",
+        ),
+    ] = None
+    device: Device = None
+    dtype: Dtype = None
+    lora_rank: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            parser=number("--lora-rank", int),
+            rich_help_panel=HARDWARE,
+            help=f"Rank of the adapters.  [default: {LoraOptions().r}]",
+        ),
+    ] = None
+
+    def spec(self) -> dict[str, Any]:
+        """Returns the sweep spec of what was given, without ``sweep`` and ``setting``.
+
+        Raises:
+            SweepError: a list of numbers or a ``KEY=VALUE`` is malformed; or no such option exists.
+        """
+        from rlhfbench.cases.spec import parse_option
+
+        named = {
+            "lora.r": self.lora_rank,
+            "data.prompts": self.prompts,
+            "data.prompt_field": self.prompt_field,
+            "data.demonstrations": self.demonstrations,
+            "data.pairs": self.pairs,
+        }
+        return given(
+            methods=words(self.methods),
+            models=None if self.model is None else [self.model],
+            seq_lens=numbers("--seq-lens", self.seq_lens),
+            batch_sizes=numbers("--batch-sizes", self.batch_sizes),
+            prompt_fraction=self.prompt_fraction,
+            device=self.device,
+            dtype=self.dtype,
+            seed=self.seed,
+            options=dict(map(parse_option, self.option or ())) | given(**named),
+        )
+
+
+def make_sweep(
+    spec: Mapping[str, Any], file: str | None, setting: str | None, *, defaults: Mapping[str, Any] | None = None
+) -> Sweep:
+    """The sweep of the options of a verb.
+
+    Args:
+        spec: from ``CaseOptions.spec``; wins over ``file`` and over settings.
+        file: a sweep in TOML.
+        setting: names of settings, joined by commas. They win over the settings that ``file`` names, and over what
+            ``file`` says about the same options.
+        defaults: a spec; ``file`` wins over it.
+
+    Raises:
+        SweepError: every problem, one sentence each.
+    """
+    from rlhfbench.cases.spec import SETTING_KEYS, override, read_spec
+    from rlhfbench.cases.sweep import Sweep
+    from rlhfkernels.config.settings import SETTINGS
+
+    in_file = read_spec(file) if file is not None else {}
+    in_file = override(defaults, in_file) if defaults else in_file
+    names = words(setting)
+    if names is None:
+        return Sweep.from_spec(override(in_file, spec))
+    wrong = [unknown("setting", name, SETTINGS) for name in names if name not in SETTINGS]
+    if wrong:
+        raise SweepError(wrong)
+    rest = {key: value for key, value in in_file.items() if key not in SETTING_KEYS}
+    return Sweep.joined(
+        Sweep.from_spec(override(override(rest, SETTINGS[name]), spec)) for name in dict.fromkeys(names)
+    )

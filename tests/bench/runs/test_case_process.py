@@ -1,0 +1,35 @@
+"""Threads with which a case is planned: those that it runs with, on which its scratch buffers depend."""
+
+from pathlib import Path
+
+import pytest
+
+from rlhfbench.runs import case_process, worker
+from rlhfbench.runs.execution import Task
+from rlhfkernels.config.case import Case
+from rlhfkernels.config.options import Options
+
+
+def threads(options, asked=None):
+    sizes = {"prompt_len": 4, "completion_len": 4, "batch_size": 1}
+    case = Case(method="dpo", model="tiny", options=Options.of(options), **sizes)
+    request = {"case": case.to_dict(), "settings": {"num_threads": asked}}
+    return case_process._num_threads(Task(case=case, request=request, log_path=Path(), timeout_s=1.0))
+
+
+@pytest.fixture(autouse=True)
+def _eight_cores(monkeypatch):
+    monkeypatch.setattr(worker, "num_cores", lambda: 8)
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_a_case_is_planned_with_the_threads_that_it_runs_with(monkeypatch):
+    ranks = {"parallel.strategy": "ddp", "parallel.world_size": 4}
+    assert threads({}) is None
+    assert threads({}, 3) == threads(ranks, 3) == 3
+    assert threads(ranks) == 2
+    assert threads({**ranks, "parallel.world_size": 16}) == 1
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert threads(ranks) == 8  # the others are on machines of their own
