@@ -62,6 +62,7 @@ class Tested:
         names = {(case, quantity) for case, quantity, _ in wanted}
         rated = [found for found in self.findings if found.ratio is not None]
         asked = [found for found in rated if not names or (found.case.id, found.quantity) in names]
+        asked = [found for found in asked if found.is_regression] or asked
         most = max(asked, key=lambda found: abs((found.ratio or 0) - 1), default=None)
         sure = f" ({most.quantity}: {most.shown_ratio})" if most is not None else ""
         return f"{self.commit[:10]} {judgement}{sure}: {self.subject}"

@@ -39,10 +39,13 @@ def self_test(side: Side, sweep: Sweep, out: Path, options: GateOptions, tell: C
     cases = measured_cases(out / "clean", comparison.spent_s)
     if not cases:
         raise GateError(f"no case could be measured: {clean[0].reason}")
+    titles = Titles(sweep.cases)
     for failed in [found for found in clean if found.verdict == "failed"]:
-        tell(f"{Titles(sweep.cases)(failed.case)} could not be measured: {failed.reason}")
+        tell(f"{titles(failed.case)} could not be measured: {failed.reason}")
     alarms = [found for found in clean if found.verdict in CHANGES]
     tell(f"itself: {len(alarms)} false alarms in {len(sweep.cases)} cases, {len(clean)} quantities")
+    for alarm in alarms:
+        tell(f"    {titles(alarm.case)}: {alarm.quantity} {alarm.verdict}, {alarm.shown_ratio}")
     held = Comparison(base, head, sweep, out / "held", options).run(lambda case: {"held_bytes": HELD_BYTES})
     tell(f"{HELD_BYTES} bytes held over a step: found in {_num_cases(held, 'larger')} of {len(sweep.cases)} cases")
     phases = {case.case_id: case.longest_phase for case in cases}

@@ -23,6 +23,8 @@ _LOADED_FILES = (
     "files = {n: getattr(m, '__file__', None) for n, m in list(sys.modules.items()) if '.' not in n}; "
     "pathlib.Path(sys.argv[2]).write_text(json.dumps(files))"
 )
+# Loads all that a case of a method runs: this package, transformers, PEFT and torch.
+_MEASURED = "rlhfbench.measure.measurements"
 _SOURCE_FOLDERS = ("src", "python", "lib")
 # The path of a Unix socket has 104 to 108 characters.
 _MAX_TEMPORARY_CHARS = 70
@@ -144,15 +146,7 @@ def _check_imports(step: str, paths: Sequence[str], files: Path, root: Path, whe
         root: The repository.
         where: ``files`` in words.
     """
-    given = os.environ.get("PYTHONPATH")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, *([given] if given else [])])}
-    with temporary_folder() as folder:
-        written = folder / "files.json"
-        command = [sys.executable, "-P", "-c", _LOADED_FILES, step.partition(":")[0], str(written)]
-        subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=False)
-        if not written.is_file():
-            return  # the record of its first case says why it cannot be imported
-        loaded: dict[str, str | None] = json.loads(written.read_text(encoding="utf-8"))
+    loaded = _loaded_files(step.partition(":")[0], paths) or {}
     for name in sorted(_module_names(root) & loaded.keys()):
         file = loaded[name]
         if file is not None and not _is_inside(Path(file), files):
@@ -160,6 +154,26 @@ def _check_imports(step: str, paths: Sequence[str], files: Path, root: Path, whe
                 f"step '{step}' imports '{name}' from '{file}' and not from {where}, so both sides would run that "
                 "copy: install the project in editable mode, and call the gate in the folder of the step."
             )
+
+
+def _loaded_files(module: str, paths: Sequence[str]) -> dict[str, str | None] | None:
+    """Files of the modules that importing ``module`` loads, by their names, those inside of packages left out.
+
+    Args:
+        module: A module.
+        paths: Folders that modules are looked for in first.
+
+    Returns:
+        ``None`` if it cannot be imported: the record of the first case says why.
+    """
+    given = os.environ.get("PYTHONPATH")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, *([given] if given else [])])}
+    with temporary_folder() as folder:
+        written = folder / "files.json"
+        command = [sys.executable, "-P", "-c", _LOADED_FILES, module, str(written)]
+        subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        loaded: dict[str, str | None] | None = json.loads(written.read_text("utf-8")) if written.is_file() else None
+    return loaded
 
 
 def _module_names(root: Path) -> set[str]:
@@ -239,15 +253,24 @@ def module_roots(root: Path, *, with_working_folder: bool) -> list[str]:
     """Returns the folders of ``root`` that this process imports modules from.
 
     Raises:
-        GateError: there are none: another revision would run the same code.
+        GateError: there are none, or only folders of modules that no method runs: another revision would run the same
+            code.
     """
     found = [*([str(Path.cwd())] if with_working_folder else []), *sys.path]
     inside = [path for path in dict.fromkeys(found) if path and _is_inside(Path(path), root)]
-    if not inside:
+    if not inside or not (with_working_folder or _runs_in_methods(inside, root)):
         raise GateError(
             f"nothing is imported from '{root}': install the project in editable mode, or name a step with --step."
         )
     return inside
+
+
+def _runs_in_methods(roots: Sequence[str], root: Path) -> bool:
+    """True if a case of a method would run code of these folders: this package's, transformers', PEFT's or torch's."""
+    if any(Path(path, "rlhfbench").is_dir() for path in roots):
+        return True
+    loaded = _loaded_files(_MEASURED, roots)
+    return loaded is None or any(_is_inside(Path(file), root) for file in loaded.values() if file)
 
 
 def _is_inside(path: Path, root: Path) -> bool:

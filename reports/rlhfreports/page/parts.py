@@ -132,11 +132,12 @@ def swept_chart(page: Page, swept: pd.DataFrame) -> Chart:
     """Total memory against a number that the sweep varies."""
     axes, sizes = list(dict.fromkeys(swept["axis"])), list(dict.fromkeys(swept["size"]))
     switches = [select("axis", axes, "against"), select("size", sizes, "size", sizes[-1])]
+    ticks = sorted(swept["value"].astype("float64").unique().tolist())
     x = alt.X(
         "value:Q",
         title=axes[0] if len(axes) == 1 else None,
         scale=alt.Scale(zero=False, nice=False, padding=24),
-        axis=alt.Axis(format="~g", tickMinStep=1 if (swept["value"] % 1 == 0).all() else alt.Undefined),
+        axis=alt.Axis(format="~g", values=ticks if len(axes) == 1 else alt.Undefined, labelOverlap=True),
     )
     made = _memory_lines(page, "swept", "datum.axis === axis && datum.size === size", x, "value")
     return Chart(

@@ -362,11 +362,16 @@ def test_a_bisect_shows_the_ratio_that_it_judges_by():
     def compare_commit(commit):
         memory = Finding(case=CASE, quantity="memory total", verdict="larger", base=100, head=101, is_regression=True)
         noise = Finding(case=CASE, quantity="total s", verdict="same", estimate=estimate([0.04, 0.041]))
-        return [noise, memory]
+        slower = dataclasses.replace(noise, quantity="update s", verdict="slower", is_regression=True)
+        in_noise = dataclasses.replace(slower, verdict="ambiguous", is_regression=False)
+        return [noise, memory, slower if commit == "c2" else in_noise]
 
     lines = []
-    bisect(["c1"], compare_commit, lambda commit: "the culprit", lines.append)
-    assert lines == ["c1 bad (memory total: 1.0100): the culprit"]
+    bisect(["c1", "c2"], compare_commit, lambda commit: f"subject of {commit}", lines.append)
+    assert lines == [
+        "c2 bad (update s: 1.041 (1.035 to 1.048)): subject of c2",
+        "c1 bad (memory total: 1.0100): subject of c1",
+    ]
 
 
 @pytest.mark.parametrize(("verdict", "is_clear"), [("same", True), ("ambiguous", False)])

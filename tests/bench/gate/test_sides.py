@@ -148,7 +148,7 @@ def test_a_repository_without_commits(repo, tmp_path):
 
 
 def test_a_dirty_tree_is_said_to_be_compared(repo):
-    clean = sides.head_side(repo, [str(repo / "src")])
+    clean = sides.head_side(repo, [str(repo / "src")], step="mine:make")
     (repo / "new.txt").write_text("")
     dirty = sides.head_side(repo, [str(repo)], step="bench_step:make")
     assert clean.title.startswith("the working tree at ")
@@ -160,8 +160,15 @@ def test_a_dirty_tree_is_said_to_be_compared(repo):
 def test_folders_that_modules_come_from(repo, monkeypatch):
     inside = [str(repo / "src"), str(repo / "venv" / "site-packages"), "/usr/lib"]
     monkeypatch.setattr(sys, "path", inside)
-    assert sides.module_roots(repo, with_working_folder=False) == [str(repo / "src")]
     assert sides.module_roots(repo, with_working_folder=True) == [str(repo), str(repo / "src")]
+    for measured in ("mine", "no_such_module"):  # of one that cannot be imported, its cases tell why
+        monkeypatch.setattr(sides, "_MEASURED", measured)
+        assert sides.module_roots(repo, with_working_folder=False) == [str(repo / "src")]
+    monkeypatch.setattr(sides, "_MEASURED", "json")  # both sides would run the same code
+    with pytest.raises(GateError, match=r"nothing is imported from .*, or name a step with --step"):
+        sides.module_roots(repo, with_working_folder=False)
+    (repo / "src" / "rlhfbench").mkdir()
+    assert sides.module_roots(repo, with_working_folder=False) == [str(repo / "src")]
     monkeypatch.setattr(sys, "path", inside[1:])
     with pytest.raises(GateError, match="nothing is imported from"):
         sides.module_roots(repo, with_working_folder=False)

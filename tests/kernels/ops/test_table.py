@@ -54,7 +54,8 @@ def run_pytest(*arguments: str) -> str:
 
 @pytest.mark.usefixtures("library")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the benchmarks leave out the native backend")
-def test_benchmarks_time_every_op_on_every_backend_of_this_machine() -> None:
+def test_benchmarks_time_every_op_on_every_backend_of_this_machine(pytestconfig: pytest.Config) -> None:
+    pytestconfig.getoption("--benchmark", skip=True)  # of the installed package's plugin
     arguments = ["--benchmark-min-rounds=1", "--benchmark-max-time=0.001", "--benchmark-warmup=off"]
     out = run_pytest("benchmarks", "--benchmark", "-k", "test_ and tiny", "--benchmark-columns=min", *arguments)
     assert " passed" in out, out

@@ -55,8 +55,10 @@ KINDS = {
 }
 
 
-# The others differ from these in no code that knows the dtype.
-METHODS_OF = {"bfloat16": ("full", "hydra", "dpo-lora")}
+# The others differ from these in no code that knows the dtype, or that adds up micro-batches.
+SOME_METHODS = ("full", "hydra", "dpo-lora")
+METHODS_OF = {"bfloat16": SOME_METHODS}
+IN_MICRO_BATCHES = {**OPTIMIZERS["weights"][0], "engine.micro_batch_size": 1}
 
 
 @pytest.fixture(scope="module")
@@ -157,11 +159,12 @@ def case_of(make_case: Callable[..., Case], method: str, rows: int, dtype: str, 
 
 def alone_of(make_case: Callable[..., Case], dtype: str) -> Iterator[tuple[str, dict[str, Any], list[Batch], Trained]]:
     """(method, options, batches, what ``trained_on`` returns) of one process, for every method and optimizer."""
-    for method in METHODS_OF.get(dtype, tuple(METHODS)):
-        for changes, num_steps in OPTIMIZERS.values():
-            step = build_step(case_of(make_case, method, ROWS, dtype, changes))
-            batches = batches_of(step)[:num_steps]
-            yield method, changes, copy.deepcopy(batches), trained_on(step, batches)
+    ways = [(method, *way) for method in METHODS_OF.get(dtype, tuple(METHODS)) for way in OPTIMIZERS.values()]
+    ways += [(method, IN_MICRO_BATCHES, NUM_STEPS) for method in SOME_METHODS]
+    for method, changes, num_steps in ways:
+        step = build_step(case_of(make_case, method, ROWS, dtype, changes))
+        batches = batches_of(step)[:num_steps]
+        yield method, changes, copy.deepcopy(batches), trained_on(step, batches)
 
 
 # By dtype: strategies of one dtype are compared with the same process.
