@@ -26,7 +26,8 @@ PAPER = {key.replace(".", "__"): value for key, value in SETTINGS["paper"]["opti
 # Label to method, architecture and options; each row has grouped heads and no more layers than it takes.
 VARIANTS: dict[str, dict[str, Any]] = {
     **{name: {"method": name} for name in METHODS},
-    **{f"{name}, paper's setting": {"method": name, **PAPER} for name in METHODS},
+    # Whole and with adapters, generating and not: the plain trunk tells methods apart by no more.
+    **{f"{name}, paper's setting": {"method": name, **PAPER} for name in ("full", "hydra", "sft", "dpo-lora")},
     "plain trunk": {"engine__trunk": "plain"},
     "float32": {"dtype": "float32", "lora__dtype": "float32"},
     "float32 adapters": {"lora__dtype": "float32"},
