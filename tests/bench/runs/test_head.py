@@ -63,8 +63,9 @@ def test_a_case_runs_over_two_machines(run, rank_request):
     ],
 )
 def test_a_rank_of_the_other_machine_that_fails_is_named(run, rank_request, monkeypatch, kind, outcome, message):
-    monkeypatch.setattr(hangs, "STALL_S", 3.0)
-    result, _ = run(rank_request(kind))
+    with monkeypatch.context() as patch:
+        patch.setattr(hangs, "STALL_S", 3.0)
+        result, _ = run(rank_request(kind))
     assert (result["outcome"], result["error"]["message"]) == (outcome, message)
     assert run(rank_request("well"))[0]["outcome"] == "ok"
 
