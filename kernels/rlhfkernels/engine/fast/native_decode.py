@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from rlhfkernels.engine.fast.blocks import Block, Blocks, Norm, gelu_tanh
+from rlhfkernels.engine.fast.architectures import gelu_tanh
+from rlhfkernels.engine.fast.blocks import Block, Blocks, Norm
 from rlhfkernels.engine.fast.decode_steps import DecodeSteps
 from rlhfkernels.engine.fast.projections import Projection
 from rlhfkernels.models.cache import PreallocatedLayer

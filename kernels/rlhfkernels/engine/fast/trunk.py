@@ -9,7 +9,8 @@ import torch
 from rlhfkernels.config.case import Case
 from rlhfkernels.config.options import EngineOptions
 from rlhfkernels.engine.backends import select_backend
-from rlhfkernels.engine.fast.blocks import Blocks, read_blocks
+from rlhfkernels.engine.fast.architectures import read_blocks
+from rlhfkernels.engine.fast.blocks import Blocks
 from rlhfkernels.engine.fast.decoding import FastDecoder, MakeSteps
 from rlhfkernels.engine.fast.forward_pass import run_blocks, run_packed
 from rlhfkernels.engine.trunk import Decoder, PlainTrunk, Trunk
