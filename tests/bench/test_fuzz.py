@@ -196,12 +196,12 @@ def without_work(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(sides, "only_gate", contextlib.nullcontext)
     patch.setattr(sides, "repository", Path.cwd)
     patch.setattr(sides, "head_side", lambda *_, **__: side)
-    patch.setattr(sides, "checked_out", lambda *_: contextlib.nullcontext(side))
+    patch.setattr(sides, "checked_out", lambda *_, **__: contextlib.nullcontext(side))
     patch.setattr(sides, "module_roots", lambda *_, **__: [])
     patch.setattr(compare.Comparison, "run", lambda self: [])
-    patch.setattr(selftest, "self_test", lambda *_: [])
-    patch.setattr(bisect, "commits_between", lambda *_: [])
-    patch.setattr(bisect, "bisect", lambda *_: bisect.Tested(commit="abc", subject="a commit", findings=[]))
+    patch.setattr(selftest, "self_test", lambda *_, **__: [])
+    patch.setattr(bisect, "commits_between", lambda *_, **__: [])
+    patch.setattr(bisect, "bisect", lambda *_, **__: bisect.Tested(commit="abc", subject="a commit", findings=[]))
 
 
 @pytest.fixture
