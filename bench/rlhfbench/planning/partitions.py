@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 GRADIENT = "gradient"
 MADE, REDUCED, ENDED, STEPPED = "made", "reduced", "ended", "stepped"
 
+# A change like that of a growth: a gradient of that many bytes, which the step is about to free, counts in this part
+# from then on.
+STAYS = "stays"
+
 _GRADIENTS, _BUCKETS = PARTS.index("gradients"), PARTS.index("buckets")
 # Elements of gradients that stage 0 averages at a time (engine.py, ``MEMORY_OPT_ALLREDUCE_SIZE``).
 _ALL_REDUCED = 500_000_000
@@ -145,7 +149,7 @@ class RoleChanges:
         self._waiting.append(self._at)
         self._filled += size
         if size > self._bucket_size:  # it stays where it is
-            yield self._grow(_BUCKETS, size)
+            yield STAYS, _BUCKETS, size * self._item_size, None
 
     def _reduce(self) -> Iterator[Change]:
         """``reduce_ipg_grads``: what several ranks own is copied out of the bucket, and into it again."""
@@ -221,9 +225,23 @@ class RoleChanges:
 
 def changes_of_a_rank(changes: Iterable[Change], roles: Mapping[str, RoleChanges]) -> Iterator[Change]:
     """``changes`` with those of a rank's gradients in place of what was said of gradients."""
+    staying: Change | None = None
     for change in changes:
-        if change[0] == GRADIENT:
-            _, event, role, offset = change
-            yield from roles[role].of(event, offset)
-        else:
+        if change[0] != GRADIENT:
             yield change
+            # Before the gradient is freed it would count twice: autograd holds it until the op that made it ends.
+            if staying is not None and change[0] == "grow" and change[2] == -staying[2]:
+                yield "grow", *staying[1:]
+                staying = None
+            continue
+        _, event, role, offset = change
+        for made in roles[role].of(event, offset):
+            if staying is not None:
+                yield "grow", *staying[1:]
+                staying = None
+            if made[0] == STAYS:
+                staying = made
+            else:
+                yield made
+    if staying is not None:
+        yield "grow", *staying[1:]

@@ -128,3 +128,21 @@ def test_what_is_no_gradient_stays() -> None:
     changes = [others[0], ("gradient", MADE, "actor", 0), others[1]]
     found = list(changes_of_a_rank(changes, {"actor": role(stage=1)}))
     assert found == [others[0], ("grow", PARTS.index("buckets"), 32, None), others[1]]
+
+
+def test_a_gradient_that_stays_counts_once_while_autograd_still_holds_it() -> None:
+    temporary, buckets = PARTS.index("temporary"), PARTS.index("buckets")
+    freed = ("grow", temporary, -16, None)  # the gradient of 4 elements
+    later = ("grow", temporary, 8, None)
+    changes = [("gradient", REDUCED, "actor", -1), ("gradient", REDUCED, "actor", -1), freed, later]
+    found = list(changes_of_a_rank(changes, {"actor": role(bucket=3)}))
+    assert found[-3:] == [freed, ("grow", buckets, 16, None), later]
+
+
+def test_a_gradient_that_is_not_freed_counts_when_the_next_one_is_reduced() -> None:
+    buckets = PARTS.index("buckets")
+    reduced = [("gradient", REDUCED, "actor", -1)] * 3
+    for num in (2, 3):
+        changes = changes_of_a_rank(reduced[:num], {"actor": role(bucket=3)})
+        found = [change[1:3] for change in changes if change[1] == buckets]
+        assert found[:2] == [(buckets, 12), (buckets, 16)], num
