@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from rlhfbench.measure.live_tensors import TensorsSince
 from rlhfkernels.config.case import Case
 from rlhfkernels.errors import ModelError
 from rlhfkernels.methods.phases import Phase
@@ -20,9 +21,9 @@ class UserStep:
     Args:
         inner: The user's step. ``phases`` is a list of (name, ``inference`` or ``update``). ``run`` does one step
             inside ``with observer.phase(name)`` blocks; what is outside of them is not timed.
-            ``persistent_tensors()`` yields (part, tensor) for what lives between steps: a tensor that no op of the
-            step uses is counted only if it is among them. ``trained_parameters()`` returns the parameters that get
-            gradients.
+            ``persistent_tensors()`` yields (part, tensor) for what lives between steps. ``trained_parameters()``
+            returns the parameters that get gradients.
+        since: Was made before the step; knows its tensors.
 
     Raises:
         ModelError: It lacks phases or ``run``, or its phases break a rule.
@@ -30,7 +31,7 @@ class UserStep:
 
     trunk_taken = attention_taken = backend_taken = "own"
 
-    def __init__(self, inner: Any) -> None:
+    def __init__(self, inner: Any, since: TensorsSince) -> None:
         try:
             self.phases = tuple(Phase(name=name, kind=kind) for name, kind in inner.phases)
             self._run = inner.run
@@ -44,7 +45,8 @@ class UserStep:
         wrong = [phase for phase in self.phases if phase.kind not in ("inference", "update")]
         if wrong:
             raise ModelError(f"phase {wrong[0].name} has the kind '{wrong[0].kind}': it must be inference or update.")
-        self._inner = inner
+        self._inner, self._since = inner, since
+        since.note()
 
     def run(self, observer: Observer) -> _NoStats:
         """Runs the user's step."""
@@ -52,9 +54,15 @@ class UserStep:
         return _NoStats()
 
     def persistent_tensors(self) -> Iterable[tuple[str, torch.Tensor]]:
-        """Yields what the user declares; nothing by default, so that all counts as temporary."""
+        """Yields what the user declares, then as temporary what else lives: of a tensor, the first part counts.
+
+        An op of the step need not use it. What each step keeps and never reads would stay unseen otherwise.
+        """
         declared = getattr(self._inner, "persistent_tensors", None)
-        return () if declared is None else declared()
+        if declared is not None:
+            yield from declared()
+        for tensor in self._since.live():
+            yield "temporary", tensor
 
     def trained_parameters(self) -> Sequence[torch.nn.Parameter]:
         """Returns what the user declares; nothing by default."""
@@ -82,8 +90,9 @@ def load_step(name: str, case: Case) -> UserStep:
         ModelError: There is no such function, or it returns no step.
     """
     module, _, function = name.partition(":")
+    since = TensorsSince()
     try:
         made = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ModelError(f"step is '{name}': it must be module:function, and {error}.") from error
-    return UserStep(made(case))
+    return UserStep(made(case), since)

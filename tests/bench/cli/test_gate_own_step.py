@@ -43,7 +43,8 @@ def test_a_tensor_that_is_held_too_long_is_found(call, repo):
     assert code == 1, err
     found = {finding["quantity"]: finding for finding in json.loads(said)["findings"]}
     total = found["memory total"]
-    assert (total["verdict"], total["head"] - total["base"]) == ("larger", 65536 - 4)
+    # That of the step before still lives when a step makes its own.
+    assert (total["verdict"], total["head"] - total["base"]) == ("larger", 2 * (65536 - 4))
     assert (found["memory part base"]["verdict"], found["memory part base"]["head"]) == ("same", 4 * (64 * 64 + 64))
     assert {"total s", "rollout s", "train s"} <= found.keys()
     assert found["total s"]["num_pairs"] >= 4

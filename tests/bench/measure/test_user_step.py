@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 
 import pytest
 import torch
 
+from rlhfbench.measure.live_tensors import TensorsSince
+from rlhfbench.measure.memory import measure_memory
 from rlhfbench.measure.user_step import UserStep, load_step
 from rlhfkernels import Case
 from rlhfkernels.errors import ModelError
@@ -47,7 +50,7 @@ class Observer:
 
 
 def test_a_step_with_phases_and_run_is_enough():
-    step, observer = UserStep(Step()), Observer()
+    step, observer = UserStep(Step(), TensorsSince()), Observer()
     stats = step.run(observer)
     assert observer.seen == ["rollout", "train"]
     assert [(phase.name, phase.kind) for phase in step.phases] == [("rollout", "inference"), ("train", "update")]
@@ -63,14 +66,36 @@ def test_phases_have_names_of_their_own(phases):
 
     Wrong.phases = phases
     with pytest.raises(ModelError, match=r"the step's phases are .*: there must be one or more, each with a name"):
-        UserStep(Wrong())
+        UserStep(Wrong(), TensorsSince())
 
 
 def test_a_step_is_made_for_its_case_and_its_tensors_are_passed_on():
     step = load_step(f"{__name__}:Declared", CASE)
     assert step._inner.batch_size == 3
     (declared,) = step.trained_parameters()
-    assert [(part, tensor is declared) for part, tensor in step.persistent_tensors()] == [("base", True)]
+    assert next(iter(step.persistent_tensors())) == ("base", declared)
+
+
+class Keeps(Step):
+    """Keeps rows of ones of every step, and reads none of them."""
+
+    def __init__(self, case):
+        self.kept = [torch.ones(256)]
+
+    def run(self, observer):
+        for name, _ in self.phases:
+            with observer.phase(name):
+                self.kept.append(torch.ones(256))
+
+
+def test_what_earlier_steps_kept_counts_though_no_op_reads_it():
+    step = load_step(f"{__name__}:Keeps", CASE)
+    gc.freeze()  # as before timed steps
+    try:
+        totals = [measure_memory(step, "cpu", lambda name: None).peaks["train"].total_bytes for _ in range(2)]
+    finally:
+        gc.unfreeze()
+    assert totals == [3 * 1024, 5 * 1024]
 
 
 def without_run(case):
