@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import traceback
 import warnings
@@ -52,6 +53,10 @@ from rlhfkernels.parallel.deepspeed import load
 from rlhfkernels.parallel.world import World, join_world, leave_world
 
 logging.disable_progress_bar()
+
+# A shell lets what it starts in the background ignore Ctrl-C, which tests send to what they start themselves.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples in every run, and as long as a busy machine needs for one.
 settings.register_profile(
