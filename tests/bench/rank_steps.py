@@ -21,6 +21,7 @@ class Step:
         self._num_steps = 0
         self._is_last = distributed.get_rank() == distributed.get_world_size() - 1
         self._weight = torch.ones(1000, requires_grad=True)
+        self._states = torch.ones(5000 if self._is_last else 0)  # the last rank holds more
         if kind in ("build-hang", "build-die") and self._is_last:
             MISDEEDS[kind.removeprefix("build-")]()
         if kind.startswith("ddp"):
@@ -44,10 +45,8 @@ class Step:
                 distributed.all_reduce(self._weight.grad)
 
     def persistent_tensors(self):
-        # The last rank holds more.
         yield "base", self._weight
-        if self._is_last:
-            yield "optimizer", torch.ones(5000)
+        yield "optimizer", self._states
 
     def trained_parameters(self):
         return [self._weight]
