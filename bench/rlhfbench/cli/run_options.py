@@ -26,7 +26,7 @@ _RETRIED = OUTCOMES[1:]  # all but ok
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeasurementOptions:
-    """How cases are measured."""
+    """The options of the measurement."""
 
     time_budget_s: Annotated[
         float | None,

@@ -46,7 +46,7 @@ class Finding:
 
     @property
     def ratio(self) -> float | None:
-        """Of head to base; ``None`` without both."""
+        """The ratio of head to base; ``None`` without both."""
         if self.estimate is not None:
             return self.estimate.ratio
         return self.head / self.base if self.base and self.head is not None else None

@@ -24,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(fake_cuda: Path, folder: Path) -> dict[str, Any]:
-    """What each part found, or the sentence of its error."""
+    """The findings of each part, or the sentence of its error."""
     command = [sys.executable, str(PROGRAM), str(fake_cuda), str(STEPS), str(folder)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

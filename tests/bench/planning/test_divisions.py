@@ -1,4 +1,4 @@
-"""What a plan says of a rank under torch's strategies, beside the ledger of the rank that holds most."""
+"""The plan of a rank under torch's strategies, beside the ledger of the rank that holds most."""
 
 from __future__ import annotations
 

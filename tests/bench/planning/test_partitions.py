@@ -1,4 +1,4 @@
-"""What a rank holds of gradients in ZeRO's stages 0 to 2, change by change, against sizes computed by hand."""
+"""The gradients of a rank in ZeRO's stages 0 to 2, change by change, against sizes computed by hand."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def test_the_rank_that_holds_most_may_be_the_one_that_reduces_first(make_case: C
 
 
 def test_a_forward_has_no_bucket() -> None:
-    """Where the forward of an update phase holds most, a bucket that the backward makes adds nothing."""
+    """A bucket that the backward makes adds nothing where the forward of an update phase holds most."""
     phases = {}
     for size in (10_000, 100_000, 10_000_000):
         options = Options.of({"parallel.reduce_bucket_size": size})

@@ -1,4 +1,4 @@
-"""What is made of ranks that seem to hang: they are ended only where the others wait in a collective."""
+"""Ranks that seem to hang: they are ended only where the others wait in a collective."""
 
 import pytest
 

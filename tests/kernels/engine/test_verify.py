@@ -58,7 +58,7 @@ def test_every_trunk_and_backend_is_right(checkpoint: Callable[[str], str], arch
 def test_bfloat16_explains_its_own_rounding_and_no_wrong_scale(
     checkpoint: Callable[[str], str], monkeypatch: pytest.MonkeyPatch, architecture: str
 ) -> None:
-    """Of the small models these have the largest errors of a gradient, 0.086 and 0.046 of its range."""
+    """The small models with the largest errors of a gradient, 0.086 and 0.046 of its range."""
     checks = verify(checkpoint(architecture), dtype="bfloat16")
     assert by_outcome(checks, "wrong") == []
     assert "fast: adapter gradient" in by_outcome(checks, "ok")

@@ -100,7 +100,7 @@ def weights_of(step: TrainingStep) -> torch.Tensor:
 
 
 class Trained(NamedTuple):
-    """How far the weights moved, the rewards that the last batch got, and the statistics of each step."""
+    """The distance that the weights moved, the rewards that the last batch got, and the statistics of each step."""
 
     moved: torch.Tensor
     rewards: torch.Tensor

@@ -109,7 +109,7 @@ def cases(
 
 @pytest.fixture(scope="module")
 def alone(cases: Callable[..., list[Case]]) -> dict[str, list[Trained]]:
-    """Of one process, by dtype."""
+    """The results of one process, by dtype."""
     return {dtype: list(trained(World(), cases(1, dtype))) for dtype in TOLERANCES}
 
 

@@ -1,4 +1,4 @@
-"""What ranks do together beside the update: generate, stop, save, let go of a base."""
+"""The work that ranks do together beside the update: generate, stop, save, let go of a base."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def place() -> tuple[str, int]:
 
 
 def dtypes_of(step: TrainingStep) -> Dtypes:
-    """What a step does after its first, in which optimizers allocate."""
+    """A step after the first, in which optimizers allocate."""
     step.run()
     with Dtypes() as mode:
         step.run()
