@@ -1,13 +1,19 @@
-"""Compares a commit with itself many times, on the machine as it is and beside a busy process, and counts the answers.
+"""Compares a commit with itself many times, and counts the answers.
 
     python benchmarks/gate/comparisons.py OUT
+    python benchmarks/gate/comparisons.py OUT --busy
     python benchmarks/gate/comparisons.py OUT --slower 0.1
 
-Each gate compares ten cases on ``tiny``. A comparison is one of them: 10 gates of each kind are 200 comparisons. With
-``--slower`` the longest phase of five of the ten, drawn anew for each gate, is that much slower in the head. Those of a
-gate are appended to OUT/comparisons.jsonl as it ends. The same command goes on where an earlier one was interrupted,
-and prints the rates of all, and those of two other tools' rules: of the steps of the first and the last pair of each
-comparison, they are asked about every time that the gate is asked about.
+Each gate compares ten cases on ``tiny``. A comparison is one of them: 10 gates are 100 comparisons. With ``--slower``
+the longest phase of every case is that much slower in the head. Those of a gate are appended to OUT/comparisons.jsonl
+as it ends. The same command goes on where an earlier one was interrupted, and prints the rates of all, and those of two
+other tools' rules: of the steps of the first and the last pair of each comparison, they are asked about every time that
+the gate is asked about.
+
+Two of them may run at once, each the other's busy process, if each has a core and temporary files of its own:
+
+    TMPDIR=$(mktemp -d) taskset -c 0 python benchmarks/gate/comparisons.py OUT-0 &
+    TMPDIR=$(mktemp -d) taskset -c 1 python benchmarks/gate/comparisons.py OUT-1 --first 10
 """
 
 from __future__ import annotations
@@ -16,7 +22,6 @@ import argparse
 import contextlib
 import functools
 import json
-import random
 import subprocess
 import sys
 import time
@@ -50,40 +55,36 @@ def main() -> int:
     root = sides.repository()
     commit = sides.commit_of("HEAD", root)
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    about = {"commit": commit, "slower": given.slower}
+    about = {"commit": commit, "slower": given.slower, "busy": given.busy}
     if any(row[name] != value for row in done for name, value in about.items()):
-        raise GateError(f"'{path}' holds comparisons of another commit or slowdown: name a new folder.")
-    counted = {(row["gate"], row["busy"]) for row in done}
-    # Both kinds take turns, so that an interrupted command has about as many of each.
-    kinds = [False, True] if given.slower == 0 else [False]
-    wanted = [(gate, busy) for gate in range(given.gates) for busy in kinds]
+        raise GateError(f"'{path}' holds comparisons of another commit, slowdown or load: name a new folder.")
+    counted = {row["gate"] for row in done}
     with sides.only_gate():
-        measured = _measured_cases(root, commit) if given.slower else []
-        for gate, busy in wanted:
-            if (gate, busy) in counted:
+        slowed = _measured_cases(root, commit) if given.slower else []
+        for gate in range(given.first, given.first + given.gates):
+            if gate in counted:
                 continue
             started_s = time.monotonic()
-            slowed = random.Random(gate).sample(measured, len(measured) // 2)
-            with _busy_process() if busy else contextlib.nullcontext():
+            with _busy_process() if given.busy else contextlib.nullcontext():
                 findings, spent_s, others = _gate(root, commit, given, slowed, seed=gate)
-            rows = [{**about, "gate": gate, "busy": busy, **row} for row in _rows(findings, slowed, spent_s, others)]
+            rows = [{**about, "gate": gate, **row} for row in _rows(findings, slowed, spent_s, others)]
             with path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
             done += rows
             print(f"gate {gate}: {_rates(rows)}, {time.monotonic() - started_s:.0f} s", flush=True)
-    for busy in kinds:
-        rows = [row for row in done if row["busy"] is busy]
-        print(f"{'beside a busy process' if busy else 'on the machine as it is'}: {_rates(rows)}")
-        for name in OTHERS:
-            print(f"    {name}: {_rates_of_other(rows, name)}")
+    print(f"all: {_rates(done)}")
+    for name in OTHERS:
+        print(f"    {name}: {_rates_of_other(done, name)}")
     return int(any(row["alarms"] for row in done))
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of the comparisons")
-    parser.add_argument("--gates", type=int, default=10, help="gates of each kind, of ten comparisons each")
+    parser.add_argument("--gates", type=int, default=10, help="gates, of ten comparisons each")
+    parser.add_argument("--first", type=int, default=0, help="number of the first gate, which seeds its order")
     parser.add_argument("--budget-s", type=float, default=60.0, help="seconds of a case")
+    parser.add_argument("--busy", action="store_true", help="beside a process that keeps one core busy")
     parser.add_argument("--slower", type=float, default=0.0, metavar="X", help="share by which a phase is slower")
     return parser.parse_args()
 

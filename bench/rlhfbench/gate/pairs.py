@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhfbench.measure.interference import disturbance
-from rlhfbench.measure.statistic import error_of_midmean, midmean_of
+from rlhfbench.measure.statistic import fast_mean, influences_on_fast_mean
 from rlhfbench.records.blocks import block_values, step_values
 from rlhfbench.records.file import Record
 
@@ -17,7 +17,7 @@ Values = Mapping[str, float]
 
 # The block before measures memory.
 FIRST_TIMED_BLOCK = 1
-# Rounds from which on the error of a pair is that of its mid-mean.
+# Rounds from which on the error of a pair is that of its fast means.
 _MIN_ROUNDS = 8
 
 
@@ -28,7 +28,7 @@ class BlockPair:
     Attributes:
         base: Seconds per sample of the base: ``total``, the kinds, and each phase.
         head: The same of the head.
-        log_ratios: Of head to base, by quantity. Of steps that were taken in turns: the mid-mean over the rounds.
+        log_ratios: Of head to base, by quantity. Of steps that were taken in turns: of their fast means.
         errors: Standard errors of the log ratios over the rounds, by quantity; 0 for a pair that has no rounds.
         disturbed: Whether something disturbed the base, and the head.
         steps: What ``base`` and ``head`` are of: every step of each.
@@ -51,42 +51,45 @@ def pairs_of(base: Record, head: Record) -> list[BlockPair]:
             continue
         steps = (step_values(base, base_block), step_values(head, head_block))
         in_turns = base_block.get("in_turns") and head_block.get("in_turns")
-        # One side may have had a turn more when the other failed.
-        rounds = list(zip(*steps, strict=False)) if in_turns else [(base_s, head_s)]
-        disturbed = (_is_disturbed(base_block), _is_disturbed(head_block))
-        # A phase that not every step enters has no ratio in each round.
-        logs = {**_logs_of_rounds([(base_s, head_s)]), **_logs_of_rounds(rounds)}
+        # One side may have had a turn more when the other failed. A phase that not every step enters has no ratio in
+        # each round.
+        rounds = list(zip(*steps, strict=False)) if in_turns else []
+        logs = {**_logs([(base_s, head_s)]), **_logs(rounds)}
         found.append(
             BlockPair(
                 base=base_s,
                 head=head_s,
-                log_ratios={name: midmean_of(values) for name, values in logs.items()},
-                errors={name: _error(values) for name, values in logs.items()},
-                disturbed=disturbed,
+                log_ratios={name: fast_mean(head) - fast_mean(base) for name, (base, head) in logs.items()},
+                errors={name: _error(*sides) for name, sides in logs.items()},
+                disturbed=(_is_disturbed(base_block), _is_disturbed(head_block)),
                 steps=steps,
             )
         )
     return found
 
 
-def _logs_of_rounds(rounds: Sequence[tuple[Values, Values]]) -> dict[str, list[float]]:
-    """Logarithms of head / base of every round, for each quantity that both sides have and that always took time."""
+def _logs(rounds: Sequence[tuple[Values, Values]]) -> dict[str, tuple[list[float], list[float]]]:
+    """Logarithms of both sides in every round, for each quantity that both sides have and that always took time."""
+    if not rounds:
+        return {}
     names = [name for name in rounds[0][0] if name in rounds[0][1]]
     return {
-        name: [math.log(head[name] / base[name]) for base, head in rounds]
+        name: ([math.log(base[name]) for base, _ in rounds], [math.log(head[name]) for _, head in rounds])
         for name in names
         if all(base[name] > 0 and head[name] > 0 for base, head in rounds)
     }
 
 
-def _error(logs: Sequence[float]) -> float:
-    """The standard error of the mid-mean of the rounds of a pair; 0 for a pair that has no rounds."""
-    if len(logs) < 2:
+def _error(base: Sequence[float], head: Sequence[float]) -> float:
+    """The standard error of the log ratio of a pair from its rounds; 0 for a pair that has no rounds."""
+    if len(base) < 2:
         return 0.0
-    # The middle half of five rounds agrees by chance: one pair in 14 has less than 0.3 of the usual error, and would
-    # weigh too much. Among pairs timed beside much other load, 1.8 % of the cases without a change were false alarms
-    # without this rule, and none with it.
-    return error_of_midmean(logs) if len(logs) >= _MIN_ROUNDS else statistics.stdev(logs) / math.sqrt(len(logs))
+    # The fastest of five rounds agree by chance: one pair in 14 has less than 0.3 of the usual error, and would weigh
+    # too much. Among pairs timed beside much other load, 1.8 % of the cases without a change were false alarms without
+    # this rule, and none with it.
+    if len(base) >= _MIN_ROUNDS:
+        base, head = influences_on_fast_mean(base), influences_on_fast_mean(head)
+    return statistics.stdev(new - old for old, new in zip(base, head, strict=True)) / math.sqrt(len(base))
 
 
 def _is_disturbed(block: Mapping[str, Any]) -> bool:

@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from rlhfbench.measure.statistic import DEFAULT_BLOCKS, half_width, half_width_of_midmean, midmean, midmean_of
+from rlhfbench.measure.statistic import (
+    DEFAULT_BLOCKS,
+    fast_mean,
+    half_width,
+    half_width_of_midmean,
+    influences_on_fast_mean,
+    midmean,
+    midmean_of,
+)
 
 seconds = st.floats(0.001, 1000)
 
@@ -50,6 +58,32 @@ def test_the_interval_of_blocks_is_students():
     low, high = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
     assert half_width(values) == pytest.approx((high - low) / 2)
     assert half_width([1.0]) is None
+
+
+@given(st.lists(seconds, min_size=1, max_size=40))
+def test_weights_of_the_fast_mean_fall_from_the_fastest_value_to_none_at_the_median(values):
+    # The integral of the values' quantile function, by the midpoint rule: exact where no value begins inside a cell.
+    cells = np.arange(0.5, 2 * len(values)) / (2 * len(values))
+    weights = np.maximum(4 - 8 * cells, 0) / (2 * len(values))
+    quantiles = np.sort(values)[(cells * len(values)).astype(int)]
+    assert fast_mean(values) == pytest.approx(float(weights @ quantiles))
+
+
+def test_slow_values_beyond_the_median_change_no_fast_mean():
+    assert fast_mean([1.0, 2.0, 1.0, 2.0]) == fast_mean([1.0, 1.0, 50.0, 9.0]) == 1.0
+
+
+@pytest.mark.parametrize("sigma", [0.1, 1.0])
+def test_influences_give_the_error_of_a_fast_mean(sigma):
+    """Beside the spread of the fast means of 2,000 samples; the two sides of a pair share half of their variance."""
+    rng = np.random.default_rng(0)
+    shared, old, new = rng.normal(0, sigma, (3, 2000, 40))
+    found, errors = [], []
+    for base, head in zip((shared + old).tolist(), (shared + new).tolist(), strict=True):
+        found.append(fast_mean(head) - fast_mean(base))
+        pulls = np.subtract(influences_on_fast_mean(head), influences_on_fast_mean(base))
+        errors.append(pulls.std(ddof=1) / math.sqrt(40))
+    assert math.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std(found), rel=0.05)
 
 
 NUM_BLOCKS, NUM_STEPS, NUM_CASES = DEFAULT_BLOCKS, 8, 10
