@@ -41,15 +41,19 @@ class SectionedCommand(TyperCommand):
     typer draws panels with rich only, whose import takes a fifth of a second.
     """
 
-    def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Writes the sections in the order of their first option."""
-        sections: dict[str, list[tuple[str, str]]] = {}
+    def sections(self, ctx: Any) -> dict[str, list[tuple[str, str]]]:
+        """Returns flags and meanings by the title of their section, in the order of their first option."""
+        found: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
             row = param.get_help_record(ctx)
             if row is not None:
                 section = "Arguments" if param.param_type_name == "argument" else "Other"
-                sections.setdefault(getattr(param, "rich_help_panel", None) or section, []).append(row)
-        for title, rows in sections.items():
+                found.setdefault(getattr(param, "rich_help_panel", None) or section, []).append(row)
+        return found
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Writes the sections."""
+        for title, rows in self.sections(ctx).items():
             with formatter.section(title):
                 formatter.write_dl(rows)
 

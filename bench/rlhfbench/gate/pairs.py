@@ -26,9 +26,10 @@ class BlockPair:
     """A block of the base and one of the head.
 
     Attributes:
-        base: Seconds per sample of the base: ``total``, the kinds, and each phase.
+        base: Seconds per sample of the base: ``total``, the kinds, and each phase. Of steps that were taken in turns:
+            the exponential of the fast mean of their logarithms.
         head: The same of the head.
-        log_ratios: Of head to base, by quantity. Of steps that were taken in turns: of their fast means.
+        log_ratios: Of head to base, by quantity.
         errors: Standard errors of the log ratios over the rounds, by quantity; 0 for a pair that has no rounds.
         disturbed: Whether something disturbed the base, and the head.
         steps: What ``base`` and ``head`` are of: every step of each.
@@ -55,11 +56,12 @@ def pairs_of(base: Record, head: Record) -> list[BlockPair]:
         # each round.
         rounds = list(zip(*steps, strict=False)) if in_turns else []
         logs = {**_logs([(base_s, head_s)]), **_logs(rounds)}
+        means = {name: (fast_mean(old), fast_mean(new)) for name, (old, new) in logs.items()}
         found.append(
             BlockPair(
-                base=base_s,
-                head=head_s,
-                log_ratios={name: fast_mean(head) - fast_mean(base) for name, (base, head) in logs.items()},
+                base={**base_s, **{name: math.exp(old) for name, (old, _) in means.items()}},
+                head={**head_s, **{name: math.exp(new) for name, (_, new) in means.items()}},
+                log_ratios={name: new - old for name, (old, new) in means.items()},
                 errors={name: _error(*sides) for name, sides in logs.items()},
                 disturbed=(_is_disturbed(base_block), _is_disturbed(head_block)),
                 steps=steps,
