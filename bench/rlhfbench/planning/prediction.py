@@ -40,13 +40,21 @@ class Plan:
         """Weights, whole gradients and optimizer states on one rank; see ``measurements.persistent_model_bytes``."""
         return int(self.memory["persistent_model_bytes"])
 
+    @property
+    def global_batch_size(self) -> int:
+        """Data rows of a step over all ranks."""
+        return self.case.batch_size * self.zero.world_size
+
     def floor_s_per_sample(self, gpu: Accelerator) -> float | None:
-        """The shortest time a sample on ``gpu``, or ``None`` where its rates are not known for the dtype."""
+        """The shortest time a sample on ``gpu``, or ``None`` where its rates are not known for the dtype.
+
+        The work is that of a rank, and the ranks' rows are those of one step, as in a record's seconds per sample.
+        """
         rate = gpu.flops_per_s.get(self.case.dtype)
         if rate is None or gpu.bytes_per_s is None:
             return None
         steps = [phase.name for phase in self.case.role_table.phases if phase.kind != "prepare"]
-        return sum(self.work[name].floor_s(rate, gpu.bytes_per_s) for name in steps) / self.case.batch_size
+        return sum(self.work[name].floor_s(rate, gpu.bytes_per_s) for name in steps) / self.global_batch_size
 
 
 def plan_object(
@@ -66,7 +74,7 @@ def plan_object(
         "zero": {
             "stage": plan.zero.stage,
             "world_size": plan.zero.world_size,
-            "global_batch_size": plan.case.batch_size * plan.zero.world_size,
+            "global_batch_size": plan.global_batch_size,
         },
         "fits": None if gpu is None else plan.total_bytes <= gpu.usable_bytes,
         "max_batch_size": max_batch_size,

@@ -284,6 +284,13 @@ def test_the_floor_needs_rates(make_case: Callable[..., Case]) -> None:
     assert plan.floor_s_per_sample(find_accelerator("24GiB")) is None
 
 
+def test_the_rows_of_all_ranks_share_a_floor(make_case: Callable[..., Case]) -> None:
+    case, gpu = make_case("sft-lora", dtype="bfloat16"), find_accelerator("a100-80gb")
+    one, eight = (plan_case(case, Zero(stage=0, world_size=size)) for size in (1, 8))
+    assert one.work == eight.work
+    assert eight.floor_s_per_sample(gpu) == pytest.approx(one.floor_s_per_sample(gpu) / 8)
+
+
 @pytest.mark.parametrize("trunk", ["fast", "plain"])
 @pytest.mark.parametrize("method", ["sft-lora", "dpo-lora", "hydra"])
 def test_the_plan_counts_the_masks_that_a_data_file_brings(tmp_path: Path, method: str, trunk: str) -> None:
