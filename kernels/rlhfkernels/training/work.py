@@ -89,18 +89,22 @@ class _Counter:
         return self._shapes[role.base].head_bytes if HEADS[role.head].outputs == "vocabulary" else 0
 
     def generate(self, phase: Phase) -> Work:
-        """The prompt once, then one forward a token; every forward reads the weights, and the cache so far."""
+        """The prompt once, then one forward a token; every forward reads the weights, and the cache so far.
+
+        With a stop token only the first token is counted: generation may end after it.
+        """
         case, stage = self._case, phase.stages[0]
         assert isinstance(stage, Generate)
         role = self._method.roles[stage.role]
         shape = self._shapes[role.base]
         adapter, adapter_bytes = self._adapter(role.weights)
-        seen = case.seq_len - 1
+        num_tokens = case.completion_len if case.options.rollout.stop_token_id is None else 1
+        seen = case.prompt_len + num_tokens - 1
         flops = 2 * (shape.matmul + adapter) * seen
-        flops += self._attention_flops(role.base, seen) + self._head_flops(role, case.completion_len)
+        flops += self._attention_flops(role.base, seen) + self._head_flops(role, num_tokens)
         flops -= self._unread_flops(role.base, adapter)
         flops *= self._num_sequences
-        weights = (shape.matmul_bytes + adapter_bytes + shape.head_bytes) * case.completion_len
+        weights = (shape.matmul_bytes + adapter_bytes + shape.head_bytes) * num_tokens
         kv_item = 2 * shape.kv_channels * shape.matmul_item * self._num_sequences
         written = kv_item * seen * shape.num_layers
         read = kv_item * shape.cached_positions(case.prompt_len, seen)

@@ -90,6 +90,14 @@ def test_bytes_of_generation_by_hand(make_case: Callable[..., Case]) -> None:
     assert phase_work(step)["generate"].bytes == 2 * weights + a_position * (4 + 3)
 
 
+def test_a_generation_that_may_end_at_once_counts_one_token(make_case: Callable[..., Case]) -> None:
+    size = {"batch_size": 2, "prompt_len": 3}
+    ended = phase_work(build_step(make_case("full", completion_len=6, rollout__stop_token_id=5, **size)))
+    whole, one = (phase_work(build_step(make_case("full", completion_len=num, **size))) for num in (6, 1))
+    assert ended["generate"] == one["generate"]
+    assert ended["score"] == whole["score"]
+
+
 def visible_pairs(length: int, windows: list[int | None]) -> int:
     """Pairs of a query and a key that it sees, over all layers, counted one by one."""
     return sum(
