@@ -172,7 +172,7 @@ class Prepared:
     Attributes:
         ledger: Has seen the phase over one batch.
         data_set_s: Seconds of the phase over the data set.
-        s_per_sample: The same, per data row.
+        s_per_sample: The same, per data row of all ranks.
         views: Memory views from outside the ledger.
     """
 
@@ -192,7 +192,9 @@ def prepare_step(step: TrainingStep, device: str, notify: Notify) -> Prepared:
             step.prepare(Announcer(notify, ledger), num_batches=1)
         step.prepare(clock)
     data_set_s = sum(clock.take().values())
-    return Prepared(ledger=ledger, data_set_s=data_set_s, s_per_sample=data_set_s / step.num_data_rows, views=views)
+    # Every rank reads all rows of a file, and random rows of its own.
+    num_rows = step.num_data_rows * (step.world.size if step.case.data_file is None else 1)
+    return Prepared(ledger=ledger, data_set_s=data_set_s, s_per_sample=data_set_s / num_rows, views=views)
 
 
 @contextmanager

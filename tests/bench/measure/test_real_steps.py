@@ -16,6 +16,7 @@ from rlhfkernels.config.options import Options
 from rlhfkernels.engine.engine import Engine
 from rlhfkernels.methods.table import METHODS
 from rlhfkernels.observer import Observer
+from rlhfkernels.parallel.world import World
 from rlhfkernels.training.step import build_step
 
 FRUGAL = {
@@ -117,6 +118,19 @@ def test_a_prepared_case(method, num_bases):
     assert result["stats"]["reference_error"] < 1e-5
     assert {name for phase in result["timeline"]["phases"] for name in phase["names"]} == {"update", "optimize"}
     assert notices.index("phase:prepare") < notices.index("warm-up")
+
+
+@pytest.mark.parametrize(("with_file", "num_rows"), [(False, 4 * 2), (True, 3)])
+def test_preparing_is_divided_by_the_rows_of_all_ranks(tmp_path, with_file, num_rows):
+    options = {"dpo.precompute_ref_log_probs": True}
+    if with_file:  # each rank reads all rows
+        path = tmp_path / "pairs.jsonl"
+        path.write_text((json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n") * 3)
+        options["data.pairs"] = str(path)
+    step = build_step(Case(method="dpo-lora", **TINY, options=Options.of(options)))
+    step.world = World(rank=1, size=4)
+    prepared = measurements.prepare_step(step, "cpu", lambda text: None)
+    assert prepared.data_set_s / prepared.s_per_sample == pytest.approx(num_rows)
 
 
 def test_a_reference_model_is_gone_without_garbage_collection():
