@@ -15,7 +15,7 @@ from rlhfbench.cases.sweep import Sweep
 from rlhfbench.cases.weights import check_weights
 from rlhfbench.errors import SweepError
 from rlhfbench.measure.nvml import num_cuda_devices
-from rlhfkernels.config.case import vocabulary_problem
+from rlhfkernels.config.case import stop_token_problem, vocabulary_problem
 from rlhfkernels.config.options import OPTION_PACKAGES
 from rlhfkernels.config.rules import shown
 from rlhfkernels.data.files import READERS, Demonstration, Pair, Text
@@ -76,13 +76,17 @@ def check_chat_template(model: str, rows: Iterable[Text | Demonstration | Pair])
     Prompts alone may be joined without a template; a completion needs one, which marks where it ends.
 
     Raises:
-        DataError: rows hold messages with completions, and the tokenizer has no chat template.
+        DataError: rows hold messages with completions, and the tokenizer has no chat template, or cannot be read.
     """
     config = Path(model).expanduser() / "tokenizer_config.json"
     if not config.is_file() or (config.parent / "chat_template.jinja").is_file():
         return
     is_chat = any(isinstance(row, (Demonstration, Pair)) and not isinstance(row.prompt, str) for row in rows)
-    if is_chat and '"chat_template"' not in config.read_text(encoding="utf-8", errors="replace"):
+    try:
+        has_template = not is_chat or '"chat_template"' in config.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise DataError(f"model '{model}': its tokenizer_config.json cannot be read: {error.strerror}.") from error
+    if not has_template:
         raise DataError(f"model '{model}': the data holds messages, and its tokenizer has no chat template.")
 
 
@@ -185,8 +189,8 @@ def _check_vocabularies(sweep: Sweep, facts: dict[str, ModelFacts]) -> Iterator[
 def _check_stop_tokens(sweep: Sweep, facts: dict[str, ModelFacts]) -> Iterator[str]:
     for model, token in dict.fromkeys((case.model, case.options.rollout.stop_token_id) for case in sweep.cases):
         size = facts[model].vocab_size if model in facts else None
-        if token is not None and size is not None and token >= size:
-            yield f"rollout.stop_token_id is {token}: it must be below {size}, the vocabulary of model '{model}'."
+        if size is not None and (problem := stop_token_problem(model, token, size)) is not None:
+            yield problem
 
 
 def _check_device(device: str) -> Iterator[str]:

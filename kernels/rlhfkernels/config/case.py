@@ -301,3 +301,10 @@ def vocabulary_problem(sizes: dict[str, int]) -> str:
         f"rollout.reward_model is {reward!r} with a vocabulary of {other}: it must have as many tokens as model "
         f"{policy!r}, which has {own}."
     )
+
+
+def stop_token_problem(model: str, token: int | None, vocab_size: int) -> str | None:
+    """The message for a stop token that ``model`` does not have; ``None`` where it has it."""
+    if token is None or token < vocab_size:
+        return None
+    return f"rollout.stop_token_id is {token}: it must be below {vocab_size}, the vocabulary of model {model!r}."

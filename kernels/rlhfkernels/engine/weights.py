@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from rlhfkernels.config.case import Case, vocabulary_problem
+from rlhfkernels.config.case import Case, stop_token_problem, vocabulary_problem
 from rlhfkernels.errors import CaseError
 from rlhfkernels.methods.method import Method
 from rlhfkernels.methods.program import HEADS, Origin
@@ -33,7 +33,7 @@ def load_bases(case: Case, method: Method, *, with_weights: bool, num_layers: in
 
     Raises:
         ModelError: a model cannot be loaded or is too short.
-        CaseError: two models have different vocabularies.
+        CaseError: two models have different vocabularies, or theirs lacks the stop token.
     """
     models: dict[str, LoadedModel] = {}
     first_of: dict[tuple[Origin, bool], LoadedModel] = {}
@@ -55,6 +55,11 @@ def load_bases(case: Case, method: Method, *, with_weights: bool, num_layers: in
     sizes = {case.model_of(method.origins[base]): model.vocab_size for base, model in models.items()}
     if len(set(sizes.values())) > 1:
         raise CaseError([vocabulary_problem(sizes)])
+    # Not known before the model is read: of a GGUF file, and of a preset whose architecture has the size.
+    name, size = next(iter(sizes.items()))
+    problem = stop_token_problem(name, case.options.rollout.stop_token_id, size)
+    if problem is not None:
+        raise CaseError([problem])
     return models
 
 

@@ -2,12 +2,15 @@ import importlib.metadata
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from rlhfbench.cases import preflight
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.errors import SweepError
+from rlhfkernels.data.files import Demonstration
+from rlhfkernels.errors import DataError
 
 GRID = {"methods": ["hydra"], "models": ["tiny"], "seq_lens": [8], "batch_sizes": [1]}
 
@@ -158,3 +161,17 @@ def test_a_dtype_that_the_cpu_emulates_gives_one_warning(tmp_path):
     for words in ("fpu avx512_bf16", "Features\t: fp asimd bf16"):
         cpuinfo.write_text(words)
         assert preflight.notices(sweep, cpuinfo) == []
+
+
+def test_a_tokenizer_config_that_cannot_be_read_is_one_sentence(monkeypatch, checkpoint):
+    config = checkpoint / "tokenizer_config.json"
+    config.write_text("{}")
+
+    def refuse(self, **options):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "read_text", refuse)  # root may read every file
+    row = Demonstration(prompt=[{"role": "user", "content": "a"}], completion="b")
+    with pytest.raises(DataError) as caught:
+        preflight.check_chat_template(str(checkpoint), [row])
+    assert str(caught.value) == f"model '{checkpoint}': its tokenizer_config.json cannot be read: Permission denied."

@@ -53,6 +53,14 @@ def test_a_reward_model_with_other_tokens_is_one_sentence(
         Engine(case)
 
 
+def test_a_stop_token_beyond_the_vocabulary_is_one_sentence(make_case: Callable[..., Case]) -> None:
+    Engine(make_case("lora", rollout__stop_token_id=47))
+    with pytest.raises(
+        CaseError, match=r"^rollout\.stop_token_id is 48: it must be below 48, the vocabulary of model '"
+    ):
+        Engine(make_case("lora", rollout__stop_token_id=48))
+
+
 def test_a_reward_models_positions_must_suffice(
     make_case: Callable[..., Case], checkpoint: Callable[[str], str]
 ) -> None:
