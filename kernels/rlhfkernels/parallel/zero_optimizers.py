@@ -9,11 +9,9 @@ import torch
 from torch import nn
 
 from rlhfkernels.config.options import OptimizerOptions
+from rlhfkernels.parallel.gradient_norm import NORM_EPS, total_norm
 from rlhfkernels.parallel.strategies import Schedule
 from rlhfkernels.parallel.world import World
-
-# As in ``rlhfkernels.training.optimizers``: what is added to the norm that divides.
-_NORM_EPS = 1e-6
 
 
 def _states(optimizer: torch.optim.Optimizer, master: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -69,7 +67,7 @@ class ReplicatedOptimizer(ZeroOptimizer):
         """See ``RoleOptimizer.step``."""
         self._engine.allreduce_gradients()
         grads = [parameter.grad for parameter in self._engine.module.parameters() if parameter.grad is not None]
-        norm = nn.utils.get_total_norm(grads)
+        norm = total_norm(grads)
         self._update()
         return norm
 
@@ -109,7 +107,7 @@ class DividedOptimizer(ZeroOptimizer):
 
         grads = [safe_get_local_grad(parameter) for parameter in self._parameters]
         norm = self._world.all_sum(torch.stack([grad.square().sum() for grad in grads]).sum()).sqrt()
-        factor = (self._max_grad_norm / (norm + _NORM_EPS)).clamp_(max=1.0)
+        factor = (self._max_grad_norm / (norm + NORM_EPS)).clamp_(max=1.0)
         for parameter, grad in zip(self._parameters, grads, strict=True):
             safe_set_local_grad(parameter, grad * factor)
         return norm

@@ -16,14 +16,13 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from rlhfkernels.algorithms.common import AllSum
+from rlhfkernels.parallel.gradient_norm import NORM_EPS, total_norm
 from rlhfkernels.parallel.strategies import local
 from rlhfkernels.training.schedule import cosine_factor
 
 # Gradients are cast to the master weights' dtype in chunks of this many bytes: a cast of all of them at once would
 # add 4 bytes a weight to the peak.
 _WIDEN_BYTES = 256 * 2**20
-# As in torch's clipping: what is added to the norm that divides.
-_NORM_EPS = 1e-6
 
 
 class Optimizer:
@@ -85,7 +84,7 @@ class Optimizer:
         norm = self._norm()
         if self._all_ranks is not None:
             norm = self._all_ranks(norm.to(self._dtype).square()).sqrt()
-        factor = (self.max_grad_norm / (norm + _NORM_EPS)).clamp_(max=1.0)
+        factor = (self.max_grad_norm / (norm + NORM_EPS)).clamp_(max=1.0)
         for rows in self._chunks():
             masters = [self.masters[i] for i in rows]
             weights = [self.parameters[i] for i in rows]
@@ -108,7 +107,7 @@ class Optimizer:
         grads = [local(p.grad) for p in self.parameters if p.grad is not None]
         if not grads:
             return torch.zeros((), device=next((p.device for p in (*self.parameters, *self._absent)), None))
-        return _total_norm(grads)
+        return total_norm(grads)
 
     def _update(self, rows: Sequence[int], masters: list[torch.Tensor], grads: list[torch.Tensor]) -> None:
         raise NotImplementedError
@@ -193,19 +192,6 @@ class SGD(Optimizer):
             nesterov=False,
             maximize=False,
         )
-
-
-def _total_norm(grads: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Returns the norm of all gradients, a scalar in float32 or wider.
-
-    In bfloat16 it would have 3 digits, and clipping multiplies every gradient by it.
-    """
-    norms: list[torch.Tensor] = []
-    for dtype in dict.fromkeys(grad.dtype for grad in grads):  # torch's fused norm takes one
-        alike = [grad for grad in grads if grad.dtype == dtype]
-        norms += torch._foreach_norm(alike, 2.0, torch.promote_types(dtype, torch.float32))
-    norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    return norm
 
 
 def _widened(grad: torch.Tensor | None, master: torch.Tensor) -> torch.Tensor:
