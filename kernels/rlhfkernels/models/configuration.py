@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from rlhfkernels.config.rules import shown
 from rlhfkernels.errors import ModelError
-from rlhfkernels.models.faults import loading_errors
+from rlhfkernels.models.faults import expanded, loading_errors
 from rlhfkernels.models.fields import NOISE_FIELDS, NUMBER_FIELDS, POSITION_FIELDS
 from rlhfkernels.models.presets import PRESETS
 
@@ -33,8 +33,9 @@ def read_config(model: str) -> Any:
 
 def pretrained(model: str) -> dict[str, str]:
     """The arguments with which ``from_pretrained`` finds a model that is no preset."""
+    model = expanded(model)
     path = Path(model)
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     return {"pretrained_model_name_or_path": model}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,12 +49,17 @@ def loading_errors(name: str, attention: str | None = None) -> Iterator[None]:
         noise.setLevel(level)
 
 
+def expanded(name: str) -> str:
+    """The name of a model, with the home directory in place of ``~``."""
+    return os.path.expanduser(name)  # noqa: PTH111 - a Path would make ./NAME, a folder, look like a preset
+
+
 def _loading_error(name: str, attention: str | None, error: Exception) -> ModelError:
     if isinstance(error, ImportError):
         return ModelError(f"model {name!r} needs a package that is not installed: {_reason(error)}")
     if "attention implementation" in str(error):
         return _without(attention, name)
-    if name not in PRESETS and not Path(name).exists():
+    if name not in PRESETS and not Path(expanded(name)).exists():
         return ModelError(
             f"model {name!r} could not be fetched: it is no local folder or file, and the hub was not reached "
             f"or does not hold it ({_reason(error)})"

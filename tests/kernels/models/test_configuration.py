@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhfkernels import PRESETS, Case, ModelError
-from rlhfkernels.models.configuration import max_positions, read_config
+from rlhfkernels.models.configuration import max_positions, pretrained, read_config
 from rlhfkernels.models.depth import alike_layers
 from rlhfkernels.models.loading import load_model
 
@@ -88,6 +88,21 @@ def test_the_layers_of_a_config_with_nonsense_are_one_sentence(make_case: Callab
     case = dataclasses.replace(case, model=with_config(case.model, tmp_path / "nonsense", {"hidden_size": 0}))
     with pytest.raises(ModelError, match="could not be loaded"):
         alike_layers(case, case.model)
+
+
+def test_a_model_in_the_home_directory_is_read(
+    monkeypatch: pytest.MonkeyPatch, checkpoint: Callable[[str], str]
+) -> None:
+    folder = Path(checkpoint("llama"))
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert read_config(f"~/{folder.name}").to_dict() == read_config(str(folder)).to_dict()
+    (folder.parent / "broken").mkdir()
+    with pytest.raises(ModelError, match=r"^model '~/broken' could not be loaded"):
+        read_config("~/broken")
+
+
+def test_the_suffix_of_a_gguf_file_may_be_in_capitals() -> None:
+    assert pretrained("folder/M.GGUF") == {"pretrained_model_name_or_path": "folder", "gguf_file": "M.GGUF"}
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF\x03\0\0\0", bytes(100)])
