@@ -78,7 +78,10 @@ def _is_chosen(rival: Rival, device: torch.device, dtype: torch.dtype) -> bool:
         path = _path(rival, device, dtype)
     except (OSError, BuildError):
         return False
-    seconds = remembered(path, (OURS, rival.package), lambda: measure(rival, device, dtype))
+    try:
+        seconds = remembered(path, (OURS, rival.package), lambda: measure(rival, device, dtype))
+    except torch.OutOfMemoryError:  # the device is full now: nothing is remembered, and this process takes ours
+        return False
     return seconds is not None and seconds[rival.package] < seconds[OURS]
 
 
@@ -118,6 +121,8 @@ def _is_as_good(rival: Rival, inputs: Tensors) -> bool:
     try:
         found = _values(rival.theirs, inputs)
         their_bytes = _peak_bytes(rival.theirs, inputs, device)
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # libraries fail in every way: versions, shapes, drivers
         return False
     errors = [float((a - b).double().norm() / b.double().norm()) for a, b in zip(found, expected, strict=True)]

@@ -114,6 +114,19 @@ def test_a_choice_is_measured_once_and_remembered(
     assert measured == ["double"] * 2
 
 
+def test_a_device_without_memory_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    clock = Clock()
+
+    def full(tensors: Tensors) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    for ours, theirs in ((clock.taking(0.2), full), (full, clock.taking(0.1))):
+        rival = rival_of(ours, theirs)
+        assert not rival.is_chosen(CPU, torch.float32)
+        assert not rivals._path(rival, CPU, torch.float32).exists()
+
+
 def test_a_device_a_version_and_a_dtype_have_files_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     rival = rival_of(failing, failing)
     paths = [rivals._path(rival, CPU, torch.float32), rivals._path(rival, CPU, torch.bfloat16)]
