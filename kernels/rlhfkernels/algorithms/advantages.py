@@ -23,7 +23,7 @@ def shaped_rewards(
 ) -> torch.Tensor:
     """Per-token reward −β·(log π − log π_ref), plus the score on the last real token.
 
-    RLHF Deciphered (arXiv:2404.08555), section 4, the KL-penalised reward.
+    RLHF Deciphered (arXiv:2404.08555), section 7.6.3, the KL penalty.
 
     Args:
         logprobs: [b, c], of the old policy.

@@ -146,7 +146,7 @@ class Case:
 
     @property
     def micro_batch_size(self) -> int:
-        """Data rows per differentiated forward pass."""
+        """Data rows per forward pass of the phases ``prepare``, ``score`` and update."""
         return self.options.engine.micro_batch_size or self.mini_batch_size
 
     @property

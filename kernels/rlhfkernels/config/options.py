@@ -75,7 +75,8 @@ class EngineOptions:
         gradient_checkpointing: keep each layer's input only, and recompute the layer in the backward pass.
         logprob_chunk_size: completion positions whose logits exist at one time; 0 keeps the logits of all of them.
             ``None`` is 128 on a CPU; elsewhere as many as 256 MiB of float32 logits hold, from 128 to 1024.
-        micro_batch_size: data rows per differentiated forward pass; ``None`` is the whole mini-batch.
+        micro_batch_size: data rows per forward pass of the phases ``prepare``, ``score`` and update; ``None`` is the
+            whole mini-batch.
     """
 
     trunk: Literal["fast", "plain"] = "fast"
@@ -97,7 +98,7 @@ class OptimizerOptions:
         learning_rate: peak learning rate.
         warmup_steps: steps of linear warm-up.
         max_steps: the step at which the cosine decay reaches 0.
-        weight_decay: decoupled weight decay.
+        weight_decay: decoupled from the gradient by AdamW, added to it by ``sgd``.
         adam_epsilon: ε of AdamW; it matters under bfloat16.
         max_grad_norm: the gradient norm of each parameter group is clipped to this.
         grad_accum_dtype: dtype in which gradients are added up over micro-batches and over chunks of positions, at
