@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from rlhfkernels.algorithms.advantages import gae, shaped_rewards, whiten
-from rlhfkernels.algorithms.common import AllSum, Counts, Loss, Reader, alone
+from rlhfkernels.algorithms.common import AllSum, Counts, Loss, Reader, alone, masked_mean
 from rlhfkernels.config.options import Options
 from rlhfkernels.data.batch import Batch
 
@@ -46,7 +46,7 @@ def policy_loss(
     ratio = torch.exp(logprobs - old_logprobs)
     clipped = ratio.clamp(1 - cliprange, 1 + cliprange)
     objective = torch.minimum(ratio * advantages, clipped * advantages)
-    return -(objective * mask).sum() / num_tokens
+    return -masked_mean(objective, mask, num_tokens)
 
 
 def value_loss(
@@ -78,7 +78,7 @@ def value_loss(
     """
     clipped = torch.clamp(values, old_values - cliprange, old_values + cliprange)
     squared = torch.maximum((values - returns).square(), (clipped - returns).square())
-    return 0.5 * (squared * mask).sum() / num_tokens
+    return 0.5 * masked_mean(squared, mask, num_tokens)
 
 
 def policy(read: Reader, batch: Batch, options: Options, counts: Counts) -> Loss:
@@ -93,7 +93,7 @@ def policy(read: Reader, batch: Batch, options: Options, counts: Counts) -> Loss
         logprobs, old, batch["advantages"], batch.mask, cliprange=ppo.cliprange, num_tokens=counts.tokens
     )
     if entropies is not None:
-        loss = loss - ppo.entropy_coef * (entropies * batch.mask).sum() / counts.tokens
+        loss = loss - ppo.entropy_coef * masked_mean(entropies, batch.mask, counts.tokens)
     with torch.no_grad():
         ratio_error = (((logprobs - old).exp() - 1) * batch.mask).abs().max()
     return Loss(loss, maxima={"ratio_error": ratio_error})

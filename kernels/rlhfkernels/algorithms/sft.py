@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from rlhfkernels.algorithms.common import Counts, Loss, Reader
+from rlhfkernels.algorithms.common import Counts, Loss, Reader, masked_mean
 from rlhfkernels.config.options import Options
 from rlhfkernels.data.batch import Batch
 
@@ -27,7 +27,7 @@ def nll_loss(logprobs: torch.Tensor, mask: torch.Tensor, *, num_tokens: torch.Te
         >>> nll_loss(torch.tensor([[-1.0, -3.0]]), torch.ones(1, 2), num_tokens=2)
         tensor(2.)
     """
-    return -(logprobs * mask).sum() / num_tokens
+    return -masked_mean(logprobs, mask, num_tokens)
 
 
 def demonstrations(read: Reader, batch: Batch, options: Options, counts: Counts) -> Loss:

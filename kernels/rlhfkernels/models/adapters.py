@@ -114,11 +114,6 @@ class Adapters:
         self._trained = frozenset(names)
         self._restore()
 
-    @property
-    def active(self) -> str | None:
-        """The active adapter set, or ``None``."""
-        return self._active
-
     def activate(self, name: str | None) -> None:
         """Activates ``name`` alone; ``None`` deactivates every set."""
         if name == self._active:

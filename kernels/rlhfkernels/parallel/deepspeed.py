@@ -241,8 +241,7 @@ class _Stage3(_DeepSpeed):
 
     def all_ended(self, ended: bool) -> bool:
         """See ``Strategy.all_ended``: every layer is gathered by all ranks together."""
-        count = torch.tensor(float(ended), device=self.device)
-        return bool(self.world.all_sum(count) == self.world.size)
+        return self.world.all_true(ended, self.device)
 
 
 def _users(parameter: nn.Parameter) -> set[int]:

@@ -264,8 +264,7 @@ class FullyShard(Strategy):
 
     def all_ended(self, ended: bool) -> bool:
         """See ``Strategy.all_ended``: every layer is gathered by all ranks together."""
-        count = torch.tensor(float(ended), device=self.device)
-        return bool(self.world.all_sum(count) == self.world.size)
+        return self.world.all_true(ended, self.device)
 
     @property
     def squared_norm(self) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -35,6 +35,10 @@ class World:
             distributed.all_reduce(tensor)
         return tensor
 
+    def all_true(self, value: bool, device: torch.device) -> bool:
+        """True where ``value`` is true on every rank; ``device`` is that of the process group."""
+        return bool(self.all_sum(torch.tensor(float(value), device=device)) == self.size)
+
     def broadcast(self, value: Any) -> Any:
         """The value of rank 0, an object that can be pickled."""
         if self.size == 1:

@@ -108,7 +108,6 @@ def test_no_switch_changes_what_is_trained(make_case: Callable[..., Case], order
     actor = {id(p) for p in adapters.parameters("actor")}
     for name in order + order:
         adapters.activate(name)
-        assert adapters.active == name
         assert {id(p) for p in adapters.parameters() if p.requires_grad} == actor
         assert not any(p.requires_grad for p in engine.base_parameters("hydra"))
 
