@@ -324,7 +324,7 @@ def test_a_system_that_cannot_fork_is_one_sentence(bench, measured, monkeypatch)
     monkeypatch.delattr(os, "fork")
     result = bench("--benchmark")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines(["*run needs os.fork, which this system lacks*"])
+    result.stderr.fnmatch_lines(["*measuring needs os.fork, which this system lacks*"])
 
 
 def test_without_pytest_benchmark_other_tests_run(pytester, measured):
