@@ -33,7 +33,7 @@ from rlhfbench.cases.sweep import Sweep
 from rlhfbench.cli.cases import make_sweep
 from rlhfbench.errors import GateError
 from rlhfbench.gate import sides
-from rlhfbench.gate.compare import Comparison, GateOptions
+from rlhfbench.gate.compare import CHANGES, Comparison, GateOptions
 from rlhfbench.gate.findings import Finding
 from rlhfbench.gate.other_rules import OTHERS
 from rlhfbench.gate.selftest import slower_phase
@@ -42,7 +42,7 @@ from rlhfbench.gate.simulation import MeasuredCase, measured_cases
 METHODS = [
     "full", "lora", "dynamic-lora", "joined-hydra", "hydra", "sft", "sft-lora", "dpo", "dpo-lora", "best-of-n",
 ]  # fmt: skip
-CHANGES = ("slower", "faster", "larger", "smaller", "missing", "failed")
+ALARMS = (*CHANGES, "missing", "failed")
 # Ends with its parent.
 _BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: sum(range(10000))"
 
@@ -161,7 +161,7 @@ def _rows(
     for case in {found.case.id: found.case for found in findings}.values():
         own = [found for found in findings if found.case.id == case.id]
         estimates = {found.quantity: found.estimate for found in own if found.estimate is not None}
-        changed = {found.quantity: found.verdict for found in own if found.verdict in CHANGES}
+        changed = {found.quantity: found.verdict for found in own if found.verdict in ALARMS}
         expected = affected.get(case.id, set())
         yield {
             "method": case.method,

@@ -89,7 +89,7 @@ def _times(case: Case, base: Record, head: Record, obstacle: str | None) -> Iter
         base_s, head_s = map(statistics.fmean, seconds)
         known = Finding(case=case, quantity=f"{name} s", verdict="same", base=base_s, head=head_s)
         if min(map(min, seconds)) > 0:
-            yield dataclasses.replace(known, estimate=estimate_unpaired(*seconds))
+            yield dataclasses.replace(known, estimates=(estimate_unpaired(*seconds),))
         elif base_s or head_s:
             yield dataclasses.replace(known, verdict="ambiguous", reason="it took no time in some blocks.")
         else:

@@ -76,6 +76,11 @@ class GateOptions:
         """
         return min(_MAX_TURNS_S, self.budget_s / 20) if self.pair_s is None else self.pair_s
 
+    @property
+    def turn_timeout_s(self) -> float:
+        """Seconds of one turn: a step that hangs is killed after ``case_timeout_s``, and the other side not with it."""
+        return self.case_timeout_s / 4
+
 
 class Timed:
     """The runs of one side: starts its processes and keeps its records."""
@@ -198,16 +203,28 @@ class Comparison:
                     self._time_pairs(both, undecided, folder)
                 least_s = min((self.spent_s[case.id] for case in undecided), default=self._options.budget_s)
                 share = share_done(look, least_s, self._options.budget_s)
-                base, head = (timed.records_by_case() for timed in both)
-                found = findings_of(sweep.cases, base, head, self._options.effects, levels.take(share))
-                findings = _with_changes_of(findings, found)
-                ids = {found.case.id for found in findings if found.verdict == "ambiguous"}
-                undecided = [c for c in sweep.cases if c.id in ids and self.spent_s[c.id] < self._options.budget_s]
-                spent = [found.estimate.num_pairs for found in findings if found.estimate is not None]
-                self._tell(f"{max(spent, default=0)} pairs: {len(ids)} of {len(sweep.cases)} cases are ambiguous")
-                if not undecided or share == 1:
+                findings = self._judge(both, findings, levels.take(share))
+                undecided = self._undecided(findings)
+                if not undecided:
+                    # The case that took longest may be decided before the level is spent: the others get the rest.
+                    findings = self._judge(both, findings, levels.take(1.0))
+                num_pairs = max((found.estimate.num_pairs for found in findings if found.estimate), default=0)
+                num_ambiguous = len({found.case.id for found in findings if found.verdict == "ambiguous"})
+                self._tell(f"{num_pairs} pairs: {num_ambiguous} of {len(sweep.cases)} cases are ambiguous")
+                if not undecided:
                     break
             return findings
+
+    def _judge(self, both: Sequence[Timed], before: Sequence[Finding], level: float) -> list[Finding]:
+        """Judges all cases at this look; changes that were found before it stand."""
+        base, head = (timed.records_by_case() for timed in both)
+        found = findings_of(self._sweep.cases, base, head, self._options.effects, level)
+        return _with_changes_of(before, found)
+
+    def _undecided(self, findings: Sequence[Finding]) -> list[Case]:
+        """The cases that more pairs may decide, and that have time left."""
+        ids = {f.case.id for f in findings if f.verdict == "ambiguous" and not f.quantity.startswith("memory")}
+        return [c for c in self._sweep.cases if c.id in ids and self.spent_s[c.id] < self._options.budget_s]
 
     def _measure_memory(self, both: Sequence[Timed], cases: Sequence[Case]) -> None:
         """Measures the memory of both sides of every case, one after the other in random order."""
@@ -226,8 +243,11 @@ class Comparison:
             if all(timed.side.takes_turns for timed in both) and fit_at_once(case, records):
                 jobs = [functools.partial(timed.block, case) for timed in both]
                 aborts = [timed.kill for timed in both]
+                cores = shared_cores(case, records)
                 with self._spending(case):
-                    run_in_turns(jobs, folder, self._options.turns_s, self._random, aborts, shared_cores(case, records))
+                    run_in_turns(
+                        jobs, folder, self._options.turns_s, self._random, aborts, cores, self._options.turn_timeout_s
+                    )
             else:
                 with self._spending(case):
                     for timed in self._random.sample(both, 2):

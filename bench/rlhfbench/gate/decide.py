@@ -4,11 +4,13 @@ A pair is a block of the base and a block of the head, whose steps were taken in
 pair is free of what both share. The interval of a ratio is that of a meta-analysis of the logarithms of the pairs'
 ratios, each of which counts by its precision.
 
-A time has changed if its p-value, corrected by Holm over the whole sweep, is below the level of this look *and* its
-95 % interval lies wholly beyond the smallest effect that counts. It is the same if its interval excludes every effect
-that the gate promises to find, and does not lie beyond the smallest. Anything between is ambiguous: more pairs are
-timed. The levels of all looks add up to 5 %, so that looking again raises no false alarm, and a change that was found
-at one look stands whatever a later one says.
+A time is compared by two statistics. The fast mean of the steps is the one that other load disturbs least; the mid-mean
+also shows a change of some of the steps. A time has changed if by either its p-value, corrected by Holm over the whole
+sweep, is below the level of this look *and* its 95 % interval lies wholly beyond the smallest effect that counts. It is
+the same if its interval by the fast mean excludes every effect that the gate promises to find, that by the mid-mean
+every one of twice that, and neither lies beyond the smallest. Anything between is ambiguous: more pairs are timed. The
+levels of all looks add up to 5 %, so that looking again raises no false alarm, and a change that was found at one look
+stands whatever a later one says.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from typing import Literal
 
 Verdict = Literal["same", "faster", "slower", "smaller", "larger", "ambiguous", "missing", "failed"]
 
+# Of the verdicts by several statistics of one time, the first of these counts.
+_PRECEDENCE: tuple[Verdict, ...] = ("slower", "faster", "ambiguous", "same")
 SIGNIFICANCE = 0.05
 # Looks at the data: after the first MIN_PAIRS timed pairs of every undecided case, then after every second one more.
 MIN_PAIRS = 4
@@ -92,6 +96,15 @@ def estimate(logs: Sequence[float], errors: Sequence[float] = ()) -> Estimate:
     spread = math.sqrt(max(scatter / (num - 1) / math.fsum(weights), least_variance))
     width = float(stdtrit(num - 1, 1 - SIGNIFICANCE / 2)) * spread
     return _estimate(mean, width, 2 * float(stdtr(num - 1, -abs(mean) / spread)) if spread else float(mean == 0), num)
+
+
+def estimates_of(ratios: Sequence[Sequence[tuple[float, float]]]) -> tuple[Estimate, ...]:
+    """Returns the estimate by each statistic that all pairs have.
+
+    Args:
+        ratios: Of each pair: the logarithm and its standard error by each statistic.
+    """
+    return tuple(estimate(*zip(*of_pairs, strict=True)) for of_pairs in zip(*ratios, strict=False))
 
 
 def _weighted(values: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:
@@ -182,19 +195,40 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def judge(estimates: Sequence[Estimate], level: float, effects: Effects) -> list[Verdict]:
-    """Returns the verdict on each time of a sweep: ``same``, ``faster``, ``slower`` or ``ambiguous``."""
-    corrected = holm([found.p_value for found in estimates])
-    return [_judge(found, effects, significant=p < level) for found, p in zip(estimates, corrected, strict=True)]
+def judge(
+    times: Sequence[Sequence[Estimate]], level: float, effects: Effects
+) -> list[tuple[Verdict, Sequence[Estimate]]]:
+    """Returns the verdict on each time of a sweep: ``same``, ``faster``, ``slower`` or ``ambiguous``.
+
+    A change by any of a time's statistics is a change. All must agree that it is the same: the first excludes the
+    promised effect, every other one twice that.
+
+    Args:
+        times: The estimates of each time, one by each statistic.
+        level: Significance level of this look.
+        effects: What counts.
+
+    Returns:
+        Each with the estimates of its time, the one that decided first.
+    """
+    corrected = iter(holm([found.p_value for estimates in times for found in estimates]))
+    judged: list[tuple[Verdict, Sequence[Estimate]]] = []
+    for estimates in times:
+        verdicts = [
+            _judge(found, effects.smallest, effects.promised * (2 if place else 1), significant=next(corrected) < level)
+            for place, found in enumerate(estimates)
+        ]
+        decides = min(range(len(verdicts)), key=lambda place: _PRECEDENCE.index(verdicts[place]))
+        others = [found for place, found in enumerate(estimates) if place != decides]
+        judged.append((verdicts[decides], (estimates[decides], *others)))
+    return judged
 
 
-def _judge(found: Estimate, effects: Effects, *, significant: bool) -> Verdict:
-    if significant and found.low > 1 + effects.smallest:
-        return "slower"
-    if significant and found.high < 1 / (1 + effects.smallest):
-        return "faster"
-    beyond = found.low > 1 + effects.smallest or found.high < 1 / (1 + effects.smallest)
-    if not beyond and found.low > 1 / (1 + effects.promised) and found.high < 1 + effects.promised:
+def _judge(found: Estimate, smallest: float, promised: float, *, significant: bool) -> Verdict:
+    above, below = found.low > 1 + smallest, found.high < 1 / (1 + smallest)
+    if significant and (above or below):
+        return "slower" if above else "faster"
+    if not above and not below and found.low > 1 / (1 + promised) and found.high < 1 + promised:
         return "same"
     return "ambiguous"
 

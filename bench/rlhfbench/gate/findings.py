@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from rlhfbench.gate.decide import Effects, Estimate, Verdict, counted_pairs, estimate, judge, judge_memory
+from rlhfbench.gate.decide import Effects, Estimate, Verdict, counted_pairs, estimates_of, judge, judge_memory
 from rlhfbench.gate.pairs import pairs_of
 from rlhfbench.records.derived import at
 from rlhfbench.records.file import Record
@@ -28,7 +28,7 @@ class Finding:
         verdict: The verdict.
         base: Seconds per sample or bytes of the base; ``None`` where it has none.
         head: The same of the head.
-        estimate: Of a time: the ratio with its interval.
+        estimates: Of a time: the ratio with its interval by each statistic, the one that decided first.
         num_set_aside: Of a time: disturbed pairs that do not count.
         reason: Why it was not compared.
         is_regression: It makes the gate say no.
@@ -39,10 +39,15 @@ class Finding:
     verdict: Verdict
     base: float | None = None
     head: float | None = None
-    estimate: Estimate | None = None
+    estimates: Sequence[Estimate] = ()
     num_set_aside: int = 0
     reason: str | None = None
     is_regression: bool = False
+
+    @property
+    def estimate(self) -> Estimate | None:
+        """The estimate that decided."""
+        return self.estimates[0] if self.estimates else None
 
     @property
     def ratio(self) -> float | None:
@@ -89,12 +94,13 @@ def findings_of(
         if old is not None and new is not None and old["outcome"] == new["outcome"] == "ok":
             findings += sizes_of(case, old, new)
     # Holm's correction is over the times of all cases.
-    verdicts = iter(judge([found.estimate for found in findings if found.estimate is not None], level, effects))
-    return [found if found.estimate is None else _with_verdict(found, next(verdicts)) for found in findings]
+    judged = iter(judge([found.estimates for found in findings if found.estimates], level, effects))
+    return [_with_verdict(found, *next(judged)) if found.estimates else found for found in findings]
 
 
-def _with_verdict(found: Finding, verdict: Verdict) -> Finding:
-    return dataclasses.replace(found, verdict=verdict, is_regression=verdict in ("slower", "larger"))
+def _with_verdict(found: Finding, verdict: Verdict, estimates: Sequence[Estimate] = ()) -> Finding:
+    is_regression = verdict in ("slower", "larger")
+    return dataclasses.replace(found, verdict=verdict, estimates=estimates, is_regression=is_regression)
 
 
 def not_compared(case: Case, base: str | None, head: str | None, *, is_missing: bool = False) -> Finding:
@@ -142,12 +148,12 @@ def _times(case: Case, base: Record, head: Record) -> Iterator[Finding]:
         base_s = statistics.fmean(pair.base[name] for pair in kept)
         head_s = statistics.fmean(pair.head[name] for pair in kept)
         known = Finding(case=case, quantity=f"{name} s", verdict="same", base=base_s, head=head_s)
-        logs = [(pair.log_ratios[name], pair.errors[name]) for pair in kept if name in pair.log_ratios]
-        if len(logs) == len(kept):
+        ratios = [pair.ratios[name] for pair in kept if name in pair.ratios]
+        if len(ratios) == len(kept):
             num_set_aside = len(counted) - sum(counted)
-            yield dataclasses.replace(known, estimate=estimate(*zip(*logs, strict=True)), num_set_aside=num_set_aside)
-        elif base_s or head_s:
-            yield dataclasses.replace(known, verdict="ambiguous", reason="it took no time in some blocks.")
+            yield dataclasses.replace(known, estimates=estimates_of(ratios), num_set_aside=num_set_aside)
+        elif any(step.get(name) for pair in kept for side in pair.steps for step in side):
+            yield dataclasses.replace(known, verdict="ambiguous", reason="it took no time in some pairs.")
         else:
             yield known
 

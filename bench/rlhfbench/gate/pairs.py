@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from rlhfbench.measure.interference import disturbance
-from rlhfbench.measure.statistic import fast_mean, influences_on_fast_mean
+from rlhfbench.measure.statistic import error_of_midmean, fast_mean, influences_on_fast_mean, midmean_of
 from rlhfbench.records.blocks import block_values, step_values
 from rlhfbench.records.file import Record
 
@@ -17,8 +17,22 @@ Values = Mapping[str, float]
 
 # The block before measures memory.
 FIRST_TIMED_BLOCK = 1
-# Rounds from which on the error of a pair is that of its fast means.
-_MIN_ROUNDS = 8
+# Steps of each side from which on the error of a pair is that of its fast means, or of its mid-mean.
+_MIN_STEPS = 8
+# Standard deviation of the fast mean of normal values, as a multiple of their mean's: 1.27 of five, 1.30 of forty.
+_SPREAD_OF_FAST = 1.3
+
+
+class LogRatio(NamedTuple):
+    """The logarithm of head / base of one time in one pair.
+
+    Attributes:
+        value: The logarithm.
+        error: Its standard error over the steps; 0 where it is not known.
+    """
+
+    value: float
+    error: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,19 +40,18 @@ class BlockPair:
     """A block of the base and one of the head.
 
     Attributes:
-        base: Seconds per sample of the base: ``total``, the kinds, and each phase. Of steps that were taken in turns:
-            the exponential of the fast mean of their logarithms.
+        base: Seconds per sample of the base: ``total``, the kinds, and each phase.
         head: The same of the head.
-        log_ratios: Of head to base, by quantity.
-        errors: Standard errors of the log ratios over the rounds, by quantity; 0 for a pair that has no rounds.
+        ratios: Of head to base, by quantity. Where steps were taken in turns: by the fast mean of the logarithms of
+            each side's steps, and by the mid-mean of the logarithms of the rounds' ratios. A quantity that some step
+            lacks has one ratio, of the sums, and where steps were not taken in turns, of ``base`` and ``head``.
         disturbed: Whether something disturbed the base, and the head.
         steps: What ``base`` and ``head`` are of: every step of each.
     """
 
     base: Values
     head: Values
-    log_ratios: Values
-    errors: Values
+    ratios: Mapping[str, tuple[LogRatio, ...]]
     disturbed: tuple[bool, bool]
     steps: tuple[Sequence[Values], Sequence[Values]]
 
@@ -52,17 +65,14 @@ def pairs_of(base: Record, head: Record) -> list[BlockPair]:
             continue
         steps = (step_values(base, base_block), step_values(head, head_block))
         in_turns = base_block.get("in_turns") and head_block.get("in_turns")
-        # One side may have had a turn more when the other failed. A phase that not every step enters has no ratio in
-        # each round.
-        rounds = list(zip(*steps, strict=False)) if in_turns else []
-        logs = {**_logs([(base_s, head_s)]), **_logs(rounds)}
-        means = {name: (fast_mean(old), fast_mean(new)) for name, (old, new) in logs.items()}
+        # One side may have had a turn more when the other failed.
+        base_s, head_s = _shown(base_s, steps[0]), _shown(head_s, steps[1])
+        rounds = list(zip(*steps, strict=False)) if in_turns else [(base_s, head_s)]
         found.append(
             BlockPair(
-                base={**base_s, **{name: math.exp(old) for name, (old, _) in means.items()}},
-                head={**head_s, **{name: math.exp(new) for name, (_, new) in means.items()}},
-                log_ratios={name: new - old for name, (old, new) in means.items()},
-                errors={name: _error(*sides) for name, sides in logs.items()},
+                base=base_s,
+                head=head_s,
+                ratios=dict(_ratios(rounds)),
                 disturbed=(_is_disturbed(base_block), _is_disturbed(head_block)),
                 steps=steps,
             )
@@ -70,28 +80,35 @@ def pairs_of(base: Record, head: Record) -> list[BlockPair]:
     return found
 
 
-def _logs(rounds: Sequence[tuple[Values, Values]]) -> dict[str, tuple[list[float], list[float]]]:
-    """Logarithms of both sides in every round, for each quantity that both sides have and that always took time."""
-    if not rounds:
-        return {}
-    names = [name for name in rounds[0][0] if name in rounds[0][1]]
-    return {
-        name: ([math.log(base[name]) for base, _ in rounds], [math.log(head[name]) for _, head in rounds])
-        for name in names
-        if all(base[name] > 0 and head[name] > 0 for base, head in rounds)
-    }
+def _shown(values: Values, steps: Sequence[Values]) -> Values:
+    """The values of a block; of what the middle half of its steps lacks, the mean over all steps."""
+    return {name: value or statistics.fmean(step[name] for step in steps) for name, value in values.items()}
 
 
-def _error(base: Sequence[float], head: Sequence[float]) -> float:
-    """The standard error of the log ratio of a pair from its rounds; 0 for a pair that has no rounds."""
-    if len(base) < 2:
-        return 0.0
-    # The fastest of five rounds agree by chance: one pair in 14 has less than 0.3 of the usual error, and would weigh
-    # too much. Among pairs timed beside much other load, 1.8 % of the cases without a change were false alarms without
-    # this rule, and none with it.
-    if len(base) >= _MIN_ROUNDS:
-        base, head = influences_on_fast_mean(base), influences_on_fast_mean(head)
-    return statistics.stdev(new - old for old, new in zip(base, head, strict=True)) / math.sqrt(len(base))
+def _ratios(rounds: Sequence[tuple[Values, Values]]) -> Iterator[tuple[str, tuple[LogRatio, ...]]]:
+    """Yields each quantity that took time on both sides, with its ratios."""
+    for name in [name for name in rounds[0][0] if name in rounds[0][1]]:
+        base, head = [old[name] for old, _ in rounds], [new[name] for _, new in rounds]
+        if len(rounds) > 1 and min(*base, *head) > 0:
+            yield name, _ratios_of_steps([math.log(value) for value in base], [math.log(value) for value in head])
+        elif sum(base) > 0 and sum(head) > 0:
+            yield name, (LogRatio(math.log(sum(head) / sum(base)), 0.0),)
+
+
+def _ratios_of_steps(base: Sequence[float], head: Sequence[float]) -> tuple[LogRatio, ...]:
+    """The ratio by fast means, then that by the mid-mean, from logarithms of seconds of at least two rounds."""
+    logs = [new - old for old, new in zip(base, head, strict=True)]
+    if len(logs) < _MIN_STEPS:
+        # The middle half of five rounds agrees by chance: one pair in 14 has less than 0.3 of the usual error, and
+        # would weigh too much. Among pairs timed beside much other load, 1.8 % of the cases without a change were false
+        # alarms without this rule, and none with it.
+        middle_error = statistics.stdev(logs) / math.sqrt(len(logs))
+        fast_error = _SPREAD_OF_FAST * middle_error
+    else:
+        pulls = zip(influences_on_fast_mean(base), influences_on_fast_mean(head), strict=True)
+        fast_error = statistics.stdev(new - old for old, new in pulls) / math.sqrt(len(logs))
+        middle_error = error_of_midmean(logs)
+    return LogRatio(fast_mean(head) - fast_mean(base), fast_error), LogRatio(midmean_of(logs), middle_error)
 
 
 def _is_disturbed(block: Mapping[str, Any]) -> bool:

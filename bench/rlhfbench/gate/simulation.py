@@ -20,12 +20,12 @@ from rlhfbench.gate.decide import (
     Effects,
     Levels,
     Verdict,
-    estimate,
+    estimates_of,
     judge,
     share_done,
 )
 from rlhfbench.gate.other_rules import OTHERS, Rule, Steps
-from rlhfbench.gate.pairs import BlockPair, pairs_of
+from rlhfbench.gate.pairs import BlockPair, LogRatio, pairs_of
 from rlhfbench.records.blocks import quantity_of
 from rlhfbench.records.file import read_records
 
@@ -56,7 +56,7 @@ class MeasuredCase:
     @property
     def quantities(self) -> list[str]:
         """The times of which every pair has a ratio."""
-        return [name for name in self.pairs[0].log_ratios if all(name in pair.log_ratios for pair in self.pairs)]
+        return [name for name in self.pairs[0].ratios if all(name in pair.ratios for pair in self.pairs)]
 
     @property
     def longest_phase(self) -> str:
@@ -180,8 +180,8 @@ def _compare(
     rng: random.Random,
 ) -> tuple[list[set[Verdict]], list[int]]:
     """The verdicts on every case of one simulated comparison, and the pairs that each needed."""
-    draws = [_logs(case, slowdown if place == target else 0.0, rng) for place, case in enumerate(cases)]
-    kept: list[dict[str, list[tuple[float, float]]]] = [{} for _ in cases]
+    draws = [_ratios(case, slowdown if place == target else 0.0, rng) for place, case in enumerate(cases)]
+    kept: list[dict[str, list[list[LogRatio]]]] = [{} for _ in cases]
     num_pairs, undecided = [0] * len(cases), list(range(len(cases)))
     verdicts: dict[tuple[int, str], Verdict] = {}
     levels = Levels()
@@ -189,38 +189,38 @@ def _compare(
     def spent_s(place: int) -> float:
         return cases[place].pair_s * (num_pairs[place] + 1)
 
+    def judged(share: float) -> dict[tuple[int, str], Verdict]:
+        flat = {(place, name): estimates_of(ratios) for place, case in enumerate(kept) for name, ratios in case.items()}
+        found = judge(list(flat.values()), levels.take(share), effects)
+        changes = {key: said for key, said in verdicts.items() if said in CHANGES}
+        return {**{key: said for key, (said, _) in zip(flat, found, strict=True)}, **changes}
+
     for look in range(1, MAX_LOOKS + 1):
         for place in undecided:
             num_new = MIN_PAIRS if look == 1 else PAIRS_PER_LOOK
             num_pairs[place] += num_new
             for _ in range(num_new):
-                for name, value in next(draws[place]).items():
-                    kept[place].setdefault(name, []).append(value)
-        flat = {
-            (place, name): estimate(*zip(*values, strict=True))
-            for place, case in enumerate(kept)
-            for name, values in case.items()
-        }
-        share = share_done(look, min(map(spent_s, undecided)), budget_s)
-        judged = judge(list(flat.values()), levels.take(share), effects)
-        changes = {key: said for key, said in verdicts.items() if said in CHANGES}
-        verdicts = {**dict(zip(flat, judged, strict=True)), **changes}
+                for name, ratios in next(draws[place]).items():
+                    kept[place].setdefault(name, []).append(ratios)
+        verdicts = judged(share_done(look, min(map(spent_s, undecided)), budget_s))
         ambiguous = {place for (place, _), said in verdicts.items() if said == "ambiguous"}
         undecided = [place for place in sorted(ambiguous) if spent_s(place) < budget_s]
-        if not undecided or share == 1:
+        if not undecided:
+            verdicts = judged(1.0)
             break
     return [{said for (of, _), said in verdicts.items() if of == place} for place in range(len(cases))], num_pairs
 
 
-def _logs(case: MeasuredCase, slowdown: float, rng: random.Random) -> Iterator[dict[str, tuple[float, float]]]:
-    """Logarithms of head / base and their errors by quantity, of pairs that are drawn, exchanged and slowed down."""
+def _ratios(case: MeasuredCase, slowdown: float, rng: random.Random) -> Iterator[dict[str, list[LogRatio]]]:
+    """Ratios by quantity, of pairs that are drawn, exchanged and slowed down."""
     phase, quantities = case.longest_phase, case.quantities
     affected = case.affected(phase)
     while True:
         pair, sign = rng.choice(case.pairs), rng.choice((-1, 1))
         added = {name: slowdown * pair.head[quantity_of(phase)] / pair.head[name] for name in affected}
         yield {
-            name: (sign * ratio + math.log1p(added.get(name, 0.0)), pair.errors[name])
-            for name, ratio in pair.log_ratios.items()
-            if name in quantities
+            name: [
+                LogRatio(sign * value + math.log1p(added.get(name, 0.0)), error) for value, error in pair.ratios[name]
+            ]
+            for name in quantities
         }

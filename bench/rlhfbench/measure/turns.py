@@ -62,6 +62,7 @@ def run_in_turns(
     rng: random.Random,
     aborts: Sequence[Callable[[], object]],
     num_cores: int | None = None,
+    turn_timeout_s: float | None = None,
 ) -> None:
     """Runs two jobs at once, each of which starts a process that steps in turns, until the budget is spent.
 
@@ -74,6 +75,8 @@ def run_in_turns(
         rng: Draws who goes first in each round, and the cores.
         aborts: Called when this call is interrupted: they end the jobs.
         num_cores: Cores that the processes share; ``None`` leaves them to the scheduler.
+        turn_timeout_s: Seconds after which a turn that has not ended ends the turns of both: the side that waits is
+            not held by the one that hangs. ``None`` for no limit.
     """
     with ExitStack() as opened:
         ended, told = map(opened.enter_context, socket.socketpair())
@@ -85,7 +88,7 @@ def run_in_turns(
             for job, path in zip(jobs, paths, strict=True):
                 futures.append(pool.submit(job, str(path)))
                 futures[-1].add_done_callback(lambda _: told.send(b"e"))
-            _referee(listeners, ended, budget_s, rng, num_cores)
+            _referee(listeners, ended, budget_s, rng, num_cores, turn_timeout_s)
             for future in futures:
                 future.result()
         except BaseException:
@@ -110,6 +113,7 @@ def _referee(
     budget_s: float,
     rng: random.Random,
     num_cores: int | None,
+    turn_timeout_s: float | None,
 ) -> None:
     """Grants turns once all have connected. At the end all connections are closed, which ends all turns."""
     with ExitStack() as opened:
@@ -121,6 +125,7 @@ def _referee(
                     each.close()
                 return
             players.append(opened.enter_context(listener.accept()[0]))
+            players[-1].settimeout(turn_timeout_s)
         if num_cores is not None and (cores := draw_cores(num_cores, rng)):
             for player in players:
                 bind_peer(player, cores)
@@ -135,7 +140,7 @@ def _referee(
 
 
 def _grant(player: socket.socket) -> bool:
-    """Grants one turn and waits for its end; returns ``False`` if the process is gone."""
+    """Grants one turn and waits for its end; returns ``False`` if the process is gone or takes too long."""
     try:
         player.sendall(_GO)
         return player.recv(1) == _DONE

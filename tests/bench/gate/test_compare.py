@@ -15,10 +15,10 @@ from rlhfbench.gate import baseline, compare
 from rlhfbench.gate.baseline import baseline_findings, baseline_sweep, time_obstacle, update_baseline
 from rlhfbench.gate.bisect import bisect
 from rlhfbench.gate.compare import Comparison, GateOptions
-from rlhfbench.gate.decide import MIN_PAIRS, Effects, estimate
+from rlhfbench.gate.decide import MIN_PAIRS, SIGNIFICANCE, Effects, estimate
 from rlhfbench.gate.findings import Finding, findings_of, sizes_of
 from rlhfbench.gate.output import exit_code, markdown, to_json
-from rlhfbench.gate.pairs import BlockPair, pairs_of
+from rlhfbench.gate.pairs import BlockPair, LogRatio, pairs_of
 from rlhfbench.gate.selftest import slower_phase
 from rlhfbench.gate.sides import Side
 from rlhfbench.gate.simulation import MeasuredCase, measured_cases, rates
@@ -70,6 +70,24 @@ def test_equal_sides_are_the_same_after_the_first_look(tmp_path):
         blocks = record["latency"]["blocks"]
         assert [block["in_turns"] for block in blocks] == [False] + [True] * MIN_PAIRS
         assert {len(block["phases"]["generate"]) for block in blocks[1:]} == {NUM_ROUNDS}
+
+
+def test_the_last_look_spends_all_of_the_significance_level(tmp_path, monkeypatch):
+    """Also where the case that took longest was decided before: the others are judged at what is left."""
+    levels = []
+
+    def judged(cases, base, head, effects, level):
+        levels.append(level)
+        return [
+            Finding(case=case, quantity="total s", verdict="same" if case is cases[0] else "ambiguous")
+            for case in cases
+        ]
+
+    monkeypatch.setattr(compare, "findings_of", judged)
+    monkeypatch.setattr(Comparison, "_undecided", lambda self, findings: [])
+    compared(tmp_path, "steady", "blocks", pair_s=0.01)
+    assert sum(levels) == pytest.approx(SIGNIFICANCE)
+    assert 0 < levels[0] < 0.001
 
 
 def test_both_sides_of_every_pair_share_the_cores_that_a_case_needs(tmp_path, monkeypatch):
@@ -150,39 +168,60 @@ def test_both_sides_live_at_once_only_where_they_fit():
 
 
 def test_the_ratio_of_a_pair_in_turns_is_that_of_its_rounds():
-    """Drift that both sides share, and one disturbed step, leave the ratio alone; the means of the sides have them."""
+    """Drift that both sides share, and one disturbed step, leave both ratios alone."""
     drift = [1.0, 2.0, 3.0, 4.0, 5.0]
 
     def record(factor, last):
-        seconds = [factor * step for step in drift[:-1]] + [last]
-        block = {"phases": {"generate": seconds}, "in_turns": True, "error": None}
-        latency = {"phases": {"generate": {"kind": "inference"}}, "blocks": [block, block]}
-        return {"case": {"batch_size": 2}, "latency": latency}
+        return one_phase([factor * step for step in drift[:-1]] + [last])
 
     (pair,) = pairs_of(record(1.0, 5.0), record(1.1, 50.0))
-    assert pair.log_ratios["generate"] == pytest.approx(math.log(1.1))
-    assert math.log(pair.head["total"] / pair.base["total"]) == pytest.approx(math.log(1.1))
+    assert logs_of(pair.ratios["generate"]) == pytest.approx([math.log(1.1)] * 2)
+    # The mean over the middle half of 2.2, 3.3, 4.4, 50 and 1.1 s: weights of 3/4, 1 and 3/4 of 5/2, for two samples.
+    assert pair.head["total"] == pytest.approx((0.75 * 2.2 + 3.3 + 0.75 * 4.4) / 2.5 / 2)
     (swapped,) = pairs_of(record(1.1, 50.0), record(1.0, 5.0))
-    assert swapped.log_ratios["total"] == pytest.approx(-math.log(1.1))
+    assert logs_of(swapped.ratios["total"]) == pytest.approx([-math.log(1.1)] * 2)
+
+
+def one_phase(seconds, *, in_turns=True):
+    block = {"phases": {"generate": seconds}, "in_turns": in_turns, "error": None}
+    latency = {"phases": {"generate": {"kind": "inference"}}, "blocks": [block, block]}
+    return {"case": {"batch_size": 2}, "latency": latency}
+
+
+def logs_of(ratios):
+    return [ratio.value for ratio in ratios]
 
 
 @pytest.mark.parametrize("num_rounds", [7, 8])
-def test_the_error_of_a_pair_is_that_of_its_rounds(num_rounds):
-    """From eight rounds on, one disturbed round is not among the fastest; fewer are too few to leave one out."""
-
-    def record(last):
-        block = {"phases": {"generate": [1.0] * (num_rounds - 1) + [last]}, "in_turns": True, "error": None}
-        latency = {"phases": {"generate": {"kind": "inference"}}, "blocks": [block, block]}
-        return {"case": {"batch_size": 2}, "latency": latency}
-
-    (pair,) = pairs_of(record(1.0), record(2.0))
+def test_the_errors_of_a_pair_are_those_of_its_steps(num_rounds):
+    """From eight steps on, one disturbed step is no part of either mean; fewer are too few to leave one out."""
+    sides = [one_phase([1.0] * (num_rounds - 1) + [last]) for last in (1.0, 2.0)]
+    (pair,) = pairs_of(*sides)
     # The standard error of one value beside n - 1 equal ones is their difference, over n.
-    expected = 0.0 if num_rounds == 8 else math.log(2.0) / 7
-    assert pair.errors == pytest.approx(dict.fromkeys(("total", "inference", "generate"), expected))
-    unpaired = [{**side, "latency": {**side["latency"]}} for side in (record(1.0), record(2.0))]
-    for side in unpaired:
-        side["latency"]["blocks"] = [{**block, "in_turns": False} for block in side["latency"]["blocks"]]
-    assert set(pairs_of(*unpaired)[0].errors.values()) == {0.0}
+    plain = math.log(2.0) / 7
+    expected = (0.0, 0.0) if num_rounds == 8 else (1.3 * plain, plain)
+    assert set(pair.ratios) == {"total", "inference", "generate"}
+    for ratios in pair.ratios.values():
+        assert [ratio.error for ratio in ratios] == pytest.approx(expected)
+    (unpaired,) = pairs_of(*(one_phase([1.0] * 7 + [last], in_turns=False) for last in (1.0, 2.0)))
+    assert unpaired.ratios == dict.fromkeys(pair.ratios, (LogRatio(0.0, 0.0),))
+
+
+def test_a_change_of_some_steps_shows_in_the_mid_mean():
+    """The fast mean leaves out the slower half of the steps, the mid-mean a quarter at either end."""
+    (pair,) = pairs_of(one_phase([1.0] * 8), one_phase([1.0, 1.1] * 4))
+    assert logs_of(pair.ratios["total"]) == pytest.approx([0.0, math.log(1.1) / 2])
+
+
+def test_a_phase_that_few_steps_have_is_compared_by_its_sum():
+    """The middle half of the steps has none of it."""
+    (pair,) = pairs_of(one_phase([0.0, 0.0, 0.0, 2.0] * 2), one_phase([0.0, 0.0, 0.0, 2.0, 0.0, 0.0, 0.0, 4.0]))
+    assert pair.ratios["generate"] == (LogRatio(pytest.approx(math.log(1.5)), 0.0),)
+    assert (pair.base["generate"], pair.head["generate"]) == (0.25, 0.375)  # of two samples
+    (never,) = pairs_of(one_phase([0.0] * 8), one_phase([0.0] * 8))
+    assert (never.ratios, never.base["generate"]) == ({}, 0.0)
+    (new,) = pairs_of(one_phase([0.0] * 8), one_phase([0.0, 1.0] * 4))
+    assert new.ratios == {}
 
 
 def test_a_slower_phase_is_found_in_the_phase_its_kind_and_the_total(tmp_path):
@@ -214,7 +253,7 @@ def test_memory_that_grew_is_found_whatever_the_times(tmp_path):
 def test_a_change_that_was_found_stands_whatever_later_looks_allow():
     """A later look without new pairs of a case has a smaller level: it takes nothing back."""
     slower = Finding(
-        case=CASE, quantity="total s", verdict="slower", estimate=estimate([0.1, 0.11]), is_regression=True
+        case=CASE, quantity="total s", verdict="slower", estimates=[estimate([0.1, 0.11])], is_regression=True
     )
     weaker = dataclasses.replace(slower, verdict="ambiguous", is_regression=False)
     other = dataclasses.replace(weaker, quantity="generate s", verdict="same")
@@ -291,7 +330,7 @@ def record_of(generate_s, score_s, *, num_blocks=MIN_PAIRS, **more):
     [
         ([1.0, 0.0, 1.0, 0.0], [1.5, 0.0, 1.5, 0.0], "slower", None),  # every second step enters the phase
         ([0.0] * 4, [0.0] * 4, "same", None),  # declared, and never entered
-        ([0.0] * 4, [1.0] * 4, "ambiguous", "it took no time in some blocks."),
+        ([0.0] * 4, [1.0] * 4, "ambiguous", "it took no time in some pairs."),
     ],
 )
 def test_a_phase_that_takes_no_time_in_some_steps_is_not_left_out(base, head, verdict, reason):
@@ -361,7 +400,7 @@ def test_bisect_finds_the_first_bad_commit(culprit):
 def test_a_bisect_shows_the_ratio_that_it_judges_by():
     def compare_commit(commit):
         memory = Finding(case=CASE, quantity="memory total", verdict="larger", base=100, head=101, is_regression=True)
-        noise = Finding(case=CASE, quantity="total s", verdict="same", estimate=estimate([0.04, 0.041]))
+        noise = Finding(case=CASE, quantity="total s", verdict="same", estimates=[estimate([0.04, 0.041])])
         slower = dataclasses.replace(noise, quantity="update s", verdict="slower", is_regression=True)
         in_noise = dataclasses.replace(slower, verdict="ambiguous", is_regression=False)
         return [noise, memory, slower if commit == "c2" else in_noise]
@@ -566,8 +605,7 @@ def test_simulated_rates_follow_the_noise(tmp_path):
         BlockPair(
             base=equal,
             head=equal,
-            log_ratios=dict.fromkeys(names, ratio),
-            errors=dict.fromkeys(names, 0.0),
+            ratios=dict.fromkeys(names, (LogRatio(ratio, 0.0),)),
             disturbed=(False, False),
             steps=([equal], [equal]),
         )

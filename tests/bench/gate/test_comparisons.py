@@ -24,7 +24,7 @@ CASE = Case(method="hydra", model="tiny", prompt_len=4, completion_len=4, batch_
 OTHER = dataclasses.replace(CASE, method="lora")
 KINDS = {"generate": "inference", "optimize": "update"}
 VALUES = {"generate": 2.0, "optimize": 1.0, "inference": 2.0, "update": 1.0, "total": 3.0}
-PAIRS = [BlockPair(base=VALUES, head=VALUES, log_ratios={}, errors={}, steps=([], []), disturbed=(False, False))]
+PAIRS = [BlockPair(base=VALUES, head=VALUES, ratios={}, steps=([], []), disturbed=(False, False))]
 
 # By the other rules, in each gate: a slower case with an alarm, and nothing.
 FLAGGED = dict(zip(OTHERS, (["generate", "optimize"], []), strict=True))
@@ -35,7 +35,7 @@ def busy_processes():
 
 
 def finding(case, quantity, verdict):
-    return Finding(case=case, quantity=quantity, verdict=verdict, estimate=estimate([0.1, 0.1]))
+    return Finding(case=case, quantity=quantity, verdict=verdict, estimates=[estimate([0.1, 0.1])])
 
 
 @pytest.fixture

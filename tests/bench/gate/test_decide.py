@@ -22,6 +22,7 @@ from rlhfbench.gate.decide import (
     counted_pairs,
     estimate,
     estimate_unpaired,
+    estimates_of,
     holm,
     judge,
     judge_memory,
@@ -161,7 +162,36 @@ def found(ratio, half, p_value=0.0):
     ],
 )
 def test_a_verdict_needs_significance_and_an_effect_that_counts(estimated, verdict):
-    assert judge([estimated], 0.05, EFFECTS) == [verdict]
+    assert judge([[estimated]], 0.05, EFFECTS) == [(verdict, (estimated,))]
+
+
+@pytest.mark.parametrize(
+    ("fast", "middle", "verdict", "first"),
+    [
+        (found(1.00, 0.04), found(1.00, 0.09), "same", 0),  # the second excludes twice the promised effect
+        (found(1.00, 0.04), found(1.00, 0.11, p_value=1.0), "ambiguous", 1),
+        (found(1.00, 0.04), found(1.10, 0.05), "slower", 1),  # a change of some steps
+        (found(1.10, 0.05), found(1.00, 0.04), "slower", 0),
+        (found(0.90, 0.05), found(1.10, 0.05), "slower", 1),
+        (found(1.00, 0.06, p_value=1.0), found(1.00, 0.06, p_value=1.0), "ambiguous", 0),
+    ],
+)
+def test_a_change_by_any_statistic_is_one_and_all_must_agree_on_none(fast, middle, verdict, first):
+    estimates = (fast, middle)
+    assert judge([estimates], 0.05, EFFECTS) == [(verdict, (estimates[first], estimates[1 - first]))]
+
+
+def test_holms_correction_counts_every_statistic():
+    # 0.02 and 0.03 alone are below 0.05; of four p-values, the smallest counts four times.
+    one = [found(1.1, 0.05, p_value=0.02)]
+    assert judge([one], 0.05, EFFECTS)[0][0] == "slower"
+    assert judge([one * 2, one * 2], 0.05, EFFECTS)[0][0] == "ambiguous"
+
+
+def test_estimates_are_those_of_the_statistics_that_all_pairs_have():
+    pairs = [((0.1, 0.0), (0.2, 0.0)), ((0.12, 0.0), (0.3, 0.0)), ((0.11, 0.0),)]
+    assert estimates_of(pairs) == (estimate([0.1, 0.12, 0.11], [0.0] * 3),)
+    assert estimates_of(pairs[:2]) == (estimate([0.1, 0.12], [0.0] * 2), estimate([0.2, 0.3], [0.0] * 2))
 
 
 @pytest.mark.parametrize(
@@ -193,7 +223,7 @@ def simulated(rng, num_cases, spread, slowdown):
         for case, values in enumerate(logs):
             if verdicts[case] == "ambiguous":
                 values += [rng.gauss(math.log1p(slowdown) if case == 0 else 0.0, spread) for _ in range(num_new)]
-        verdicts = judge([estimate(values) for values in logs], level, EFFECTS)
+        verdicts = [said for said, _ in judge([[estimate(values)] for values in logs], level, EFFECTS)]
         if "ambiguous" not in verdicts:
             break
     return verdicts[0] == "slower", sum(verdict in ("slower", "faster") for verdict in verdicts[1:])
@@ -223,7 +253,7 @@ def test_looking_again_raises_no_false_alarm():
         values, verdict = [], "ambiguous"
         for num_new, level in looks():
             values += [rng.gauss(0.0, 0.5) for _ in range(num_new)]
-            (verdict,) = judge([estimate(values)], level, EFFECTS)
+            ((verdict, _),) = judge([[estimate(values)]], level, EFFECTS)
             if verdict != "ambiguous":
                 break
         changed += verdict in ("slower", "faster")

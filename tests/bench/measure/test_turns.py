@@ -74,6 +74,24 @@ def test_a_job_that_never_connects_ends_the_turns_of_the_other(folder):
     assert not order
 
 
+def test_a_turn_that_never_ends_ends_the_turns_of_the_other(folder):
+    order, freed = [], threading.Event()
+
+    def hang(path):
+        turns = Turns(path)
+        turns.wait()
+        assert freed.wait(60)
+        turns.close()
+
+    def play(path):
+        player("b", order)(path)
+        freed.set()
+
+    run_in_turns([hang, play], folder, 1e6, random.Random(1), aborts=[pytest.fail], turn_timeout_s=0.01)
+    assert freed.is_set()
+    assert len(order) <= 1
+
+
 def test_an_error_of_a_job_is_raised_after_the_others_were_aborted(folder):
     waiting = threading.Event()
 
