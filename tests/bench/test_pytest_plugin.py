@@ -207,6 +207,26 @@ def test_a_gate_fails_the_tests_of_cases_with_a_regression(bench, measured, monk
     assert asked == ["main"]  # once for all cases
 
 
+def found_by_gate(monkeypatch, **more) -> None:
+    """Replaces the gate's comparison: it finds the same on every case."""
+    monkeypatch.setattr(
+        measurer, "compare_with", lambda base, sweep, out: [Finding(case=case, **more) for case in sweep.cases]
+    )
+
+
+def test_a_gate_runs_beside_benchmark_only(bench, measured, monkeypatch):
+    found_by_gate(monkeypatch, quantity="total s", verdict="slower", is_regression=True)
+    bench("--benchmark", "--benchmark-only", "--benchmark-gate=main", "-Werror").assert_outcomes(failed=5)
+
+
+@pytest.mark.parametrize("verdict", ["failed", "missing"])
+def test_a_gate_fails_the_test_of_a_case_that_could_not_be_compared(bench, measured, monkeypatch, verdict):
+    found_by_gate(monkeypatch, quantity="", verdict=verdict, reason="base: crashed: the reason.")
+    result = bench("--benchmark", "--benchmark-gate=main", "-k", "gate-full")
+    result.assert_outcomes(failed=1, deselected=4)
+    result.stdout.fnmatch_lines([f"*{verdict}: base: crashed: the reason.*"])
+
+
 def test_a_gate_that_cannot_compare_fails_its_tests_with_the_sentence(bench, measured, monkeypatch):
     def compare_with(base, sweep, out):
         raise GateError(f"revision '{base}' is no commit.")
@@ -304,7 +324,7 @@ def test_a_system_that_cannot_fork_is_one_sentence(bench, measured, monkeypatch)
     monkeypatch.delattr(os, "fork")
     result = bench("--benchmark")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines(["*run needs os.fork, which this system lacks*"])
+    result.stderr.fnmatch_lines(["*measuring needs os.fork, which this system lacks*"])
 
 
 def test_without_pytest_benchmark_other_tests_run(pytester, measured):

@@ -59,7 +59,7 @@ CHECKED = {
     "rlhfbench run": _SAME,
     "rlhfbench report before after": "it needs two runs, and tests of the command line compare two",
     "rlhfbench run --model ./my-checkpoint --prompts my.jsonl --seq-lens 512 --dtype bfloat16 --device cuda": _GPU,
-    "rlhfbench run --model opt-1.3b --setting paper,modern --device cuda": _GPU,
+    "rlhfbench run --model opt-1.3b --setting paper,modern --dtype bfloat16 --device cuda": _GPU,
     "rlhfbench run --methods dpo --model gpt2 --option dpo.beta=0.2 --option engine.gradient_checkpointing=true": _LONG,
     "rlhfbench run --methods hydra --seq-lens 64 --batch-sizes 2 --with-plan --profile": _SAME,
     "rlhfbench run --methods lora,hydra --seq-lens 128 --max-batch --memory-limit 24GiB": _LONG,

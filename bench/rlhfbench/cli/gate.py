@@ -17,6 +17,7 @@ from rlhfbench.cli.groups import with_groups
 from rlhfbench.errors import GateError
 from rlhfbench.files import check_writable
 from rlhfbench.launch import refuse_launcher
+from rlhfbench.runs import environment
 
 if TYPE_CHECKING:
     from rlhfbench.cases.sweep import Sweep
@@ -158,6 +159,7 @@ def gate(
     output.check()
     if baseline and update_baseline:
         check_writable("baseline", Path(baseline))
+    environment.check_system()  # first: the gate imports modules that Windows lacks
     from rlhfbench.gate import sides
 
     options = _options(smallest_effect, promised_effect, budget_s, threads, step)
@@ -169,7 +171,7 @@ def gate(
             return output.finish(findings, f"the run in {baseline}", "a new run")
         sweep = make_sweep(spec if cases.sweep else {**SMALL, **spec}, cases.sweep, cases.setting)
         if baseline:
-            return _first_baseline(Path(baseline), sweep, folder, options)
+            return _first_baseline(Path(baseline), sweep, folder, options, output)
         if self_test:
             return _self_test(sweep, folder, options, output)
         if bisect:
@@ -252,7 +254,14 @@ def _bisect(ends: tuple[str, str], cases: Sweep, folder: Path, options: GateOpti
     elif not found.regressions:
         output.tell(f"{ends[1]} shows no regression against {ends[0]}: there is nothing to find.")
     title = f"{found.commit[:10]} ({found.subject})"
-    return output.finish(found.findings, good.title, title, commit=found.commit if found.regressions else None)
+    return output.finish(
+        found.findings,
+        good.title,
+        title,
+        note=found.note,
+        commit=found.commit if found.regressions else None,
+        unjudged=found.unjudged,
+    )
 
 
 def _against_run(
@@ -262,18 +271,25 @@ def _against_run(
 
     findings = stored.compare_with_run(baseline, folder, options, memory_only=memory_only)
     if update:
-        stored.update_baseline(folder, baseline)
-        progress(f"The baseline in {baseline} is now this run.")
+        progress(_store(folder, baseline) or f"The baseline in {baseline} is now this run.")
     return findings
 
 
-def _first_baseline(baseline: Path, cases: Sweep, folder: Path, options: GateOptions) -> int:
-    from rlhfbench.gate import baseline as stored
+def _first_baseline(baseline: Path, cases: Sweep, folder: Path, options: GateOptions, output: Output) -> int:
     from rlhfbench.runs.options import RunOptions
     from rlhfbench.runs.runner import run_sweep
 
     if run_sweep(cases, folder, RunOptions(num_threads=options.num_threads)).interrupted:
         return common.INTERRUPTED
-    stored.update_baseline(folder, baseline)
-    progress(f"The baseline in {baseline} is new: there was nothing to compare with.")
-    return common.NOTHING
+    note = _store(folder, baseline) or f"The baseline in {baseline} is new: there was nothing to compare with."
+    return output.finish([], f"the run in {baseline}", "a new run", note=note)
+
+
+def _store(run: Path, baseline: Path) -> str | None:
+    """Stores a run as the baseline, or returns one sentence on why it cannot be one."""
+    from rlhfbench.gate import baseline as stored
+
+    obstacle = stored.storing_obstacle(run)
+    if obstacle is None:
+        stored.update_baseline(run, baseline)
+    return obstacle

@@ -58,21 +58,22 @@ class Output:
         """Prints a line that is no part of the JSON."""
         print(line, file=sys.stderr if self.as_json else sys.stdout, flush=True)
 
-    def finish(self, findings: Sequence[Finding], base: str, head: str, **more: Any) -> int:
+    def finish(self, findings: Sequence[Finding], base: str, head: str, *, note: str = "", **more: Any) -> int:
         """Prints and stores the answer, and returns the exit code.
 
         Args:
             findings: Of all cases.
             base: The base in words.
             head: The head in words.
+            note: A sentence below the table.
             **more: Further fields of the JSON.
         """
         from rlhfbench.gate.output import exit_code, markdown, to_json
 
-        table = markdown(findings, base, head)
+        table = markdown(findings, base, head) + (f"\n{note}\n" if note else "")
         self.store(table)
         if self.as_json:
-            print(json.dumps(to_json(findings, base=base, head=head, **more)))
+            print(json.dumps(to_json(findings, base=base, head=head, note=note or None, **more)))
         else:
             print(table, end="")
         return exit_code(findings)

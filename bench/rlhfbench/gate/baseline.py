@@ -12,13 +12,14 @@ from rlhfbench.errors import GateError, RecordsError, RunFolderError, SweepError
 from rlhfbench.files import write_atomically
 from rlhfbench.gate.compare import GateOptions
 from rlhfbench.gate.decide import SIGNIFICANCE, Effects, estimate_unpaired
-from rlhfbench.gate.findings import Finding, findings_of, one_sided
+from rlhfbench.gate.findings import Finding, failure, findings_of, one_sided
 from rlhfbench.records.blocks import block_values
 from rlhfbench.records.file import RECORDS_NAME, Record, read_records
 from rlhfbench.runs import environment
 from rlhfbench.runs.folder import ENVIRONMENT_NAME, SWEEP_NAME, RunFolder
 from rlhfbench.runs.options import RunOptions
 from rlhfbench.runs.runner import run_sweep
+from rlhfbench.runs.titles import Titles
 from rlhfkernels.config.case import Case
 
 
@@ -128,6 +129,20 @@ def _threads(baseline: Path) -> int | None:
     """The threads of the cases of a stored run, whose scratch buffers grow with them; ``None`` if cases differ."""
     found = {record["num_threads"] for record in read_records(baseline)} - {None}
     return found.pop() if len(found) == 1 else None
+
+
+def storing_obstacle(run: Path) -> str | None:
+    """Returns one sentence on the first case of ``run`` that failed, which keeps it from being a baseline.
+
+    A gate against such a run could never pass: the base has no figures of the case. ``None`` if no case failed.
+    """
+    records = {record["case"]["id"]: record for record in read_records(run)}
+    cases = RunFolder(run).load_sweep().cases
+    for case in cases:
+        why = failure(records.get(case.id))
+        if why is not None:
+            return f"The run is not stored as a baseline: case {Titles(cases)(case)} failed: {why.rstrip('.')}."
+    return None
 
 
 def update_baseline(head: Path, baseline: Path) -> None:

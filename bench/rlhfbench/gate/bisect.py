@@ -9,7 +9,7 @@ from typing import Literal
 
 from rlhfbench.errors import GateError
 from rlhfbench.gate.findings import Finding
-from rlhfbench.gate.output import CANNOT_TELL, exit_code
+from rlhfbench.gate.output import CANNOT_TELL, exit_code, open_verdicts
 from rlhfbench.gate.sides import commit_of, git
 
 Judgement = Literal["good", "bad", "cannot tell"]
@@ -24,11 +24,20 @@ class Tested:
         commit: The commit that was compared with the good one.
         subject: First line of its message.
         findings: What was found.
+        unjudged: In the answer of a bisection, the commits that could not be judged and were taken as good.
     """
 
     commit: str
     subject: str
     findings: Sequence[Finding]
+    unjudged: Sequence[str] = ()
+
+    @property
+    def note(self) -> str:
+        """A sentence on the commits that could not be judged; empty if all were."""
+        names = ", ".join(commit[:10] for commit in self.unjudged)
+        said = "These commits could not be judged and were taken as good; one may be the first bad one"
+        return f"{said}: {names}." if names else ""
 
     @property
     def regressions(self) -> set[Regression]:
@@ -49,12 +58,9 @@ class Tested:
             return "bad"
         if not wanted:
             return "good" if self.is_clear else "cannot tell"
-        answered = {
-            (found.case.id, found.quantity)
-            for found in self.findings
-            if found.verdict not in ("ambiguous", "missing", "failed")
-        }
-        is_open = any(quantity and (case, quantity) not in answered for case, quantity, _ in wanted)
+        has_answer = {(found.case.id, found.quantity): not open_verdicts([found]) for found in self.findings}
+        # A whole case, which has no quantity, is among the findings only where it failed or is missing.
+        is_open = any(not has_answer.get((case, quantity), not quantity) for case, quantity, _ in wanted)
         return "cannot tell" if is_open or not self.findings else "good"
 
     def line(self, judgement: Judgement, wanted: set[Regression]) -> str:
@@ -103,7 +109,8 @@ def bisect(
         return Tested(commit=commit, subject=subject(commit), findings=compare(commit))
 
     culprit = test(commits[-1])
-    wanted, unclear = culprit.regressions, []
+    wanted = culprit.regressions
+    unjudged: list[str] = []
     tell(culprit.line(culprit.judged(wanted), wanted))
     if not wanted:
         return culprit
@@ -118,8 +125,5 @@ def bisect(
             continue
         low = middle + 1
         if judgement == "cannot tell":
-            unclear.append(tested.commit[:10])
-    if unclear:
-        names = ", ".join(unclear)
-        tell(f"These commits could not be judged and were taken as good; one may be the first bad one: {names}.")
-    return culprit
+            unjudged.append(tested.commit)
+    return dataclasses.replace(culprit, unjudged=unjudged)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rlhfbench.gate.decide import Verdict
 from rlhfbench.gate.findings import Finding
 from rlhfbench.runs.titles import Titles
 
 PASS, REGRESSED, CANNOT_TELL = 0, 1, 3
+_NO_ANSWER = ("ambiguous", "missing", "failed")
 _MIB = 2**20
 
 
@@ -16,8 +18,12 @@ def exit_code(findings: Sequence[Finding]) -> int:
     """Returns 1 for a regression, else 3 where something could not be compared or is ambiguous, else 0."""
     if any(found.is_regression for found in findings):
         return REGRESSED
-    open_answers = {"ambiguous", "missing", "failed"} & {found.verdict for found in findings}
-    return CANNOT_TELL if not findings or open_answers else PASS
+    return CANNOT_TELL if not findings or open_verdicts(findings) else PASS
+
+
+def open_verdicts(findings: Sequence[Finding]) -> set[Verdict]:
+    """Returns the verdicts among those found that are no answer: more pairs may settle ``ambiguous`` alone."""
+    return {found.verdict for found in findings if found.verdict in _NO_ANSWER}
 
 
 def to_json(findings: Sequence[Finding], **more: Any) -> dict[str, Any]:

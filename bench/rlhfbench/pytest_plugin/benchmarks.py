@@ -15,7 +15,7 @@ import pytest
 
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.errors import RlhfBenchError
-from rlhfbench.gate.output import CANNOT_TELL, REGRESSED, exit_code, markdown
+from rlhfbench.gate.output import PASS, exit_code, markdown, open_verdicts
 from rlhfbench.pytest_plugin.measurer import Gate, Measurer
 from rlhfbench.records.derived import rows_per_step
 from rlhfkernels.config.case import Case
@@ -59,11 +59,11 @@ class _SweepModule(pytest.Module):
         for case in self.cases:
             timer = ReplayTimer()
             if self.gate is not None:
-                yield _CaseTest.from_parent(self, name=f"gate-{case_name(case)}", callobj=_gate_test(case, self.gate))
-                continue
-            item = _CaseTest.from_parent(self, name=case_name(case), callobj=_make_test(case, timer, self.measurer))
-            item.add_marker(pytest.mark.benchmark(timer=timer.step_seconds, group=group_name(case)))
-            # A failed case replays nothing; without this filter pytest-benchmark would warn beside the failure.
+                item = _CaseTest.from_parent(self, name=f"gate-{case_name(case)}", callobj=_gate_test(case, self.gate))
+            else:
+                item = _CaseTest.from_parent(self, name=case_name(case), callobj=_make_test(case, timer, self.measurer))
+                item.add_marker(pytest.mark.benchmark(timer=timer.step_seconds, group=group_name(case)))
+            # A failed case and a gate replay nothing; without this filter pytest-benchmark would warn beside them.
             item.add_marker(pytest.mark.filterwarnings("ignore:Benchmark fixture was not used at all"))
             yield item
 
@@ -77,16 +77,20 @@ class _CaseTest(pytest.Function):
 
 
 def _gate_test(case: Case, gate: Gate) -> Callable[[], None]:
+    # With --benchmark-only, pytest-benchmark skips every test without its fixture.
+    @pytest.mark.usefixtures("benchmark")
     def test_gate() -> None:
         try:
             findings = gate.findings(case)
         except RlhfBenchError as error:
             pytest.fail(str(error), pytrace=False)
-        code, table = exit_code(findings), markdown(findings, "the base", "the working tree")
-        if code == REGRESSED:
-            pytest.fail(table, pytrace=False)
-        if code == CANNOT_TELL:
+        if exit_code(findings) == PASS:
+            return
+        table = markdown(findings, "the base", "the working tree")
+        is_regression = any(found.is_regression for found in findings)
+        if not is_regression and open_verdicts(findings) == {"ambiguous"}:
             pytest.skip(f"the gate cannot tell:\n{table}")
+        pytest.fail(table, pytrace=False)
 
     return test_gate
 

@@ -101,7 +101,9 @@ def check_system() -> None:
         ForkServerError: cases cannot be forked here.
     """
     if not hasattr(os, "fork"):
-        raise ForkServerError("run needs os.fork, which this system lacks: on Windows, use its subsystem for Linux.")
+        raise ForkServerError(
+            "measuring needs os.fork, which this system lacks: on Windows, use its subsystem for Linux."
+        )
 
 
 def check_data_files(now: Mapping[str, str | None], earlier: Sequence[Mapping[str, Any]]) -> None:

@@ -16,8 +16,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO, Self
@@ -31,6 +33,8 @@ WORKER = "rlhfbench.runs.worker:run_case"
 PRELOAD = ("torch", "transformers", "peft", "rlhfkernels.training.step", "rlhfbench.measure.measurements")
 # Optional: the versions of transformers, of PEFT or of this package (a gate's base) may lack what it needs.
 WARM = ("rlhfkernels.models.warm",)
+# The kernel kills the server when the thread ends that started it, and not only when this process does.
+_LASTING_THREAD = ThreadPoolExecutor(1)
 
 
 class ForkServer:
@@ -86,15 +90,21 @@ class ForkServer:
         config = json.dumps({**self._config, "fd": theirs.fileno(), "parent_pid": os.getpid()})
         # -P: a random.py in the user's folder must not replace the standard library's.
         # A session of its own: Ctrl-C in the terminal reaches the harness only, which then ends the case.
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "rlhfbench.runs.forkserver_process", config],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=self._log,
-            start_new_session=True,
-            env=self._environment(),
-        )
+        command = [sys.executable, "-P", "-m", "rlhfbench.runs.forkserver_process", config]
+
+        def popen() -> subprocess.Popen[bytes]:
+            return subprocess.Popen(
+                command,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=self._log,
+                start_new_session=True,
+                env=self._environment(),
+            )
+
+        is_main = threading.current_thread() is threading.main_thread()
+        self._process = popen() if is_main else _LASTING_THREAD.submit(popen).result()
         theirs.close()
         ready = None
         try:

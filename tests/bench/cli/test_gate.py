@@ -66,12 +66,32 @@ def test_a_gate_against_a_stored_run(call, fake, monkeypatch, tmp_path):
 
 
 def test_a_first_baseline_is_made(call, fake, tmp_path):
-    code, _, err = call("gate", "--baseline", "new", "--update-baseline", *SMALL, *kind("steady"))
-    assert code == 3  # nothing was compared
-    assert "is new: there was nothing to compare with." in err
+    table = tmp_path / "table.md"
+    first = ("gate", "--update-baseline", *SMALL, *kind("steady"), "--summary", str(table))
+    code, out, err = call(*first, "--baseline", "new")
+    assert code == 3, err  # nothing was compared
+    assert out.endswith("\nThe baseline in new is new: there was nothing to compare with.\n")
+    assert table.read_text() == out
+    code, out, _ = call(*first, "--baseline", "other", "--json")
+    assert (code, json.loads(out)["exit_code"], json.loads(out)["findings"]) == (3, 3, [])
+    assert json.loads(out)["note"] == "The baseline in other is new: there was nothing to compare with."
     (tmp_path / "empty").mkdir()
     assert call("gate", "--baseline", "empty", "--update-baseline", *SMALL, *kind("steady"))[0] == 3
     assert call("gate", "--baseline", "new")[0] == 0
+
+
+def test_a_run_with_a_case_that_failed_is_no_baseline(call, fake, tmp_path):
+    sentence = "The run is not stored as a baseline: case hydra 4+4 x1 failed: crashed: it exited with status 7"
+    code, out, _ = call("gate", "--baseline", "new", "--update-baseline", *SMALL, *kind("exit"))
+    assert code == 3
+    assert sentence in out
+    assert not (tmp_path / "new").exists()
+    assert call("run", *SMALL, *kind("exit"), "--out", "stored")[0] == 3
+    before = (tmp_path / "stored" / "records.jsonl").read_bytes()
+    code, _, err = call("gate", "--baseline", "stored", "--update-baseline")
+    assert code == 3
+    assert sentence in err
+    assert (tmp_path / "stored" / "records.jsonl").read_bytes() == before
 
 
 def test_an_interrupted_gate_leaves_the_baseline_as_it_was(call, fake, monkeypatch, tmp_path):

@@ -103,6 +103,18 @@ def test_a_bisect_prints_the_commit_as_a_table_as_json_and_in_a_file(call, commi
     assert left_in(temporary) == []
 
 
+def test_a_bisect_names_commits_that_it_could_not_judge_in_every_output(call, commit, tmp_path):
+    commit("FAULT = {}", "good")
+    broken = commit("import os; os._exit(7)", "broken")
+    commit(LARGER, "bad")
+    table = tmp_path / "table.md"
+    code, said, err = call("gate", "--bisect", "HEAD~2", "HEAD", *REVISION, "--json", "--summary", str(table))
+    assert code == 1, err
+    assert json.loads(said)["unjudged"] == [broken]
+    assert json.loads(said)["note"].endswith(f": {broken[:10]}.")
+    assert table.read_text().endswith(f"one may be the first bad one: {broken[:10]}.\n")
+
+
 @pytest.mark.parametrize(
     ("good", "code", "sentence"),
     [

@@ -18,14 +18,15 @@ def kind(name):
     return ("--option", f"data.prompt_field={name}")
 
 
-def test_a_system_without_fork_says_so_before_anything_is_imported_or_written(tmp_path):
+@pytest.mark.parametrize("verb", [["run"], ["gate", "--base", "HEAD"]])
+def test_a_system_without_fork_says_so_before_anything_is_imported_or_written(tmp_path, verb):
     code = (
         "import os, sys, psutil\ndel os.fork\nsys.modules['resource'] = sys.modules['fcntl'] = None\n"
-        "from rlhfbench.cli import main as cli\nsys.exit(cli.invoke(['run', '--out', 'here']))"
+        "from rlhfbench.cli import main as cli\nsys.exit(cli.invoke([*sys.argv[1:], '--out', 'here']))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code, *verb], capture_output=True, text=True, check=False)
     assert (done.returncode, len(done.stderr.splitlines())) == (3, 1)
-    assert "run needs os.fork, which this system lacks" in done.stderr
+    assert "measuring needs os.fork, which this system lacks" in done.stderr
     assert not (tmp_path / "here").exists()
 
 
@@ -113,7 +114,7 @@ def test_running_in_python_on_a_system_like_windows_is_one_sentence():
         "except rlhfbench.RlhfBenchError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout == "run needs os.fork, which this system lacks: on Windows, use its subsystem for Linux.\n"
+    assert done.stdout == "measuring needs os.fork, which this system lacks: on Windows, use its subsystem for Linux.\n"
 
 
 def test_an_ascii_terminal_gets_every_table(monkeypatch):

@@ -9,14 +9,20 @@ from pathlib import Path
 
 import pytest
 
+from rlhfbench.gate.findings import Finding
+from rlhfbench.gate.output import markdown
+from rlhfkernels.config.case import Case
+
+CASE = Case(method="full", model="tiny", prompt_len=16, completion_len=16, batch_size=2)
 ACTION = Path(__file__).parents[3] / "action.yml"
 SCRIPT = textwrap.dedent(ACTION.read_text(encoding="utf-8").partition("      run: |\n")[2])
-# Refuses a folder that exists, as the command does where it holds files; writes a table; ends with the code in $CODE.
+# Refuses a folder that exists, as the command does where it holds files; writes the table in $TABLE, if
+# any; ends with the code in $CODE.
 COMMAND = """#!/bin/bash
 while [ $# -gt 0 ]; do
   case $1 in
     --out) mkdir "$2" || exit 2 ;;
-    --summary) echo "table of $BASE" > "$2" ;;
+    --summary) printf '%s\\n' "${TABLE:-table of $BASE}" > "$2" ;;
   esac
   shift
 done
@@ -34,9 +40,9 @@ def step(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(command.parent), prepend=os.pathsep)
     monkeypatch.setenv("RUNNER_TEMP", str(tmp_path))
 
-    def run(base, code, allow="true"):
+    def run(base, code, allow="true", table=""):
         files = {f"GITHUB_{name}": str(tmp_path / name) for name in ("OUTPUT", "STEP_SUMMARY")}
-        more = {"BASE": base, "CODE": str(code), "ARGUMENTS": "--methods lora", "ALLOW": allow, **files}
+        more = {"BASE": base, "CODE": str(code), "ARGUMENTS": "--methods lora", "ALLOW": allow, "TABLE": table, **files}
         # As GitHub runs the shell bash.
         done = subprocess.run(["bash", "-eo", "pipefail", "-c", SCRIPT], env={**os.environ, **more}, check=False)
         return done.returncode, dict(line.split("=", 1) for line in (tmp_path / "OUTPUT").read_text().splitlines())
@@ -55,8 +61,23 @@ def test_a_job_may_have_several_gates(step, tmp_path):
     assert (tmp_path / "STEP_SUMMARY").read_text() == "table of abc\ntable of def\n"
 
 
+def table_of(*found):
+    """The gate's table of quantities and their verdicts."""
+    reason = "base: crashed: a | b."
+    return markdown([Finding(case=CASE, quantity=q, verdict=v, reason=reason) for q, v in found], "base", "head")
+
+
 @pytest.mark.parametrize(
     ("code", "allow", "ends_with"), [(3, "true", 0), (3, "false", 3), (1, "true", 1), (2, "true", 2)]
 )
-def test_the_job_fails_where_the_gate_says_no_or_cannot_tell(step, code, allow, ends_with):
-    assert step("abc", code, allow)[0] == ends_with
+def test_the_job_fails_where_the_gate_says_no_or_may_not_be_ambiguous(step, code, allow, ends_with):
+    assert step("abc", code, allow, table_of(("total s", "ambiguous"), ("failed s", "same")))[0] == ends_with
+
+
+@pytest.mark.parametrize("verdict", ["failed", "missing"])
+def test_a_case_without_an_answer_is_no_ambiguity(step, verdict):
+    assert step("abc", 3, "true", table_of(("total s", "ambiguous"), ("", verdict)))[0] == 3
+
+
+def test_a_gate_without_a_table_is_no_ambiguity(step):
+    assert step("abc", 3, "true")[0] == 3

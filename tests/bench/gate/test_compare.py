@@ -432,9 +432,24 @@ def test_bisect_names_commits_that_could_not_be_judged(quantity, verdict):
             return [Finding(case=CASE, quantity=quantity, verdict=verdict, is_regression=verdict == "failed")]
         return [Finding(case=CASE, quantity="memory total", verdict="larger", is_regression=True)]
 
-    assert bisect(COMMITS, compare_commit, str, lines.append).commit == "c6"
-    assert [line.split(":")[0] for line in lines[:4]] == ["c7 bad", "c3 cannot tell", "c5 cannot tell", "c6 bad"]
-    assert lines[4].endswith("were taken as good; one may be the first bad one: c3, c5.")
+    found = bisect(COMMITS, compare_commit, str, lines.append)
+    assert (found.commit, found.unjudged) == ("c6", ["c3", "c5"])
+    assert [line.split(":")[0] for line in lines] == ["c7 bad", "c3 cannot tell", "c5 cannot tell", "c6 bad"]
+    assert found.note.endswith("were taken as good; one may be the first bad one: c3, c5.")
+
+
+def test_bisect_cannot_judge_a_commit_whose_base_failed_too_where_the_head_fails():
+    """Of a case that crashes at the bad end, a crash of both sides says nothing."""
+
+    def compare_commit(commit):
+        if commit == "c1":
+            return [Finding(case=CASE, quantity="memory total", verdict="same")]
+        return [Finding(case=CASE, quantity="", verdict="failed", is_regression=commit >= "c5")]
+
+    found = bisect(COMMITS, compare_commit, str, lambda line: None)
+    assert (found.commit, found.unjudged) == ("c5", ["c3", "c4"])
+    good = dataclasses.replace(found, findings=compare_commit("c1"))
+    assert good.judged(found.regressions) == "good"
 
 
 def test_bisect_takes_a_commit_with_another_regression_as_good():

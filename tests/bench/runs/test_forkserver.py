@@ -3,6 +3,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -54,6 +55,20 @@ def test_a_case_gets_its_request_and_its_messages_come_in_order(run):
     assert messages[2]["result"]["prompts"]["more"] == [1, "é"]
     assert end.pid not in (None, os.getpid())
     assert end.max_rss_bytes > 2**20
+
+
+def test_a_server_outlives_the_thread_that_started_it(server, run):
+    """A server that died during a pair of a gate is started again by the pair's thread."""
+    server.close()
+    thread = threading.Thread(target=server.start)
+    thread.start()
+    task = Path(f"/proc/self/task/{thread.native_id}")
+    thread.join()
+    while task.exists():  # the kernel ends the thread, and kills what is to die with it, a moment later
+        os.sched_yield()
+    pid = server.pid
+    end, _, _ = run("echo")
+    assert (end.code, server.pid) == (0, pid)
 
 
 def test_a_job_may_have_more_processes_than_one_message_has_descriptors_for(server, tmp_path):
