@@ -17,7 +17,6 @@ from rlhfbench.cli.groups import with_groups
 from rlhfbench.errors import GateError
 from rlhfbench.files import check_writable
 from rlhfbench.launch import refuse_launcher
-from rlhfbench.runs import environment
 
 if TYPE_CHECKING:
     from rlhfbench.cases.sweep import Sweep
@@ -159,6 +158,8 @@ def gate(
     output.check()
     if baseline and update_baseline:
         check_writable("baseline", Path(baseline))
+    from rlhfbench.runs import environment
+
     environment.check_system()  # first: the gate imports modules that Windows lacks
     from rlhfbench.gate import sides
 
