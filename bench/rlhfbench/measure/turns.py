@@ -72,7 +72,7 @@ def run_in_turns(
         jobs: Each is called, in a thread of its own, with the path that its process makes ``Turns`` of.
         folder: An existing folder with a short path, which no one else can read.
         budget_s: Seconds of turns of all jobs together. There are 5 to 1000 rounds.
-        rng: Draws who goes first in each round, and the cores.
+        rng: Draws which starts first, who goes first in each round, and the cores.
         aborts: Called when this call is interrupted: they end the jobs.
         num_cores: Cores that the processes share; ``None`` leaves them to the scheduler.
         turn_timeout_s: Seconds after which a turn that has not ended ends the turns of both: the side that waits is
@@ -85,7 +85,8 @@ def run_in_turns(
         pool = opened.enter_context(ThreadPoolExecutor(len(jobs)))
         futures: list[Future[object]] = []
         try:
-            for job, path in zip(jobs, paths, strict=True):
+            # The one that starts first may get the better memory.
+            for job, path in rng.sample(list(zip(jobs, paths, strict=True)), len(jobs)):
                 futures.append(pool.submit(job, str(path)))
                 futures[-1].add_done_callback(lambda _: told.send(b"e"))
             _referee(listeners, ended, budget_s, rng, num_cores, turn_timeout_s)

@@ -90,6 +90,24 @@ def test_the_last_look_spends_all_of_the_significance_level(tmp_path, monkeypatc
     assert 0 < levels[0] < 0.001
 
 
+def test_servers_that_have_lived_long_enough_are_started_anew(tmp_path, monkeypatch):
+    pids, time_pairs = [], Comparison._time_pairs
+
+    def noted(self, both, *rest):
+        pids.append([timed._server.pid for timed in both])
+        time_pairs(self, both, *rest)
+
+    monkeypatch.setattr(Comparison, "_time_pairs", noted)
+    monkeypatch.setattr(compare, "_SERVER_S", 0.0)
+    findings, _ = compared(tmp_path, "steady", pair_s=0.01)
+    assert set(verdicts(findings).values()) == {"same"}
+    assert len({pid for both in pids for pid in both}) == 2 * MIN_PAIRS
+    pids.clear()
+    monkeypatch.setattr(compare, "_SERVER_S", 600.0)
+    compared(tmp_path / "again", "steady", pair_s=0.01)
+    assert len({pid for both in pids for pid in both}) == 2
+
+
 def test_both_sides_of_every_pair_share_the_cores_that_a_case_needs(tmp_path, monkeypatch):
     numbers = []
     monkeypatch.setattr(turns, "draw_cores", lambda number, rng: numbers.append(number))
