@@ -457,7 +457,7 @@ def test_bisect_names_commits_that_could_not_be_judged(quantity, verdict):
 
 
 def test_bisect_cannot_judge_a_commit_whose_base_failed_too_where_the_head_fails():
-    """Of a case that crashes at the bad end, a crash of both sides says nothing."""
+    """A crash of both sides says nothing of a case that crashes at the bad end."""
 
     def compare_commit(commit):
         if commit == "c1":

@@ -1,4 +1,4 @@
-"""What the self-test counts."""
+"""The counts of the self-test."""
 
 from __future__ import annotations
 
