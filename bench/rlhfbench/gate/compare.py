@@ -44,7 +44,7 @@ _SHORTEST_S = 0.01
 _MAX_TURNS_S = 3.0
 # Processes of one server share the layout of its memory, which can make a side faster as long as the server lives. Of
 # 104 times that had not changed, 19 had a 95 % interval without 1 where servers lived as long as the gate; in one gate
-# the updates of four methods were 2 to 4 % slower. Starting both servers takes 2 to 5 s.
+# the updates of three methods were 2 to 4 % slower. Starting both servers takes 2 to 5 s.
 _SERVER_S = 30.0
 CHANGES = ("slower", "faster", "larger", "smaller")
 Tell = Callable[[str], None]

@@ -76,31 +76,31 @@ def fast_mean(values: Sequence[float]) -> float:
     benchmarking in noisy environments", 2016, who take the fastest alone).
     """
     num = len(values)
-    spent = [_share_of_fastest(rank / num) for rank in range(num + 1)]
-    return math.fsum((spent[rank + 1] - spent[rank]) * value for rank, value in enumerate(sorted(values)))
+    weights = [_weight_of_fastest((rank + 1) / num) - _weight_of_fastest(rank / num) for rank in range(num)]
+    return math.fsum(weight * value for weight, value in zip(weights, sorted(values), strict=True))
 
 
 def influences_on_fast_mean(values: Sequence[float]) -> list[float]:
     """Returns the influence of each of the values on their ``fast_mean``, but for a constant.
 
     The standard error of a sum of fast means is the standard deviation of the sum of their influences, divided by the
-    square root of their number (Huber, "Robust Statistics", section 3.3: L-estimates).
+    square root of the number of values (Huber, "Robust Statistics", section 3.3: L-estimates).
     """
     num = len(values)
     ranked = sorted(range(num), key=values.__getitem__)
     found = [0.0] * num
     for rank in range(1, num):
         last, place = ranked[rank - 1], ranked[rank]
-        found[place] = found[last] + _weight_of_fast(rank / num) * (values[place] - values[last])
+        found[place] = found[last] + _density(rank / num) * (values[place] - values[last])
     return found
 
 
-def _weight_of_fast(share: float) -> float:
+def _density(share: float) -> float:
     """The density of weights at this share of the ranked values; its integral over [0, 1] is 1."""
     return max(0.0, 4 - 8 * share)
 
 
-def _share_of_fastest(share: float) -> float:
+def _weight_of_fastest(share: float) -> float:
     """The weight of the fastest ``share`` of the values: the integral of their density."""
     return 1 - (1 - min(2 * share, 1.0)) ** 2
 
