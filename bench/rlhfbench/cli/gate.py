@@ -99,7 +99,7 @@ def gate(
         ),
     ] = 0.05,
     budget_s: Annotated[
-        float,
+        float | None,
         typer.Option(
             metavar="X",
             parser=number("--budget-s", float),
@@ -107,7 +107,7 @@ def gate(
             help="Seconds a case, both sides together, after which an ambiguous answer stands.  [default: 60]",
             show_default=False,
         ),
-    ] = 60.0,
+    ] = None,
     threads: Annotated[
         int | None,
         typer.Option(
@@ -152,6 +152,8 @@ def gate(
     is_new = bool(baseline and update_baseline and not any(Path(baseline).glob("*")))
     if baseline and not is_new and (spec or cases.sweep or cases.setting or step or threads):
         raise GateError("--baseline takes no cases and no --threads: they are those of the stored run.")
+    if baseline and budget_s is not None:
+        raise GateError("--baseline takes no --budget-s: each side is one run, and takes as long as that run.")
     if step and baseline:
         raise GateError("--step needs --base, --bisect or --self-test.")
     output = Output(summary=summary, as_json=as_json, out=out)
@@ -168,8 +170,9 @@ def gate(
     with ended_by_sigterm(), sides.only_gate(), sides.temporary_folder() as temporary:
         folder = temporary / "runs" if out is None else Path(out)
         if baseline and not is_new:
-            findings = _against_run(Path(baseline), folder, options, update=update_baseline, memory_only=memory_only)
-            return output.finish(findings, f"the run in {baseline}", "a new run")
+            return _against_run(
+                Path(baseline), folder, options, output, update=update_baseline, memory_only=memory_only
+            )
         sweep = make_sweep(spec if cases.sweep else {**SMALL, **spec}, cases.sweep, cases.setting)
         if baseline:
             return _first_baseline(Path(baseline), sweep, folder, options, output)
@@ -186,7 +189,9 @@ def gate(
         return output.finish(findings, other.title, head.title)
 
 
-def _options(smallest: float, promised: float, budget_s: float, threads: int | None, step: str | None) -> GateOptions:
+def _options(
+    smallest: float, promised: float, budget_s: float | None, threads: int | None, step: str | None
+) -> GateOptions:
     from rlhfbench.gate.compare import GateOptions
     from rlhfbench.gate.decide import Effects
 
@@ -195,14 +200,15 @@ def _options(smallest: float, promised: float, budget_s: float, threads: int | N
             raise GateError(f"{name} is {value:g}: it must be above 0 and below 10.")
     if promised <= smallest:
         raise GateError(f"--promised-effect is {promised:g}: it must be above --smallest-effect, {smallest:g}.")
-    if not 4 <= budget_s <= 1e6:
+    if budget_s is not None and not 4 <= budget_s <= 1e6:
         raise GateError(f"--budget-s is {budget_s:g}: it must be from 4, for four pairs of blocks, to 1000000.")
     if threads is not None and not 1 <= threads <= 1024:
         raise GateError(f"--threads is {threads}: it must be from 1 to 1024.")
     if step is not None and not all(step.partition(":")):
         raise GateError(f"--step is '{step}': it must be MODULE:FUNCTION.")
     effects = Effects(smallest=smallest, promised=promised)
-    return GateOptions(effects=effects, budget_s=budget_s, num_threads=threads, step=step)
+    options = GateOptions(effects=effects, num_threads=threads, step=step)
+    return options if budget_s is None else dataclasses.replace(options, budget_s=budget_s)
 
 
 def _compare(base: Any, head: Any, cases: Sweep, folder: Path, options: GateOptions) -> list[Finding]:
@@ -266,14 +272,13 @@ def _bisect(ends: tuple[str, str], cases: Sweep, folder: Path, options: GateOpti
 
 
 def _against_run(
-    baseline: Path, folder: Path, options: GateOptions, *, update: bool, memory_only: bool
-) -> list[Finding]:
+    baseline: Path, folder: Path, options: GateOptions, output: Output, *, update: bool, memory_only: bool
+) -> int:
     from rlhfbench.gate import baseline as stored
 
     findings = stored.compare_with_run(baseline, folder, options, memory_only=memory_only)
-    if update:
-        progress(_store(folder, baseline) or f"The baseline in {baseline} is now this run.")
-    return findings
+    note = (_store(folder, baseline) or f"The baseline in {baseline} is now this run.") if update else ""
+    return output.finish(findings, f"the run in {baseline}", "a new run", note=note)
 
 
 def _first_baseline(baseline: Path, cases: Sweep, folder: Path, options: GateOptions, output: Output) -> int:

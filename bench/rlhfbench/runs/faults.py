@@ -63,7 +63,7 @@ class Verdict(enum.Enum):
 
 _HANGS = {
     Verdict.STALL: "hung {where}",
-    Verdict.SPIN: "used the CPU without an end {where}",
+    Verdict.SPIN: "kept the CPU busy without progress {where}",
     Verdict.TIMEOUT: "{were} still {where} at the case's timeout",
 }
 

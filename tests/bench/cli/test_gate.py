@@ -28,6 +28,7 @@ def kind(name):
         (("--base", "a", "--memory-only"), "--update-baseline and --memory-only need --baseline RUN."),
         (("--base", "a", "--budget-s", "0"), "--budget-s is 0: it must be from 4"),
         (("--base", "a", "--budget-s", "nan"), "--budget-s is nan"),
+        (("--baseline", "a", "--budget-s", "60"), "--baseline takes no --budget-s: each side is one run"),
         (("--base", "a", "--smallest-effect", "0.2"), "--promised-effect is 0.05: it must be above --smallest-effect"),
         (("--base", "a", "--smallest-effect", "-1"), "--smallest-effect is -1: it must be above 0 and below 10."),
         (("--base", "a", "--step", "mine"), "--step is 'mine': it must be MODULE:FUNCTION."),
@@ -53,6 +54,7 @@ def test_a_gate_against_a_stored_run(call, fake, monkeypatch, tmp_path):
     code, out, _ = call("gate", "--baseline", "stored", "--out", "new", "--update-baseline")
     assert code == 0
     assert out.startswith("**No regression.**")
+    assert out.endswith("\nThe baseline in stored is now this run.\n")
     assert read_records("stored") == read_records("new")
     assert call("gate", "--baseline", "stored")[0] == 0
     assert {path.name for path in tmp_path.iterdir()} == {"stored", "new"}  # without --out nothing is kept
@@ -88,9 +90,9 @@ def test_a_run_with_a_case_that_failed_is_no_baseline(call, fake, tmp_path):
     assert not (tmp_path / "new").exists()
     assert call("run", *SMALL, *kind("exit"), "--out", "stored")[0] == 3
     before = (tmp_path / "stored" / "records.jsonl").read_bytes()
-    code, _, err = call("gate", "--baseline", "stored", "--update-baseline")
+    code, out, _ = call("gate", "--baseline", "stored", "--update-baseline", "--json")
     assert code == 3
-    assert sentence in err
+    assert json.loads(out)["note"].startswith(sentence)
     assert (tmp_path / "stored" / "records.jsonl").read_bytes() == before
 
 

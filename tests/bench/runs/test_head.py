@@ -58,7 +58,7 @@ def test_a_case_runs_over_two_machines(run, rank_request):
         (
             "spin",
             "timeout",
-            "rank 1 used the CPU without an end in phase update; the other rank waited in all_reduce.",
+            "rank 1 kept the CPU busy without progress in phase update; the other rank waited in all_reduce.",
         ),
     ],
 )

@@ -167,7 +167,7 @@ def test_a_rank_that_loops_for_ever_is_noticed_and_named(run, kind):
     assert result["outcome"] == "timeout"
     assert result["error"] == {
         "kind": "Hang",
-        "message": "rank 1 used the CPU without an end in phase update; the other rank waited in all_reduce.",
+        "message": "rank 1 kept the CPU busy without progress in phase update; the other rank waited in all_reduce.",
         "phase": "update",
     }
     assert spent_s >= STALL_S
