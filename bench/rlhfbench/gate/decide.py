@@ -80,15 +80,16 @@ def estimate(logs: Sequence[float], errors: Sequence[float] = ()) -> Estimate:
 
     Args:
         logs: One of each pair.
-        errors: Standard error of each, from the rounds of its pair. The rule cannot see which side was disturbed: it
-            is the same for both signs of the logarithm.
+        errors: Standard error of each, from the steps of its pair; 0 where it is not known, which counts as the median
+            of the others. The rule cannot see which side was disturbed: it is the same for both signs of the logarithm.
     """
     from scipy.special import stdtr, stdtrit
 
-    num, typical = len(logs), statistics.median(errors) if errors else 0.0
+    known = [error for error in errors if error]
+    num, typical = len(logs), statistics.median(known) if known else 0.0
     weights, least_variance = [1.0] * num, 0.0
     if typical:
-        squares = [max(error, _LEAST_ERROR * typical) ** 2 for error in errors]
+        squares = [max(error or typical, _LEAST_ERROR * typical) ** 2 for error in errors]
         between = _variance_between(logs, squares)
         weights = [1 / (square + between) for square in squares]
         least_variance = 1 / math.fsum(weights)
@@ -99,12 +100,15 @@ def estimate(logs: Sequence[float], errors: Sequence[float] = ()) -> Estimate:
 
 
 def estimates_of(ratios: Sequence[Sequence[tuple[float, float]]]) -> tuple[Estimate, ...]:
-    """Returns the estimate by each statistic that all pairs have.
+    """Returns the estimate by each statistic.
 
     Args:
-        ratios: Of each pair: the logarithm and its standard error by each statistic.
+        ratios: Of each pair: the logarithm and its standard error by each statistic. A pair that has the first alone
+            counts with it in all.
     """
-    return tuple(estimate(*zip(*of_pairs, strict=True)) for of_pairs in zip(*ratios, strict=False))
+    num = max(map(len, ratios))
+    whole = [[*of_pair, *of_pair[:1] * (num - len(of_pair))] for of_pair in ratios]
+    return tuple(estimate(*zip(*of_pairs, strict=True)) for of_pairs in zip(*whole, strict=True))
 
 
 def _weighted(values: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:

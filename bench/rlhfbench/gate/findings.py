@@ -16,6 +16,7 @@ from rlhfkernels.config.case import Case
 TimesOf = Callable[[Case, Record, Record], "Iterable[Finding]"]
 # At the moment of the highest total. Their split is comparable only where both sides peak in the same phase.
 _AT_PEAK = ("model_bytes", "activation_bytes", "rollout_bytes")
+_OWN_NAMES = ("total", *(key.removesuffix("_bytes") for key in _AT_PEAK))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,10 +172,11 @@ def sizes_of(case: Case, base: Record, head: Record) -> Iterator[Finding]:
     yield _size(case, "total", at(base, "memory.total_bytes"), at(head, "memory.total_bytes"))
     phases = [at(record, "memory.phases") or {} for record in (base, head)]
     for name in dict.fromkeys([*phases[0], *phases[1]]):
+        shown = f"phase {name}" if name in _OWN_NAMES else name  # a user's step may call a phase "rollout"
         if name in phases[0] and name in phases[1]:
-            yield _size(case, name, *(side[name].get("total_bytes") for side in phases))
+            yield _size(case, shown, *(side[name].get("total_bytes") for side in phases))
         else:
-            yield one_sided(case, f"memory {name}", in_base=name in phases[0])
+            yield one_sided(case, f"memory {shown}", in_base=name in phases[0])
     if at(base, "memory.peak_phase") != at(head, "memory.peak_phase"):
         return
     for key in _AT_PEAK:

@@ -74,8 +74,8 @@ class Rates:
 
     Attributes:
         slowdown: Of the phase, as a share.
-        found: Share of comparisons in which the slower case was called slower.
-        ambiguous: Share in which that case was neither slower nor the same.
+        found: Share of comparisons in which a time that the phase is part of was called slower.
+        ambiguous: Share in which none was, and a time of that case was ambiguous.
         false_alarms: Share of the comparisons of other cases that called them slower or faster.
         num_pairs: Mean number of pairs of a case.
         case_s: Mean seconds of a case, both sides together.
@@ -124,9 +124,13 @@ def rates(cases: Sequence[MeasuredCase], slowdown: float, effects: Effects, budg
     for _ in range(NUM_TRIES):
         target = rng.randrange(len(cases))
         verdicts, pairs = _compare(cases, target, slowdown, effects, budget_s, rng)
-        found += "slower" in verdicts[target]
-        ambiguous += "ambiguous" in verdicts[target] and "slower" not in verdicts[target]
-        alarms += sum(bool(said & set(CHANGES)) for case, said in enumerate(verdicts) if case != target)
+        affected = cases[target].affected(cases[target].longest_phase)
+        is_found = any(verdicts[target].get(name) == "slower" for name in affected)
+        found += is_found
+        ambiguous += not is_found and "ambiguous" in verdicts[target].values()
+        alarms += sum(
+            not set(said.values()).isdisjoint(CHANGES) for case, said in enumerate(verdicts) if case != target
+        )
         num_pairs += sum(pairs)
         spent_s += sum(case.pair_s * (num + 1) for case, num in zip(cases, pairs, strict=True))
     others = NUM_TRIES * (len(cases) - 1)
@@ -178,8 +182,8 @@ def _compare(
     effects: Effects,
     budget_s: float,
     rng: random.Random,
-) -> tuple[list[set[Verdict]], list[int]]:
-    """The verdicts on every case of one simulated comparison, and the pairs that each needed."""
+) -> tuple[list[dict[str, Verdict]], list[int]]:
+    """The verdicts by quantity on every case of one simulated comparison, and the pairs that each needed."""
     draws = [_ratios(case, slowdown if place == target else 0.0, rng) for place, case in enumerate(cases)]
     kept: list[dict[str, list[list[LogRatio]]]] = [{} for _ in cases]
     num_pairs, undecided = [0] * len(cases), list(range(len(cases)))
@@ -208,7 +212,8 @@ def _compare(
         if not undecided:
             verdicts = judged(1.0)
             break
-    return [{said for (of, _), said in verdicts.items() if of == place} for place in range(len(cases))], num_pairs
+    by_case = [{name: said for (of, name), said in verdicts.items() if of == place} for place in range(len(cases))]
+    return by_case, num_pairs
 
 
 def _ratios(case: MeasuredCase, slowdown: float, rng: random.Random) -> Iterator[dict[str, list[LogRatio]]]:

@@ -89,7 +89,7 @@ def test_the_last_look_spends_all_of_the_significance_level(tmp_path, monkeypatc
     assert 0 < levels[0] < 0.001
 
 
-def test_servers_that_have_lived_long_enough_are_started_anew(tmp_path, monkeypatch):
+def test_every_pair_of_a_case_has_servers_of_its_own(tmp_path, monkeypatch):
     pids, time_pairs = [], Comparison._time_pairs
 
     def noted(self, both, *rest):
@@ -97,14 +97,9 @@ def test_servers_that_have_lived_long_enough_are_started_anew(tmp_path, monkeypa
         time_pairs(self, both, *rest)
 
     monkeypatch.setattr(Comparison, "_time_pairs", noted)
-    monkeypatch.setattr(compare, "_SERVER_S", 0.0)
     findings, _ = compared(tmp_path, "steady", pair_s=0.01)
     assert set(verdicts(findings).values()) == {"same"}
     assert len({pid for both in pids for pid in both}) == 2 * MIN_PAIRS
-    pids.clear()
-    monkeypatch.setattr(compare, "_SERVER_S", 600.0)
-    compared(tmp_path / "again", "steady", pair_s=0.01)
-    assert len({pid for both in pids for pid in both}) == 2
 
 
 def test_both_sides_of_every_pair_share_the_cores_that_a_case_needs(tmp_path, monkeypatch):
@@ -172,13 +167,16 @@ def test_one_core_is_left_to_the_rest_of_the_machine(monkeypatch, physical, usab
     assert compare.default_threads() == threads
 
 
-def test_both_sides_live_at_once_only_where_they_fit():
+def test_both_sides_live_at_once_only_where_they_fit(monkeypatch):
     def records(num_bytes):
         return [{"memory": {"views": {"host_peak_bytes": num_bytes}}}] * 2
 
-    free = psutil.virtual_memory().available
-    assert compare.fit_at_once(CASE, records(free // 10))
-    assert not compare.fit_at_once(CASE, records(free // 2))
+    monkeypatch.setattr(compare, "available_bytes", lambda: 1000)  # also of a control group
+    assert compare.fit_at_once(CASE, records(340))
+    assert not compare.fit_at_once(CASE, records(360))
+    ranks = dataclasses.replace(CASE, options=Options.of({"parallel.strategy": "ddp", "parallel.world_size": 2}))
+    assert compare.fit_at_once(ranks, records(170))
+    assert not compare.fit_at_once(ranks, records(180))  # of each rank
     assert not compare.fit_at_once(dataclasses.replace(CASE, device="cuda"), records(1))
     assert not compare.fit_at_once(CASE, [*records(1)[:1], *records(None)[:1]])
     assert not compare.fit_at_once(CASE, [*records(1)[:1], None])
@@ -318,6 +316,12 @@ def test_parts_are_compared_where_both_sides_peak_in_one_phase(tmp_path):
     assert found == {"memory total": "smaller", "memory generate": "same", "memory update": "smaller"}
     same = {f.quantity: f.verdict for f in sizes_of(CASE, record("update", 100, 0), record("update", 100, 40))}
     assert same["memory part kv_cache"] == "larger"
+
+
+def test_a_phase_that_is_called_as_a_part_has_a_name_of_its_own():
+    record = {"memory": {"total_bytes": 9, "phases": {"rollout": {"total_bytes": 7}}, "rollout_bytes": 2}}
+    found = {f.quantity: f.base for f in sizes_of(CASE, record, record)}
+    assert (found["memory phase rollout"], found["memory rollout"]) == (7, 2)
 
 
 def test_the_table_has_the_answer_the_totals_and_what_differs(tmp_path):

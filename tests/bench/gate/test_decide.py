@@ -83,6 +83,11 @@ def test_pairs_that_agree_by_chance_are_no_surer_than_their_rounds():
     assert estimate([0.08, 0.08, 0.081, 0.08]).p_value < 1e-6
 
 
+def test_a_pair_whose_error_is_not_known_counts_as_a_typical_one():
+    logs, errors = [0.1, 0.3, 0.2, 0.9], [0.02, 0.01, 0.03, 0.0]
+    assert estimate(logs, errors) == estimate(logs, [*errors[:3], 0.02])
+
+
 def test_five_rounds_that_agree_by_chance_outweigh_no_other_pairs():
     found = estimate([0.0, 0.0, 0.0, 0.0, 0.05], [0.1, 0.1, 0.1, 0.1, 1e-9])
     assert math.log(found.ratio) == pytest.approx(0.05 * 4 / 8)  # it weighs as much as the other four
@@ -188,9 +193,9 @@ def test_holms_correction_counts_every_statistic():
     assert judge([one * 2, one * 2], 0.05, EFFECTS)[0][0] == "ambiguous"
 
 
-def test_estimates_are_those_of_the_statistics_that_all_pairs_have():
+def test_a_pair_that_has_one_statistic_counts_with_it_in_all():
     pairs = [((0.1, 0.0), (0.2, 0.0)), ((0.12, 0.0), (0.3, 0.0)), ((0.11, 0.0),)]
-    assert estimates_of(pairs) == (estimate([0.1, 0.12, 0.11], [0.0] * 3),)
+    assert estimates_of(pairs) == (estimate([0.1, 0.12, 0.11], [0.0] * 3), estimate([0.2, 0.3, 0.11], [0.0] * 3))
     assert estimates_of(pairs[:2]) == (estimate([0.1, 0.12], [0.0] * 2), estimate([0.2, 0.3], [0.0] * 2))
 
 

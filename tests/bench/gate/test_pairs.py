@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import statistics
 
 import pytest
 
 from rlhfbench.gate.pairs import LogRatio, pairs_of
+from rlhfbench.measure.statistic import error_of_midmean, influences_on_fast_mean
 
 
 def test_the_ratio_of_a_pair_in_turns_is_that_of_its_rounds():
@@ -45,8 +47,25 @@ def test_the_errors_of_a_pair_are_those_of_its_steps(num_rounds):
     assert set(pair.ratios) == {"total", "inference", "generate"}
     for ratios in pair.ratios.values():
         assert [ratio.error for ratio in ratios] == pytest.approx(expected)
-    (unpaired,) = pairs_of(*(one_phase([1.0] * 7 + [last], in_turns=False) for last in (1.0, 2.0)))
-    assert unpaired.ratios == dict.fromkeys(pair.ratios, (LogRatio(0.0, 0.0),))
+
+
+@pytest.mark.parametrize("num_steps", [7, 8])
+def test_blocks_that_share_no_rounds_add_up_their_errors(num_steps):
+    """Steps in any order, and more of them on one side, make no difference."""
+    seconds = [1.0, 1.0, 1.1, 1.2, 1.3, 1.5, 1.7, 2.5][:num_steps]
+    shuffled = [1.1 * value for value in (*seconds[::-1], *seconds)]
+    (pair,) = pairs_of(one_phase(seconds, in_turns=False), one_phase(shuffled, in_turns=False))
+    logs = [math.log(value) for value in seconds]
+    assert logs_of(pair.ratios["total"]) == pytest.approx([math.log(1.1)] * 2, abs=0.02)
+    if num_steps == 7:
+        errors = [1.3 * statistics.stdev(logs) / math.sqrt(7), statistics.stdev(logs) / math.sqrt(7)]
+    else:
+        errors = [statistics.stdev(influences_on_fast_mean(logs)) / math.sqrt(8), error_of_midmean(logs)]
+    found = [ratio.error for ratio in pair.ratios["total"]]
+    # The other side has twice as many steps, so its variance is about half.
+    assert [error / own for error, own in zip(found, errors, strict=True)] == pytest.approx(
+        [math.sqrt(1.5)] * 2, rel=0.2
+    )
 
 
 def test_a_change_of_some_steps_shows_in_the_mid_mean():
