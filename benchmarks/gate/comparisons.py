@@ -6,9 +6,9 @@
 
 Each gate compares ten cases on ``tiny``. A comparison is one of them: 10 gates are 100 comparisons. With ``--slower``
 the longest phase of every case is that much slower in the head. Those of a gate are appended to OUT/comparisons.jsonl
-as it ends. The same command goes on where an earlier one was interrupted, and prints the rates of all, and those of two
-other tools' rules: of the steps of the first and the last pair of each comparison, they are asked about every time that
-the gate is asked about.
+as it ends. The same command goes on where an earlier one was interrupted, also at a later commit with the same code of
+the gate, and prints the rates of all, and those of two other tools' rules: of the steps of the first and the last pair
+of each comparison, they are asked about every time that the gate is asked about.
 
 Two of them may run at once, each the other's busy process, if each has a core and temporary files of its own:
 
@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import hashlib
 import json
 import subprocess
 import sys
@@ -43,6 +44,8 @@ METHODS = [
     "full", "lora", "dynamic-lora", "joined-hydra", "hydra", "sft", "sft-lora", "dpo", "dpo-lora", "best-of-n",
 ]  # fmt: skip
 ALARMS = (*CHANGES, "missing", "failed")
+# What decides: comparisons by the same of these count together.
+_JUDGEMENT = ("gate", "measure/turns.py", "measure/statistic.py", "measure/cores.py", "measure/interference.py")
 # Ends with its parent.
 _BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: sum(range(10000))"
 
@@ -55,9 +58,9 @@ def main() -> int:
     root = sides.repository()
     commit = sides.commit_of("HEAD", root)
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    about = {"commit": commit, "slower": given.slower, "busy": given.busy}
+    about = {"judgement": _judgement(root, commit), "slower": given.slower, "busy": given.busy}
     if any(row[name] != value for row in done for name, value in about.items()):
-        raise GateError(f"'{path}' holds comparisons of another commit, slowdown or load: name a new folder.")
+        raise GateError(f"'{path}' holds comparisons by other code, slowdown or load: name a new folder.")
     counted = {row["gate"] for row in done}
     with sides.only_gate():
         slowed = _measured_cases(root, commit) if given.slower else []
@@ -67,7 +70,9 @@ def main() -> int:
             started_s = time.monotonic()
             with _busy_process() if given.busy else contextlib.nullcontext():
                 findings, spent_s, others = _gate(root, commit, given, slowed, seed=gate)
-            rows = [{**about, "gate": gate, **row} for row in _rows(findings, slowed, spent_s, others)]
+            rows = [
+                {"commit": commit, **about, "gate": gate, **row} for row in _rows(findings, slowed, spent_s, others)
+            ]
             with path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
             done += rows
@@ -87,6 +92,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--busy", action="store_true", help="beside a process that keeps one core busy")
     parser.add_argument("--slower", type=float, default=0.0, metavar="X", help="share by which a phase is slower")
     return parser.parse_args()
+
+
+def _judgement(root: Path, commit: str) -> str:
+    """A hash of the code that decides."""
+    objects = sides.git("rev-parse", *(f"{commit}:bench/rlhfbench/{path}" for path in _JUDGEMENT), folder=root)
+    return hashlib.sha256(objects.encode()).hexdigest()[:12]
 
 
 @contextlib.contextmanager
@@ -176,7 +187,10 @@ def _rows(
             "spent_s": spent_s[case.id],
             "expected": sorted(expected),
             "others": others.get(case.id, {}),
-            "intervals": {name: [ratio.low, ratio.ratio, ratio.high] for name, ratio in estimates.items()},
+            "intervals": {
+                name: [round(end, 4) for end in (ratio.low, ratio.ratio, ratio.high)]
+                for name, ratio in estimates.items()
+            },
         }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -44,10 +45,12 @@ def count(monkeypatch, tmp_path, capsys):
     spec = importlib.util.spec_from_file_location("comparisons", SCRIPT)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    commits = iter(["c1", "c1", "c2"])
+    versions = iter(["v1", "v1", "v2"])
     measured = [MeasuredCase(case_id=case.id, kinds=KINDS, pairs=PAIRS, spent_s=1.0) for case in (CASE, OTHER)]
     monkeypatch.setattr(script.sides, "repository", lambda: tmp_path)
-    monkeypatch.setattr(script.sides, "commit_of", lambda revision, root: next(commits))
+    monkeypatch.setattr(script.sides, "commit_of", lambda revision, root: "c1")
+    judgement = script._judgement
+    monkeypatch.setattr(script, "_judgement", lambda root, commit: next(versions))
     monkeypatch.setattr(script, "_measured_cases", lambda root, commit: measured)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # the lock of this machine's gates lies there
     asked = []
@@ -66,7 +69,7 @@ def count(monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(sys, "argv", arguments)
         return script.main(), capsys.readouterr().out, asked
 
-    run.error = script.GateError
+    run.script, run.judgement, run.error = script, judgement, script.GateError
     run.num_busy = []
     return run
 
@@ -82,7 +85,7 @@ def test_it_goes_on_where_it_was_interrupted_and_counts_cases_with_an_alarm(coun
     rows = [json.loads(line) for line in (tmp_path / "out" / "comparisons.jsonl").read_text().splitlines()]
     assert [(row["gate"], row["busy"]) for row in rows] == [(0, False), (1, False)]
     assert rows[-1]["alarms"] == {"total s": "slower", "score s": "faster"}
-    with pytest.raises(count.error, match="of another commit"):
+    with pytest.raises(count.error, match="by other code"):
         count(3)
 
 
@@ -105,5 +108,23 @@ def test_a_slower_case_is_found_by_what_its_longest_phase_is_part_of(count, tmp_
     assert code == 1
     (row,) = map(json.loads, (tmp_path / "out" / "comparisons.jsonl").read_text().splitlines())
     assert (row["slowed"], row["slower"], row["alarms"]) == ("generate", 0.1, {"score s": "slower"})
-    with pytest.raises(count.error, match="another commit, slowdown or load"):
+    with pytest.raises(count.error, match="other code, slowdown or load"):
         count(1)
+
+
+def test_comparisons_count_together_as_long_as_the_code_that_decides_is_the_same(count, tmp_path):
+    def commit(path, text):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        for words in (("add", "."), (*who, "commit", "-qm", text)):
+            subprocess.run(["git", *words], cwd=tmp_path, check=True)
+
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    for path in count.script._JUDGEMENT:
+        commit(f"bench/rlhfbench/{path}" + ("" if path.endswith(".py") else "/decide.py"), path)
+    first = count.judgement(tmp_path, "HEAD")
+    commit("README.md", "elsewhere")
+    assert count.judgement(tmp_path, "HEAD") == first
+    commit("bench/rlhfbench/gate/decide.py", "changed")
+    assert count.judgement(tmp_path, "HEAD") != first
