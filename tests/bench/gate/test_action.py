@@ -40,11 +40,16 @@ def step(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(command.parent), prepend=os.pathsep)
     monkeypatch.setenv("RUNNER_TEMP", str(tmp_path))
 
-    def run(base, code, allow="true", table=""):
+    def run(base, code, allow="true", table="", folder=tmp_path, **variables):
         files = {f"GITHUB_{name}": str(tmp_path / name) for name in ("OUTPUT", "STEP_SUMMARY")}
-        more = {"BASE": base, "CODE": str(code), "ARGUMENTS": "--methods lora", "ALLOW": allow, "TABLE": table, **files}
+        more = {"BASE": base, "CODE": str(code), "ARGUMENTS": "--methods lora", "ALLOW": allow, "TABLE": table}
         # As GitHub runs the shell bash.
-        done = subprocess.run(["bash", "-eo", "pipefail", "-c", SCRIPT], env={**os.environ, **more}, check=False)
+        done = subprocess.run(
+            ["bash", "-eo", "pipefail", "-c", SCRIPT],
+            env={**os.environ, **more, **files, **variables},
+            check=False,
+            cwd=folder,
+        )
         return done.returncode, dict(line.split("=", 1) for line in (tmp_path / "OUTPUT").read_text().splitlines())
 
     return run
@@ -81,3 +86,27 @@ def test_a_case_without_an_answer_is_no_ambiguity(step, verdict):
 
 def test_a_gate_without_a_table_is_no_ambiguity(step):
     assert step("abc", 3, "true")[0] == 3
+
+
+def test_the_default_base_is_what_a_pull_request_would_be_merged_into(step, tmp_path):
+    """The first parent of the merge that is checked out, the event's base where there is none, else the parent."""
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+
+    def git(*words):
+        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        done = subprocess.run(["git", *who, *words], cwd=folder, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    def table(**variables):
+        return Path(step("", 0, folder=folder, **variables)[1]["table"]).read_text()
+
+    git("init", "-q", "-b", "main")
+    for message in ("first", "second"):
+        git("commit", "-q", "--allow-empty", "-m", message)
+    assert table(PULL_BASE="") == "table of HEAD~1\n"
+    assert table(PULL_BASE="abc") == "table of abc\n"
+    git("checkout", "-q", "-b", "change", "HEAD~1")
+    git("commit", "-q", "--allow-empty", "-m", "change")
+    git("merge", "-q", "--no-ff", "-m", "merge", "main")
+    assert table(PULL_BASE="abc") == "table of HEAD^1\n"
