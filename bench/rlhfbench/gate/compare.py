@@ -57,7 +57,7 @@ class GateOptions:
         effects: What counts as a change, and what ``same`` excludes.
         budget_s: Seconds of a case, over both sides, after which no more pairs are timed. Four pairs always are.
         pair_s: Seconds of timed steps of a pair, over both sides; ``None`` is a twentieth of the budget, at most 3 s.
-        num_threads: torch's threads in each case; ``None`` leaves one core to the rest of the machine.
+        num_threads: torch's threads in each case; ``None`` is one per physical core, with at least one core left free.
         step: ``module:function`` of the user's own step; ``None`` for the methods of this package.
         case_timeout_s: Seconds after which a process is killed.
     """
