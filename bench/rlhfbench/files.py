@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from typing import Literal
 
 from rlhfbench.errors import RunFolderError
 
@@ -39,10 +40,30 @@ def write_atomically(path: Path, text: str) -> None:
     """Writes ``text`` to ``path`` through a temporary file: a killed writer leaves the old content or the new."""
     draft = path.with_name(path.name + ".tmp")
     try:
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        _write(draft, text, "w")
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def write_new(path: Path, text: str) -> None:
+    """Writes ``text`` to a new file: of several writers one succeeds. A write that fails leaves no file.
+
+    Raises:
+        FileExistsError: there is a file of that name.
+    """
+    try:
+        _write(path, text, "x")
+    except FileExistsError:
+        raise
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _write(path: Path, text: str, mode: Literal["w", "x"]) -> None:
+    """Writes a file, and returns when the disk has it."""
+    with path.open(mode, encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

@@ -31,6 +31,7 @@ _PARTS_OF_RANKS = ("gathered", "buckets")
 RUN = "run"
 # The machine that ran a case. Times of several machines are never compared within a run, so it is an axis like others.
 HOST = "host"
+SEGMENT = "run_segment"  # 0 for the first start of the run, n for its n-th resumption
 _ALIAS = " = "  # between names of one machine, as containers have
 CASE_AXES: dict[str, str] = {
     "model": "{}",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlhfbench.errors import RunFolderError
-from rlhfbench.files import check_writable
+from rlhfbench.files import check_writable, write_new
 
 
 @pytest.mark.parametrize("name", [".", "new", "new/below"])
@@ -30,3 +30,16 @@ def test_a_folder_without_permission_is_named(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(RunFolderError, match=r"^--out '.*new' cannot be written: Permission denied\.$"):
         check_writable("--out", tmp_path / "new")
+
+
+def test_a_new_file_is_written_once_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    monkeypatch.setattr(os, "fsync", lambda fd: os.read(-1, 1))  # an OSError
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        write_new(path, "torn")
+    assert not path.exists()
+    monkeypatch.undo()
+    write_new(path, "first")
+    with pytest.raises(FileExistsError):
+        write_new(path, "second")
+    assert path.read_text() == "first"

@@ -62,7 +62,7 @@ class MeasurementOptions:
         typer.Option(
             metavar="SIZE",
             rich_help_panel=MEASUREMENT,
-            help="Memory that a case may allocate: 4GiB. No limit by default.",
+            help="Memory that a case may allocate: 4GiB; none for no limit.  [default: none]",
         ),
     ] = None
     threads: Annotated[
@@ -116,16 +116,19 @@ class MeasurementOptions:
         """
         from rlhfbench.cases.sizes import parse_size
 
-        limit = None if self.memory_limit is None else parse_size("--memory-limit", self.memory_limit)
+        limit: dict[str, int | None] = {}
+        if self.memory_limit is not None:
+            is_size = self.memory_limit != "none"
+            limit["memory_limit_bytes"] = parse_size("--memory-limit", self.memory_limit) if is_size else None
         return RunOptions.recorded(
             {
                 **recorded,
+                **limit,
                 **given(
                     time_budget_s=self.time_budget_s,
                     blocks=self.blocks,
                     case_timeout_s=self.case_timeout_s,
                     num_threads=self.threads,
-                    memory_limit_bytes=limit,
                     profile=self.profile,
                     with_plan=self.with_plan,
                 ),

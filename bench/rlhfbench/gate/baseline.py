@@ -49,7 +49,7 @@ def time_obstacle(base: Path, head: Path) -> str | None:
     if not earlier or not now:
         return "Times are not judged: the environment of the baseline is not recorded."
     # Threads are compared by case: the environment has those that were asked for.
-    changed = environment.differences(now[0], earlier, without=("commit", "rlhfbench", "threads"))
+    changed = environment.differences(now[0], earlier, without=("commit", "sources", "rlhfbench", "threads"))
     return f"Times are not judged: {'; '.join(changed)}." if changed else None
 
 

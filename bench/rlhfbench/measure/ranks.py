@@ -105,7 +105,7 @@ def gather(
 
 
 def world_object(parallel: ParallelOptions, ranks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The ``world`` object of a record.
+    """The ``world`` object of a record, which is measured in its first block: ``slowest_rank`` and all seconds too.
 
     Args:
         parallel: options of the case.

@@ -129,7 +129,8 @@ def _add_block(kept: dict[int, Record], places: Mapping[int, str | None], entry:
             latency = kept[place]["latency"]
             _check_phases(entry["block_of"], entry["block"], latency["phases"])
             blocks = [*(latency["blocks"] or ()), entry["block"]]
-            kept[place] = {**kept[place], "latency": {**latency, "blocks": blocks}}
+            asked = max(latency["num_blocks"] or 0, len(blocks))  # a resumed run may ask for more
+            kept[place] = {**kept[place], "latency": {**latency, "num_blocks": asked, "blocks": blocks}}
             return
 
 

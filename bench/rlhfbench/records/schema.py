@@ -108,7 +108,11 @@ _MEASURED: tuple[Field, ...] = (
     Field(derived.global_batch_size, "Int64", "batch_size over all ranks", name="global_batch_size"),
     Field("world", "object", "what the ranks of the case measured, each of them and together"),
     Field("world.worst_rank", "Int64", "rank with the highest total: the memory columns are its own"),
-    Field("world.slowest_rank", "Int64", "rank whose timed steps took the longest: the seconds are its own"),
+    Field(
+        "world.slowest_rank",
+        "Int64",
+        "rank whose timed steps took the longest in the first block: in a later one it may be another",
+    ),
     Field("world.communication_calls", "Int64", "collectives of one step, on rank 0"),
     Field("world.communication_bytes", "Int64", "bytes of the tensors that these collectives work on, on rank 0"),
     Field(

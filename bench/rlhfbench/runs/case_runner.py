@@ -10,6 +10,7 @@ from typing import Any
 from rlhfbench.records.file import Entry, Record, RecordsFile, make_record
 from rlhfbench.records.timelines import planned, write_timeline
 from rlhfbench.runs import environment
+from rlhfbench.runs.conditions import Conditions
 from rlhfbench.runs.execution import Ended, Executor, Task
 from rlhfbench.runs.folder import RunFolder, Segment
 from rlhfbench.runs.options import RunOptions
@@ -31,7 +32,8 @@ class Runner:
         executor: runs the cases. The caller closes it.
         progress: receives what happens.
         segment: of the run, which records name.
-        retry: outcomes of recorded cases that are run again, once.
+        retry: outcomes of recorded cases that are run again, once. With ``oom``, cases that were skipped because a
+            smaller one was out of memory are run again too.
         extra_settings: called with a case, returns further fields of ``MeasurementOptions`` for it.
 
     Attributes:
@@ -53,6 +55,8 @@ class Runner:
     ) -> None:
         self._segment = segment
         self._extra_settings = extra_settings
+        self._conditions = Conditions(folder, segment)
+        retry = {*retry, "skipped"} if "oom" in retry else retry
         self._retried = {entry.case_id for entry in records.entries.values() if entry.outcome in retry}
         self._folder, self._options, self._records = folder, options, records
         self._executor, self._progress, self._title = executor, progress, title or Titles()
@@ -71,30 +75,46 @@ class Runner:
     def run_blocks(self, cases: Sequence[Case]) -> None:
         """Times the blocks that the records of ``cases`` lack: one of every case, in random order, then the next.
 
-        So the blocks of a case lie apart, and what changes during the run changes all cases alike.
+        So the blocks of a case lie apart, and what changes during the run changes all cases alike. Blocks of different
+        machines or conditions are never mixed.
         """
         ids = {case.id: case for case in cases}
+        lacking = [entry for entry in self._recorded() if entry.case_id in ids and self._lacks_blocks(entry)]
+        num_kept = sum(not self._is_as_it_was(entry) for entry in lacking)
+        if num_kept:
+            self._progress.notice(
+                f"No further blocks are timed for {num_kept} {'case' if num_kept == 1 else 'cases'}: measured under "
+                "other conditions, or on a machine that is not here."
+            )
         lost = set[str]()  # cases whose machine died, which lack blocks for good
         while True:
-            missing = [entry for entry in self._recorded() if entry.case_id in ids and self._lacks_blocks(entry)]
-            missing = [entry for entry in missing if entry.case_id not in lost]
+            missing = [entry for entry in lacking if entry.case_id not in lost]
+            missing = [entry for entry in missing if self._lacks_blocks(entry) and self._is_as_it_was(entry)]
             if not missing:
                 return
             number = min(entry.num_blocks for entry in missing)
             behind = [entry for entry in missing if entry.num_blocks == number]
             random.Random(f"{self._segment.run_id if self._segment else ''} {number}").shuffle(behind)
             self._executor.start()
-            self._progress.begin_blocks(number, max(entry.num_blocks_asked for entry in missing), len(behind))
+            self._progress.begin_blocks(number, max(map(self._num_blocks, missing)), len(behind))
             hosts = {entry.case_id: entry.host for entry in behind}
             for ended in self._executor.run([ids[entry.case_id] for entry in behind], self._start_block, hosts):
                 if ended.is_lost:
                     lost.add(ended.task.case.id)
                 self._record_block(ended)
 
+    def _num_blocks(self, entry: Entry) -> int:
+        """Blocks that the case of ``entry`` is timed in. A resumed run may ask for other than its start did."""
+        return self._options.blocks or entry.num_blocks_asked
+
     def _lacks_blocks(self, entry: Entry) -> bool:
-        """True if blocks of ``entry`` are to be timed. Blocks of different machines are never mixed."""
+        """True if the case of ``entry`` has fewer blocks than it is timed in."""
+        return entry.outcome == "ok" and 0 < entry.num_blocks < self._num_blocks(entry)
+
+    def _is_as_it_was(self, entry: Entry) -> bool:
+        """True if the machine of ``entry`` is here, and nothing has changed since that times or memory depend on."""
         here = self._segment is None or self._executor.can_run_on(entry.host)
-        return here and entry.outcome == "ok" and 0 < entry.num_blocks < entry.num_blocks_asked
+        return here and self._conditions.are_alike(entry)
 
     def add_block(self, case: Case, settings: Mapping[str, Any] | None = None) -> None:
         """Times and records one more block of ``case``, which has a record. A block that fails has its error.
@@ -109,7 +129,7 @@ class Runner:
     def _start_block(self, case: Case, settings: Mapping[str, Any] | None = None) -> Task:
         entry = self._records.entries[case.id]
         self._progress.start_block(case)
-        return self._task(case, entry.num_blocks, entry.num_blocks_asked, settings)
+        return self._task(case, entry.num_blocks, self._num_blocks(entry), settings)
 
     def _record_block(self, ended: Ended) -> None:
         """Records a block. One whose machine died is not recorded: a resumed run times it."""
@@ -127,7 +147,7 @@ class Runner:
             num_blocks: blocks of each; by default those of the options.
         """
         self._executor.start()
-        failed = [Case.from_dict(entry.oom_case) for entry in self._recorded() if entry.oom_case is not None]
+        failed = self._out_of_memory()
         smaller: dict[str, Case] = {}
 
         def start(case: Case) -> Task | None:
@@ -148,6 +168,14 @@ class Runner:
             if record["outcome"] == "oom":
                 failed.append(case)
             self._progress.finish_case(case, record)
+
+    def _out_of_memory(self) -> list[Case]:
+        """The recorded cases that were out of memory and would be again: under the same conditions and limit."""
+        return [
+            Case.from_dict(entry.oom_case)
+            for entry in self._recorded()
+            if entry.oom_case is not None and self._conditions.limit_is_same(entry) and self._is_as_it_was(entry)
+        ]
 
     def try_case(self, case: Case) -> Record:
         """Runs and records ``case``, or returns its record from earlier."""

@@ -17,6 +17,7 @@ import psutil
 from rlhfbench.errors import ForkServerError, RunFolderError
 from rlhfbench.measure.nvml import visible_handles
 from rlhfbench.records.derived import at
+from rlhfbench.runs import versions
 
 _PACKAGES = ("rlhfbench", "torch", "transformers", "peft", "numpy", "triton")
 # Environment variables that change speed, memory or the visible devices.
@@ -37,6 +38,7 @@ _VARIABLES = (
 # What times depend on, by the name that a notice uses: its place in an environment.
 _COMPARED = {
     "commit": "source.commit",
+    "sources": "source.hash",
     "Python": "python",
     **{name: f"versions.{name}" for name in _PACKAGES},
     "host": "host",
@@ -77,7 +79,7 @@ def describe(
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {name: _version(name) for name in _PACKAGES},
-        "source": source(Path(__file__).parent),
+        "source": {**source(Path(__file__).parent), "hash": _source_hash()},
         "cpu": {
             "model": _cpu_model(),
             "num_physical_cores": psutil.cpu_count(logical=False),
@@ -130,6 +132,19 @@ def changes(now: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> str
     return f"Resumed under other conditions: {'; '.join(phrases)}. Times before and after do not compare."
 
 
+def are_alike(now: Mapping[str, Any], earlier: Mapping[str, Any]) -> bool:
+    """True if times of two environments compare. The commit counts only where the hash of the sources is unknown."""
+    without = () if at(earlier, "source.hash") is None else ("commit",)
+    return not differences(now, [earlier], without=without)
+
+
+def of_host(environment: Mapping[str, Any], host: str | None) -> Mapping[str, Any]:
+    """The environment of the machine of that name: of a node of a cluster, else of the machine of the run."""
+    nodes = environment.get("nodes")
+    found: Mapping[str, Any] = nodes.get(host, environment) if isinstance(nodes, Mapping) else environment
+    return found
+
+
 def differences(
     now: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]], *, without: Collection[str] = ()
 ) -> list[str]:
@@ -157,9 +172,14 @@ def differences(
 def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return " ".join(f"{key}={item}" for key, item in value.items()) or "none"
-    if isinstance(value, list):  # of GPUs
-        return " + ".join(str(at(gpu, "name")) for gpu in value) or "none"
+    if isinstance(value, list):
+        return " + ".join(map(_gpu, value)) or "none"
     return "unknown" if value is None else str(value)
+
+
+def _gpu(gpu: Any) -> str:
+    driver = at(gpu, "driver")
+    return str(at(gpu, "name")) + ("" if driver is None else f" (driver {driver})")
 
 
 def source(folder: Path) -> dict[str, Any]:
@@ -171,6 +191,12 @@ def source(folder: Path) -> dict[str, Any]:
         status = _git(folder, "status", "--porcelain")
         dirty = None if status is None else bool(status)
     return {"commit": commit, "dirty": dirty}
+
+
+def _source_hash() -> str | None:
+    """Hash of the sources, which changes with every edit; ``None`` where they are not found."""
+    installed = versions.installed()
+    return None if installed is None else installed[1]
 
 
 def gpus() -> list[dict[str, Any]] | None:

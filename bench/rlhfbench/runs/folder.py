@@ -11,7 +11,7 @@ from typing import Any
 
 from rlhfbench.cases.sweep import Sweep, differences
 from rlhfbench.errors import RunFolderError, SweepError
-from rlhfbench.files import write_atomically
+from rlhfbench.files import write_atomically, write_new
 from rlhfbench.records.file import RECORDS_NAME
 
 SWEEP_NAME = "sweep.toml"
@@ -83,10 +83,12 @@ class RunFolder:
                 self._check_present(sweep, resume=resume)
             elif resume:
                 self.check_is_run()
-            for folder in (self.path, self.log_path("").parent, self.traces_dir):
-                folder.mkdir(parents=True, exist_ok=True)
-            if not self.sweep_path.exists():
-                write_atomically(self.sweep_path, sweep.to_toml())
+            # The sweep comes first: with it alone, a start that fails later can be resumed.
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not resume:
+                self._write_sweep(sweep)
+            for folder in (self.log_path("").parent, self.traces_dir):
+                folder.mkdir(exist_ok=True)
         except OSError as error:
             raise RunFolderError(f"out '{self.path}' cannot be written: {error.strerror}.") from error
 
@@ -103,14 +105,21 @@ class RunFolder:
         if not self.is_run:
             raise RunFolderError(f"out '{self.path}' holds files of something else: name an empty or a new folder.")
         if not resume:
-            raise RunFolderError(
-                f"out '{self.path}' holds another run: continue it with --resume, or name a new folder."
-            )
+            raise self._holds_another()
         recorded = self.load_sweep()
         if {case.id for case in recorded.cases} != {case.id for case in sweep.cases}:
             raise RunFolderError(
                 f"out '{self.path}' holds a run of a different sweep: {differences(sweep.cases, recorded.cases)}."
             )
+
+    def _write_sweep(self, sweep: Sweep) -> None:
+        try:
+            write_new(self.sweep_path, sweep.to_toml())
+        except FileExistsError:  # another run started since the check
+            raise self._holds_another() from None
+
+    def _holds_another(self) -> RunFolderError:
+        return RunFolderError(f"out '{self.path}' holds another run: continue it with --resume, or name a new folder.")
 
     def load_sweep(self) -> Sweep:
         """The sweep of the run in this folder.

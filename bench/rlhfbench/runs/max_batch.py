@@ -183,12 +183,16 @@ def find_max_batches(
         progress: receives what happens; by default it is written to standard error.
 
     Raises:
-        SweepError: ``limit`` is below 1, or an option splits the batch.
+        SweepError: ``limit`` is below 1, several blocks are asked for, or an option splits the batch.
         RunFolderError: the folder cannot be used.
     """
     if options is None:
         options = RunOptions.recorded(RunFolder(out_dir).settings() if resume else {})
     problems = [f"max-batch-limit is {limit}: it must be a whole number of at least 1."] if limit < 1 else []
+    if options.blocks not in (None, 1):
+        problems.append(
+            f"blocks is {options.blocks}: each try of --max-batch has one block: leave it out, or ask for 1."
+        )
     if any(case.options.engine.micro_batch_size or case.options.ppo.num_mini_batches > 1 for case in sweep.cases):
         problems.append(
             "--max-batch tries each batch whole: leave out engine.micro_batch_size and ppo.num_mini_batches."

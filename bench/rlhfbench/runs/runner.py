@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from rlhfbench.cases.model_facts import ModelFacts
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.errors import RunFolderError
 from rlhfbench.launch import Launch, find_launch
-from rlhfbench.records.file import Record, RecordsFile
+from rlhfbench.records.file import Entry, Record, RecordsFile
 from rlhfbench.runs import environment
 from rlhfbench.runs.case_process import ThisMachine
 from rlhfbench.runs.case_runner import Runner
@@ -133,6 +133,8 @@ def run_cases(
         settings = {**dataclasses.asdict(options), "max_batch_limit": max_batch_limit}
         described = _described(sweep, facts, settings | ({} if place is None else dict(place.settings)))
         with RecordsFile(folder.path) as records:
+            if resume:
+                _tell_of_added(options, folder.settings(), records.measured, progress)
             segment = _begin_segment(folder, described, progress)
             setup = Setup(
                 folder=folder.path,
@@ -196,6 +198,19 @@ def _described(sweep: Sweep, facts: Mapping[str, ModelFacts], settings: Mapping[
         "revisions": {name: model.revision for name, model in facts.items() if model.revision is not None},
         "data_files": {file: content_hash(file) for file in files},
     }
+
+
+def _tell_of_added(
+    options: RunOptions, before: Mapping[str, Any], measured: Sequence[Entry], progress: Progress
+) -> None:
+    """Tells which options are new in a resumed run and do not reach the cases that are already measured."""
+    names = ("with_plan", "profile")
+    added = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) and not before.get(name)]
+    if added and measured:
+        progress.notice(
+            f"{' and '.join(added)} {'holds' if len(added) == 1 else 'hold'} for cases that are run from now on: "
+            f"{len(measured)} already measured {'stays' if len(measured) == 1 else 'stay'} as recorded."
+        )
 
 
 def _begin_segment(folder: RunFolder, described: Mapping[str, Any], progress: Progress) -> Segment:

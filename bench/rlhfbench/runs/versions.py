@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 PACKAGES = ("rlhfbench", "rlhfkernels")
+_SUFFIXES = (".py", ".c", ".h")  # the C backend is compiled when it is first used
 
 Installed = tuple[str, str] | None  # version and a hash of the sources
 
@@ -25,7 +26,7 @@ def installed() -> Installed:
         if spec is None or not spec.submodule_search_locations:
             return None
         root = Path(next(iter(spec.submodule_search_locations)))
-        for path in sorted(root.rglob("*.py")):
+        for path in sorted(path for path in root.rglob("*") if path.suffix in _SUFFIXES):
             digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     try:
         version = importlib.metadata.version(PACKAGES[0])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from rlhfreports.columns import HOST, RUN
+from rlhfreports.columns import HOST, RUN, SEGMENT
 from rlhfreports.compare import HARDWARE
 
 Profile = Mapping[str, pd.DataFrame]  # see ``rlhfreports.profiles``
@@ -75,14 +75,21 @@ class Page:
 def hardware_of(run: Run) -> list[str | None]:
     """The models of the GPUs, or of the CPU with its cores, of each row of a run; ``None`` where they are not recorded.
 
-    A run on a cluster has the environments of its nodes by host.
+    A resumed run has an environment for each segment, and one on a cluster those of its nodes by host.
     """
-    first: Mapping[str, Any] = run.environments[0] if run.environments else {}
-    nodes = first.get("nodes")
-    nodes = nodes if isinstance(nodes, Mapping) else {}
-    pairs = [(host, str(device)) for host, device in zip(run.frame[HOST], run.frame["device"], strict=True)]
-    known = {pair: _model_of(nodes.get(pair[0], first), pair[1]) for pair in set(pairs)}
-    return [known[pair] for pair in pairs]
+    columns = (run.frame[SEGMENT].fillna(0), run.frame[HOST], run.frame["device"].astype(str))
+    rows = list(zip(*columns, strict=True))
+    known = {row: _model_of(_environment_of(run, *row[:2]), row[2]) for row in set(rows)}
+    return [known[row] for row in rows]
+
+
+def _environment_of(run: Run, segment: int, host: Any) -> Any:
+    """The environment of a machine in a segment of a run; empty where it is not recorded."""
+    if segment not in range(len(run.environments)):
+        return {}
+    environment = run.environments[segment]
+    nodes = environment.get("nodes")
+    return nodes.get(host, environment) if isinstance(nodes, Mapping) else environment
 
 
 def _model_of(environment: Any, device: str) -> str | None:

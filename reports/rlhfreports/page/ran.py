@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -15,7 +15,7 @@ from rlhfreports.page.data import Page, Run, hardware_of
 from rlhfreports.tables import ABSENT, counted, outcome_word
 
 _SOFTWARE = ("rlhfbench", "torch", "transformers")
-# Of an environment: different in every run, and no cause of a difference.
+# Of an environment: different in every segment of every run, and no cause of a difference.
 _OF_EVERY_RUN = ("run_id", "started_at", "load_average", "resumed")
 
 
@@ -46,16 +46,28 @@ def facts(run: Run) -> str:
     """
     first: Mapping[str, Any] = run.environments[0] if run.environments else {}
     num_ok, num_cases = int((run.frame["outcome"] == "ok").sum()), len(run.frame)
-    versions, source = _object(first, "versions"), _object(first, "source")
-    software = [f"{name} {versions[name]}" for name in _SOFTWARE if versions.get(name)]
+    versions = [_object(environment, "versions") for environment in run.environments]
+    found = {name: _distinct(version.get(name) for version in versions) for name in _SOFTWARE}
+    software = [f"{name} {' and '.join(values)}" for name, values in found.items() if values]
+    commits = _distinct(_commit(environment) for environment in run.environments)
     words = [
         ("" if num_ok == num_cases else f"{num_ok} of ") + f"{counted(num_cases, 'case')} measured",
         *(model for model in dict.fromkeys(hardware_of(run)) if model),
         _day(first.get("started_at")),
         *software,
-        f"commit {str(source['commit'])[:12]}" if source.get("commit") else "",
+        f"commit {' and '.join(commits)}" if commits else "",
     ]
     return " · ".join(word for word in words if word)
+
+
+def _distinct(values: Iterable[object]) -> list[str]:
+    """The different ones of ``values`` that are recorded, as text."""
+    return list(dict.fromkeys(str(value) for value in values if value))
+
+
+def _commit(environment: Mapping[str, Any]) -> str:
+    """The short commit of an environment, empty where none is recorded."""
+    return str(_object(environment, "source").get("commit") or "")[:12]
 
 
 def _object(environment: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -79,12 +91,16 @@ def command_of(environment: Mapping[str, Any]) -> str:
 def warnings(run: Run) -> list[str]:
     """Sentences on the run as a whole that touch every number of it."""
     found = []
-    first: Mapping[str, Any] = run.environments[0] if run.environments else {}
-    source = _object(first, "source")
-    if source.get("dirty"):
-        found.append(f"The code had changes beside commit {str(source.get('commit'))[:12]}.")
+    changed = [environment for environment in run.environments if _object(environment, "source").get("dirty")]
+    if changed:
+        found.append(f"The code had changes beside commit {' and '.join(_distinct(map(_commit, changed)))}.")
     if len(run.environments) > 1:
-        found.append(f"The run was resumed {counted(len(run.environments) - 1, 'time')}.")
+        values = {name: texts for name, texts in _values(run.environments).items() if len(texts) > 1 and name != "argv"}
+        differ = "; ".join(f"{name} ({', '.join(texts)})" for name, texts in values.items())
+        found.append(
+            f"The run was resumed {counted(len(run.environments) - 1, 'time')}"
+            + (f", and its environment changed: {differ}." if differ else ", and its environment did not change.")
+        )
     note = hosts_note(run.frame)
     if note is not None:
         found.append(note)
@@ -97,14 +113,10 @@ def warnings(run: Run) -> list[str]:
 
 
 def differences(runs: tuple[Run, ...]) -> Table:
-    """A row for each entry of the environments, as recorded at the start of each run, in which they differ."""
-    flat = [_flat(run.environments[0]) if run.environments else {} for run in runs]
+    """A row for each entry of the environments in which the runs differ. A resumed run may have several values."""
+    flat = [{name: "; ".join(texts) for name, texts in _values(run.environments).items()} for run in runs]
     names = list(dict.fromkeys(name for one in flat for name in one))
-    rows = [
-        (name, *values)
-        for name in names
-        if len(set(values := [one.get(name, ABSENT) for one in flat])) > 1 and name.split(".")[0] not in _OF_EVERY_RUN
-    ]
+    rows = [(name, *values) for name in names if len(set(values := [one.get(name, ABSENT) for one in flat])) > 1]
     return Table(
         id="differences",
         caption="What differs between the runs",
@@ -112,6 +124,17 @@ def differences(runs: tuple[Run, ...]) -> Table:
         rows=[[Cell(text=text) for text in row] for row in rows],
         num_text_columns=1 + len(runs),
     )
+
+
+def _values(environments: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """The different values of each entry of the environments of a run, by dotted name, in their order."""
+    flat = [_flat(environment) for environment in environments]
+    names = dict.fromkeys(name for one in flat for name in one)
+    return {
+        name: _distinct(one.get(name, ABSENT) for one in flat)
+        for name in names
+        if not set(name.split(".")) & set(_OF_EVERY_RUN)
+    }
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, str]:

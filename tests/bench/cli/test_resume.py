@@ -7,6 +7,7 @@ import pytest
 from rlhfbench.records.file import read_records
 from rlhfbench.records.frame import records_frame
 from rlhfbench.runs import max_batch
+from rlhfbench.runs.folder import RunFolder
 
 SMALL = ("--methods", "hydra", "--seq-lens", "8", "--batch-sizes", "1")
 
@@ -60,6 +61,8 @@ def test_a_resumed_run_takes_its_settings_from_the_folder_unless_they_are_given_
     assert (first["memory_limit_bytes"], first["profile"], first["with_plan"]) == (2**30, True, True)
     assert second == first
     assert third == {**first, "num_threads": 2, "profile": False, "time_budget_s": 1.0}
+    assert call("run", "--resume", "here", "--memory-limit", "none")[0] == 3
+    assert RunFolder("here").settings() == {**third, "memory_limit_bytes": None}
     assert [r["run"]["segment"] for r in read_records("here")] == [1]
 
 

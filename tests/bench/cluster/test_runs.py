@@ -14,8 +14,8 @@ from rlhfbench.runs.runner import run_sweep
 class Blocks:
     """A cluster of one node whose tasks are blocks of one phase. It is lost with the task of that number."""
 
-    def __init__(self, lost_at=None):
-        self.lost_at, self.num_tasks = lost_at, 0
+    def __init__(self, lost_at=None, torch=None):
+        self.lost_at, self.torch, self.num_tasks = lost_at, torch, 0
         self.alive = [Node(id="a", name="a", num_cores=1)]
         self.running = collections.deque()
         self.now_s = 0.0
@@ -57,6 +57,8 @@ class Place:
 
     def make_executor(self, setup):
         self.setup = setup
+        if self.cluster.torch is not None:
+            setup.add_nodes({"a": {"host": "a", "versions": {"torch": self.cluster.torch}}})
         return ClusterExecutor(
             self.cluster,
             need_of=lambda case: Need(device="cpu"),
@@ -90,6 +92,13 @@ def test_blocks_that_were_lost_with_their_node_are_timed_when_it_is_back(run, tm
         [[1.0], [2.0], [3.0]]
     ] * 2
     assert {record["run"]["host"] for record in records} == {"a"}
+
+
+@pytest.mark.parametrize(("torch", "expected"), [("2.11", [3, 3]), ("2.12", [1, 2])])
+def test_blocks_are_added_under_the_conditions_of_the_node_not_of_the_driver(run, monkeypatch, torch, expected):
+    run(Blocks(lost_at=4, torch="2.11"))
+    monkeypatch.setattr("platform.node", lambda: "another driver")
+    assert sorted(run(Blocks(torch=torch), resume=True)) == expected
 
 
 def test_a_resumed_run_tells_its_cluster_where_its_cases_ran(run):

@@ -435,6 +435,9 @@ def stored(folder, *kinds, blocks=3):
 def test_a_baseline_judges_memory_and_on_the_same_machine_time(tmp_path):
     for name in ("old", "new"):
         stored(tmp_path / name, "steady")
+    path = tmp_path / "old" / "environment.json"
+    source = {"commit": "older", "dirty": False, "hash": "older"}  # the code is what is compared
+    path.write_text(json.dumps({**json.loads(path.read_text()), "source": source}))
     assert time_obstacle(tmp_path / "old", tmp_path / "new") is None
     both = baseline_findings(tmp_path / "old", tmp_path / "new", Effects(), times_obstacle=None)
     assert verdicts(both)["generate s"] == "same"

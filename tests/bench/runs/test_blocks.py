@@ -62,11 +62,49 @@ def test_blocks_that_are_missing_are_timed_when_resumed(tmp_path, sweep_of, run)
     assert run(sweep, tmp_path / "run", resume=True, blocks=3).records == whole
 
 
-def test_blocks_of_two_machines_are_not_mixed(tmp_path, monkeypatch, sweep_of, run):
+@pytest.fixture
+def cut(tmp_path, sweep_of, run):
+    """The sweep of a run of two blocks, of which one is recorded."""
     sweep = sweep_of("blocks")
     run(sweep, tmp_path / "run", blocks=2)
     path = tmp_path / "run" / "records.jsonl"
     path.write_text(path.read_text().splitlines(keepends=True)[0])
+    return sweep
+
+
+def num_blocks(result):
+    (record,) = result.records
+    return len(record["latency"]["blocks"])
+
+
+def test_blocks_of_two_machines_are_not_mixed(tmp_path, monkeypatch, cut, run):
     monkeypatch.setattr(platform, "node", lambda: "another")
-    (record,) = run(sweep, tmp_path / "run", resume=True, blocks=2).records
-    assert len(record["latency"]["blocks"]) == 1
+    assert num_blocks(run(cut, tmp_path / "run", resume=True, blocks=2)) == 1
+
+
+def test_blocks_of_other_conditions_are_not_mixed(tmp_path, cut, run):
+    progress = LineProgress(io.StringIO())
+    assert num_blocks(run(cut, tmp_path / "run", progress, resume=True, blocks=2, num_threads=7)) == 1
+    assert progress._stream.getvalue().splitlines()[-1] == (
+        "No further blocks are timed for 1 case: measured under other conditions, or on a machine that is not here."
+    )
+    assert num_blocks(run(cut, tmp_path / "run", resume=True, blocks=2)) == 2  # as they were again
+
+
+def test_blocks_of_edited_sources_are_not_mixed(tmp_path, monkeypatch, cut, run):
+    monkeypatch.setattr("rlhfbench.runs.versions.installed", lambda: ("1.0", "edited"))
+    assert num_blocks(run(cut, tmp_path / "run", resume=True, blocks=2)) == 1
+
+
+def test_blocks_of_unknown_conditions_are_not_mixed(tmp_path, cut, run):
+    (tmp_path / "run" / "environment.json").unlink()
+    assert num_blocks(run(cut, tmp_path / "run", resume=True, blocks=2)) == 1
+
+
+def test_a_resumed_run_times_as_many_blocks_as_it_is_asked_for(tmp_path, sweep_of, run):
+    sweep = sweep_of("blocks")
+    run(sweep, tmp_path / "run", blocks=2)
+    (record,) = run(sweep, tmp_path / "run", resume=True, blocks=4).records
+    assert [block["phases"]["generate"] for block in record["latency"]["blocks"]] == [[1.0], [2.0], [3.0], [4.0]]
+    assert record["latency"]["num_blocks"] == 4
+    assert run(sweep, tmp_path / "run", resume=True, blocks=3).records == [record]

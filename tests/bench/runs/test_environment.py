@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from rlhfbench.runs import environment
+from rlhfbench.runs import environment, versions
 
 
 def git(folder, *arguments):
@@ -23,6 +23,7 @@ def test_the_environment_is_complete_and_survives_json():
     # A source tree that is not installed has no version of its own.
     assert all(version for name, version in found["versions"].items() if name != "rlhfbench")
     assert found["num_threads"] == 3
+    assert found["source"]["hash"] == versions.installed()[1]
     assert found["cpu"]["num_usable_cores"] == len(os.sched_getaffinity(0))
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert found["cpu"]["memory_bytes"] == pages
@@ -67,6 +68,16 @@ HERE = {"host": "a", "num_threads": 2, "python": "3.12.1", "versions": {"torch":
         ({"source": {"commit": None}}, [{}], "commit unknown instead of abc."),
         ({"source": {"commit": "abc"}}, [{"source": {"commit": None}}], None),
         ({"gpus": [{"name": "H100"}]}, [{"gpus": [{"name": "T4"}] * 2}], "GPUs H100 instead of T4 + T4."),
+        (
+            {"gpus": [{"name": "T4", "driver": "2"}]},
+            [{"gpus": [{"name": "T4", "driver": "1"}]}],
+            "GPUs T4 (driver 2) instead of T4 (driver 1).",
+        ),
+        (
+            {"source": {"commit": "abc", "dirty": True, "hash": "b"}},
+            [{"source": {"commit": "abc", "dirty": True, "hash": "a"}}],
+            "sources b instead of a.",
+        ),
         ({"variables": {"OMP_NUM_THREADS": "2"}}, [{"variables": {}}], "variables OMP_NUM_THREADS=2 instead of none."),
         ({"revisions": {"m": "b"}}, [{"revisions": {"m": "a"}}], "revisions m=b instead of m=a."),
         ({}, [{"host": 3, "gpus": [1], "versions": []}], "host a instead of 3; GPUs unknown instead of None."),
@@ -78,6 +89,28 @@ def test_the_changes_since_earlier_segments_are_one_sentence(now, earlier, says)
         assert found is None
     else:
         assert found == f"Resumed under other conditions: {says} Times before and after do not compare."
+
+
+@pytest.mark.parametrize(
+    ("now", "earlier", "expected"),
+    [
+        ({}, {}, True),
+        ({"num_threads": 1}, {}, False),
+        ({"source": {"commit": "b", "hash": "x"}}, {"source": {"commit": "a", "hash": "x"}}, True),
+        ({"source": {"commit": "a", "hash": "y"}}, {"source": {"commit": "a", "hash": "x"}}, False),
+        ({"source": {"commit": "b", "hash": "x"}}, {"source": {"commit": "a"}}, False),
+    ],
+)
+def test_environments_are_alike_where_times_compare(now, earlier, expected):
+    assert environment.are_alike({**HERE, **now}, {**HERE, **earlier}) is expected
+
+
+@pytest.mark.parametrize(
+    ("nodes", "expected"),
+    [({}, "driver"), ({"nodes": {"a": {"host": "node"}}}, "node"), ({"nodes": {"b": {"host": "node"}}}, "driver")],
+)
+def test_the_environment_of_a_host_is_that_of_the_node_where_there_is_one(nodes, expected):
+    assert environment.of_host({"host": "driver", **nodes}, "a")["host"] == expected
 
 
 def test_the_commit_of_a_checkout_and_whether_it_is_dirty(tmp_path):

@@ -5,6 +5,7 @@ import pytest
 
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.errors import RunFolderError
+from rlhfbench.files import write_new
 from rlhfbench.runs.folder import RunFolder
 
 GRID = {"methods": ["hydra"], "models": ["tiny"], "seq_lens": [8], "batch_sizes": [1]}
@@ -87,3 +88,19 @@ def test_a_failed_write_leaves_no_draft(tmp_path, monkeypatch):
     with pytest.raises(RunFolderError, match="cannot be written: No space left on device"):
         RunFolder(tmp_path).prepare(SWEEP, resume=False)
     assert not list(tmp_path.glob("sweep*"))
+    monkeypatch.undo()
+    RunFolder(tmp_path).prepare(SWEEP, resume=False)  # the start that failed left nothing in the way
+
+
+def test_of_two_starts_at_once_the_second_changes_nothing(tmp_path, monkeypatch):
+    other = Sweep.from_spec({**GRID, "batch_sizes": [2]})
+
+    def late(path, text):
+        monkeypatch.undo()
+        RunFolder(tmp_path).prepare(other, resume=False)
+        write_new(path, text)
+
+    monkeypatch.setattr("rlhfbench.runs.folder.write_new", late)
+    with pytest.raises(RunFolderError, match="holds another run: continue it with --resume"):
+        RunFolder(tmp_path).prepare(SWEEP, resume=False)
+    assert RunFolder(tmp_path).load_sweep() == other

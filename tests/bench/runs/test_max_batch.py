@@ -238,19 +238,23 @@ def test_a_resumed_search_does_not_repeat_recorded_tries(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("spec", "limit", "sentence"),
+    ("spec", "limit", "blocks", "sentence"),
     [
-        ({}, 0, "max-batch-limit is 0: it must be a whole number of at least 1."),
+        ({}, 0, None, "max-batch-limit is 0: it must be a whole number of at least 1."),
+        ({}, 512, 8, "blocks is 8: each try of --max-batch has one block: leave it out, or ask for 1."),
         (
             {"batch_sizes": [4], "options": {"engine.micro_batch_size": 2}},
             512,
+            1,
             "--max-batch tries each batch whole: leave out engine.micro_batch_size and ppo.num_mini_batches.",
         ),
     ],
 )
-def test_options_that_the_search_rejects(tmp_path: Path, spec: dict[str, object], limit: int, sentence: str) -> None:
+def test_options_that_the_search_rejects(
+    tmp_path: Path, spec: dict[str, object], limit: int, blocks: int | None, sentence: str
+) -> None:
     with pytest.raises(SweepError) as caught:
-        find_max_batches(Sweep.from_spec({**SPEC, **spec}), tmp_path / "run", RunOptions(), limit=limit)
+        find_max_batches(Sweep.from_spec({**SPEC, **spec}), tmp_path / "run", RunOptions(blocks=blocks), limit=limit)
     assert caught.value.problems == (sentence,)
     assert not (tmp_path / "run").exists()
 

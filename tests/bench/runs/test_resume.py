@@ -70,15 +70,46 @@ def test_the_log_of_a_case_that_is_run_again_is_that_of_the_last_time(tmp_path, 
     assert "Segmentation fault" in path.read_text()
 
 
-def test_a_case_out_of_memory_that_is_run_again_skips_no_other(tmp_path, sweep_of, run):
+def test_cases_that_were_skipped_for_a_case_out_of_memory_are_run_again_with_it(tmp_path, sweep_of, run):
     small, large = (sweep_of("oom-from-batch-4", batch_size=size).cases[0] for size in (4, 8))
     sweep = Sweep(cases=(small, large))
     run(sweep, tmp_path / "run")
     again = run(sweep, tmp_path / "run", resume=True, retry=["oom"])
     assert {r["case"]["batch_size"]: (r["outcome"], r["run"]["segment"]) for r in again.records} == {
         4: ("oom", 1),
-        8: ("skipped", 0),
+        8: ("skipped", 1),
     }
+
+
+def test_a_case_out_of_memory_under_another_limit_skips_no_other(tmp_path, sweep_of, run):
+    small, large = (sweep_of("over-limit", batch_size=size).cases[0] for size in (1, 2))
+    sweep = Sweep(cases=(small, large))
+    run(sweep, tmp_path / "run", memory_limit_bytes=2**28)
+    path = tmp_path / "run" / "records.jsonl"
+    path.write_bytes(path.read_bytes().splitlines(keepends=True)[0])
+    records = run(sweep, tmp_path / "run", resume=True, memory_limit_bytes=2**29).records
+    assert [record["outcome"] for record in records] == ["oom", "oom"]
+
+
+def test_a_case_out_of_memory_with_other_code_skips_no_other(tmp_path, monkeypatch, sweep_of, run):
+    small, large = (sweep_of("oom-from-batch-4", batch_size=size).cases[0] for size in (4, 8))
+    sweep = Sweep(cases=(small, large))
+    run(sweep, tmp_path / "run")
+    path = tmp_path / "run" / "records.jsonl"
+    path.write_bytes(path.read_bytes().splitlines(keepends=True)[0])
+    monkeypatch.setattr("rlhfbench.runs.versions.installed", lambda: ("1.0", "edited"))
+    assert [r["outcome"] for r in run(sweep, tmp_path / "run", resume=True).records] == ["oom", "oom"]
+
+
+def test_options_that_do_not_reach_recorded_cases_are_told(tmp_path, sweep_of, run, watching):
+    sweep = sweep_of("ok", "segfault")
+    run(sweep, tmp_path / "run", profile=True)
+    progress = watching()
+    result = run(sweep, tmp_path / "run", progress, resume=True, profile=True, with_plan=True, retry=["crashed"])
+    assert progress.text.splitlines()[0] == (
+        "--with-plan holds for cases that are run from now on: 1 already measured stays as recorded."
+    )
+    assert [record["plan"] is None for record in result.records] == [True, False]
 
 
 def test_a_record_names_its_run_segment_host_and_threads(tmp_path, sweep_of, run):

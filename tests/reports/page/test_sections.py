@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 
 from rlhfreports.page.blocks import Block, Chart, Section, Table, Text
-from rlhfreports.page.data import Page, Run
-from rlhfreports.page.ran import facts
+from rlhfreports.page.data import Page, Run, hardware_of
+from rlhfreports.page.ran import differences, facts, warnings
 from rlhfreports.page.render import page_html
 from rlhfreports.page.sections import sections_of
 from rlhfreports.page.times import slope_texts
@@ -253,6 +253,52 @@ def test_records_of_two_machines_are_warned_of(make_run: Runs) -> None:
 def test_environments_of_two_machines_are_compared(make_run: Runs, rows: Rows) -> None:
     tables = {block.id: block for block in blocks_of(*two_runs(make_run, rows)) if isinstance(block, Table)}
     assert [[cell.text for cell in row] for row in tables["differences"].rows] == [["host", "one", "two"]]
+
+
+def test_a_resumed_run_is_described_by_all_its_segments(make_run: Runs) -> None:
+    first: dict[str, Any] = {
+        "started_at": "2026-01-02T03:04:05+00:00",
+        "cpu": {"model": "AMD EPYC", "num_usable_cores": 2},
+        "versions": {"rlhfbench": "0.1.0", "torch": "2.12.0"},
+        "source": {"commit": "aaaaaaaaaaaaaaaa", "dirty": False},
+    }
+    second = {
+        "started_at": "2026-01-03T03:04:05+00:00",
+        "argv": ["rlhfbench", "run", "--resume", "a"],
+        "cpu": {"model": "Intel Xeon", "num_usable_cores": 2},
+        "versions": {"rlhfbench": "0.1.0", "torch": "2.13.0"},
+        "source": {"commit": "bbbbbbbbbbbbbbbb", "dirty": True},
+    }
+    run = make_run({"run_segment": 0}, {"run_segment": 1, "prompt_len": 64}, **first)
+    run = dataclasses.replace(run, environments=[*run.environments, {"host": "here", **second}])
+    assert hardware_of(run) == ["AMD EPYC, 2 cores", "Intel Xeon, 2 cores"]
+    assert facts(run) == (
+        "2 cases measured · AMD EPYC, 2 cores · Intel Xeon, 2 cores · 2 January 2026, 03:04 UTC · rlhfbench 0.1.0 · "
+        "torch 2.12.0 and 2.13.0 · commit aaaaaaaaaaaa and bbbbbbbbbbbb"
+    )
+    assert warnings(run) == [
+        "The code had changes beside commit bbbbbbbbbbbb.",
+        "The run was resumed 1 time, and its environment changed: cpu.model (AMD EPYC, Intel Xeon); versions.torch "
+        "(2.12.0, 2.13.0); source.commit (aaaaaaaaaaaaaaaa, bbbbbbbbbbbbbbbb); source.dirty (False, True).",
+    ]
+    other = make_run({}, name="other", **first)
+    rows = {row[0].text: [cell.text for cell in row[1:]] for row in differences((run, other)).rows}
+    assert rows["versions.torch"] == ["2.12.0; 2.13.0", "2.12.0"]
+
+
+def test_a_run_that_was_resumed_as_it_was_says_so(make_run: Runs) -> None:
+    run = make_run({}, started_at="1")
+    run = dataclasses.replace(run, environments=[*run.environments, {**run.environments[0], "started_at": "2"}])
+    assert warnings(run) == ["The run was resumed 1 time, and its environment did not change."]
+
+
+def test_the_hardware_of_a_case_on_a_cluster_is_that_of_its_node(make_run: Runs) -> None:
+    def cpu(model: str) -> dict[str, Any]:
+        return {"cpu": {"model": model, "num_usable_cores": 1}}
+
+    run = make_run({"host": "a", "run_segment": 0}, {"host": "b", "run_segment": 1}, nodes={"a": cpu("x")})
+    run = dataclasses.replace(run, environments=[*run.environments, {"nodes": {"a": cpu("y"), "b": cpu("z")}}])
+    assert hardware_of(run) == ["x, 1 cores", "z, 1 cores"]
 
 
 def test_hostile_text_is_escaped_everywhere(make_run: Runs, rows: Rows) -> None:
