@@ -188,7 +188,7 @@ def find_max_batches(
     """
     if options is None:
         options = RunOptions.recorded(RunFolder(out_dir).settings() if resume else {})
-    problems = [f"max-batch-limit is {limit}: it must be a whole number of at least 1."] if limit < 1 else []
+    problems = [f"max-batch-limit is {limit}: it must be an integer of at least 1."] if limit < 1 else []
     if any(case.options.engine.micro_batch_size or case.options.ppo.num_mini_batches > 1 for case in sweep.cases):
         problems.append(
             "--max-batch tries each batch whole: leave out engine.micro_batch_size and ppo.num_mini_batches."

@@ -240,7 +240,7 @@ def test_a_resumed_search_does_not_repeat_recorded_tries(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("spec", "limit", "sentence"),
     [
-        ({}, 0, "max-batch-limit is 0: it must be a whole number of at least 1."),
+        ({}, 0, "max-batch-limit is 0: it must be an integer of at least 1."),
         (
             {"batch_sizes": [4], "options": {"engine.micro_batch_size": 2}},
             512,
