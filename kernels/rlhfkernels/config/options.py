@@ -121,7 +121,8 @@ class RolloutOptions:
     """Generation and scoring.
 
     Attributes:
-        temperature: divides the logits wherever a log-probability is taken.
+        temperature: divides the logits wherever a log-probability is taken, in methods that sample. SFT and DPO sample
+            nothing and ignore it.
         stop_token_id: token that ends a completion; ``None``: every completion has exactly its length.
         reward_model: the model of bases that start from the reward model: a preset, a checkpoint folder, a .gguf file
             or a hub id with the policy's vocabulary; ``None`` is the policy's model.
