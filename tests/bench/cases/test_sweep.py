@@ -176,6 +176,8 @@ def test_a_wrong_setting_is_reported_once_beside_other_problems(change, says):
 
 # Options whose value must fit another field of the case.
 TIED = (
+    "optimizer.warmup_steps",
+    "optimizer.max_steps",
     "ppo.num_mini_batches",
     "engine.micro_batch_size",
     "engine.backend",

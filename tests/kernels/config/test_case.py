@@ -139,7 +139,15 @@ def test_an_integer_for_a_float_is_the_same_case() -> None:
         ),
         (
             {"options": Options.of({"lora.alpha": float("inf")})},
-            "lora.alpha is inf: it must be a finite number or none.",
+            "lora.alpha is inf: it must be a finite number above 0 or none.",
+        ),
+        (
+            {"options": Options.of({"lora.alpha": 0.0})},
+            "lora.alpha is 0.0: it must be a finite number above 0 or none.",
+        ),
+        (
+            {"options": Options.of({"optimizer.warmup_steps": 100, "optimizer.max_steps": 100})},
+            "optimizer.warmup_steps is 100: it must be below optimizer.max_steps, which is 100.",
         ),
         ({"options": Options.of({"ppo.reward_clip": -1.0})}, "ppo.reward_clip is -1.0"),
         (
