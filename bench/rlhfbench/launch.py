@@ -113,5 +113,5 @@ def _tasks_per_node(environment: Mapping[str, str]) -> int:
 def _number(environment: Mapping[str, str], name: str, default: int) -> int:
     text = environment.get(name, str(default))
     if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise SweepError([f"{name} is {text!r}: the launcher's variable must be a whole number of at least 0."])
+        raise SweepError([f"{name} is {text!r}: the launcher's variable must be an integer of at least 0."])
     return int(text)

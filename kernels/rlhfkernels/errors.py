@@ -3,7 +3,7 @@
 RlhfKernelsError
 ├── CaseError        a case that is wrong by itself: every problem, one sentence each
 ├── ModelError       a model that is unknown, absent or cannot be loaded
-├── DataError        a data file that cannot be used
+├── DataError        a data file, or a reward function's scores, that cannot be used
 └── NumericalError   a step whose numbers are not finite
 """
 
@@ -37,7 +37,7 @@ class ModelError(RlhfKernelsError):
 
 
 class DataError(RlhfKernelsError):
-    """A data file that is missing, empty or malformed."""
+    """A data file that is missing, empty or malformed, or scores of a reward function in a wrong shape."""
 
 
 class NumericalError(RlhfKernelsError):

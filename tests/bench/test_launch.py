@@ -54,9 +54,7 @@ def test_the_first_machine_of_a_list(nodes, first):
 
 
 def test_wrong_variables_are_one_sentence():
-    with pytest.raises(
-        SweepError, match=r"^RANK is 'x': the launcher's variable must be a whole number of at least 0\.$"
-    ):
+    with pytest.raises(SweepError, match=r"^RANK is 'x': the launcher's variable must be an integer of at least 0\.$"):
         find_launch({**TORCHRUN, "RANK": "x"})
     with pytest.raises(SweepError, match=r"^the launcher's rank is 4: it must be below its number of ranks, 4\.$"):
         find_launch({**TORCHRUN, "RANK": "4"})

@@ -105,7 +105,7 @@ def _integers(where: str, spec: Spec, key: str, minimum: int, problems: list[str
         if isinstance(value, int) and value > MAX_COUNT:
             problems.append(f"{where}{key} has {shown(value)}: it must be at most {MAX_COUNT}.")
         elif value not in good:
-            problems.append(f"{where}{key} has {shown(value)}: it must be a whole number of at least {minimum}.")
+            problems.append(f"{where}{key} has {shown(value)}: it must be an integer of at least {minimum}.")
     return good
 
 

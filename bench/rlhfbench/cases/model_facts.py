@@ -156,7 +156,7 @@ def _check_sizes(model: str, config: dict[str, Any]) -> None:
             continue
         if type(value) is not int or not 0 < value <= largest:
             raise ModelError(
-                f"model '{model}' is invalid: its config.json has {field} {shown(value)}: it must be a whole number "
+                f"model '{model}' is invalid: its config.json has {field} {shown(value)}: it must be an integer "
                 f"from 1 to {largest}."
             )
 

@@ -67,7 +67,7 @@ def number(flag: str, kind: type[int] | type[float]) -> Callable[[Any], int | fl
     """The parser of a numeric option. typer's own message names the flag and not the value."""
 
     def parse(text: Any) -> int | float:
-        rule = "a whole number" if kind is int else "a number"
+        rule = "an integer" if kind is int else "a number"
         try:
             value = kind(text)
         except ValueError:  # also for integers of more digits than Python converts
@@ -173,9 +173,9 @@ def words(text: str | None) -> list[str] | None:
 
 
 def numbers(flag: str, text: str | None) -> list[int] | None:
-    """The whole numbers that commas join, of the option ``flag``."""
+    """The integers that commas join, of the option ``flag``."""
     found = words(text)
     wrong = [word for word in found or () if not re.fullmatch(r"[+-]?[0-9]{1,1000}", word)]
     if wrong:
-        raise SweepError(f"{flag} has {shown(word)}: it must be whole numbers, joined by commas." for word in wrong)
+        raise SweepError(f"{flag} has {shown(word)}: it must be integers, joined by commas." for word in wrong)
     return None if found is None else [int(word) for word in found]

@@ -50,7 +50,7 @@ class Zero:
         if self.stage not in range(4):
             problems.append(f"zero-stage is {self.stage}: it must be 0, 1, 2 or 3.")
         if self.world_size < 1:
-            problems.append(f"world-size is {self.world_size}: it must be a whole number of at least 1.")
+            problems.append(f"world-size is {self.world_size}: it must be an integer of at least 1.")
         if problems:
             raise SweepError(problems)
 

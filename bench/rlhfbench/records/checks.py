@@ -14,7 +14,7 @@ _CASE_ID = re.compile(r"[\w-]{1,64}")
 _MAX_FLOAT = 1e300  # sums and products of them are finite or infinite, and never an error
 _RULES = {
     "string": "a text",
-    "Int64": "a whole number of at most 64 bits",
+    "Int64": "an integer of at most 64 bits",
     "Float64": "a finite number",
     "map": "an object",
     "list": "a list of finite numbers",
@@ -45,7 +45,7 @@ def wrong_type(record: Mapping[str, Any]) -> str | None:
         return f"case.options is {shown(groups)}: it must be objects by group."
     num_rows = at(record, "case.batch_size")
     if at(record, "latency.phases") and (num_rows is None or num_rows < 1):  # seconds per sample divide by it
-        return f"case.batch_size is {shown(num_rows)}: it must be a whole number of at least 1 in a timed record."
+        return f"case.batch_size is {shown(num_rows)}: it must be an integer of at least 1 in a timed record."
     return None
 
 

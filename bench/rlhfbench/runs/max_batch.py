@@ -188,7 +188,7 @@ def find_max_batches(
     """
     if options is None:
         options = RunOptions.recorded(RunFolder(out_dir).settings() if resume else {})
-    problems = [f"max-batch-limit is {limit}: it must be a whole number of at least 1."] if limit < 1 else []
+    problems = [f"max-batch-limit is {limit}: it must be an integer of at least 1."] if limit < 1 else []
     if options.blocks not in (None, 1):
         problems.append(
             f"blocks is {options.blocks}: each try of --max-batch has one block: leave it out, or ask for 1."

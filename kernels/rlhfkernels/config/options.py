@@ -48,7 +48,7 @@ class LoraOptions:
     """
 
     r: Count = 16
-    alpha: float | None = None
+    alpha: Positive | None = None
     target_modules: Text = "all-linear"
     dtype: Dtype | None = None
 
@@ -96,7 +96,7 @@ class OptimizerOptions:
     Attributes:
         name: ``adamw`` (fused), ``adamw8bit`` (bitsandbytes' 8-bit states; planning needs no bitsandbytes) or ``sgd``.
         learning_rate: peak learning rate.
-        warmup_steps: steps of linear warm-up.
+        warmup_steps: steps of linear warm-up, fewer than ``max_steps``.
         max_steps: the step at which the cosine decay reaches 0.
         weight_decay: decoupled from the gradient by AdamW, added to it by ``sgd``.
         adam_epsilon: ε of AdamW; it matters under bfloat16.
@@ -121,7 +121,8 @@ class RolloutOptions:
     """Generation and scoring.
 
     Attributes:
-        temperature: divides the logits wherever a log-probability is taken.
+        temperature: divides the logits wherever a log-probability is taken, in methods that sample. SFT and DPO sample
+            nothing and ignore it.
         stop_token_id: token that ends a completion; ``None``: every completion has exactly its length.
         reward_model: the model of bases that start from the reward model: a preset, a checkpoint folder, a .gguf file
             or a hub id with the policy's vocabulary; ``None`` is the policy's model.

@@ -65,7 +65,7 @@ def literal_choices(annotation: Any) -> list[str]:
 
 
 def rule(annotation: Any) -> str:
-    """The rule of an annotation in words, such as "a whole number of at least 1"."""
+    """The rule of an annotation in words, such as "an integer of at least 1"."""
     words = [_rule_of(part) for part in _alternatives(annotation) if part is not type(None)]
     return " or ".join([*words, *(["none"] if type(None) in _alternatives(annotation) else [])])
 
@@ -78,7 +78,7 @@ def _rule_of(annotation: Any) -> str:
         return "true or false"
     if base is str:
         return "a non-empty string" if any(isinstance(bound, MinLen) for bound in bounds) else "a string"
-    noun = "a whole number" if base is int else "a finite number"
+    noun = "an integer" if base is int else "a finite number"
     low = next((bound.ge for bound in bounds if isinstance(bound, Ge)), None)
     above = next((bound.gt for bound in bounds if isinstance(bound, Gt)), None)
     high = next((bound.le for bound in bounds if isinstance(bound, Le)), None)

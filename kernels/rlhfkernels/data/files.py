@@ -69,14 +69,12 @@ def read_demonstrations(path: str | Path) -> list[Demonstration]:
     """The demonstrations of a file, in its order.
 
     Raises:
-        DataError: as for ``read_prompts``, or a completion is empty.
+        DataError: as for ``read_prompts``.
     """
     return _read(
         "demonstrations",
         path,
-        lambda where, line, row: Demonstration(
-            _text(where, row, "prompt"), _completion(where, row, "completion"), line
-        ),
+        lambda where, line, row: Demonstration(_text(where, row, "prompt"), _text(where, row, "completion"), line),
     )
 
 
@@ -84,7 +82,7 @@ def read_pairs(path: str | Path) -> tuple[list[Pair], int]:
     """The preference pairs of a file in its order, and how many were dropped for equal completions.
 
     Raises:
-        DataError: as for ``read_prompts``, a completion is empty, or no pair is left.
+        DataError: as for ``read_prompts``, or no pair is left.
     """
     found = _read("pairs", path, _pair)
     pairs = [pair for pair in found if pair.chosen != pair.rejected]
@@ -144,18 +142,13 @@ def _text(where: str, row: Row, field: str) -> Text:
             f"{where}: field {field!r} must be a text that is not empty, or a list of messages (role, content)."
         )
     text: Text = value
-    return text
-
-
-def _completion(where: str, row: Row, field: str) -> Text:
-    text = _text(where, row, field)
-    if not isinstance(text, str) and not any(message["content"].strip() for message in text):
+    if not _has_content(text):
         raise DataError(f"{where}: field {field!r} is empty: its messages have no content.")
     return text
 
 
 def _pair(where: str, line: int, row: Row) -> Pair:
-    chosen, rejected = _completion(where, row, "chosen"), _completion(where, row, "rejected")
+    chosen, rejected = _text(where, row, "chosen"), _text(where, row, "rejected")
     if "prompt" in row:
         return Pair(_text(where, row, "prompt"), chosen, rejected, line)
     if type(chosen) is not type(rejected):
@@ -165,13 +158,24 @@ def _pair(where: str, line: int, row: Row) -> Pair:
         shared = min(len(chosen), len(rejected)) - 1  # one continues the other: its last part is the completion
     if chosen != rejected and not shared:
         raise DataError(f"{where}: there is no field 'prompt', and 'chosen' and 'rejected' share no beginning.")
-    return Pair(chosen[:shared], chosen[shared:], rejected[shared:], line)
+    pair = Pair(chosen[:shared], chosen[shared:], rejected[shared:], line)
+    if chosen != rejected and not all(map(_has_content, pair.texts)):
+        raise DataError(
+            f"{where}: there is no field 'prompt', and the messages that 'chosen' and 'rejected' share or what follows "
+            "them, have no content."
+        )
+    return pair
 
 
 def _is_text(value: Any) -> bool:
     if isinstance(value, str):
         return bool(value.strip()) and _is_unicode(value)
     return isinstance(value, list) and bool(value) and all(_is_message(item) for item in value)
+
+
+def _has_content(text: Text) -> bool:
+    """False for messages without a character to read, which have no token where no template adds any."""
+    return isinstance(text, str) or any(message["content"].strip() for message in text)
 
 
 def _is_message(value: Any) -> bool:

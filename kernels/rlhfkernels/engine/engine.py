@@ -72,6 +72,8 @@ class Engine:
         self.with_weights = with_weights
         self.method = case.role_table
         self.device = torch.device(case.device)
+        # Losses of given completions are of the model's own distribution: nothing was sampled from another.
+        self.temperature = 1.0 if self.method.generate is None else case.options.rollout.temperature
         self.backend = select_backend(case.options.engine.backend, case.device, case.dtype)
         self.models = load_bases(case, self.method, with_weights=with_weights, num_layers=num_layers)
         self.logprob_chunk = logprob_chunk_size(case, self.vocab_size)
@@ -207,7 +209,7 @@ class Engine:
             head.weight,
             head.bias,
             targets,
-            head.transform(self.case.options.rollout.temperature),
+            head.transform(self.temperature),
             chunk=self.logprob_chunk,
             entropy=entropy,
             backend=self.backend,

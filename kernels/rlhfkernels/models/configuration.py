@@ -76,10 +76,15 @@ def _check_numbers(model: str, config: Any) -> None:
 
 
 def silence(config: Any) -> None:
-    """Turns off what makes a forward pass in train mode random: dropout, and the jitter of routers."""
+    """Turns off what makes a forward pass in train mode random: dropout, and the jitter of routers.
+
+    The configurations inside it too: DBRX's and MPT's dropout is in that of their attention.
+    """
     for field, value in list(vars(config).items()):
         if any(part in field for part in NOISE_FIELDS) and type(value) in (int, float):
-            setattr(config, field, 0.0)
+            setattr(config, field, type(value)(0))  # a field of integers takes no float
+        elif field in config.sub_configs and value is not None:
+            silence(value)
 
 
 def cut_layers(config: Any, num_layers: int) -> None:

@@ -1,8 +1,8 @@
 """Linear layers that read the same input, each with its LoRA adapter (arXiv:2106.09685), as one op.
 
 The base weights are adjacent in memory and take one matmul, and so do the adapters' A. The input is kept once for all
-layers, and the backward recomputes x Aᵀ. Frozen weights get no gradient. An adapter of a wider dtype than the input
-computes in its own dtype, as in PEFT, but no wide copy of the input is kept.
+layers, and the backward recomputes x Aᵀ. Frozen weights get no gradient. An adapter of another dtype than the input
+computes in its own dtype, as in PEFT, and is added in the wider of the two. No copy of the input in its dtype is kept.
 
 Shapes: m = rows, k = inputs, n = outputs of all layers, r = rank.
 """
@@ -213,11 +213,13 @@ def _by_part(x: torch.Tensor, ups: torch.Tensor) -> torch.Tensor:
 
 
 def _add_low_rank_(target: torch.Tensor, term: LowRankTerm) -> None:
-    """Computes target += scale · left right, in the adapters' dtype."""
-    if target.dtype == term.left.dtype:
-        target.addmm_(term.left, term.right, alpha=term.scale)
+    """Computes target += scale · left right, in the wider of their dtypes: a narrow adapter must not round W x."""
+    dtype = torch.promote_types(target.dtype, term.left.dtype)
+    left, right = term.left.to(dtype), term.right.to(dtype)
+    if target.dtype == dtype:
+        target.addmm_(left, right, alpha=term.scale)
     else:
-        target.copy_(torch.addmm(target.to(term.left.dtype), term.left, term.right, alpha=term.scale))
+        target.copy_(torch.addmm(target.to(dtype), left, right, alpha=term.scale))
 
 
 class _LoraLinear(torch.autograd.Function):

@@ -246,11 +246,13 @@ class FullyShard(Strategy):
     def whole(self) -> Iterator[None]:
         """See ``Strategy.whole``."""
         units = [unit for base, root in self._modules.items() for unit in (root, *self._layers(base))]
-        for unit in units:
-            unit.unshard()
-        yield
-        for unit in units:
-            unit.reshard()
+        try:
+            for unit in units:
+                unit.unshard()
+            yield
+        finally:
+            for unit in units:
+                unit.reshard()
 
     def _layers(self, base: str) -> list[Any]:
         from torch.distributed.fsdp import FSDPModule

@@ -144,7 +144,7 @@ def _base_sizes(engine: Engine, base: str) -> BaseSizes:
     weights = [m.weight for m in linear if id(m.weight) not in added]
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or _kv_heads(model.trunk) or heads
     return BaseSizes(
         windows=_windows(model.trunk),
         hidden=model.hidden_size,
@@ -155,6 +155,15 @@ def _base_sizes(engine: Engine, base: str) -> BaseSizes:
         kv_channels=kv_heads * head_dim,
         adapters={name: _weights(adapters.parameters(name)) for name in adapters.names},
     )
+
+
+def _kv_heads(trunk: nn.Module) -> int | None:
+    """Key-value heads as an attention module states them, where the configuration lacks the usual field; else ``None``.
+
+    Falcon's follow from three fields, and the one with their number is not read where all queries share one head.
+    """
+    stated = (getattr(module, "num_kv_heads", None) for module in trunk.modules())
+    return next((count for count in stated if isinstance(count, int)), None)
 
 
 def _windows(trunk: nn.Module) -> tuple[int | None, ...]:

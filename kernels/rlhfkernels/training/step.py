@@ -21,6 +21,8 @@ from rlhfkernels.config.case import Case
 from rlhfkernels.data.batch import Batch, chunks
 from rlhfkernels.data.sources import SOURCES, Prompts, Source
 from rlhfkernels.engine.engine import Engine
+from rlhfkernels.errors import CaseError, DataError
+from rlhfkernels.methods.method import Method
 from rlhfkernels.methods.phases import ForwardPass, Phase
 from rlhfkernels.methods.program import Derive, Generate, Optimize, Read
 from rlhfkernels.models.loading import load_tokenizer
@@ -63,7 +65,7 @@ def build_step(
 
     Raises:
         ModelError: the model cannot be loaded or is too short.
-        CaseError: an option does not fit the model.
+        CaseError: an option does not fit the model, or the method reads no scores that ``reward_fn`` could give.
         DataError: the data file cannot be used.
 
     Example:
@@ -72,6 +74,8 @@ def build_step(
         >>> sorted(stats)
         ['policy_grad_norm', 'policy_loss']
     """
+    if reward_fn is not None and not _reads_scores(case.role_table):
+        raise CaseError([f"reward_fn is given: method {case.method!r} reads no scores, so it must be none."])
     generator = None
     if with_weights:
         generator = torch.Generator(torch.device(case.device))
@@ -236,6 +240,7 @@ class TrainingStep:
 
         Raises:
             NumericalError: a token was sampled from logits that are not finite.
+            DataError: the reward function returned no tensor of one score for each sequence.
         """
         observer = observer or Observer()
         stats = StepStats()
@@ -278,7 +283,7 @@ class TrainingStep:
         assert batch is not None
         self._read(phase.passes, batch, observer)
         if self._reward_fn is not None and SCORES in batch.columns:
-            batch[SCORES].copy_(self._reward_fn(batch))
+            batch[SCORES].copy_(_checked_scores(self._reward_fn(batch), batch.num_sequences))
         for stage in phase.stages:
             if isinstance(stage, Derive):
                 stats.metrics |= DERIVATIONS[stage.function](batch, self._derive_options, self.world.all_sum)
@@ -316,6 +321,22 @@ class TrainingStep:
         stats = StepStats() if stats is None else stats  # an empty mapping is false
         self._updates.run(batch, observer, stats, self.optimizers)
         return stats
+
+
+def _reads_scores(method: Method) -> bool:
+    return any(isinstance(stage, Read) and stage.into == SCORES for stage in method.program)
+
+
+def _checked_scores(scores: object, num_sequences: int) -> torch.Tensor:
+    """Refuses what torch would broadcast to [n], or could not read."""
+    found = f"an object of type {type(scores).__name__}"
+    if isinstance(scores, torch.Tensor):
+        if scores.shape == (num_sequences,):
+            return scores
+        found = f"a tensor of shape {list(scores.shape)}"
+    raise DataError(
+        f"reward_fn returned {found}: it must be a tensor of shape [{num_sequences}], one score for each sequence."
+    )
 
 
 # What runs an inference phase, by the kind of its first stage.

@@ -45,14 +45,14 @@ def test_a_broken_config(checkpoint, text):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"num_hidden_layers": -1}, "num_hidden_layers -1: it must be a whole number from 1 to 10000."),
-        ({"n_layer": 10**9}, "n_layer 1000000000: it must be a whole number from 1 to 10000."),
-        ({"hidden_size": 0}, "hidden_size 0: it must be a whole number from 1 to 16777216."),
-        ({"hidden_size": "x"}, "hidden_size 'x': it must be a whole number from 1 to 16777216."),
-        ({"num_attention_heads": 0}, "num_attention_heads 0: it must be a whole number from 1 to 16777216."),
-        ({"n_embd": True}, "n_embd True: it must be a whole number from 1 to 16777216."),
-        ({"vocab_size": -5}, "vocab_size -5: it must be a whole number from 1 to 2147483647."),
-        ({"vocab_size": 64.0}, "vocab_size 64.0: it must be a whole number from 1 to 2147483647."),
+        ({"num_hidden_layers": -1}, "num_hidden_layers -1: it must be an integer from 1 to 10000."),
+        ({"n_layer": 10**9}, "n_layer 1000000000: it must be an integer from 1 to 10000."),
+        ({"hidden_size": 0}, "hidden_size 0: it must be an integer from 1 to 16777216."),
+        ({"hidden_size": "x"}, "hidden_size 'x': it must be an integer from 1 to 16777216."),
+        ({"num_attention_heads": 0}, "num_attention_heads 0: it must be an integer from 1 to 16777216."),
+        ({"n_embd": True}, "n_embd True: it must be an integer from 1 to 16777216."),
+        ({"vocab_size": -5}, "vocab_size -5: it must be an integer from 1 to 2147483647."),
+        ({"vocab_size": 64.0}, "vocab_size 64.0: it must be an integer from 1 to 2147483647."),
         ({"num_attention_heads": 3, "hidden_size": 32}, "num_attention_heads 3: it must divide hidden_size 32."),
         ({"n_head": 3, "n_embd": 32}, "n_head 3: it must divide n_embd 32."),
         (

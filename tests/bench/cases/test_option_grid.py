@@ -50,6 +50,6 @@ def test_a_list_is_checked_value_by_value():
         Sweep.from_spec({**GRID, "options": {"lora.r": [2, 0, "x"], "dpo.beta": []}})
     assert error.value.problems == (
         "option 'dpo.beta' is []: it must have at least one value.",
-        "lora.r is 0: it must be a whole number from 1 to 2147483647.",
-        "lora.r is 'x': it must be a whole number from 1 to 2147483647.",
+        "lora.r is 0: it must be an integer from 1 to 2147483647.",
+        "lora.r is 'x': it must be an integer from 1 to 2147483647.",
     )

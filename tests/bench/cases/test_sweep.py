@@ -87,9 +87,9 @@ def test_every_problem_is_reported_at_once_with_the_nearest_names():
     )
     for text in (
         "method 'hydr' is unknown: did you mean 'hydra'",
-        "seq_lens has 0: it must be a whole number of at least 2.",
-        "seq_lens has 'x': it must be a whole number of at least 2.",
-        "batch_sizes has -1: it must be a whole number of at least 1.",
+        "seq_lens has 0: it must be an integer of at least 2.",
+        "seq_lens has 'x': it must be an integer of at least 2.",
+        "batch_sizes has -1: it must be an integer of at least 1.",
         "sweep key 'devcie' is unknown: did you mean 'device'",
         "device 'gpu' is unknown",
         "dtype 'float23' is unknown: did you mean 'float32'",
@@ -105,9 +105,9 @@ def test_every_problem_is_reported_at_once_with_the_nearest_names():
         ({"methods": []}, "methods is empty: it must have at least one value."),
         ({"methods": [3]}, "methods has 3: it must be a name."),
         ({"models": [""]}, "models has '': it must be a name."),
-        ({"batch_sizes": [True]}, "batch_sizes has True: it must be a whole number of at least 1."),
-        ({"batch_sizes": [1.5]}, "batch_sizes has 1.5: it must be a whole number of at least 1."),
-        ({"seq_lens": [1]}, "seq_lens has 1: it must be a whole number of at least 2."),
+        ({"batch_sizes": [True]}, "batch_sizes has True: it must be an integer of at least 1."),
+        ({"batch_sizes": [1.5]}, "batch_sizes has 1.5: it must be an integer of at least 1."),
+        ({"seq_lens": [1]}, "seq_lens has 1: it must be an integer of at least 2."),
         ({"prompt_lens": [4]}, "seq_lens is given with prompt_lens or completion_lens: give one or the other."),
         ({"prompt_fraction": 1}, "prompt_fraction is 1: it must be a number between 0 and 1."),
         ({"prompt_fraction": "half"}, "prompt_fraction is 'half': it must be a number between 0 and 1."),
@@ -176,6 +176,8 @@ def test_a_wrong_setting_is_reported_once_beside_other_problems(change, says):
 
 # Options whose value must fit another field of the case.
 TIED = (
+    "optimizer.warmup_steps",
+    "optimizer.max_steps",
     "ppo.num_mini_batches",
     "engine.micro_batch_size",
     "engine.backend",

@@ -16,7 +16,7 @@ from rlhfbench.evidence import collect
         (["--parts", "0"], "--parts has '0': it must be numbers from 1 to 7, joined by commas."),
         (["--budget-min", "0"], "--budget-min is 0: it must be above 0 and at most 1440."),
         (["--budget-min", "nan"], "--budget-min is nan: it must be above 0 and at most 1440."),
-        (["--blocks", "0"], "blocks is 0: it must be a whole number from 1 to 1000 or none."),
+        (["--blocks", "0"], "blocks is 0: it must be an integer from 1 to 1000 or none."),
         (["--budget-min", "x"], "--budget-min is 'x': it must be a number."),
         (["--device", "tpu"], "device 'tpu' is unknown: did you mean"),
         (["--model", "no-such"], "model 'no-such' is unknown: Valid"),

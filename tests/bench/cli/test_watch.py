@@ -37,7 +37,7 @@ def test_watch_serves_until_ctrl_c(tmp_path: Path) -> None:
         (("absent",), "run 'absent' cannot be watched: there is no such folder."),
         ((".",), "run '.' cannot be watched: there is no run in it."),
         ((), "Missing argument 'RUN'."),
-        ((".", "--port", "x"), "--port is 'x': it must be a whole number."),
+        ((".", "--port", "x"), "--port is 'x': it must be an integer."),
     ],
 )
 def test_a_wrong_command_is_one_sentence(

@@ -21,7 +21,7 @@ def test_a_zero_that_is_none_is_said() -> None:
         Zero(stage=4, world_size=0)
     assert caught.value.problems == (
         "zero-stage is 4: it must be 0, 1, 2 or 3.",
-        "world-size is 0: it must be a whole number of at least 1.",
+        "world-size is 0: it must be an integer of at least 1.",
     )
 
 

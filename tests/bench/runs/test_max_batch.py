@@ -240,7 +240,7 @@ def test_a_resumed_search_does_not_repeat_recorded_tries(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("spec", "limit", "blocks", "sentence"),
     [
-        ({}, 0, None, "max-batch-limit is 0: it must be a whole number of at least 1."),
+        ({}, 0, None, "max-batch-limit is 0: it must be an integer of at least 1."),
         ({}, 512, 8, "blocks is 8: each try of --max-batch has one block: leave it out, or ask for 1."),
         (
             {"batch_sizes": [4], "options": {"engine.micro_batch_size": 2}},

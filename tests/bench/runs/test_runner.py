@@ -111,9 +111,9 @@ def test_every_wrong_run_option_is_reported():
         RunOptions(time_budget_s=0, case_timeout_s=-1.0, num_threads=0, memory_limit_bytes=0)
     assert caught.value.problems == (
         "time_budget_s is 0: it must be a finite number above 0 and at most 1000000.",
-        "num_threads is 0: it must be a whole number from 1 to 1024 or none.",
+        "num_threads is 0: it must be an integer from 1 to 1024 or none.",
         "case_timeout_s is -1.0: it must be a finite number above 0 and at most 1000000.",
-        "memory_limit_bytes is 0: it must be a whole number from 1 to 1152921504606846976 or none.",
+        "memory_limit_bytes is 0: it must be an integer from 1 to 1152921504606846976 or none.",
     )
 
 

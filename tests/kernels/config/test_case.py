@@ -122,12 +122,12 @@ def test_an_integer_for_a_float_is_the_same_case() -> None:
         ({"method": "hydr"}, "method 'hydr' is unknown: did you mean 'hydra'"),
         ({"device": "gpu"}, "device 'gpu' is unknown"),
         ({"dtype": "float23"}, "dtype 'float23' is unknown: did you mean 'float32'"),
-        ({"prompt_len": 0}, "prompt_len is 0: it must be a whole number from 1 to 2147483647"),
-        ({"completion_len": -3}, "completion_len is -3: it must be a whole number from 1 to 2147483647"),
-        ({"batch_size": True}, "batch_size is True: it must be a whole number"),
-        ({"batch_size": "4"}, "batch_size is '4': it must be a whole number"),
-        ({"options": Options.of({"lora.r": 0})}, "lora.r is 0: it must be a whole number from 1 to 2147483647"),
-        ({"seed": -1}, "seed is -1: it must be a whole number of at least 0"),
+        ({"prompt_len": 0}, "prompt_len is 0: it must be an integer from 1 to 2147483647"),
+        ({"completion_len": -3}, "completion_len is -3: it must be an integer from 1 to 2147483647"),
+        ({"batch_size": True}, "batch_size is True: it must be an integer"),
+        ({"batch_size": "4"}, "batch_size is '4': it must be an integer"),
+        ({"options": Options.of({"lora.r": 0})}, "lora.r is 0: it must be an integer from 1 to 2147483647"),
+        ({"seed": -1}, "seed is -1: it must be an integer of at least 0"),
         (
             {"options": Options.of({"rollout.temperature": 0.0})},
             "rollout.temperature is 0.0: it must be a finite number above 0.",
@@ -139,7 +139,15 @@ def test_an_integer_for_a_float_is_the_same_case() -> None:
         ),
         (
             {"options": Options.of({"lora.alpha": float("inf")})},
-            "lora.alpha is inf: it must be a finite number or none.",
+            "lora.alpha is inf: it must be a finite number above 0 or none.",
+        ),
+        (
+            {"options": Options.of({"lora.alpha": 0.0})},
+            "lora.alpha is 0.0: it must be a finite number above 0 or none.",
+        ),
+        (
+            {"options": Options.of({"optimizer.warmup_steps": 100, "optimizer.max_steps": 100})},
+            "optimizer.warmup_steps is 100: it must be below optimizer.max_steps, which is 100.",
         ),
         ({"options": Options.of({"ppo.reward_clip": -1.0})}, "ppo.reward_clip is -1.0"),
         (

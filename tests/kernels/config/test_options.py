@@ -15,6 +15,8 @@ from rlhfkernels.errors import CaseError
 GOOD = {"method": "hydra", "model": "tiny", "prompt_len": 4, "completion_len": 4, "batch_size": 4}
 # Options whose value must fit another field of the case.
 TIED = (
+    "optimizer.warmup_steps",
+    "optimizer.max_steps",
     "ppo.num_mini_batches",
     "engine.micro_batch_size",
     "engine.backend",

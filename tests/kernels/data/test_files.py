@@ -13,6 +13,10 @@ def write(path, *rows):
     return path
 
 
+def messages(*contents):
+    return [{"role": role, "content": text} for role, text in zip(("user", "assistant"), contents, strict=True)]
+
+
 def test_texts_and_messages_in_the_order_of_the_file(tmp_path):
     messages = [{"role": "user", "content": "Hello"}]
     # U+2028 ends a line for str.splitlines, not for JSON lines.
@@ -44,6 +48,7 @@ def test_a_last_line_without_its_end_is_read(tmp_path):
         ('{"q": 3}\n', "line 1: field 'q' must be a text"),
         ('{"q": []}\n', "line 1: field 'q' must be a text"),
         ('{"q": [{"role": "user"}]}\n', "line 1: field 'q' must be a text"),
+        ('{"q": [{"role": "user", "content": " "}]}\n', "line 1: field 'q' is empty: its messages have no content."),
     ],
 )
 def test_a_bad_file_is_one_sentence(tmp_path, text, says):
@@ -130,6 +135,10 @@ def test_demonstrations_and_pairs_in_trls_shapes(tmp_path):
             {"prompt": "a", "completion": [{"role": "assistant", "content": " "}]},
             "line 1: field 'completion' is empty: its messages have no content.",
         ),
+        (
+            {"prompt": [{"role": "user", "content": ""}], "completion": "b"},
+            "line 1: field 'prompt' is empty: its messages have no content.",
+        ),
     ],
 )
 def test_a_bad_demonstration_is_one_sentence(tmp_path, row, says):
@@ -150,6 +159,12 @@ def test_a_bad_demonstration_is_one_sentence(tmp_path, row, says):
             {"chosen": "a", "rejected": [{"role": "user", "content": "a"}]},
             "must both be texts, or both lists of messages",
         ),
+        (
+            {"chosen": messages("", "a"), "rejected": messages("", "b")},
+            "line 1: there is no field 'prompt', and the messages that 'chosen' and 'rejected' share or what follows "
+            "them, have no content.",
+        ),
+        ({"chosen": messages("q", "a"), "rejected": messages("q", "")}, "or what follows them, have no content."),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "chosen equals rejected in every row, so no pair is left."),
     ],
 )

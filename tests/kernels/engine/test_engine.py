@@ -50,6 +50,12 @@ def test_a_temperature_divides_the_logits_of_every_log_probability(make_case: Ca
         torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", ["sft", "dpo-lora"])
+def test_a_temperature_changes_no_loss_of_given_completions(make_case: Callable[..., Case], method: str) -> None:
+    plain, hot = (build_step(make_case(method, rollout__temperature=t)).run().to_dict() for t in (1.0, 2.0))
+    assert plain == hot
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_padding_changes_no_number(
     make_case: Callable[..., Case], architecture: str, shake: Callable[[Engine], None]

@@ -35,7 +35,7 @@ def test_a_multimodal_model_is_refused(make_case: Callable[..., Case]) -> None:
         load_model(make_case(architecture="gemma3"), seed=0, with_lm_head=True)
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "bloom", "mixtral", "phimoe"])
+@pytest.mark.parametrize("architecture", ["gpt2", "bloom", "dbrx", "mixtral", "phimoe"])
 def test_train_mode_is_not_random(make_case: Callable[..., Case], architecture: str) -> None:
     case = make_case(architecture=architecture, dtype="float32")
     trunk = load_model(case, seed=0, with_lm_head=True).trunk.train()
@@ -48,7 +48,7 @@ def test_train_mode_is_not_random(make_case: Callable[..., Case], architecture: 
 def test_a_models_own_train_mode_is_random(checkpoint: Callable[[str], str]) -> None:
     """The checkpoints of the test above have noise that loading turns off."""
     tokens = torch.randint(48, (2, 8))
-    for architecture in ("gpt2", "bloom", "mixtral"):
+    for architecture in ("gpt2", "bloom", "dbrx", "mixtral"):
         trunk = AutoModelForCausalLM.from_pretrained(checkpoint(architecture), dtype=torch.float32).train()
         with torch.no_grad():
             assert not torch.equal(trunk(input_ids=tokens).logits, trunk(input_ids=tokens).logits)

@@ -160,6 +160,39 @@ def test_narrow_dtypes_are_near_float64(dtype: torch.dtype, wide: torch.dtype) -
         assert (found.double() - reference).norm() < 2e-2 * reference.norm()
 
 
+NARROWER = [(torch.float32, torch.bfloat16), (torch.float64, torch.float32)]
+
+
+@pytest.mark.parametrize(("dtype", "narrow"), NARROWER)
+@pytest.mark.parametrize("layers", ["alike", "some"])
+def test_an_adapter_narrower_than_the_base_does_not_round_the_base(
+    layers: str, dtype: torch.dtype, narrow: torch.dtype
+) -> None:
+    group, exact = make_group(*GROUPS[layers], dtype=dtype, wide=narrow), make_group(*GROUPS[layers])
+    for a, b in zip(exact.parameters(), group.parameters(), strict=True):
+        a.data.copy_(b.data.double())
+    # Small enough beside W x that rounding the sum to the adapter's dtype is the larger error.
+    for part in (*group.parts, *exact.parts):
+        part.up.data.mul_(2.0**-10)
+    torch.manual_seed(0)
+    x = torch.randn(9, K, dtype=dtype, requires_grad=True)
+    exact_x = x.detach().double().requires_grad_()
+    y, expected = lora_linear(x, group), lora_linear_reference(exact_x, exact)
+    grad = torch.randn(y.shape, dtype=dtype)
+    y.backward(grad)
+    expected.backward(grad.double())
+    assert y.dtype == dtype
+    accuracy = torch.finfo(narrow).eps
+    pairs = [(y, expected, accuracy / 50), (x.grad, exact_x.grad, accuracy / 50)]
+    pairs += [
+        (a.grad, b.grad, 4 * accuracy)
+        for a, b in zip(group.parameters(), exact.parameters(), strict=True)
+        if a.requires_grad
+    ]
+    for found, reference, bound in pairs:
+        assert (found.double() - reference).norm() < bound * reference.norm()
+
+
 @pytest.mark.parametrize("rows", [1, 2, 5])
 @pytest.mark.parametrize("kind", ["frozen base", "bias", "conv1d"])
 @pytest.mark.parametrize("layers", GROUPS)

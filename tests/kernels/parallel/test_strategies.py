@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import gc
 import json
 from collections.abc import Callable
@@ -98,6 +100,21 @@ def test_divided_weights_are_saved_whole(make_case: Make, on_ranks: Any, tmp_pat
         alone, ranks = (load_file(tmp_path / folder / name) for folder in ("alone", "ranks"))
         assert alone.keys() == ranks.keys()
         assert all(torch.equal(ranks[key], tensor) for key, tensor in alone.items()), name
+
+
+def divided_after_a_failing_save(world: World, case: Case) -> list[bool]:
+    step = build_step(case, world=world)
+    strategy, weights = step.engine.strategy, functools.partial(step.engine.base_parameters, "policy")
+    found = []
+    with contextlib.suppress(OSError), strategy.whole():
+        found.append(any(hasattr(weight, "to_local") for weight in weights()))
+        raise OSError
+    found.append(all(hasattr(weight, "to_local") for weight in weights()))
+    return found
+
+
+def test_a_failing_save_leaves_no_weight_gathered(make_case: Make, on_ranks: Any) -> None:
+    assert on_ranks(2, divided_after_a_failing_save, make_case("full", **FSDP)) == [[False, True]] * 2
 
 
 def bases_after(world: World, case: Case) -> list[str]:

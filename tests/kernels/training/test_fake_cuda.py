@@ -55,6 +55,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "engine__cuda_graphs": "off",
     },
     "padded pairs": {"method": "dpo-lora", "model": "tiny", "data__pairs": "pairs.jsonl"},
+    "prepared pairs": {
+        "method": "dpo-lora",
+        "model": "tiny",
+        "data__pairs": "pairs.jsonl",
+        "dpo__precompute_ref_log_probs": True,
+    },
     "padded prompts, plain trunk": {"model": "tiny", "data__prompts": "prompts.jsonl", "engine__trunk": "plain"},
     "triton": {"engine__backend": "triton"},
 }

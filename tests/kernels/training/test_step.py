@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from rlhfkernels import METHODS, Case, NumericalError, Observer, build_step
+from rlhfkernels import METHODS, Case, CaseError, DataError, NumericalError, Observer, build_step
 from rlhfkernels.methods.table import families
 from rlhfkernels.observer import PARTS
 from rlhfkernels.training.step import TrainingStep
@@ -181,6 +181,31 @@ def test_a_reward_function_replaces_the_reward_model(make_case: Callable[..., Ca
     step.engine.hidden = lambda weights, *rest, **more: read.append(weights.base) or hidden(weights, *rest, **more)
     assert float(step.run()["score"]) == pytest.approx(0.25)
     assert read == ["reference", "value", "policy", "value"]
+
+
+@pytest.mark.parametrize(
+    ("scores", "found"),
+    [
+        (torch.tensor(1.0), "a tensor of shape []"),
+        (torch.ones(1), "a tensor of shape [1]"),
+        (torch.ones(4, 1), "a tensor of shape [4, 1]"),
+        (torch.ones(2), "a tensor of shape [2]"),
+        ([1.0] * 4, "an object of type list"),
+    ],
+)
+def test_scores_of_another_shape_are_refused(make_case: Callable[..., Case], scores: object, found: str) -> None:
+    step = build_step(make_case("lora"), reward_fn=lambda rollout: scores)
+    with pytest.raises(DataError) as caught:
+        step.run()
+    assert str(caught.value) == (
+        f"reward_fn returned {found}: it must be a tensor of shape [4], one score for each sequence."
+    )
+
+
+@pytest.mark.parametrize("method", [*families()["SFT"], *families()["DPO"]])
+def test_a_reward_function_that_nothing_calls_is_refused(make_case: Callable[..., Case], method: str) -> None:
+    with pytest.raises(CaseError, match=rf"^reward_fn is given: method '{method}' reads no scores, so it must be none"):
+        build_step(make_case(method), reward_fn=lambda batch: batch.mask.sum(1))
 
 
 def test_numbers_that_are_not_finite_are_said(make_case: Callable[..., Case]) -> None:

@@ -90,6 +90,14 @@ def test_bytes_of_generation_by_hand(make_case: Callable[..., Case]) -> None:
     assert phase_work(step)["generate"].bytes == 2 * weights + a_position * (4 + 3)
 
 
+def test_a_cache_of_one_head_is_read_as_such(make_case: Callable[..., Case]) -> None:
+    step = build_step(make_case("full", "falcon", batch_size=2, prompt_len=3, completion_len=2))
+    # Hidden 32, intermediate 128, 2 layers, 4 heads of 8 that share keys and values: qkv 48x32, dense 32x32.
+    weights = (2 * (48 * 32 + 32 * 32 + 2 * 128 * 32) + 48 * 32) * 8
+    a_position = 2 * 2 * 8 * 8 * 2
+    assert phase_work(step)["generate"].bytes == 2 * weights + a_position * (4 + 3)
+
+
 def test_a_generation_that_may_end_at_once_counts_one_token(make_case: Callable[..., Case]) -> None:
     size = {"batch_size": 2, "prompt_len": 3}
     ended = phase_work(build_step(make_case("full", completion_len=6, rollout__stop_token_id=5, **size)))
