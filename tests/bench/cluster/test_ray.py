@@ -44,7 +44,7 @@ def test_every_outcome_and_its_files_come_back_from_the_nodes(tmp_path, nodes, t
     kinds = ("ok", "blocks", "chatter", "segfault", "over-limit", "hang", "timeline")
     sweep = Sweep(cases=(*sweep_of(*kinds).cases, fake("ok", device="cuda")))
     out = tmp_path / "run"
-    result = run(sweep, out, nodes, told, case_timeout_s=2, memory_limit_bytes=2**27, blocks=2, with_plan=True)
+    result = run(sweep, out, nodes, told, case_timeout_s=5, memory_limit_bytes=2**27, blocks=2, with_plan=True)
     by_kind = {(r["case"]["options"]["data"]["prompt_field"], r["case"]["device"]): r for r in read_records(out)}
     outcomes = {kind: record["outcome"] for kind, record in by_kind.items()}
     assert outcomes == {
