@@ -9,15 +9,16 @@ import importlib
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -212,6 +213,33 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 
     config.option.loadscopereorder = False  # files with the fewest tests would come last, which are the longest
     return Scheduling(config, log)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Fails a test that is skipped where changes are checked, unless no package would make it run."""
+    return _expected((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Fails a file that is skipped as a whole in the same way."""
+    return _expected((yield))
+
+
+_Report = TypeVar("_Report", pytest.TestReport, pytest.CollectReport)
+# What a machine that checks changes need not have; ``.ci/run`` installs everything else.
+_MAY_BE_MISSING = re.compile(r"\bCUDA\b|\bbitsandbytes\b")
+
+
+def _expected(report: _Report) -> _Report:
+    """The report, failed if it is of a skip that CI does not expect; an expected failure is a skip to pytest too."""
+    if os.environ.get("CI") == "true" and report.outcome == "skipped" and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if not _MAY_BE_MISSING.search(reason):
+            report.outcome = "failed"
+            report.longrepr = f"{reason}: skipped, and CI is true."
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import pytest
 
 from rlhfbench import processes as parallel
 from rlhfbench.errors import ForkServerError, SweepError
-from rlhfbench.processes import map_parallel
+from rlhfbench.processes import map_parallel, num_oom_kills
 from rlhfkernels.errors import CaseError
 
 
@@ -75,3 +75,15 @@ def test_a_users_mistake_comes_back_with_its_problems(number: int, kind: type[Ca
 def test_a_process_that_dies_is_an_error() -> None:
     with pytest.raises(ForkServerError, match="was killed"):
         map_parallel(die, [1, 2], preload=[])
+
+
+@pytest.mark.parametrize(
+    ("text", "num_kills"), [("oom_kill 3\noom_kill_others 5\n", 3), ("nr_dirty 7\n", 0), (None, 0)]
+)
+def test_oom_kills_are_those_that_linux_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, num_kills: int
+) -> None:
+    if text is not None:
+        (tmp_path / "vmstat").write_text(text)
+    monkeypatch.setattr(parallel, "Path", {"/proc/vmstat": tmp_path / "vmstat"}.__getitem__)
+    assert num_oom_kills() == num_kills

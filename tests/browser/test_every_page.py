@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -39,9 +40,14 @@ def test_every_chart_is_drawn(opened: Any, page: Any) -> None:
         assert num_marks > 0, chart.get_attribute("data-chart")
 
 
-def picture(page: Any, chart: str) -> str:
-    found: str = page.locator(f"[data-chart='{chart}'] svg.marks").inner_html()
-    return found
+def picture(page: Any, chart: str) -> list[str]:
+    """Elements of a chart with their text, such that a chart that is drawn again with the same values is the same.
+
+    Vega draws again with elements in another order, with other last digits, and with an axis that has its old label.
+    """
+    drawn = page.locator(f"[data-chart='{chart}'] svg.marks").inner_html()
+    rounded = re.sub(r"\d+\.\d+", lambda number: f"{float(number[0]):.2f}", drawn)
+    return sorted(element for element in re.findall("<[^>]+>[^<]*", rounded) if "role-axis" not in element)
 
 
 def chart_ids(page: Any) -> list[str]:
@@ -71,19 +77,21 @@ def test_each_switch_changes_its_plot(opened: Any, page: Any) -> None:
 
 
 def _changes(page: Any, chart: str, choose: Callable[[str], object], first: str, values: list[str]) -> bool:
-    """Chooses every value, and the first again; true if there was something to choose. The picture must change."""
+    """Chooses every value, and the first again; true if there was something to choose. Each has its own picture."""
     if len(values) < 2:
         return False
     before = picture(page, chart)
-    changed = []
+    dead = []
     for value in values:
         if value != first:
             choose(value)
             page.evaluate(_FRAME)  # a chart is drawn again in the next frame
-            changed.append(picture(page, chart) != before)
+            if picture(page, chart) == before:
+                dead.append(value)
     choose(first)
     page.evaluate(_FRAME)
-    assert any(changed), (chart, values)
+    assert dead == [], (chart, first)
+    assert picture(page, chart) == before, (chart, first)
     return True
 
 
@@ -111,15 +119,16 @@ def set_scheme(page: Any, scheme: str) -> None:
     page.wait_for_function(is_dark, arg=scheme == "dark", timeout=_WAIT_MS)
 
 
-def test_dark_mode_is_dark_and_print_is_light(page: Any) -> None:
-    label = "[data-chart='latency'] svg .mark-text text"
-    has_chart = page.locator(label).count() > 0
+def test_dark_mode_is_dark_and_print_is_light(opened: Any, page: Any) -> None:
+    labels = ["[data-chart='latency'] svg .mark-text text"] if PAGES[opened.name][0] else []
     assert brightness(page, "html", "backgroundColor") > 200
-    assert not has_chart or brightness(page, label, "fill") < 100
+    for label in labels:
+        assert brightness(page, label, "fill") < 100
     set_scheme(page, "dark")
     assert brightness(page, "html", "backgroundColor") < 60
     assert brightness(page, "body", "color") > 180
-    assert not has_chart or brightness(page, label, "fill") > 150
+    for label in labels:
+        assert brightness(page, label, "fill") > 150
     page.emulate_media(media="print", color_scheme="dark")
     assert brightness(page, "html", "backgroundColor") > 200
     assert brightness(page, "body", "color") < 60

@@ -144,7 +144,8 @@ def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     text = page.read_text(encoding="utf-8")
     if "my-run" in text and "--out my-run" not in text:
-        shutil.copytree(RESULTS / "default-cpu", "my-run")
+        # Without its timelines, whose figures take most of the time of a report.
+        shutil.copytree(RESULTS / "default-cpu", "my-run", ignore=shutil.ignore_patterns("timelines"))
     found = blocks(page)
     for i, block in enumerate(found):
         if block.title:

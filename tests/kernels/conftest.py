@@ -8,9 +8,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from rlhfkernels import Batch, Observer, TrainingStep
+from rlhfkernels import Batch, Case, Observer, TrainingStep, build_step
 from rlhfkernels.engine.engine import Engine
 from rlhfkernels.ops.native import build, causal_attention, matmul
+from rlhfkernels.training import step as training_step
 
 
 @pytest.fixture
@@ -25,6 +26,18 @@ def shake() -> Callable[[Engine], None]:
                     parameter.normal_(std=0.2)
 
     return shake
+
+
+@pytest.fixture
+def small_step(make_case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch) -> Callable[..., TrainingStep]:
+    """Builds the step of a small float64 case that reads text as bytes, as a preset does; options have their names."""
+    monkeypatch.setattr(training_step, "load_tokenizer", lambda model: None)
+
+    def build(method: str, *, batch_size: int = 4, **options: object) -> TrainingStep:
+        named = {name.replace(".", "__"): value for name, value in options.items()}
+        return build_step(make_case(method, "bytes", batch_size=batch_size, **named))
+
+    return build
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from rlhfbench.errors import GateError
 from rlhfbench.gate import compare, selftest, simulation
 from rlhfbench.gate.compare import GateOptions
 from rlhfbench.gate.sides import git
+from rlhfbench.measure import turns
 from rlhfbench.records.file import read_records
 from rlhfbench.runs.forkserver import ForkServer
 from rlhfkernels.config.case import Case
@@ -41,6 +42,7 @@ def temporary(monkeypatch):
 @pytest.fixture
 def commit(monkeypatch, tmp_path, temporary, fake_case_path):
     """Makes the working folder a repository; returns a function that commits ``mine.py`` with the given content."""
+    monkeypatch.setattr(turns, "_MAX_ROUNDS", 20)  # steps of fake cases take no time
     monkeypatch.setattr(
         compare,
         "ForkServer",
@@ -194,9 +196,11 @@ def test_the_answer_stands_where_the_summary_is_lost_on_the_way(call, commit, mo
     assert f"--summary '{summary}' cannot be written" in err
 
 
-def test_ctrl_c_in_a_turn_ends_both_sides(call, commit, monkeypatch, temporary, tmp_path):
+def test_ctrl_c_in_a_turn_ends_both_sides(call, commit, monkeypatch, temporary, tmp_path, is_gone):
     commit("FAULT = {}", "first")
-    monkeypatch.setenv("GATE_SURVIVED", str(tmp_path / "survived"))
+    cases = tmp_path / "cases"
+    cases.mkdir()
+    monkeypatch.setenv("GATE_CASES", str(cases))
     monkeypatch.setenv("GATE_PID", str(os.getpid()))
     before = set(psutil.Process().children(recursive=True))
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -205,8 +209,10 @@ def test_ctrl_c_in_a_turn_ends_both_sides(call, commit, monkeypatch, temporary, 
         assert call("gate", "--base", "HEAD", *interrupting)[0] == 130
     finally:
         signal.signal(signal.SIGINT, handler)
+    pids = [int(path.name) for path in cases.iterdir()]
+    assert len(pids) == 2
+    assert all(is_gone(pid) for pid in pids)
     assert set(psutil.Process().children(recursive=True)) <= before
-    assert not (tmp_path / "survived").exists()
     assert left_in(temporary) == []
 
 

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from rlhfbench.cluster import needs
-from rlhfbench.cluster.needs import GROUPS, PLANNED_NAME, PROCESS_BYTES, needs_of
+from rlhfbench.cluster.needs import GROUPS, PROCESS_BYTES, needs_of
 from rlhfbench.cluster.nodes import Need
 from rlhfbench.runs.options import RunOptions
 from rlhfkernels.config.case import Case
@@ -38,7 +38,7 @@ def test_memory_is_planned_once_for_cases_that_differ_in_the_seed(tmp_path, plan
     assert told == ["2 cases are planned, to place them by the memory that they need."]
     wanted = [Need(device="cpu", num_cores=3, memory_bytes=PROCESS_BYTES + n) for n in (1000, 2000, 1000)]
     assert [need_of(case) for case in cases] == wanted
-    assert json.loads((tmp_path / PLANNED_NAME).read_text()) == {
+    assert json.loads((tmp_path / "planned_bytes.json").read_text()) == {
         case.id: n for case, n in zip(cases, (1000, 2000, 1000), strict=True)
     }
     needs_of([*cases, *sized(5)], RunOptions(), tmp_path, told.append)

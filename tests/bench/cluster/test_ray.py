@@ -44,7 +44,7 @@ def test_every_outcome_and_its_files_come_back_from_the_nodes(tmp_path, nodes, t
     kinds = ("ok", "blocks", "chatter", "segfault", "over-limit", "hang", "timeline")
     sweep = Sweep(cases=(*sweep_of(*kinds).cases, fake("ok", device="cuda")))
     out = tmp_path / "run"
-    result = run(sweep, out, nodes, told, case_timeout_s=2, memory_limit_bytes=2**27, blocks=2, with_plan=True)
+    result = run(sweep, out, nodes, told, case_timeout_s=5, memory_limit_bytes=2**27, blocks=2, with_plan=True)
     by_kind = {(r["case"]["options"]["data"]["prompt_field"], r["case"]["device"]): r for r in read_records(out)}
     outcomes = {kind: record["outcome"] for kind, record in by_kind.items()}
     assert outcomes == {
@@ -72,6 +72,20 @@ def test_every_outcome_and_its_files_come_back_from_the_nodes(tmp_path, nodes, t
     said = by_kind["ok", "cuda"]["error"]["message"]
     assert said.startswith("no node can hold it: it needs 1 CUDA device, and 3 nodes have up to 1 core, ")
     assert said.endswith(" GiB, no GPU.")
+
+
+def test_a_run_starts_a_cluster_of_this_machine(tmp_path, sweep_of):
+    out, sweep_file = tmp_path / "run", tmp_path / "sweep.toml"
+    sweep_file.write_text(sweep_of("ok", "segfault").to_toml())
+    flags = ["--sweep", str(sweep_file), "--ray", "local", "--out", str(out)]
+    done = subprocess.run([sys.executable, "-c", DRIVER, "run", *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    records = read_records(out)
+    assert [record["outcome"] for record in records] == ["ok", "crashed"]
+    environment = json.loads((out / "environment.json").read_text())
+    assert environment["settings"]["ray"] == "local"
+    assert {record["run"]["host"] for record in records} == set(environment["nodes"])
+    assert len(environment["nodes"]) == 1
 
 
 def test_an_ended_driver_leaves_no_process_and_its_run_is_resumed(tmp_path, nodes, told, sweep_of, is_gone):

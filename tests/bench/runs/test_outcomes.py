@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("fake_server")
 
 
 def test_every_way_to_die_is_an_outcome_and_the_run_continues(tmp_path, sweep_of, run):
-    result = run(sweep_of("segfault", "exit", "die", "hang", "unknown", "ok"), tmp_path / "run", case_timeout_s=1.0)
+    result = run(sweep_of("segfault", "exit", "die", "hang", "unknown", "ok"), tmp_path / "run", case_timeout_s=5)
     by_kind = {r["case"]["options"]["data"]["prompt_field"]: r for r in result.records}
     assert {kind: r["outcome"] for kind, r in by_kind.items()} == {
         "segfault": "crashed",
@@ -33,7 +33,7 @@ def test_every_way_to_die_is_an_outcome_and_the_run_continues(tmp_path, sweep_of
         "it exited with status 7 and left no result. Last line of its log: before the end"
     )
     assert by_kind["die"]["error"]["kind"] == "SIGKILL"
-    assert by_kind["hang"]["error"]["message"] == "it was killed after 1 s."
+    assert by_kind["hang"]["error"]["message"] == "it was killed after 5 s."
     assert "KeyError: 'unknown'" in by_kind["unknown"]["error"]["message"]
     log = tmp_path / "run" / "logs" / f"{by_kind['unknown']['case']['id']}.log"
     assert "Traceback" in log.read_text()
@@ -103,7 +103,3 @@ def test_cases_that_dominate_an_oom_case_are_skipped_and_name_it(tmp_path, run):
 )
 def test_dominates(change, expected):
     assert dominates(dataclasses.replace(CASE, **change), CASE) is expected
-
-
-def test_oom_kills_are_counted():
-    assert case_process.num_oom_kills() >= 0

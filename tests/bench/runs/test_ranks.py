@@ -195,7 +195,7 @@ def test_a_case_that_takes_too_long_names_who_was_late(run, monkeypatch):
 def test_a_hang_outside_the_timed_steps_or_of_all_ranks_is_named(run, tmp_path, monkeypatch, kind, message):
     monkeypatch.setattr(hangs, "STALL_S", 3.0)
     how = {"profile_dir": str(tmp_path / "profile")} if kind == "all-profile" else {}
-    result, _, _ = run(kind, timeout_s=20.0 if kind == "all-spin" else 60.0, **how)
+    result, _, _ = run(kind, timeout_s=10.0 if kind == "all-spin" else 60.0, **how)
     assert (result["outcome"], result["error"]["message"]) == ("timeout", message)
 
 

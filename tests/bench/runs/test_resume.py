@@ -19,7 +19,7 @@ def test_ctrl_c_leaves_a_valid_run_that_is_resumed(tmp_path, sweep_of, run, watc
     assert result.interrupted
     assert [r["outcome"] for r in read_records(tmp_path / "run")] == ["ok"]
     progress = watching()
-    result = run(sweep, tmp_path / "run", progress, resume=True, case_timeout_s=0.5)
+    result = run(sweep, tmp_path / "run", progress, resume=True, case_timeout_s=5)
     assert [r["outcome"] for r in result.records] == ["ok", "timeout", "ok"]
     assert not result.interrupted
     assert "2 cases to run, 1 already recorded" in progress.text
@@ -47,7 +47,7 @@ def test_a_torn_last_line_is_run_again(tmp_path, sweep_of, run, watching):
 
 def test_failed_cases_are_run_again_on_request_and_their_newest_record_wins(tmp_path, sweep_of, run, watching):
     sweep = sweep_of("ok", "segfault", "exit", "hang")
-    before = run(sweep, tmp_path / "run", case_timeout_s=0.5).records
+    before = run(sweep, tmp_path / "run", case_timeout_s=5).records
     progress = watching()
     result = run(sweep, tmp_path / "run", progress, resume=True, retry=["crashed"])
     assert "2 cases to run, 2 already recorded" in progress.text

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhfbench.cases.sweep import Sweep
 from rlhfbench.errors import RunFolderError, SweepError
 from rlhfbench.runs import watch as module
 from rlhfbench.runs.watch import LivePage, make_server
@@ -181,5 +182,8 @@ def test_a_folder_without_a_run_a_port_and_a_host_that_cannot_be_used_are_refuse
 
 def test_a_result_has_as_many_records_as_its_sweep_has_cases(tmp_path: Path) -> None:
     """The tests above count on it."""
-    assert len((RESULT / "records.jsonl").read_text().splitlines()) >= 30
-    assert json.loads((RESULT / "records.jsonl").read_text().splitlines()[0])["outcome"] == "ok"
+    cases = Sweep.from_file(RESULT / "sweep.toml").cases
+    records = [json.loads(line) for line in (RESULT / "records.jsonl").read_text().splitlines()[: len(cases)]]
+    assert {record["case"]["id"] for record in records} == {case.id for case in cases}
+    assert len(cases) == 30
+    assert records[0]["outcome"] == "ok"

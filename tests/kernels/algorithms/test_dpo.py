@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 from rlhfkernels import Case, Options, TrainingStep, build_step
 from rlhfkernels.algorithms.dpo import dpo_loss
 
+MakeStep = Callable[..., TrainingStep]
 ROWS = [("ab", "cdef", "gh"), ("a", "b", "cdefgh"), ("abcdefgh", "cd", "ef"), ("xyz", "uvwxyz12", "q")]
 
 
@@ -65,17 +67,10 @@ def file(tmp_path: Path) -> str:
     return str(path)
 
 
-def tiny(method: str, file: str, **options: object) -> TrainingStep:
-    case = Case(
-        method=method,
-        model="tiny",
-        prompt_len=5,
-        completion_len=6,
-        batch_size=4,
-        dtype="float64",
-        options=Options.of({"data.pairs": file, "lora.r": 2, **options}),
-    )
-    return build_step(case)
+@pytest.fixture
+def small(small_step: MakeStep, file: str) -> MakeStep:
+    """Builds small steps over the rows of the file."""
+    return functools.partial(small_step, **{"data.pairs": file})
 
 
 def gradients(step: TrainingStep) -> list[torch.Tensor]:
@@ -84,8 +79,8 @@ def gradients(step: TrainingStep) -> list[torch.Tensor]:
     return [p.grad for p in step.trained_parameters()]
 
 
-def test_a_pair_is_two_sequences_with_one_prompt_and_equal_ones_are_dropped(file: str) -> None:
-    step = tiny("dpo-lora", file)
+def test_a_pair_is_two_sequences_with_one_prompt_and_equal_ones_are_dropped(small: MakeStep, file: str) -> None:
+    step = small("dpo-lora")
     batch, _ = step.infer()
     assert (batch.num_rows, batch.num_sequences) == (4, 8)
     assert torch.equal(batch.tokens[::2, :5], batch.tokens[1::2, :5])
@@ -95,9 +90,9 @@ def test_a_pair_is_two_sequences_with_one_prompt_and_equal_ones_are_dropped(file
 
 
 @pytest.mark.parametrize("method", ["dpo", "dpo-lora"])
-def test_at_step_0_the_loss_is_ln_2_and_the_gradient_half_beta_of_the_difference(file: str, method: str) -> None:
+def test_at_step_0_the_loss_is_ln_2_and_the_gradient_half_beta_of_the_difference(small: MakeStep, method: str) -> None:
     """L = ln 2, ∇L = −(β/2) Σ (∇ℓ_w − ∇ℓ_l) / b."""
-    step = tiny(method, file, **{"dpo.beta": 0.5})
+    step = small(method, **{"dpo.beta": 0.5})
     batch, _ = step.infer()
     role = step.method.roles["policy"]
     hidden = step.engine.hidden(role.weights, batch.tokens, batch.attention_mask, start=4, train=True)
@@ -105,18 +100,18 @@ def test_at_step_0_the_loss_is_ln_2_and_the_gradient_half_beta_of_the_difference
     chosen, rejected = (logprobs * batch.mask).sum(1).view(-1, 2).unbind(1)
     (-0.25 * (chosen - rejected).mean()).backward()
     expected = [p.grad for p in step.trained_parameters()]
-    other = tiny(method, file, **{"dpo.beta": 0.5})
+    other = small(method, **{"dpo.beta": 0.5})
     for found, by_hand in zip(gradients(other), expected, strict=True):
         # The reference's column is float32: its rounding is all that is left of the margin.
         assert (found - by_hand).norm() <= 1e-5 * by_hand.norm()
-    stats = tiny(method, file).run()
+    stats = small(method).run()
     assert float(stats["policy_loss"]) == pytest.approx(math.log(2), abs=1e-6)
     assert abs(float(stats["margin"])) < 1e-5
 
 
-def test_the_reference_reads_what_the_policy_reads_at_step_0(file: str) -> None:
+def test_the_reference_reads_what_the_policy_reads_at_step_0(small: MakeStep) -> None:
     for method in ("dpo", "dpo-lora"):
-        step = tiny(method, file)
+        step = small(method)
         batch, stats = step.infer()
         step.optimizers = {}
         step.update(batch, stats=stats)
@@ -126,25 +121,27 @@ def test_the_reference_reads_what_the_policy_reads_at_step_0(file: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["dpo", "dpo-lora"])
-def test_micro_batches_change_no_gradient(file: str, method: str) -> None:
-    whole = gradients(tiny(method, file))
-    parts = gradients(tiny(method, file, **{"engine.micro_batch_size": 1}))
+def test_micro_batches_change_no_gradient(small: MakeStep, method: str) -> None:
+    whole = gradients(small(method))
+    parts = gradients(small(method, **{"engine.micro_batch_size": 1}))
     for a, b in zip(parts, whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-9)
 
 
-def test_the_layouts_give_one_loss_at_equal_weights(file: str) -> None:
+def test_the_layouts_give_one_loss_at_equal_weights(small: MakeStep) -> None:
     """LoRA and whole models read the same pairs; at step 0 their references and policies are equal."""
     found = []
     for method in ("dpo", "dpo-lora"):
-        batch, _ = tiny(method, file).infer()
+        batch, _ = small(method).infer()
         found.append(batch["reference_logprobs"])
     torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["dpo", "dpo-lora"])
 def test_the_loss_falls_and_the_pairs_are_ranked_on_memorised_rows(file: str, method: str) -> None:
-    step = tiny(method, file, **{"optimizer.learning_rate": 1e-3, "lora.r": 8})
+    options = {"data.pairs": file, "optimizer.learning_rate": 1e-3, "lora.r": 8}
+    sizes = {"prompt_len": 5, "completion_len": 6, "batch_size": 4}
+    step = build_step(Case(method=method, model="tiny", dtype="float32", **sizes, options=Options.of(options)))
     stats = [step.run() for _ in range(12)]
     assert float(stats[-1]["policy_loss"]) < 0.5 * float(stats[0]["policy_loss"])
     assert float(stats[-1]["accuracy"]) == 1.0
@@ -161,12 +158,12 @@ def test_random_pairs_share_their_prompts(make_case: Callable[..., Case]) -> Non
 @pytest.mark.parametrize("trunk", ["fast", "plain"])
 @pytest.mark.parametrize("method", ["dpo", "dpo-lora"])
 def test_two_passes_give_the_loss_and_the_gradients_of_one_graph(
-    file: str, method: str, trunk: str, micro: int | None, shake: Callable[..., None]
+    small: MakeStep, method: str, trunk: str, micro: int | None, shake: Callable[..., None]
 ) -> None:
     """With a policy that is not the reference, so that pairs weigh differently."""
     found = []
     for options in ({"dpo.forward": "two-pass", "engine.micro_batch_size": micro}, {}):
-        step = tiny(method, file, **{"engine.trunk": trunk, "dpo.beta": 0.5, **options})
+        step = small(method, **{"engine.trunk": trunk, "dpo.beta": 0.5, **options})
         batch, stats = step.infer()
         shake(step.engine)
         batch["reference_logprobs"] += torch.arange(8) / 4
@@ -179,8 +176,8 @@ def test_two_passes_give_the_loss_and_the_gradients_of_one_graph(
         assert (a - b).norm() <= rel * b.norm()
 
 
-def test_two_passes_hold_the_graph_of_one_sequence_of_each_pair(file: str) -> None:
-    step = tiny("dpo-lora", file, **{"dpo.forward": "two-pass", "engine.micro_batch_size": 2})
+def test_two_passes_hold_the_graph_of_one_sequence_of_each_pair(small: MakeStep) -> None:
+    step = small("dpo-lora", **{"dpo.forward": "two-pass", "engine.micro_batch_size": 2})
     rows: list[tuple[int, bool]] = []
     hidden = step.engine.hidden
 
@@ -221,8 +218,8 @@ def test_lora_equals_the_whole_model_at_equal_effective_weights(
         torch.testing.assert_close(named[f"{layer}.lora_B"].grad, gradient, rtol=1e-9, atol=1e-12)
 
 
-def test_a_step_reports_accuracy_margin_and_both_log_probabilities(file: str) -> None:
-    stats = tiny("dpo-lora", file).run().to_dict()
+def test_a_step_reports_accuracy_margin_and_both_log_probabilities(small: MakeStep) -> None:
+    stats = small("dpo-lora").run().to_dict()
     names = {"accuracy", "margin", "chosen_logprob", "rejected_logprob", "reference_error"}
     assert set(stats) == {*names, "policy_loss", "policy_grad_norm"}
     assert stats["reference_error"] < 1e-6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 from rlhfkernels import Batch, Case, CaseError, Options, TrainingStep, build_step
 from rlhfkernels.algorithms.sft import nll_loss
 
+MakeStep = Callable[..., TrainingStep]
 ARCHITECTURES = ["llama", "opt", "gpt_neox", "gpt2", "mistral", "qwen2"]
 ROWS = [("ab", "cdef"), ("a", "b"), ("abcdefgh", "cd"), ("xyz", "uvwxyz12")]
 
@@ -43,27 +45,20 @@ def file(tmp_path: Path) -> str:
     return str(path)
 
 
+@pytest.fixture
+def small(small_step: MakeStep, file: str) -> MakeStep:
+    """Builds small steps over the rows of the file."""
+    return functools.partial(small_step, **{"data.demonstrations": file})
+
+
 def gradients(step: TrainingStep) -> list[torch.Tensor]:
     step.optimizers = {}
     step.run()
     return [p.grad for p in step.trained_parameters()]
 
 
-def tiny(method: str, file: str, **options: object) -> TrainingStep:
-    case = Case(
-        method=method,
-        model="tiny",
-        prompt_len=5,
-        completion_len=6,
-        batch_size=4,
-        dtype="float64",
-        options=Options.of({"data.demonstrations": file, "lora.r": 2, **options}),
-    )
-    return build_step(case)
-
-
-def test_demonstrations_are_padded_and_cut_at_both_ends(file: str) -> None:
-    step = tiny("sft-lora", file)
+def test_demonstrations_are_padded_and_cut_at_both_ends(small: MakeStep, file: str) -> None:
+    step = small("sft-lora")
     batch, _ = step.infer()
     assert batch.tokens[:, :5].tolist() == [[0, 0, 0, *b"ab"], [0, 0, 0, 0, *b"a"], [*b"defgh"], [0, 0, *b"xyz"]]
     assert batch.completions.tolist() == [[*b"cdef", 0, 0], [*b"b", 0, 0, 0, 0, 0], [*b"cd", 0, 0, 0, 0], [*b"uvwxyz"]]
@@ -72,8 +67,8 @@ def test_demonstrations_are_padded_and_cut_at_both_ends(file: str) -> None:
 
 
 @pytest.mark.parametrize("completion_only", [True, False])
-def test_the_loss_of_a_step_is_that_of_each_sequence_alone(file: str, completion_only: bool) -> None:
-    step = tiny("sft", file, **{"sft.completion_only_loss": completion_only})
+def test_the_loss_of_a_step_is_that_of_each_sequence_alone(small: MakeStep, completion_only: bool) -> None:
+    step = small("sft", **{"sft.completion_only_loss": completion_only})
     batch, stats = step.infer()
     total, count = 0.0, 0
     model, head = step.engine.models["policy"].trunk, step.engine.lm_head("policy")
@@ -91,17 +86,17 @@ def test_the_loss_of_a_step_is_that_of_each_sequence_alone(file: str, completion
 
 @pytest.mark.parametrize("completion_only", [True, False])
 @pytest.mark.parametrize("method", ["sft", "sft-lora"])
-def test_micro_batches_change_no_gradient(file: str, method: str, completion_only: bool) -> None:
+def test_micro_batches_change_no_gradient(small: MakeStep, method: str, completion_only: bool) -> None:
     options = {"sft.completion_only_loss": completion_only}
-    whole = gradients(tiny(method, file, **options))
-    parts = gradients(tiny(method, file, **options, **{"engine.micro_batch_size": 1}))
+    whole = gradients(small(method, **options))
+    parts = gradients(small(method, **options, **{"engine.micro_batch_size": 1}))
     for a, b in zip(parts, whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-9)
 
 
-def test_the_gradient_is_reinforces_with_every_advantage_1(file: str) -> None:
+def test_the_gradient_is_reinforces_with_every_advantage_1(small: MakeStep) -> None:
     """−(1/B) Σ A ℓ with A ≡ 1, times B / N (RLHF Deciphered, section 6.3)."""
-    step = tiny("sft-lora", file)
+    step = small("sft-lora")
     batch, _ = step.infer()
     role = step.method.roles["policy"]
     hidden = step.engine.hidden(role.weights, batch.tokens, batch.attention_mask, start=4, train=True)
@@ -109,13 +104,13 @@ def test_the_gradient_is_reinforces_with_every_advantage_1(file: str) -> None:
     sequence = (logprobs * batch.mask).sum(1)
     (-(sequence * torch.ones(4)).mean() * 4 / batch.mask.sum()).backward()
     expected = [p.grad for p in step.trained_parameters()]
-    for found, by_hand in zip(gradients(tiny("sft-lora", file)), expected, strict=True):
+    for found, by_hand in zip(gradients(small("sft-lora")), expected, strict=True):
         torch.testing.assert_close(found, by_hand, rtol=1e-6, atol=1e-12)
 
 
-def test_lora_equals_the_whole_model_at_equal_weights(file: str) -> None:
+def test_lora_equals_the_whole_model_at_equal_weights(small: MakeStep) -> None:
     """At step 0, B is 0: both losses are those of the base, and A gets no gradient."""
-    lora, whole = (tiny(method, file) for method in ("sft-lora", "sft"))
+    lora, whole = (small(method) for method in ("sft-lora", "sft"))
     for step in (lora, whole):
         step.optimizers = {}
     assert float(lora.run()["policy_loss"]) == pytest.approx(float(whole.run()["policy_loss"]), rel=1e-9)
@@ -128,7 +123,9 @@ def test_lora_equals_the_whole_model_at_equal_weights(file: str) -> None:
 
 @pytest.mark.parametrize("method", ["sft", "sft-lora"])
 def test_the_loss_falls_on_memorised_rows(file: str, method: str) -> None:
-    step = tiny(method, file, **{"optimizer.learning_rate": 3e-3, "lora.r": 8})
+    options = {"data.demonstrations": file, "optimizer.learning_rate": 3e-3, "lora.r": 8}
+    sizes = {"prompt_len": 5, "completion_len": 6, "batch_size": 4}
+    step = build_step(Case(method=method, model="tiny", dtype="float32", **sizes, options=Options.of(options)))
     losses = [float(step.run()["policy_loss"]) for _ in range(30)]
     assert losses[-1] < 0.5 * losses[0]
 
@@ -160,12 +157,12 @@ def assert_equal_steps(one: TrainingStep, other: TrainingStep, rel: float = 1e-9
 @pytest.mark.parametrize("trunk", ["fast", "plain"])
 @pytest.mark.parametrize("method", ["sft", "sft-lora"])
 def test_packed_rows_give_the_loss_and_the_gradients_of_padded_ones(
-    file: str, method: str, trunk: str, micro: int | None, completion_only: bool
+    small: MakeStep, method: str, trunk: str, micro: int | None, completion_only: bool
 ) -> None:
     options = {"sft.completion_only_loss": completion_only, "engine.trunk": trunk}
-    packed = tiny(method, file, **options, **{"sft.packing": True, "engine.micro_batch_size": micro})
+    packed = small(method, **options, **{"sft.packing": True, "engine.micro_batch_size": micro})
     # Transformers' Llama rotates in float32 in every dtype.
-    assert_equal_steps(packed, tiny(method, file, **options), rel=1e-9 if trunk == "fast" else 1e-5)
+    assert_equal_steps(packed, small(method, **options), rel=1e-9 if trunk == "fast" else 1e-5)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -238,8 +235,8 @@ def test_lora_equals_the_whole_model_at_equal_effective_weights(
         torch.testing.assert_close(named[f"{layer}.lora_B"].grad, gradient @ named[name].t(), rtol=1e-9, atol=1e-12)
 
 
-def test_a_packed_row_has_no_padding_and_its_positions_begin_again(file: str) -> None:
-    batch, _ = tiny("sft-lora", file, **{"sft.packing": True}).infer()
+def test_a_packed_row_has_no_padding_and_its_positions_begin_again(small: MakeStep) -> None:
+    batch, _ = small("sft-lora", **{"sft.packing": True}).infer()
     row = batch.packed(reads_prompt=False)
     assert bytes(row.tokens.tolist()) == b"abcdef" + b"ab" + b"defghcd" + b"xyzuvwxyz"
     assert row.positions.tolist() == [*range(6), *range(2), *range(7), *range(9)]

@@ -8,8 +8,10 @@ import torch
 
 from rlhfkernels import Case, NumericalError, Observer, build_step
 from rlhfkernels.data.batch import Batch
+from rlhfkernels.engine import generation
 from rlhfkernels.engine.engine import Engine
 from rlhfkernels.methods.program import WeightSet
+from rlhfkernels.ops.sample import sample
 from rlhfkernels.training.step import TrainingStep
 
 Generated = Callable[[TrainingStep], Batch]
@@ -71,16 +73,6 @@ def test_a_completion_stops_at_the_stop_token_and_is_masked_after_it(
     assert stopped > 0
 
 
-def test_generation_ends_when_every_row_has(make_case: Callable[..., Case], generated: Generated) -> None:
-    step = build_step(make_case(batch_size=2, completion_len=50, prompt_len=4, rollout__stop_token_id=7))
-    with torch.no_grad():
-        step.engine.lm_head("actor").weight[7] = 0
-        step.engine.models["hydra"].trunk.norm.weight.zero_()  # all logits 0: any token, soon 7
-    rollout = generated(step)
-    ends = rollout.mask.sum(1)
-    assert (ends >= 1).all()
-
-
 @pytest.mark.parametrize(
     ("trunk", "backend", "dtype"),
     [("plain", "torch", "float64"), ("fast", "torch", "float32"), ("fast", "auto", "float32")],
@@ -97,7 +89,7 @@ def test_sampling_from_logits_that_are_not_finite_is_one_error(
 
 
 @pytest.mark.parametrize("trunk", ["plain", "fast"])
-def test_looking_seldom_whether_all_have_ended_changes_no_batch(
+def test_generation_ends_at_a_look_after_all_have_ended_and_looking_seldom_changes_no_batch(
     make_case: Callable[..., Case],
     generated: Callable[[TrainingStep], Batch],
     monkeypatch: pytest.MonkeyPatch,
@@ -106,12 +98,21 @@ def test_looking_seldom_whether_all_have_ended_changes_no_batch(
     case = make_case(completion_len=40, batch_size=1, engine__trunk=trunk)
     stop = int(generated(build_step(case)).completions[0, 3])
     case = dataclasses.replace(case, options=case.options.replace({"rollout.stop_token_id": stop}))
+    sampled: list[int] = []
+
+    def noted(logits: torch.Tensor, *arguments: object, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
+        sampled.append(len(logits))
+        return sample(logits, *arguments, **options)
+
+    monkeypatch.setattr(generation, "sample", noted)
     every = generated(build_step(case))
-    assert 1 <= every.mask.sum() <= 4
-    looks: list[int] = []
-    monkeypatch.setattr("rlhfkernels.engine.generation._tokens_between_looks", lambda device: looks.append(1) or 16)
+    length = int(every.mask.sum())
+    assert 1 <= length <= 4
+    assert len(sampled) == length + 1  # the look comes after sampling
+    sampled.clear()
+    monkeypatch.setattr(generation, "_tokens_between_looks", lambda device: 16)
     seldom = generated(build_step(case))
-    assert looks
+    assert len(sampled) == 16 + 1
     for name in ("tokens", "mask"):
         assert torch.equal(getattr(seldom, name), getattr(every, name))
     assert torch.equal(seldom["old_logprobs"], every["old_logprobs"])

@@ -4,6 +4,7 @@ import fcntl
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -88,12 +89,20 @@ def test_a_damaged_file_is_measured_again_and_repaired(path: Path, text: str) ->
     assert fastest({"native": unused, "torch": unused}, 1) == "native"
 
 
-def test_a_second_process_waits_for_the_first(path: Path) -> None:
+def test_a_second_process_waits_for_the_first(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[str] = []
+    asked, flock = threading.Event(), fcntl.flock
+
+    def noted(*arguments: Any) -> None:
+        asked.set()
+        flock(*arguments)
+
     with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        flock(lock, fcntl.LOCK_EX)
+        monkeypatch.setattr(fcntl, "flock", noted)
         second = threading.Thread(target=lambda: found.append(fastest({"native": unused, "torch": unused}, 1)))
         second.start()
+        assert asked.wait(timeout=60)  # it found no file before
         path.write_text(GOOD)
     second.join(timeout=60)
     assert found == ["torch"]
