@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhfkernels.parallel.strategies import Strategy, T
+from rlhfkernels.parallel.strategies import Strategy
 
 
 class PlannedReplicas(Strategy):
@@ -42,7 +42,7 @@ class PlannedReplicas(Strategy):
         """See ``Strategy.tensors``."""
         yield from (("gradients", bucket) for bucket in self._buckets.values())
 
-    def train(self, key: str, base: str, function: Callable[[], T], *, is_last: bool) -> T:
+    def train(self, key: str, base: str, function: Callable[[], torch.Tensor], *, is_last: bool) -> torch.Tensor:
         """See ``Strategy.train``."""
         self._pass = key, is_last
         return super().train(key, base, function, is_last=is_last)
