@@ -58,13 +58,19 @@ def _word_of(name: str, value: object) -> str:
     return f"{value} ranks" if name == "world_size" else str(value)
 
 
-def plan_table(frame: pd.DataFrame, *, caption: str) -> TerminalTable:
-    """Table of what fits, the largest batch that fits, the floor, the phase of the peak and every part in GiB."""
+def plan_table(frame: pd.DataFrame, *, caption: str, max_batch_limit: int | None = None) -> TerminalTable:
+    """Table of what fits, the largest batch that fits, the floor, the phase of the peak and every part in GiB.
+
+    Args:
+        frame: the plans.
+        caption: what they share.
+        max_batch_limit: where the search for the largest batch ended: more may fit, and a plus says so.
+    """
     rows = frame.to_dict("records")
     known = {
         "total GiB": [_gib(int(row["total_bytes"])) for row in rows],
         "fits": [_word(row["fits"]) for row in rows],
-        "max batch": [_word(row["max_batch_size"]) for row in rows],
+        "max batch": [_word(row["max_batch_size"]) + "+" * (row["max_batch_size"] == max_batch_limit) for row in rows],
         "floor s/sample": [_seconds(row["floor_s_per_sample"]) for row in rows],
         "peak in": [str(row["peak_phase"]) for row in rows],
     }

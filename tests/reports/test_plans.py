@@ -35,6 +35,8 @@ def test_the_table_has_every_part_and_result() -> None:
     console.print(plan_table(frame(), caption="tiny"))
     first, second = (line.split() for line in console.export_text().splitlines() if "-PPO" in line)
     assert first == ["A-PPO", "800", "1", "45.00", "yes", "7", "0.25", "score", *(f"{i + 1:.2f}" for i in range(9))]
+    console.print(plan_table(frame(), caption="tiny", max_batch_limit=7))
+    assert [line.split()[5] for line in console.export_text().splitlines() if "A-PPO" in line] == ["7+"]
     assert second[3:8] == ["45.00", "–", "–", "–", "score"]
 
 

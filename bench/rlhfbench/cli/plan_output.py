@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rlhfbench.cases.settings import setting_of
 from rlhfbench.errors import RunFolderError
 from rlhfbench.planning.devices import find_accelerator
+from rlhfbench.planning.max_batch import MAX_BATCH_SIZE
 from rlhfbench.records.derived import strategy
 from rlhfbench.records.plans import PLAN_NAME
 from rlhfbench.records.timelines import write_timeline
@@ -56,7 +57,7 @@ def table(plans: list[dict[str, Any]], gpu: str | None) -> RenderableType:
     """The plans as a table for the terminal."""
     from rlhfreports.plans import plan_table
 
-    return plan_table(frame(plans), caption=_caption(plans, gpu))
+    return plan_table(frame(plans), caption=_caption(plans, gpu), max_batch_limit=MAX_BATCH_SIZE)
 
 
 def advice(plans: list[dict[str, Any]]) -> list[str]:

@@ -15,7 +15,6 @@ from rlhfkernels.config.rules import shown
 
 if TYPE_CHECKING:
     from rlhfbench.cases.sweep import Sweep
-    from rlhfkernels.config.case import Case
 
 RANKS = "Ranks"
 
@@ -108,13 +107,4 @@ def _of_one_rank(sweep: Sweep) -> Sweep:
     from rlhfbench.cases.sweep import Sweep
     from rlhfbench.planning.zero import cases_of_a_rank
 
-    cases: list[Case] = []
-    problems: list[str] = []
-    for case in sweep.cases:
-        try:
-            cases += cases_of_a_rank([case], case.options.parallel.world_size)
-        except SweepError as error:
-            problems += error.problems
-    if problems:
-        raise SweepError(problems)
-    return Sweep(cases=tuple({case.id: case for case in cases}.values()))
+    return Sweep(cases=tuple({case.id: case for case in cases_of_a_rank(sweep.cases)}.values()))

@@ -117,7 +117,7 @@ class Ledger(Observer):
     def track(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Attributes the weights of ``model``, their gradients, and the states of every optimizer that steps.
 
-        PEFT weights count as ``adapters``; the output embedding and a head called ``score``, ``classifier`` or
+        Weights of PEFT layers are ``adapters``; the output embedding and a head called ``score``, ``classifier`` or
         ``v_head`` as ``heads``; all other parameters and buffers as ``base``. A head tied to the input embedding is
         ``base``. Gradients and optimizer states may be created later: any ``torch.optim.Optimizer`` that steps until
         the block ends is seen, also one that a trainer makes. Call it again after adding parameters.

@@ -60,7 +60,8 @@ def ledger_of(step: Step, ledger: Ledger) -> Iterator[None]:
 def persistent_model_bytes(phases: Iterable[Mapping[str, int]]) -> int:
     """Weights, whole gradients and optimizer states: the "model" column of Hydra-RLHF's Table 1.
 
-    It is the highest sum of the model parts over the phases. The phase with the highest total often has no gradients.
+    It is the highest sum of the model parts at the peak of some phase. The phase with the highest total often has no
+    gradients. A user's step whose only phase peaks before its backward lacks them here too.
 
     Args:
         phases: Bytes by part at the peak of each phase.

@@ -16,6 +16,16 @@ from rlhfkernels.observer import PARTS
 _MODEL = frozenset(map(PARTS.index, MODEL_PARTS))
 _ACTIVATIONS, _GATHERED, _BUCKETS, _TEMPORARY = map(PARTS.index, ("activations", "gathered", "buckets", "temporary"))
 
+# Methods that return the tensors of a sparse one, by layout.
+_BY_ROWS, _BY_COLUMNS = ("crow_indices", "col_indices", "values"), ("ccol_indices", "row_indices", "values")
+_COMPONENTS = {
+    torch.sparse_coo: ("_indices", "_values"),
+    torch.sparse_csr: _BY_ROWS,
+    torch.sparse_bsr: _BY_ROWS,
+    torch.sparse_csc: _BY_COLUMNS,
+    torch.sparse_bsc: _BY_COLUMNS,
+}
+
 
 class Entry(weakref.ref[torch.UntypedStorage]):
     """One live storage: a weak reference whose callback runs when the storage is freed.
@@ -111,7 +121,7 @@ class LiveStorages:
         try:
             known = tensor.untyped_storage()._cdata in self.entries
         except NotImplementedError:  # a sparse or an opaque tensor
-            return
+            known = tensor.layout not in _COMPONENTS
         if not known:
             self._entries_of(tensor, op)
 
@@ -165,12 +175,13 @@ class LiveStorages:
 
     def _entries_of(self, tensor: torch.Tensor, op: object) -> list[Entry]:
         """Returns the entries of the storages of ``tensor``, new ones included; none on another device."""
-        if tensor.layout is not torch.strided:
-            return []
-        if is_traceable_wrapper_subclass(tensor):
+        if is_traceable_wrapper_subclass(tensor):  # before its layout: that of a nested tensor is not strided
             names, _ = tensor.__tensor_flatten__()
             inner = [value for name in names if isinstance(value := getattr(tensor, name), torch.Tensor)]
             return [entry for each in inner for entry in self._entries_of(each, op)]
+        if tensor.layout is not torch.strided:
+            components = [getattr(tensor, name)() for name in _COMPONENTS.get(tensor.layout, ())]
+            return [entry for each in components for entry in self._entries_of(each, op)]
         storage = tensor.untyped_storage()
         entry = self.entries.get(storage._cdata)
         if entry is None:

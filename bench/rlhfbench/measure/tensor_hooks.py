@@ -74,6 +74,9 @@ class _OpObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
         on_tensor = self._observer.on_tensor
         for tensor in _tensors(args):
             on_tensor(tensor, None)
+        if kwargs:
+            for tensor in _tensors(kwargs.values()):
+                on_tensor(tensor, None)
         result = func(*args, **kwargs) if kwargs else func(*args)
         kind = self._kinds.get(func)
         if kind is None:
@@ -151,13 +154,18 @@ def _observe_inner_hooks(observer: StorageObserver) -> Iterator[None]:
     """Makes saved-tensor hooks that are entered later report to ``observer`` too: torch calls only the innermost.
 
     Non-reentrant checkpointing enters such hooks. In the forward pass they keep nothing; in the recomputation they keep
-    each tensor until the backward pass has used it. They get aliases, whose lifetime is observed.
+    each tensor until the backward pass has used it. They get aliases, whose lifetime is observed, and parameters as
+    they are: hooks that offload activations tell them by their type.
     """
     enter = saved_tensors_hooks.__enter__
 
     def enter_observed(hooks: saved_tensors_hooks) -> None:
         pack: Callable[[torch.Tensor], Any] = hooks.pack_hook
-        hooks.pack_hook = lambda tensor: pack(_saved_alias(observer, tensor))
+
+        def pack_observed(tensor: torch.Tensor) -> Any:
+            return pack(tensor if isinstance(tensor, torch.nn.Parameter) else _saved_alias(observer, tensor))
+
+        hooks.pack_hook = pack_observed
         try:
             enter(hooks)
         finally:

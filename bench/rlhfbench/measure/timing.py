@@ -19,6 +19,7 @@ from rlhfbench.measure.step import Step
 from rlhfbench.measure.stopping import Reason, StoppingRule
 from rlhfbench.measure.turns import Turns
 from rlhfkernels.config.case import Case
+from rlhfkernels.errors import ModelError
 from rlhfkernels.observer import Observer
 from rlhfkernels.parallel.world import ALONE, World
 
@@ -81,7 +82,7 @@ def time_steps(
                 interference.resume()
             world.barrier()
             step.run(clock).check_finite()
-            steps_s.append(clock.take())
+            steps_s.append(_phases_s(step, clock))
             gc.collect()
             if turns_path is not None:
                 world.barrier()
@@ -114,9 +115,22 @@ def _warm_up(
         if not first:
             first = stats.to_dict()
             check_agreement(first, dtype)
-        steps_s.append(sum(clock.take().values()))
+        steps_s.append(sum(_phases_s(step, clock).values()))
         observer = clock
     return first
+
+
+def _phases_s(step: Step, clock: StepClock) -> dict[str, float]:
+    """Takes the seconds by phase of the step that ended.
+
+    Raises:
+        ModelError: It entered no phase.
+    """
+    phases_s = clock.take()
+    if not phases_s:
+        names = ", ".join(phase.name for phase in step.phases)
+        raise ModelError(f"the step entered no phase: run(observer) must enter its phases: {names}.")
+    return phases_s
 
 
 @contextmanager

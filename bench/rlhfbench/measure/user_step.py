@@ -54,13 +54,15 @@ class UserStep:
         return _NoStats()
 
     def persistent_tensors(self) -> Iterable[tuple[str, torch.Tensor]]:
-        """Yields what the user declares, then as temporary what else lives: of a tensor, the first part counts.
+        """Yields what the user declares, then gradients, then as temporary what else lives.
 
-        An op of the step need not use it. What each step keeps and never reads would stay unseen otherwise.
+        Of a tensor, the first part counts. An op of the step need not use it: what each step keeps and never reads
+        would stay unseen otherwise.
         """
         declared = getattr(self._inner, "persistent_tensors", None)
         if declared is not None:
             yield from declared()
+        yield from (("gradients", p.grad) for p in self.trained_parameters() if p.grad is not None)
         for tensor in self._since.live():
             yield "temporary", tensor
 

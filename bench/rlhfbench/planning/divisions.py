@@ -15,9 +15,7 @@ from unittest import mock
 from rlhfbench.measure.tally import Change
 from rlhfbench.planning.zero import Zero
 from rlhfkernels.config.case import Case
-from rlhfkernels.observer import PARTS
 from rlhfkernels.parallel.world import ALONE, World
-from rlhfkernels.training.gradients import PassForm
 
 if TYPE_CHECKING:
     from rlhfbench.planning.gathering import Tag
@@ -27,11 +25,8 @@ if TYPE_CHECKING:
     from rlhfkernels.training.step import TrainingStep
 
 
-_GRADIENTS = PARTS.index("gradients")
-
-
 class _Torchs(Zero):
-    """A strategy of torch's own: no library has to be stood in for, and all ranks hold as much."""
+    """A strategy of torch's own: all ranks hold as much."""
 
     __slots__ = ()
 
@@ -61,30 +56,12 @@ class Replicas(_Torchs):
 
     __slots__ = ()
 
-    def changes(
-        self,
-        rank: int,
-        stretches: Iterable[list[Change]],
-        step: TrainingStep,
-        sizes: StepSizes,
-        numels: Mapping[str, Sequence[int]],
-    ) -> Iterator[Change]:
-        """See ``Zero.changes``.
+    @contextmanager
+    def stand_in(self, tag: Tag, tell: Tell, device: str) -> Iterator[Callable[..., Strategy] | None]:
+        """See ``Zero.stand_in``."""
+        from rlhfbench.planning.replicas import PlannedReplicas
 
-        Buckets hold all gradients from the beginning. A gradient that was made is copied into its bucket and freed in
-        the last backward of its pass. Those of earlier micro-batches wait for that beside the buckets.
-        """
-        yield "grow", _GRADIENTS, sizes.trained.num_bytes
-        case = step.case
-        waits = case.micro_batch_size < case.mini_batch_size
-        waits |= any(PassForm(p, case.options).in_two_passes for p in step.method.update_passes)
-        for change in super().changes(rank, stretches, step, sizes, numels):
-            if waits or change[0] not in ("grow", "move"):
-                yield change
-            elif change[0] == "move" and change[3] == _GRADIENTS:
-                yield "grow", change[2], -change[1], *change[4:]
-            elif change[0] == "move" or change[1] != _GRADIENTS:
-                yield change
+        yield PlannedReplicas
 
 
 class Shards(_Torchs):
@@ -96,6 +73,10 @@ class Shards(_Torchs):
     def gathers_weights(self) -> bool:
         """See ``Zero.gathers_weights``."""
         return self.world_size > 1
+
+    def divides_from(self, stage: int) -> bool:
+        """See ``Zero.divides_from``: weights, gradients and optimizer states are divided."""
+        return True
 
     def repeats_layers(self, case: Case, sizes: StepSizes | None = None) -> bool:
         """See ``Zero.repeats_layers``."""

@@ -30,8 +30,8 @@ class Planned:
 
     Attributes:
         plan: the plan.
-        max_batch_size: the largest batch that fits on the device, in data rows; 0 if not even one row fits; ``None``
-            if no device was named.
+        max_batch_size: the largest batch that fits on the device, in data rows, up to ``MAX_BATCH_SIZE``; 0 if not even
+            one row fits; ``None`` if no device was named.
         of_one: the plan of one data row, if not even that fits.
     """
 

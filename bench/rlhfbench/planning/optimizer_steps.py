@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import nn
@@ -49,12 +49,14 @@ class TrainedWeight:
         gradient: layout of the gradient; ``None`` if there is none.
         storage_bytes: size of the gradient's storage.
         shared_with: how many weights ago that storage came up last; 0 if it is new.
+        outlives_step: the storage is not the gradient's alone, and the step frees no memory with the gradient.
     """
 
     weight: Layout
     gradient: Layout | None
     storage_bytes: int
     shared_with: int
+    outlives_step: bool = False
 
 
 # By role: the weights of its optimizer.
@@ -83,8 +85,9 @@ class GradientsWatch(Observer):
         self._inner.enter_phase(name)
         self._num_boundaries += 1
         if all(isinstance(stage, Optimize) for stage in self._stages[name]):
+            kept = {tensor.untyped_storage()._cdata for _, tensor in self._step.engine.strategy.tensors()}
             found = tuple(
-                (role, _trained(optimizer))
+                (role, _trained(optimizer, kept))
                 for role, optimizer in self._step.optimizers.items()
                 if isinstance(optimizer, Optimizer)  # a stand-in goes weight by weight
             )
@@ -101,7 +104,7 @@ class GradientsWatch(Observer):
         self._inner.tag(part, tensors)
 
 
-def _trained(optimizer: Optimizer) -> tuple[TrainedWeight, ...]:
+def _trained(optimizer: Optimizer, kept: Collection[int]) -> tuple[TrainedWeight, ...]:
     last_use: dict[int, int] = {}
     found = []
     for i, weight in enumerate(optimizer.parameters):
@@ -111,7 +114,8 @@ def _trained(optimizer: Optimizer) -> tuple[TrainedWeight, ...]:
         storage = weight.grad.untyped_storage()
         shared_with = i - last_use.get(storage._cdata, i)
         last_use[storage._cdata] = i
-        found.append(TrainedWeight(Layout.of(weight), Layout.of(weight.grad), storage.nbytes(), shared_with))
+        gradient, outlives_step = Layout.of(weight.grad), storage._cdata in kept
+        found.append(TrainedWeight(Layout.of(weight), gradient, storage.nbytes(), shared_with, outlives_step))
     return tuple(found)
 
 
@@ -146,10 +150,16 @@ def record_optimizer_steps(options: OptimizerOptions, trained: Trained, block_by
                 ledger.tag("base", optimizer.parameters)  # no weight comes or goes: any part will do
                 ledger.tag("gradients", [p.grad for p in optimizer.parameters if p.grad is not None])
                 ledger.tag("optimizer", optimizer.tensors())
+            kept = [
+                weight.grad
+                for optimizer, (_, weights) in zip(optimizers, trained, strict=True)
+                for weight, each in zip(optimizer.parameters, weights, strict=True)
+                if each.outlives_step
+            ]
             start = len(recorder.changes)
             norms = [optimizer.step() for optimizer in optimizers]
             changes = recorder.changes[start:]
-            del norms  # alive until here, as in a training step
+            del norms, kept  # alive until here, as in a training step
     return changes
 
 

@@ -27,7 +27,7 @@ def plan(
     Args:
         cases: a case, several cases, or a sweep.
         gpu: an accelerator such as ``a100-80gb``, or a size such as ``24GiB``. With it the largest batch that fits is
-            found too, for every case.
+            found too, for every case, up to 512 data rows.
         zero_stage: stage of DeepSpeed's ZeRO, 0 to 3.
         world_size: number of ranks. With 1 and stage 0, each case is divided as its own options say.
         global_batch: batch sizes are over all ranks, and not of one rank.
@@ -60,14 +60,7 @@ def plan(
     preflight.check_models(sweep)
     of_ranks = sweep.cases
     if global_batch:
-        sizes = dict.fromkeys(world_size if is_given else case.options.parallel.world_size for case in sweep.cases)
-        of_ranks = tuple(
-            case
-            for size in sizes
-            for case in cases_of_a_rank(
-                [case for case in sweep.cases if is_given or case.options.parallel.world_size == size], size
-            )
-        )
+        of_ranks = cases_of_a_rank(sweep.cases, world_size if is_given else None)
     return plan_kinds(
         of_ranks,
         zero if is_given else None,

@@ -37,7 +37,7 @@ class Plan:
 
     @property
     def persistent_model_bytes(self) -> int:
-        """Weights, whole gradients and optimizer states on one rank; see ``measurements.persistent_model_bytes``."""
+        """Weights, whole gradients and optimizer states on one rank; see ``memory.persistent_model_bytes``."""
         return int(self.memory["persistent_model_bytes"])
 
     @property
@@ -65,8 +65,9 @@ def plan_object(
     Args:
         plan: of the case.
         gpu: the device that was planned for, where one was named.
-        max_batch_size: the largest batch that fits on it; 0 where not even one sequence does.
-        advice: the sentence for a case of which not even one sequence fits.
+        max_batch_size: the largest batch that fits on it, in data rows, up to ``max_batch.MAX_BATCH_SIZE``; 0 where not
+            even one row does.
+        advice: the sentence for a case of which not even one data row fits.
     """
     return {
         "case": plan.case.to_dict(),

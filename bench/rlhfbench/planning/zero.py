@@ -77,6 +77,10 @@ class Zero:
         """True if a rank holds a part of each weight, so that its step runs among ranks that are not there."""
         return self.stage == 3
 
+    def divides_from(self, stage: int) -> bool:
+        """True if ranks divide what DeepSpeed divides from ``stage`` on."""
+        return self.stage >= stage
+
     def repeats_layers(self, case: Case, sizes: StepSizes | None = None) -> bool:
         """True if one layer more repeats on a rank what the layer before it did.
 
@@ -165,18 +169,22 @@ def trained_numels(step: TrainingStep) -> dict[str, tuple[int, ...]]:
     }
 
 
-def cases_of_a_rank(cases: Iterable[Case], world_size: int) -> tuple[Case, ...]:
+def cases_of_a_rank(cases: Iterable[Case], world_size: int | None = None) -> tuple[Case, ...]:
     """``cases`` whose batch sizes are over all ranks, as one rank runs them.
+
+    Args:
+        cases: the cases.
+        world_size: ranks of every case; ``None`` is what the options of each name.
 
     Raises:
         SweepError: ranks do not divide a batch; every such batch size is named.
         CaseError: a rank's batch does not divide into its micro-batches.
     """
-    cases = tuple(cases)
-    wrong = dict.fromkeys(case.batch_size for case in cases if case.batch_size % world_size)
+    pairs = [(case, world_size or case.options.parallel.world_size) for case in cases]
+    wrong = dict.fromkeys((case.batch_size, size) for case, size in pairs if case.batch_size % size)
     if wrong:
         raise SweepError(
-            f"batch_sizes has {size}: with --global-batch it must be a multiple of world-size {world_size}."
-            for size in wrong
+            f"batch_sizes has {batch_size}: with --global-batch it must be a multiple of world-size {size}."
+            for batch_size, size in wrong
         )
-    return tuple(dataclasses.replace(case, batch_size=case.batch_size // world_size) for case in cases)
+    return tuple(dataclasses.replace(case, batch_size=case.batch_size // size) for case, size in pairs)

@@ -138,6 +138,64 @@ def test_a_tensor_that_other_hooks_offload_is_no_activation():
     assert torch.allclose(weight.grad, torch.full((8, 8), 4 * torch.e**8))
 
 
+def test_other_hooks_get_parameters_as_they_are():
+    weight, seen = nn.Parameter(torch.ones(8, 8)), []
+    with Ledger("cpu"), saved_tensors_hooks(lambda tensor: seen.append(tensor) or tensor, lambda tensor: tensor):
+        (torch.ones(4, 8, requires_grad=True) @ weight).sum().backward()
+    assert [id(tensor) for tensor in seen if isinstance(tensor, nn.Parameter)] == [id(weight)]
+    assert len(seen) == 2
+
+
+def test_tensors_passed_by_keyword_are_counted_at_their_first_use():
+    x, mask = torch.ones(1, 1, 4, 8), torch.zeros(4, 4)
+    with Ledger("cpu") as ledger:
+        nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+        assert ledger.parts == parts(temporary=x.nbytes + mask.nbytes)
+
+
+def test_a_nested_tensor_counts_its_values_and_offsets():
+    with Ledger("cpu") as ledger:
+        x = torch.nested.nested_tensor([torch.ones(3, 4), torch.ones(5, 4)], layout=torch.jagged, requires_grad=True)
+        offsets = 3 * 8
+        assert ledger.parts == parts(temporary=8 * 4 * FLOAT + offsets)
+        y = x.exp()
+        del x
+        assert ledger.parts["activations"] >= 8 * 4 * FLOAT
+        del y
+        assert ledger.total_bytes == 0
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("layout", [torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc])
+def test_a_compressed_sparse_tensor_counts_its_indices_and_values(layout):
+    block = (2, 2) if layout in (torch.sparse_bsr, torch.sparse_bsc) else ()
+    components = torch.arange(9), torch.arange(8), torch.ones(8, *block)
+    sparse = torch.sparse_compressed_tensor(*components, layout=layout)
+    with Ledger("cpu") as ledger:
+        doubled = sparse * 2
+        held = sum(each.nbytes for each in components)
+        assert ledger.total_bytes >= held + components[2].nbytes  # an op may share indices with its input
+        del doubled
+        assert ledger.total_bytes == held
+
+
+def test_a_sparse_tensor_counts_its_indices_and_values():
+    eye = torch.eye(8)
+    with Ledger("cpu") as ledger:
+        sparse = eye.to_sparse()
+        assert ledger.parts == parts(temporary=eye.nbytes + 2 * 8 * 8 + 8 * FLOAT)
+        del sparse
+        assert ledger.parts == parts(temporary=eye.nbytes)
+
+
+def test_sparse_gradients_are_gradients():
+    embedding = nn.Embedding(10, 4, sparse=True)
+    with Ledger("cpu") as ledger:
+        ledger.track(embedding)
+        embedding(torch.tensor([1, 2])).sum().backward()
+        assert ledger.parts["gradients"] == 2 * 8 + 2 * 4 * FLOAT
+
+
 def test_saved_weights_views_of_weights_and_rollouts_are_no_activations():
     weight, x = torch.ones(8, 8, requires_grad=True), torch.ones(4, 8, requires_grad=True)
     mask = torch.ones(4, 8)

@@ -2,6 +2,7 @@ import dataclasses
 import gc
 import json
 import random
+import re
 import tempfile
 from pathlib import Path
 
@@ -99,6 +100,14 @@ CASE = Case(method="full", model="tiny", prompt_len=4, completion_len=4, batch_s
 
 def options(**fields):
     return MeasurementOptions(**{"time_budget_s": 0.0, **fields})
+
+
+def test_a_step_that_enters_no_phase_is_refused(fake):
+    step = fake(FakeStep())
+    step.run = lambda observer: FakeStats(True, 1, {})
+    sentence = "the step entered no phase: run(observer) must enter its phases: think, learn, step."
+    with pytest.raises(ModelError, match=re.escape(sentence)):
+        measure_case(CASE, options(), lambda stage: None)
 
 
 def test_a_phase_that_a_step_does_not_declare_is_refused(fake):

@@ -98,6 +98,30 @@ def test_what_earlier_steps_kept_counts_though_no_op_reads_it():
     assert totals == [3 * 1024, 5 * 1024]
 
 
+class KeepsGradients(Step):
+    """Frees its gradients at the beginning of a step: they live between steps."""
+
+    def __init__(self, case):
+        self.weight = torch.nn.Parameter(torch.zeros(256))
+
+    def trained_parameters(self):
+        return [self.weight]
+
+    def run(self, observer):
+        with observer.phase("rollout"):
+            pass
+        with observer.phase("train"):
+            self.weight.grad = None
+            self.weight.sum().backward()
+
+
+def test_gradients_that_live_between_steps_are_gradients():
+    step = load_step(f"{__name__}:KeepsGradients", CASE)
+    measured = [measure_memory(step, "cpu", lambda name: None).peaks["rollout"].parts for _ in range(2)]
+    assert [parts["gradients"] for parts in measured] == [0, 1024]
+    assert [parts["temporary"] for parts in measured] == [1024, 1024]  # the weight: nothing declares it
+
+
 def without_run(case):
     """Returns a step without ``run``."""
     return type("Idle", (), {"phases": ()})()

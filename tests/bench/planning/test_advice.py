@@ -4,6 +4,7 @@ import pytest
 
 from rlhfbench.planning.advice import REMEDIES, advice
 from rlhfbench.planning.devices import find_accelerator
+from rlhfbench.planning.divisions import division_of
 from rlhfbench.planning.prediction import Plan
 from rlhfbench.planning.zero import Zero
 from rlhfkernels import Case, Options
@@ -19,7 +20,7 @@ def sentence(part: str, *, zero: Zero | None = None, method: str = "hydra", **ch
     case = Case(method=method, **fields, options=Options.of(options))
     parts = {**dict.fromkeys(PARTS, GIB), part: 3 * GIB}
     memory = {"parts": parts, "peak_phase": "score", "total_bytes": sum(parts.values())}
-    plan = Plan(case=case, memory=memory, work={}, zero=zero or Zero())
+    plan = Plan(case=case, memory=memory, work={}, zero=zero or division_of(case))
     return advice(plan, find_accelerator("24GiB"))
 
 
@@ -71,6 +72,36 @@ def test_options_that_are_set_already_are_not_advised(part: str, text: str, sett
     wide = {"method": "full", "lora.r": 16} | ({"method": "lora"} if part == "adapters" else {})
     assert text in sentence(part, **wide)
     assert text not in sentence(part, **{**wide, **setting})
+
+
+DEEPSPEED = {"parallel.strategy": "deepspeed", "parallel.world_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("part", "text", "setting"),
+    [
+        ("optimizer", "adamw8bit", DEEPSPEED),
+        ("adapters", "lora.dtype", {"dtype": "float32", **DEEPSPEED}),
+        ("base", "--dtype", {"lora.dtype": "float32", **DEEPSPEED}),
+        ("optimizer", "--zero-stage", {"optimizer.name": "adamw8bit"}),
+        ("gradients", "--zero-stage", {"dtype": "float64"}),
+    ],
+)
+def test_what_the_rules_of_the_case_refuse_is_not_advised(part: str, text: str, setting: dict[str, object]) -> None:
+    assert text in sentence(part, method="lora", dtype="float32")
+    assert text not in sentence(part, method="lora", **{"dtype": "float32", **setting})
+
+
+@pytest.mark.parametrize("part", ["base", "adapters", "heads", "gradients", "optimizer"])
+def test_shards_are_divided_among_more_ranks(part: str) -> None:
+    told = sentence(part, method="lora", **{"parallel.strategy": "fsdp", "parallel.world_size": 2})
+    assert "a larger --world-size" in told
+    assert "--zero-stage" not in told
+
+
+def test_replicas_are_divided_by_another_strategy() -> None:
+    told = sentence("optimizer", method="full", **{"parallel.strategy": "ddp", "parallel.world_size": 2})
+    assert "--parallel deepspeed --zero-stage 1 over several ranks" in told
 
 
 @pytest.mark.parametrize("part", ["activations", "temporary"])

@@ -75,7 +75,7 @@ def make_deep(tmp_path: Path) -> MakeCase:
     return make
 
 
-def assert_equals_the_whole(case: Case, zero: Zero = STAGE_3) -> None:
+def assert_equals_the_whole(case: Case, zero: Zero | None = STAGE_3) -> None:
     recordings: list[Recording | None] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(predict, "record_deep", lambda *args: recordings.append(record_deep(*args)) or recordings[-1])
@@ -140,6 +140,12 @@ def test_on_a_rank_whose_bucket_is_full_inside_a_layer(
 ) -> None:
     case = make_deep(method, family, options={"parallel.reduce_bucket_size": 5000, **options})
     assert_equals_the_whole(case, Zero(stage=stage, world_size=3))
+
+
+@pytest.mark.parametrize("options", [{}, {"engine.micro_batch_size": 1}], ids=["whole", "micro"])
+def test_replicas_whose_gradients_live_in_buckets(make_deep: MakeCase, options: dict[str, Any]) -> None:
+    parallel = {"parallel.strategy": "ddp", "parallel.world_size": 2}
+    assert_equals_the_whole(make_deep("full", options=parallel | options), None)
 
 
 @pytest.mark.parametrize(
