@@ -115,6 +115,14 @@ def test_the_memory_table_rounds_to_the_interval_and_marks_disturbed_cases(make_
     assert any(note.startswith("!: 1 of 2 cases is shown with disturbed blocks") for note in table.notes)
 
 
+def test_a_disturbed_case_of_one_block_is_marked_at_its_seconds(make_frame):
+    rows = [row([0.5]), row([0.25], method="lora", num_disturbed_blocks=1, disturbed_by="y took 20 %")]
+    table = memory_table(make_frame(*rows))
+    cells = table.cells.set_index("method")["total s/sample"]
+    assert (cells["Hydra-PPO"].endswith("!"), cells["LoRA-PPO"].endswith("!")) == (False, True)
+    assert any(note.startswith("!: 1 of 2 cases is shown with disturbed blocks") for note in table.notes)
+
+
 def test_missing_blocks_are_counted(make_frame):
     table = memory_table(make_frame(row([1.0, None, 1.1], num_timed_blocks=2)))
     assert "A block is missing: it failed, or the run was ended before it." in table.notes
