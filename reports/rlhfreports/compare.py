@@ -17,10 +17,10 @@ from rlhfreports.tables import ABSENT, DISTURBED, GIB, ReportTable, counted, out
 
 _SIZE = ("method", "prompt_len", "completion_len", "batch_size")
 EXPLANATION = (
-    "Speed-up: seconds of the first run over seconds of the other, above 1 where the other is faster; ± half of its "
-    "95 % interval, from the blocks of both runs (Welch). Verdict: on the other run, open where the interval carries "
-    "no difference. Memory: GiB of the other run over GiB of the first. Runs made at different times also differ by "
-    "what changed on the machine between them."
+    "Speed-up: seconds of the first run over seconds of the other, above 1 where the other is faster; in parentheses "
+    "its 95 % interval, from the blocks of both runs (Welch). Verdict: on the other run, open where the interval "
+    "carries no difference. Memory: GiB of the other run over GiB of the first. Runs made at different times also "
+    "differ by what changed on the machine between them."
 )
 HARDWARE = "hardware"  # optional column: the model of the device, in words
 ONE, TWO, REFUSED = "one", "two", "two, times not compared"  # machines of a pair of cases
