@@ -245,7 +245,11 @@ def of_a_rank(frame: pd.DataFrame) -> pd.DataFrame:
     A record's seconds are over the samples of all ranks.
     """
     sizes = frame["world_size"].fillna(1)
-    names = [name for name in frame if name.endswith("_s_per_sample") and pd.api.types.is_numeric_dtype(frame[name])]
+    names = [
+        name
+        for name in map(str, frame)
+        if name.endswith("_s_per_sample") and pd.api.types.is_numeric_dtype(frame[name])
+    ]
     return frame.assign(world_size=sizes, **{name: frame[name] * sizes for name in names})
 
 
