@@ -5,6 +5,7 @@ RlhfBenchError
 ├── RunFolderError    an output folder cannot be used
 ├── RecordsError      records or timelines cannot be read or written
 ├── ForkServerError   the process that cases are forked from did not start
+├── EvidenceError     a part of the evidence measured nothing
 └── GateError         two revisions cannot be compared
 """
 
@@ -43,6 +44,10 @@ class RecordsError(RlhfBenchError):
 
 class ForkServerError(RlhfBenchError):
     """The process that cases are forked from did not start; the message has the last line of its log."""
+
+
+class EvidenceError(RlhfBenchError):
+    """A part of the evidence none of whose cases could be measured."""
 
 
 class GateError(RlhfBenchError):

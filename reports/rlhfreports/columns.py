@@ -192,6 +192,12 @@ def methods_in_order(frame: pd.DataFrame) -> pd.DataFrame:
     return methods.sort_values("method_order", kind="stable", na_position="last", ignore_index=True)
 
 
+def is_disturbed(rows: pd.DataFrame) -> pd.Series[bool]:
+    """True for rows whose seconds come from disturbed blocks too, since too few others were left."""
+    among = rows["num_counted_blocks"] > rows["num_timed_blocks"] - rows["num_disturbed_blocks"]
+    return among.fillna(False).astype(bool)
+
+
 def is_measured(rows: pd.DataFrame) -> pd.Series[bool]:
     """True for rows that are ok and have a time that a logarithmic axis can show."""
     total = rows["total_s_per_sample"].astype("float64").fillna(math.nan)

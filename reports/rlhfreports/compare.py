@@ -9,25 +9,25 @@ from typing import Any
 
 import pandas as pd
 
-from rlhfreports.columns import HOST, RUN, axes_that_vary, one_machine_note
+from rlhfreports.columns import HOST, RUN, axes_that_vary, is_disturbed, one_machine_note
 from rlhfreports.frames import line_of, size_of
 from rlhfreports.once import once_per_frame
 from rlhfreports.ratios import Ratio, blocks_of, rounded, t_quantile
-from rlhfreports.tables import ABSENT, GIB, ReportTable, counted, outcome_word
+from rlhfreports.tables import ABSENT, DISTURBED, GIB, ReportTable, counted, outcome_word
 
 _SIZE = ("method", "prompt_len", "completion_len", "batch_size")
 EXPLANATION = (
-    "Speed-up: seconds of the first run over seconds of the other, above 1 where the other is faster; ± half of its "
-    "95 % interval, from the blocks of both runs (Welch). Verdict: on the other run, open where the interval carries "
-    "no difference. Memory: GiB of the other run over GiB of the first. Runs made at different times also differ by "
-    "what changed on the machine between them."
+    "Speed-up: seconds of the first run over seconds of the other, above 1 where the other is faster; in parentheses "
+    "its 95 % interval, from the blocks of both runs (Welch). Verdict: on the other run, open where the interval "
+    "carries no difference. Memory: GiB of the other run over GiB of the first. Runs made at different times also "
+    "differ by what changed on the machine between them."
 )
 HARDWARE = "hardware"  # optional column: the model of the device, in words
 ONE, TWO, REFUSED = "one", "two", "two, times not compared"  # machines of a pair of cases
 _MIN_FOR_CHANCE = 10  # intervals; of fewer, one that excludes 1 is a sign
 _COLUMNS = (
     *("title", "method", "line", "size", "case", "other_run", "first_outcome", "other_outcome", "first_s", "other_s"),
-    *("first_half_width_s", "other_half_width_s"),
+    *("first_half_width_s", "other_half_width_s", "first_disturbed_by", "other_disturbed_by"),
     *("speedup", "low", "high", "first_gib", "other_gib", "memory_ratio", "machines", "first_host", "other_host"),
 )
 
@@ -62,13 +62,14 @@ def compared(frame: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         ``title``, ``method``, ``line``, ``size`` and ``case`` in words, ``other_run``, the outcome, host, seconds per
-        sample with half of their interval, and GiB of both (``first_…``, ``other_…``), ``speedup`` with ``low`` and
-        ``high``, ``memory_ratio``, and ``machines`` (``ONE``, ``TWO`` or ``REFUSED``).
+        sample with half of their interval and what disturbed them, and GiB of both (``first_…``, ``other_…``),
+        ``speedup`` with ``low`` and ``high``, ``memory_ratio``, and ``machines`` (``ONE``, ``TWO`` or ``REFUSED``).
     """
     runs = list(dict.fromkeys(frame[RUN]))
     keys = [*_SIZE, *(axis for axis in axes_that_vary(frame) if axis not in (RUN, HOST))]
     words = frame.drop(columns=[RUN, HOST], errors="ignore")
     placed = frame.assign(_line=line_of(words), _size=size_of(words) if len(frame) else [])
+    placed["_disturbed_by"] = frame["disturbed_by"].where(is_disturbed(frame))
     # Within a run a case stands once; a seed that varies is one of the keys.
     by_run = {run: rows.drop_duplicates(keys, keep="last") for run, rows in placed.groupby(RUN, sort=False)}
     first = {tuple(map(str, key)): row for key, row in _by_key(by_run.get(runs[0]), keys)} if runs else {}
@@ -106,6 +107,8 @@ def _compared(base: Mapping[Any, Any], row: Mapping[Any, Any], run: str) -> dict
         "other_s": seconds[1],
         "first_half_width_s": base["total_half_width_s_per_sample"],
         "other_half_width_s": row["total_half_width_s_per_sample"],
+        "first_disturbed_by": base["_disturbed_by"],
+        "other_disturbed_by": row["_disturbed_by"],
         "speedup": ratio.value if ratio else None,
         "low": ratio.low if ratio else None,
         "high": ratio.high if ratio else None,
@@ -136,8 +139,8 @@ def comparison_table(found: pd.DataFrame) -> ReportTable:
             row["size"],
             row["other_run"],
             _verdict(row),
-            _cell(row["first_s"], row["first_outcome"], row["first_half_width_s"]),
-            _cell(row["other_s"], row["other_outcome"], row["other_half_width_s"]),
+            _cell(row["first_s"], row["first_outcome"], row["first_half_width_s"]) + _mark(row["first_disturbed_by"]),
+            _cell(row["other_s"], row["other_outcome"], row["other_half_width_s"]) + _mark(row["other_disturbed_by"]),
             ABSENT if pd.isna(row["speedup"]) else str(_ratio(row)),
             _cell(row["first_gib"], row["first_outcome"]),
             _cell(row["other_gib"], row["other_outcome"]),
@@ -204,6 +207,7 @@ def comparison_sentences(frame: pd.DataFrame, found: pd.DataFrame) -> list[str]:
             f"{timed['speedup'].min():.2f}x to {timed['speedup'].max():.2f}x, their geometric mean {mean:.2f}x."
         )
         sentences += _chance_sentence(faster + slower, len(timed) - unknown)
+        sentences += _disturbed_sentences(run, runs[0], timed)
         sentences += _memory_sentence(run, runs[0], rows)
     return sentences
 
@@ -218,6 +222,24 @@ def _chance_sentence(num_apart: int, num_intervals: int) -> list[str]:
     if num_apart > most:
         return []
     return [f"Chance alone puts up to {most} of {num_intervals} intervals beside 1 where nothing differs."]
+
+
+def _disturbed_sentences(run: str, first: str, timed: pd.DataFrame) -> list[str]:
+    """One sentence for each of two runs whose compared seconds come from disturbed blocks."""
+    sentences = []
+    for side, name in (("first", first), ("other", run)):
+        found = timed[f"{side}_disturbed_by"].dropna()
+        if len(found):
+            were = "was" if len(found) == 1 else "were"
+            sentences.append(
+                f"{DISTURBED}: {len(found)} of these cases {were} timed in {name} while something else used the "
+                f"machine, so a difference may come from it: {found.iloc[0]}."
+            )
+    return sentences
+
+
+def _mark(disturbed_by: object) -> str:
+    return "" if pd.isna(disturbed_by) else DISTURBED  # type: ignore[call-overload]
 
 
 def _machine_sentences(run: str, first: str, rows: pd.DataFrame) -> list[str]:

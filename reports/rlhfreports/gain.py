@@ -65,7 +65,7 @@ _LEGEND = "≥: no larger batch was run: it may fit as well."
 EXPLANATION = (
     "Shared passes: the baseline's time over the method's, at the baseline's batch. Larger batch: the method's time at "
     "that batch over its time at the largest measured batch in the baseline's memory. Both multiply to the whole gain; "
-    "± is half of a 95 % interval. Shares are of the gain's logarithm, where its whole interval lies above 1."
+    "in parentheses is the 95 % interval. Shares are of the gain's logarithm, where its whole interval lies above 1."
 )
 
 _GAINS = ("shared_pass", "larger_batch", "whole")

@@ -9,6 +9,7 @@ import pandas as pd
 from rlhfreports.columns import (
     axes_that_vary,
     hosts_note,
+    is_disturbed,
     methods_in_order,
     setting_order,
     shared_axes_text,
@@ -16,7 +17,17 @@ from rlhfreports.columns import (
 )
 from rlhfreports.layouts import Column
 from rlhfreports.ratios import interval_decimals, resolution
-from rlhfreports.tables import ABSENT, GIB, ReportTable, counted, decimals_for, number_text, outcome_word, text
+from rlhfreports.tables import (
+    ABSENT,
+    DISTURBED,
+    GIB,
+    ReportTable,
+    counted,
+    decimals_for,
+    number_text,
+    outcome_word,
+    text,
+)
 from rlhfreports.terminal import terminal
 
 if TYPE_CHECKING:
@@ -27,6 +38,7 @@ UNIT_LINE = (
     "sample."
 )
 INTERVAL_LINE = "±: half of the 95 % interval of the total, from blocks."
+_TOTAL_HEADING, _INTERVAL_HEADING = "total s/sample", "± s"
 # Columns of numbers, bytes first: in the frame; heading in files; heading in a terminal of 80 columns.
 NUMBERS = (
     ("model_bytes", "model GiB", "model\nGiB"),
@@ -37,11 +49,9 @@ NUMBERS = (
     ("prepare_s_per_sample", "prepare s", "prep.\ns"),
     ("inference_s_per_sample", "inference s", "infer.\ns"),
     ("update_s_per_sample", "update s", "update\ns"),
-    ("total_s_per_sample", "total s/sample", "total\ns"),
+    ("total_s_per_sample", _TOTAL_HEADING, "total\ns"),
 )
 _HALF_WIDTH = "total_half_width_s_per_sample"
-_INTERVAL_HEADING = "± s"
-_DISTURBED = "!"  # after the interval of a case beside which something else used the machine
 _OUTCOME_COLUMN = "total_bytes"  # has the outcome in place of a number where nothing was measured
 _OPTIONAL = ("prepare_s_per_sample",)  # columns that a table has only where a row has a number in them
 _SHORT_HEADINGS = {
@@ -117,12 +127,20 @@ def table(frame: pd.DataFrame) -> MemoryTable:
     elif lengths:
         caption.append(f"{lengths[0]} tokens")
     words["batch"] = [text(value, "") for value in ordered["batch_size"]]
+    numbers = _numbers(ordered)
     has_intervals = bool(ordered[_HALF_WIDTH].notna().any())
+    if has_intervals:
+        numbers[_INTERVAL_HEADING] = interval_texts(
+            ordered[_HALF_WIDTH], ordered["total_s_per_sample"], ordered[_HALF_WIDTH]
+        )
+    marked = _INTERVAL_HEADING if has_intervals else _TOTAL_HEADING
+    numbers[marked] = [
+        cell + DISTURBED if disturbed else cell
+        for cell, disturbed in zip(numbers[marked], is_disturbed(ordered), strict=True)
+    ]
     return MemoryTable(
         caption=" · ".join(word for word in caption if word),
-        cells=pd.DataFrame(
-            {**words, **_numbers(ordered), **(_intervals(ordered) if has_intervals else {})}, dtype="object"
-        ),
+        cells=pd.DataFrame({**words, **numbers}, dtype="object"),
         num_text_columns=len(words),
         explanation=f"{UNIT_LINE} {INTERVAL_LINE}" if has_intervals else UNIT_LINE,
         notes=_notes(ordered, words),
@@ -185,13 +203,6 @@ def _numbers(frame: pd.DataFrame) -> dict[str, list[str]]:
     return cells
 
 
-def _intervals(frame: pd.DataFrame) -> dict[str, list[str]]:
-    """The column of half-widths, rounded as the totals are. Disturbed cases are marked."""
-    texts = interval_texts(frame[_HALF_WIDTH], frame["total_s_per_sample"], frame[_HALF_WIDTH])
-    marks = [_DISTURBED if disturbed else "" for disturbed in _is_disturbed(frame)]
-    return {_INTERVAL_HEADING: [text + mark for text, mark in zip(texts, marks, strict=True)]}
-
-
 def interval_texts(values: pd.Series[Any], seconds: pd.Series[Any], half_widths: pd.Series[Any]) -> list[str]:
     """``values`` with as many decimals as the interval of ``seconds`` carries, three where there is none."""
     rows = zip(values, seconds, half_widths, strict=True)
@@ -205,15 +216,9 @@ def _decimals(value: float, half_width: float) -> int:
     return min(interval_decimals(float(value), float(half_width)), _MAX_DECIMALS)
 
 
-def _is_disturbed(frame: pd.DataFrame) -> pd.Series[bool]:
-    """True for rows whose seconds come from disturbed blocks too, since too few others were left."""
-    among = frame["num_counted_blocks"] > frame["num_timed_blocks"] - frame["num_disturbed_blocks"]
-    return among.fillna(False).astype(bool)
-
-
 def _disturbances(frame: pd.DataFrame) -> list[str]:
     """One sentence on disturbed blocks that were set aside, and one on cases that had too few others."""
-    num_disturbed, shown = frame["num_disturbed_blocks"].fillna(0), _is_disturbed(frame)
+    num_disturbed, shown = frame["num_disturbed_blocks"].fillna(0), is_disturbed(frame)
     if not num_disturbed.any():
         return []
     worst = frame["disturbed_by"].iloc[int(num_disturbed.to_numpy().argmax())]
@@ -223,7 +228,7 @@ def _disturbances(frame: pd.DataFrame) -> list[str]:
         found.append(f"{num} disturbed {'block does' if num == 1 else 'blocks do'} not count: {worst}.")
     if shown.any():
         found.append(
-            f"{_DISTURBED}: {shown.sum()} of {len(frame)} cases {'is' if shown.sum() == 1 else 'are'} shown with "
+            f"{DISTURBED}: {shown.sum()} of {len(frame)} cases {'is' if shown.sum() == 1 else 'are'} shown with "
             f"disturbed blocks, as too few others are left: {worst}."
         )
     return found

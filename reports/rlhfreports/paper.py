@@ -115,7 +115,11 @@ def paper_cells(frame: pd.DataFrame) -> dict[str, list[str]]:
         return {}
     return {
         "paper total GiB": [f"{row.total_gib:.1f}" if row else "" for row in found],
-        "paper s/sample": [(f"{row.total_s:.2f}" if row.total_s else ABSENT) if row else "" for row in found],
+        # Of a GPU, and not over all ranks as the run's beside them.
+        "paper s/sample": [
+            (f"{row.total_s:.2f}" if row.total_s and size == 1 else ABSENT) if row else ""
+            for row, size in zip(found, frame["world_size"].fillna(1), strict=True)
+        ],
     }
 
 
@@ -125,7 +129,7 @@ def table_1(frame: pd.DataFrame) -> ReportTable:
     Of each method it takes the run's case at the paper's setting, lengths and batch size; without one, the largest
     batch at the longest length at which LoRA-PPO was measured, on one machine and in one setting.
     """
-    measured = _at_length(alike(frame))
+    measured = _at_length(of_a_rank(alike(frame)))
     ours = {row.method: _ours(measured, row) for row in TABLE_1}
     base, paper_base = ours[_BASE], next(row for row in TABLE_1 if row.method == _BASE)
     rows = []
@@ -158,7 +162,7 @@ def table_1(frame: pd.DataFrame) -> ReportTable:
         *(f"{name}, {who}" for name in pairs for who in ("paper", "ours")),
     ]
     return ReportTable(
-        caption="Hydra-RLHF, Table 1: Llama-7B, 400 + 400 tokens, LoRA rank 128, ZeRO-1 on 8 GPUs of 80 GB",
+        caption="Hydra-RLHF, Table 1: Llama-7B, 400 + 400 tokens, LoRA rank 128, ZeRO-1 on 8 GPUs of 80 GB; of one GPU",
         cells=pd.DataFrame(rows, columns=headings, dtype="object"),
         num_text_columns=3,
         explanation=conditions(frame),
@@ -188,10 +192,12 @@ def trlx_table(frame: pd.DataFrame) -> ReportTable:
     rows = []
     for model, (deepspeed_chat, trlx) in TRLX_TABLE_3.items():
         same = frame[is_ok & (frame["family"] == "PPO").fillna(False) & (frame["model"].map(_model_name) == model)]
+        same = of_a_rank(same)
         fastest = "not run"
         if len(same):
             row = same.sort_values("total_s_per_sample", kind="stable").iloc[0]
-            fastest = f"{1 / row['total_s_per_sample']:.3g} ({row['method_title']}, {row['seq_len']} tokens)"
+            ranks = f", {row['world_size']} ranks" if row["world_size"] > 1 else ""
+            fastest = f"{1 / row['total_s_per_sample']:.3g} ({row['method_title']}, {row['seq_len']} tokens{ranks})"
         rows.append((model, deepspeed_chat, trlx, fastest))
     headings = ["model", "DeepSpeed-Chat", "trlX", "ours"]
     return ReportTable(
@@ -231,6 +237,20 @@ def zero_table(frame: pd.DataFrame) -> ReportTable:
         explanation="Model: weights, whole gradients and the optimizer states of a rank. Planned: by run --with-plan.",
         frame=pd.DataFrame(found, columns=list(headings)),
     )
+
+
+def of_a_rank(frame: pd.DataFrame) -> pd.DataFrame:
+    """``frame`` with the seconds that one rank takes for a sample of its own, as the papers give them of a GPU.
+
+    A record's seconds are over the samples of all ranks.
+    """
+    sizes = frame["world_size"].fillna(1)
+    names = [
+        name
+        for name in map(str, frame)
+        if name.endswith("_s_per_sample") and pd.api.types.is_numeric_dtype(frame[name])
+    ]
+    return frame.assign(world_size=sizes, **{name: frame[name] * sizes for name in names})
 
 
 def _ours(frame: pd.DataFrame, row: Row) -> pd.Series[Any] | None:

@@ -18,6 +18,7 @@ from rlhfreports.columns import axes_of, is_measured
 from rlhfreports.once import once_per_frame
 
 _SIZE = ("prompt_len", "completion_len", "batch_size")
+_MAX_DECIMALS = 3  # of a ratio
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,11 +46,19 @@ class Ratio:
         return None if self.low is None or self.high is None else max(self.high - self.value, self.value - self.low)
 
     def __str__(self) -> str:
-        """The ratio as ``1.26x ± 0.05``, rounded to its interval."""
-        if self.half_width is None:
+        """The ratio as ``1.26x (1.21 to 1.31)``, rounded to its interval, whose ends are not equally far from it."""
+        if self.low is None or self.high is None or self.half_width is None:
             return f"{self.value:.2f}x"
-        decimals = min(interval_decimals(self.value, self.half_width), 3)
-        return f"{self.value:.{decimals}f}x ± {self.half_width:.{decimals}f}"
+        decimals = min(interval_decimals(self.value, self.half_width), _MAX_DECIMALS)
+        low, high = (_beside_one(end, decimals) for end in (self.low, self.high))
+        return f"{self.value:.{decimals}f}x ({low} to {high})"
+
+
+def _beside_one(end: float, decimals: int) -> str:
+    """An end of an interval, with more decimals where it would be 1: on which side it lies decides."""
+    while decimals < _MAX_DECIMALS and round(end, decimals) == 1:
+        decimals += 1
+    return f"{end:.{decimals}f}"
 
 
 def ratio(above: Mapping[Any, Any] | pd.Series[Any], below: Mapping[Any, Any] | pd.Series[Any]) -> Ratio:

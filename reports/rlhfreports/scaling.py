@@ -23,7 +23,8 @@ from rlhfreports.ticks import log_ticks
 
 SCALING = (
     "Weak scaling: the batch of one rank is the same at every world size; strong: the batch over all ranks. Speed-up: "
-    "samples per second relative to the smallest world of the line; efficiency: that, per rank."
+    "samples per second relative to the smallest world of the line, in parentheses its 95 % interval; efficiency: "
+    "that, per rank."
 )
 OF_RANKS = (
     "Memory is that of the rank with the most; waiting is the share of a step that ranks wait for each other in "

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 import pandas as pd
 
 GIB = 2**30
+DISTURBED = "!"  # after the seconds of a case beside which something else used the machine
 ABSENT = "–"
 
 

@@ -327,6 +327,15 @@ def test_a_system_that_cannot_fork_is_one_sentence(bench, measured, monkeypatch)
     result.stderr.fnmatch_lines(["*measuring needs os.fork, which this system lacks*"])
 
 
+def test_a_launcher_is_one_sentence(bench, measured, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    sentence = "pytest --benchmark runs in one process, and a launcher started 2: start it without."
+    result = bench("--benchmark")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"*{sentence}*"])
+
+
 def test_without_pytest_benchmark_other_tests_run(pytester, measured):
     pytester.makepyfile("def test_own(): pass")
     pytester.runpytest_inprocess("-p", "no:benchmark").assert_outcomes(passed=1)

@@ -49,7 +49,7 @@ def test_a_gain_is_claimed_where_its_interval_and_the_run_carry_it(make_frame: F
     )
     found = answer(frame)
     assert found[1] == (
-        "Hydra-PPO is 2.500x ± 0.000 faster than LoRA-PPO at equal memory and 64 tokens (batch 2 against 1)."
+        "Hydra-PPO is 2.500x (2.500 to 2.500) faster than LoRA-PPO at equal memory and 64 tokens (batch 2 against 1)."
     )
     assert found[2] == "This run tells apart differences above 1.4 %, by its intervals."
 

@@ -195,3 +195,21 @@ def test_seconds_have_the_digits_that_their_interval_carries(make_frame: Frames)
 
     assert texts(0.4, 0.0003) == ["1.2", "1.2346"]
     assert texts(0.02, None) == ["1.23", "1.23"]
+
+
+def test_seconds_measured_beside_other_load_are_marked_and_said(make_frame: Frames) -> None:
+    counts = {"num_timed_blocks": 3, "num_counted_blocks": 3, "num_disturbed_blocks": 0, "disturbed_by": None}
+    loud = {**counts, "num_disturbed_blocks": 2, "disturbed_by": "x used 40 %"}
+    frame = runs(
+        make_frame,
+        before=[of_blocks(1.0, 1.01, 0.99, **counts), of_blocks(1.0, 1.01, 0.99, prompt_len=64, **counts)],
+        after=[of_blocks(2.0, 2.01, 1.99, **loud), of_blocks(1.0, 1.01, 0.99, prompt_len=64, **counts)],
+    )
+    found = compared(frame)
+    said = [sentence for sentence in comparison_sentences(frame, found) if sentence.startswith("!")]
+    assert said == [
+        "!: 1 of these cases was timed in after while something else used the machine, so a difference may come from "
+        "it: x used 40 %."
+    ]
+    cells = comparison_table(found).cells
+    assert [cell.endswith("!") for cell in [*cells["first s"], *cells["other s"]]] == [False, False, True, False]

@@ -116,6 +116,19 @@ def test_trlx_rows_take_the_fastest_ppo_case_of_their_model(make_frame: Frames) 
     assert trlx_table(frame).cells["ours"].tolist() == ["4 (Hydra-PPO, 128 tokens)", *["not run"] * 3]
 
 
+def test_the_papers_figures_are_of_one_gpu_and_so_are_those_beside_them(make_frame: Frames) -> None:
+    frame = make_frame(
+        {"model": "opt-1.3b", "total_s_per_sample": 0.25},
+        {"model": "opt-1.3b", "total_s_per_sample": 0.125, "world_size": 4},
+        {"method": "lora", "batch_size": 1, **PAPERS, "total_s_per_sample": 2.5, "world_size": 8},
+    )
+    assert trlx_table(frame).cells["ours"][0] == "4 (Hydra-PPO, 64 tokens)"
+    assert trlx_table(frame.iloc[1:]).cells["ours"][0] == "2 (Hydra-PPO, 64 tokens, 4 ranks)"
+    assert table_1(frame).cells.set_index("method").loc["LoRA-PPO", "s/sample, ours"] == "20"
+    # The memory table has the run's seconds over all ranks, which the paper's are not beside.
+    assert paper_cells(frame) == {"paper total GiB": ["", "", "68.0"], "paper s/sample": ["", "", "–"]}
+
+
 def test_a_run_without_measurements_has_dashes(make_frame: Frames) -> None:
     cells = table_1(make_frame({"outcome": "oom"})).cells
     assert set(cells["total GiB, ours"]) == {"–"}

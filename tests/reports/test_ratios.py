@@ -52,10 +52,12 @@ def test_one_block_gives_no_interval():
 @pytest.mark.parametrize(
     ("found", "text"),
     [
-        (Ratio(1.2619, 1.21, 1.31), "1.26x ± 0.05"),
-        (Ratio(1.2619, 1.11, 1.42), "1.26x ± 0.16"),
-        (Ratio(27.46, 20.0, 36.0), "27x ± 9"),
-        (Ratio(1.0, 0.99999, 1.00001), "1.000x ± 0.000"),
+        (Ratio(1.2619, 1.21, 1.31), "1.26x (1.21 to 1.31)"),
+        (Ratio(1.2619, 1.11, 1.42), "1.26x (1.11 to 1.42)"),
+        (Ratio(1.67, 1.15, 2.42), "1.7x (1.1 to 2.4)"),
+        (Ratio(27.46, 20.0, 36.0), "27x (20 to 36)"),
+        (Ratio(1.5, 1.03, 2.1), "1.5x (1.03 to 2.1)"),
+        (Ratio(1.0, 0.99999, 1.00001), "1.000x (1.000 to 1.000)"),
     ],
 )
 def test_a_ratio_is_rounded_to_its_interval(found, text):
@@ -112,6 +114,14 @@ def test_the_memory_table_rounds_to_the_interval_and_marks_disturbed_cases(make_
     assert cells.loc["Hydra-PPO", ["total s/sample", "± s"]].tolist() == ["0.124", "0.002"]
     assert cells.loc["LoRA-PPO", ["total s/sample", "± s"]].tolist() == ["0.3", "2.5!"]
     assert "2 disturbed blocks do not count: x used 40 %." in table.notes
+    assert any(note.startswith("!: 1 of 2 cases is shown with disturbed blocks") for note in table.notes)
+
+
+def test_a_disturbed_case_of_one_block_is_marked_at_its_seconds(make_frame):
+    rows = [row([0.5]), row([0.25], method="lora", num_disturbed_blocks=1, disturbed_by="y took 20 %")]
+    table = memory_table(make_frame(*rows))
+    cells = table.cells.set_index("method")["total s/sample"]
+    assert (cells["Hydra-PPO"].endswith("!"), cells["LoRA-PPO"].endswith("!")) == (False, True)
     assert any(note.startswith("!: 1 of 2 cases is shown with disturbed blocks") for note in table.notes)
 
 

@@ -33,7 +33,7 @@ def test_a_speed_up_has_the_interval_of_its_blocks(make_frame: Make, ranked: Ran
         *(ranked(2**i, 4, values[0], total_block_s_per_sample=values) for i, values in enumerate(blocks))
     )
     table = scaling_table(frame)
-    assert table.cells["speed-up"].tolist() == ["1.00x", "2.0x ± 0.3"]
+    assert table.cells["speed-up"].tolist() == ["1.00x", "2.0x (1.8 to 2.3)"]
     low, high = (float(table.frame[f"speed_up_{end}"].iloc[1]) for end in ("low", "high"))
     # 2 exp(± 4.303 s / √3), with s = 0.0501, the standard deviation of ln 2.0, ln 2.1 and ln 1.9.
     assert (low, high) == pytest.approx((1.7647, 2.2629), abs=1e-4)

@@ -120,6 +120,8 @@ def _lengths(where: str, spec: Spec, problems: list[str]) -> list[tuple[int, int
             problems.append(f"{where}seq_lens is given with prompt_lens or completion_lens: give one or the other.")
         seq_lens = _integers(where, spec, "seq_lens", 2, problems)
         return list(dict.fromkeys(split_length(seq_len, fraction) for seq_len in seq_lens))
+    if "prompt_fraction" in spec:
+        problems.append(f"{where}prompt_fraction is given beside prompt_lens and completion_lens: it is of seq_lens.")
     prompts = _integers(where, spec, "prompt_lens", 1, problems)
     completions = _integers(where, spec, "completion_lens", 1, problems)
     if len(prompts) != len(completions) and 1 not in (len(prompts), len(completions)):

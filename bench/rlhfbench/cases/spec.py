@@ -88,8 +88,19 @@ def dotted(table: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def plural(spec: Spec) -> dict[str, Any]:
-    """``spec`` with plural keys: ``models`` for ``model``."""
+def plural(spec: Spec, where: str = "") -> dict[str, Any]:
+    """``spec`` with plural keys: ``models`` for ``model``.
+
+    Raises:
+        SweepError: it has a key in both forms, one of which would be passed over.
+    """
+    twice = [
+        f"{where}sweep key {key!r} is given beside {_SINGULAR[key]!r}: give one of the two."
+        for key in spec
+        if _SINGULAR.get(key) in spec
+    ]
+    if twice:
+        raise SweepError(twice)
     return {_SINGULAR.get(key, key): value for key, value in spec.items()}
 
 

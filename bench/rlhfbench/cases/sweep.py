@@ -98,14 +98,16 @@ class Sweep:
         shared = {key: spec[key] for key in SHARED_KEYS if key in spec}
         for number, table in enumerate(tables, start=1):
             where = f"cases[{number}]: "
-            table = plural(table)
+            table = plural(table, where)
             problems += check_keys(where, table, (*GRID_KEYS, *SHARED_KEYS))
             missing = [key.removesuffix("s") for key in _REQUIRED_KEYS if key not in table]
             missing += [] if any(key in table for key in LENGTH_KEYS) else ["prompt_len and completion_len"]
             if missing:
                 problems.append(f"cases[{number}] lacks {', '.join(missing)}.")
                 continue
-            cases += cases_of_grid(where, merge_specs(shared, table), problems)
+            # A share that all tables have is for those whose lengths are of whole sequences.
+            inherited = {key: value for key, value in shared.items() if key != "prompt_fraction" or "seq_lens" in table}
+            cases += cases_of_grid(where, merge_specs(inherited, table), problems)
         if problems:
             raise SweepError(problems)
         return cls(cases=tuple({case.id: case for case in cases}.values()))
@@ -115,6 +117,8 @@ class Sweep:
         """The sweep of a spec that names settings."""
         rest = {key: value for key, value in spec.items() if key not in SETTING_KEYS}
         problems: list[str] = []
+        if all(key in spec for key in SETTING_KEYS):
+            problems.append("sweep key 'setting' is given beside 'settings': give one of the two.")
         named = {"settings": next(spec[key] for key in SETTING_KEYS if key in spec)}
         names = list(dict.fromkeys(read_names("", named, "settings", problems)))
         problems += [unknown("setting", name, SETTINGS) for name in names if name not in SETTINGS]

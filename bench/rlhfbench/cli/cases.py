@@ -15,9 +15,12 @@ from rlhfbench.cli.common import (
     Device,
     Dtype,
     Model,
+    check_options,
     given,
+    name_text,
     number,
     numbers,
+    path_text,
     words,
 )
 from rlhfbench.errors import SweepError
@@ -59,12 +62,18 @@ class CaseOptions:
     ] = None
     sweep: Annotated[
         str | None,
-        typer.Option(metavar="FILE", rich_help_panel=CASES, help="Sweep in TOML; other options win over it."),
+        typer.Option(
+            metavar="FILE",
+            parser=path_text("--sweep"),
+            rich_help_panel=CASES,
+            help="Sweep in TOML; other options win over it.",
+        ),
     ] = None
     setting: Annotated[
         str | None,
         typer.Option(
             metavar="NAMES",
+            parser=name_text("--setting"),
             rich_help_panel=CASES,
             help="Named options: paper, modern or both; other options win.  [default: modern]",
         ),
@@ -141,17 +150,20 @@ class CaseOptions:
         """Returns the sweep spec of what was given, without ``sweep`` and ``setting``.
 
         Raises:
-            SweepError: a list of numbers or a ``KEY=VALUE`` is malformed; or no such option exists.
+            SweepError: a list of numbers or a ``KEY=VALUE`` is malformed; no such option exists; or a flag and
+                ``--option`` contradict each other.
         """
         from rlhfbench.cases.spec import parse_option
 
         named = {
-            "lora.r": self.lora_rank,
-            "data.prompts": self.prompts,
-            "data.prompt_field": self.prompt_field,
-            "data.demonstrations": self.demonstrations,
-            "data.pairs": self.pairs,
+            "--lora-rank": ("lora.r", self.lora_rank),
+            "--prompts": ("data.prompts", self.prompts),
+            "--prompt-field": ("data.prompt_field", self.prompt_field),
+            "--demonstrations": ("data.demonstrations", self.demonstrations),
+            "--pairs": ("data.pairs", self.pairs),
         }
+        options = dict(map(parse_option, self.option or ()))
+        check_options(named, options)
         return given(
             methods=words(self.methods),
             models=None if self.model is None else [self.model],
@@ -161,7 +173,7 @@ class CaseOptions:
             device=self.device,
             dtype=self.dtype,
             seed=self.seed,
-            options=dict(map(parse_option, self.option or ())) | given(**named),
+            options=options | given(**dict(named.values())),
         )
 
 

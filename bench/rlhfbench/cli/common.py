@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -88,6 +88,36 @@ def path_text(flag: str) -> Callable[[Any], str]:
         return str(text)
 
     return parse
+
+
+def name_text(flag: str) -> Callable[[Any], str]:
+    """The parser of an option that names something other than a path. An empty one would act as if it was not given."""
+
+    def parse(text: Any) -> str:
+        if not text:
+            raise SweepError([f"{flag} is '': it must not be empty; is a variable not set?"])
+        return str(text)
+
+    return parse
+
+
+def check_options(flags: Mapping[str, tuple[str, Any]], options: Mapping[str, Any]) -> None:
+    """Checks that no flag says something else than ``--option`` says of the same option.
+
+    Args:
+        flags: the option's dotted name and its value, by the flag; ``None`` where the flag is not given.
+        options: values by dotted name, from ``--option``.
+
+    Raises:
+        SweepError: one does.
+    """
+    problems = [
+        f"{flag} is {shown(value)} and --option {name} is {shown(options[name])}: give one of the two."
+        for flag, (name, value) in flags.items()
+        if value is not None and name in options and options[name] != value
+    ]
+    if problems:
+        raise SweepError(problems)
 
 
 # Every default is None: an option that is given wins over a sweep file, and over a setting.

@@ -12,6 +12,7 @@ import typer
 from rlhfbench.cli import common
 from rlhfbench.cli.common import DONE, NOTHING, epilog, number, path_text
 from rlhfbench.errors import SweepError
+from rlhfbench.launch import refuse_launcher
 from rlhfbench.packages import check_packages
 
 WORK, OUTPUT = "What is done", "Output"
@@ -44,7 +45,15 @@ def evidence(
             show_default=True,
         ),
     ] = 25.0,
-    model: common.Model = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=common.CASES,
+            help="Preset, checkpoint folder, .gguf file or Hugging Face model id."
+            "  [default: llama-7b on CUDA, tiny on a CPU]",
+        ),
+    ] = None,
     device: Annotated[
         str | None,
         typer.Option(
@@ -75,6 +84,7 @@ def evidence(
     Each of seven parts takes 8 minutes at most, and one that fails does not stop the next. With the same folder, the
     command goes on where it stopped.
     """
+    refuse_launcher("rlhfbench evidence")
     problem = check_packages()
     if problem is not None:
         raise SweepError([problem])

@@ -11,7 +11,7 @@ import typer
 
 from rlhfbench.cli import common
 from rlhfbench.cli.cases import CaseOptions, make_sweep
-from rlhfbench.cli.common import ended_by_sigterm, epilog, number, path_text
+from rlhfbench.cli.common import ended_by_sigterm, epilog, name_text, number, path_text
 from rlhfbench.cli.gate_output import Output, progress
 from rlhfbench.cli.groups import with_groups
 from rlhfbench.errors import GateError
@@ -40,7 +40,12 @@ def gate(
     *,
     base: Annotated[
         str | None,
-        typer.Option(metavar="REV", rich_help_panel=COMPARED, help="Revision that the working tree is compared with."),
+        typer.Option(
+            metavar="REV",
+            parser=name_text("--base"),
+            rich_help_panel=COMPARED,
+            help="Revision that the working tree is compared with.",
+        ),
     ] = None,
     baseline: Annotated[
         str | None,

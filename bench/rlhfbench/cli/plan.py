@@ -13,6 +13,7 @@ from rlhfbench.cli.common import HARDWARE, READING_CODES, epilog, path_text, pri
 from rlhfbench.cli.groups import with_groups
 from rlhfbench.cli.ranks import RankOptions, make_ranked_sweep
 from rlhfbench.files import check_writable
+from rlhfbench.launch import refuse_launcher
 
 OUTPUT = "Output"
 EPILOG = epilog(
@@ -54,6 +55,7 @@ def plan(
 
     Runs one training step on fake tensors, which have shapes and no contents.
     """
+    refuse_launcher("rlhfbench plan")
     from rlhfbench.cli import plan_output
     from rlhfbench.planning import plans as planning
 
@@ -61,7 +63,7 @@ def plan(
         check_writable("out", Path(out))
 
     # A plan is for an accelerator unless the command says otherwise; a sweep file usually names the device of a run.
-    spec = cases.spec() | {"device": cases.device or "cuda"}
+    spec = {"device": "cuda"} | cases.spec()
     planned = planning.plan(
         make_ranked_sweep(spec, cases.sweep, cases.setting, ranks),
         gpu=gpu,

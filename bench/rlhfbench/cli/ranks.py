@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rlhfbench.cli.cases import make_sweep
-from rlhfbench.cli.common import given, numbers, words
+from rlhfbench.cli.common import check_options, given, numbers, words
 from rlhfbench.errors import SweepError
 from rlhfkernels.config.rules import shown
 
@@ -56,7 +56,9 @@ class RankOptions:
     @property
     def define_cases(self) -> bool:
         """True if one of them was given that makes other cases."""
-        return any(value is not None for value in (self.world_size, self.parallel, self.zero_stage))
+        return self.global_batch or any(
+            value is not None for value in (self.world_size, self.parallel, self.zero_stage)
+        )
 
 
 def make_ranked_sweep(
@@ -88,13 +90,25 @@ def make_ranked_sweep(
     defaults: dict[str, Any] = {}
     if sizes or launched is not None:
         defaults = _options(world_size=launched, strategy="ddp")
-    # An option that is given by its dotted name wins.
-    spec = {**spec, "options": own | spec.get("options", {})} if own else spec
+    options = spec.get("options", {})
+    named = {
+        "--world-size": ("parallel.world_size", _one(sizes)),
+        "--parallel": ("parallel.strategy", _one(words(ranks.parallel))),
+        "--zero-stage": ("parallel.zero_stage", _one(stages)),
+    }
+    check_options(named, options)
+    # A strategy that is given by its dotted name wins over that of --zero-stage.
+    spec = {**spec, "options": own | options} if own else spec
     sweep = make_sweep(spec, file, setting, defaults={"options": defaults} if defaults else None)
     if strategies and not defaults and all(case.options.parallel.world_size == 1 for case in sweep.cases):
         flag = f"--zero-stage is {ranks.zero_stage}" if stages else f"--parallel is {shown(ranks.parallel)}"
         raise SweepError([f"{flag}: it needs --world-size N."])
     return _of_one_rank(sweep) if ranks.global_batch else sweep
+
+
+def _one(values: Sequence[Any] | None) -> Any:
+    """The only one of ``values``; all of them where there are several."""
+    return values[0] if values is not None and len(values) == 1 else values
 
 
 def _options(**values: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import typer
 from rlhfbench.cli.common import READING_CODES, draw, epilog, path_text, print_table
 from rlhfbench.errors import RecordsError, RunFolderError, SweepError
 from rlhfbench.files import check_writable
+from rlhfbench.launch import refuse_launcher
 
 EPILOG = epilog(
     "rlhfbench report rlhfbench-run-20260101T120000Z",
@@ -57,6 +58,7 @@ def report(
     page index.html. Several runs are compared with the first one in comparison.html. Plans of cases over ranks are laid
     beside the run.
     """
+    refuse_launcher("rlhfbench report")
     from rlhfbench.records.file import RECORDS_NAME, read_records
     from rlhfbench.records.plans import PLAN_NAME
 

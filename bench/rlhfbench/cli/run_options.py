@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlhfbench.cli.common import given, number, path_text, words
+from rlhfbench.cli.common import given, name_text, number, path_text, words
 from rlhfbench.errors import SweepError
 from rlhfbench.records.schema import OUTCOMES
 from rlhfbench.runs.options import MAX_BATCH, RunOptions
@@ -157,6 +157,7 @@ class ClusterOptions:
         str | None,
         typer.Option(
             metavar="ADDRESS",
+            parser=name_text("--ray"),
             rich_help_panel=CLUSTER,
             help="Run the cases on a Ray cluster: HOST:PORT of its head, local for one of this machine alone, or none.",
         ),
@@ -165,6 +166,7 @@ class ClusterOptions:
         str | None,
         typer.Option(
             metavar="NAME",
+            parser=name_text("--ray-group"),
             rich_help_panel=CLUSTER,
             help="Cases that stay on one machine, so that their times compare: sweep (all of them), model, size (one "
             "model, lengths and batch) or case (none).  [default: sweep]",

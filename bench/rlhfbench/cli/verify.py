@@ -11,6 +11,7 @@ import typer
 
 from rlhfbench.cli import common
 from rlhfbench.cli.common import DONE, NO, epilog, print_table
+from rlhfbench.launch import refuse_launcher
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -42,6 +43,7 @@ def verify(
     A few tokens go through every trunk and backend: log-probabilities, left-padded rows, cached decoding, adapters and
     their gradients.
     """
+    refuse_launcher("rlhfbench verify")
     from rlhfbench.cases import preflight
     from rlhfbench.cases.sweep import Sweep
 

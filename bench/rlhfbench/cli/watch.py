@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from rlhfbench.cli.common import DONE, epilog, number, path_text
+from rlhfbench.cli.common import DONE, epilog, name_text, number, path_text
 from rlhfbench.errors import RunFolderError
+from rlhfbench.launch import refuse_launcher
 
 EPILOG = epilog(
     "rlhfbench watch my-run",
@@ -20,7 +21,12 @@ EPILOG = epilog(
 def watch(
     run_dir: Annotated[str, typer.Argument(metavar="RUN", parser=path_text("RUN"), help="Folder of a run.")],
     host: Annotated[
-        str, typer.Option(metavar="ADDRESS", help="Address to listen on; others than this machine's own open the run.")
+        str,
+        typer.Option(
+            metavar="ADDRESS",
+            parser=name_text("--host"),  # an empty one would be all addresses of the machine
+            help="Address to listen on; others than this machine's own open the run.",
+        ),
     ] = "127.0.0.1",
     port: Annotated[
         int, typer.Option(metavar="N", parser=number("--port", int), help="Port; 0 for any that is free.")
@@ -30,6 +36,7 @@ def watch(
 
     Prints the address for a browser; the page follows as records come. Ctrl-C ends it.
     """
+    refuse_launcher("rlhfbench watch")
     from rlhfbench.runs.page import missing_libraries
     from rlhfbench.runs.watch import make_server
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from rlhfbench.cluster.nodes import Need
 from rlhfbench.files import write_atomically
 from rlhfbench.processes import map_parallel
+from rlhfbench.records.checks import fits
 from rlhfbench.runs.options import RunOptions
 from rlhfkernels.config.case import Case
 from rlhfkernels.errors import RlhfKernelsError
@@ -58,9 +59,7 @@ def needs_of(
 
 def _planned_bytes(cases: Sequence[Case], path: Path, tell: Callable[[str], None]) -> dict[str, int | None]:
     """The planned total of each case by its id; ``None`` for a case that cannot be planned."""
-    planned: dict[str, int | None] = {}
-    if path.is_file():
-        planned = json.loads(path.read_text(encoding="utf-8"))
+    planned = _read_planned(path)
     missing = {dataclasses.replace(case, seed=0): None for case in cases if case.id not in planned}
     if missing:
         tell(f"{len(missing)} cases are planned, to place them by the memory that they need.")
@@ -68,6 +67,15 @@ def _planned_bytes(cases: Sequence[Case], path: Path, tell: Callable[[str], None
         planned |= {case.id: found.get(dataclasses.replace(case, seed=0), planned.get(case.id)) for case in cases}
         write_atomically(path, json.dumps(planned) + "\n")
     return planned
+
+
+def _read_planned(path: Path) -> dict[str, int | None]:
+    """The totals in ``path``; none where it holds something else, since they can be planned again."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) and all(fits(value, "Int64") for value in found.values()) else {}
 
 
 _PRELOAD = ("rlhfbench.planning.predict",)

@@ -33,10 +33,10 @@ def collect(folder: Path, request: Request, numbers: Iterable[int], budget_s: fl
     """Runs the parts that are not done yet, within ``budget_s`` seconds, and writes the report.
 
     A part that fails or takes too long does not stop the next. What it has measured is kept, and the next call goes on
-    from there.
+    from there, but only under the same conditions: the report names one environment above all figures.
 
     Args:
-        folder: new or empty, or the folder of the same request.
+        folder: new or empty, or the folder of the same request in the same environment.
         request: what to collect.
         numbers: of the parts.
         budget_s: seconds for all parts.
@@ -50,8 +50,14 @@ def collect(folder: Path, request: Request, numbers: Iterable[int], budget_s: fl
     """
     request.write(folder)
     ends_s = time.monotonic() + budget_s
-    found = {"environment": environment.describe(argv=sys.argv, settings=dataclasses.asdict(request))}
-    found["parts"] = read_items(folder / EVIDENCE_NAME).get("parts", {})
+    present = environment.describe(argv=sys.argv, settings=dataclasses.asdict(request))
+    found = {"environment": present, "parts": {}, **read_items(folder / EVIDENCE_NAME)}
+    changed = environment.differences(present, [found["environment"]])
+    if changed:
+        raise RunFolderError(
+            f"out '{folder}' was begun under other conditions: {'; '.join(changed)}: name a new folder."
+        )
+    _write(folder, found)  # before any part, so that a part that is cut short leaves its environment too
     for number in numbers:
         earlier = found["parts"].get(str(number))
         if earlier is not None and earlier["outcome"] == DONE:
@@ -59,7 +65,6 @@ def collect(folder: Path, request: Request, numbers: Iterable[int], budget_s: fl
         left_s = min(MAX_PART_S, ends_s - time.monotonic())
         found["parts"][str(number)] = _run_part(folder, number, left_s)
         _write(folder, found)
-    _write(folder, found)
     return found
 
 
@@ -80,6 +85,7 @@ def _run_part(folder: Path, number: int, left_s: float) -> dict[str, Any]:
     started_s = time.monotonic()
     command = [sys.executable, "-m", "rlhfbench.evidence.part_process", str(folder), str(number), f"{left_s:.1f}"]
     with log.open("a") as output:
+        begins_at = output.tell()  # earlier tries wrote the lines before
         # A session of its own, so that a signal reaches the part's own children too.
         process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
         try:
@@ -89,7 +95,7 @@ def _run_part(folder: Path, number: int, left_s: float) -> dict[str, Any]:
         finally:
             _end(process)
     wall_s = time.monotonic() - started_s
-    said = last_line(log.read_text(errors="replace"))
+    said = last_line(log.read_bytes()[begins_at:].decode(errors="replace"))
     outcome = "timeout" if code is None else "failed" if code else DONE
     print(f"part {number} {outcome} after {wall_s:.0f} s", file=sys.stderr)
     return {"outcome": outcome, "wall_s": wall_s, "error": None if outcome == DONE else said or f"exit code {code}"}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rlhfbench.evidence.request import GIB, PAPER_TOTAL_GIB
-from rlhfbench.records.derived import at
+from rlhfbench.records.derived import at, disturbed_seconds
 from rlhfbench.records.file import Record
 from rlhfkernels.methods.table import METHODS
 
@@ -76,7 +76,8 @@ def _update(found: Measured) -> list[tuple[str, bool]]:
         means_s = [at(record, f"latency.phases.{name}.mean_s") for name in names]
         if None not in (*floors_s, *means_s) and sum(means_s):
             fraction = sum(floors_s) / sum(means_s)
-            values.append((f"{record['case']['method']}: {fraction:.2f}", fraction >= MIN_UPDATE_FRACTION))
+            text = f"{record['case']['method']}: {fraction:.2f}{_beside(record)}"
+            values.append((text, fraction >= MIN_UPDATE_FRACTION))
     return values
 
 
@@ -87,8 +88,14 @@ def _step(method: str, found: Measured) -> list[tuple[str, bool]]:
         seconds, total = at(record, "latency.total_s_per_sample"), at(record, "memory.total_bytes")
         if record["case"]["method"] == method and None not in (seconds, total):
             enough = seconds <= MAX_STEP_S and total <= PAPER_TOTAL_GIB * GIB
-            values.append((f"{seconds:.3f} s in {total / GIB:.3g} GiB", enough))
+            values.append((f"{seconds:.3f} s in {total / GIB:.3g} GiB{_beside(record)}", enough))
     return values
+
+
+def _beside(record: Record) -> str:
+    """What disturbed the seconds of ``record``, in parentheses; empty where nothing did."""
+    by = disturbed_seconds(record)
+    return "" if by is None else f" (disturbed: {by})"
 
 
 def _plan(found: Measured) -> list[tuple[str, bool]]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from rlhfbench.files import write_atomically
+
+BATCHES_NAME = "batches.json"
 
 
 class Items:
@@ -36,3 +38,11 @@ def read_items(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def worst(errors: Iterable[float]) -> float | None:
+    """Returns the largest of ``errors``, or NaN if one is; ``None`` without one.
+
+    ``max`` alone passes over a NaN that comes after a number.
+    """
+    return max(errors, key=lambda error: (error != error, error), default=None)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rlhfbench.evidence.items import Items
+from rlhfbench.evidence.items import Items, worst
 from rlhfbench.evidence.op_table import OP_CASES, OpCase, OpSize, Tensors
 from rlhfbench.evidence.request import Request
 from rlhfbench.measure.clock import StepClock
@@ -99,9 +99,9 @@ def _values(call: Call, inputs: Tensors, num_differentiated: int) -> list[torch.
 
 
 def _errors(found: list[torch.Tensor], expected: list[torch.Tensor]) -> dict[str, float | None]:
-    """Returns the relative errors in the norm, of the result and the largest of the gradients."""
+    """Returns the relative errors in the norm, of the result and the largest of the gradients: NaN if any is."""
     errors = [float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(found, expected, strict=True)]
-    return {"error": errors[0], "gradient_error": max(errors[1:], default=None)}
+    return {"error": errors[0], "gradient_error": worst(errors[1:])}
 
 
 def _times(calls: dict[str, Call], inputs: Tensors, num_differentiated: int, device: str) -> dict[str, float]:

@@ -9,13 +9,14 @@ from typing import Any
 from rlhfbench.cases.settings import setting_of
 from rlhfbench.errors import RecordsError
 from rlhfbench.evidence.goals import GOALS, Measured, plan_error
-from rlhfbench.evidence.items import read_items
+from rlhfbench.evidence.items import BATCHES_NAME, read_items, worst
 from rlhfbench.evidence.parts import PARTS
-from rlhfbench.evidence.request import GIB
+from rlhfbench.evidence.request import GIB, Request
 from rlhfbench.evidence.reserve import fit_reserve
 from rlhfbench.measure.options import SNAPSHOT_NAME
 from rlhfbench.planning.devices import Accelerator
-from rlhfbench.records.derived import at
+from rlhfbench.planning.max_batch import with_batch
+from rlhfbench.records.derived import at, disturbed_seconds
 from rlhfbench.records.file import Record, read_records
 from rlhfkernels.methods.table import METHODS
 
@@ -28,6 +29,7 @@ PAPER: dict[str, tuple[float | None, ...]] = {
     "hydra": (4, 15.9, 52.8, 71.1, 4.88, 1.59, 6.47),
 }
 _MISSING = "–"
+_DISTURBED = "!"  # after the seconds of a case beside which something else used the machine
 
 
 def report(folder: Path, found: dict[str, Any]) -> str:
@@ -51,16 +53,19 @@ def report(folder: Path, found: dict[str, Any]) -> str:
         "## Table 1, beside the paper's",
         "GiB and seconds a sample. The model column is the persistent one, as the paper's. The paper divides the "
         "optimizer among 8 GPUs; here it is whole.",
-        _table(_TABLE_1, _table_1(runs["methods"], read_items(folder / "batches.json"))),
+        _table(_TABLE_1, _table_1(runs["methods"], _unfit(folder))),
+        _disturbed(runs["methods"]),
         "## Plan, allocator, driver",
         _table(_MEMORY, [_memory(record) for record in _ok(runs["methods"])]),
         _reserve(_ok(runs["methods"]), found["environment"], settings["device"]),
         "## Seconds per sample by length",
         _table(_TIMES, [_times(record) for record in runs["lengths"]]),
+        _disturbed(runs["lengths"]),
         "## Decoding",
         _table(_DECODE, [_decode(key, item) for key, item in decode.items() if key.startswith("batch ")]),
         "## Settings",
         _table(("setting", *_TIMES), [(_setting(record), *_times(record)) for record in runs["settings"]]),
+        _disturbed(runs["settings"]),
         "## Ops",
         "Relative errors against the reference in float64; seconds with gradients where the op has them.",
         _table(_OPS, _ops(read_items(folder / "ops.json"))),
@@ -111,10 +116,19 @@ def _parts(parts: dict[str, Any]) -> list[Sequence[Any]]:
 _TABLE_1 = ("method", "", "batch", "model", "activation", "total", "inference s", "update s", "total s", "outcome")
 
 
-def _table_1(records: Sequence[Record], batches: dict[str, Any]) -> list[Sequence[Any]]:
+def _unfit(folder: Path) -> set[str]:
+    """Methods whose case of part 3 does not fit with even one row. Other parts keep their batches in the same file."""
+    request = Request.read(folder)
+    return {
+        item["method"]
+        for case_id, item in read_items(folder / BATCHES_NAME).items()
+        if item["batch_size"] == 0 and case_id == with_batch(request.case(item["method"]), 1).id
+    }
+
+
+def _table_1(records: Sequence[Record], unfit: set[str]) -> list[Sequence[Any]]:
     rows: list[Sequence[Any]] = []
     by_method = {record["case"]["method"]: record for record in records}
-    unfit = {item["method"] for item in batches.values() if item["batch_size"] == 0}
     for name in PAPER | by_method | dict.fromkeys(unfit):
         if name in by_method:
             rows.append((METHODS[name].title, "here", *_measured(by_method[name])))
@@ -136,13 +150,27 @@ def _measured(record: Record) -> Sequence[Any]:
 
 
 def _seconds(record: Record) -> list[str]:
-    """Seconds a sample of inference, update and both, with half of the 95 % interval where blocks give one."""
-    shown = []
+    """Seconds a sample of inference, update and both, with half of the 95 % interval where blocks give one.
+
+    Those of a disturbed case are marked.
+    """
+    shown, mark = [], "" if disturbed_seconds(record) is None else _DISTURBED
     for name in ("inference", "update", "total"):
         half = at(record, f"latency.{name}_half_width_s_per_sample")
         mean = _number(at(record, f"latency.{name}_s_per_sample"), 4)
-        shown.append(mean if half is None else f"{mean} ± {half:.4f}")
+        shown.append((mean if half is None else f"{mean} ± {half:.4f}") + mark)
     return shown
+
+
+def _disturbed(records: Sequence[Record]) -> str:
+    """One sentence on the cases whose seconds are marked; empty without one."""
+    found = [by for record in records if (by := disturbed_seconds(record)) is not None]
+    if not found:
+        return ""
+    return (
+        f"{_DISTURBED}: {len(found)} of {len(records)} cases {'was' if len(found) == 1 else 'were'} timed while "
+        f"something else used the machine: {'; '.join(dict.fromkeys(found))}."
+    )
 
 
 def _outcome(record: Record) -> str:
@@ -231,7 +259,7 @@ def _verify(items: dict[str, Any]) -> list[Sequence[Any]]:
     for dtype, checks in items.items():
         shares = [check["error"] / check["tolerance"] for check in checks if check["tolerance"]]
         wrong = ", ".join(check["name"] for check in checks if check["outcome"] == "wrong") or "none"
-        rows.append((dtype, len(checks), wrong, _number(max(shares, default=None), 2)))
+        rows.append((dtype, len(checks), wrong, _number(worst(shares), 2)))
     return rows
 
 

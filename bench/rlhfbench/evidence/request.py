@@ -138,12 +138,15 @@ class Request:
         Raises:
             CaseError: a field breaks a rule of ``Case``.
         """
-        device = device or ("cuda" if num_cuda_devices() else "cpu")
+        if device is None:
+            device = "cuda" if num_cuda_devices() else "cpu"
         on_cpu = device == "cpu"
         sizes = MINIATURE if on_cpu else FULL
         if blocks is not None:
             sizes = dataclasses.replace(sizes, blocks=blocks)
-        return cls(model=model or ("tiny" if on_cpu else "llama-7b"), device=device, sizes=sizes)
+        if model is None:
+            model = "tiny" if on_cpu else "llama-7b"
+        return cls(model=model, device=device, sizes=sizes)
 
     def write(self, folder: Path) -> None:
         """Writes the request into ``folder``, or checks that the folder holds the same request.

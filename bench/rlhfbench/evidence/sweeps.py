@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from rlhfbench.cases.sweep import Sweep
-from rlhfbench.evidence.items import Items
+from rlhfbench.errors import EvidenceError
+from rlhfbench.evidence.items import BATCHES_NAME, Items
 from rlhfbench.evidence.request import GIB, PAPER_TOTAL_GIB, Request
 from rlhfbench.measure.nvml import device_bytes
 from rlhfbench.measure.options import SNAPSHOT_NAME
 from rlhfbench.planning.devices import Accelerator
 from rlhfbench.planning.max_batch import plan_kinds, with_batch
 from rlhfbench.planning.zero import Zero
+from rlhfbench.records.derived import at
 from rlhfbench.runs.folder import RunFolder
 from rlhfbench.runs.options import RunOptions
 from rlhfbench.runs.runner import run_sweep
@@ -25,7 +27,8 @@ from rlhfkernels.config.settings import SETTINGS
 # What matters most comes first: a part may be cut short.
 METHODS = ("hydra", "joined-hydra", "lora", "dynamic-lora", "full")
 LENGTH_METHODS = ("hydra", "joined-hydra", "lora")
-BATCHES_NAME = "batches.json"
+# Outcomes that another try may change: of a process that was killed, and of a part that ran out of time.
+_RETRIED = ("crashed", "timeout")
 
 
 def run_methods(request: Request, folder: Path, left_s: float) -> None:
@@ -64,14 +67,24 @@ def run_profile(request: Request, folder: Path, left_s: float) -> None:
 
 
 def _run(request: Request, folder: Path, name: str, cases: Sequence[Case], left_s: float, **options: Any) -> None:
-    """Runs ``cases`` in ``folder/runs/name``, or goes on with them."""
+    """Runs ``cases`` in ``folder/runs/name``, or goes on with them.
+
+    Raises:
+        EvidenceError: none of them could be measured.
+    """
     if not cases:
         return
     out = folder / "runs" / name
     # One block a case where nothing else is asked for: each takes a process that builds the model again.
     options = {"blocks": 1, **options}
     settings = RunOptions(time_budget_s=request.sizes.time_budget_s, case_timeout_s=max(1.0, left_s), **options)
-    run_sweep(Sweep(cases=tuple(cases)), out, settings, resume=RunFolder(out).is_run)
+    # A part that is not done is run again: what ended a case from outside may have gone.
+    done = run_sweep(Sweep(cases=tuple(cases)), out, settings, resume=RunFolder(out).is_run, retry=_RETRIED)
+    if not done.num_ok:
+        told = [f"{record['outcome']}: {at(record, 'error.message')}" for record in done.records] or [
+            "none was reached"
+        ]
+        raise EvidenceError(f"no case of '{out}' could be measured: {told[-1]}")
 
 
 def largest(request: Request, folder: Path, cases: Iterable[Case]) -> list[Case]:

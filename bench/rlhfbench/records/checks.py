@@ -30,8 +30,9 @@ def wrong_type(record: Mapping[str, Any]) -> str | None:
             problem = _wrong_value(record, row.source, row.dtype)
             if problem is not None:
                 return problem
-    if not _CASE_ID.fullmatch(record["case"]["id"] or ""):
-        return f"case.id is {shown(record['case']['id'])}: it must be letters, digits, _ and -."
+    case_id = at(record, "case.id")
+    if not _CASE_ID.fullmatch(case_id or ""):
+        return f"case.id is {shown(case_id)}: it must be letters, digits, _ and -."
     for section in ("latency", "memory", "work", "plan"):
         for name, phase in (at(record, f"{section}.phases") or {}).items():
             where = f"{section}.phases.{name}"

@@ -16,6 +16,13 @@ def at(record: Any, path: str) -> Any:
     return record
 
 
+def disturbed_seconds(record: Mapping[str, Any]) -> str | None:
+    """What disturbed blocks that the seconds come from; ``None`` if nothing did, or enough other blocks are left."""
+    counted, disturbed = (at(record, f"latency.num_{kind}_blocks") or 0 for kind in ("counted", "disturbed"))
+    among = counted > (num_whole_blocks(record) or 0) - disturbed
+    return at(record, "latency.disturbed_by") if among else None
+
+
 def method_title(record: Mapping[str, Any]) -> str | None:
     """The method as reports print it."""
     name = at(record, "case.method")

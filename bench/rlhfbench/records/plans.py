@@ -23,7 +23,7 @@ def read_plans(folder: Path) -> list[dict[str, Any]]:
     path = folder / PLAN_NAME
     try:
         plans = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RecordsError(f"'{path}' cannot be read: {error}.") from error
     if not isinstance(plans, list) or not all(isinstance(at(each, "case"), Mapping) for each in plans):
         raise RecordsError(f"'{path}' holds no plans: it must be a file of plan --out.")

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from rlhfbench.records.derived import at
 from rlhfbench.records.file import Entry, Record, RecordsFile, make_record
 from rlhfbench.records.timelines import planned, write_timeline
 from rlhfbench.runs import environment
@@ -220,7 +221,8 @@ class Runner:
             wall_s=ended.wall_s,
         )
         views = record["memory"]["views"]
-        views["driver_peak_bytes"] = ended.driver_peak_bytes
+        # The driver is asked for the process of rank 0, and the other views are those of the worst rank.
+        views["driver_peak_bytes"] = ended.driver_peak_bytes if not at(record, "world.worst_rank") else None
         if views["host_peak_bytes"] is None:
             views["host_peak_bytes"] = ended.max_rss_bytes
         return record

@@ -11,6 +11,7 @@ import html
 import ipaddress
 import mimetypes
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from rlhfbench.errors import RlhfBenchError, RunFolderError, SweepError
@@ -133,6 +135,11 @@ class _Server(ThreadingHTTPServer):
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Prints the traceback of an error, unless it is a browser that left before its answer."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
 
 class _Handler(BaseHTTPRequestHandler):
     server: _Server
@@ -144,7 +151,11 @@ class _Handler(BaseHTTPRequestHandler):
             # A page of another site that got its name to stand for this address.
             self.send_error(HTTPStatus.FORBIDDEN)
             return
-        path = unquote(urlsplit(self.path).path)
+        try:
+            path = unquote(urlsplit(self.path).path)
+        except ValueError:  # such as of a bracket that is not closed
+            self.send_error(HTTPStatus.BAD_REQUEST)
+            return
         if path in ("/", "/index.html"):
             self._send(self.server.page.current()[1].encode(), "text/html; charset=utf-8")
         elif path == "/version":
@@ -184,7 +195,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _is_local(host: str) -> bool:
-    name = urlsplit(f"//{host}").hostname or ""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return False
     return name == "localhost" or _is_loopback(name)
 
 

@@ -248,6 +248,6 @@ def table_of(
 
 
 def _leading_number(text: object) -> float | None:
-    """The number that a cell begins with: 1.26 of ``1.26x ± 0.05``, 0.001 of ``<0.001``; ``None`` for none."""
+    """The number that a cell begins with: 1.26 of ``1.26x (1.21 to 1.31)``, 0.001 of ``<0.001``; ``None`` for none."""
     found = _NUMBER.match(str(text))
     return None if found is None else float(found[1].replace(",", ""))

@@ -14,7 +14,7 @@ from rlhfreports.page.charts import HEIGHT, LENGTH_TITLE, method_scales, names_a
 from rlhfreports.page.costs import costs_chart
 from rlhfreports.page.data import Page
 from rlhfreports.page.tooltips import tooltips
-from rlhfreports.paper import COMPLETION_LEN, FIGURE_2, PROMPT_LEN, TABLE_1, TABLES, alike
+from rlhfreports.paper import COMPLETION_LEN, FIGURE_2, PROMPT_LEN, TABLE_1, TABLES, alike, of_a_rank
 
 _ROW_PX, _MAX_CHART_PX = 22, 1600
 
@@ -96,7 +96,7 @@ def paper_section(page: Page) -> Section | None:
         made = make(run.frame)
         if len(made.cells):
             blocks.append(table_of(made, name=f"paper-{i}"))
-    points = frames.times(alike(run.frame))
+    points = frames.times(of_a_rank(alike(run.frame)))
     blocks += [_figure_2(page, points)] if len(points) else []
     return Section(id="paper", title="Beside the papers", blocks=blocks)
 

@@ -1,6 +1,6 @@
 import pytest
 
-from rlhfbench.cases.spec import override, parse_option, read_spec
+from rlhfbench.cases.spec import override, parse_option, plural, read_spec
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.errors import SweepError
 from rlhfkernels.config.options import RENAMED_OPTIONS
@@ -83,3 +83,11 @@ def test_a_sweep_key_that_became_an_option_reports_its_name():
     assert problems({**GRID, "lora_rank": 4}) == ("sweep key 'lora_rank' is now the option 'lora.r'.",)
     table = {"method": "hydra", "model": "tiny", "seq_len": 8, "batch_size": 1, "lora_rank": 4}
     assert problems({"cases": [table]}) == ("cases[1]: sweep key 'lora_rank' is now the option 'lora.r'.",)
+
+
+@pytest.mark.parametrize("key", ["method", "model", "seq_len", "prompt_len", "completion_len", "batch_size"])
+def test_a_key_in_both_forms_is_refused(key):
+    spec = {key: 1, f"{key}s": [2]}
+    with pytest.raises(SweepError) as error:
+        plural(spec)
+    assert error.value.problems == (f"sweep key '{key}' is given beside '{key}s': give one of the two.",)

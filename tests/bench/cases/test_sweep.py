@@ -61,6 +61,18 @@ def test_a_repeated_case_is_kept_once():
     assert len(Sweep.from_spec({**GRID, "seq_lens": [8, 8], "batch_sizes": [1, 1]}).cases) == 1
 
 
+def test_a_share_of_the_prompt_beside_its_length_is_refused_and_an_inherited_one_left_out():
+    lengths = {"prompt_lens": 4, "completion_lens": 6}
+    said = "prompt_fraction is given beside prompt_lens and completion_lens: it is of seq_lens."
+    assert problems({"methods": ["lora"], **lengths, "prompt_fraction": 0.2}) == (said,)
+    table = {"method": "lora", "model": "tiny", "batch_size": 1}
+    with_both = {**table, **lengths, "prompt_fraction": 0.2}
+    assert problems({"cases": [with_both]}) == (f"cases[1]: {said}",)
+    tables = [{**table, **lengths}, {**table, "seq_len": 10}]
+    cases = Sweep.from_spec({"prompt_fraction": 0.2, "cases": tables}).cases
+    assert [(case.prompt_len, case.completion_len) for case in cases] == [(4, 6), (2, 8)]
+
+
 def test_explicit_cases_come_after_the_grid_and_inherit_what_is_shared():
     table = {"method": "lora", "model": "gpt2", "seq_len": 4, "batch_size": 2, "options": {"ppo.kl_coef": 1}}
     spec = {"dtype": "bfloat16", "options": {"ppo": {"gamma": 0.5, "kl_coef": 0.5}}, "cases": [table]}
@@ -120,6 +132,11 @@ def test_every_problem_is_reported_at_once_with_the_nearest_names():
         ({"options": {"ppo.gamma": "x"}}, "ppo.gamma is 'x': it must be a finite number from 0 to 1."),
         ({"options": {"ppo.num_mini_batches": 3}, "batch_sizes": [2]}, "it must divide batch_size 2."),
         ({"cases": 3}, "cases must be tables: write each below a line [[cases]]."),
+        ({"model": "gpt2"}, "sweep key 'model' is given beside 'models': give one of the two."),
+        (
+            {"cases": [{"method": "lora", "methods": []}]},
+            "cases[1]: sweep key 'method' is given beside 'methods': give",
+        ),
         ({"cases": [{"method": "hydra"}]}, "cases[1] lacks model, batch_size, prompt_len and completion_len."),
         ({"cases": [{"metod": "hydra"}]}, "cases[1]: sweep key 'metod' is unknown: did you mean 'methods'"),
     ],
@@ -165,6 +182,10 @@ def test_keys_of_a_spec_win_over_its_settings():
         ({"settings": ["papr", "modern"]}, "setting 'papr' is unknown: did you mean 'paper'? Valid: modern, paper."),
         ({"settings": []}, "settings is empty: it must have at least one value."),
         ({"settings": 3}, "settings has 3: it must be a name."),
+        (
+            {"setting": "paper", "settings": ["modern"]},
+            "sweep key 'setting' is given beside 'settings': give one of the",
+        ),
         ({"setings": ["paper"]}, "sweep key 'setings' is unknown: did you mean 'settings'"),
     ],
 )

@@ -76,6 +76,28 @@ WRONG = [
     (("watch", ""), "RUN is '': it must name a folder or a file."),
     (("evidence", "--out", ""), "--out is '': it must name a folder or a file."),
     (("gate", "--baseline", ""), "--baseline is '': it must name a folder or a file."),
+    (("run", "--sweep", ""), "--sweep is '': it must name a folder or a file."),
+    *(
+        ((*verb, flag, ""), f"{flag} is '': it must not be empty; is a variable not set?")
+        for verb, flag in (
+            (("run",), "--ray"),
+            (("run", "--ray", "local"), "--ray-group"),
+            (("run", "--resume", "old"), "--setting"),
+            (("gate",), "--base"),
+            (("watch", "old"), "--host"),
+        )
+    ),
+    (("plan", "--device", ""), "device '' is unknown: Valid: cpu, cuda, cuda:0."),
+    (("evidence", "--out", "new", "--device", ""), "device '' is unknown: Valid: cpu, cuda, cuda:0."),
+    (("evidence", "--out", "new", "--device", "cpu", "--model", ""), "model is '': it must be a non-empty string."),
+    (
+        ("run", "--lora-rank", "8", "--option", "lora.r=64"),
+        "--lora-rank is 8 and --option lora.r is 64: give one of the two.",
+    ),
+    (
+        ("plan", "--prompts", "good.jsonl", "--option", "data.prompts=bad.jsonl"),
+        "--prompts is 'good.jsonl' and --option data.prompts is 'bad.jsonl': give one of the two.",
+    ),
     (("run", "--resume", LONG), "' cannot be used: File name too long."),
     (("report", LONG), "' cannot be used: File name too long."),
     (("watch", LONG), "' cannot be used: File name too long."),
@@ -111,6 +133,34 @@ def test_a_mistake_is_one_clear_sentence_and_exit_code_2(call, tmp_path, argumen
     assert len(err.splitlines()) == 1
     assert err.endswith((".\n", "?\n"))
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_flag_and_an_option_may_say_the_same(call):
+    code, out, _ = call(
+        *("plan", "--model", "tiny", "--methods", "lora", "--seq-lens", "8", "--batch-sizes", "1", "--json"),
+        *("--lora-rank", "8", "--option", "lora.r=8"),
+    )
+    assert (code, '"r": 8' in out) == (0, True)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("evidence", "--out", "new"),
+        ("plan", "--model", "tiny"),
+        ("report", "absent"),
+        ("verify", "--model", "tiny"),
+        ("watch", "absent"),
+        ("gate", "--self-test"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_verb_of_one_process_refuses_a_launcher(call, monkeypatch, tmp_path, command):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    sentence = f"rlhfbench {command[0]} runs in one process, and a launcher started 2: start it without.\n"
+    assert call(*command) == (2, "", sentence)
+    assert not list(tmp_path.iterdir())
 
 
 def test_cuda_without_a_cuda_device(call, monkeypatch):

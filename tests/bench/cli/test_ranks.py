@@ -51,10 +51,27 @@ def test_a_global_batch_is_divided_among_the_ranks():
     assert [(batch_size, rows) for batch_size, rows, _ in found] == [(4, 4), (2, 4), (1, 4)]
 
 
-def test_flags_and_options_add_up_and_an_option_wins():
+def test_flags_and_options_add_up():
     spec = {**SPEC, "options": {"parallel.gather": "rollout", "parallel.zero_stage": 3, "lora.r": 2}}
-    ((_, _, parallel),) = ranked(spec, world_size="2", parallel="deepspeed", zero_stage="1")
+    ((_, _, parallel),) = ranked(spec, world_size="2", parallel="deepspeed", zero_stage="3")
     assert (parallel.strategy, parallel.zero_stage, parallel.gather) == ("deepspeed", 3, "rollout")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "flags", "says"),
+    [
+        ("world_size", 4, {"world_size": "2"}, "--world-size is 2 and --option parallel.world_size is 4"),
+        ("world_size", 2, {"world_size": "1,2"}, "--world-size is [1, 2] and --option parallel.world_size is 2"),
+        ("zero_stage", 3, {"world_size": "2", "zero_stage": "1"}, "--zero-stage is 1 and --option parallel.zero_stage"),
+        ("strategy", "fsdp", {"world_size": "2", "parallel": "ddp"}, "--parallel is 'ddp' and --option parallel.strat"),
+    ],
+)
+def test_a_flag_and_an_option_that_contradict_each_other_are_refused(name, value, flags, says):
+    with pytest.raises(SweepError) as error:
+        ranked({**SPEC, "options": {f"parallel.{name}": value}}, **flags)
+    (problem,) = error.value.problems
+    assert problem.startswith(says)
+    assert problem.endswith(": give one of the two.")
 
 
 def test_strategies_and_stages_are_cases_and_stages_are_of_deepspeed_alone():

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 
@@ -70,6 +70,7 @@ def test_the_parts_leave_what_they_are_for(evidence: Evidence) -> None:
 def test_what_is_done_is_not_done_again(
     evidence: Evidence, request_of_all: Request, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as it was then
     folder, found = evidence
     ran: list[int] = []
 
@@ -92,6 +93,59 @@ def test_a_part_ends_with_its_time_and_the_next_is_not_begun(
     parts = collect(tmp_path / "out", request_of_all, [1, 2], 0.3)["parts"]
     assert parts["1"]["outcome"] == "timeout"
     assert parts["2"] == {"outcome": "no time", "wall_s": 0.0, "error": None}
+
+
+def test_measurements_of_other_conditions_are_refused_and_keep_their_environment(
+    request_of_all: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "out"
+    monkeypatch.setattr(module, "_run_part", lambda *arguments: {"outcome": "done", "wall_s": 1.0, "error": None})
+    before = collect(folder, request_of_all, [1], 600.0)["environment"]
+    again = collect(folder, request_of_all, [2], 600.0)["environment"]
+    assert again["started_at"] == before["started_at"]
+    now = {**before, "host": "other", "source": {"commit": "new", "dirty": False}}
+    monkeypatch.setattr(module.environment, "describe", lambda **arguments: now)
+    kept = [(folder / name).read_bytes() for name in ("evidence.json", "report.md")]
+    commit, host = before["source"]["commit"], before["host"]
+    with pytest.raises(RunFolderError) as error:
+        collect(folder, request_of_all, [3], 600.0)
+    assert str(error.value) == (
+        f"out '{folder}' was begun under other conditions: commit new instead of {commit}; host other instead of "
+        f"{host}: name a new folder."
+    )
+    assert [(folder / name).read_bytes() for name in ("evidence.json", "report.md")] == kept
+
+
+def test_a_part_that_is_cut_short_leaves_its_environment(
+    request_of_all: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*arguments: Any) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_run_part", run)
+    with pytest.raises(KeyboardInterrupt):
+        collect(tmp_path / "out", request_of_all, [1], 600.0)
+    assert json.loads((tmp_path / "out" / "evidence.json").read_text())["environment"]["started_at"]
+
+
+def test_a_part_is_blamed_with_what_it_said_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    says = {"text": ""}
+
+    class Process:
+        def __init__(self, command: list[str], *, stdout: TextIO, **how: Any) -> None:
+            stdout.write(says["text"])
+
+        def wait(self, timeout_s: float) -> int:
+            return 3
+
+        def poll(self) -> int:
+            return 3
+
+    monkeypatch.setattr(module.subprocess, "Popen", Process)
+    for text, error in (("no such thing\n", "no such thing"), ("", "exit code 3"), ("a\nb\n", "b")):
+        says["text"] = text
+        assert module._run_part(tmp_path, 1, 60.0)["error"] == error
+    assert (tmp_path / "part-1.log").read_text() == "no such thing\na\nb\n"
 
 
 def test_a_folder_of_something_else_is_refused(request_of_all: Request, tmp_path: Path) -> None:

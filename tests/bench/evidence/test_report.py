@@ -5,8 +5,13 @@ from typing import Any
 
 import pytest
 
+from rlhfbench.evidence import report as module
 from rlhfbench.evidence.goals import GOALS, Measured, plan_error
-from rlhfbench.evidence.request import GIB
+from rlhfbench.evidence.items import Items
+from rlhfbench.evidence.request import FULL, GIB, Request
+from rlhfbench.runs import environment
+
+BUSY = "other processes used 80% of the CPUs"
 
 
 def record(method: str = "hydra", **values: float) -> dict[str, Any]:
@@ -26,6 +31,13 @@ def record(method: str = "hydra", **values: float) -> dict[str, Any]:
         "plan": {"total_bytes": values.get("planned_gib", 60) * GIB},
         "work": {"phases": {name: {"floor_s": values.get("floor_s", 0.5)} for name in phases}},
     }
+
+
+def beside_load(record: dict[str, Any], num_disturbed: int = 1, num_counted: int = 1) -> dict[str, Any]:
+    """``record`` with disturbed blocks."""
+    blocks = [{"error": None}] * (num_counted if num_counted == num_disturbed else num_counted + num_disturbed)
+    counts = {"num_disturbed_blocks": num_disturbed, "num_counted_blocks": num_counted, "blocks": blocks}
+    return {**record, "latency": {**record["latency"], **counts, "disturbed_by": BUSY}}
 
 
 def verdicts(*records: dict[str, Any], on_cuda: bool = True, **fractions: float) -> list[str]:
@@ -95,3 +107,54 @@ def test_the_report_has_table_1_beside_the_papers(evidence: tuple[Path, dict[str
     widths = [line.count("|") for line in lines if line.startswith("|")]
     assert min(widths) > 2
     assert "Traces of the phases are in `runs/profile/traces`." in text
+
+
+def test_a_goal_says_what_disturbed_its_seconds() -> None:
+    for goal in (GOALS[1], GOALS[2]):
+        quiet = Measured(on_cuda=True, records=[record()], decode={})
+        loud = Measured(on_cuda=True, records=[beside_load(record())], decode={})
+        shown, verdict = goal.verdict(quiet)
+        assert goal.verdict(loud) == (f"{shown} (disturbed: {BUSY})", verdict)
+        set_aside = Measured(on_cuda=True, records=[beside_load(record(), 1, 3)], decode={})
+        assert goal.verdict(set_aside) == (shown, verdict)
+
+
+def test_disturbed_seconds_are_marked_and_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = {"batch_size": 1, "prompt_len": 4, "completion_len": 4, "options": {}}
+    first, second = ({**record(name), "outcome": "ok"} for name in ("hydra", "lora"))
+    records = [{**each, "case": {**each["case"], **case}} for each in (first, beside_load(second))]
+    text = make_report(tmp_path, monkeypatch, {"methods": records, "lengths": records, "settings": records})
+    shown = [
+        cell.strip() for line in text.splitlines() for cell in line.split("|") if cell.strip().startswith("0.4000")
+    ]
+    assert sorted(shown) == ["0.4000"] * 3 + ["0.4000!"] * 3
+    note = f"!: 1 of 2 cases was timed while something else used the machine: {BUSY}."
+    assert text.splitlines().count(note) == 3
+
+
+def make_report(folder: Path, monkeypatch: pytest.MonkeyPatch, runs: dict[str, Any]) -> str:
+    """The report of a folder with the records of ``runs``."""
+    request = Request(model="llama-7b", device="cuda", sizes=FULL)
+    request.write(folder)
+    monkeypatch.setattr(module, "_records", lambda run: runs.get(run.name, []))
+    found = environment.describe(argv=["rlhfbench"], settings={"device": "cuda", "model": "llama-7b"})
+    return module.report(folder, {"environment": {**found, "gpus": None}, "parts": {}})
+
+
+def test_a_method_does_not_fit_if_its_case_of_table_1_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = Request(model="llama-7b", device="cuda", sizes=FULL)
+    (tmp_path / "out").mkdir()
+    request.write(tmp_path / "out")
+    items = Items(tmp_path / "out" / "batches.json")
+    for case in (request.case("full"), request.case("lora", seq_len=2048), request.case("hydra", lora__r=64)):
+        items.add(case.id, lambda case=case: {"method": case.method, "seq_len": case.seq_len, "batch_size": 0})  # type: ignore[misc]
+    lines = make_report(tmp_path / "out", monkeypatch, {}).splitlines()
+    assert [line.split("|")[1].strip() for line in lines if "does not fit, by plan" in line] == ["PPO"]
+
+
+def test_the_largest_share_of_a_tolerance_may_be_no_number() -> None:
+    checks = [{"name": name, "error": error, "tolerance": 1.0, "outcome": "wrong"} for name, error in SHARES]
+    assert module._verify({"float32": checks}) == [("float32", 2, "a, b", "nan")]
+
+
+SHARES = (("a", 1e-3), ("b", float("nan")))

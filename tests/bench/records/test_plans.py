@@ -23,6 +23,8 @@ def test_plans_are_read_as_they_were_written(tmp_path: Path) -> None:
         ("{", "cannot be read: "),
         ("{}", "holds no plans: it must be a file of plan --out."),
         ("[3]", "holds no plans: it must be a file of plan --out."),
+        ('[{"case": {}}]', "holds no plan: case.id is None: it must be letters, digits, _ and -."),
+        ("[" * 100_000, "cannot be read: "),
         ('[{"case": {"id": "a", "batch_size": "four"}}]', "holds no plan: case.batch_size is 'four': it must be"),
     ],
 )

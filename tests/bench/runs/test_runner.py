@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 
@@ -8,6 +9,9 @@ from rlhfbench.cases.sweep import Sweep
 from rlhfbench.errors import ForkServerError, SweepError
 from rlhfbench.records.file import read_records
 from rlhfbench.records.timelines import read_timeline
+from rlhfbench.runs.case_runner import Runner
+from rlhfbench.runs.execution import Ended, Task
+from rlhfbench.runs.folder import RunFolder
 from rlhfbench.runs.options import RunOptions
 from rlhfkernels.config.case import Case
 
@@ -148,6 +152,16 @@ def test_the_peak_of_the_driver_is_sampled_from_outside_from_the_build_on(tmp_pa
     on_cuda(monkeypatch)
     result = run(sweep_of("ok", device="cuda:1"), tmp_path / "run")
     assert result.records[0]["memory"]["views"]["driver_peak_bytes"] == 1001
+
+
+@pytest.mark.parametrize(("world", "expected"), [(None, 7), ({"worst_rank": 0}, 7), ({"worst_rank": 1}, None)])
+def test_the_peak_of_the_driver_is_of_the_worst_rank_or_of_none(tmp_path, world, expected, sweep_of):
+    (case,) = sweep_of("ok").cases
+    runner = Runner(RunFolder(tmp_path), RunOptions(), SimpleNamespace(entries={}), None, None)
+    result = {"outcome": "ok", "error": None, "memory": {"views": {}}, "world": world}
+    task = Task(case=case, request={}, log_path=tmp_path / "log", timeout_s=None)
+    ended = Ended(task=task, result=result, started_at="now", wall_s=1.0, driver_peak_bytes=7)
+    assert runner._record(ended)["memory"]["views"]["driver_peak_bytes"] == expected
 
 
 def test_without_nvml_the_driver_peak_is_null_and_one_notice_says_so(tmp_path, monkeypatch, sweep_of, run, watching):

@@ -156,8 +156,29 @@ def test_the_server_gives_nothing_else(get: Get, run_dir: Path, tmp_path: Path) 
     for path in ("/../secret", "/%2e%2e/secret", "//etc/passwd", "/link", "/traces", "/absent", "/a%00b"):
         assert get(path)[0] == 404, path
     assert get("/", Host="evil.example")[0] == 403
+    assert get("/", Host="[")[0] == 403
+    assert get("http://[/", Host="localhost")[0] == 400
     assert get("/", Host="localhost:1")[0] == 200
     assert get("/", "POST")[0] == 501
+
+
+@pytest.mark.parametrize(
+    ("error", "is_printed"), [(BrokenPipeError, False), (ConnectionResetError, False), (ZeroDivisionError, True)]
+)
+def test_a_browser_that_has_left_is_no_traceback(
+    get: Get,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: type[Exception],
+    is_printed: bool,
+) -> None:
+    def fail(handler: module._Handler) -> None:
+        raise error
+
+    monkeypatch.setattr(module._Handler, "do_GET", fail)
+    with pytest.raises(http.client.RemoteDisconnected):
+        get("/")
+    assert ("Traceback" in capsys.readouterr().err) == is_printed
 
 
 def test_a_folder_without_a_run_a_port_and_a_host_that_cannot_be_used_are_refused(

@@ -110,7 +110,7 @@ def test_every_colour_can_be_told_from_the_background_in_dark_mode() -> None:
 
 
 def test_every_cell_of_a_column_of_numbers_says_what_it_is_sorted_by() -> None:
-    texts = ["OOM", "9.5", "10.25", "<0.001", "–", "1.26x ± 0.05", "1,024", "≥8", "-3 %"]
+    texts = ["OOM", "9.5", "10.25", "<0.001", "–", "1.26x (1.21 to 1.31)", "1,024", "≥8", "-3 %"]
     cells = pd.DataFrame({"method": ["1"] * len(texts), "number": texts})
     made = ReportTable(caption="t", cells=cells, num_text_columns=1, explanation="", frame=cells)
     table = table_of(made, name="t")
