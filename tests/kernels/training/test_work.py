@@ -59,7 +59,7 @@ def pass_surplus(read: tuple[int, int], adapted: bool, base_products: int = 1, a
     attention = 4 * CHANNELS * NUM_LAYERS * LENGTH**2 - 2 * CHANNELS * (NUM_LAYERS * stop**2 - start**2)
     found = 2 * (products * NUM_LAYERS * (LENGTH - stop) + unread * start) + adapter_products * attention
     if adapter_products == 3 and base_products == 2:
-        # Frozen embeddings: autograd takes no gradient of the first layer's inputs; of adapters ``phase_work`` counts it.
+        # Autograd takes no gradient of frozen embeddings; ``phase_work`` counts the part of it through adapters.
         found -= 2 * (INPUTS * (LENGTH - stop) + ADAPTER_INPUTS * LENGTH)
     return found
 
