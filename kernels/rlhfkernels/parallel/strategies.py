@@ -306,6 +306,6 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if to_local is None else to_local()
 
 
-def whole_numel(parameter: nn.Parameter) -> int:
+def whole_numel(weight: torch.Tensor) -> int:
     """Elements of a weight over all ranks: ZeRO-3 leaves an empty one where it is not gathered."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
+    return int(getattr(weight, "ds_numel", weight.numel()))

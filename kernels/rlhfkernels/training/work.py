@@ -104,9 +104,9 @@ class _Counter:
         role = self._method.roles[stage.role]
         shape = self._shapes[role.base]
         num_tokens = case.completion_len if case.options.rollout.stop_token_id is None else 1
-        read = predicting_positions(case.prompt_len, num_tokens)
-        seen = read.stop
-        flops = (self._trunk_flops(role.weights, read) + self._head_flops(role, num_tokens)) * self._num_sequences
+        sampled_at = predicting_positions(case.prompt_len, num_tokens)
+        seen = sampled_at.stop
+        flops = (self._trunk_flops(role.weights, sampled_at) + self._head_flops(role, num_tokens)) * self._num_sequences
         weights = (shape.matmul_bytes + self._adapter(role.weights)[1] + shape.head_bytes) * num_tokens
         kv_item = 2 * shape.kv_channels * shape.matmul_item * self._num_sequences
         written = kv_item * seen * shape.num_layers
