@@ -60,7 +60,6 @@ def run_measurements(
     started_s = time.perf_counter()
     step = _build(case, options, world)
     build_s = time.perf_counter() - started_s
-    # Counted now: a prepared step has freed models.
     work = phase_work(cast(TrainingStep, step)) if options.step is None else {}
     with _manual_gc():
         is_own = options.step is None

@@ -11,7 +11,7 @@ from torch.autograd import Variable
 
 from rlhfbench.measure.tally import Change
 from rlhfbench.planning.partitions import ENDED, GRADIENT, MADE, REDUCED, STEPPED
-from rlhfkernels.parallel.strategies import RoleOptimizer, Schedule, Strategy, by_storage
+from rlhfkernels.parallel.strategies import RoleOptimizer, Schedule, Share, Strategy, by_storage
 
 Tell = Callable[[Change], object]
 
@@ -53,7 +53,8 @@ class _Role:
         num_held += strategy.stage > 0 or weights[0].dtype.itemsize < 4
         num_ranks = strategy.num_ranks if strategy.stage else 1
         # A tensor for each weight, so that one layer more adds what the layer before it added.
-        sizes = [-(-weight.numel() // num_ranks) for weight in weights for _ in range(num_held)]
+        self._parts = [-(-weight.numel() // num_ranks) for weight in weights]
+        sizes = [size for size in self._parts for _ in range(num_held)]
         self._held = [weights[0].new_empty(size, dtype=torch.float32) for size in [*sizes, *[1] * num_counts]]
         for weight in weights:
             weight.register_post_accumulate_grad_hook(self._made)  # type: ignore[no-untyped-call]
@@ -100,3 +101,8 @@ class _Role:
     def tensors(self) -> Iterator[torch.Tensor]:
         """See ``RoleOptimizer.tensors``."""
         yield from self._held
+
+    def share(self) -> Share:
+        """See ``RoleOptimizer.share``."""
+        count = sum(self._parts)
+        return Share(count, count * self._weights[0].element_size(), sum(held.nbytes for held in self._held))

@@ -16,7 +16,7 @@ from torch import nn
 from torch.autograd import Variable
 
 from rlhfbench.planning.gathering import DividedWeights, Tag
-from rlhfkernels.parallel.strategies import BaseModule, RoleOptimizer, Schedule, Strategy
+from rlhfkernels.parallel.strategies import BaseModule, RoleOptimizer, Schedule, Share, Strategy
 
 T = TypeVar("T")
 # zero/config.py, ``sub_group_size``: elements of a rank's part that the optimizer steps at a time.
@@ -214,3 +214,12 @@ class _RoleStep:
     def tensors(self) -> Iterator[torch.Tensor]:
         """See ``RoleOptimizer.tensors``."""
         yield from self._held
+
+    def share(self) -> Share:
+        """See ``RoleOptimizer.share``."""
+        parts = [self._base.weights.parts[weight] for weight in self._weights]
+        return Share(
+            sum(part.numel() for part in parts),
+            sum(part.nbytes for part in parts),
+            sum(held.nbytes for held in self._held),
+        )

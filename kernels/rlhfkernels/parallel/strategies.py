@@ -7,6 +7,7 @@ forward pass of the engine.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
@@ -25,6 +26,21 @@ T = TypeVar("T")
 Schedule = Callable[[int], float]
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Share:
+    """The part of a role's weights that an optimizer updates on this rank.
+
+    Attributes:
+        count: elements.
+        num_bytes: bytes of these elements in the dtype of the weights.
+        held_bytes: bytes of their master copies and states once the optimizer has stepped.
+    """
+
+    count: int
+    num_bytes: int
+    held_bytes: int
+
+
 class RoleOptimizer(Protocol):
     """The optimizer of one role's weights."""
 
@@ -38,6 +54,10 @@ class RoleOptimizer(Protocol):
 
     def tensors(self) -> Iterable[torch.Tensor]:
         """Master copies and moments."""
+        ...
+
+    def share(self) -> Share:
+        """The part of the weights that it updates, the same before the first step as after."""
         ...
 
 
@@ -286,3 +306,8 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     """The part of a tensor, divided or not, that this rank holds."""
     to_local: Callable[[], torch.Tensor] | None = getattr(tensor, "to_local", None)  # of torch's ``DTensor``
     return tensor if to_local is None else to_local()
+
+
+def whole_numel(weight: torch.Tensor) -> int:
+    """Elements of a weight over all ranks: ZeRO-3 leaves an empty one where it is not gathered."""
+    return int(getattr(weight, "ds_numel", weight.numel()))

@@ -35,6 +35,12 @@ class World:
             distributed.all_reduce(tensor)
         return tensor
 
+    def all_max(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The largest of ``tensor`` over all ranks, element by element, in place."""
+        if self.size > 1:
+            distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
+        return tensor
+
     def all_true(self, value: bool, device: torch.device) -> bool:
         """True where ``value`` is true on every rank; ``device`` is that of the process group."""
         return bool(self.all_sum(torch.tensor(float(value), device=device)) == self.size)

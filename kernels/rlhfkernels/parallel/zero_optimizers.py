@@ -10,12 +10,20 @@ from torch import nn
 
 from rlhfkernels.config.options import OptimizerOptions
 from rlhfkernels.parallel.gradient_norm import NORM_EPS, total_norm
-from rlhfkernels.parallel.strategies import Schedule
+from rlhfkernels.parallel.strategies import Schedule, Share
 from rlhfkernels.parallel.world import World
 
 
 def _states(optimizer: torch.optim.Optimizer, master: torch.Tensor) -> Iterator[torch.Tensor]:
     yield from (held for held in optimizer.state[master].values() if isinstance(held, torch.Tensor))
+
+
+def _state_bytes(optimizer: torch.optim.Optimizer, master: torch.Tensor) -> int:
+    """Bytes of the states that ``make_optimizer``'s optimizer has for ``master`` once it has stepped.
+
+    AdamW has both moments, and the count of steps as a float32 scalar; SGD without momentum has nothing.
+    """
+    return 2 * master.nbytes + 4 if isinstance(optimizer, torch.optim.AdamW) else 0
 
 
 def make_optimizer(options: OptimizerOptions, groups: Sequence[Sequence[nn.Parameter]]) -> torch.optim.Optimizer:
@@ -53,11 +61,27 @@ class ZeroOptimizer:
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """See ``RoleOptimizer.tensors``."""
-        optimizer = self._engine.basic_optimizer
-        for group in optimizer.param_groups:
-            for master in group["params"]:
-                yield master
-                yield from _states(optimizer, master)
+        for master in self._masters():
+            yield master
+            yield from _states(self._engine.basic_optimizer, master)
+
+    def _masters(self) -> Iterator[torch.Tensor]:
+        """The master weights of the rank's part: in float32, stage 0 steps the weights themselves."""
+        for group in self._engine.basic_optimizer.param_groups:
+            yield from group["params"]
+
+    def share(self) -> Share:
+        """See ``RoleOptimizer.share``. Torch's optimizers make their states in the first step."""
+        masters, weights = list(self._masters()), self._weights()
+        own = {id(weight) for weight in weights}
+        count = sum(master.numel() for master in masters)
+        held = sum(master.nbytes for master in masters if id(master) not in own)
+        held += sum(_state_bytes(self._engine.basic_optimizer, master) for master in masters)
+        return Share(count, count * weights[0].element_size(), held)
+
+    def _weights(self) -> Sequence[nn.Parameter]:
+        """The weights of the role."""
+        return list(self._engine.module.parameters())
 
 
 class ReplicatedOptimizer(ZeroOptimizer):
@@ -112,13 +136,16 @@ class DividedOptimizer(ZeroOptimizer):
             safe_set_local_grad(parameter, grad * factor)
         return norm
 
-    def tensors(self) -> Iterator[torch.Tensor]:
-        """See ``RoleOptimizer.tensors``."""
+    def _masters(self) -> Iterator[torch.Tensor]:
+        """The master weights of the rank's part."""
         zero = self._engine.optimizer
         for i, master in enumerate(zero.fp32_partitioned_groups_flat):
             if zero.sub_group_to_group_id[i] == self._group:
                 yield master
-                yield from _states(self._engine.basic_optimizer, master)
+
+    def _weights(self) -> Sequence[nn.Parameter]:
+        """The weights of the role."""
+        return self._parameters
 
 
 class DividedBase:

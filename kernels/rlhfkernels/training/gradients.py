@@ -17,7 +17,7 @@ from rlhfkernels.data.batch import Batch
 from rlhfkernels.engine.engine import Engine
 from rlhfkernels.methods.phases import ForwardPass
 from rlhfkernels.methods.program import Update
-from rlhfkernels.training.quantities import GraphReader, LeafReader, PackedReader
+from rlhfkernels.training.quantities import GraphReader, LeafReader, PackedReader, predicting_positions
 
 
 class PassForm:
@@ -44,6 +44,11 @@ class PassForm:
         self.reads_prompt = any(objective.reads_prompt(options) for objective in self.objectives)
         self.packs = any(objective.packs(options) for objective in self.objectives)
         self.in_two_passes = any(objective.in_two_passes(options) for objective in self.objectives)
+
+    def positions(self, prompt_len: int, completion_len: int) -> range:
+        """The positions of a sequence whose hidden states the pass reads."""
+        read = predicting_positions(prompt_len, completion_len)
+        return range(read.stop) if self.reads_prompt else read
 
 
 def add_gradients(engine: Engine, form: PassForm, part: Batch, counts: Counts, *, is_last: bool) -> list[Loss]:

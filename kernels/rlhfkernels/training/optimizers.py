@@ -17,7 +17,7 @@ from torch.optim.sgd import sgd
 
 from rlhfkernels.algorithms.common import AllSum
 from rlhfkernels.parallel.gradient_norm import NORM_EPS, total_norm
-from rlhfkernels.parallel.strategies import local
+from rlhfkernels.parallel.strategies import Share, local
 from rlhfkernels.training.schedule import cosine_factor
 
 # Gradients are cast to the master weights' dtype in chunks of this many bytes: a cast of all of them at once would
@@ -74,6 +74,15 @@ class Optimizer:
     def tensors(self) -> list[torch.Tensor]:
         """Tensors of the optimizer: master copies and moments."""
         return [master for master, is_copy in zip(self.masters, self._is_copy, strict=True) if is_copy]
+
+    def share(self) -> Share:
+        """See ``RoleOptimizer.share``."""
+        held = self._held(range(len(self.parameters)))
+        return Share(
+            sum(part.numel() for part in held),
+            sum(part.nbytes for part in held),
+            sum(tensor.nbytes for tensor in self.tensors()),
+        )
 
     def step(self) -> torch.Tensor:
         """Clips the gradients, updates the weights, frees the gradients.

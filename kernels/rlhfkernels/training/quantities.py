@@ -21,10 +21,12 @@ class Quantity:
 
     Attributes:
         read: the quantity from hidden states [n, m, d] of the last m > c positions.
+        positions: of a sequence, from p and c: those of the hidden states that it is read from.
         per_token: [n, c] where true, else [n].
     """
 
     read: Callable[[Engine, str, torch.Tensor, Batch], torch.Tensor]
+    positions: Callable[[int, int], range]
     per_token: bool
 
     def new_column(self, batch: Batch) -> torch.Tensor:
@@ -40,11 +42,20 @@ def _sequence_logprob(engine: Engine, role: str, hidden: torch.Tensor, batch: Ba
     return sequence_logprobs(_logprobs(engine, role, hidden, batch), batch.mask)
 
 
+def predicting_positions(prompt_len: int, completion_len: int) -> range:
+    """The positions whose hidden states predict the completion: each of its tokens is read one position before."""
+    return range(prompt_len - 1, prompt_len + completion_len - 1)
+
+
+def _last_position(prompt_len: int, completion_len: int) -> range:
+    return range(prompt_len + completion_len - 1, prompt_len + completion_len)
+
+
 QUANTITIES: dict[str, Quantity] = {
-    "logprobs": Quantity(_logprobs, per_token=True),
-    "sequence_logprob": Quantity(_sequence_logprob, per_token=False),
-    "values": Quantity(Engine.values, per_token=True),
-    "last_scalar": Quantity(Engine.last_scalar, per_token=False),
+    "logprobs": Quantity(_logprobs, predicting_positions, per_token=True),
+    "sequence_logprob": Quantity(_sequence_logprob, predicting_positions, per_token=False),
+    "values": Quantity(Engine.values, predicting_positions, per_token=True),
+    "last_scalar": Quantity(Engine.last_scalar, _last_position, per_token=False),
 }
 
 

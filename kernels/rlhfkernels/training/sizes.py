@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from rlhfkernels.engine.engine import Engine
-from rlhfkernels.training.step import TrainingStep
+from rlhfkernels.parallel.strategies import whole_numel
+
+if TYPE_CHECKING:
+    from rlhfkernels.training.step import TrainingStep
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -65,6 +68,11 @@ class BaseSizes:
         """Weights of the last layer without its key and value projections: unused where the output is unread."""
         return self.matmul // self.num_layers - 2 * self.hidden * self.kv_channels
 
+    @property
+    def first_inputs(self) -> int:
+        """Weights of the first layer's query, key and value projections, whose inputs are the embeddings."""
+        return self.hidden * (self.query_channels + 2 * self.kv_channels)
+
     def attention_flops(self, length: int) -> int:
         """Both attention matmuls of one sequence, q kᵀ and p v: half of the square each, less what windows hide."""
         return sum(_attention_flops(self.query_channels, window, length) for window in self.windows)
@@ -90,25 +98,30 @@ class StepSizes:
 
     Attributes:
         bases: of each base.
-        trained: weights that are trained.
+        trained: weights that are trained, of all ranks.
         trained_item: bytes of the widest trained weight; 0 if nothing is trained.
-        optimizer_bytes: what the optimizers hold.
+        updated: the part of them that this rank's optimizers update.
+        optimizer_bytes: what these optimizers hold once they have stepped.
     """
 
     bases: dict[str, BaseSizes]
     trained: Weights
     trained_item: int
+    updated: Weights
     optimizer_bytes: int
 
     @classmethod
     def of(cls, step: TrainingStep) -> Self:
         """Returns the sizes of ``step``."""
         trained = step.trained_parameters()
+        shares = [optimizer.share() for optimizer in step.optimizers.values()]
+        released = step.released_sizes
         return cls(
-            bases={base: _base_sizes(step.engine, base) for base in step.method.bases},
+            bases={base: released.get(base) or base_sizes(step.engine, base) for base in step.method.bases},
             trained=_weights(trained),
             trained_item=max((p.element_size() for p in trained), default=0),
-            optimizer_bytes=sum(t.nbytes for optimizer in step.optimizers.values() for t in optimizer.tensors()),
+            updated=Weights(sum(share.count for share in shares), sum(share.num_bytes for share in shares)),
+            optimizer_bytes=sum(share.held_bytes for share in shares),
         )
 
     def deepened(self, deeper: StepSizes, times: int) -> StepSizes:
@@ -133,10 +146,12 @@ def _deepened(shallow: Any, deeper: Any, times: int) -> Any:
 
 
 def _weights(parameters: list[nn.Parameter]) -> Weights:
-    return Weights(sum(p.numel() for p in parameters), sum(int(p.nbytes) for p in parameters))
+    counts = [whole_numel(p) for p in parameters]
+    return Weights(sum(counts), sum(n * p.element_size() for n, p in zip(counts, parameters, strict=True)))
 
 
-def _base_sizes(engine: Engine, base: str) -> BaseSizes:
+def base_sizes(engine: Engine, base: str) -> BaseSizes:
+    """Returns the sizes of a base, whole where ranks divide its weights."""
     model, adapters = engine.models[base], engine.adapters[base]
     config = model.trunk.config
     linear = [m for m in model.trunk.modules() if isinstance(m, (nn.Linear, Conv1D))]
@@ -148,7 +163,7 @@ def _base_sizes(engine: Engine, base: str) -> BaseSizes:
     return BaseSizes(
         windows=_windows(model.trunk),
         hidden=model.hidden_size,
-        matmul=sum(w.numel() for w in weights),
+        matmul=sum(whole_numel(w) for w in weights),
         matmul_item=weights[0].element_size(),
         head=model.vocab_size * model.hidden_size,
         query_channels=heads * head_dim,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 
 from rlhfkernels.algorithms.common import Loss
 from rlhfkernels.errors import NumericalError
+from rlhfkernels.parallel.world import World
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -25,6 +26,9 @@ class StepStats(Mapping[str, torch.Tensor]):
             the first step; in later steps they are of the first mini-batch.
         losses: loss of each trained role over the last mini-batch.
         grad_norms: gradient norm of each optimizer over the last mini-batch, before clipping.
+
+    Statistics are over the rows of all ranks, except that losses and statistics of the objectives are over this rank's
+    rows in steps after the first: those steps are timed, and send nothing that training does not need.
     """
 
     metrics: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
@@ -61,10 +65,44 @@ class StepStats(Mapping[str, torch.Tensor]):
                 raise NumericalError(f"{name} is {float(value)}: the step's numbers must be finite.")
 
 
-def add_statistics(metrics: dict[str, torch.Tensor], losses: Iterable[tuple[str, Loss]]) -> None:
-    """Adds one micro-batch's statistics to those of its mini-batch, or of the whole batch."""
-    for _, loss in losses:
-        for name, found in loss.sums.items():
-            metrics[name] = metrics[name] + found if name in metrics else found
-        for name, found in loss.maxima.items():
-            metrics[name] = torch.maximum(metrics[name], found) if name in metrics else found
+@dataclasses.dataclass(slots=True)
+class ObjectiveStatistics:
+    """Losses and statistics of objectives, which add up over the micro-batches of a mini-batch or of the whole batch.
+
+    Attributes:
+        losses: by role.
+        sums: statistics that add up.
+        maxima: statistics of which the largest counts.
+    """
+
+    losses: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    sums: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    maxima: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+
+    @property
+    def metrics(self) -> dict[str, torch.Tensor]:
+        """The statistics."""
+        return self.sums | self.maxima
+
+    def add(self, losses: Iterable[tuple[str, Loss]]) -> None:
+        """Adds those of one micro-batch, of which ``losses`` are the objectives, each with its role."""
+        for role, loss in losses:
+            for total, found in ((self.losses, {role: loss.value.detach()}), (self.sums, loss.sums)):
+                for name, value in found.items():
+                    total[name] = total[name] + value if name in total else value
+            for name, value in loss.maxima.items():
+                self.maxima[name] = torch.maximum(self.maxima[name], value) if name in self.maxima else value
+
+    def of_all_ranks(self, world: World) -> ObjectiveStatistics:
+        """Those of the rows of all ranks: divisors are a rank's mean share, so sums are averaged."""
+        added = _together([self.losses, self.sums], lambda values: world.all_sum(values) / world.size)
+        return ObjectiveStatistics(*added, *_together([self.maxima], world.all_max))
+
+
+def _together(
+    groups: Sequence[Mapping[str, torch.Tensor]], reduce: Callable[[torch.Tensor], torch.Tensor]
+) -> list[dict[str, torch.Tensor]]:
+    """``groups`` of scalars, reduced in one tensor."""
+    values = [value for group in groups for value in group.values()]
+    reduced = iter(reduce(torch.stack(values)) if values else ())
+    return [{name: next(reduced) for name in group} for group in groups]

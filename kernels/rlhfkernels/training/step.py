@@ -34,6 +34,7 @@ from rlhfkernels.training.optimizer_table import make_optimizer
 from rlhfkernels.training.prepared import PreparedColumns
 from rlhfkernels.training.quantities import QUANTITIES
 from rlhfkernels.training.schedule import learning_rate
+from rlhfkernels.training.sizes import BaseSizes, base_sizes
 from rlhfkernels.training.stats import StepStats
 from rlhfkernels.training.update import UpdatePhases
 
@@ -93,6 +94,7 @@ class TrainingStep:
         world: the ranks that share the case.
         phases: the phases, in order: ``prepare``, where there is one, then those of every step.
         optimizers: one for each trained role that owns weights.
+        released_sizes: of the bases that ``prepare`` has freed.
     """
 
     def __init__(
@@ -120,6 +122,7 @@ class TrainingStep:
         self._generator = generator
         self._prepared = PreparedColumns(self._source.num_rows)
         self._is_prepared = self.method.prepare is None
+        self.released_sizes: dict[str, BaseSizes] = {}
         for p in self.method.update_passes if with_rows else ():
             if PassForm(p, case.options).packs:
                 engine.check_packing(p.weights.base)
@@ -226,6 +229,7 @@ class TrainingStep:
             if num_batches is None:
                 self._is_prepared = True
                 for base in set(self.engine.models) - self.method.bases_of_steps:
+                    self.released_sizes[base] = base_sizes(self.engine, base)
                     self.engine.release(base)
 
     def run(self, observer: Observer | None = None) -> StepStats:

@@ -17,7 +17,7 @@ from rlhfkernels.observer import Observer
 from rlhfkernels.parallel.strategies import RoleOptimizer
 from rlhfkernels.parallel.world import World
 from rlhfkernels.training.gradients import PassForm, add_gradients, read_losses
-from rlhfkernels.training.stats import StepStats, add_statistics
+from rlhfkernels.training.stats import ObjectiveStatistics, StepStats
 
 
 class UpdatePhases:
@@ -46,47 +46,50 @@ class UpdatePhases:
         Args:
             batch: with the columns that the objectives read.
             observer: told of the phases.
-            stats: gets the statistics.
+            stats: gets the statistics: in the first step those of all ranks; see ``StepStats``.
             optimizers: by role.
         """
         if not self._phases:
             return
-        whole = self._first_statistics(batch, observer)
-        first = True
+        is_first_step, self._is_first = self._is_first, False
+        whole = self._first_statistics(batch, observer) if is_first_step else None
         for _ in range(self._case.num_epochs):
             for indices in self.mini_batches():
-                stats.losses, stats.grad_norms = {}, {}
-                metrics: dict[str, torch.Tensor] = {}
+                stats.grad_norms = {}
+                found = ObjectiveStatistics()
                 for phase in self._phases:
                     with observer.phase(phase.name):
                         for p in phase.passes:
                             for losses in self._losses(p, batch, indices, train=True):
-                                for role, loss in losses:
-                                    stats.losses[role] = stats.losses.get(role, 0) + loss.value.detach()
-                                add_statistics(metrics, losses)
+                                found.add(losses)
                         for stage in phase.stages:
                             if isinstance(stage, Optimize) and stage.role in optimizers:
                                 stats.grad_norms[stage.role] = optimizers[stage.role].step()
-                if first:  # the weights are still those that the columns were read with
-                    stats.metrics |= metrics | whole
-                    first = False
+                if whole is None:  # the weights are still those that the columns were read with
+                    whole = found
+        assert whole is not None
+        of_step = ObjectiveStatistics(found.losses, whole.sums, whole.maxima)
+        if is_first_step and self._world.size > 1 and self._engine.with_weights:
+            of_step = of_step.of_all_ranks(self._world)
+        stats.losses = of_step.losses
+        stats.metrics |= of_step.metrics
 
     @torch.no_grad()
-    def _first_statistics(self, batch: Batch, observer: Observer) -> dict[str, torch.Tensor]:
-        """The objectives' statistics over the whole batch, before any weight moves; of the first step alone.
+    def _first_statistics(self, batch: Batch, observer: Observer) -> ObjectiveStatistics | None:
+        """The objectives' statistics over the whole batch, before any weight moves; ``None`` if it is one mini-batch.
 
-        Rows of later mini-batches are trained on after an optimizer step, so they need a forward pass of their own.
-        None is run where the batch is one mini-batch, nor in later steps, which are timed.
+        Rows of later mini-batches are trained on after an optimizer step, so they need a forward pass of their own. It
+        is run in the first step alone: later ones are timed.
         """
-        is_needed = self._is_first and self._case.mini_batch_size < batch.num_rows and self._engine.with_weights
-        self._is_first = False
-        metrics: dict[str, torch.Tensor] = {}
-        for phase in [phase for phase in self._phases if phase.passes] if is_needed else ():
+        if self._case.mini_batch_size == batch.num_rows or not self._engine.with_weights:
+            return None
+        found = ObjectiveStatistics()
+        for phase in [phase for phase in self._phases if phase.passes]:
             with observer.phase(phase.name):
                 for p in phase.passes:
                     for losses in self._losses(p, batch, range(batch.num_rows), train=False):
-                        add_statistics(metrics, losses)
-        return metrics
+                        found.add(losses)
+        return found
 
     def _losses(
         self, p: ForwardPass, batch: Batch, indices: Sequence[int], *, train: bool

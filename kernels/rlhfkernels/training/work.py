@@ -2,10 +2,13 @@
 
 Counted are matmuls with weights, causal attention (half of the square, less what a sliding window hides), the head at
 the positions that a stage reads, and every weight, cached key and cached value once for each forward that needs it.
-Outputs of the last layer that no
-head reads are not counted. Work that a better kernel could avoid is not counted either: activations that travel through
-memory, norms, recomputation. Padding counts as tokens, except in packed rows, which have none: their lengths are the
-data set's mean.
+Positions behind the last one that a head reads, outputs of the last layer that no head reads, and the gradients of
+frozen embeddings are not counted. Work that a better kernel could avoid is not counted either: activations that travel
+through memory, norms, recomputation. Padding counts as tokens, except in packed rows, which have none: their lengths
+are the data set's mean. The work is that of one rank.
+
+A little more than the least is counted of LoRA's first layer: the gradients of the inputs of its adapters, and of an
+MLP that runs beside the attention.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from rlhfkernels.methods.program import (
     WeightSet,
 )
 from rlhfkernels.training.gradients import PassForm
+from rlhfkernels.training.quantities import QUANTITIES, predicting_positions
 from rlhfkernels.training.roofline import Work
 from rlhfkernels.training.sizes import StepSizes
 from rlhfkernels.training.step import TrainingStep
@@ -62,22 +66,24 @@ class _Counter:
         adapter = self._shapes[weights.base].adapters[weights.adapter]
         return adapter.count, adapter.num_bytes
 
-    def _unread_flops(
-        self, base: str, adapter: int, base_products: int = 1, adapter_products: int = 1, prompt_len: int | None = None
-    ) -> int:
-        """Work of a sequence's last layer that nothing reads: that of the prompt, less its last position.
+    def _trunk_flops(self, weights: WeightSet, read: range, base_products: int = 1, adapter_products: int = 1) -> int:
+        """One sequence up to the last position that a head reads.
 
-        Of an adapter set its share of one layer is taken, which is a little too much where it is on keys and values
-        too: the least work errs on the low side.
+        Of the last layer, positions before the first that a head reads need keys and values alone. Of an adapter set
+        its share of one layer is taken for that, which is a little too much where it is on keys and values too: the
+        least work errs on the low side.
+
+        Args:
+            weights: the weight set.
+            read: the positions that a head reads.
+            base_products: matmuls with a weight of the base.
+            adapter_products: with a weight of the adapter set; attention's take part in as many.
         """
-        shape, unread = self._shapes[base], (prompt_len or self._case.prompt_len) - 1
-        weights = base_products * shape.unread + adapter_products * adapter // shape.num_layers
-        attention = adapter_products * shape.last_attention_flops(unread)
-        return 2 * weights * unread + attention
-
-    def _attention_flops(self, base: str, length: int) -> int:
-        """Both attention matmuls of one causal forward of a sequence."""
-        return self._shapes[base].attention_flops(length)
+        shape, adapter = self._shapes[weights.base], self._adapter(weights)[0]
+        products = base_products * shape.matmul + adapter_products * adapter
+        unread = base_products * shape.unread + adapter_products * adapter // shape.num_layers
+        attention = shape.attention_flops(read.stop) - shape.last_attention_flops(read.start)
+        return 2 * (products * read.stop - unread * read.start) + adapter_products * attention
 
     def _head_flops(self, role: Role, positions: int) -> int:
         """The head's matmul at ``positions`` of a sequence."""
@@ -97,14 +103,11 @@ class _Counter:
         assert isinstance(stage, Generate)
         role = self._method.roles[stage.role]
         shape = self._shapes[role.base]
-        adapter, adapter_bytes = self._adapter(role.weights)
         num_tokens = case.completion_len if case.options.rollout.stop_token_id is None else 1
-        seen = case.prompt_len + num_tokens - 1
-        flops = 2 * (shape.matmul + adapter) * seen
-        flops += self._attention_flops(role.base, seen) + self._head_flops(role, num_tokens)
-        flops -= self._unread_flops(role.base, adapter)
-        flops *= self._num_sequences
-        weights = (shape.matmul_bytes + adapter_bytes + shape.head_bytes) * num_tokens
+        sampled_at = predicting_positions(case.prompt_len, num_tokens)
+        seen = sampled_at.stop
+        flops = (self._trunk_flops(role.weights, sampled_at) + self._head_flops(role, num_tokens)) * self._num_sequences
+        weights = (shape.matmul_bytes + self._adapter(role.weights)[1] + shape.head_bytes) * num_tokens
         kv_item = 2 * shape.kv_channels * shape.matmul_item * self._num_sequences
         written = kv_item * seen * shape.num_layers
         read = kv_item * shape.cached_positions(case.prompt_len, seen)
@@ -120,18 +123,21 @@ class _Counter:
         """Every pass forward once; a base that several passes read is read once."""
         flops = 0
         moved = sum(self._shapes[base].matmul_bytes for base in dict.fromkeys(p.weights.base for p in phase.passes))
+        lengths = self._case.prompt_len, self._case.completion_len
         for p in phase.passes:
-            roles = [self._method.roles[name] for name in p.roles]
-            flops += self._forward_flops(p, roles) * self._num_sequences
-            moved += self._adapter(p.weights)[1] + sum(map(self._head_bytes, roles))
+            stages = [stage for stage in p.stages if isinstance(stage, Read)]
+            read = [QUANTITIES[stage.quantity].positions(*lengths) for stage in stages]
+            roles = [self._method.roles[stage.role] for stage in stages]
+            flops += self._forward_flops(p.weights, roles, read) * self._num_sequences
+            moved += self._adapter(p.weights)[1]
+            moved += sum(self._head_bytes(self._method.roles[name]) for name in p.roles)
         return Work(flops, moved)
 
-    def _forward_flops(self, p: ForwardPass, roles: list[Role]) -> int:
-        """One sequence forward, without a graph."""
-        base, adapter = p.weights.base, self._adapter(p.weights)[0]
-        flops = 2 * (self._shapes[base].matmul + adapter) * self._case.seq_len
-        flops += self._attention_flops(base, self._case.seq_len) - self._unread_flops(base, adapter)
-        return flops + sum(self._head_flops(role, self._case.completion_len) for role in roles)
+    def _forward_flops(self, weights: WeightSet, roles: list[Role], read: list[range]) -> int:
+        """One sequence forward, without a graph; ``read`` are the positions that each of ``roles`` reads."""
+        together = range(min(each.start for each in read), max(each.stop for each in read))
+        heads = sum(self._head_flops(role, len(each)) for role, each in zip(roles, read, strict=True))
+        return self._trunk_flops(weights, together) + heads
 
     def update(self, phase: Phase) -> Work:
         """Every micro-batch of every epoch: a weight's bytes move once for each, its FLOPs are those of its rows."""
@@ -149,7 +155,7 @@ class _Counter:
         lengths = {(self._case.prompt_len, self._case.completion_len): 1}
         if form.packs:
             lengths = dict(self._step.sequence_lengths())
-        total = sum(self._graph_flops(p, form, roles, *length) * count for length, count in lengths.items())
+        total = sum(self._graph_flops(p, roles, form.positions(*length)) * count for length, count in lengths.items())
         flops = int(Fraction(total, sum(lengths.values())) * self._num_sequences)
         shape, adapter_bytes = self._shapes[p.weights.base], self._adapter(p.weights)[1]
         moved = self._base_products(roles) * shape.matmul_bytes + 3 * adapter_bytes
@@ -157,23 +163,19 @@ class _Counter:
         written = (self._base_products(roles) - 2) * shape.matmul_bytes + adapter_bytes  # the gradients
         written += sum((self._head_products(role) - 2) * self._head_bytes(role) for role in roles)
         if form.in_two_passes:  # a graph for each sequence of a data row, and a forward of all before
-            flops += self._forward_flops(p, roles) * self._num_sequences
+            read = form.positions(self._case.prompt_len, self._case.completion_len)
+            flops += self._forward_flops(p.weights, roles, [read] * len(roles)) * self._num_sequences
             moved, written = moved * self._step.sequences_per_row, written * self._step.sequences_per_row
             moved += shape.matmul_bytes + adapter_bytes + sum(map(self._head_bytes, roles))
         return Work(flops, moved, written)
 
-    def _graph_flops(
-        self, p: ForwardPass, form: PassForm, roles: list[Role], prompt_len: int, completion_len: int
-    ) -> int:
-        """One sequence forward and backward."""
-        base, length = p.weights.base, prompt_len + completion_len
-        adapter, base_products = self._adapter(p.weights)[0], self._base_products(roles)
-        flops = 2 * (base_products * self._shapes[base].matmul + 3 * adapter) * length
-        flops += 3 * self._attention_flops(base, length)
-        if not form.reads_prompt:
-            flops -= self._unread_flops(base, adapter, base_products, 3, prompt_len)
-        positions = length - 1 if form.reads_prompt else completion_len
-        return flops + sum(self._head_products(role) * self._head_flops(role, positions) for role in roles)
+    def _graph_flops(self, p: ForwardPass, roles: list[Role], read: range) -> int:
+        """One sequence forward and backward; ``read`` are the positions that the heads read."""
+        base_products = self._base_products(roles)
+        flops = self._trunk_flops(p.weights, read, base_products, 3)
+        if base_products == 2:  # frozen embeddings need no gradient
+            flops -= 2 * self._shapes[p.weights.base].first_inputs * read.stop
+        return flops + sum(self._head_products(role) * self._head_flops(role, len(read)) for role in roles)
 
     @staticmethod
     def _base_products(roles: list[Role]) -> int:
@@ -186,12 +188,15 @@ class _Counter:
         return 3 if "head" in role.trains else 2
 
     def optimize(self, phase: Phase) -> Work:
-        """Every trained weight, its gradient and the optimizer's tensors: read, and all but the gradient written."""
-        trained, held = self._sizes.trained, self._sizes.optimizer_bytes
-        weights = trained.num_bytes
+        """The rank's part of every trained weight, its gradient and the optimizer's tensors.
+
+        All are read, and all but the gradient written.
+        """
+        updated, held = self._sizes.updated, self._sizes.optimizer_bytes
+        weights = updated.num_bytes
         times = self._case.num_epochs * (self._case.batch_size // self._case.mini_batch_size)
         return Work(
-            _ADAMW_FLOPS * trained.count * times,
+            _ADAMW_FLOPS * updated.count * times,
             (3 * weights + 2 * held) * times,
             (weights + held) * times,
         )

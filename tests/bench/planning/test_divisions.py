@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +14,9 @@ from rlhfbench.errors import SweepError
 from rlhfbench.measure.memory import measure_memory
 from rlhfbench.planning.predict import plan_case
 from rlhfbench.planning.zero import Zero
-from rlhfkernels import Case, Options, build_step
+from rlhfkernels import Case, Options, build_step, phase_work
 from rlhfkernels.parallel.world import World
+from rlhfkernels.training.roofline import Work
 
 
 def case_of(method: str, strategy: str, size: int = 2, *, options: dict[str, Any] | None = None, **fields: Any) -> Case:
@@ -58,6 +60,20 @@ def test_a_plan_of_replicas_is_their_memory_in_every_phase(on_ranks: Any, method
     case = case_of(method, "ddp", options=options)
     phases = plan_case(case).memory["phases"]
     assert [{name: phase["total_bytes"] for name, phase in phases.items()}] * 2 == on_ranks(2, totals, case)
+
+
+def works(world: World, case: Case) -> dict[str, Work]:
+    return phase_work(build_step(case, world=world))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_plan_has_the_work_of_a_rank(on_ranks: Any, strategy: str) -> None:
+    case = case_of("hydra", strategy)
+    planned = plan_case(case).work
+    assert planned == on_ranks(2, works, case)[0]
+    alone = phase_work(build_step(dataclasses.replace(case, options=Options())))
+    share = planned["optimize"].flops / alone["optimize"].flops
+    assert share == pytest.approx({"ddp": 1, "fsdp": 1 / 2}[strategy], rel=1e-3)
 
 
 def test_a_division_that_is_given_wins_over_the_options_of_a_case() -> None:

@@ -38,9 +38,9 @@ def test_deepspeed_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     case = case_of("lora", **{"parallel.strategy": "deepspeed", "parallel.zero_stage": 3, "parallel.world_size": 2})
     named, asked = plan_case(case), plan_case(case_of("lora"), Zero(stage=3, world_size=2))
     assert named.total_bytes == asked.total_bytes
-    assert {phase: work.flops for phase, work in named.work.items()} == {
-        phase: work.flops for phase, work in plan_case(case_of("lora")).work.items()
-    }
+    flops = {phase: work.flops for phase, work in plan_case(case_of("lora")).work.items()}
+    halved = {**flops, "optimize": flops["optimize"] // 2}  # a rank steps its part
+    assert {phase: work.flops for phase, work in named.work.items()} == halved
 
 
 @pytest.mark.parametrize("bucket", [500_000_000, 100_000])

@@ -10,8 +10,9 @@ import torch
 from rlhfbench.measure.memory import OUTER_VIEWS, measure_memory, memory_object
 from rlhfbench.planning.predict import plan_case
 from rlhfbench.planning.zero import Zero
-from rlhfkernels import Case, Options, build_step
+from rlhfkernels import Case, Options, build_step, phase_work
 from rlhfkernels.parallel.world import World
+from rlhfkernels.training.roofline import Work
 
 
 def case_of(method: str, stage: int, size: int) -> Case:
@@ -41,6 +42,20 @@ def total_bytes(world: World, case: Case) -> int:
         settled.fill_(found.count(min(found)) > 1)
         torch.distributed.all_reduce(settled, torch.distributed.ReduceOp.MIN)  # every rank takes as many steps
     return min(found)
+
+
+def works(world: World, cases: list[Case]) -> list[dict[str, Work]]:
+    return [phase_work(build_step(case, world=world)) for case in cases]
+
+
+@pytest.mark.usefixtures("imported_deepspeed")
+def test_a_plan_has_the_work_of_a_rank(on_ranks: Any) -> None:
+    cases = [case_of("hydra", stage, 2) for stage in range(4)]
+    for case, found in zip(cases, on_ranks(2, works, cases)[0], strict=True):
+        planned = plan_case(case).work
+        update, own = planned.pop("optimize"), found.pop("optimize")
+        assert planned == found
+        assert (update.flops, update.bytes) == pytest.approx((own.flops, own.bytes), rel=1e-3)  # counts and padding
 
 
 @pytest.mark.usefixtures("imported_deepspeed")

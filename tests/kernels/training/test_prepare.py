@@ -140,3 +140,11 @@ def test_its_work_is_that_of_every_row_once(small: MakeStep) -> None:
     assert found["prepare"].flops == each.flops * 5 // 2
     assert found["prepare"].bytes == each.bytes * 3
     assert "score" not in found
+
+
+@pytest.mark.parametrize("method", ["dpo", "dpo-lora"])
+def test_its_work_is_the_same_once_it_ran(file: str, method: str) -> None:
+    step = tiny(method, file, **ONCE)
+    before = phase_work(step)
+    step.run()
+    assert phase_work(step) == before
