@@ -47,7 +47,7 @@ class ModelFacts:
 
 
 def inspect_model(model: str) -> ModelFacts:
-    """Looks up a preset, a checkpoint folder, a GGUF file or a hub id.
+    """Looks up a preset, a checkpoint folder, a GGUF file or a Hugging Face model id.
 
     Raises:
         ModelError: there is no such model, or its config.json or GGUF file is malformed.
@@ -76,7 +76,9 @@ def inspect_model(model: str) -> ModelFacts:
         return _inspect_hub(model)
     if "/" in model or model.startswith(("~", ".")):
         raise ModelError(f"model '{model}' does not exist: there is no such folder or file.")
-    raise ModelError(unknown("model", model, PRESETS) + " Or the path of a checkpoint folder, or a hub id ORG/NAME.")
+    raise ModelError(
+        unknown("model", model, PRESETS) + " Or the path of a checkpoint folder, or a Hugging Face model id ORG/NAME."
+    )
 
 
 def _inspect_folder(model: str, path: Path) -> ModelFacts:

@@ -75,7 +75,8 @@ class CaseOptions:
             metavar="NAMES",
             parser=name_text("--setting"),
             rich_help_panel=CASES,
-            help="Named options: paper, modern or both; other options win.  [default: modern]",
+            help="Named sets of options: modern, paper, or paper,modern for both; other options win."
+            "  [default: modern]",
         ),
     ] = None
     prompt_fraction: Annotated[

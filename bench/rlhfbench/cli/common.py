@@ -124,7 +124,9 @@ def check_options(flags: Mapping[str, tuple[str, Any]], options: Mapping[str, An
 Model = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME", rich_help_panel=CASES, help="Preset, checkpoint folder, .gguf file or hub id.  [default: tiny]"
+        metavar="NAME",
+        rich_help_panel=CASES,
+        help="Preset, checkpoint folder, .gguf file or Hugging Face model id.  [default: tiny]",
     ),
 ]
 Device = Annotated[

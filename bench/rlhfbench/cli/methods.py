@@ -21,7 +21,7 @@ def methods(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
 ) -> None:
-    """List the methods: their roles, and what follows from these.
+    """List the methods with their roles and phases.
 
     With --options: the options that --option takes.
     """

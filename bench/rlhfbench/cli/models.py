@@ -16,7 +16,7 @@ EPILOG = epilog("rlhfbench models", "rlhfbench models --json", codes=READING_COD
 def models(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False) -> None:
     """List the model presets.
 
-    --model also takes a checkpoint folder, a .gguf file or a hub id.
+    --model also takes a checkpoint folder, a .gguf file or a Hugging Face model id.
     """
     from rlhfkernels.models.presets import PRESETS
 

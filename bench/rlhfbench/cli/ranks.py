@@ -28,8 +28,8 @@ class RankOptions:
         typer.Option(
             metavar="N,...",
             rich_help_panel=RANKS,
-            help="Processes of each case, its ranks; each of several numbers is a case.  [default: no ranks; run: those"
-            " of the launcher]",
+            help="Ranks (processes) per case; a list makes one case per value.  [default: one process; run: the"
+            " launcher's]",
         ),
     ] = None
     parallel: Annotated[
@@ -37,7 +37,7 @@ class RankOptions:
         typer.Option(
             metavar="NAME,...",
             rich_help_panel=RANKS,
-            help="How ranks share a step: ddp, fsdp or deepspeed; each of several is a case.  [default: ddp]",
+            help="Strategy of the ranks: ddp, fsdp or deepspeed; a list makes one case per value.  [default: ddp]",
         ),
     ] = None
     zero_stage: Annotated[
@@ -45,12 +45,14 @@ class RankOptions:
         typer.Option(
             metavar="N,...",
             rich_help_panel=RANKS,
-            help="Stages of DeepSpeed's ZeRO, 0 to 3; without --parallel it is deepspeed.  [default: 0]",
+            help="DeepSpeed ZeRO stages, 0 to 3; implies --parallel deepspeed.  [default: 0]",
         ),
     ] = None
     global_batch: Annotated[
         bool,
-        typer.Option("--global-batch", rich_help_panel=RANKS, help="Batch sizes are over all ranks, not of one rank."),
+        typer.Option(
+            "--global-batch", rich_help_panel=RANKS, help="Batch sizes are totals over all ranks, not per rank."
+        ),
     ] = False
 
     @property

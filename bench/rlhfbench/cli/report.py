@@ -33,7 +33,7 @@ def report(
         ),
     ],
     paper: Annotated[
-        bool, typer.Option("--paper", help="Lay the numbers of Hydra-RLHF and trlX beside the run.")
+        bool, typer.Option("--paper", help="Compare the run with the published numbers of Hydra-RLHF and trlX.")
     ] = False,
     out: Annotated[
         str | None,
@@ -47,8 +47,8 @@ def report(
         bool,
         typer.Option(
             "--same-machine",
-            help="All hosts are names of one machine, such as its containers: times compare. The report says that you "
-            "said so.",
+            help="Treat all hosts as one machine (containers have names of their own), so that times are compared; the "
+            "report states this.",
         ),
     ] = False,
 ) -> None:

@@ -44,8 +44,8 @@ class MeasurementOptions:
             metavar="N",
             parser=number("--blocks", int),
             rich_help_panel=MEASUREMENT,
-            help="Blocks that a case is timed in, each in a new process, all cases' in random order. One block gives no"
-            " interval.  [default: 4, or 1 where building takes over 10 s]",
+            help="Blocks per case, each timed in a fresh process; from the second on in random order over all cases."
+            " One block gives no interval.  [default: 4, or 1 where building takes over 10 s]",
         ),
     ] = None
     case_timeout_s: Annotated[
@@ -87,7 +87,7 @@ class MeasurementOptions:
         typer.Option(
             "--with-plan/--no-with-plan",
             rich_help_panel=MEASUREMENT,
-            help="Predict the memory of each case too.  [default: no]",
+            help="Also predict the memory of each case.  [default: no]",
         ),
     ] = None
     max_batch: Annotated[

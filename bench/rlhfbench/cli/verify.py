@@ -31,7 +31,9 @@ def verify(
     model: Annotated[
         str,
         typer.Option(
-            metavar="NAME", rich_help_panel=common.CASES, help="Preset, checkpoint folder, .gguf file or hub id."
+            metavar="NAME",
+            rich_help_panel=common.CASES,
+            help="Preset, checkpoint folder, .gguf file or Hugging Face model id.",
         ),
     ],
     device: common.Device = None,

@@ -25,7 +25,7 @@ def watch(
         typer.Option(
             metavar="ADDRESS",
             parser=name_text("--host"),  # an empty one would be all addresses of the machine
-            help="Address to listen on; others than this machine's own open the run.",
+            help="Address to listen on. With any but 127.0.0.1, everyone who reaches it can read the run.",
         ),
     ] = "127.0.0.1",
     port: Annotated[

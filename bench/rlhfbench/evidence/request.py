@@ -88,7 +88,7 @@ class Request:
     """An evidence run.
 
     Attributes:
-        model: preset, checkpoint folder, .gguf file or hub id of parts 3 to 7.
+        model: preset, checkpoint folder, .gguf file or Hugging Face model id of parts 3 to 7.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         sizes: of the parts.
 

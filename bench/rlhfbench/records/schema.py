@@ -70,7 +70,7 @@ _MEASURED: tuple[Field, ...] = (
         "method that does the same work: what the two differ by is the noise of a run",
         name="same_work_as",
     ),
-    Field("case.model", "string", "preset, checkpoint folder or hub id"),
+    Field("case.model", "string", "preset, checkpoint folder or Hugging Face model id"),
     Field("case.prompt_len", "Int64", "tokens per prompt"),
     Field("case.completion_len", "Int64", "tokens per completion"),
     Field(derived.seq_len, "Int64", "prompt_len + completion_len", name="seq_len"),
@@ -82,7 +82,7 @@ _MEASURED: tuple[Field, ...] = (
     Field(
         lambda record: setting_of(derived.options(record)),
         "string",
-        "named setting whose options the case has; custom when it has none's",
+        "named setting that the case's options match; custom where they match none",
         name="setting",
     ),
     Field(
@@ -167,7 +167,7 @@ _MEASURED: tuple[Field, ...] = (
     Field("memory.views.allocator_peak_bytes", "Int64", "CUDA allocator, peak allocated"),
     Field("memory.views.allocator_reserved_bytes", "Int64", "CUDA allocator, peak reserved"),
     Field("memory.views.allocator_rest_bytes", "Int64", "allocator_peak_bytes - ledger_peak_bytes - workspace_bytes"),
-    Field("memory.views.workspace_bytes", "Int64", "CUDA memory that libraries hold as workspace"),
+    Field("memory.views.workspace_bytes", "Int64", "CUDA memory held as workspace by libraries such as cuBLAS"),
     Field("memory.views.driver_peak_bytes", "Int64", "NVML, sampled from another process from the build on"),
     Field(
         "memory.views.host_peak_bytes",
@@ -234,7 +234,9 @@ _MEASURED: tuple[Field, ...] = (
         for kind in (*KINDS, "total")
     ),
     Field("latency.phases", "map", "kind, mean_s, half_width_s and block_s of each phase, for one step"),
-    Field(derived.num_timed_steps, "Int64", "timed steps that count", name="num_timed_steps"),
+    Field(
+        derived.num_timed_steps, "Int64", "timed steps of all blocks, also of disturbed ones", name="num_timed_steps"
+    ),
     Field(
         "latency.stopped_because", "string", "why timing ended, the least sure of all blocks: precise, steady or budget"
     ),

@@ -30,7 +30,7 @@ class Case:
 
     Attributes:
         method: a name in ``METHODS``.
-        model: a preset, a checkpoint folder, a .gguf file or a hub id.
+        model: a preset, a checkpoint folder, a .gguf file or a Hugging Face model id.
         prompt_len: tokens of a prompt.
         completion_len: tokens of a completion.
         batch_size: data rows a step: prompts, demonstrations or pairs; those of one rank where there are several.

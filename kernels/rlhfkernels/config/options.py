@@ -125,7 +125,7 @@ class RolloutOptions:
             nothing and ignore it.
         stop_token_id: token that ends a completion; ``None``: every completion has exactly its length.
         reward_model: the model of bases that start from the reward model: a preset, a checkpoint folder, a .gguf file
-            or a hub id with the policy's vocabulary; ``None`` is the policy's model.
+            or a Hugging Face model id with the policy's vocabulary; ``None`` is the policy's model.
     """
 
     temperature: Positive = 1.0

@@ -71,7 +71,7 @@ def verify(model: str, *, dtype: str = "float32", device: str = "cpu", seed: int
     """Compares every trunk and backend that can run here with transformers' own model and PEFT's own adapters.
 
     Args:
-        model: a preset, with random weights; a checkpoint folder, a .gguf file or a hub id.
+        model: a preset, with random weights; a checkpoint folder, a .gguf file or a Hugging Face model id.
         dtype: of the weights.
         device: where the model runs.
         seed: of random weights, tokens and adapters.

@@ -47,10 +47,10 @@ def test_memory_is_planned_once_for_cases_that_differ_in_the_seed(tmp_path, plan
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"a": "b"}', '{"a": true}', "[" * 100_000, "\udc80"])
 def test_a_file_of_something_else_is_planned_again(tmp_path, planned, text):
-    (tmp_path / PLANNED_NAME).write_text(text, errors="surrogateescape")
+    (tmp_path / "planned_bytes.json").write_text(text, errors="surrogateescape")
     need_of = needs_of([CASE], RunOptions(), tmp_path, lambda text: None)
     assert need_of(CASE).memory_bytes == PROCESS_BYTES + 1000
-    assert json.loads((tmp_path / PLANNED_NAME).read_text()) == {CASE.id: 1000}
+    assert json.loads((tmp_path / "planned_bytes.json").read_text()) == {CASE.id: 1000}
 
 
 def test_a_limit_bounds_what_a_case_needs_and_a_device_has_its_own_memory(tmp_path, planned):

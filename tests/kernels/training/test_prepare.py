@@ -143,8 +143,8 @@ def test_its_work_is_that_of_every_row_once(small: MakeStep) -> None:
 
 
 @pytest.mark.parametrize("method", ["dpo", "dpo-lora"])
-def test_its_work_is_the_same_once_it_ran(file: str, method: str) -> None:
-    step = tiny(method, file, **ONCE)
+def test_its_work_is_the_same_once_it_ran(small: MakeStep, method: str) -> None:
+    step = small(method, **ONCE)
     before = phase_work(step)
     step.run()
     assert phase_work(step) == before
