@@ -318,4 +318,5 @@ def fit_at_once(case: Case, records: Sequence[Record | None]) -> bool:
     of_a_rank = [at(record, "memory.views.host_peak_bytes") for record in records]
     if case.device != "cpu" or None in of_a_rank:
         return False
-    return case.options.parallel.world_size * sum(of_a_rank) < _MAX_SHARE_OF_MEMORY * available_bytes()
+    needed: int = case.options.parallel.world_size * sum(of_a_rank)
+    return needed < _MAX_SHARE_OF_MEMORY * available_bytes()

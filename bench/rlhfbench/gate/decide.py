@@ -107,7 +107,7 @@ def estimates_of(ratios: Sequence[Sequence[tuple[float, float]]]) -> tuple[Estim
             counts with it in all.
     """
     num = max(map(len, ratios))
-    whole = [[*of_pair, *of_pair[:1] * (num - len(of_pair))] for of_pair in ratios]
+    whole = [[*of_pair, *[of_pair[0]] * (num - len(of_pair))] for of_pair in ratios]
     return tuple(estimate(*zip(*of_pairs, strict=True)) for of_pairs in zip(*whole, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""Models, split into trunk and head: a preset with random weights, a checkpoint, a model of Hugging Face, a GGUF file."""
+"""Models, split into trunk and head: a preset with random weights, a checkpoint, a model of a hub, a GGUF file."""
 
 from __future__ import annotations
 
