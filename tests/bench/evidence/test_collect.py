@@ -103,7 +103,7 @@ def test_measurements_of_other_conditions_are_refused_and_keep_their_environment
     before = collect(folder, request_of_all, [1], 600.0)["environment"]
     again = collect(folder, request_of_all, [2], 600.0)["environment"]
     assert again["started_at"] == before["started_at"]
-    now = {**before, "host": "other", "source": {"commit": "new", "dirty": False}}
+    now = {**before, "host": "other", "source": {**before["source"], "commit": "new"}}
     monkeypatch.setattr(module.environment, "describe", lambda **arguments: now)
     kept = [(folder / name).read_bytes() for name in ("evidence.json", "report.md")]
     commit, host = before["source"]["commit"], before["host"]

@@ -89,7 +89,8 @@ def test_the_last_look_spends_all_of_the_significance_level(tmp_path, monkeypatc
     assert 0 < levels[0] < 0.001
 
 
-def test_every_pair_of_a_case_has_servers_of_its_own(tmp_path, monkeypatch):
+@pytest.mark.parametrize("due", [True, False])
+def test_servers_that_are_due_are_started_anew(tmp_path, monkeypatch, due):
     pids, time_pairs = [], Comparison._time_pairs
 
     def noted(self, both, *rest):
@@ -97,9 +98,15 @@ def test_every_pair_of_a_case_has_servers_of_its_own(tmp_path, monkeypatch):
         time_pairs(self, both, *rest)
 
     monkeypatch.setattr(Comparison, "_time_pairs", noted)
+    monkeypatch.setattr(compare, "are_due", lambda lived_s, start_s: due)
     findings, _ = compared(tmp_path, "steady", pair_s=0.01)
     assert set(verdicts(findings).values()) == {"same"}
-    assert len({pid for both in pids for pid in both}) == 2 * MIN_PAIRS
+    assert len({pid for both in pids for pid in both}) == 2 * (MIN_PAIRS if due else 1)
+
+
+def test_servers_live_as_long_as_they_took_to_start():
+    assert compare.are_due(4.5, 4.0)
+    assert not compare.are_due(1.0, 4.0)
 
 
 def test_both_sides_of_every_pair_share_the_cores_that_a_case_needs(tmp_path, monkeypatch):
