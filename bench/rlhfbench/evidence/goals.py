@@ -93,7 +93,7 @@ def _step(method: str, found: Measured) -> list[tuple[str, bool]]:
 
 
 def _beside(record: Record) -> str:
-    """What disturbed the seconds of ``record``, in parentheses; empty where nothing did."""
+    """The disturbances of the seconds of ``record``, in parentheses; empty if there were none."""
     by = disturbed_seconds(record)
     return "" if by is None else f" (disturbed: {by})"
 
