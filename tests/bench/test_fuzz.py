@@ -47,7 +47,7 @@ from rlhfkernels.models.configuration import read_config
 from rlhfkernels.ops.native import build
 from rlhfreports import gain, plots, predicted_plot, slope_table, timelines
 from rlhfreports.page import sections
-from rlhfreports.page.ran import ran_section
+from rlhfreports.page.configuration import configuration_section
 from rlhfreports.page.summary import answer_section
 
 NUMBERS = [
@@ -208,7 +208,7 @@ def without_work(patch: pytest.MonkeyPatch) -> None:
 def without_charts(folder: Path) -> Iterator[None]:
     """Fits no slopes and draws no charts: a page takes 0.3 s, and the records of these runs are alike."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sections, "SECTIONS", (answer_section, ran_section))
+        patch.setattr(sections, "SECTIONS", (answer_section, configuration_section))
         patch.setattr(rlhfreports, "slope_table", lambda frame: slope_table(frame.head(1)))
         patch.setattr(gain, "has_gain", lambda frame: False)
         yield

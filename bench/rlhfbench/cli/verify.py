@@ -57,7 +57,7 @@ def verify(
     from transformers.utils import logging
 
     from rlhfkernels.engine import verify as engine
-    from rlhfkernels.models.faults import running_errors
+    from rlhfkernels.models.errors import running_errors
 
     logging.disable_progress_bar()
     with running_errors([model]):

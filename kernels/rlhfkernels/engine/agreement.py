@@ -12,7 +12,7 @@ import torch
 from rlhfkernels.engine.trunk import Trunk
 from rlhfkernels.errors import CaseError, ModelError, NumericalError
 from rlhfkernels.models.configuration import rotary_limit
-from rlhfkernels.models.faults import forward_errors
+from rlhfkernels.models.errors import forward_errors
 from rlhfkernels.models.loading import LoadedModel
 from rlhfkernels.observer import Observer
 from rlhfkernels.ops.attention_mask import Segment

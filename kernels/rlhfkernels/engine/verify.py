@@ -22,7 +22,7 @@ from rlhfkernels.engine.agreement import check_cache, decode, largest_error, tol
 from rlhfkernels.engine.engine import Engine
 from rlhfkernels.errors import CaseError, ModelError
 from rlhfkernels.models.configuration import max_positions, read_config
-from rlhfkernels.models.faults import forward_errors
+from rlhfkernels.models.errors import forward_errors
 from rlhfkernels.models.loading import load_causal_lm
 from rlhfkernels.seeding import seeded
 

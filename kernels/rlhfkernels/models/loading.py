@@ -15,7 +15,7 @@ from rlhfkernels.models.cache import has_other_states
 from rlhfkernels.models.checkpoint import check_weights
 from rlhfkernels.models.cloning import clone_module
 from rlhfkernels.models.configuration import check_config, cut_layers, logit_scale, pretrained, read_config, silence
-from rlhfkernels.models.faults import AttentionError, check_softcap, forward_errors, loading_errors
+from rlhfkernels.models.errors import AttentionError, check_softcap, forward_errors, loading_errors
 from rlhfkernels.models.fields import EXPERT_FIELDS
 from rlhfkernels.models.heads import LmHead
 from rlhfkernels.models.presets import PRESETS

@@ -158,17 +158,17 @@ class TrainingStep:
         )
 
     @property
-    def trunk_taken(self) -> str:
+    def trunk_used(self) -> str:
         """The implementation of the trunks: ``fast``, or ``plain`` where ``fast`` does not cover the architecture."""
         return self.engine.trunks[self.method.bases[0]].name
 
     @property
-    def attention_taken(self) -> str:
+    def attention_used(self) -> str:
         """The attention implementation of the actor's trunk: ``sdpa`` or ``eager``."""
         return self.engine.models[self.method.bases[0]].attention
 
     @property
-    def backend_taken(self) -> str:
+    def backend_used(self) -> str:
         """The backend of the ops: ``triton``, ``native`` or ``torch``."""
         return self.engine.backend
 

@@ -29,7 +29,7 @@ def test_a_record_has_every_key_with_none_for_absent_values():
     made = record("oom")
     assert set(made) == {
         "schema", "case", "world", "outcome", "error", "memory", "latency", "work", "stats", "prompts", "engine",
-        "attention", "kernels", "taken", "plan", "run", "num_threads", "started_at", "wall_s",
+        "attention", "kernels", "fast_paths", "plan", "run", "num_threads", "started_at", "wall_s",
     }  # fmt: skip
     assert made["schema"] == 2
     assert set(made["case"]) == {

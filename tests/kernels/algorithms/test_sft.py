@@ -185,7 +185,7 @@ def test_packing_fits_every_architecture_of_the_fast_trunk(
         shake(step.engine)
         batch = uneven(case, step.engine.vocab_size)
         step._source.next_batch = lambda generator, batch=batch: batch
-        assert step.trunk_taken == "fast"
+        assert step.trunk_used == "fast"
     assert_equal_steps(*steps)
 
 

@@ -63,7 +63,7 @@ def statistics(world: World, cases: list[Case]) -> list[tuple[str, dict[str, flo
     for case in cases:
         step = build_step(case, world=world)
         step.run()
-        found.append((step.trunk_taken, step.run().to_dict()))
+        found.append((step.trunk_used, step.run().to_dict()))
     return found
 
 

@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 
 from rlhfreports.page.blocks import Block, Chart, Section, Table, Text
+from rlhfreports.page.configuration import differences, facts, warnings
 from rlhfreports.page.data import Page, Run, hardware_of
-from rlhfreports.page.ran import differences, facts, warnings
 from rlhfreports.page.render import page_html
 from rlhfreports.page.sections import sections_of
 from rlhfreports.page.times import slope_texts

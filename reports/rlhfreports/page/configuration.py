@@ -19,7 +19,7 @@ _SOFTWARE = ("rlhfbench", "torch", "transformers")
 _OF_EVERY_RUN = ("run_id", "started_at", "load_average", "resumed")
 
 
-def ran_section(page: Page) -> Section:
+def configuration_section(page: Page) -> Section:
     """The command, the resolved sweep and the environment of every run, and what differs between them."""
     blocks: list[Block] = []
     if len(page.runs) > 1:

@@ -76,7 +76,7 @@ def predicted_section(page: Page) -> Section | None:
     return Section(id="predicted", title="Predicted against measured", blocks=blocks)
 
 
-def sure_section(page: Page) -> Section | None:
+def precision_section(page: Page) -> Section | None:
     """Blocks and interference over the wall time of each run; ``None`` where nothing was timed."""
     blocks: list[Block] = []
     for i, run in enumerate(page.runs):
