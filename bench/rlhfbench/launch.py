@@ -92,7 +92,7 @@ def refuse_launcher(what: str) -> None:
     """
     launch = find_launch()
     if launch is not None:
-        raise SweepError([f"{what} runs in one process, and a launcher started {launch.size}: start it without."])
+        raise SweepError([f"{what} runs in one process, and a launcher started {launch.size}: start it without one."])
 
 
 def first_host(nodes: str) -> str:

@@ -66,5 +66,5 @@ def test_a_verb_of_one_process_refuses_a_launcher(monkeypatch):
     refuse_launcher("it")
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(SweepError, match=r"^it runs in one process, and a launcher started 5: start it without\.$"):
+    with pytest.raises(SweepError, match=r"^it runs in one process, and a launcher started 5: start it without one\.$"):
         refuse_launcher("it")

@@ -330,7 +330,7 @@ def test_a_system_that_cannot_fork_is_one_sentence(bench, measured, monkeypatch)
 def test_a_launcher_is_one_sentence(bench, measured, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    sentence = "pytest --benchmark runs in one process, and a launcher started 2: start it without."
+    sentence = "pytest --benchmark runs in one process, and a launcher started 2: start it without one."
     result = bench("--benchmark")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines([f"*{sentence}*"])

@@ -100,7 +100,7 @@ def gate(
             metavar="X",
             parser=number("--promised-effect", float),
             rich_help_panel=JUDGEMENT,
-            help="Relative change to be told of: the same only if the interval excludes it.",
+            help="Relative change that must not be missed: same only if the interval excludes it.",
         ),
     ] = 0.05,
     budget_s: Annotated[

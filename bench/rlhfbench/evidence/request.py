@@ -182,7 +182,7 @@ class Request:
             return cls(**values, sizes=Sizes(**sizes))
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise RunFolderError(
-                f"out '{folder}' holds a {REQUEST_NAME} that is no request: name a new folder."
+                f"out '{folder}' holds a {REQUEST_NAME} that is not a request: name a new folder."
             ) from error
 
 

@@ -114,7 +114,7 @@ def commit_of(revision: str, root: Path) -> str:
     try:
         return git("rev-parse", "--verify", "--end-of-options", f"{revision}^{{commit}}", folder=root)
     except GateError as error:
-        raise GateError(f"revision '{revision}' is no commit of '{root}'.") from error
+        raise GateError(f"revision '{revision}' is not a commit of '{root}'.") from error
 
 
 def head_side(root: Path, roots: Sequence[str], *, step: str | None = None) -> Side:
@@ -274,8 +274,16 @@ def _runs_in_methods(roots: Sequence[str], root: Path) -> bool:
 
 
 def _is_inside(path: Path, root: Path) -> bool:
+    """True if ``path`` is among the files of ``root``, and not of an environment in it.
+
+    A command of an environment has the environment's ``bin`` on its path.
+    """
     path = path.resolve()
-    return path.is_relative_to(root.resolve()) and "site-packages" not in path.parts
+    return (
+        path.is_relative_to(root.resolve())
+        and not path.is_relative_to(Path(sys.prefix).resolve())
+        and "site-packages" not in path.parts
+    )
 
 
 @contextlib.contextmanager

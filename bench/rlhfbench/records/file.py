@@ -150,14 +150,14 @@ def _parse(path: Path, number: int, line: bytes) -> Record:
         record = json.loads(line)
         json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise RecordsError(f"{where}: it holds a lone surrogate, which is no text.") from error
+        raise RecordsError(f"{where}: it contains a lone surrogate, which is not valid text.") from error
     except (ValueError, RecursionError) as error:
         raise RecordsError(f"{where}: it is not JSON.") from error
     if not isinstance(record, dict) or not isinstance(record.get("schema"), int):
         raise RecordsError(f"{where}: it is not a record (an object with a schema number).")
     if record["schema"] > SCHEMA:
         raise RecordsError(
-            f"{where}: its schema is {record['schema']} and this rlhfbench reads up to {SCHEMA}: a newer one wrote it."
+            f"{where}: its schema is {record['schema']}, of a newer rlhfbench: this one reads up to schema {SCHEMA}."
         )
     if "block_of" in record:
         return _checked_block(where, record)

@@ -149,7 +149,7 @@ _MEASURED: tuple[Field, ...] = (
     Field(
         "memory.persistent_model_bytes",
         "Int64",
-        "weights, whole gradients and optimizer state, whenever the total peaks: the papers' model memory",
+        "largest sum of weights, gradients and optimizer states at any phase's peak: the papers' model memory",
         in_plan=True,
     ),
     Field("memory.peak_phase", "string", "phase of the highest total", in_plan=True),

@@ -83,7 +83,7 @@ def check_model(name: str, model: LoadedModel, trunk: Trunk, dtype: str, *, gene
         if not error <= limit:
             raise ModelError(
                 f"model {name!r} is run wrongly: {what} ({trunk.name} trunk) and transformers' own forward disagree by "
-                f"{_shown(error)}, and {dtype} explains {limit:.2g}."
+                f"{_shown(error)}; the tolerance of {dtype} is {limit:.2g}."
             )
 
 

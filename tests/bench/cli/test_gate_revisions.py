@@ -164,7 +164,7 @@ def test_a_self_test_names_cases_that_could_not_be_measured(call, commit, monkey
         (("--summary", "nowhere/table.md"), "--summary 'nowhere/table.md' cannot be written: there is no folder"),
         (("--summary", "."), "--summary '.' is a folder: name a file."),
         (("--out", "."), "--out '.' holds files: a gate needs an empty or a new folder."),
-        (("--out", "mine.py"), "--out 'mine.py' is no folder: name an empty or a new one."),
+        (("--out", "mine.py"), "--out 'mine.py' is not a folder: name an empty or a new one."),
     ],
 )
 @pytest.mark.parametrize("mode", [("--base", "HEAD"), ("--bisect", "HEAD", "HEAD"), ("--self-test",)])

@@ -39,9 +39,9 @@ def test_a_plan_stands_beside_one_run(call, tmp_path):
     (tmp_path / "plan").mkdir()
     (tmp_path / "plan" / "plan.json").write_text("[]")
     plan, *names = (str(tmp_path / name) for name in ("plan", "before", "after"))
-    says = f"'{plan}' is a plan: it can be laid beside one run, and "
-    assert call("report", plan) == (2, "", f"{says}0 are named.\n")
-    assert call("report", *names, plan) == (2, "", f"{says}2 are named.\n")
+    says = f"'{plan}' is a plan: it must be given with one run, and "
+    assert call("report", plan) == (2, "", f"{says}0 are given.\n")
+    assert call("report", *names, plan) == (2, "", f"{says}2 are given.\n")
     (tmp_path / "plan" / "plan.json").write_text("{")
     code, _, err = call("report", names[0], plan)
     assert (code, "plan.json' cannot be read: " in err, len(err.splitlines())) == (2, True, 1)

@@ -158,5 +158,5 @@ def test_a_folder_of_something_else_is_refused(request_of_all: Request, tmp_path
     with pytest.raises(RunFolderError, match="the evidence of another request"):
         collect(folder, other, [], 1.0)
     (folder / "request.json").write_text("[]")
-    with pytest.raises(RunFolderError, match="that is no request"):
+    with pytest.raises(RunFolderError, match="that is not a request"):
         collect(folder, request_of_all, [], 1.0)

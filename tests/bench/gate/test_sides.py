@@ -103,7 +103,7 @@ def test_a_revision_has_the_files_that_releases_leave_out(repo):
 @pytest.mark.parametrize(
     ("revision", "roots", "says"),
     [
-        ("nonsense", ["src"], "revision 'nonsense' is no commit of"),
+        ("nonsense", ["src"], "revision 'nonsense' is not a commit of"),
         ("--help", ["src"], "begins with a dash"),
         ("HEAD", ["other"], "revision 'HEAD' lacks '.*other', which modules are imported from"),
         ("HEAD", ["src", "other"], "revision 'HEAD' lacks '.*other', which modules are imported from"),
@@ -158,7 +158,9 @@ def test_a_dirty_tree_is_said_to_be_compared(repo):
 
 
 def test_folders_that_modules_come_from(repo, monkeypatch):
-    inside = [str(repo / "src"), str(repo / "venv" / "site-packages"), "/usr/lib"]
+    # A command of an environment in the repository has the folder of commands on its path.
+    monkeypatch.setattr(sys, "prefix", str(repo / "venv"))
+    inside = [str(repo / "src"), str(repo / "venv" / "bin"), str(repo / "other" / "site-packages"), "/usr/lib"]
     monkeypatch.setattr(sys, "path", inside)
     assert sides.module_roots(repo, with_working_folder=True) == [str(repo), str(repo / "src")]
     for measured in ("mine", "no_such_module"):  # of one that cannot be imported, its cases tell why

@@ -128,7 +128,7 @@ def test_a_torn_last_line_is_dropped_and_the_next_record_starts_clean(tmp_path, 
         ('{"schema": "1"}', "line 2: it is not a record"),
         ('{"schema": 1, "case": {}, "outcome": "ok"}', "line 2: it is not a record"),
         ('{"schema": 1, "case": {"id": "a"}, "outcome": "fine"}', "line 2: it is not a record"),
-        ('{"schema": 3}', "line 2: its schema is 3 and this rlhfbench reads up to 2: a newer one wrote it."),
+        ('{"schema": 3}', "line 2: its schema is 3, of a newer rlhfbench: this one reads up to schema 2."),
     ],
 )
 def test_a_bad_line_is_named_in_one_sentence(tmp_path, line, says):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import types
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import torch
 
 from rlhfbench.measure.collectives import CollectiveCounter
 from rlhfkernels import Case, CaseError, build_step
+from rlhfkernels.parallel import deepspeed
 from rlhfkernels.parallel.deepspeed import load
 from rlhfkernels.parallel.world import World
 
@@ -20,7 +22,6 @@ from rlhfkernels.parallel.world import World
 def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Undoes what ``load`` sets."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    monkeypatch.setenv("LOCAL_RANK", "0")
 
 
 def test_a_missing_package_is_said(monkeypatch: pytest.MonkeyPatch, bare_environment: None) -> None:
@@ -39,6 +40,19 @@ def test_an_old_package_is_said(monkeypatch: pytest.MonkeyPatch, bare_environmen
     assert caught.value.problems == (
         "parallel.strategy is 'deepspeed': it needs deepspeed 0.19.0 or later, and 0.9.5 is installed.",
     )
+
+
+@pytest.mark.parametrize(("device", "seen"), [("cuda:1", "1"), ("cuda", "2"), ("cpu", "2")])
+def test_an_engine_chooses_the_device_of_the_case(monkeypatch: pytest.MonkeyPatch, device: str, seen: str) -> None:
+    """And a launcher's number of the rank on its machine comes back."""
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with deepspeed._local_rank(torch.device(device)):
+        assert os.environ["LOCAL_RANK"] == seen
+    assert os.environ["LOCAL_RANK"] == "2"
+    monkeypatch.delenv("LOCAL_RANK")
+    with deepspeed._local_rank(torch.device("cuda")):
+        assert os.environ["LOCAL_RANK"] == "0"
+    assert "LOCAL_RANK" not in os.environ
 
 
 def completions(world: World, cases: list[Case]) -> list[torch.Tensor]:
