@@ -135,7 +135,7 @@ def fuzz(max_examples: int) -> settings:
 class NoServer:
     """A fork server that forks nothing."""
 
-    def start(self) -> None:
+    def start(self, *, round_s: float = 0.0) -> None:
         """Does nothing."""
 
     def close(self) -> None:

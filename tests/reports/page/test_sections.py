@@ -395,7 +395,9 @@ def test_a_run_without_records_has_no_table(make_run: Runs) -> None:
 
 def test_one_reason_why_timing_ended_is_no_list(make_run: Runs) -> None:
     precise, budget = {"stopped_because": "precise"}, {"stopped_because": "budget"}
-    assert "Timing of 2 cases ended because the interquartile mean was precise enough." in words(make_run(precise, precise))
+    assert "Timing of 2 cases ended because the interquartile mean was precise enough." in words(
+        make_run(precise, precise)
+    )
     both = words(make_run(precise, budget))
     assert "ended: 1 because the interquartile mean was precise enough, 1 because the time budget was spent." in both
 

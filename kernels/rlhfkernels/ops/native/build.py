@@ -94,7 +94,7 @@ def _compiler() -> list[str]:
     found = next(filter(None, map(shutil.which, names)), None)
     if found is None:
         if requested:
-            raise BuildError(f"CC is {requested[0]!r}, which is not a command")
+            raise BuildError(f"CC is {requested[0]!r}, not a command")
         raise BuildError(f"no {', '.join(names)} is installed")
     return [found, *requested[1:]]
 

@@ -76,7 +76,7 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 def test_a_compiler_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "/nonexistent -m64")
-    assert failure() == "CC is '/nonexistent', which is not a command"
+    assert failure() == "CC is '/nonexistent', not a command"
 
 
 def test_a_compiler_that_fails(compiler: Callable[[str], Path], tmp_path: Path) -> None:
