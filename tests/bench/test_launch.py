@@ -17,7 +17,8 @@ SLURM = {
     "SLURM_LOCALID": "0",
     "SLURM_NODEID": "2",
     "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
-    "SLURM_NODELIST": "node[07-08,11]",
+    "SLURM_NODELIST": "node[01-20]",  # of the job
+    "SLURM_STEP_NODELIST": "node[07-08,11]",
     "SLURM_JOB_ID": "17",
     "SLURM_STEP_ID": "2",
 }

@@ -278,12 +278,9 @@ def _is_inside(path: Path, root: Path) -> bool:
 
     A command of an environment has the environment's ``bin`` on its path.
     """
-    path = path.resolve()
-    return (
-        path.is_relative_to(root.resolve())
-        and not path.is_relative_to(Path(sys.prefix).resolve())
-        and "site-packages" not in path.parts
-    )
+    path, root, prefix = path.resolve(), root.resolve(), Path(sys.prefix).resolve()
+    is_of_environment = prefix.is_relative_to(root) and path.is_relative_to(prefix)
+    return path.is_relative_to(root) and not is_of_environment and "site-packages" not in path.parts
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from rlhfbench.launch import find_launch
 from rlhfbench.measure.options import BUILD
 from rlhfbench.processes import num_oom_kills
 from rlhfbench.records.file import make_plan
-from rlhfbench.runs import environment
+from rlhfbench.runs import environment, versions
 from rlhfbench.runs.execution import Ended, Start, Task
 from rlhfbench.runs.faults import last_line
 from rlhfbench.runs.forkserver import ForkServer
@@ -45,14 +45,16 @@ class ThisMachine:
     ) -> None:
         self._server, self._progress, self._runs_ranks = server, progress or Silent(), runs_ranks
         self._nvml_is_missing = False
+        self._installed = versions.installed()
 
     def start(self, *, round_s: float = 0.0) -> None:
         """Starts the fork server: its imports are no part of the first case's time.
 
         Forks share the layout of their server's memory, which makes some phases up to 4 % slower. So each round of
-        blocks has a server of its own, if starting it takes less time than the round.
+        blocks has a server of its own, if starting it takes less time than the round. Not if a source file was edited:
+        a new server would import it, and the blocks of a case would be of two codes.
         """
-        if 0 < self._server.start_s < round_s:
+        if 0 < self._server.start_s < round_s and versions.installed() == self._installed:
             self._server.close()
         self._server.start()
 

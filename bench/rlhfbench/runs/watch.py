@@ -131,6 +131,8 @@ class _Server(ThreadingHTTPServer):
 
     def server_bind(self) -> None:
         """Binds without the reverse look-up of the host's name, which may ask the network."""
+        # Connections of a server that has ended hold its port for a minute.
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])

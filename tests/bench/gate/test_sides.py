@@ -176,6 +176,13 @@ def test_folders_that_modules_come_from(repo, monkeypatch):
         sides.module_roots(repo, with_working_folder=False)
 
 
+def test_a_repository_below_the_environment_has_modules(repo, monkeypatch):
+    """As one in ``/usr/src`` has, beside the system's Python."""
+    monkeypatch.setattr(sys, "prefix", str(repo.parent))
+    monkeypatch.setattr(sys, "path", [str(repo / "src")])
+    assert sides.module_roots(repo, with_working_folder=True) == [str(repo), str(repo / "src")]
+
+
 def test_a_second_gate_is_refused(repo):
     with sides.only_gate(), pytest.raises(GateError, match="another gate of yours runs"), sides.only_gate():
         pass

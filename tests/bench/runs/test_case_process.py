@@ -49,7 +49,7 @@ class StubServer:
         self.calls.append("close")
 
 
-def test_a_round_gets_a_server_of_its_own_if_starting_it_takes_less_time():
+def test_a_round_gets_a_server_of_its_own_if_starting_it_takes_less_time(monkeypatch):
     server = StubServer()
     machine = case_process.ThisMachine(server)
     machine.start()
@@ -57,3 +57,6 @@ def test_a_round_gets_a_server_of_its_own_if_starting_it_takes_less_time():
     assert server.calls == ["start", "start"]
     machine.start(round_s=2.1)
     assert server.calls[2:] == ["close", "start"]
+    monkeypatch.setattr(case_process.versions, "installed", lambda: ("0.1", "of edited sources"))
+    machine.start(round_s=2.1)
+    assert server.calls[4:] == ["start"]
