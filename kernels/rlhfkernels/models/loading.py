@@ -147,6 +147,11 @@ def load_causal_lm(
             "of generation would spoil: it must have attention layers alone."
         )
     model.eval().requires_grad_(False)
+    for module in model.modules():
+        # Lengths stay within the model's positions, where its frequencies never change. transformers would compare them
+        # in every forward: a wait for the device, and impossible on the fake tensors of a plan.
+        if getattr(module, "rope_type", None) == "dynamic":
+            module.rope_type = "default"
     return model
 
 

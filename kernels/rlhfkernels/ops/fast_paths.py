@@ -14,6 +14,11 @@ def note_fast_path(name: str) -> None:
     _used.add(name)
 
 
+def forget_fast_paths() -> None:
+    """Forgets all names: the checks of a loaded model are no part of a step."""
+    _used.clear()
+
+
 def fast_paths() -> list[str]:
     """Returns the names that were noted, in alphabetical order."""
     return sorted(_used)

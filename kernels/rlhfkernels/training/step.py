@@ -27,6 +27,7 @@ from rlhfkernels.methods.phases import ForwardPass, Phase
 from rlhfkernels.methods.program import Derive, Generate, Optimize, Read
 from rlhfkernels.models.loading import load_tokenizer
 from rlhfkernels.observer import Observer
+from rlhfkernels.ops.fast_paths import forget_fast_paths
 from rlhfkernels.parallel.strategies import RoleOptimizer, Strategy
 from rlhfkernels.parallel.world import ALONE, World
 from rlhfkernels.training.gradients import PassForm
@@ -82,7 +83,9 @@ def build_step(
         generator = torch.Generator(torch.device(case.device))
         generator.manual_seed(case.seed + world.rank)  # every rank samples its own
     engine = Engine(case, with_weights=with_weights, num_layers=num_layers, world=world, make_strategy=make_strategy)
-    return TrainingStep(case, engine, reward_fn, generator=generator, world=world)
+    step = TrainingStep(case, engine, reward_fn, generator=generator, world=world)
+    forget_fast_paths()
+    return step
 
 
 class TrainingStep:

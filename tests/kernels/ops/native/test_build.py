@@ -79,6 +79,11 @@ def test_a_compiler_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None
     assert failure() == "CC is '/nonexistent', not a command"
 
 
+def test_a_compiler_in_unbalanced_quotes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "gcc '-O2")
+    assert failure() == 'CC is "gcc \'-O2", which cannot be split into words: No closing quotation'
+
+
 def test_a_compiler_that_fails(compiler: Callable[[str], Path], tmp_path: Path) -> None:
     compiler("#!/bin/sh\necho 'In file included' >&2\necho 'x.c:1:2: error: no such flag' >&2\nexit 1\n")
     assert failure() == "the C compiler failed: x.c:1:2: error: no such flag"
