@@ -348,7 +348,9 @@ def _one_thread() -> Iterator[None]:
 def imported_deepspeed() -> None:
     """Imports DeepSpeed before any rank is forked: each of them would take 5 s."""
     pytest.importorskip("deepspeed")
-    load(torch.device("cpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", "0")  # which ``load`` sets
+        load(torch.device("cpu"))
 
 
 @pytest.fixture

@@ -106,10 +106,9 @@ class _DeepSpeed(Strategy):
         """DeepSpeed's engine of a module, with an optimizer of one parameter group for each of ``groups``."""
         dtype = next(module.parameters()).dtype
         optimizer = make_optimizer(self.options.optimizer, groups) if groups else None
-        with _local_rank(self.device):
-            engine, *_ = self._package.initialize(
-                model=module, optimizer=optimizer, config=self._config(dtype), dist_init_required=False
-            )
+        engine, *_ = self._package.initialize(
+            model=module, optimizer=optimizer, config=self._config(dtype), dist_init_required=False
+        )
         if optimizer is not None:
             # In stage 0 with bfloat16 DeepSpeed makes the states in a step of zero gradients
             # (fp16/unfused_optimizer.py, initialize_optimizer_states), which AdamW's bias correction must not count.
@@ -264,20 +263,6 @@ def make_deepspeed(options: Options, world: World, device: torch.device, *, may_
     return _STAGES[options.parallel.zero_stage](options, world, device, may_skip=may_skip)
 
 
-@contextmanager
-def _local_rank(device: torch.device) -> Iterator[None]:
-    """Has an engine choose ``device``, which it finds by this variable; a launcher's value comes back after."""
-    before = os.environ.get("LOCAL_RANK")
-    os.environ["LOCAL_RANK"] = (before or "0") if device.index is None else str(device.index)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["LOCAL_RANK"]
-        else:
-            os.environ["LOCAL_RANK"] = before
-
-
 def load(device: torch.device) -> Any:
     """DeepSpeed, told of the device: it would look for one, and log that it found none.
 
@@ -285,6 +270,11 @@ def load(device: torch.device) -> Any:
         CaseError: it is not installed, or it is too old.
     """
     os.environ.setdefault("DS_ACCELERATOR", device.type)
+    # By this number engines choose their device. Those of stage 3 read it in every step, so it stays set.
+    if device.index is None:
+        os.environ.setdefault("LOCAL_RANK", "0")
+    else:
+        os.environ["LOCAL_RANK"] = str(device.index)
     name = OPTION_PACKAGES["parallel.strategy"]["deepspeed"]
     try:
         package = importlib.import_module(name)

@@ -143,7 +143,7 @@ def test_a_repository_that_git_refuses_is_told_in_its_words(repo, monkeypatch, t
 
 def test_a_repository_without_commits(repo, tmp_path):
     sides.git("init", "-q", str(tmp_path / "empty"))
-    with pytest.raises(GateError, match="revision 'HEAD' is no commit"):
+    with pytest.raises(GateError, match="revision 'HEAD' is not a commit"):
         sides.head_side(tmp_path / "empty", [])
 
 

@@ -13,7 +13,6 @@ import torch
 
 from rlhfbench.measure.collectives import CollectiveCounter
 from rlhfkernels import Case, CaseError, build_step
-from rlhfkernels.parallel import deepspeed
 from rlhfkernels.parallel.deepspeed import load
 from rlhfkernels.parallel.world import World
 
@@ -22,6 +21,7 @@ from rlhfkernels.parallel.world import World
 def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Undoes what ``load`` sets."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("LOCAL_RANK", "0")
 
 
 def test_a_missing_package_is_said(monkeypatch: pytest.MonkeyPatch, bare_environment: None) -> None:
@@ -42,17 +42,18 @@ def test_an_old_package_is_said(monkeypatch: pytest.MonkeyPatch, bare_environmen
     )
 
 
-@pytest.mark.parametrize(("device", "seen"), [("cuda:1", "1"), ("cuda", "2"), ("cpu", "2")])
-def test_an_engine_chooses_the_device_of_the_case(monkeypatch: pytest.MonkeyPatch, device: str, seen: str) -> None:
-    """And a launcher's number of the rank on its machine comes back."""
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with deepspeed._local_rank(torch.device(device)):
-        assert os.environ["LOCAL_RANK"] == seen
-    assert os.environ["LOCAL_RANK"] == "2"
-    monkeypatch.delenv("LOCAL_RANK")
-    with deepspeed._local_rank(torch.device("cuda")):
-        assert os.environ["LOCAL_RANK"] == "0"
-    assert "LOCAL_RANK" not in os.environ
+@pytest.mark.parametrize(("device", "before", "seen"), [("cuda:1", "2", "1"), ("cuda", "2", "2"), ("cpu", None, "0")])
+def test_an_engine_chooses_the_device_of_the_case(
+    monkeypatch: pytest.MonkeyPatch, bare_environment: None, device: str, before: str | None, seen: str
+) -> None:
+    if before is None:
+        monkeypatch.delenv("LOCAL_RANK")
+    else:
+        monkeypatch.setenv("LOCAL_RANK", before)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(CaseError):
+        load(torch.device(device))
+    assert os.environ["LOCAL_RANK"] == seen
 
 
 def completions(world: World, cases: list[Case]) -> list[torch.Tensor]:
