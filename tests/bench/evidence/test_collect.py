@@ -93,7 +93,8 @@ def test_a_part_ends_with_its_time_and_the_next_is_not_begun(
     started, popen = [], module.subprocess.Popen
     monkeypatch.setattr(module.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
     parts = collect(tmp_path / "out", request_of_all, [1, 2], 0.3)["parts"]
-    assert [process.poll() is not None for process in started] == [True]
+    assert started
+    assert all(process.poll() is not None for process in started)
     assert parts["1"]["outcome"] == "timeout"
     assert parts["2"] == {"outcome": "no time", "wall_s": 0.0, "error": None}
 
