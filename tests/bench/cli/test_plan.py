@@ -123,6 +123,15 @@ def test_what_all_plans_share_is_in_the_caption(
     assert "parallel." not in caption
 
 
+def test_the_memory_of_a_small_device_stands_in_the_caption(
+    make_case: Callable[..., Case], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
+    asked = ["plan", "--model", make_case().model, "--methods", "sft", "--seq-lens", "8", "--batch-sizes", "1"]
+    assert cli.invoke([*asked, "--gpu", "1.5GiB"]) == 0
+    assert "1.5GiB: 1.5 GiB, 0.8 of it reserved" in " ".join(capsys.readouterr().out.split())
+
+
 def test_plans_of_two_settings_are_interleaved(
     make_case: Callable[..., Case], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
