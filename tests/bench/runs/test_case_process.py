@@ -1,4 +1,4 @@
-"""Threads with which a case is planned: those that it runs with, on which its scratch buffers depend."""
+"""Threads with which a case is planned, on which its scratch buffers depend, and what a dead case died of."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import pytest
 
 from rlhfbench.runs import case_process, worker
 from rlhfbench.runs.execution import Task
+from rlhfbench.runs.job import Exit
 from rlhfkernels.config.case import Case
 from rlhfkernels.config.options import Options
 
@@ -33,3 +34,10 @@ def test_a_case_is_planned_with_the_threads_that_it_runs_with(monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(name, value)
     assert threads(ranks) == 8  # the others are on machines of their own
+
+
+@pytest.mark.parametrize(("number", "name"), [(11, "SIGSEGV"), (40, "signal 40")])
+def test_a_case_that_a_signal_killed_names_it_also_where_it_has_no_name(number, name):
+    end = Exit(pid=1, code=-number, max_rss_bytes=None)
+    found = case_process._death(end, "score", timeout_s=1.0, oom_killed=False, log="")
+    assert found["error"] == {"kind": name, "message": f"it was killed by {name}.", "phase": "score"}
