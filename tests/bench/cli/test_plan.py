@@ -178,6 +178,17 @@ def test_a_case_and_a_sweep_are_planned_from_python(make_case: Callable[..., Cas
         rlhfbench.plan(dataclasses.replace(case, prompt_len=5000))
 
 
+@pytest.mark.parametrize("name", ["sweep.toml", "records.jsonl"])
+def test_a_plan_is_not_written_over_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    """A case has the same id in both, and its measured timeline the same name as the planned one."""
+    (tmp_path / name).touch()
+    asked = ["plan", "--model", "tiny", "--methods", "sft", "--seq-lens", "8", "--batch-sizes", "1"]
+    assert cli.invoke([*asked, "--out", str(tmp_path)]) == 2
+    printed, sentence = capsys.readouterr(), "holds a run, whose timelines a plan would replace: name another folder."
+    assert (printed.out, printed.err) == ("", f"out '{tmp_path}' {sentence}\n")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_without_a_gpu_no_plan_states_whether_it_fits(make_case: Callable[..., Case]) -> None:
     sweep = Sweep.from_spec(
         {"models": make_case().model, "methods": ["hydra"], "seq_lens": [8], "batch_sizes": [1], "device": "cuda"}
