@@ -55,12 +55,15 @@ def draw_run(
         line first, then the memory table, slopes and gain.
 
     Raises:
-        RecordsError: the records or a plan cannot be read.
+        RecordsError: the records or a plan cannot be read, or one of them has no case over ranks.
         SweepError: see ``on_one_machine``.
         OSError: the folder cannot be written.
     """
     records = read_records(run_dir)
     check_drawable(run_dir, records)
+    plan_records = [plan for plan_dir in plan_dirs for plan in _plans(plan_dir)]
+    if plan_dirs:
+        _check_ranks(run_dir, records)
     # Imported here, as pandas and matplotlib take most of a second, and `--help` imports this module.
     from rich.console import Group
     from rich.text import Text
@@ -76,7 +79,7 @@ def draw_run(
     from rlhfreports.scaling import draw_scaling, planned_table, ranks_table, scaling_table
 
     frame = records_frame(records)
-    plans = records_frame(_plans(plan_dirs))
+    plans = records_frame(plan_records)
     if same_machine:
         (frame,) = on_one_machine([frame], RunFolder(run_dir).environments())
     memory = memory_table(frame)
@@ -116,14 +119,22 @@ def draw_run(
     return Group(*printed)
 
 
-def _plans(plan_dirs: Sequence[Path]) -> list[Record]:
-    """The plans in several folders, in their order."""
-    found = []
-    for plan_dir in plan_dirs:
-        plans = read_plans(plan_dir)
-        check_drawable(plan_dir, plans)
-        found += plans
-    return found
+def _plans(plan_dir: Path) -> list[Record]:
+    """The plans in a folder, of which some are of cases over ranks."""
+    plans = read_plans(plan_dir)
+    check_drawable(plan_dir, plans)
+    _check_ranks(plan_dir, plans)
+    return plans
+
+
+def _check_ranks(folder: Path, records: Sequence[Record]) -> None:
+    """Checks that a plan has something to show beside a run.
+
+    Raises:
+        RecordsError: there is no case over ranks in ``records``.
+    """
+    if all(at(record, "case.options.parallel.strategy") is None for record in records):
+        raise RecordsError(f"'{folder}' has no case over ranks: a plan is laid beside a run for such cases alone.")
 
 
 def check_drawable(run_dir: Path, records: Sequence[Record]) -> None:
