@@ -11,6 +11,7 @@ from rlhfbench.records.derived import at
 from rlhfbench.records.file import Record, read_records
 from rlhfbench.records.plans import read_plans
 from rlhfbench.records.timelines import read_timeline, timeline_frames
+from rlhfbench.runs.conditions import with_conditions
 from rlhfbench.runs.folder import TIMELINES_NAME, RunFolder
 from rlhfbench.runs.page import PAGE_NAME, missing_libraries, on_one_machine, write_run_page
 
@@ -56,6 +57,7 @@ def draw_run(
 
     Raises:
         RecordsError: the records or a plan cannot be read, or one of them has no case over ranks.
+        RunFolderError: the environment cannot be read.
         SweepError: see ``on_one_machine``.
         OSError: the folder cannot be written.
     """
@@ -80,8 +82,10 @@ def draw_run(
 
     frame = records_frame(records)
     plans = records_frame(plan_records)
+    environments = RunFolder(run_dir).environments()
     if same_machine:
-        (frame,) = on_one_machine([frame], RunFolder(run_dir).environments())
+        (frame,) = on_one_machine([frame], environments)
+    frame = with_conditions(frame, environments)
     memory = memory_table(frame)
     # Nothing to tell apart where nothing was timed.
     noise = [Text(resolution(frame))] if frame["total_s_per_sample"].notna().any() else []
