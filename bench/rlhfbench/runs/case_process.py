@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,7 +15,7 @@ from rlhfbench.processes import num_oom_kills
 from rlhfbench.records.file import make_plan
 from rlhfbench.runs import environment, versions
 from rlhfbench.runs.execution import Ended, Start, Task
-from rlhfbench.runs.faults import last_line
+from rlhfbench.runs.faults import last_line, signal_name
 from rlhfbench.runs.forkserver import ForkServer
 from rlhfbench.runs.job import Exit
 from rlhfbench.runs.progress import Progress, Silent
@@ -174,7 +173,7 @@ def _death(end: Exit, stage: str | None, *, timeout_s: float, oom_killed: bool, 
     elif end.code is None:
         kind, message = "ServerDied", "the fork server died."
     elif end.code < 0:
-        kind = signal.Signals(-end.code).name
+        kind = signal_name(-end.code)
         message = f"it was killed by {kind}."
         if kind == "SIGKILL" and oom_killed:
             outcome, message = "oom", "the kernel killed it: the machine was out of memory."

@@ -185,8 +185,9 @@ class Runner:
         ]
 
     def try_case(self, case: Case) -> Record:
-        """Runs and records ``case``, or returns its record from earlier."""
-        if not any(entry.case_id == case.id for entry in self._recorded()):
+        """Runs and records ``case``, or returns its record from earlier: of a try that might allocate as much."""
+        tried = (entry for entry in self._recorded() if entry.case_id == case.id)
+        if not any(map(self._conditions.limit_is_same, tried)):
             self._executor.start()
             self._progress.start_case(case)
             # A try asks whether it fits: it gets no interval.

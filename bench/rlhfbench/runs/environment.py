@@ -138,9 +138,17 @@ def changes(now: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> str
 
 
 def are_alike(now: Mapping[str, Any], earlier: Mapping[str, Any]) -> bool:
-    """True if times of two environments compare. The commit counts only where the hash of the sources is unknown."""
-    without = () if at(earlier, "source.hash") is None else ("commit",)
-    return not differences(now, [earlier], without=without)
+    """True if times of two environments compare: nothing is ``unlike``."""
+    return not unlike(now, earlier)
+
+
+def unlike(now: Mapping[str, Any], earlier: Mapping[str, Any], *, without: Collection[str] = ()) -> list[str]:
+    """The ``differences`` for which times of two environments do not compare.
+
+    The commit counts only where the hash of the sources is unknown.
+    """
+    ignored = [] if at(earlier, "source.hash") is None else ["commit"]
+    return differences(now, [earlier], without=(*without, *ignored))
 
 
 def of_host(environment: Mapping[str, Any], host: str | None) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""The executor of this machine: threads with which a case is planned, and servers of rounds of blocks."""
+"""The executor of this machine: threads of a plan, servers of rounds of blocks, and what a dead case died of."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import pytest
 
 from rlhfbench.runs import case_process, worker
 from rlhfbench.runs.execution import Task
+from rlhfbench.runs.job import Exit
 from rlhfkernels.config.case import Case
 from rlhfkernels.config.options import Options
 
@@ -60,3 +61,10 @@ def test_a_round_gets_a_server_of_its_own_if_starting_it_takes_less_time(monkeyp
     monkeypatch.setattr(case_process.versions, "installed", lambda: ("0.1", "of edited sources"))
     machine.start(round_s=2.1)
     assert server.calls[4:] == ["start"]
+
+
+@pytest.mark.parametrize(("number", "name"), [(11, "SIGSEGV"), (40, "signal 40")])
+def test_a_case_that_a_signal_killed_names_it_also_where_it_has_no_name(number, name):
+    end = Exit(pid=1, code=-number, max_rss_bytes=None)
+    found = case_process._death(end, "score", timeout_s=1.0, oom_killed=False, log="")
+    assert found["error"] == {"kind": name, "message": f"it was killed by {name}.", "phase": "score"}

@@ -389,6 +389,16 @@ def test_memory_against_one_number_has_its_name_on_the_axis(make_run: Runs) -> N
     assert several["title"]["text"] == {"expr": "'GiB, against ' + axis"}
 
 
+def test_memory_against_an_option_says_that_its_usual_value_is_left_out(make_run: Runs) -> None:
+    left_out = "A case is left out where the option has the value of its setting"
+    ranks = charts(make_run(*({"lora_rank": rank, **PART} for rank in (8, 16))))["memory-swept"]
+    assert left_out not in ranks.caption
+    rows = [{**PART, "options": options} for options in ("", "ppo.num_ppo_epochs=2", "ppo.num_ppo_epochs=4")]
+    epochs = charts(make_run(*rows))["memory-swept"]
+    assert left_out in epochs.caption
+    assert epochs.data["swept"]["value"].tolist() == [2, 4]
+
+
 def test_a_run_without_records_has_no_table(make_run: Runs) -> None:
     assert list(sections(make_run())) == ["answer", "ran"]
 
