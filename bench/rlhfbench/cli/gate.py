@@ -236,7 +236,7 @@ def _self_test(cases: Sweep, folder: Path, options: GateOptions, output: Output)
     found = self_test(Side(name="head", title="this", paths=paths), cases, folder, options, tell)
     output.store("\n".join(["```", *lines, "```", ""]))
     if output.as_json:
-        print(json.dumps([dataclasses.asdict(row) for row in found]))
+        print(json.dumps(found.to_json()))
     return common.DONE
 
 

@@ -588,6 +588,8 @@ def test_simulated_rates_follow_the_noise(tmp_path):
     noisy = MeasuredCase(case_id="", kinds={"think": "update"}, pairs=wild, spent_s=5.0)
     patient = rates([noisy], 0.05, Effects(), 60.0)
     assert patient.ambiguous > 0.9
+    # There is no other case.
+    assert {patient.false_alarms, *(alarms for _, alarms in patient.others.values())} == {None}
     assert patient.case_s == pytest.approx(patient.num_pairs + 1)  # a pair takes a second, and memory another
     hasty = rates([noisy], 0.05, Effects(), 6.5)
     assert 5.5 < hasty.num_pairs <= MIN_PAIRS + 2  # then 7 of 6.5 seconds are spent; some tries end before
