@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import psutil
 import pytest
@@ -531,6 +532,28 @@ def test_a_baseline_is_replaced_by_what_the_gate_reads(tmp_path):
     (tmp_path / "else" / "thesis.txt").write_text("")
     with pytest.raises(GateError, match="holds files of something else"):
         update_baseline(tmp_path / "new", tmp_path / "else")
+
+
+def test_nothing_of_the_old_run_stays_beside_the_records_of_a_baseline_that_is_replaced(tmp_path):
+    """A report would draw the timelines of the old run as those of the new one."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder in (old, new):
+        stored(folder, "steady")
+        (folder / "timelines").mkdir()
+        (folder / "timelines" / "case.json").write_text(folder.name)
+    for name in ("timelines/case.png", "timelines/other.json", "index.html", "latency.svg", "thesis.txt"):
+        (old / name).write_text("")
+    (old / "traces" / "case").mkdir()
+    (new / "timelines" / "case.png").write_text("")
+    update_baseline(new, old)
+    left = {str(path.relative_to(old)) for path in old.rglob("*")}
+    assert left == {
+        *("sweep.toml", "environment.json", "records.jsonl"), *("timelines", "timelines/case.json", "thesis.txt"),
+    }  # fmt: skip
+    assert (old / "timelines" / "case.json").read_text() == "new"
+    shutil.rmtree(new / "timelines")
+    update_baseline(new, old)
+    assert not (old / "timelines").exists()
 
 
 def test_a_baseline_without_a_run_or_records_is_one_sentence(tmp_path):
