@@ -244,9 +244,10 @@ def test_compare_with_takes_a_revision_or_a_run(call, commit, fake, tmp_path):
         method="hydra", model="tiny", prompt_len=4, completion_len=4, batch_size=1,
         options=Options.of({"data.prompt_field": "revision"}),
     )  # fmt: skip
-    sweep, lines = Sweep(cases=(case,)), []
+    sweep, lines, short = Sweep(cases=(case,)), [], git("rev-parse", "--short", "HEAD")
     options = GateOptions(step="mine:unused")
-    found = rlhfbench.gate.compare_with("HEAD~1", sweep, tmp_path / "out", options, lines.append)
+    found, *words = rlhfbench.gate.compare_in_words("HEAD~1", sweep, tmp_path / "out", options, lines.append)
+    assert words == [f"HEAD~1 ({git('rev-parse', '--short', 'HEAD~1')})", f"the working tree at {short}"]
     assert [finding.quantity for finding in found if finding.is_regression] == ["memory total"]
     assert lines == ["4 pairs: 0 of 1 cases are ambiguous"]
     steady = (*CASES, "--option", "data.prompt_field=steady")
