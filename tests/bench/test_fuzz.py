@@ -106,6 +106,16 @@ OTHERS = {
 }
 GATED = [[], ["--base", "main"], ["--self-test"], ["--bisect", "a", "b"], ["--baseline", "old"], ["--baseline", "file"],
          ["--baseline", "stored", "--update-baseline"]]  # fmt: skip
+NO_ANSWERS = selftest.SelfTest(
+    num_cases=0,
+    num_quantities=0,
+    not_measured=[],
+    false_alarms=[],
+    num_held_found=0,
+    slowed=[],
+    rates=[],
+    promised=None,
+)
 SWITCHES = [
     "--profile",
     "--no-profile",
@@ -199,7 +209,7 @@ def without_work(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(sides, "checked_out", lambda *_, **__: contextlib.nullcontext(side))
     patch.setattr(sides, "module_roots", lambda *_, **__: [])
     patch.setattr(compare.Comparison, "run", lambda self: [])
-    patch.setattr(selftest, "self_test", lambda *_, **__: [])
+    patch.setattr(selftest, "self_test", lambda *_, **__: NO_ANSWERS)
     patch.setattr(bisect, "commits_between", lambda *_, **__: [])
     patch.setattr(bisect, "bisect", lambda *_, **__: bisect.Tested(commit="abc", subject="a commit", findings=[]))
 

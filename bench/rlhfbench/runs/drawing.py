@@ -13,7 +13,7 @@ from rlhfbench.records.plans import read_plans
 from rlhfbench.records.timelines import read_timeline, timeline_frames
 from rlhfbench.runs.conditions import with_conditions
 from rlhfbench.runs.folder import TIMELINES_NAME, RunFolder
-from rlhfbench.runs.page import PAGE_NAME, missing_libraries, on_one_machine, write_run_page
+from rlhfbench.runs.page import COMPARISON_NAME, PAGE_NAME, missing_libraries, on_one_machine, write_run_page
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from rlhfreports.tables import ReportTable
 
 
+# The tables and plots that ``draw_run`` writes, each in some of these formats.
+_DRAWN = (
+    "memory_table", "latency", "throughput", "predicted", "slopes", "gain", "ranks", "scaling", "planned_ranks",
+)  # fmt: skip
+_FORMATS = (".md", ".csv", ".png", ".svg")
 _MAX_TIMELINES = 100  # pictures, which take half a second each
 _DRAWN_FIELDS = ("method", "model", "prompt_len", "completion_len", "batch_size", "device", "dtype")
 
@@ -121,6 +126,17 @@ def draw_run(
     else:
         write_run_page([run_dir], run_dir / PAGE_NAME, with_paper=with_paper, loaded=[(records, frame)], plans=plans)
     return Group(*printed)
+
+
+def remove_drawings(run_dir: Path) -> None:
+    """Removes the tables, plots and pages of a run. Timelines and their pictures stay.
+
+    Raises:
+        OSError: one cannot be removed.
+    """
+    tables = [f"{name}{suffix}" for name in _DRAWN for suffix in _FORMATS]
+    for name in (*tables, PAGE_NAME, COMPARISON_NAME):
+        (run_dir / name).unlink(missing_ok=True)
 
 
 def _plans(plan_dir: Path) -> list[Record]:
