@@ -259,12 +259,12 @@ def test_a_gate_fails_the_test_of_a_case_that_could_not_be_compared(bench, measu
 
 def test_a_gate_that_cannot_compare_fails_its_tests_with_the_sentence(bench, measured, monkeypatch):
     def compare(base, sweep, out):
-        raise GateError(f"revision '{base}' is no commit.")
+        raise GateError(f"revision '{base}' is not a commit.")
 
     monkeypatch.setattr(measurer, "compare_in_words", compare)
     result = bench("--benchmark", "--benchmark-gate=nonsense", "-k", "hydra and not joined")
     result.assert_outcomes(failed=1, deselected=4)
-    result.stdout.fnmatch_lines(["*revision 'nonsense' is no commit.*"])
+    result.stdout.fnmatch_lines(["*revision 'nonsense' is not a commit.*"])
 
 
 def test_a_gate_that_cannot_compare_is_not_tried_again_for_each_case(bench, measured, monkeypatch):
