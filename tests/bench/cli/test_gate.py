@@ -92,7 +92,7 @@ def test_a_new_run_in_the_baseline_that_it_would_replace_is_refused(call, fake, 
     ],
 )
 def test_a_new_run_is_told_by_its_commit(call, fake, monkeypatch, source, title):
-    monkeypatch.setattr(environment, "source", lambda folder: source)
+    monkeypatch.setattr(environment, "source", lambda *folders: source)
     code, out, _ = call("gate", "--baseline", "stored", "--update-baseline", *SMALL, *kind("steady"))
     assert (code, f" {title} against the run in stored." in out) == (3, True)
     code, out, _ = call("gate", "--baseline", "stored", "--json")
