@@ -145,7 +145,9 @@ def fuzz(max_examples: int) -> settings:
 class NoServer:
     """A fork server that forks nothing."""
 
-    def start(self, *, round_s: float = 0.0) -> None:
+    start_s = 0.0
+
+    def start(self) -> None:
         """Does nothing."""
 
     def close(self) -> None:
