@@ -49,7 +49,7 @@ def find_launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
 
     Those of torchrun: ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``LOCAL_WORLD_SIZE``, ``MASTER_ADDR`` and
     ``MASTER_PORT``. Else those of Slurm: ``SLURM_PROCID``, ``SLURM_STEP_NUM_TASKS``, ``SLURM_LOCALID``,
-    ``SLURM_STEP_TASKS_PER_NODE`` and ``SLURM_NODELIST``, with ``MASTER_PORT`` or 29500.
+    ``SLURM_STEP_TASKS_PER_NODE`` and ``SLURM_STEP_NODELIST`` (else ``SLURM_NODELIST``), with ``MASTER_PORT`` or 29500.
 
     Raises:
         SweepError: a variable is malformed, or does not fit the others.
@@ -68,12 +68,13 @@ def find_launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
         )
     elif "SLURM_PROCID" in environment and "SLURM_STEP_NUM_TASKS" in environment:
         # The tasks of the step, and not those of the job: a shell in an allocation is a step of one task.
+        nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST", "127.0.0.1")
         found = Launch(
             rank=_number(environment, "SLURM_PROCID", 0),
             size=_number(environment, "SLURM_STEP_NUM_TASKS", 1),
             local_rank=_number(environment, "SLURM_LOCALID", 0),
             local_size=_tasks_per_node(environment),
-            host=environment.get("MASTER_ADDR") or first_host(environment.get("SLURM_NODELIST", "127.0.0.1")),
+            host=environment.get("MASTER_ADDR") or first_host(nodes),
             port=_number(environment, "MASTER_PORT", _SLURM_PORT),
             job=".".join(environment.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")),
         )
@@ -92,7 +93,7 @@ def refuse_launcher(what: str) -> None:
     """
     launch = find_launch()
     if launch is not None:
-        raise SweepError([f"{what} runs in one process, and a launcher started {launch.size}: start it without."])
+        raise SweepError([f"{what} runs in one process, and a launcher started {launch.size}: start it without one."])
 
 
 def first_host(nodes: str) -> str:

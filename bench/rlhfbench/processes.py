@@ -7,7 +7,8 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -51,19 +52,39 @@ def map_parallel(
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
-    # The server inherits the mask: Ctrl-C while it imports would print its traceback. It ends with this process.
-    resource_tracker.ensure_running()  # unblocks the signal when it starts
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with _safe_path():
+        # The server inherits the mask: Ctrl-C while it imports would print its traceback. It ends with this process.
+        resource_tracker.ensure_running()  # unblocks the signal when it starts
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            forkserver.ensure_running()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
     meanwhile()
     with ProcessPoolExecutor(num_processes, context, initializer=_start) as pool:
         try:
             return list(pool.map(function, inputs))
         except BrokenProcessPool as error:
-            raise ForkServerError("a worker process was killed: is the machine out of memory?") from error
+            raise ForkServerError(
+                "a worker process ended: the machine is out of memory, or a script calls this outside of "
+                'if __name__ == "__main__".'
+            ) from error
+
+
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """Keeps the working folder off the path of Python processes that start in the block.
+
+    A ``random.py`` of the user's must not replace the standard library's.
+    """
+    given = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["PYTHONSAFEPATH"]
+        if given is not None:
+            os.environ["PYTHONSAFEPATH"] = given
 
 
 def num_cores() -> int:

@@ -3,12 +3,14 @@
     python benchmarks/gate/comparisons.py OUT
     python benchmarks/gate/comparisons.py OUT --busy
     python benchmarks/gate/comparisons.py OUT --slower 0.1
+    python benchmarks/gate/comparisons.py OUT --held
 
 Each gate compares ten cases on ``tiny``. A comparison is one of them: 10 gates are 100 comparisons. With ``--slower``
-the longest phase of every case is that much slower in the head. Those of a gate are appended to OUT/comparisons.jsonl
-as it ends. The same command goes on where an earlier one was interrupted, also at a later commit with the same code of
-the gate, and prints the rates of all, and those of two other tools' rules: of the steps of the first and the last pair
-of each comparison, they are asked about every time that the gate is asked about.
+the longest phase of every case is that much slower in the head; with ``--held`` a tensor of 64 kB is held there over
+each step. The comparisons of a gate are appended to OUT/comparisons.jsonl as it ends. The same command goes on where an
+earlier one was interrupted, also at a later commit with the same code of the gate, and prints the rates of all, and
+those of two other tools' rules: of the steps of the first and the last pair of each comparison, they are asked about
+every time that the gate is asked about.
 
 Two of them may run at once, each the other's busy process, if each has a core and temporary files of its own:
 
@@ -23,6 +25,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import subprocess
 import sys
 import time
@@ -34,10 +37,10 @@ from rlhfbench.cases.sweep import Sweep
 from rlhfbench.cli.cases import make_sweep
 from rlhfbench.errors import GateError
 from rlhfbench.gate import sides
-from rlhfbench.gate.compare import CHANGES, Comparison, GateOptions
+from rlhfbench.gate.compare import CHANGES, Comparison, Fault, GateOptions
 from rlhfbench.gate.findings import Finding
 from rlhfbench.gate.other_rules import OTHERS
-from rlhfbench.gate.selftest import slower_phase
+from rlhfbench.gate.selftest import held_tensor, slower_phase
 from rlhfbench.gate.simulation import MeasuredCase, measured_cases
 
 METHODS = [
@@ -45,7 +48,16 @@ METHODS = [
 ]  # fmt: skip
 ALARMS = (*CHANGES, "missing", "failed")
 # What decides: comparisons by the same of these count together.
-_JUDGEMENT = ("gate", "measure/turns.py", "measure/statistic.py", "measure/cores.py", "measure/interference.py")
+_JUDGEMENT = tuple(
+    f"bench/rlhfbench/{path}.py"
+    for path in (
+        "gate/compare", "gate/decide", "gate/pairs", "gate/findings", "measure/turns", "measure/statistic",
+        "measure/cores", "measure/interference",
+    )
+)  # fmt: skip
+_BUDGET_S = 60.0
+# Of rows that do not say it.
+_DEFAULTS = {"held": False, "budget_s": _BUDGET_S}
 # Ends with its parent.
 _BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: sum(range(10000))"
 
@@ -58,9 +70,16 @@ def main() -> int:
     root = sides.repository()
     commit = sides.commit_of("HEAD", root)
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    about = {"judgement": _judgement(root, commit), "slower": given.slower, "busy": given.busy}
+    about = {
+        "judgement": _judgement(root, commit),
+        "slower": given.slower,
+        "held": given.held,
+        "busy": given.busy,
+        "budget_s": given.budget_s,
+    }
+    done = [{**_DEFAULTS, **row} for row in done]
     if any(row[name] != value for row in done for name, value in about.items()):
-        raise GateError(f"'{path}' holds comparisons by other code, slowdown or load: name a new folder.")
+        raise GateError(f"'{path}' holds comparisons by other code, fault, load or --budget-s: name a new folder.")
     counted = {row["gate"] for row in done}
     with sides.only_gate():
         slowed = _measured_cases(root, commit) if given.slower else []
@@ -71,7 +90,8 @@ def main() -> int:
             with _busy_process() if given.busy else contextlib.nullcontext():
                 findings, spent_s, others = _gate(root, commit, given, slowed, seed=gate)
             rows = [
-                {"commit": commit, **about, "gate": gate, **row} for row in _rows(findings, slowed, spent_s, others)
+                {"commit": commit, **about, "gate": gate, **row}
+                for row in _rows(findings, slowed, spent_s, others, held=given.held)
             ]
             with path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -86,17 +106,42 @@ def main() -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of the comparisons")
-    parser.add_argument("--gates", type=int, default=10, help="gates, of ten comparisons each")
+    parser.add_argument("--gates", type=_num_gates, default=10, help="gates, of ten comparisons each")
     parser.add_argument("--first", type=int, default=0, help="number of the first gate, which seeds its order")
-    parser.add_argument("--budget-s", type=float, default=60.0, help="seconds of a case")
+    parser.add_argument("--budget-s", type=_budget_s, default=_BUDGET_S, help="seconds of a case")
     parser.add_argument("--busy", action="store_true", help="beside a process that keeps one core busy")
-    parser.add_argument("--slower", type=float, default=0.0, metavar="X", help="share by which a phase is slower")
+    fault = parser.add_mutually_exclusive_group()
+    fault.add_argument("--slower", type=float, default=0.0, metavar="X", help="share by which a phase is slower")
+    fault.add_argument("--held", action="store_true", help="hold a tensor of 64 kB over each step")
     return parser.parse_args()
 
 
+def _num_gates(text: str) -> int:
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"'{text}' must be a number of gates above 0.")
+    return int(text)
+
+
+def _budget_s(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 4 <= value <= 1e6:  # as in ``rlhfbench gate``
+        raise argparse.ArgumentTypeError(f"'{text}' must be from 4, for four pairs of blocks, to 1000000.")
+    return value
+
+
 def _judgement(root: Path, commit: str) -> str:
-    """A hash of the code that decides."""
-    objects = sides.git("rev-parse", *(f"{commit}:bench/rlhfbench/{path}" for path in _JUDGEMENT), folder=root)
+    """A hash of the code that decides.
+
+    Raises:
+        GateError: the working tree, whose code decides here, has other code than ``commit``.
+    """
+    changed = sides.git("diff", "--name-only", commit, "--", *_JUDGEMENT, folder=root).splitlines()
+    if changed:
+        raise GateError(f"'{changed[0]}' has uncommitted changes, and decides: commit or stash them.")
+    objects = sides.git("rev-parse", *(f"{commit}:{path}" for path in _JUDGEMENT), folder=root)
     return hashlib.sha256(objects.encode()).hexdigest()[:12]
 
 
@@ -114,12 +159,14 @@ def _busy_process() -> Iterator[None]:
 def _gate(
     root: Path, commit: str, given: argparse.Namespace, slowed: Sequence[MeasuredCase], *, seed: int
 ) -> tuple[list[Finding], dict[str, float], dict[str, dict[str, list[str]]]]:
-    """Runs one gate. In the head, cases of ``slowed`` are slower.
+    """Runs one gate. In the head, cases of ``slowed`` are slower, or a tensor is held in all cases.
 
     Returns:
         Its findings; the seconds that each case took; and the times of each case that each other rule flags.
     """
-    fault = slower_phase({case.case_id: case.longest_phase for case in slowed}, given.slower) if slowed else None
+    fault: Fault | None = held_tensor if given.held else None
+    if slowed:
+        fault = slower_phase({case.case_id: case.longest_phase for case in slowed}, given.slower)
     with _comparison(root, commit, GateOptions(budget_s=given.budget_s), seed) as (comparison, out):
         findings = comparison.run(fault)
         cases = measured_cases(out, comparison.spent_s)
@@ -164,6 +211,8 @@ def _rows(
     slowed: Sequence[MeasuredCase],
     spent_s: Mapping[str, float],
     others: Mapping[str, Mapping[str, Sequence[str]]],
+    *,
+    held: bool,
 ) -> Iterator[dict[str, Any]]:
     """Yields one row per case."""
     phases = {case.case_id: case.longest_phase for case in slowed}
@@ -174,13 +223,18 @@ def _rows(
         estimates = {found.quantity: found.estimate for found in own if found.estimate is not None}
         changed = {found.quantity: found.verdict for found in own if found.verdict in ALARMS}
         expected = affected.get(case.id, set())
+        # The tensor is held over a whole step, so all of its memory may be larger.
+        caused = {
+            name
+            for name, verdict in changed.items()
+            if (verdict == "slower" and name in expected)
+            or (verdict == "larger" and held and name.startswith("memory "))
+        }
         yield {
             "method": case.method,
             "slowed": phases.get(case.id),
-            "found": any(changed.get(name) == "slower" for name in expected),
-            "alarms": {
-                name: verdict for name, verdict in changed.items() if name not in expected or verdict != "slower"
-            },
+            "found": bool(caused),
+            "alarms": {name: verdict for name, verdict in changed.items() if name not in caused},
             "ambiguous": [found.quantity for found in own if found.verdict == "ambiguous"],
             "num_quantities": len(own),
             "num_pairs": max((ratio.num_pairs for ratio in estimates.values()), default=0),
@@ -196,8 +250,9 @@ def _rows(
 
 def _rates(rows: Sequence[dict[str, Any]]) -> str:
     """One line on ``rows``."""
-    slowed = [row for row in rows if row["slowed"]]
-    found = f"{sum(row['found'] for row in slowed)} of {len(slowed)} slower cases found, " if slowed else ""
+    faulty = [row for row in rows if row["slowed"] or row["held"]]
+    what = "held tensors" if any(row["held"] for row in rows) else "slower cases"
+    found = f"{sum(row['found'] for row in faulty)} of {len(faulty)} {what} found, " if faulty else ""
     alarms = sum(bool(row["alarms"]) for row in rows)
     unsure = sum(bool(row["ambiguous"]) for row in rows)
     mean_s = sum(row["spent_s"] for row in rows) / len(rows)

@@ -32,6 +32,11 @@ RUN = "run"
 # The machine that ran a case. Times of several machines are never compared within a run, so it is an axis like others.
 HOST = "host"
 SEGMENT = "run_segment"  # 0 for the first start of the run, n for its n-th resumption
+# Optional columns, of a run that one machine measured under unlike conditions: the segment that had those of a case
+# first, and how they differ from the start's, in words. Times are never compared across them either.
+CONDITIONS = "conditions"
+CONDITIONS_DIFFER = "conditions_differ"
+START = "the start"
 _ALIAS = " = "  # between names of one machine, as containers have
 CASE_AXES: dict[str, str] = {
     "model": "{}",
@@ -42,11 +47,12 @@ CASE_AXES: dict[str, str] = {
     "setting": "setting {}",
     "options": "{}",
 }
-AXES: dict[str, str] = {RUN: "{}", HOST: "on {}", **CASE_AXES}
+AXES: dict[str, str] = {RUN: "{}", HOST: "on {}", CONDITIONS: "conditions of {}", **CASE_AXES}
 IN_A_LINE = ("setting", RUN)  # axes that a line of a picture has in its name
 # Axes that a setting may change. While each setting has one value, its name stands for them.
 _SETTING_AXES = ("dtype", "lora_rank")
-_QUIET_AXES = ("seed", HOST)  # left out of captions
+_OF_MEASURED = (HOST, CONDITIONS)  # axes on which only measured cases count
+_QUIET_AXES = ("seed", *_OF_MEASURED)  # left out of captions
 _MAX_WORD_CHARS = 60  # in captions; the end of a checkpoint's path is kept, as it holds the name
 
 
@@ -75,7 +81,7 @@ def _differing(frame: pd.DataFrame) -> list[str]:
     return [
         axis
         for axis in axes_of(frame)
-        if (len(hosts_of(frame)) if axis == HOST else frame[axis].nunique(dropna=False)) > 1
+        if (len(_measured(frame, axis)) if axis in _OF_MEASURED else frame[axis].nunique(dropna=False)) > 1
     ]
 
 
@@ -94,10 +100,15 @@ def _implied(frame: pd.DataFrame) -> list[str]:
 
 def hosts_of(frame: pd.DataFrame) -> list[str]:
     """The machines that cases of ``frame`` were measured on."""
-    if HOST not in frame:
+    return _measured(frame, HOST)
+
+
+def _measured(frame: pd.DataFrame, axis: str) -> list[str]:
+    """The values of ``axis`` that measured cases have; none where ``frame`` lacks it."""
+    if axis not in frame:
         return []
     measured = (frame["outcome"] == "ok").fillna(False).astype(bool)
-    return list(frame.loc[measured, HOST].dropna().unique())
+    return list(frame.loc[measured, axis].dropna().unique())
 
 
 def as_one_machine(frame: pd.DataFrame, hosts: Sequence[str]) -> pd.DataFrame:
@@ -122,6 +133,25 @@ def hosts_note(frame: pd.DataFrame) -> str | None:
     if RUN in frame and frame[RUN].nunique() > 1:
         return f"{where}: what the times of two runs differ by may be the machines."
     return f"{where}: times are compared only between cases of one machine."
+
+
+def conditions_note(frame: pd.DataFrame) -> str | None:
+    """One sentence on conditions that changed as a run was resumed: what of its cases' times compares."""
+    if len(_measured(frame, CONDITIONS)) < 2:
+        return None
+    names = [name for name in (RUN, CONDITIONS) if name in frame]
+    unlike = frame[frame[CONDITIONS_DIFFER].fillna("") != ""].drop_duplicates(names)
+    rows = unlike.to_dict("records")
+    words = "; ".join(f"{', '.join(row[name] for name in names)}: {row[CONDITIONS_DIFFER]}" for row in rows)
+    return (
+        f"The run was resumed under other conditions ({words}): times are compared only between cases of the same "
+        "conditions."
+    )
+
+
+def time_notes(frame: pd.DataFrame) -> list[str]:
+    """Sentences on machines and conditions that differ: what of the times of ``frame`` compares."""
+    return [note for note in (hosts_note(frame), conditions_note(frame)) if note is not None]
 
 
 def setting_order(frame: pd.DataFrame) -> list[str]:

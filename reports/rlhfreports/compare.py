@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from rlhfreports.columns import HOST, RUN, axes_that_vary, is_disturbed, one_machine_note
+from rlhfreports.columns import CONDITIONS, HOST, RUN, axes_that_vary, is_disturbed, one_machine_note
 from rlhfreports.frames import line_of, size_of
 from rlhfreports.once import once_per_frame
 from rlhfreports.ratios import Ratio, blocks_of, rounded, t_quantile
@@ -66,8 +66,9 @@ def compared(frame: pd.DataFrame) -> pd.DataFrame:
         ``speedup`` with ``low`` and ``high``, ``memory_ratio``, and ``machines`` (``ONE``, ``TWO`` or ``REFUSED``).
     """
     runs = list(dict.fromkeys(frame[RUN]))
-    keys = [*_SIZE, *(axis for axis in axes_that_vary(frame) if axis not in (RUN, HOST))]
-    words = frame.drop(columns=[RUN, HOST], errors="ignore")
+    of_runs = [RUN, HOST, CONDITIONS]
+    keys = [*_SIZE, *(axis for axis in axes_that_vary(frame) if axis not in of_runs)]
+    words = frame.drop(columns=of_runs, errors="ignore")
     placed = frame.assign(_line=line_of(words), _size=size_of(words) if len(frame) else [])
     placed["_disturbed_by"] = frame["disturbed_by"].where(is_disturbed(frame))
     # Within a run a case stands once; a seed that varies is one of the keys.

@@ -22,7 +22,7 @@ from rlhfreports.ratios import t_quantile
 from rlhfreports.tables import GIB
 
 KINDS = ("total", "inference", "update")  # of seconds
-_LORA_RANK = "LoRA rank"
+LORA_RANK = "LoRA rank"
 # Kinds of memory, by column.
 MEMORY = {
     "total_bytes": "total",
@@ -188,10 +188,11 @@ def swept(frame: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         ``axis`` (the name of the number), ``value``, ``size`` (``size_of``, without that axis) and ``gib``; only lines
-        and sizes that were measured at two values.
+        and sizes that were measured at two values. A row whose option has the value of its setting does not name it, so
+        it is left out.
     """
     rows = frame[_has_memory(frame)]
-    values = {_LORA_RANK: rows["lora_rank"].astype("Float64"), **_numeric_options(rows)}
+    values = {LORA_RANK: rows["lora_rank"].astype("Float64"), **_numeric_options(rows)}
     gib, lines = rows["total_bytes"].astype("float64") / GIB, line_of(frame).reindex(rows.index)
     found = []
     for axis, value in values.items():
@@ -207,7 +208,7 @@ def swept(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _without(rows: pd.DataFrame, axis: str) -> pd.DataFrame:
     """``rows`` as if none differed on an axis of ``swept``."""
-    if axis == _LORA_RANK:
+    if axis == LORA_RANK:
         return rows.assign(lora_rank=rows["lora_rank"].iloc[0])
     others = [", ".join(f"{n}={v}" for n, v in _pairs(text) if n != axis) for text in rows["options"].fillna("")]
     return rows.assign(options=pd.array(others, dtype="string"))

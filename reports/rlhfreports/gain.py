@@ -24,16 +24,18 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from rlhfreports.columns import (
+    AXES,
     CASE_AXES,
+    CONDITIONS,
     HOST,
     axes_of,
     axes_that_vary,
     axis_text,
-    hosts_note,
     is_measured,
     methods_in_order,
     setting_order,
     shared_axes_text,
+    time_notes,
 )
 from rlhfreports.layouts import Column
 from rlhfreports.once import once_per_frame
@@ -69,13 +71,14 @@ EXPLANATION = (
 )
 
 _GAINS = ("shared_pass", "larger_batch", "whole")
-# The columns of the CSV. Gains and shares are ratios.
+# The columns of the CSV; it lacks the axes that the frame lacks. Gains and shares are ratios.
 _COLUMNS = {
     "method": "string",
     "method_title": "string",
     "baseline": "string",
     "baseline_title": "string",
     HOST: "string",
+    CONDITIONS: "string",
     **{axis: "Int64" if axis in ("lora_rank", "seed") else "string" for axis in CASE_AXES},
     **dict.fromkeys(("prompt_len", "completion_len", "seq_len"), "Int64"),
     **dict.fromkeys(("baseline_batch_size", "memory_bytes", "batch_size", "batch_total_bytes"), "Int64"),
@@ -134,8 +137,7 @@ def gain_table(frame: pd.DataFrame, baseline: str = BASELINE) -> GainTable:
     shows_split = len(lengths) > len(set(lengths.sum(axis=1)))
     found: list[dict[str, Any]] = []
     rows: list[tuple[str, ...]] = []
-    note = hosts_note(frame)
-    notes = [note] if note else []
+    notes = time_notes(frame)
     for base, method in _pairs(frame, baseline):
         row = _divide(base, method)
         first = method.iloc[0]
@@ -145,12 +147,13 @@ def gain_table(frame: pd.DataFrame, baseline: str = BASELINE) -> GainTable:
             where = [first["method_title"], *(axis_text(axis, first[axis]) or f"no {axis}" for axis in axes)]
             notes.append(f"{', '.join(where)}, {length} tokens: {row}")
             continue
-        shared = {name: first.get(name) for name in ("method", "method_title", HOST, *CASE_AXES, *_SIZE, "seq_len")}
+        shared = {name: first.get(name) for name in ("method", "method_title", *AXES, *_SIZE, "seq_len")}
         found.append({**shared, "baseline": baseline, "baseline_title": title, **row})
         rows.append((*words, *_cells(row)))
     columns: dict[str, Any] = {
         name: pd.array([row.get(name) for row in found], dtype=dtype)  # type: ignore[call-overload]
         for name, dtype in _COLUMNS.items()
+        if name in frame or name not in AXES
     }
     headings = ("method", *(axis.replace("_", " ") for axis in axes), "length", *_HEADINGS)
     untried = not all(row["tried_larger"] for row in found)

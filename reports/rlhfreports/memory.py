@@ -8,11 +8,11 @@ import pandas as pd
 
 from rlhfreports.columns import (
     axes_that_vary,
-    hosts_note,
     is_disturbed,
     methods_in_order,
     setting_order,
     shared_axes_text,
+    time_notes,
     with_short_options,
 )
 from rlhfreports.layouts import Column
@@ -236,8 +236,7 @@ def _disturbances(frame: pd.DataFrame) -> list[str]:
 
 def _notes(frame: pd.DataFrame, words: dict[str, list[str]]) -> tuple[str, ...]:
     notes: list[str] = [] if frame["num_timed_blocks"].isna().all() else [resolution(frame)]
-    note = hosts_note(frame)
-    notes += [*([note] if note else []), *_disturbances(frame)]
+    notes += [*time_notes(frame), *_disturbances(frame)]
     # A side of a comparison may have more than its run asked for.
     lost = int((frame["num_blocks"] - frame["num_timed_blocks"])[_is_ok(frame)].clip(lower=0).sum())
     if lost:

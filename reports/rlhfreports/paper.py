@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from rlhfreports.columns import RUN, axes_of
 from rlhfreports.tables import ABSENT, GIB, ReportTable, number_text
 
 PROMPT_LEN = COMPLETION_LEN = 400
@@ -19,7 +20,7 @@ MODELS = ("llama-7b",)
 SETTING = "paper"
 PAPERS_STAGE = 1  # of ZeRO
 _BASE = "lora"
-_ALIKE = ("model", "host", "device", "dtype", "setting", "parallel", "zero_stage", "world_size")
+_OF_RANKS = ("parallel", "zero_stage", "world_size")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -280,7 +281,7 @@ def alike(frame: pd.DataFrame) -> pd.DataFrame:
     ).sort_values(["_papers", "seq_len", "_setting", "_zero", "_ranks"], kind="stable")
     first = preferred.iloc[-1]
     same = pd.Series(True, rows.index)
-    for name in _ALIKE:
+    for name in (*(axis for axis in axes_of(rows) if axis != RUN), *_OF_RANKS):
         same &= rows[name].isna() if pd.isna(first[name]) else (rows[name] == first[name]).fillna(False)
     return rows[same.astype(bool)]
 

@@ -31,9 +31,9 @@ def phase_points(frame: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         A row a case and phase: ``case_id``, ``method``, ``title``, ``line``, ``size``, ``seq_len``, ``batch_size``,
-        ``machine``, ``phase``, ``order`` (of the phase), ``seconds`` (of a step), ``seconds_per_sample``,
-        ``floor_s_per_sample``, ``floor_fraction``, ``intensity`` (FLOP/byte) and ``flops_per_s``. The last four are NaN
-        for a phase whose work is not known.
+        ``machine``, ``phase``, ``order`` (of the phase), ``seconds`` (of a step), ``seconds_per_sample`` (over the
+        samples of all ranks), ``floor_s_per_sample``, ``floor_fraction``, ``intensity`` (FLOP/byte) and
+        ``flops_per_s``. The last four are NaN for a phase whose work is not known.
     """
     measured = frame[is_measured(frame)]
     shared = measured.assign(
@@ -48,7 +48,7 @@ def phase_points(frame: pd.DataFrame) -> pd.DataFrame:
         seconds, flops, num_bytes, floor_s = (
             measured[f"{phase}_phase_{what}"].astype("float64") for what in ("s", "flops", "bytes", "floor_s")
         )
-        samples = measured["batch_size"].astype("float64")
+        samples = measured["global_batch_size"].astype("float64")
         rows = shared.assign(
             phase=phase.replace("_", " "),
             order=order,

@@ -112,7 +112,7 @@ def plan_figure(frame: pd.DataFrame, *, caption: str, limit_bytes: int | None) -
             axes.text(float(total), float(place), f" {total:.3g}", va="center", fontsize=9)
         if limit_bytes is not None:
             axes.axvline(limit_bytes / GIB, color=COLORS[0], linewidth=1.4, linestyle="--")
-            axes.text(limit_bytes / GIB, -0.75, f"{limit_bytes / GIB:.0f} GiB ", ha="right", va="center", fontsize=9)
+            axes.text(limit_bytes / GIB, -0.75, f"{limit_text(limit_bytes)} ", ha="right", va="center", fontsize=9)
         labels = [
             ", ".join(
                 (
@@ -131,6 +131,12 @@ def plan_figure(frame: pd.DataFrame, *, caption: str, limit_bytes: int | None) -
         figure.suptitle(f"Predicted memory\n{textwrap.fill(caption, _CAPTION_CHARS)}", fontsize=11)
         figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     return figure
+
+
+def limit_text(size: int) -> str:
+    """The memory of a device in words: whole GiB from 10 on, three digits below, where half a GiB counts."""
+    gib = size / GIB
+    return f"{gib:.0f} GiB" if gib >= 10 else f"{gib:.3g} GiB"
 
 
 def draw_plan(frame: pd.DataFrame, path_stem: Path, *, caption: str, limit_bytes: int | None) -> tuple[Path, Path]:

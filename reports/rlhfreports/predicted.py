@@ -76,6 +76,8 @@ def worst(found: list[Comparison]) -> Comparison | None:
 
 def worst_sentence(found: list[Comparison]) -> str:
     """A sentence that names the worst prediction and its error."""
+    if not found:
+        return "No case was predicted: there is nothing to compare with."
     farthest = worst(found)
     if farthest is None:
         return "No case was measured: there is nothing to compare with."

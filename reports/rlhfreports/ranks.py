@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import pandas as pd
 
-from rlhfreports.columns import is_measured, parts_of
+from rlhfreports.columns import CONDITIONS, HOST, is_measured, parts_of
 from rlhfreports.frames import line_of, size_of
 from rlhfreports.ratios import Ratio, percent, ratio, rounded
 from rlhfreports.tables import ABSENT, GIB, outcome_word
@@ -124,7 +124,8 @@ def planned_cases(frame: pd.DataFrame, plans: pd.DataFrame) -> pd.DataFrame:
     if len(plans):
         nothing = pd.array([pd.NA] * len(plans), dtype="Int64")
         rows = pd.concat([rows, plans.assign(planned_bytes=plans["total_bytes"], measured_bytes=nothing)])
-    rows = ranked(rows.reset_index(drop=True))
+    # Memory hardly depends on a machine and its threads, and a plan has neither.
+    rows = ranked(rows.drop(columns=[HOST, CONDITIONS], errors="ignore").reset_index(drop=True))
     if rows.empty:
         return rows.assign(error_percent=None)
     found = rows.assign(at=at_world(rows))

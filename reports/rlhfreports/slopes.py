@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from rlhfreports.columns import (
+    AXES,
     CASE_AXES,
+    CONDITIONS,
     HOST,
     axes_of,
     axes_that_vary,
-    hosts_note,
     is_measured,
     methods_in_order,
     setting_order,
     shared_axes_text,
+    time_notes,
 )
 from rlhfreports.fits import QUANTITIES, SIZES, fit, needed_columns
 from rlhfreports.layouts import Column
@@ -35,18 +37,19 @@ EXPLANATION = (
     "batch, prefill included. Update: all update phases of a step. Total: all phases."
 )
 
-# The columns of the CSV, which has one row per line.
+# The columns of the CSV, which has one row per line; it lacks the axes that the frame lacks.
 _COLUMNS = {
     "method": "string",
     "method_title": "string",
     HOST: "string",
+    CONDITIONS: "string",
     **{axis: "Int64" if axis in ("lora_rank", "seed") else "string" for axis in CASE_AXES},
     **dict.fromkeys(("quantity", "against", "held"), "string"),
     "num_points": "Int64",
     **dict.fromkeys(("smallest", "largest"), "Int64"),
     **dict.fromkeys(("slope", "half_width", "standard_error", "r_squared"), "Float64"),
 }
-_SHARED = ("method", "method_title", HOST, *CASE_AXES)
+_SHARED = ("method", "method_title", *AXES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,6 +115,7 @@ def slope_table(frame: pd.DataFrame) -> SlopeTable:
     columns: dict[str, Any] = {
         name: pd.array([row.get(name) for row in rows], dtype=dtype)  # type: ignore[call-overload]
         for name, dtype in _COLUMNS.items()
+        if name in frame or name not in AXES
     }
     found = pd.DataFrame(columns)
     found = _ordered(found, rows, frame)
@@ -139,7 +143,7 @@ def slope_table(frame: pd.DataFrame) -> SlopeTable:
         cells=pd.DataFrame({name: [text(value) for value in values] for name, values in {**words, **numbers}.items()}),
         num_text_columns=len(words),
         explanation=EXPLANATION,
-        notes=(note,) if (note := hosts_note(frame)) else (),
+        notes=tuple(time_notes(frame)),
         frame=found,
         axes=axes,
         methods=tuple(methods_in_order(frame)["method"]),

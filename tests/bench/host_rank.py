@@ -9,7 +9,7 @@ from rlhfbench.errors import SweepError
 from rlhfbench.launch import find_launch
 from rlhfbench.runs.follower import follower
 from rlhfbench.runs.forkserver import ForkServer
-from rlhfbench.runs.head import head
+from rlhfbench.runs.leader import leader
 from rlhfkernels.config.case import Case
 from rlhfkernels.config.options import Options
 
@@ -38,15 +38,15 @@ def main(folder, *kinds):
             except SweepError as error:
                 sys.exit(f"{time.monotonic()} {error}")
             return
-        head().meet()
+        leader().start()
         for kind in kinds:
             messages = []
             how = {"log_path": Path(folder) / f"{kind}.log", "timeout_s": 60.0, "on_message": messages.append}
-            head().run(server, request_of(kind), 2, **how)
+            leader().run(server, request_of(kind), 2, **how)
             (result,) = [message["result"] for message in messages if "result" in message]
             found = {key: result.get(key) for key in ("outcome", "error", "world")}
             print(json.dumps({**found, "ended_s": time.monotonic()}), flush=True)
-        head().end()
+        leader().end()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlhfbench.errors import RunFolderError
-from rlhfbench.files import check_writable, write_new
+from rlhfbench.files import check_writable, write_atomically, write_new
 
 
 @pytest.mark.parametrize("name", [".", "new", "new/below"])
@@ -43,3 +43,13 @@ def test_a_new_file_is_written_once_and_whole(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(FileExistsError):
         write_new(path, "second")
     assert path.read_text() == "first"
+
+
+def test_a_write_that_fails_leaves_the_old_content_and_no_draft(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("old")
+    monkeypatch.setattr(os, "fsync", lambda fd: os.read(-1, 1))  # an OSError
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        write_atomically(tmp_path / "file", "new")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]

@@ -47,7 +47,7 @@ from rlhfkernels.models.configuration import read_config
 from rlhfkernels.ops.native import build
 from rlhfreports import gain, plots, predicted_plot, slope_table, timelines
 from rlhfreports.page import sections
-from rlhfreports.page.ran import ran_section
+from rlhfreports.page.configuration import configuration_section
 from rlhfreports.page.summary import answer_section
 
 NUMBERS = [
@@ -106,6 +106,16 @@ OTHERS = {
 }
 GATED = [[], ["--base", "main"], ["--self-test"], ["--bisect", "a", "b"], ["--baseline", "old"], ["--baseline", "file"],
          ["--baseline", "stored", "--update-baseline"]]  # fmt: skip
+NO_ANSWERS = selftest.SelfTest(
+    num_cases=0,
+    num_quantities=0,
+    not_measured=[],
+    false_alarms=[],
+    num_held_found=0,
+    slowed=[],
+    rates=[],
+    promised=None,
+)
 SWITCHES = [
     "--profile",
     "--no-profile",
@@ -134,6 +144,8 @@ def fuzz(max_examples: int) -> settings:
 
 class NoServer:
     """A fork server that forks nothing."""
+
+    start_s = 0.0
 
     def start(self) -> None:
         """Does nothing."""
@@ -199,7 +211,7 @@ def without_work(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(sides, "checked_out", lambda *_, **__: contextlib.nullcontext(side))
     patch.setattr(sides, "module_roots", lambda *_, **__: [])
     patch.setattr(compare.Comparison, "run", lambda self: [])
-    patch.setattr(selftest, "self_test", lambda *_, **__: [])
+    patch.setattr(selftest, "self_test", lambda *_, **__: NO_ANSWERS)
     patch.setattr(bisect, "commits_between", lambda *_, **__: [])
     patch.setattr(bisect, "bisect", lambda *_, **__: bisect.Tested(commit="abc", subject="a commit", findings=[]))
 
@@ -208,7 +220,7 @@ def without_work(patch: pytest.MonkeyPatch) -> None:
 def without_charts(folder: Path) -> Iterator[None]:
     """Fits no slopes and draws no charts: a page takes 0.3 s, and the records of these runs are alike."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sections, "SECTIONS", (answer_section, ran_section))
+        patch.setattr(sections, "SECTIONS", (answer_section, configuration_section))
         patch.setattr(rlhfreports, "slope_table", lambda frame: slope_table(frame.head(1)))
         patch.setattr(gain, "has_gain", lambda frame: False)
         yield

@@ -17,7 +17,8 @@ SLURM = {
     "SLURM_LOCALID": "0",
     "SLURM_NODEID": "2",
     "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
-    "SLURM_NODELIST": "node[07-08,11]",
+    "SLURM_NODELIST": "node[01-20]",  # of the job
+    "SLURM_STEP_NODELIST": "node[07-08,11]",
     "SLURM_JOB_ID": "17",
     "SLURM_STEP_ID": "2",
 }
@@ -66,5 +67,5 @@ def test_a_verb_of_one_process_refuses_a_launcher(monkeypatch):
     refuse_launcher("it")
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(SweepError, match=r"^it runs in one process, and a launcher started 5: start it without\.$"):
+    with pytest.raises(SweepError, match=r"^it runs in one process, and a launcher started 5: start it without one\.$"):
         refuse_launcher("it")

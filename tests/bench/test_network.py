@@ -41,5 +41,7 @@ def test_an_address_of_ipv6_has_brackets():
 
 
 def test_a_free_port_can_be_taken():
+    port = free_port()
     with socket.socket() as taken:
-        taken.bind(("", free_port()))
+        taken.bind(("", port))
+        assert taken.getsockname()[1] == port

@@ -73,7 +73,7 @@ def test_a_users_mistake_comes_back_with_its_problems(number: int, kind: type[Ca
 
 
 def test_a_process_that_dies_is_an_error() -> None:
-    with pytest.raises(ForkServerError, match="was killed"):
+    with pytest.raises(ForkServerError, match="a worker process ended"):
         map_parallel(die, [1, 2], preload=[])
 
 
@@ -87,3 +87,13 @@ def test_oom_kills_are_those_that_linux_counts(
         (tmp_path / "vmstat").write_text(text)
     monkeypatch.setattr(parallel, "Path", {"/proc/vmstat": tmp_path / "vmstat"}.__getitem__)
     assert num_oom_kills() == num_kills
+
+
+def test_modules_of_the_working_folder_do_not_replace_the_standard_librarys(tmp_path: Path) -> None:
+    (tmp_path / "random.py").write_text("raise SystemExit('the wrong one')\n")
+    code = "from rlhfbench.processes import map_parallel; print(map_parallel(abs, [-1, -2], preload=[]))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    environment.pop("PYTHONSAFEPATH", None)
+    command = [sys.executable, "-P", "-c", code]
+    found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert (found.stdout, found.stderr) == ("[1, 2]\n", "")

@@ -184,13 +184,18 @@ def test_a_slower_step_fails_the_comparison(bench, measured, monkeypatch):
     assert result.ret != pytest.ExitCode.OK
 
 
+def in_words(findings):
+    """What a gate returns."""
+    return list(findings), "the base", "the head"
+
+
 def test_a_gate_fails_the_tests_of_cases_with_a_regression(bench, measured, monkeypatch):
     asked = []
 
-    def compare_with(base, sweep, out):
+    def compare(base, sweep, out):
         asked.append(base)
         verdicts = {"full": "larger", "hydra": "ambiguous"}
-        return [
+        return in_words(
             Finding(
                 case=c,
                 quantity="memory total",
@@ -198,20 +203,45 @@ def test_a_gate_fails_the_tests_of_cases_with_a_regression(bench, measured, monk
                 is_regression=c.method == "full",
             )
             for c in sweep.cases
-        ]
+        )
 
-    monkeypatch.setattr(measurer, "compare_with", compare_with)
+    monkeypatch.setattr(measurer, "compare_in_words", compare)
     result = bench("--benchmark", "--benchmark-gate=main", "-rs")
     result.assert_outcomes(passed=3, failed=1, skipped=1)
-    result.stdout.fnmatch_lines(["*gate-full*", "*memory total*larger*", "*the gate cannot tell*"])
+    result.stdout.fnmatch_lines(
+        ["*gate-full*", "*the head against the base.*", "*memory total*larger*", "*the gate cannot tell*"]
+    )
     assert asked == ["main"]  # once for all cases
 
 
 def found_by_gate(monkeypatch, **more) -> None:
     """Replaces the gate's comparison: it finds the same on every case."""
     monkeypatch.setattr(
-        measurer, "compare_with", lambda base, sweep, out: [Finding(case=case, **more) for case in sweep.cases]
+        measurer,
+        "compare_in_words",
+        lambda base, sweep, out: in_words(Finding(case=case, **more) for case in sweep.cases),
     )
+
+
+def test_a_gate_compares_the_cases_of_the_selected_tests_alone(bench, pytester, measured, monkeypatch):
+    asked = []
+
+    def compare(base, sweep, out):
+        asked.extend(case.method for case in sweep.cases)
+        return in_words(Finding(case=case, quantity="total s", verdict="same") for case in sweep.cases)
+
+    monkeypatch.setattr(measurer, "compare_in_words", compare)
+    pytester.makepyfile("def test_full(): pass")
+    bench("--benchmark", "--benchmark-gate=main", ".", "-k", "full or gate-hydra").assert_outcomes(
+        passed=3, deselected=3
+    )
+    assert asked == ["full", "hydra"]
+
+
+def test_a_time_budget_beside_a_gate_is_one_sentence(bench, measured):
+    result = bench("--benchmark", "--benchmark-gate=main", "--benchmark-time-budget-s=2")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*--benchmark-gate takes no --benchmark-time-budget-s: *"])
 
 
 def test_a_gate_runs_beside_benchmark_only(bench, measured, monkeypatch):
@@ -228,23 +258,23 @@ def test_a_gate_fails_the_test_of_a_case_that_could_not_be_compared(bench, measu
 
 
 def test_a_gate_that_cannot_compare_fails_its_tests_with_the_sentence(bench, measured, monkeypatch):
-    def compare_with(base, sweep, out):
-        raise GateError(f"revision '{base}' is no commit.")
+    def compare(base, sweep, out):
+        raise GateError(f"revision '{base}' is not a commit.")
 
-    monkeypatch.setattr(measurer, "compare_with", compare_with)
+    monkeypatch.setattr(measurer, "compare_in_words", compare)
     result = bench("--benchmark", "--benchmark-gate=nonsense", "-k", "hydra and not joined")
     result.assert_outcomes(failed=1, deselected=4)
-    result.stdout.fnmatch_lines(["*revision 'nonsense' is no commit.*"])
+    result.stdout.fnmatch_lines(["*revision 'nonsense' is not a commit.*"])
 
 
 def test_a_gate_that_cannot_compare_is_not_tried_again_for_each_case(bench, measured, monkeypatch):
     asked = []
 
-    def compare_with(base, sweep, out):
+    def compare(base, sweep, out):
         asked.append(base)
         raise GateError("the machine is not free.")
 
-    monkeypatch.setattr(measurer, "compare_with", compare_with)
+    monkeypatch.setattr(measurer, "compare_in_words", compare)
     bench("--benchmark", "--benchmark-gate=main").assert_outcomes(failed=5)
     assert asked == ["main"]
 
@@ -255,8 +285,8 @@ def test_a_gate_of_a_stored_run_has_its_cases(bench, pytester, measured, monkeyp
     Path("stored", "records.jsonl").write_text(json.dumps(record_of(sweep.cases[0])) + "\n")
     monkeypatch.setattr(
         measurer,
-        "compare_with",
-        lambda base, own, out: [Finding(case=case, quantity="total s", verdict="same") for case in own.cases],
+        "compare_in_words",
+        lambda base, own, out: in_words(Finding(case=case, quantity="total s", verdict="same") for case in own.cases),
     )
     bench("--benchmark", "--benchmark-gate=stored").assert_outcomes(passed=2)
     pytester.path.joinpath("mine.toml").write_text('methods = ["lora"]\n')
@@ -272,8 +302,10 @@ def test_a_gate_finds_a_case_whose_model_is_named_by_a_path_from_here(pytester, 
     sweep = Sweep(cases=(dataclasses.replace(CASE, model="mine"),))
     monkeypatch.setattr(
         measurer,
-        "compare_with",
-        lambda base, own, out: [Finding(case=c, quantity="total s", verdict="same") for c in own.absolute().cases],
+        "compare_in_words",
+        lambda base, own, out: in_words(
+            Finding(case=c, quantity="total s", verdict="same") for c in own.absolute().cases
+        ),
     )
     (found,) = measurer.Gate("main", sweep).findings(sweep.cases[0])
     assert found.case.model == str(pytester.path / "mine")
@@ -330,7 +362,7 @@ def test_a_system_that_cannot_fork_is_one_sentence(bench, measured, monkeypatch)
 def test_a_launcher_is_one_sentence(bench, measured, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    sentence = "pytest --benchmark runs in one process, and a launcher started 2: start it without."
+    sentence = "pytest --benchmark runs in one process, and a launcher started 2: start it without one."
     result = bench("--benchmark")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines([f"*{sentence}*"])

@@ -35,6 +35,7 @@ def _row(given: Mapping[str, Any]) -> dict[str, Any]:
     }
     row.setdefault("completion_len", row["prompt_len"])
     row["seq_len"] = row["prompt_len"] + row["completion_len"]
+    row.setdefault("global_batch_size", row["batch_size"] * row.get("world_size", 1))
     row.setdefault("method_title", TITLES.get(row["method"], row["method"]))
     row.setdefault("method_order", ORDER.get(row["method"]))
     row.setdefault("setting_order", SETTING_ORDER.get(row["setting"]))

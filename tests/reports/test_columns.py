@@ -5,6 +5,7 @@ import pandas as pd
 from rlhfreports.columns import (
     as_one_machine,
     axes_that_vary,
+    differing_words,
     hosts_note,
     hosts_of,
     methods_in_order,
@@ -12,6 +13,7 @@ from rlhfreports.columns import (
     parts_of,
     setting_order,
     shared_axes_text,
+    time_notes,
     with_short_options,
 )
 from rlhfreports.gain import has_gain
@@ -91,6 +93,27 @@ def test_times_of_two_machines_are_not_compared(make_frame):
     note = "Cases were measured on 2 machines (lora, hydra): times are compared only between cases of one machine."
     assert hosts_note(two) == note
     assert note in slope_table(two).notes
+
+
+def test_times_under_two_conditions_are_not_compared(make_frame):
+    rows = [{"method": m, "batch_size": b} for m in ("lora", "hydra") for b in (1, 2)]
+    one = make_frame(*rows)
+    assert (time_notes(one), has_gain(one)) == ([], True)
+    words = ["the start", "the start", "resumption 1", "resumption 1"]
+    columns = {"conditions": words, "conditions_differ": ["", "", "threads 1 instead of 2", "threads 1 instead of 2"]}
+    two = make_frame(*rows).assign(**{name: pd.array(texts, dtype="string") for name, texts in columns.items()})
+    assert axes_that_vary(two) == ["conditions"]
+    assert not has_gain(two)
+    slopes = slope_table(two)
+    assert slopes.frame["conditions"].tolist() == ["the start", "resumption 1"]
+    note = (
+        "The run was resumed under other conditions (resumption 1: threads 1 instead of 2): times are compared only "
+        "between cases of the same conditions."
+    )
+    assert time_notes(two) == [note]
+    assert slopes.notes == (note,)
+    assert "conditions" not in slope_table(one).frame
+    assert differing_words(two.iloc[-1].to_dict(), two) == ["conditions of resumption 1"]
 
 
 def test_a_case_that_was_not_measured_makes_no_second_machine(make_frame):

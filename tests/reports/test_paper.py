@@ -79,6 +79,18 @@ def test_ratios_are_taken_on_one_machine_and_in_one_setting(make_frame: Frames) 
     assert cells.loc["Hydra-PPO", "s / LoRA-PPO, ours"] == "0.25"
 
 
+@pytest.mark.parametrize("axis", ["lora_rank", "seed", "options"])
+def test_ratios_are_taken_between_cases_that_differ_in_method_and_batch_alone(make_frame: Frames, axis: str) -> None:
+    value, other = ("a=1", "a=2") if axis == "options" else (8, 16)
+    frame = make_frame(
+        {"method": "hydra", "total_s_per_sample": 1.0, axis: value},
+        {"method": "hydra", "total_s_per_sample": 2.0, axis: other},
+        {"method": "lora", "total_s_per_sample": 4.0, axis: value},
+    )
+    cells = table_1(frame).cells.set_index("method")
+    assert cells.loc["Hydra-PPO", "s / LoRA-PPO, ours"] == "0.25"
+
+
 def test_zero_1_at_the_numbers_of_ranks_that_were_run(
     make_frame: Frames, ranked: Callable[..., dict[str, object]]
 ) -> None:

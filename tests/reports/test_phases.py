@@ -35,6 +35,11 @@ def test_a_phase_has_its_time_its_work_and_its_share_of_the_roofline(make_frame:
     assert points["line"].tolist() == ["Hydra-PPO"] * 2
 
 
+def test_a_sample_of_ranks_takes_its_share_of_the_step_of_all_of_them(make_frame: Frames) -> None:
+    first = phase_points(make_frame(row(world_size=4))).iloc[0]
+    assert (first["seconds"], first["seconds_per_sample"], first["floor_s_per_sample"]) == (4.0, 0.5, 0.125)
+
+
 def test_cases_without_a_time_and_phases_that_a_method_lacks_have_no_point(make_frame: Frames) -> None:
     frame = make_frame(row(outcome="oom"), row(method="sft", generate_phase_s=None))
     assert phase_points(frame)[["method", "phase"]].to_numpy().tolist() == [["sft", "update actor"]]

@@ -47,6 +47,12 @@ def test_bars_are_stacked_to_the_total_with_the_device_as_a_line() -> None:
     assert axes.lines[0].get_xdata()[0] == 40
 
 
+@pytest.mark.parametrize(("gib", "words"), [(1.5, "1.5 GiB"), (2.25, "2.25 GiB"), (8, "8 GiB"), (131.3, "131 GiB")])
+def test_the_memory_of_a_small_device_is_not_rounded_to_whole_gib(gib: float, words: str) -> None:
+    (axes,) = plan_figure(frame(), caption="tiny", limit_bytes=int(gib * GIB)).axes
+    assert words in [text.get_text().strip() for text in axes.texts]
+
+
 def test_the_parts_of_ranks_are_shown_where_a_case_has_them() -> None:
     ranks = frame().assign(gathered_part_bytes=[0, GIB])
     names = [" ".join(column.name.split()) for column in plan_table(ranks, caption="tiny").columns]

@@ -80,6 +80,12 @@ def test_predictions_without_a_measurement(make_frame: Callable[..., pd.DataFram
     assert len(predicted_figure(frame).axes) == 3
 
 
+def test_a_run_whose_plans_all_failed_has_no_prediction(make_frame: Callable[..., pd.DataFrame]) -> None:
+    found = predicted_markdown(make_frame({"plan_error": "why."}))
+    assert "No case was predicted: there is nothing to compare with." in found
+    assert "No case was measured" not in found
+
+
 def test_a_run_without_plans_has_no_predictions(make_frame: Callable[..., pd.DataFrame]) -> None:
     assert not has_predictions(make_frame({}))
     assert has_predictions(make_frame({"plan_error": "why."}))

@@ -129,6 +129,17 @@ def test_plans_stand_beside_the_cases_that_ran(make_frame: Make, ranked: Ranked)
     assert planned_cases(make_frame({}), pd.DataFrame()).empty
 
 
+def test_a_plan_finds_its_measurement_whichever_machine_made_it(make_frame: Make, ranked: Ranked) -> None:
+    frame = make_frame(ranked(1, 4, 1.0, host="one"), ranked(2, 4, 0.5, host="two"))
+    plans = make_frame(
+        *(ranked(size, 4, 1.0, outcome=None, total_s_per_sample=None, total_bytes=3 * GIB) for size in (1, 2))
+    )
+    cases = planned_cases(frame, plans)
+    assert cases["world_size"].tolist() == [1, 2]
+    assert cases["measured_bytes"].notna().all()
+    assert planned_lines(cases)["at"].tolist() == ["weak: 64 tokens, batch 4"] * 2
+
+
 def of_ranks(case_id: str, *waited: float | None, hosts: tuple[str, str] = ("one", "one")) -> pd.DataFrame:
     rows = [
         {"case_id": case_id, "rank": i, "host": hosts[i], "device": "cpu", "total_bytes": GIB, "base_part_bytes": GIB}

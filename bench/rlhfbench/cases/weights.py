@@ -82,7 +82,7 @@ def _read_safetensors(path: Path) -> None:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > _MAX_HEADER_BYTES:
-            raise _FileError("is no safetensors file")
+            raise _FileError("is not a safetensors file")
         if 8 + length > size:
             raise _FileError(f"is truncated: its header ends at byte {8 + length}, the file at byte {size}")
         ends = _ends(file.read(length))
@@ -98,9 +98,9 @@ def _ends(header: bytes) -> list[int]:
         entries: dict[str, Any] = json.loads(header)
         ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise _FileError("is no safetensors file") from None
+        raise _FileError("is not a safetensors file") from None
     if not all(type(end) is int and end >= 0 for end in ends):
-        raise _FileError("is no safetensors file")
+        raise _FileError("is not a safetensors file")
     return ends
 
 
@@ -110,7 +110,7 @@ def _read_gguf(file: BinaryIO) -> None:
     if size == 0:
         raise _FileError("is empty")
     if file.read(4) != b"GGUF":
-        raise _FileError("is no GGUF file")
+        raise _FileError("is not a GGUF file")
     version, num_tensors, num_values = _unpack(file, "IQQ")
     if version not in _GGUF_VERSIONS:
         raise _FileError(f"has GGUF version {version}: it must be 2 or 3, little-endian")

@@ -66,7 +66,7 @@ class CaseOptions:
             metavar="FILE",
             parser=path_text("--sweep"),
             rich_help_panel=CASES,
-            help="Sweep in TOML; other options win over it.",
+            help="Sweep in TOML; other options override it.",
         ),
     ] = None
     setting: Annotated[
@@ -75,7 +75,7 @@ class CaseOptions:
             metavar="NAMES",
             parser=name_text("--setting"),
             rich_help_panel=CASES,
-            help="Named sets of options: modern, paper, or paper,modern for both; other options win."
+            help="Named sets of options: modern, paper, or paper,modern for both; other options override them."
             "  [default: modern]",
         ),
     ] = None

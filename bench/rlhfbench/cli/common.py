@@ -209,5 +209,5 @@ def numbers(flag: str, text: str | None) -> list[int] | None:
     found = words(text)
     wrong = [word for word in found or () if not re.fullmatch(r"[+-]?[0-9]{1,1000}", word)]
     if wrong:
-        raise SweepError(f"{flag} has {shown(word)}: it must be integers, joined by commas." for word in wrong)
+        raise SweepError(f"{flag} has {shown(word)}: it must list integers, joined by commas." for word in wrong)
     return None if found is None else [int(word) for word in found]

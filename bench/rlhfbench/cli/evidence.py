@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from rlhfbench.cli import common
-from rlhfbench.cli.common import DONE, NOTHING, epilog, number, path_text
+from rlhfbench.cli.common import DONE, NOTHING, ended_by_sigterm, epilog, number, path_text
 from rlhfbench.errors import SweepError
 from rlhfbench.launch import refuse_launcher
 from rlhfbench.packages import check_packages
@@ -105,7 +105,8 @@ def evidence(
 
     environment.check_system()
     preflight.check(Sweep(cases=(request.case("hydra"),)))
-    found = collect(Path(out), request, numbers, 60 * budget_min)
+    with ended_by_sigterm():
+        found = collect(Path(out), request, numbers, 60 * budget_min)
     outcomes = {number: found["parts"][str(number)]["outcome"] for number in numbers}
     if as_json:
         print(json.dumps({"parts": found["parts"]}))

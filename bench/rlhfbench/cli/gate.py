@@ -100,7 +100,7 @@ def gate(
             metavar="X",
             parser=number("--promised-effect", float),
             rich_help_panel=JUDGEMENT,
-            help="Relative change to be told of: the same only if the interval excludes it.",
+            help="Relative change that must not be missed: same only if the interval excludes it.",
         ),
     ] = 0.05,
     budget_s: Annotated[
@@ -155,16 +155,19 @@ def gate(
         raise GateError("--update-baseline and --memory-only need --baseline RUN.")
     spec = cases.spec()
     is_new = bool(baseline and update_baseline and not any(Path(baseline).glob("*")))
-    if baseline and not is_new and (spec or cases.sweep or cases.setting or step or threads):
+    if step and baseline:
+        raise GateError("--step needs --base, --bisect or --self-test.")
+    if baseline and not is_new and (spec or cases.sweep or cases.setting or threads):
         raise GateError("--baseline takes no cases and no --threads: they are those of the stored run.")
     if baseline and budget_s is not None:
         raise GateError("--baseline takes no --budget-s: each side is one run, and takes as long as that run.")
-    if step and baseline:
-        raise GateError("--step needs --base, --bisect or --self-test.")
     output = Output(summary=summary, as_json=as_json, out=out)
     output.check()
     if baseline and update_baseline:
         check_writable("baseline", Path(baseline))
+        # What is stored replaces the files of the folder, and would replace those of the new run with them.
+        if out is not None and Path(out).resolve().is_relative_to(Path(baseline).resolve()):
+            raise GateError(f"--out '{out}' lies in --baseline '{baseline}': name another folder, or leave it out.")
     from rlhfbench.runs import environment
 
     environment.check_system()  # first: the gate imports modules that Windows lacks
@@ -236,7 +239,7 @@ def _self_test(cases: Sweep, folder: Path, options: GateOptions, output: Output)
     found = self_test(Side(name="head", title="this", paths=paths), cases, folder, options, tell)
     output.store("\n".join(["```", *lines, "```", ""]))
     if output.as_json:
-        print(json.dumps([dataclasses.asdict(row) for row in found]))
+        print(json.dumps(found.to_json()))
     return common.DONE
 
 
@@ -283,17 +286,18 @@ def _against_run(
 
     findings = stored.compare_with_run(baseline, folder, options, memory_only=memory_only)
     note = (_store(folder, baseline) or f"The baseline in {baseline} is now this run.") if update else ""
-    return output.finish(findings, f"the run in {baseline}", "a new run", note=note)
+    return output.finish(findings, f"the run in {baseline}", stored.run_title(folder), note=note)
 
 
 def _first_baseline(baseline: Path, cases: Sweep, folder: Path, options: GateOptions, output: Output) -> int:
+    from rlhfbench.gate.baseline import run_title
     from rlhfbench.runs.options import RunOptions
     from rlhfbench.runs.runner import run_sweep
 
     if run_sweep(cases, folder, RunOptions(num_threads=options.num_threads)).interrupted:
         return common.INTERRUPTED
     note = _store(folder, baseline) or f"The baseline in {baseline} is new: there was nothing to compare with."
-    return output.finish([], f"the run in {baseline}", "a new run", note=note)
+    return output.finish([], f"the run in {baseline}", run_title(folder), note=note)
 
 
 def _store(run: Path, baseline: Path) -> str | None:

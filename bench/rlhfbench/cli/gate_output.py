@@ -49,7 +49,7 @@ class Output:
         if self.out is not None:
             folder = Path(self.out)
             if os.path.lexists(folder) and not folder.is_dir():
-                raise GateError(f"--out '{folder}' is no folder: name an empty or a new one.")
+                raise GateError(f"--out '{folder}' is not a folder: name an empty or a new one.")
             check_writable("--out", folder)
             if folder.is_dir() and any(folder.iterdir()):
                 raise GateError(f"--out '{folder}' holds files: a gate needs an empty or a new folder.")

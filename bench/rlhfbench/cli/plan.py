@@ -12,6 +12,7 @@ from rlhfbench.cli.cases import CaseOptions
 from rlhfbench.cli.common import HARDWARE, READING_CODES, epilog, path_text, print_table
 from rlhfbench.cli.groups import with_groups
 from rlhfbench.cli.ranks import RankOptions, make_ranked_sweep
+from rlhfbench.errors import RunFolderError
 from rlhfbench.files import check_writable
 from rlhfbench.launch import refuse_launcher
 
@@ -58,9 +59,12 @@ def plan(
     refuse_launcher("rlhfbench plan")
     from rlhfbench.cli import plan_output
     from rlhfbench.planning import plans as planning
+    from rlhfbench.runs.folder import RunFolder
 
     if out is not None:
         check_writable("out", Path(out))
+        if RunFolder(out).is_run:
+            raise RunFolderError(f"out '{out}' holds a run, whose timelines a plan would replace: name another folder.")
 
     # A plan is for an accelerator unless the command says otherwise; a sweep file usually names the device of a run.
     spec = {"device": "cuda"} | cases.spec()

@@ -104,6 +104,7 @@ def write(
 def _caption(plans: list[dict[str, Any]], gpu: str | None) -> str:
     from rlhfbench.records.frame import records_frame
     from rlhfreports.columns import shared_axes_text
+    from rlhfreports.plans import limit_text
     from rlhfreports.ranks import other_options
 
     # Left out: in a plan the device only decides the block size of storages, and ranks are told apart in words.
@@ -114,6 +115,6 @@ def _caption(plans: list[dict[str, Any]], gpu: str | None) -> str:
         words.append(f"{shared['strategy'].iloc[0]}, one rank of {shared['world_size'].iloc[0]}")
     if gpu is not None:
         limit = find_accelerator(gpu)
-        gib, reserve = limit.memory_bytes / 2**30, limit.reserve_bytes / 2**30
-        words.append(f"{limit.name}: {gib:.0f} GiB, {reserve:.1f} of it reserved (an estimate)")
+        reserve = limit.reserve_bytes / 2**30
+        words.append(f"{limit.name}: {limit_text(limit.memory_bytes)}, {reserve:.1f} of it reserved (an estimate)")
     return " · ".join(word for word in words if word)

@@ -86,7 +86,7 @@ def make_ranked_sweep(
     sizes, stages = numbers("--world-size", ranks.world_size), numbers("--zero-stage", ranks.zero_stage)
     wrong = [size for size in sizes or () if size < 1]
     if wrong:
-        raise SweepError(f"--world-size has {size}: it must be integers of at least 1." for size in wrong)
+        raise SweepError(f"--world-size has {size}: every value must be an integer of at least 1." for size in wrong)
     strategies = words(ranks.parallel) or (None if stages is None else ["deepspeed"])  # ZeRO is DeepSpeed's
     own = _options(world_size=sizes, strategy=strategies, zero_stage=stages)
     defaults: dict[str, Any] = {}

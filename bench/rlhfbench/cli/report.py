@@ -66,9 +66,9 @@ def report(
     plan_dirs = [path for path in paths.values() if (path / PLAN_NAME).is_file() and not (path / RECORDS_NAME).exists()]
     run_dirs = [each for each in run_dirs if paths[each] not in plan_dirs]
     if plan_dirs and len(run_dirs) != 1:
-        raise SweepError([f"'{plan_dirs[0]}' is a plan: it can be laid beside one run, and {len(run_dirs)} are named."])
+        raise SweepError([f"'{plan_dirs[0]}' is a plan: it must be given with one run, and {len(run_dirs)} are given."])
     if out is not None and len(run_dirs) < 2:
-        raise SweepError([f"--out is {out!r}: it needs two runs or more; the report of one run stands in its folder."])
+        raise SweepError([f"--out is {out!r}: it needs two runs or more; the report of one run goes into its folder."])
     if len({Path(run_dir).resolve() for run_dir in run_dirs}) < len(run_dirs):
         raise SweepError(["RUN names one folder twice: compare a run with another one."])
     check_writable("run" if out is None else "out", Path(out or run_dirs[0]))

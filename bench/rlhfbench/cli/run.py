@@ -64,14 +64,14 @@ def run(
     environment.check_system()  # first: the runner imports modules that Windows lacks
     launch = find_launch()
     if launch is not None:
-        from rlhfbench.runs.head import head
+        from rlhfbench.runs.leader import leader
 
         if launch.rank:
             from rlhfbench.runs.runner import follow_launcher
 
             follow_launcher()
             return DONE
-        ctx.call_on_close(head().end)  # whatever becomes of the run, the others end
+        ctx.call_on_close(leader().end)  # whatever becomes of the run, the others end
     from rlhfbench.runs import runner
     from rlhfbench.runs.folder import RunFolder
 

@@ -168,8 +168,8 @@ class ClusterOptions:
             metavar="NAME",
             parser=name_text("--ray-group"),
             rich_help_panel=CLUSTER,
-            help="Cases that stay on one machine, so that their times compare: sweep (all of them), model, size (one "
-            "model, lengths and batch) or case (none).  [default: sweep]",
+            help="Cases that run on one machine, so that their times are comparable: sweep (all of them), model, size "
+            "(one model, lengths and batch) or case (none).  [default: sweep]",
         ),
     ] = None
 
@@ -215,7 +215,7 @@ class FolderOptions:
             metavar="DIR",
             parser=path_text("--resume"),
             rich_help_panel=OUTPUT,
-            help="Continue the run in DIR, with its cases and settings; options that are given win over these.",
+            help="Continue the run in DIR, with its cases and settings; other options override them.",
         ),
     ] = None
     retry: Annotated[

@@ -48,6 +48,7 @@ def verify(
     refuse_launcher("rlhfbench verify")
     from rlhfbench.cases import preflight
     from rlhfbench.cases.sweep import Sweep
+    from rlhfbench.records.json_files import finite
 
     spec = {"models": [model], "methods": ["sft-lora"], "seq_lens": [2], "batch_sizes": [1]}
     chosen = common.given(device=device, dtype=dtype)
@@ -57,13 +58,13 @@ def verify(
     from transformers.utils import logging
 
     from rlhfkernels.engine import verify as engine
-    from rlhfkernels.models.faults import running_errors
+    from rlhfkernels.models.errors import running_errors
 
     logging.disable_progress_bar()
     with running_errors([model]):
         checks = engine.verify(model, **chosen)
     if as_json:
-        print(json.dumps([dataclasses.asdict(check) for check in checks]))
+        print(json.dumps([finite(dataclasses.asdict(check)) for check in checks], allow_nan=False))
     else:
         print_table(table(checks))
         for note in dict.fromkeys(check.note for check in checks if check.note is not None):

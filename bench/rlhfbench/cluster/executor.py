@@ -93,7 +93,7 @@ class ClusterExecutor:
         self._suspects: dict[str, float] = {}  # ids of lost nodes, and when they were lost
         self._refreshed_s = clock()
 
-    def start(self) -> None:
+    def start(self, *, round_s: float = 0.0) -> None:
         """Does nothing: each node imports what its cases need with its first case."""
 
     def close(self) -> None:

@@ -83,7 +83,9 @@ def _run_part(folder: Path, number: int, left_s: float) -> dict[str, Any]:
     print(f"part {number}, at most {left_s:.0f} s: {PARTS[number].title}", file=sys.stderr)
     log = folder / f"part-{number}.log"
     started_s = time.monotonic()
-    command = [sys.executable, "-m", "rlhfbench.evidence.part_process", str(folder), str(number), f"{left_s:.1f}"]
+    module = "rlhfbench.evidence.part_process"
+    # -P: a random.py in the user's folder must not replace the standard library's.
+    command = [sys.executable, "-P", "-m", module, str(folder), str(number), f"{left_s:.1f}"]
     with log.open("a") as output:
         begins_at = output.tell()  # earlier tries wrote the lines before
         # A session of its own, so that a signal reaches the part's own children too.

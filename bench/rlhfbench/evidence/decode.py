@@ -60,7 +60,7 @@ def _measure(request: Request, batch_size: int, cuda_graphs: str, ceilings: dict
         "ms_per_token": 1000 * median_s / case.completion_len,
         "floor_s": floor_s,
         "floor_fraction": floor_s / median_s,
-        "backend": step.backend_taken,
+        "backend": step.backend_used,
     }
 
 

@@ -13,6 +13,7 @@ from rlhfbench.files import write_atomically
 from rlhfbench.measure.nvml import num_cuda_devices
 from rlhfkernels.config.case import Case
 from rlhfkernels.config.options import Options
+from rlhfkernels.config.rules import shown
 
 REQUEST_NAME = "request.json"
 GIB = 2**30
@@ -182,7 +183,7 @@ class Request:
             return cls(**values, sizes=Sizes(**sizes))
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise RunFolderError(
-                f"out '{folder}' holds a {REQUEST_NAME} that is no request: name a new folder."
+                f"out '{folder}' holds a {REQUEST_NAME} that is not a request: name a new folder."
             ) from error
 
 
@@ -195,9 +196,10 @@ def parse_parts(text: str | None, known: Mapping[int, Any]) -> list[int]:
     if text is None:
         return list(known)
     words = [word.strip() for word in text.split(",")]
-    wrong = [word for word in words if not word.isdecimal() or int(word) not in known]
+    numbers = {str(number): number for number in known}  # Python converts no word of thousands of digits
+    wrong = [word for word in words if word.lstrip("0") not in numbers]
     if wrong:
         raise SweepError(
-            f"--parts has {word!r}: it must be numbers from 1 to {len(known)}, joined by commas." for word in wrong
+            f"--parts has {shown(word)}: it must be numbers from 1 to {len(known)}, joined by commas." for word in wrong
         )
-    return list(dict.fromkeys(int(word) for word in words))
+    return list(dict.fromkeys(numbers[word.lstrip("0")] for word in words))

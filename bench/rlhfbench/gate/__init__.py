@@ -28,6 +28,17 @@ def compare_with(
     Raises:
         GateError: The two cannot be compared, ``out`` is not empty, or another gate runs on this machine.
     """
+    return compare_in_words(base, sweep, out, options, tell)[0]
+
+
+def compare_in_words(
+    base: str, sweep: Sweep, out: Path, options: GateOptions | None = None, tell: Tell = lambda line: None
+) -> tuple[list[Finding], str, str]:
+    """Compares as ``compare_with`` does.
+
+    Returns:
+        The findings; the base and the head in words.
+    """
     from rlhfbench.errors import GateError
     from rlhfbench.gate import baseline, sides
     from rlhfbench.gate.compare import Comparison, GateOptions
@@ -38,9 +49,10 @@ def compare_with(
         raise GateError(f"out is '{out}': it must be a new or an empty folder.")
     with sides.only_gate():
         if RunFolder(base).is_run:
-            return baseline.compare_with_run(Path(base), out, options)
+            findings = baseline.compare_with_run(Path(base), out, options)
+            return findings, f"the run in {base}", baseline.run_title(out)
         root = sides.repository()
         roots = sides.module_roots(root, with_working_folder=options.step is not None)
         head = sides.head_side(root, roots, step=options.step)
         with sides.checked_out(base, root, "base", roots, step=options.step) as side:
-            return Comparison(side, head, sweep, out, options, tell).run()
+            return Comparison(side, head, sweep, out, options, tell).run(), side.title, head.title

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +15,10 @@ from rlhfbench.gate.compare import GateOptions
 from rlhfbench.gate.decide import SIGNIFICANCE, Effects, estimate_unpaired
 from rlhfbench.gate.findings import Finding, failure, findings_of, one_sided
 from rlhfbench.records.blocks import block_values
+from rlhfbench.records.derived import at
 from rlhfbench.records.file import RECORDS_NAME, Record, read_records
 from rlhfbench.runs import environment
+from rlhfbench.runs.drawing import remove_drawings
 from rlhfbench.runs.folder import ENVIRONMENT_NAME, SWEEP_NAME, RunFolder
 from rlhfbench.runs.options import RunOptions
 from rlhfbench.runs.runner import run_sweep
@@ -145,8 +148,22 @@ def storing_obstacle(run: Path) -> str | None:
     return None
 
 
+def run_title(run: Path) -> str:
+    """Returns a new run in words: with the commit of this package's checkout, and whether that had other changes.
+
+    Raises:
+        RunFolderError: the environment cannot be read.
+    """
+    now = next(iter(RunFolder(run).environments()), {})
+    commit = at(now, "source.commit")
+    changes = " with uncommitted changes" if at(now, "source.dirty") else ""
+    return "a new run" if commit is None else f"a new run at {commit[:10]}{changes}"
+
+
 def update_baseline(head: Path, baseline: Path) -> None:
-    """Replaces the stored run by ``head``: what the gate reads of it, without logs and pictures.
+    """Replaces the stored run by ``head``: what the gate reads of it and its timelines, without logs and traces.
+
+    Logs, traces, tables and pictures of the run that was stored before are removed: they would pass as the new one's.
 
     Raises:
         GateError: ``baseline`` holds something else, or cannot be written.
@@ -158,7 +175,15 @@ def update_baseline(head: Path, baseline: Path) -> None:
         # Old records are gone before the files that they would be read with change, and new ones come last: without
         # them, the folder is a run that lacks its cases.
         (baseline / RECORDS_NAME).unlink(missing_ok=True)
-        for name in (SWEEP_NAME, ENVIRONMENT_NAME, RECORDS_NAME):
+        new, old = RunFolder(head), RunFolder(baseline)
+        remove_drawings(baseline)
+        for folder in (old.logs_dir, old.traces_dir, old.timelines_dir):
+            if folder.exists():
+                shutil.rmtree(folder)
+        timelines = sorted(str(path.relative_to(head)) for path in new.timelines_dir.glob("*.json"))
+        if timelines:
+            old.timelines_dir.mkdir()
+        for name in (SWEEP_NAME, ENVIRONMENT_NAME, *timelines, RECORDS_NAME):
             write_atomically(baseline / name, (head / name).read_text(encoding="utf-8"))
     except OSError as error:
-        raise GateError(f"baseline '{baseline}' cannot be written: {error.strerror}.") from error
+        raise GateError(f"baseline '{baseline}' cannot be written: {error.strerror or error}.") from error

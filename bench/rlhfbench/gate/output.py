@@ -28,10 +28,11 @@ def open_verdicts(findings: Sequence[Finding]) -> set[Verdict]:
 
 def to_json(findings: Sequence[Finding], **more: Any) -> dict[str, Any]:
     """Returns everything as an object: ``exit_code``, ``findings``, and what is given."""
-    return {**more, "exit_code": exit_code(findings), "findings": [_entry(found) for found in findings]}
+    return {**more, "exit_code": exit_code(findings), "findings": [entry(found) for found in findings]}
 
 
-def _entry(found: Finding) -> dict[str, Any]:
+def entry(found: Finding) -> dict[str, Any]:
+    """Returns one finding as an object."""
     ratio = found.estimate
     return {
         "case": found.case.to_dict(),

@@ -76,19 +76,19 @@ class Rates:
         slowdown: Of the phase, as a share.
         found: Share of comparisons in which a time that the phase is part of was called slower.
         ambiguous: Share in which none was, and a time of that case was ambiguous.
-        false_alarms: Share of the comparisons of other cases that called them slower or faster.
+        false_alarms: Share of the comparisons of other cases that called them slower or faster; ``None`` with one case.
         num_pairs: Mean number of pairs of a case.
         case_s: Mean seconds of a case, both sides together.
-        others: Of each other tool's rule: the shares that it found and falsely alarmed.
+        others: Of each other tool's rule: the shares that it found and falsely alarmed, ``None`` with one case.
     """
 
     slowdown: float
     found: float
     ambiguous: float
-    false_alarms: float
+    false_alarms: float | None
     num_pairs: float
     case_s: float
-    others: Mapping[str, tuple[float, float]]
+    others: Mapping[str, tuple[float, float | None]]
 
 
 def measured_cases(out: Path, spent_s: Mapping[str, float]) -> list[MeasuredCase]:
@@ -138,7 +138,7 @@ def rates(cases: Sequence[MeasuredCase], slowdown: float, effects: Effects, budg
         slowdown=slowdown,
         found=found / NUM_TRIES,
         ambiguous=ambiguous / NUM_TRIES,
-        false_alarms=alarms / others if others else 0.0,
+        false_alarms=alarms / others if others else None,
         num_pairs=num_pairs / NUM_TRIES / len(cases),
         case_s=spent_s / NUM_TRIES / len(cases),
         others={name: _rates_of_rule(cases, slowdown, rule, random.Random(seed)) for name, rule in OTHERS.items()},
@@ -147,7 +147,7 @@ def rates(cases: Sequence[MeasuredCase], slowdown: float, effects: Effects, budg
 
 def _rates_of_rule(
     cases: Sequence[MeasuredCase], slowdown: float, rule: Rule, rng: random.Random
-) -> tuple[float, float]:
+) -> tuple[float, float | None]:
     """The shares of tries in which a rule flags the slower case, and falsely one of the others, in any quantity."""
     found = alarms = 0
     for _ in range(NUM_TRIES):
@@ -159,7 +159,7 @@ def _rates_of_rule(
             found += place == target and bool(flagged & case.affected(case.longest_phase))
             alarms += place != target and bool(flagged)
     others = NUM_TRIES * (len(cases) - 1)
-    return found / NUM_TRIES, alarms / others if others else 0.0
+    return found / NUM_TRIES, alarms / others if others else None
 
 
 def _steps(case: MeasuredCase, pair: BlockPair, slowdown: float, rng: random.Random) -> Steps:

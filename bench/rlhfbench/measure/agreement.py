@@ -39,6 +39,6 @@ def check_agreement(stats: Mapping[str, float | None], dtype: str) -> None:
         value = stats.get(name) if name in _READINGS or "ratio_error" in stats else None
         if value is not None and abs(value) > limits[dtype]:
             raise ModelError(
-                f"{readings} disagree by {abs(value):.2g} ({name} of the first step), and {dtype} explains "
+                f"{readings} disagree by {abs(value):.2g} ({name} of the first step); the tolerance of {dtype} is "
                 f"{limits[dtype]:.2g}."
             )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from rlhfkernels.errors import CaseError
 from rlhfkernels.ops.native import build
 from rlhfkernels.ops.native import matmul as native
 
@@ -47,9 +48,21 @@ def measure_ceilings(device: str | torch.device, dtype: torch.dtype) -> dict[str
 
 
 def _fastest_matmul(device: torch.device, dtype: torch.dtype) -> _Matmul:
-    """Returns the native backend's matmul where it is the faster one, else torch's."""
-    if device.type == "cpu" and dtype == torch.float32 and build.unavailable_reason() is None and native.beats_torch():
-        return native.matmul
+    """Returns the native backend's matmul where it is the faster one, else torch's.
+
+    Raises:
+        CaseError: the environment names a matmul that there is not.
+    """
+    try:
+        if (
+            device.type == "cpu"
+            and dtype == torch.float32
+            and build.unavailable_reason() is None
+            and native.beats_torch()
+        ):
+            return native.matmul
+    except ValueError as error:
+        raise CaseError([str(error)]) from error
     return lambda left, right, out: torch.mm(left, right, out=out)
 
 

@@ -31,7 +31,7 @@ from rlhfbench.measure.user_step import load_step
 from rlhfkernels.config.case import Case
 from rlhfkernels.errors import ModelError
 from rlhfkernels.observer import Observer
-from rlhfkernels.ops.taken import taken
+from rlhfkernels.ops.fast_paths import fast_paths
 from rlhfkernels.parallel.world import ALONE, World
 from rlhfkernels.training.step import TrainingStep, build_step
 from rlhfkernels.training.work import phase_work
@@ -146,10 +146,10 @@ def _measure_once(
         "latency": {"phases": {phase.name: {"kind": phase.kind} for phase in phases}},
         "stats": timing.stats,
         "prompts": step.data_summary(),
-        "engine": step.trunk_taken,
-        "attention": step.attention_taken,
-        "kernels": step.backend_taken,
-        "taken": ", ".join(taken()),
+        "engine": step.trunk_used,
+        "attention": step.attention_used,
+        "kernels": step.backend_used,
+        "fast_paths": ", ".join(fast_paths()),
         "num_threads": torch.get_num_threads(),
         "timeline": followed,
     }

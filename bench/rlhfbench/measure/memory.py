@@ -16,6 +16,7 @@ from rlhfbench.measure.step import Stats, Step
 from rlhfbench.measure.tally import MODEL_PARTS, Tally
 from rlhfbench.measure.timeline import Timeline
 from rlhfbench.measure.workspaces import workspace_bytes
+from rlhfkernels.errors import ModelError
 from rlhfkernels.observer import Observer
 
 # Views of memory from outside the ledger; ``None`` when unavailable.
@@ -75,8 +76,12 @@ def memory_object(ledger: Ledger | Tally, views: dict[str, int | None]) -> dict[
     Args:
         ledger: Has seen one step.
         views: Memory views from outside the ledger, by the names in ``OUTER_VIEWS``.
+
+    Raises:
+        ModelError: The step entered no phase.
     """
-    assert ledger.peak_phase is not None, "a step has phases"
+    if ledger.peak_phase is None:
+        raise ModelError("no phase was entered while the memory was measured: run(observer) must enter its phases.")
     peaks, largest = ledger.peaks, ledger.largest
     peak = peaks[ledger.peak_phase]
     return {

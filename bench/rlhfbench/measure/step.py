@@ -41,13 +41,13 @@ class Step(Protocol):
         """Returns the ``prompts`` object of the record."""
 
     @property
-    def trunk_taken(self) -> str:
+    def trunk_used(self) -> str:
         """The trunk that the actor runs on: ``fast`` or ``plain``."""
 
     @property
-    def attention_taken(self) -> str:
+    def attention_used(self) -> str:
         """The attention implementation of the actor's trunk: ``sdpa`` or ``eager``."""
 
     @property
-    def backend_taken(self) -> str:
+    def backend_used(self) -> str:
         """The backend of the ops: ``triton``, ``native`` or ``torch``."""

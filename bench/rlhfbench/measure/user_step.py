@@ -29,7 +29,7 @@ class UserStep:
         ModelError: It lacks phases or ``run``, or its phases break a rule.
     """
 
-    trunk_taken = attention_taken = backend_taken = "own"
+    trunk_used = attention_used = backend_used = "own"
 
     def __init__(self, inner: Any, since: TensorsSince) -> None:
         try:

@@ -17,7 +17,7 @@ from rlhfbench.planning.prediction import Plan
 from rlhfbench.planning.recording import record_step
 from rlhfbench.planning.zero import Zero
 from rlhfkernels.config.case import Case
-from rlhfkernels.models.faults import running_errors
+from rlhfkernels.models.errors import running_errors
 from rlhfkernels.observer import Observer
 from rlhfkernels.training.work import phase_work
 

@@ -50,7 +50,8 @@ class _Role:
         self._ends_backward = False
         num_held = 0 if strategy.options.optimizer.name == "sgd" else 2
         num_counts = 0 if not num_held else 1 if strategy.stage else len(weights)  # of AdamW's steps
-        num_held += strategy.stage > 0 or weights[0].dtype.itemsize < 4
+        self._has_copies = strategy.stage > 0 or weights[0].dtype.itemsize < 4
+        num_held += self._has_copies
         num_ranks = strategy.num_ranks if strategy.stage else 1
         # A tensor for each weight, so that one layer more adds what the layer before it added.
         self._parts = [-(-weight.numel() // num_ranks) for weight in weights]
@@ -105,4 +106,5 @@ class _Role:
     def share(self) -> Share:
         """See ``RoleOptimizer.share``."""
         count = sum(self._parts)
-        return Share(count, count * self._weights[0].element_size(), sum(held.nbytes for held in self._held))
+        num_bytes = count * self._weights[0].element_size()
+        return Share(count, num_bytes, 0 if self._has_copies else num_bytes, sum(held.nbytes for held in self._held))

@@ -221,5 +221,6 @@ class _RoleStep:
         return Share(
             sum(part.numel() for part in parts),
             sum(part.nbytes for part in parts),
+            0,
             sum(held.nbytes for held in self._held),
         )

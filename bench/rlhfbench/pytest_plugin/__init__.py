@@ -39,9 +39,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--benchmark-time-budget-s",
         metavar="SECONDS",
         type=_positive_seconds,
-        default=DEFAULT_TIME_BUDGET_S,
         dest="rlhfbench_time_budget_s",
-        help="With --benchmark: seconds for timing the steps of a case. Default: %(default)s.",
+        help=f"With --benchmark: seconds for timing the steps of a case. Default: {DEFAULT_TIME_BUDGET_S}.",
     )
     group.addoption(
         "--benchmark-gate",
@@ -71,7 +70,12 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("--benchmark needs pytest-benchmark: install rlhfbench[pytest].")
     if config.getoption("dist", "no") != "no" or hasattr(config, "workerinput"):
         raise pytest.UsageError("--benchmark measures one case at a time: pytest-xdist must be off (-n 0).")
-    sweep = _load_sweep(config.getoption("rlhfbench_sweep"), config.getoption("rlhfbench_gate"))
+    gate = config.getoption("rlhfbench_gate")
+    if gate is not None and config.getoption("rlhfbench_time_budget_s") is not None:
+        raise pytest.UsageError(
+            "--benchmark-gate takes no --benchmark-time-budget-s: a gate times a case until the answer is clear."
+        )
+    sweep = _load_sweep(config.getoption("rlhfbench_sweep"), gate)
     from rlhfbench.pytest_plugin.benchmarks import Benchmarks  # on a system that can fork
 
     config.pluginmanager.register(Benchmarks(config, sweep), "rlhfbench-benchmarks")

@@ -16,6 +16,7 @@ import pytest
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.errors import RlhfBenchError
 from rlhfbench.gate.output import PASS, exit_code, markdown, open_verdicts
+from rlhfbench.pytest_plugin import DEFAULT_TIME_BUDGET_S
 from rlhfbench.pytest_plugin.measurer import Gate, Measurer
 from rlhfbench.records.derived import rows_per_step
 from rlhfkernels.config.case import Case
@@ -28,7 +29,8 @@ class Benchmarks:
 
     def __init__(self, config: pytest.Config, sweep: Sweep) -> None:
         self._sweep = sweep
-        self._measurer = Measurer(sweep, config.getoption("rlhfbench_time_budget_s"))
+        time_budget_s = config.getoption("rlhfbench_time_budget_s")
+        self._measurer = Measurer(sweep, DEFAULT_TIME_BUDGET_S if time_budget_s is None else time_budget_s)
         base = config.getoption("rlhfbench_gate")
         self._gate = None if base is None else Gate(base, sweep)
 
@@ -41,6 +43,11 @@ class Benchmarks:
         module.obj = sys.modules[__name__]
         module.cases, module.measurer, module.gate = self._sweep.cases, self._measurer, self._gate
         items.extend(session.genitems(module))
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Has the gate compare the cases of the selected tests alone."""
+        if self._gate is not None:
+            self._gate.select([item.case for item in session.items if isinstance(item, _CaseTest)])
 
     def pytest_unconfigure(self) -> None:
         """Ends the fork server."""
@@ -63,6 +70,7 @@ class _SweepModule(pytest.Module):
             else:
                 item = _CaseTest.from_parent(self, name=case_name(case), callobj=_make_test(case, timer, self.measurer))
                 item.add_marker(pytest.mark.benchmark(timer=timer.step_seconds, group=group_name(case)))
+            item.case = case
             # A failed case and a gate replay nothing; without this filter pytest-benchmark would warn beside them.
             item.add_marker(pytest.mark.filterwarnings("ignore:Benchmark fixture was not used at all"))
             yield item
@@ -70,6 +78,8 @@ class _SweepModule(pytest.Module):
 
 class _CaseTest(pytest.Function):
     """The test of one case."""
+
+    case: Case
 
     def reportinfo(self) -> tuple[Path, int, str]:
         """Returns the location to report: no file on this machine's disk."""
@@ -86,7 +96,7 @@ def _gate_test(case: Case, gate: Gate) -> Callable[[], None]:
             pytest.fail(str(error), pytrace=False)
         if exit_code(findings) == PASS:
             return
-        table = markdown(findings, "the base", "the working tree")
+        table = markdown(findings, gate.base, gate.head)
         is_regression = any(found.is_regression for found in findings)
         if not is_regression and open_verdicts(findings) == {"ambiguous"}:
             pytest.skip(f"the gate cannot tell:\n{table}")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.errors import GateError, RlhfBenchError
-from rlhfbench.gate import compare_with
+from rlhfbench.gate import compare_in_words
 from rlhfbench.gate.findings import Finding
 from rlhfbench.gate.sides import temporary_folder
 from rlhfbench.records.file import RecordsFile
@@ -54,17 +55,26 @@ class Measurer:
 
 
 class Gate:
-    """Compares every case of a sweep with a revision or a stored run, when the first test asks.
+    """Compares the cases of a sweep with a revision or a stored run, when the first test asks.
 
     Args:
         base: The revision, or the folder of a run.
         sweep: The cases.
+
+    Attributes:
+        base: The base in words.
+        head: The head in words; empty until it was compared.
     """
 
     def __init__(self, base: str, sweep: Sweep) -> None:
-        self._base, self._sweep = base, sweep
+        self._named, self._sweep = base, sweep
+        self.base, self.head = base, ""
         self._findings: list[Finding] | None = None
         self._error: RlhfBenchError | None = None
+
+    def select(self, cases: Sequence[Case]) -> None:
+        """Has the gate compare these cases of the sweep alone. A stored run is compared whole."""
+        self._sweep = Sweep(cases=tuple(cases))
 
     def findings(self, case: Case) -> list[Finding]:
         """Returns the findings on ``case``.
@@ -75,7 +85,7 @@ class Gate:
         if self._findings is None and self._error is None:
             try:
                 with temporary_folder() as folder:
-                    self._findings = compare_with(self._base, self._sweep, folder)
+                    self._findings, self.base, self.head = compare_in_words(self._named, self._sweep, folder)
             except RlhfBenchError as error:  # the next test fails with it too, and not after trying again
                 self._error = error
         if self._error is not None:
@@ -83,5 +93,5 @@ class Gate:
         (compared,) = Sweep(cases=(case,)).absolute().cases
         found = [found for found in self._findings or () if found.case.id == compared.id]
         if not found:
-            raise GateError(f"'{self._base}' has no such case: it cannot be compared.")
+            raise GateError(f"'{self._named}' has no such case: it cannot be compared.")
         return found

@@ -17,7 +17,7 @@ def at(record: Any, path: str) -> Any:
 
 
 def disturbed_seconds(record: Mapping[str, Any]) -> str | None:
-    """The disturbances of the blocks that the seconds come from; ``None`` if there were none, or enough others remain."""
+    """The disturbances of the blocks behind the seconds; ``None`` if there were none, or enough others remain."""
     counted, disturbed = (at(record, f"latency.num_{kind}_blocks") or 0 for kind in ("counted", "disturbed"))
     among = counted > (num_whole_blocks(record) or 0) - disturbed
     return at(record, "latency.disturbed_by") if among else None

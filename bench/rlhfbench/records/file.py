@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from rlhfbench.errors import RecordsError, RunFolderError
 from rlhfbench.records.blocks import Block, summarize, wrong_block
 from rlhfbench.records.checks import wrong_type
 from rlhfbench.records.derived import at
+from rlhfbench.records.json_files import finite
 from rlhfbench.records.schema import OUTCOMES, SCHEMA, empty_plan, empty_record, filled
 from rlhfbench.records.upgrades import upgraded
 from rlhfkernels.config.case import Case
@@ -150,14 +150,14 @@ def _parse(path: Path, number: int, line: bytes) -> Record:
         record = json.loads(line)
         json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise RecordsError(f"{where}: it holds a lone surrogate, which is no text.") from error
+        raise RecordsError(f"{where}: it contains a lone surrogate, which is not valid text.") from error
     except (ValueError, RecursionError) as error:
         raise RecordsError(f"{where}: it is not JSON.") from error
     if not isinstance(record, dict) or not isinstance(record.get("schema"), int):
         raise RecordsError(f"{where}: it is not a record (an object with a schema number).")
     if record["schema"] > SCHEMA:
         raise RecordsError(
-            f"{where}: its schema is {record['schema']} and this rlhfbench reads up to {SCHEMA}: a newer one wrote it."
+            f"{where}: its schema is {record['schema']}, of a newer rlhfbench: this one reads up to schema {SCHEMA}."
         )
     if "block_of" in record:
         return _checked_block(where, record)
@@ -311,7 +311,7 @@ class RecordsFile:
         entry.num_blocks += 1
 
     def _write(self, entry: Record) -> None:
-        line = json.dumps(_finite(entry), allow_nan=False).encode() + b"\n"
+        line = json.dumps(finite(entry), allow_nan=False).encode() + b"\n"
         status = os.fstat(self._fd)
         if status.st_nlink == 0:
             raise RecordsError(f"records file '{self.path}' cannot be written: it was removed.")
@@ -324,14 +324,3 @@ class RecordsFile:
         except OSError as error:
             os.ftruncate(self._fd, size)
             raise RecordsError(f"records file '{self.path}' cannot be written: {error.strerror}.") from error
-
-
-def _finite(value: Any) -> Any:
-    """``value`` with ``None`` for NaN and infinities, which JSON has not."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,17 @@ def read_json(path: Path, what: str) -> Any:
     if found is None:
         raise RecordsError(f"{what} '{path}' holds nothing.")
     return found
+
+
+def finite(value: Any) -> Any:
+    """``value`` with ``None`` for NaN and infinities, which JSON has not."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value
 
 
 def is_row(row: Any, dtypes: Dtypes) -> bool:

@@ -149,7 +149,7 @@ _MEASURED: tuple[Field, ...] = (
     Field(
         "memory.persistent_model_bytes",
         "Int64",
-        "weights, whole gradients and optimizer state, whenever the total peaks: the papers' model memory",
+        "largest sum of weights, gradients and optimizer states at any phase's peak: the papers' model memory",
         in_plan=True,
     ),
     Field("memory.peak_phase", "string", "phase of the highest total", in_plan=True),
@@ -255,7 +255,7 @@ _MEASURED: tuple[Field, ...] = (
     Field("engine", "object", "trunk that ran: fast or plain"),
     Field("attention", "object", "attention implementation that ran: sdpa or eager"),
     Field("kernels", "object", "backend that ran: torch, triton or native"),
-    Field("taken", "string", "what else ran: cuda_graphs, packages whose kernels did; empty where nothing did"),
+    Field("fast_paths", "string", "what else ran: cuda_graphs, packages whose kernels did; empty where nothing did"),
     Field("prompts", "object", "source and sizes of the training data"),
     Field(
         "prompts.num_truncated",

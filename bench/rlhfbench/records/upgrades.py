@@ -14,13 +14,20 @@ def upgraded(record: dict[str, Any]) -> dict[str, Any]:
 
     Records from before there were blocks have the medians of one process: they become one block with the same figures.
     """
-    record = _with_blocks(record)
+    record = _with_blocks(_renamed(record))
     if record["schema"] >= SCHEMA:
         return record
     found = filled(empty_record(), {**record, "schema": SCHEMA, "case": upgraded_case(record["case"])})
     if at(found, "latency.total_s_per_sample") is not None:
         found["latency"]["sequences_per_sample"] = 1
     return found
+
+
+def _renamed(record: dict[str, Any]) -> dict[str, Any]:
+    """``record`` with the keys of today: ``fast_paths`` was ``taken``."""
+    if "taken" not in record:
+        return record
+    return {("fast_paths" if key == "taken" else key): value for key, value in record.items()}
 
 
 def _with_blocks(record: dict[str, Any]) -> dict[str, Any]:

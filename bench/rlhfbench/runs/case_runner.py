@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -62,6 +63,7 @@ class Runner:
         self._folder, self._options, self._records = folder, options, records
         self._executor, self._progress, self._title = executor, progress, title or Titles()
         self.memory_limit_bytes = options.memory_limit_bytes
+        self._round_s = 0.0  # of the round that has ended
 
     def run_missing(self, cases: Iterable[Case]) -> None:
         """Runs and records those of ``cases`` that have no record yet, then times their later blocks."""
@@ -96,13 +98,15 @@ class Runner:
             number = min(entry.num_blocks for entry in missing)
             behind = [entry for entry in missing if entry.num_blocks == number]
             random.Random(f"{self._segment.run_id if self._segment else ''} {number}").shuffle(behind)
-            self._executor.start()
+            self._executor.start(round_s=self._round_s)
+            started_s = time.monotonic()
             self._progress.begin_blocks(number, max(map(self._num_blocks, missing)), len(behind))
             hosts = {entry.case_id: entry.host for entry in behind}
             for ended in self._executor.run([ids[entry.case_id] for entry in behind], self._start_block, hosts):
                 if ended.is_lost:
                     lost.add(ended.task.case.id)
                 self._record_block(ended)
+            self._round_s = time.monotonic() - started_s
 
     def _num_blocks(self, entry: Entry) -> int:
         """Blocks that the case of ``entry`` is timed in. A resumed run may ask for other than its start did."""
@@ -148,6 +152,7 @@ class Runner:
             num_blocks: blocks of each; by default those of the options.
         """
         self._executor.start()
+        started_s = time.monotonic()
         failed = self._out_of_memory()
         smaller: dict[str, Case] = {}
 
@@ -169,6 +174,7 @@ class Runner:
             if record["outcome"] == "oom":
                 failed.append(case)
             self._progress.finish_case(case, record)
+        self._round_s = time.monotonic() - started_s
 
     def _out_of_memory(self) -> list[Case]:
         """The recorded cases that were out of memory and would be again: under the same conditions and limit."""
@@ -179,8 +185,9 @@ class Runner:
         ]
 
     def try_case(self, case: Case) -> Record:
-        """Runs and records ``case``, or returns its record from earlier."""
-        if not any(entry.case_id == case.id for entry in self._recorded()):
+        """Runs and records ``case``, or returns its record from earlier: of a try that might allocate as much."""
+        tried = (entry for entry in self._recorded() if entry.case_id == case.id)
+        if not any(map(self._conditions.limit_is_same, tried)):
             self._executor.start()
             self._progress.start_case(case)
             # A try asks whether it fits: it gets no interval.

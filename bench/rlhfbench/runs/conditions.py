@@ -1,14 +1,17 @@
-"""The conditions under which recorded cases ran, compared with those of the present segment of a run."""
+"""The conditions under which recorded cases ran, compared between the segments of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rlhfbench.records.derived import at
 from rlhfbench.records.file import Entry
 from rlhfbench.runs import environment
 from rlhfbench.runs.folder import RunFolder, Segment
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class Conditions:
@@ -55,3 +58,54 @@ class Conditions:
         *earlier, now = self._folder.environments()
         is_known = self._segment is not None and at(entry.run, "id") == self._segment.run_id
         return now, dict(enumerate(earlier)).get(at(entry.run, "segment")) if is_known else None
+
+
+def with_conditions(frame: pd.DataFrame, environments: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """``frame`` with the columns of its conditions, if one machine measured cases of the run under unlike ones.
+
+    Segments of a machine whose conditions are alike have the name of the first of them.
+
+    Args:
+        frame: a frame of ``records_frame``. Its hosts tell machines apart, also where they stand for several names.
+        environments: of the segments of its run; one that is absent counts as the start's.
+    """
+    import pandas as pd
+
+    from rlhfreports.columns import CONDITIONS, CONDITIONS_DIFFER, HOST, SEGMENT, START
+
+    places = list(zip(frame[HOST].fillna(""), frame[SEGMENT].fillna(0), strict=True))
+    found = {
+        (host, segment): words
+        for host in dict.fromkeys(host for host, _ in places)
+        for segment, words in _of_machine(environments, host).items()
+    }
+    rows = [found.get(place, (START, "")) for place in places]
+    each = zip(places, rows, frame["outcome"], strict=True)
+    measured = {(host, name) for (host, _), (name, _), outcome in each if outcome == "ok"}
+    if len(measured) == len({host for host, _ in measured}):
+        return frame
+    names, differences = zip(*rows, strict=True)
+    return frame.assign(
+        **{CONDITIONS: pd.array(names, dtype="string"), CONDITIONS_DIFFER: pd.array(differences, dtype="string")}
+    )
+
+
+def _of_machine(environments: Sequence[Mapping[str, Any]], host: str) -> dict[int, tuple[str, str]]:
+    """The conditions of each segment on one machine: the name of the first that had them, and what differs in them."""
+    from rlhfreports.columns import START
+
+    first: dict[str, Mapping[str, Any]] = {}
+    found: dict[int, tuple[str, str]] = {}
+    for number, segment in enumerate(environments):
+        present = environment.of_host(segment, host)
+        name = next((name for name, earlier in first.items() if not _unlike(present, earlier)), None)
+        if name is None:
+            name = f"resumption {number}" if number else START
+            first[name] = present
+        found[number] = name, "" if name == START else ", ".join(_unlike(first[name], first[START]))
+    return found
+
+
+def _unlike(now: Mapping[str, Any], earlier: Mapping[str, Any]) -> list[str]:
+    """What differs between two environments of one machine, which may have several names."""
+    return environment.unlike(now, earlier, without=("host",))

@@ -11,8 +11,9 @@ from rlhfbench.records.derived import at
 from rlhfbench.records.file import Record, read_records
 from rlhfbench.records.plans import read_plans
 from rlhfbench.records.timelines import read_timeline, timeline_frames
+from rlhfbench.runs.conditions import with_conditions
 from rlhfbench.runs.folder import TIMELINES_NAME, RunFolder
-from rlhfbench.runs.page import PAGE_NAME, missing_libraries, on_one_machine, write_run_page
+from rlhfbench.runs.page import COMPARISON_NAME, PAGE_NAME, missing_libraries, on_one_machine, write_run_page
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
     from rlhfreports.tables import ReportTable
 
 
+# The tables and plots that ``draw_run`` writes, each in some of these formats.
+_DRAWN = (
+    "memory_table", "latency", "throughput", "predicted", "slopes", "gain", "ranks", "scaling", "planned_ranks",
+)  # fmt: skip
+_FORMATS = (".md", ".csv", ".png", ".svg")
 _MAX_TIMELINES = 100  # pictures, which take half a second each
 _DRAWN_FIELDS = ("method", "model", "prompt_len", "completion_len", "batch_size", "device", "dtype")
 
@@ -55,12 +61,16 @@ def draw_run(
         line first, then the memory table, slopes and gain.
 
     Raises:
-        RecordsError: the records or a plan cannot be read.
+        RecordsError: the records or a plan cannot be read, or one of them has no case over ranks.
+        RunFolderError: the environment cannot be read.
         SweepError: see ``on_one_machine``.
         OSError: the folder cannot be written.
     """
     records = read_records(run_dir)
     check_drawable(run_dir, records)
+    plan_records = [plan for plan_dir in plan_dirs for plan in _plans(plan_dir)]
+    if plan_dirs:
+        _check_ranks(run_dir, records)
     # Imported here, as pandas and matplotlib take most of a second, and `--help` imports this module.
     from rich.console import Group
     from rich.text import Text
@@ -76,9 +86,11 @@ def draw_run(
     from rlhfreports.scaling import draw_scaling, planned_table, ranks_table, scaling_table
 
     frame = records_frame(records)
-    plans = records_frame(_plans(plan_dirs))
+    plans = records_frame(plan_records)
+    environments = RunFolder(run_dir).environments()
     if same_machine:
-        (frame,) = on_one_machine([frame], RunFolder(run_dir).environments())
+        (frame,) = on_one_machine([frame], environments)
+    frame = with_conditions(frame, environments)
     memory = memory_table(frame)
     # Nothing to tell apart where nothing was timed.
     noise = [Text(resolution(frame))] if frame["total_s_per_sample"].notna().any() else []
@@ -116,14 +128,33 @@ def draw_run(
     return Group(*printed)
 
 
-def _plans(plan_dirs: Sequence[Path]) -> list[Record]:
-    """The plans in several folders, in their order."""
-    found = []
-    for plan_dir in plan_dirs:
-        plans = read_plans(plan_dir)
-        check_drawable(plan_dir, plans)
-        found += plans
-    return found
+def remove_drawings(run_dir: Path) -> None:
+    """Removes the tables, plots and pages of a run. Timelines and their pictures stay.
+
+    Raises:
+        OSError: one cannot be removed.
+    """
+    tables = [f"{name}{suffix}" for name in _DRAWN for suffix in _FORMATS]
+    for name in (*tables, PAGE_NAME, COMPARISON_NAME):
+        (run_dir / name).unlink(missing_ok=True)
+
+
+def _plans(plan_dir: Path) -> list[Record]:
+    """The plans in a folder, of which some are of cases over ranks."""
+    plans = read_plans(plan_dir)
+    check_drawable(plan_dir, plans)
+    _check_ranks(plan_dir, plans)
+    return plans
+
+
+def _check_ranks(folder: Path, records: Sequence[Record]) -> None:
+    """Checks that a plan has something to show beside a run.
+
+    Raises:
+        RecordsError: there is no case over ranks in ``records``.
+    """
+    if all(at(record, "case.options.parallel.strategy") is None for record in records):
+        raise RecordsError(f"'{folder}' has no case over ranks: a plan is laid beside a run for such cases alone.")
 
 
 def check_drawable(run_dir: Path, records: Sequence[Record]) -> None:

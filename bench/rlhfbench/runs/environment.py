@@ -73,13 +73,13 @@ def describe(
     """
     return {
         "started_at": now(),
-        "argv": [Path(argv[0]).name, *argv[1:]] if argv else [],
+        "argv": [*_program(Path(argv[0])), *argv[1:]] if argv else [],
         "settings": settings,
         "host": platform.node(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {name: _version(name) for name in _PACKAGES},
-        "source": {**source(Path(__file__).parent), "hash": _source_hash()},
+        "source": {**source(*(versions.folders() or [Path(__file__).parent])), "hash": _source_hash()},
         "cpu": {
             "model": _cpu_model(),
             "num_physical_cores": psutil.cpu_count(logical=False),
@@ -94,6 +94,11 @@ def describe(
         "revisions": dict(revisions or {}),
         "data_files": dict(data_files or {}),
     }
+
+
+def _program(path: Path) -> list[str]:
+    """The words that start a program: its name, or those of ``python -m``."""
+    return ["python", "-m", path.parent.name] if path.name == "__main__.py" else [path.name]
 
 
 def check_system() -> None:
@@ -133,9 +138,17 @@ def changes(now: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> str
 
 
 def are_alike(now: Mapping[str, Any], earlier: Mapping[str, Any]) -> bool:
-    """True if times of two environments compare. The commit counts only where the hash of the sources is unknown."""
-    without = () if at(earlier, "source.hash") is None else ("commit",)
-    return not differences(now, [earlier], without=without)
+    """True if times of two environments compare: nothing is ``unlike``."""
+    return not unlike(now, earlier)
+
+
+def unlike(now: Mapping[str, Any], earlier: Mapping[str, Any], *, without: Collection[str] = ()) -> list[str]:
+    """The ``differences`` for which times of two environments do not compare.
+
+    The commit counts only where the hash of the sources is unknown.
+    """
+    ignored = [] if at(earlier, "source.hash") is None else ["commit"]
+    return differences(now, [earlier], without=(*without, *ignored))
 
 
 def of_host(environment: Mapping[str, Any], host: str | None) -> Mapping[str, Any]:
@@ -182,13 +195,16 @@ def _gpu(gpu: Any) -> str:
     return str(at(gpu, "name")) + ("" if driver is None else f" (driver {driver})")
 
 
-def source(folder: Path) -> dict[str, Any]:
-    """``{"commit", "dirty"}`` of the git checkout that tracks ``folder``; both ``None`` for an installed package."""
+def source(folder: Path, *others: Path) -> dict[str, Any]:
+    """``{"commit", "dirty"}`` of the git checkout that tracks ``folder``; both ``None`` for an installed package.
+
+    Changes beside ``folder`` and ``others`` do not count: a run's own folder in the checkout is no change of the code.
+    """
     commit = dirty = None
     # A package installed into an environment inside somebody's checkout is not part of that checkout.
     if _git(folder, "ls-files", "--error-unmatch", "__init__.py") is not None:
         commit = _git(folder, "rev-parse", "HEAD")
-        status = _git(folder, "status", "--porcelain")
+        status = _git(folder, "status", "--porcelain", "--", str(folder), *map(str, others))
         dirty = None if status is None else bool(status)
     return {"commit": commit, "dirty": dirty}
 

@@ -72,8 +72,13 @@ Hosts = Mapping[str, str | None]  # the only machine that may run a case, by the
 class Executor(Protocol):
     """Runs the blocks of cases. It is closed by whoever made it."""
 
-    def start(self) -> None:
-        """Prepares what cases wait for, such as imports."""
+    def start(self, *, round_s: float = 0.0) -> None:
+        """Prepares what cases wait for, such as imports.
+
+        Args:
+            round_s: seconds of the round of blocks that has ended. Processes that share something, such as a server
+                that they are forked from, are replaced if that takes less.
+        """
 
     def run(
         self, cases: Sequence[Case], start: Start, hosts: Mapping[str, str | None] | None = None

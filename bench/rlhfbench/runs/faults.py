@@ -204,7 +204,7 @@ def _death(rank: Rank, others: Sequence[Rank], *, oom_killed: bool) -> Result:
         dead += [other for other in others if other.exit is not None and other.exit.code is None]
         kind, how = "ServerDied", "died with the fork server"
     elif rank.exit.code < 0:
-        kind = signal.Signals(-rank.exit.code).name
+        kind = signal_name(-rank.exit.code)
         how = f"was killed by {kind}"
         if kind == "SIGKILL" and oom_killed:
             outcome, how = "oom", "was killed by the kernel, since the machine was out of memory,"
@@ -246,6 +246,14 @@ def last_line(text: str) -> str:
     """The last line of ``text`` that is not blank, at most 300 characters."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1][:300] if lines else ""
+
+
+def signal_name(number: int) -> str:
+    """The name of a signal, such as ``SIGKILL``; most real-time signals have none."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def _waited(others: Sequence[Rank]) -> str:

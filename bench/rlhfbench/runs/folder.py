@@ -68,9 +68,14 @@ class RunFolder:
         """Folder of the timelines, one file a case."""
         return self.path / TIMELINES_NAME
 
+    @property
+    def logs_dir(self) -> Path:
+        """Folder of the logs."""
+        return self.path / "logs"
+
     def log_path(self, case_id: str) -> Path:
         """Log of a case: its output, and the traceback if it failed."""
-        return self.path / "logs" / f"{case_id}.log"
+        return self.logs_dir / f"{case_id}.log"
 
     def prepare(self, sweep: Sweep, *, resume: bool) -> None:
         """Creates the folder for a run of ``sweep``, or checks that it holds the run to resume.
@@ -87,7 +92,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             if not resume:
                 self._write_sweep(sweep)
-            for folder in (self.log_path("").parent, self.traces_dir):
+            for folder in (self.logs_dir, self.traces_dir):
                 folder.mkdir(exist_ok=True)
         except OSError as error:
             raise RunFolderError(f"out '{self.path}' cannot be written: {error.strerror}.") from error
@@ -176,10 +181,10 @@ class RunFolder:
         except OSError as error:
             raise RunFolderError(f"'{path}' cannot be read: {error.strerror}.") from error
         except (ValueError, RecursionError) as error:
-            raise RunFolderError(f"'{path}' is not JSON: move it away to resume.") from error
+            raise RunFolderError(f"'{path}' is not JSON: restore it, or name a new folder.") from error
         resumed = first.pop("resumed", []) if isinstance(first, dict) else None
         if not isinstance(resumed, list) or not all(isinstance(segment, dict) for segment in resumed):
-            raise RunFolderError(f"'{path}' is no environment of a run: move it away to resume.")
+            raise RunFolderError(f"'{path}' is not the environment of a run: restore it, or name a new folder.")
         return [first, *resumed]
 
     def settings(self) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from rlhfbench.launch import Launch, find_launch
 from rlhfbench.runs.faults import Rank
 from rlhfbench.runs.forkserver_process import Message
 from rlhfbench.runs.hangs import TICK_S
-from rlhfbench.runs.meeting import LOST_S, SharedStore, come
 from rlhfbench.runs.ranks import LocalRanks, Server, rank_request
+from rlhfbench.runs.rendezvous import LOST_S, SharedStore, join
 from rlhfbench.runs.supervise import wait_for_end
 
 _MAX_LOG_CHARS = 2000
@@ -23,7 +23,7 @@ def follower() -> Follower:
     """The follower of rank 0, in the process of another rank that a launcher started.
 
     Raises:
-        SweepError: see ``SharedStore`` and ``come``.
+        SweepError: see ``SharedStore`` and ``join``.
     """
     launch = find_launch()
     assert launch is not None, "a launcher started this process"
@@ -37,13 +37,13 @@ class Follower:
         launch: of this process; not rank 0.
 
     Raises:
-        SweepError: see ``SharedStore`` and ``come``.
+        SweepError: see ``SharedStore`` and ``join``.
     """
 
     def __init__(self, launch: Launch) -> None:
         self._launch, self._store = launch, SharedStore(launch)
         self._num_messages = 0
-        come(self._store, launch)
+        join(self._store, launch)
 
     def follow(self, server: Server) -> None:
         """Runs this process's rank of every case of a run, until rank 0 sends the end.

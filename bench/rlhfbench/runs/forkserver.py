@@ -45,6 +45,10 @@ class ForkServer:
         preload: modules that the server imports before it forks.
         optional: modules that it also imports if they exist.
         paths: folders that its modules are looked for in first: those of another revision of the code.
+
+    Attributes:
+        knows: names of what this version of the server can do.
+        start_s: seconds of its last start; 0 before.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class ForkServer:
         self._log: BinaryIO | None = None
         self._lines = Lines()
         self.knows = frozenset[str]()
+        self.start_s = 0.0
 
     def __enter__(self) -> Self:
         self.start()
@@ -84,6 +89,7 @@ class ForkServer:
         if self.pid is not None:
             return
         self.close()
+        started_s = time.monotonic()
         ours, theirs = socket.socketpair()
         self._control, self._lines = ours, Lines()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 -- closed in close()
@@ -116,6 +122,7 @@ class ForkServer:
         if ready is None:
             raise ForkServerError(f"the fork server did not start: {last_line_of_log}")
         self.knows = frozenset(ready.get("knows", ()))
+        self.start_s = time.monotonic() - started_s
 
     def _environment(self) -> dict[str, str]:
         environment = worker_environment(os.environ)

@@ -14,6 +14,7 @@ from rlhfbench.records.derived import at
 from rlhfbench.records.file import read_records
 from rlhfbench.records.profiles import profile_frames, read_profile
 from rlhfbench.records.timelines import planned, read_timeline, tensors_frame, timeline_frames
+from rlhfbench.runs.conditions import with_conditions
 from rlhfbench.runs.folder import SWEEP_NAME, RunFolder
 
 if TYPE_CHECKING:
@@ -48,14 +49,15 @@ def read_run(run_dir: Path, name: str | None = None, loaded: Loaded | None = Non
     from rlhfreports.page.data import Run
 
     records = read_records(run_dir) if loaded is None else loaded[0]
-    frame = records_frame(records) if loaded is None else loaded[1]
     folder = RunFolder(run_dir)
+    environments = folder.environments()
+    frame = with_conditions(records_frame(records), environments) if loaded is None else loaded[1]
     return Run(
         name=name or run_dir.resolve().name,
         frame=frame,
         blocks=blocks_frame(records),
         ranks=ranks_frame(records),
-        environments=folder.environments(),
+        environments=environments,
         sweep=_text(run_dir / SWEEP_NAME),
         timelines=_timelines(largest_cases(frame), folder.timelines_dir),
         predicted_timelines=_timelines(largest_cases(frame), folder.timelines_dir, planned),
@@ -129,7 +131,10 @@ def write_run_page(
     if same_machine:
         environments = itertools.chain.from_iterable(run.environments for run in runs)
         frames = on_one_machine([run.frame for run in runs], environments)
-        runs = [dataclasses.replace(run, frame=frame) for run, frame in zip(runs, frames, strict=True)]
+        runs = [
+            dataclasses.replace(run, frame=with_conditions(frame, run.environments))
+            for run, frame in zip(runs, frames, strict=True)
+        ]
     page = Page.of(runs, with_paper=with_paper, plans=plans)
     write_page(page, path)
     return comparison_sentences(page.frame, compared(page.frame)) if len(runs) > 1 else []

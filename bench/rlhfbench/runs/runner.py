@@ -22,8 +22,8 @@ from rlhfbench.runs.execution import Executor, Place, Setup
 from rlhfbench.runs.folder import RunFolder, Segment
 from rlhfbench.runs.follower import follower
 from rlhfbench.runs.forkserver import WARM, ForkServer
-from rlhfbench.runs.head import head
 from rlhfbench.runs.job import Exit
+from rlhfbench.runs.leader import leader
 from rlhfbench.runs.options import RunOptions
 from rlhfbench.runs.progress import Progress, make_progress
 from rlhfbench.runs.ranks import run_ranks
@@ -181,9 +181,9 @@ def _starter(launch: Launch | None) -> Iterator[Callable[..., Exit]]:
     if launch is None:
         yield run_ranks
         return
-    first = head()
+    first = leader()
     try:
-        first.meet()
+        first.start()
         yield first.run
     finally:
         first.end()

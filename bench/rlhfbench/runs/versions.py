@@ -18,14 +18,23 @@ _SUFFIXES = (".py", ".c", ".h")  # the C backend is compiled when it is first us
 Installed = tuple[str, str] | None  # version and a hash of the sources
 
 
-def installed() -> Installed:
-    """Version and a hash of the sources of the installed package; ``None`` if there is none."""
-    digest = hashlib.sha256()
+def folders() -> list[Path]:
+    """Folders of the sources of the installed package; empty if there is none."""
+    found = []
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
-            return None
-        root = Path(next(iter(spec.submodule_search_locations)))
+            return []
+        found.append(Path(next(iter(spec.submodule_search_locations))))
+    return found
+
+
+def installed() -> Installed:
+    """Version and a hash of the sources of the installed package; ``None`` if there is none."""
+    digest, roots = hashlib.sha256(), folders()
+    if not roots:
+        return None
+    for root in roots:
         for path in sorted(path for path in root.rglob("*") if path.suffix in _SUFFIXES):
             digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     try:

@@ -98,9 +98,13 @@ def _page_of(run_dir: Path) -> str:
 
 
 def _progress(run_dir: Path, num_records: int) -> str:
-    """The number of recorded cases, of how many."""
+    """The number of recorded cases, of how many; of a search for the largest batch nobody knows how many."""
+    folder = RunFolder(run_dir)
     try:
-        num_cases = max(len(RunFolder(run_dir).load_sweep().cases), num_records)
+        if folder.settings().get("max_batch_limit") is not None:
+            tries = "1 try is" if num_records == 1 else f"{num_records} tries are"
+            return f"{tries} recorded. The page follows as others come."
+        num_cases = max(len(folder.load_sweep().cases), num_records)
     except RunFolderError:
         return f"{num_records} cases are recorded."
     if num_records == num_cases:
@@ -131,6 +135,8 @@ class _Server(ThreadingHTTPServer):
 
     def server_bind(self) -> None:
         """Binds without the reverse look-up of the host's name, which may ask the network."""
+        # Connections of a server that has ended hold its port for a minute.
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])

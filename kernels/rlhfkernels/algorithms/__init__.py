@@ -26,18 +26,22 @@ class Objective:
         packs: says whether the sequences of a micro-batch are read as one row without padding.
         in_two_passes: says whether the loss reads its log-probabilities without a graph first, and the sequences of a
             data row then have a graph each. For losses that read nothing but log-probabilities.
+        divides_by_tokens: the divisor is the number of tokens, not of data rows.
     """
 
     function: Callable[[Reader, Batch, Options, Counts], Loss]
     reads_prompt: Callable[[Options], bool] = lambda options: False
     packs: Callable[[Options], bool] = lambda options: False
     in_two_passes: Callable[[Options], bool] = lambda options: False
+    divides_by_tokens: bool = True
 
 
 OBJECTIVES: dict[str, Objective] = {
     "policy": Objective(ppo.policy),
     "value": Objective(ppo.value),
-    "pairs": Objective(dpo.pairs, in_two_passes=lambda options: options.dpo.forward == "two-pass"),
+    "pairs": Objective(
+        dpo.pairs, in_two_passes=lambda options: options.dpo.forward == "two-pass", divides_by_tokens=False
+    ),
     "demonstrations": Objective(
         sft.demonstrations,
         reads_prompt=lambda options: not options.sft.completion_only_loss,

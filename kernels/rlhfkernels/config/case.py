@@ -227,8 +227,9 @@ def _check_batches(case: Case) -> Iterator[str]:
 
 
 def _check_optimizer(case: Case) -> Iterator[str]:
-    if case.options.optimizer.name == "adamw8bit" and case.dtype == "float64":
-        yield "optimizer.name is 'adamw8bit': bitsandbytes has no float64, so dtype must be float32 or bfloat16."
+    for field, dtype in (("dtype", case.dtype), ("lora.dtype", case.options.lora.dtype)):
+        if case.options.optimizer.name == "adamw8bit" and dtype == "float64":
+            yield f"optimizer.name is 'adamw8bit': bitsandbytes has no float64, so {field} must be float32 or bfloat16."
     warmup_steps, max_steps = case.options.optimizer.warmup_steps, case.options.optimizer.max_steps
     if warmup_steps >= max_steps:
         yield f"optimizer.warmup_steps is {warmup_steps}: it must be below optimizer.max_steps, which is {max_steps}."

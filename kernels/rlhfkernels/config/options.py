@@ -96,8 +96,9 @@ class OptimizerOptions:
     Attributes:
         name: ``adamw`` (fused), ``adamw8bit`` (bitsandbytes' 8-bit states; planning needs no bitsandbytes) or ``sgd``.
         learning_rate: peak learning rate.
-        warmup_steps: steps of linear warm-up, fewer than ``max_steps``.
-        max_steps: the step at which the cosine decay reaches 0.
+        warmup_steps: optimizer steps of linear warm-up, fewer than ``max_steps``.
+        max_steps: the optimizer step at which the cosine decay reaches 0. A step of PPO has one for each mini-batch of
+            each epoch.
         weight_decay: decoupled from the gradient by AdamW, added to it by ``sgd``.
         adam_epsilon: ε of AdamW; it matters under bfloat16.
         max_grad_norm: the gradient norm of each parameter group is clipped to this.
@@ -162,7 +163,7 @@ class PPOOptions:
         cliprange_value: ε of the clipped value loss.
         vf_coef: multiplier of the value loss (Hydra-RLHF Tables 12 and 13, "Critic Loss Multiplier").
         entropy_coef: weight of the entropy bonus; 0 computes no entropy.
-        reward_clip: the reward model's score is clamped into (−c, c); ``None`` leaves it. Scores of a
+        reward_clip: the reward model's score is clamped to [−c, c]; ``None`` does not clamp it. Scores of a
             ``reward_fn`` are never clamped.
         bootstrap_truncated: a completion cut by length is followed by V of its last token instead of 0.
         critic_head: ``trained``, or ``frozen``: the critic reads the reward head, as in Hydra-RLHF's code.

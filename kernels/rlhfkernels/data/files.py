@@ -109,7 +109,7 @@ def _read(kind: str, path: str | Path, parse: Callable[[str, int, Row], T]) -> l
     except OSError as error:
         raise DataError(f"{kind} '{path}' cannot be read: {error.strerror}.") from error
     except ValueError as error:
-        raise DataError(f"{kind} {str(path)!r} is no path: it holds a null character.") from error
+        raise DataError(f"{kind} {str(path)!r} is not a path: it contains a null character.") from error
     # Lines end at line feeds only: JSON strings may hold other characters that str.splitlines splits at.
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):

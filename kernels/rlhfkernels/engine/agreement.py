@@ -12,7 +12,7 @@ import torch
 from rlhfkernels.engine.trunk import Trunk
 from rlhfkernels.errors import CaseError, ModelError, NumericalError
 from rlhfkernels.models.configuration import rotary_limit
-from rlhfkernels.models.faults import forward_errors
+from rlhfkernels.models.errors import forward_errors
 from rlhfkernels.models.loading import LoadedModel
 from rlhfkernels.observer import Observer
 from rlhfkernels.ops.attention_mask import Segment
@@ -83,7 +83,7 @@ def check_model(name: str, model: LoadedModel, trunk: Trunk, dtype: str, *, gene
         if not error <= limit:
             raise ModelError(
                 f"model {name!r} is run wrongly: {what} ({trunk.name} trunk) and transformers' own forward disagree by "
-                f"{_shown(error)}, and {dtype} explains {limit:.2g}."
+                f"{_shown(error)}; the tolerance of {dtype} is {limit:.2g}."
             )
 
 

@@ -33,11 +33,11 @@ def select_backend(backend: str, device: str, dtype: str) -> str:
     reason = _native_unavailable_reason(dtype) if is_cpu else _triton_unavailable_reason(device)
     if reason is None and is_cpu:
         try:
-            beats_torch()  # measures where nothing is remembered: here, not inside a step
+            beats_torch()  # measures where no times are stored: here, not inside a step
         except ValueError as error:
             raise CaseError([str(error)]) from error
     if reason is None and not is_cpu:
-        _measure_rivals(torch.device(device), getattr(torch, dtype))
+        _measure_library_kernels(torch.device(device), getattr(torch, dtype))
     if reason is None:
         return "native" if is_cpu else "triton"
     if backend == "auto":
@@ -45,10 +45,10 @@ def select_backend(backend: str, device: str, dtype: str) -> str:
     raise CaseError([f"engine.backend is {backend!r}: {reason}"])
 
 
-def _measure_rivals(device: torch.device, dtype: torch.dtype) -> None:
-    """Measures the ops of installed libraries where nothing is remembered: here, not inside a step."""
-    for rival in (LIGER, FLASH):
-        rival.is_taken(torch.empty(0, device=device, dtype=dtype), "auto")
+def _measure_library_kernels(device: torch.device, dtype: torch.dtype) -> None:
+    """Measures the ops of installed libraries where no times are stored: here, not inside a step."""
+    for library in (LIGER, FLASH):
+        library.applies_to(torch.empty(0, device=device, dtype=dtype), "auto")
 
 
 def _native_unavailable_reason(dtype: str) -> str | None:

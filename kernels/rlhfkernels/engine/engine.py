@@ -25,9 +25,10 @@ from rlhfkernels.engine.logprob_chunk import logprob_chunk_size
 from rlhfkernels.engine.saving import write_weights
 from rlhfkernels.engine.trunk import PlainTrunk, Trunk
 from rlhfkernels.engine.weights import attach_adapters, base_parameters, declare_trained, load_bases, make_scalar_heads
-from rlhfkernels.errors import NumericalError
+from rlhfkernels.errors import CaseError, NumericalError
 from rlhfkernels.methods.program import WeightSet
 from rlhfkernels.models.adapters import Adapters
+from rlhfkernels.models.configuration import rotary_limit
 from rlhfkernels.models.heads import LmHead
 from rlhfkernels.models.loading import LoadedModel
 from rlhfkernels.observer import Observer
@@ -108,9 +109,18 @@ class Engine:
         """Refuses a base that reads packed rows wrongly.
 
         Raises:
-            CaseError: see ``rlhfkernels.engine.agreement.check_packing``.
+            CaseError: its rotary embedding depends on the longest sequence of a row, or see
+                ``rlhfkernels.engine.agreement.check_packing``.
         """
         case, name = self.case, self.case.model_of(self.method.origins[base])
+        limit = rotary_limit(self.models[base].trunk.config)
+        if case.data_file is not None and limit is not None and case.seq_len > limit:
+            raise CaseError(
+                [
+                    f"model {name!r} cannot read packed rows of more than {limit} tokens: its rotary embedding then "
+                    "depends on the other sequences of a row; sft.packing must be false."
+                ]
+            )
         check = functools.partial(
             check_packing,
             name,

@@ -22,7 +22,7 @@ from rlhfkernels.engine.agreement import check_cache, decode, largest_error, tol
 from rlhfkernels.engine.engine import Engine
 from rlhfkernels.errors import CaseError, ModelError
 from rlhfkernels.models.configuration import max_positions, read_config
-from rlhfkernels.models.faults import forward_errors
+from rlhfkernels.models.errors import forward_errors
 from rlhfkernels.models.loading import load_causal_lm
 from rlhfkernels.seeding import seeded
 
@@ -128,19 +128,29 @@ class _Verification:
         yield self._compared("fast against plain", lambda: [(in_torch, adapted)])
         for backend in ("native", "triton"):
             try:
-                engine = self._engine({"engine.trunk": "fast", "engine.backend": backend})
-            except CaseError:  # not available for this device or dtype
+                case = self._with({"engine.trunk": "fast", "engine.backend": backend})
+            except CaseError:  # not for this device or dtype
                 continue
             label = f"fast, {backend}"
+            try:
+                engine = self._engine_of(case)
+            except CaseError as error:  # such as no compiler
+                yield Check(name=label, outcome="refused", note=str(error))
+                continue
             yield from self._of_engine(label, engine, reference)
             found = self._adapted(engine)
             yield self._compared(f"{label} against torch", lambda found=found: [(found, in_torch)])  # type: ignore[misc]
             del engine
 
     def _engine(self, options: dict[str, Any] | None = None) -> Engine:
+        return self._engine_of(self._with(options or {}))
+
+    def _with(self, options: dict[str, Any]) -> Case:
+        return dataclasses.replace(self._case, options=self._case.options.replace(options))
+
+    def _engine_of(self, case: Case) -> Engine:
         """Builds an engine whose adapter changes its base."""
         gc.collect()  # models are in reference cycles
-        case = dataclasses.replace(self._case, options=self._case.options.replace(options or {}))
         engine = Engine(case, check=False)
         with torch.no_grad(), seeded(engine.device, case.seed):
             for parameter in engine.parameters_of_role[_ROLE]:

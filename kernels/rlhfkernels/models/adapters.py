@@ -184,7 +184,6 @@ def _target_names(trunk: nn.Module, targets: str) -> list[str]:
     chosen = [target.strip() for target in targets.split(",")]
     wrong = [target for target in chosen if target not in names]
     if wrong:
-        raise CaseError(
-            [f"lora.target_modules has {', '.join(wrong)}: this model's linear layers are {', '.join(names)}."]
-        )
+        unknown = ", ".join(name or "an empty name" for name in wrong)
+        raise CaseError([f"lora.target_modules has {unknown}: this model's linear layers are {', '.join(names)}."])
     return chosen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers import AutoConfig
 
 from rlhfkernels.config.rules import shown
 from rlhfkernels.errors import ModelError
-from rlhfkernels.models.faults import expanded, loading_errors
+from rlhfkernels.models.errors import expanded, loading_errors
 from rlhfkernels.models.fields import NOISE_FIELDS, NUMBER_FIELDS, POSITION_FIELDS
 from rlhfkernels.models.presets import PRESETS
 
@@ -115,11 +116,22 @@ def logit_scale(config: Any) -> float:
     """Returns the factor of the logits after the head.
 
     The configuration's fields mean different things by architecture. The engine's check at loading refuses those that
-    this function does not know.
+    are not known here.
     """
-    kind = config.model_type
-    if kind == "mpt":  # has the field; its model does not read it
-        return 1.0
-    scaling = float(getattr(config, "logits_scaling", None) or 1.0)  # Granite divides by it, MiniCPM3 too
-    scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
-    return scale * (scaling if kind == "hyperclovax" else 1.0 / scaling)
+    return _LOGIT_SCALES.get(config.model_type, _logit_scale)(config)
+
+
+def _field(config: Any, name: str) -> float:
+    return float(getattr(config, name, None) or 1.0)
+
+
+def _logit_scale(config: Any) -> float:
+    """Cohere multiplies by ``logit_scale``; Granite and MiniCPM3 divide by ``logits_scaling``."""
+    return _field(config, "logit_scale") / _field(config, "logits_scaling")
+
+
+# By ``model_type``, where the fields mean something else.
+_LOGIT_SCALES: dict[str, Callable[[Any], float]] = {
+    "hyperclovax": lambda config: _field(config, "logits_scaling"),
+    "mpt": lambda config: 1.0,  # has logit_scale; its model does not read it
+}

@@ -15,7 +15,7 @@ from rlhfkernels.models.cache import has_other_states
 from rlhfkernels.models.checkpoint import check_weights
 from rlhfkernels.models.cloning import clone_module
 from rlhfkernels.models.configuration import check_config, cut_layers, logit_scale, pretrained, read_config, silence
-from rlhfkernels.models.faults import AttentionError, check_softcap, forward_errors, loading_errors
+from rlhfkernels.models.errors import AttentionError, check_softcap, forward_errors, loading_errors
 from rlhfkernels.models.fields import EXPERT_FIELDS
 from rlhfkernels.models.heads import LmHead
 from rlhfkernels.models.presets import PRESETS
@@ -147,6 +147,11 @@ def load_causal_lm(
             "of generation would spoil: it must have attention layers alone."
         )
     model.eval().requires_grad_(False)
+    for module in model.modules():
+        # Lengths stay within the model's positions, where its frequencies never change. transformers would compare them
+        # in every forward: a wait for the device, and impossible on the fake tensors of a plan.
+        if getattr(module, "rope_type", None) == "dynamic":
+            module.rope_type = "default"
     return model
 
 

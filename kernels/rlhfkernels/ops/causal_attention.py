@@ -20,9 +20,9 @@ from rlhfkernels.ops.attention_mask import AttentionSpan, CausalMask, Segment
 from rlhfkernels.ops.decode_attention import without_plans
 from rlhfkernels.ops.dispatch import is_on_cpu, takes_native
 from rlhfkernels.ops.grouped_attention import grouped_attention
+from rlhfkernels.ops.library_kernels import LibraryKernel
 from rlhfkernels.ops.native import causal_attention as native
 from rlhfkernels.ops.qkv_layout import QkvLayout
-from rlhfkernels.ops.rivals import Rival
 
 # Inputs that other libraries are measured at: a micro-batch of Llama-7B.
 _MEASURED_ROWS, _MEASURED_LEN = 4, 1024
@@ -62,7 +62,7 @@ def causal_attention(
             out: torch.Tensor = _CausalAttention.apply(qkv, layout, mask, span)  # type: ignore[no-untyped-call]
             return out
         return native.forward(qkv, layout, mask, span, with_logsumexp=False)[0]
-    if mask.padding is None and FLASH.takes(qkv, backend):
+    if mask.padding is None and FLASH.use_for(qkv, backend):
         return _flash(qkv, layout, mask, span)
     return _torch(qkv, layout, mask, span)
 
@@ -168,7 +168,7 @@ def _at_measured(function: Callable[..., torch.Tensor], tensors: tuple[torch.Ten
     return function(tensors[0], _MEASURED_LAYOUT, mask, span)
 
 
-FLASH = Rival(
+FLASH = LibraryKernel(
     op="causal_attention",
     package="flash_attn",
     ours=functools.partial(_at_measured, _torch),

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from rlhfkernels.ops.dispatch import takes_native, takes_triton
+from rlhfkernels.ops.library_kernels import LibraryKernel
 from rlhfkernels.ops.native import rms_norm as native
-from rlhfkernels.ops.rivals import Rival
 
 # Estimate: 2 MiB of bfloat16 take an H100 about 1 us, less than any launch.
 _MAX_LAUNCH_BOUND_ELEMENTS = 2**20
@@ -42,7 +42,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, backend: str 
     with_graph = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if not with_graph and _is_bound_by_launch(x):
         return nn.functional.rms_norm(x, weight.shape, weight, eps)
-    if with_graph and LIGER.takes(x, backend):
+    if with_graph and LIGER.use_for(x, backend):
         return _liger((x, weight), eps)
     kernels = _kernels(x, weight, backend)
     if with_graph:
@@ -133,7 +133,7 @@ def _measured(device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, .
     return x, torch.ones(_MEASURED_SIZE, device=device, dtype=dtype)
 
 
-LIGER = Rival(
+LIGER = LibraryKernel(
     op="rms_norm",
     package="liger_kernel",
     ours=functools.partial(_own, eps=_MEASURED_EPS),

@@ -270,7 +270,11 @@ def load(device: torch.device) -> Any:
         CaseError: it is not installed, or it is too old.
     """
     os.environ.setdefault("DS_ACCELERATOR", device.type)
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    # By this number engines choose their device. Those of stage 3 read it in every step, so it stays set.
+    if device.index is None:
+        os.environ.setdefault("LOCAL_RANK", "0")
+    else:
+        os.environ["LOCAL_RANK"] = str(device.index)
     name = OPTION_PACKAGES["parallel.strategy"]["deepspeed"]
     try:
         package = importlib.import_module(name)

@@ -33,11 +33,13 @@ class Share:
     Attributes:
         count: elements.
         num_bytes: bytes of these elements in the dtype of the weights.
+        read_bytes: bytes of those without a master copy; the others are written alone.
         held_bytes: bytes of their master copies and states once the optimizer has stepped.
     """
 
     count: int
     num_bytes: int
+    read_bytes: int
     held_bytes: int
 
 

@@ -75,9 +75,10 @@ class ZeroOptimizer:
         masters, weights = list(self._masters()), self._weights()
         own = {id(weight) for weight in weights}
         count = sum(master.numel() for master in masters)
+        read = sum(master.nbytes for master in masters if id(master) in own)
         held = sum(master.nbytes for master in masters if id(master) not in own)
         held += sum(_state_bytes(self._engine.basic_optimizer, master) for master in masters)
-        return Share(count, count * weights[0].element_size(), held)
+        return Share(count, count * weights[0].element_size(), read, held)
 
     def _weights(self) -> Sequence[nn.Parameter]:
         """The weights of the role."""

@@ -35,6 +35,7 @@ class PassForm:
         reads_prompt: the loss covers the prompt's tokens too.
         packs: the sequences are one row without padding.
         in_two_passes: the sequences of a data row have one graph each.
+        divides_by_tokens: a loss is divided by the number of tokens.
     """
 
     def __init__(self, p: ForwardPass, options: Options) -> None:
@@ -44,6 +45,7 @@ class PassForm:
         self.reads_prompt = any(objective.reads_prompt(options) for objective in self.objectives)
         self.packs = any(objective.packs(options) for objective in self.objectives)
         self.in_two_passes = any(objective.in_two_passes(options) for objective in self.objectives)
+        self.divides_by_tokens = any(objective.divides_by_tokens for objective in self.objectives)
 
     def positions(self, prompt_len: int, completion_len: int) -> range:
         """The positions of a sequence whose hidden states the pass reads."""

@@ -81,6 +81,7 @@ class Optimizer:
         return Share(
             sum(part.numel() for part in held),
             sum(part.nbytes for part in held),
+            sum(part.nbytes for part, is_copy in zip(held, self._is_copy, strict=True) if not is_copy),
             sum(tensor.nbytes for tensor in self.tensors()),
         )
 

@@ -101,6 +101,7 @@ class StepSizes:
         trained: weights that are trained, of all ranks.
         trained_item: bytes of the widest trained weight; 0 if nothing is trained.
         updated: the part of them that this rank's optimizers update.
+        updated_read_bytes: bytes of those of them that an update reads: the others have a master copy.
         optimizer_bytes: what these optimizers hold once they have stepped.
     """
 
@@ -108,6 +109,7 @@ class StepSizes:
     trained: Weights
     trained_item: int
     updated: Weights
+    updated_read_bytes: int
     optimizer_bytes: int
 
     @classmethod
@@ -121,6 +123,7 @@ class StepSizes:
             trained=_weights(trained),
             trained_item=max((p.element_size() for p in trained), default=0),
             updated=Weights(sum(share.count for share in shares), sum(share.num_bytes for share in shares)),
+            updated_read_bytes=sum(share.read_bytes for share in shares),
             optimizer_bytes=sum(share.held_bytes for share in shares),
         )
 

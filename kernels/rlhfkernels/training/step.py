@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from rlhfkernels.methods.phases import ForwardPass, Phase
 from rlhfkernels.methods.program import Derive, Generate, Optimize, Read
 from rlhfkernels.models.loading import load_tokenizer
 from rlhfkernels.observer import Observer
+from rlhfkernels.ops.fast_paths import forget_fast_paths
 from rlhfkernels.parallel.strategies import RoleOptimizer, Strategy
 from rlhfkernels.parallel.world import ALONE, World
 from rlhfkernels.training.gradients import PassForm
@@ -82,7 +83,9 @@ def build_step(
         generator = torch.Generator(torch.device(case.device))
         generator.manual_seed(case.seed + world.rank)  # every rank samples its own
     engine = Engine(case, with_weights=with_weights, num_layers=num_layers, world=world, make_strategy=make_strategy)
-    return TrainingStep(case, engine, reward_fn, generator=generator, world=world)
+    step = TrainingStep(case, engine, reward_fn, generator=generator, world=world)
+    forget_fast_paths()
+    return step
 
 
 class TrainingStep:
@@ -158,17 +161,17 @@ class TrainingStep:
         )
 
     @property
-    def trunk_taken(self) -> str:
+    def trunk_used(self) -> str:
         """The implementation of the trunks: ``fast``, or ``plain`` where ``fast`` does not cover the architecture."""
         return self.engine.trunks[self.method.bases[0]].name
 
     @property
-    def attention_taken(self) -> str:
+    def attention_used(self) -> str:
         """The attention implementation of the actor's trunk: ``sdpa`` or ``eager``."""
         return self.engine.models[self.method.bases[0]].attention
 
     @property
-    def backend_taken(self) -> str:
+    def backend_used(self) -> str:
         """The backend of the ops: ``triton``, ``native`` or ``torch``."""
         return self.engine.backend
 
@@ -222,7 +225,7 @@ class TrainingStep:
         stages = [stage for stage in phase.stages if isinstance(stage, Read)]
         with observer.phase(phase.name):
             for batch in itertools.islice(self._source.data_set(self._generator), num_batches):
-                self._read(phase.passes, batch, observer)
+                self._read(phase, batch, observer)
                 for stage in stages:
                     self._prepared.keep(stage.into, batch)
                 observer.tag("rollout", self._prepared.columns.values())
@@ -285,7 +288,7 @@ class TrainingStep:
     def _score(self, phase: Phase, batch: Batch | None, stats: StepStats, observer: Observer) -> Batch:
         """Phase ``score``: reads the columns of all forward passes, then derives the rest."""
         assert batch is not None
-        self._read(phase.passes, batch, observer)
+        self._read(phase, batch, observer)
         if self._reward_fn is not None and SCORES in batch.columns:
             batch[SCORES].copy_(_checked_scores(self._reward_fn(batch), batch.num_sequences))
         for stage in phase.stages:
@@ -294,12 +297,12 @@ class TrainingStep:
         observer.tag("rollout", batch.tensors())
         return batch
 
-    def _read(self, passes: Sequence[ForwardPass], batch: Batch, observer: Observer) -> None:
-        """Fills the columns that the passes read, micro-batch by micro-batch."""
-        for read in [stage for p in passes for stage in p.stages if isinstance(stage, Read)]:
+    def _read(self, phase: Phase, batch: Batch, observer: Observer) -> None:
+        """Fills the columns that the passes of ``phase`` read, micro-batch by micro-batch."""
+        for read in [stage for p in phase.passes for stage in p.stages if isinstance(stage, Read)]:
             batch[read.into] = QUANTITIES[read.quantity].new_column(batch)
         observer.tag("rollout", batch.tensors())
-        passes = [p for p in map(self._without_reward, passes) if p.stages]
+        passes = self.passes_run(phase)
         for rows in chunks(range(batch.num_rows), self.case.micro_batch_size):
             part = batch.select(rows)
             for p in passes:
@@ -311,6 +314,10 @@ class TrainingStep:
         for stage in p.stages:
             assert isinstance(stage, Read)
             part[stage.into].copy_(QUANTITIES[stage.quantity].read(self.engine, stage.role, hidden, part))
+
+    def passes_run(self, phase: Phase) -> list[ForwardPass]:
+        """The passes of a phase that reads: without those of scores that a reward function gives."""
+        return [p for p in map(self._without_reward, phase.passes) if p.stages]
 
     def _without_reward(self, p: ForwardPass) -> ForwardPass:
         """The pass without what a reward function gives."""

@@ -38,7 +38,8 @@ class UpdatePhases:
         self._phases = [phase for phase in engine.method.phases if phase.kind == "update"]
         self._order = random.Random(case.seed)
         self._is_first = True
-        self.lengths_differ = case.data_file is not None or case.options.rollout.stop_token_id is not None
+        may_stop = engine.method.generate is not None and case.options.rollout.stop_token_id is not None
+        self.lengths_differ = case.data_file is not None or may_stop
 
     def run(self, batch: Batch, observer: Observer, stats: StepStats, optimizers: Mapping[str, RoleOptimizer]) -> None:
         """Trains on every epoch's mini-batches, one graph at a time, with an optimizer step after each.
@@ -101,7 +102,7 @@ class UpdatePhases:
         form = PassForm(p, self._case.options)
         selected = batch.select(indices)
         tokens = (selected.predicted_mask if form.reads_prompt else selected.mask).sum()
-        if self.lengths_differ:
+        if self.lengths_differ and form.divides_by_tokens:
             # Gradients are averaged over ranks: the divisor is the mean of theirs.
             tokens = self._world.all_sum(tokens) / self._world.size
         counts = Counts(tokens=tokens, rows=len(indices))

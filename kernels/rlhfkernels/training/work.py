@@ -7,8 +7,9 @@ frozen embeddings are not counted. Work that a better kernel could avoid is not 
 through memory, norms, recomputation. Padding counts as tokens, except in packed rows, which have none: their lengths
 are the data set's mean. The work is that of one rank.
 
-A little more than the least is counted of LoRA's first layer: the gradients of the inputs of its adapters, and of an
-MLP that runs beside the attention.
+A prompt counts once for each of its sequences. A little more than the least is counted of LoRA's first layer: the
+gradients of the inputs of its adapters, of an MLP that runs beside the attention, and, where ``lora.target_modules``
+leaves out query, key and value, of what lies before its first adapter. Of a mixture of experts the experts are missing.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ from rlhfkernels.training.roofline import Work
 from rlhfkernels.training.sizes import StepSizes
 from rlhfkernels.training.step import TrainingStep
 
-# FLOPs of AdamW per weight: two moments, their corrections, the root, the division, the decay, the update.
-_ADAMW_FLOPS = 15
+# FLOPs per weight. AdamW: two moments, their corrections, the root, the division, the decay, the update. SGD: clipping,
+# the decay, the update.
+_OPTIMIZER_FLOPS = {"adamw": 15, "adamw8bit": 15, "sgd": 5}
 
 
 def phase_work(step: TrainingStep, sizes: StepSizes | None = None) -> dict[str, Work]:
@@ -114,24 +116,26 @@ class _Counter:
         return Work(flops, weights + read + written, written)
 
     def prepare(self, phase: Phase) -> Work:
-        """The passes over every row of the data set; the weights are read again for each batch."""
-        num_rows, batch_size = self._step.num_data_rows, self._case.batch_size
+        """The passes over every row of the data set; the weights are read again for each micro-batch."""
+        num_rows, batch_size, micro = self._step.num_data_rows, self._case.batch_size, self._case.micro_batch_size
         one = self.score(phase)
-        return Work(one.flops * num_rows // batch_size, one.bytes * -(-num_rows // batch_size))
+        num_micro_batches = num_rows // batch_size * (batch_size // micro) + -(-(num_rows % batch_size) // micro)
+        return Work(one.flops * num_rows // batch_size, one.bytes // (batch_size // micro) * num_micro_batches)
 
     def score(self, phase: Phase) -> Work:
-        """Every pass forward once; a base that several passes read is read once."""
+        """Every pass forward, once for each micro-batch; a base that several passes read is read once for each."""
         flops = 0
-        moved = sum(self._shapes[base].matmul_bytes for base in dict.fromkeys(p.weights.base for p in phase.passes))
+        passes = self._step.passes_run(phase)
+        moved = sum(self._shapes[base].matmul_bytes for base in dict.fromkeys(p.weights.base for p in passes))
         lengths = self._case.prompt_len, self._case.completion_len
-        for p in phase.passes:
+        for p in passes:
             stages = [stage for stage in p.stages if isinstance(stage, Read)]
             read = [QUANTITIES[stage.quantity].positions(*lengths) for stage in stages]
             roles = [self._method.roles[stage.role] for stage in stages]
             flops += self._forward_flops(p.weights, roles, read) * self._num_sequences
             moved += self._adapter(p.weights)[1]
             moved += sum(self._head_bytes(self._method.roles[name]) for name in p.roles)
-        return Work(flops, moved)
+        return Work(flops, moved * (self._case.batch_size // self._case.micro_batch_size))
 
     def _forward_flops(self, weights: WeightSet, roles: list[Role], read: list[range]) -> int:
         """One sequence forward, without a graph; ``read`` are the positions that each of ``roles`` reads."""
@@ -190,14 +194,14 @@ class _Counter:
     def optimize(self, phase: Phase) -> Work:
         """The rank's part of every trained weight, its gradient and the optimizer's tensors.
 
-        All are read, and all but the gradient written.
+        All are read, except for weights with a master copy, and all but the gradient written.
         """
         updated, held = self._sizes.updated, self._sizes.optimizer_bytes
-        weights = updated.num_bytes
+        weights, read = updated.num_bytes, self._sizes.updated_read_bytes
         times = self._case.num_epochs * (self._case.batch_size // self._case.mini_batch_size)
         return Work(
-            _ADAMW_FLOPS * updated.count * times,
-            (3 * weights + 2 * held) * times,
+            _OPTIMIZER_FLOPS[self._case.options.optimizer.name] * updated.count * times,
+            (read + 2 * weights + 2 * held) * times,
             (weights + held) * times,
         )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from rlhfreports.columns import HOST, RUN, SEGMENT
+from rlhfreports.columns import CONDITIONS, HOST, RUN, SEGMENT, START
 from rlhfreports.compare import HARDWARE
 
 Profile = Mapping[str, pd.DataFrame]  # see ``rlhfreports.profiles``
@@ -69,7 +69,10 @@ class Page:
         for run in runs:
             words: dict[str, list[Any]] = {RUN: [run.name] * len(run.frame), HARDWARE: hardware_of(run)}
             named.append(run.frame.assign(**{name: pd.array(texts, dtype="string") for name, texts in words.items()}))
-        return cls(runs=tuple(runs), frame=pd.concat(named, ignore_index=True), with_paper=with_paper)
+        frame = pd.concat(named, ignore_index=True)
+        if CONDITIONS in frame:  # a run whose conditions did not change has no such column
+            frame[CONDITIONS] = frame[CONDITIONS].fillna(START)
+        return cls(runs=tuple(runs), frame=frame, with_paper=with_paper)
 
 
 def hardware_of(run: Run) -> list[str | None]:

@@ -34,6 +34,7 @@ _PARTS_CAPTION = "Live bytes by part at the moment of the step's highest total. 
 _UNMEASURED = " A method that was not measured at this size has its outcome in place of a bar."
 _LENGTH_CAPTION = "Memory against sequence length, both axes logarithmic. A flat line is memory that no length changes."
 _SWEPT_CAPTION = "Total memory against a number that the sweep varies, at one length and batch size, all else equal."
+_SWEPT_OPTIONS = " A case is left out where the option has the value of its setting, which no row names."
 
 
 def parts_section(page: Page) -> Section | None:
@@ -139,14 +140,15 @@ def swept_chart(page: Page, swept: pd.DataFrame) -> Chart:
         scale=alt.Scale(zero=False, nice=False, padding=24),
         axis=alt.Axis(format="~g", values=ticks if len(axes) == 1 else alt.Undefined, labelOverlap=True),
     )
+    caption = _SWEPT_CAPTION + (_SWEPT_OPTIONS if set(axes) - {frames.LORA_RANK} else "")
     made = _memory_lines(page, "swept", "datum.axis === axis && datum.size === size", x, "value")
     return Chart(
         id="memory-swept",
         title="Memory against what the sweep varies",
-        caption=_SWEPT_CAPTION,
+        caption=caption,
         spec=specification(
             made.add_params(*switches).properties(height=HEIGHT),
-            description=_SWEPT_CAPTION,
+            description=caption,
             title="GiB" if len(axes) == 1 else {"expr": "'GiB, against ' + axis"},
         ),
         data={"swept": swept},

@@ -94,9 +94,9 @@ def _seconds(page: Page, points: pd.DataFrame) -> Chart:
 
 def _roofline(page: Page, points: pd.DataFrame, lines: pd.DataFrame) -> Chart:
     caption = (
-        "Each phase of each case: FLOPs that it cannot avoid per byte that it cannot avoid, against FLOPs per second. "
-        "Lines are the ceilings that the run measured. A point far under them has time to gain; left of the ridge it "
-        "is bound by memory, right of it by matmuls. A click on a method or a phase in the legend shows it alone."
+        "Each phase of each case: arithmetic intensity (least FLOPs over least bytes) against FLOPs per second. "
+        "Lines are the ceilings that the run measured. A point far below them could be faster; left of the ridge it is "
+        "bound by memory, right of it by compute. A click on a method or a phase in the legend shows it alone."
     )
     machines = list(lines["machine"].drop_duplicates())
     phases = _in_order(points)

@@ -44,8 +44,8 @@ def profile_blocks(page: Page) -> list[Block]:
     ops, on_device = _joined(found, top_ops), _joined(found, kernels)
     return [
         Text(
-            text="The profiler records one step, and of each phase its first stretch. It makes the step slower: what "
-            "counts here are shares. The seconds above are those of steps without it."
+            text="The profiler records one step; of a phase that runs several times, only the first. It slows the step "
+            "down, so compare shares and not seconds. The seconds above are those of steps without it."
         ),
         *([_ops_chart(ops, "top-ops", "Top ops of each phase", "op")] if len(ops) else ()),
         *([_ops_chart(on_device, "top-kernels", "Top kernels of each phase", "kernel")] if len(on_device) else ()),
@@ -77,8 +77,8 @@ def _kind_scale(kinds: Iterable[str]) -> alt.Scale:
 
 def _ops_chart(ops: pd.DataFrame, name: str, title: str, what: str) -> Chart:
     caption = (
-        f"The {what}s with the most time of their own, without what they call. A native op is one of this project's in "
-        "C, and a program a decode step of many of them. Python is the time between ops."
+        f"The {what}s with the most self time, without the ops that they call. A native op is one of this project's C "
+        "ops; the native op 'program' is a whole decode step. Python is the time between ops."
         if what == "op"
         else "The kernels and copies of the device with the most time."
     )

@@ -69,7 +69,7 @@ _PLANNED_CAPTION = (
 )
 _RANKS_CAPTION = (
     "Each rank of the largest case of a method and strategy: what it holds, or the step in which collectives were "
-    "counted, which is slower than the timed ones. Ranks that are as busy wait as long."
+    "counted, which is slower than the timed ones. Equally busy ranks wait equally long."
 )
 
 
@@ -81,7 +81,7 @@ def ranks_section(page: Page) -> Section | None:
     bars, points = strategy_bars(page.frame), scaling_points(page.frame)
     if len(bars):
         marks = unmeasured(page.frame)
-        blocks.append(_bars_chart(page, "strategies", "Strategies beside each other", _STRATEGIES_CAPTION, bars, marks))
+        blocks.append(_bars_chart(page, "strategies", "Comparison of strategies", _STRATEGIES_CAPTION, bars, marks))
     filters = ("method", "ranks share by", "tokens", "ranks")
     blocks.append(table_of(ranks_table(page.frame), name="ranks-table", filters=filters))
     if len(points):

@@ -21,8 +21,8 @@ from markupsafe import Markup
 
 from rlhfreports.columns import shared_axes_text
 from rlhfreports.page.blocks import Chart, Section, Table
+from rlhfreports.page.configuration import facts
 from rlhfreports.page.data import Page
-from rlhfreports.page.ran import facts
 from rlhfreports.page.sections import sections_of
 
 _EXPORTS = "window.vegaEmbed = vegaEmbed;"  # what the page's script uses of the bundle

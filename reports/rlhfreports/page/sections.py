@@ -7,13 +7,13 @@ from collections.abc import Callable
 from altair.utils.schemapi import debug_mode
 
 from rlhfreports.page.blocks import Section
+from rlhfreports.page.configuration import configuration_section
 from rlhfreports.page.data import Page
 from rlhfreports.page.memory import memory_section
 from rlhfreports.page.parts import parts_section
-from rlhfreports.page.ran import ran_section
+from rlhfreports.page.precision import precision_section, predicted_section
 from rlhfreports.page.ranks import ranks_section
 from rlhfreports.page.summary import answer_section, comparison_section, paper_section
-from rlhfreports.page.sure import predicted_section, sure_section
 from rlhfreports.page.times import times_section
 from rlhfreports.page.where_time import where_time_section
 
@@ -28,8 +28,8 @@ SECTIONS: tuple[Callable[[Page], Section | None], ...] = (
     where_time_section,
     ranks_section,
     predicted_section,
-    sure_section,
-    ran_section,
+    precision_section,
+    configuration_section,
 )
 
 

@@ -8,7 +8,7 @@ import altair as alt
 import pandas as pd
 
 from rlhfreports import frames
-from rlhfreports.columns import hosts_note
+from rlhfreports.columns import time_notes
 from rlhfreports.page.blocks import Block, Chart, Section, Text, table_of
 from rlhfreports.page.charts import (
     HEIGHT,
@@ -60,8 +60,7 @@ def times_section(page: Page) -> Section | None:
     points, failed = frames.times(page.frame), frames.failures(page.frame)
     if points.empty:
         return None
-    note = hosts_note(page.frame)
-    blocks: list[Block] = [Text(text=note, kind="warning")] if note else []
+    blocks: list[Block] = [Text(text=note, kind="warning") for note in time_notes(page.frame)]
     both = pd.concat([rows[["panel", "seq_len"]] for rows in (points, failed)])
     has_lengths = bool((both.groupby("panel")["seq_len"].nunique() > 1).any())
     blocks.append((latency_chart if has_lengths else one_length_chart)(page, points, failed))

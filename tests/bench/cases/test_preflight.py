@@ -90,12 +90,12 @@ def test_the_native_backend_without_a_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", "/nonexistent")
     assert problems(options={"engine.backend": "native"}) == (
-        "engine.backend is 'native': its C code cannot be compiled here (CC is '/nonexistent', which is no command).",
+        "engine.backend is 'native': its C code cannot be compiled here (CC is '/nonexistent', not a command).",
     )
     preflight.check_models(Sweep.from_spec({**GRID, "options": {"engine.backend": "native"}}))
     assert preflight.check(Sweep.from_spec(GRID))  # ``auto`` asks for nothing
     assert preflight.notices(Sweep.from_spec(GRID)) == [
-        "engine.backend is 'auto': torch runs in place of the ops in C (CC is '/nonexistent', which is no command)."
+        "engine.backend is 'auto': torch runs in place of the ops in C (CC is '/nonexistent', not a command)."
     ]
     assert preflight.notices(Sweep.from_spec({**GRID, "options": {"engine.backend": "torch"}})) == []
 

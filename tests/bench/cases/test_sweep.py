@@ -216,6 +216,11 @@ def is_storable(value):
     return value != "none" and not (isinstance(value, float) and not math.isfinite(value))
 
 
+def is_allowed(options):
+    """False for 8-bit states of float64 adapters, which bitsandbytes does not have."""
+    return (options.get("optimizer.name"), options.get("lora.dtype")) != ("adamw8bit", "float64")
+
+
 ANY_OPTIONS = st.fixed_dictionaries(
     {},
     optional={
@@ -232,7 +237,7 @@ CASES = st.builds(
     device=st.sampled_from(["cpu", "cuda:1"]),
     dtype=st.sampled_from(["float32", "bfloat16"]),
     seed=st.integers(0, 9),
-    options=ANY_OPTIONS.map(Options.of),
+    options=ANY_OPTIONS.filter(is_allowed).map(Options.of),
 )
 
 

@@ -49,17 +49,17 @@ def test_a_folder_without_weights(tmp_path: Path) -> None:
     ("content", "says"),
     [
         (b"", "is empty."),
-        (bytes(range(20)), "is no safetensors file."),
+        (bytes(range(20)), "is not a safetensors file."),
         (GOOD[:6], "is truncated: its header ends at byte"),
         (GOOD[:40], "is truncated: its header ends at byte"),
         (GOOD[:-1], f"is truncated: its tensors end at byte {len(GOOD)}, the file at byte {len(GOOD) - 1}."),
         (header(b"{}"), "holds no tensors."),
         (header(b'{"__metadata__": {}}'), "holds no tensors."),
-        (header(b"[1]"), "is no safetensors file."),
-        (header(b"\xff"), "is no safetensors file."),
-        (header(b'{"a": 3}'), "is no safetensors file."),
-        (header(b'{"a": {"data_offsets": [0, "x"]}}'), "is no safetensors file."),
-        (header(b"[" * 100_000), "is no safetensors file."),
+        (header(b"[1]"), "is not a safetensors file."),
+        (header(b"\xff"), "is not a safetensors file."),
+        (header(b'{"a": 3}'), "is not a safetensors file."),
+        (header(b'{"a": {"data_offsets": [0, "x"]}}'), "is not a safetensors file."),
+        (header(b"[" * 100_000), "is not a safetensors file."),
     ],
 )
 def test_a_safetensors_file_that_cannot_be_loaded(tmp_path: Path, content: bytes, says: str) -> None:
@@ -133,7 +133,7 @@ def test_a_gguf_file_that_the_gguf_package_wrote_passes(tmp_path: Path) -> None:
     ("content", "says"),
     [
         (b"", "is empty."),
-        (b"GGML" + bytes(40), "is no GGUF file."),
+        (b"GGML" + bytes(40), "is not a GGUF file."),
         (b"GGUF\x03\0\0\0", "is truncated: it ends in its header."),
         (gguf()[:100], "is truncated: it ends in its header."),
         (gguf(version=1), "has GGUF version 1: it must be 2 or 3, little-endian."),

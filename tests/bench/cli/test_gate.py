@@ -5,6 +5,7 @@ import pytest
 
 import rlhfbench.gate.baseline
 from rlhfbench.records.file import read_records
+from rlhfbench.runs import environment
 from rlhfbench.runs.runner import RunResult
 
 SMALL = ("--methods", "hydra", "--seq-lens", "8", "--batch-sizes", "1")
@@ -38,6 +39,12 @@ def kind(name):
         (("--baseline", "nowhere"), "baseline 'nowhere' holds no run"),
         (("--baseline", "nowhere", "--methods", "hydra"), "--baseline takes no cases"),
         (("--baseline", "nowhere", "--threads", "2"), "--baseline takes no cases and no --threads"),
+        (("--baseline", "nowhere", "--step", "a:b"), "--step needs --base, --bisect or --self-test."),
+        (
+            ("--baseline", "new", "--update-baseline", "--out", "new"),
+            "--out 'new' lies in --baseline 'new': name another folder, or leave it out.",
+        ),
+        (("--baseline", "new", "--update-baseline", "--out", "./new/x"), "--out './new/x' lies in --baseline 'new'"),
     ],
 )
 def test_a_wrong_gate_is_one_sentence(call, monkeypatch, tmp_path, arguments, sentence):
@@ -65,6 +72,31 @@ def test_a_gate_against_a_stored_run(call, fake, monkeypatch, tmp_path):
     reasons = {found["reason"] for found in json.loads(out)["findings"]}
     assert any(reason and reason.startswith("Times are not judged: host") for reason in reasons)
     assert call("gate", "--baseline", "stored", "--out", "last", "--memory-only")[0] == 0
+
+
+def test_a_new_run_in_the_baseline_that_it_would_replace_is_refused(call, fake, tmp_path):
+    assert call("run", *SMALL, *kind("steady"), "--blocks", "2", "--out", "stored")[0] == 0
+    before = sorted((tmp_path / "stored").rglob("*"))
+    code, out, err = call("gate", "--baseline", "stored", "--update-baseline", "--out", "stored/x")
+    assert (code, out) == (2, "")
+    assert err.startswith("--out 'stored/x' lies in --baseline 'stored'")
+    assert sorted((tmp_path / "stored").rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("source", "title"),
+    [
+        ({"commit": "0123456789abcdef", "dirty": True}, "a new run at 0123456789 with uncommitted changes"),
+        ({"commit": "0123456789abcdef", "dirty": False}, "a new run at 0123456789"),
+        ({"commit": None, "dirty": None}, "a new run"),
+    ],
+)
+def test_a_new_run_is_told_by_its_commit(call, fake, monkeypatch, source, title):
+    monkeypatch.setattr(environment, "source", lambda *folders: source)
+    code, out, _ = call("gate", "--baseline", "stored", "--update-baseline", *SMALL, *kind("steady"))
+    assert (code, f" {title} against the run in stored." in out) == (3, True)
+    code, out, _ = call("gate", "--baseline", "stored", "--json")
+    assert (json.loads(out)["base"], json.loads(out)["head"]) == ("the run in stored", title)
 
 
 def test_a_first_baseline_is_made(call, fake, tmp_path):

@@ -149,13 +149,34 @@ def test_a_self_test_prints_its_lines_and_stores_them(call, commit, monkeypatch,
     assert table.read_text() == f"```\n{said}```\n"
 
 
+def test_a_self_test_as_json_has_what_was_measured_and_what_was_simulated(call, commit, monkeypatch):
+    monkeypatch.setattr(selftest, "SLOWDOWNS", (0.2,))
+    monkeypatch.setattr(simulation, "NUM_TRIES", 5)
+    monkeypatch.setattr(compare, "MAX_LOOKS", 1)
+    code, said, err = call("gate", *CASES, "--option", "data.prompt_field=steady", "--self-test", "--json")
+    assert code == 0, err
+    found = json.loads(said)
+    assert (found["num_cases"], found["not_measured"], found["false_alarms"]) == (1, [], [])
+    assert found["held"] == {"bytes": 65536, "num_found": 1}
+    assert found["slowed"] == [{"slowdown": 0.2, "num_found": 1, "num_ambiguous": 0}]
+    assert [(row["slowdown"], row["found"]) for row in found["rates"]] == [(0.0, 0.0), (0.2, 1.0)]
+    assert found["promised_slowdown"] == 0.2
+    # Of the cases beside the slower one: there is none.
+    assert {row["false_alarms"] for row in found["rates"]} == {None}
+    assert "false alarms elsewhere" not in err
+
+
 def test_a_self_test_names_cases_that_could_not_be_measured(call, commit, monkeypatch, tmp_path):
     monkeypatch.setattr(selftest, "SLOWDOWNS", (0.2,))
     monkeypatch.setattr(simulation, "NUM_TRIES", 1)
     monkeypatch.setattr(compare, "MAX_LOOKS", 1)
     (tmp_path / "both.toml").write_text('[options.data]\nprompt_field = ["steady", "exit"]\n')
-    _, said, err = call("gate", *CASES, "--sweep", str(tmp_path / "both.toml"), "--self-test")
+    both = ("--sweep", str(tmp_path / "both.toml"), "--self-test")
+    _, said, err = call("gate", *CASES, *both)
     assert "could not be measured: base: crashed: it exited with status 7" in said.partition("\n")[0], err
+    _, said, _ = call("gate", *CASES, *both, "--json")
+    (failed,) = json.loads(said)["not_measured"]
+    assert (failed["verdict"], failed["case"]["options"]["data"]["prompt_field"]) == ("failed", "exit")
 
 
 @pytest.mark.parametrize(
@@ -164,7 +185,7 @@ def test_a_self_test_names_cases_that_could_not_be_measured(call, commit, monkey
         (("--summary", "nowhere/table.md"), "--summary 'nowhere/table.md' cannot be written: there is no folder"),
         (("--summary", "."), "--summary '.' is a folder: name a file."),
         (("--out", "."), "--out '.' holds files: a gate needs an empty or a new folder."),
-        (("--out", "mine.py"), "--out 'mine.py' is no folder: name an empty or a new one."),
+        (("--out", "mine.py"), "--out 'mine.py' is not a folder: name an empty or a new one."),
     ],
 )
 @pytest.mark.parametrize("mode", [("--base", "HEAD"), ("--bisect", "HEAD", "HEAD"), ("--self-test",)])
@@ -223,9 +244,10 @@ def test_compare_with_takes_a_revision_or_a_run(call, commit, fake, tmp_path):
         method="hydra", model="tiny", prompt_len=4, completion_len=4, batch_size=1,
         options=Options.of({"data.prompt_field": "revision"}),
     )  # fmt: skip
-    sweep, lines = Sweep(cases=(case,)), []
+    sweep, lines, short = Sweep(cases=(case,)), [], git("rev-parse", "--short", "HEAD")
     options = GateOptions(step="mine:unused")
-    found = rlhfbench.gate.compare_with("HEAD~1", sweep, tmp_path / "out", options, lines.append)
+    found, *words = rlhfbench.gate.compare_in_words("HEAD~1", sweep, tmp_path / "out", options, lines.append)
+    assert words == [f"HEAD~1 ({git('rev-parse', '--short', 'HEAD~1')})", f"the working tree at {short}"]
     assert [finding.quantity for finding in found if finding.is_regression] == ["memory total"]
     assert lines == ["4 pairs: 0 of 1 cases are ambiguous"]
     steady = (*CASES, "--option", "data.prompt_field=steady")

@@ -12,8 +12,8 @@ WRONG = [
     (("run", "--dtype", "float23"), "dtype 'float23' is unknown: did you mean 'float32' or"),
     (("run", "--seq-lens", "0"), "seq_lens has 0: it must be an integer of at least 2."),
     (("run", "--seq-lens", "-8"), "seq_lens has -8: it must be an integer of at least 2."),
-    (("run", "--seq-lens", "8,x"), "--seq-lens has 'x': it must be integers, joined by commas."),
-    (("run", "--batch-sizes", ""), "--batch-sizes has '': it must be integers, joined by commas."),
+    (("run", "--seq-lens", "8,x"), "--seq-lens has 'x': it must list integers, joined by commas."),
+    (("run", "--batch-sizes", ""), "--batch-sizes has '': it must list integers, joined by commas."),
     (("run", "--batch-sizes", "0"), "batch_sizes has 0: it must be an integer of at least 1."),
     (
         ("run", "--seq-lens", "9999"),
@@ -59,10 +59,10 @@ WRONG = [
     (("run", "--sed", "1"), "No such option: --sed"),
     (("rum",), "No such command 'rum'"),
     (("report", "absent"), "records file 'absent' cannot be read: No such file or directory."),
-    (("report", "future"), "its schema is 99 and this rlhfbench reads up to 2: a newer one wrote it."),
+    (("report", "future"), "its schema is 99, of a newer rlhfbench: this one reads up to schema 2."),
     (("report", "old"), "run 'old' holds no records yet: there is nothing to draw."),
     (("report",), "Missing argument 'RUN [RUN…]'."),
-    (("report", "old", "--out", "x"), "--out is 'x': it needs two runs or more; the report of one run stands in its"),
+    (("report", "old", "--out", "x"), "--out is 'x': it needs two runs or more; the report of one run goes into its"),
     (("report", "old", "./old"), "RUN names one folder twice: compare a run with another one."),
     (("report", "old", "future"), "run 'old' holds no records yet: there is nothing to draw."),
     (("run", "--model", "~nobody-at-all/m"), "model '~nobody-at-all/m' cannot be read: Could not determine home"),
@@ -158,7 +158,7 @@ def test_a_flag_and_an_option_may_say_the_same(call):
 def test_a_verb_of_one_process_refuses_a_launcher(call, monkeypatch, tmp_path, command):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    sentence = f"rlhfbench {command[0]} runs in one process, and a launcher started 2: start it without.\n"
+    sentence = f"rlhfbench {command[0]} runs in one process, and a launcher started 2: start it without one.\n"
     assert call(*command) == (2, "", sentence)
     assert not list(tmp_path.iterdir())
 

@@ -123,6 +123,15 @@ def test_what_all_plans_share_is_in_the_caption(
     assert "parallel." not in caption
 
 
+def test_the_memory_of_a_small_device_stands_in_the_caption(
+    make_case: Callable[..., Case], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
+    asked = ["plan", "--model", make_case().model, "--methods", "sft", "--seq-lens", "8", "--batch-sizes", "1"]
+    assert cli.invoke([*asked, "--gpu", "1.5GiB"]) == 0
+    assert "1.5GiB: 1.5 GiB, 0.8 of it reserved" in " ".join(capsys.readouterr().out.split())
+
+
 def test_plans_of_two_settings_are_interleaved(
     make_case: Callable[..., Case], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,6 +178,17 @@ def test_a_case_and_a_sweep_are_planned_from_python(make_case: Callable[..., Cas
         rlhfbench.plan(dataclasses.replace(case, prompt_len=5000))
 
 
+@pytest.mark.parametrize("name", ["sweep.toml", "records.jsonl"])
+def test_a_plan_is_not_written_over_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    """A case has the same id in both, and its measured timeline the same name as the planned one."""
+    (tmp_path / name).touch()
+    asked = ["plan", "--model", "tiny", "--methods", "sft", "--seq-lens", "8", "--batch-sizes", "1"]
+    assert cli.invoke([*asked, "--out", str(tmp_path)]) == 2
+    printed, sentence = capsys.readouterr(), "holds a run, whose timelines a plan would replace: name another folder."
+    assert (printed.out, printed.err) == ("", f"out '{tmp_path}' {sentence}\n")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_without_a_gpu_no_plan_states_whether_it_fits(make_case: Callable[..., Case]) -> None:
     sweep = Sweep.from_spec(
         {"models": make_case().model, "methods": ["hydra"], "seq_lens": [8], "batch_sizes": [1], "device": "cuda"}
@@ -187,8 +207,8 @@ def test_without_a_gpu_no_plan_states_whether_it_fits(make_case: Callable[..., C
             "parallel.zero_stage is 4: it must be an integer from 0 to 3.",
         ),
         (("--zero-stage", "1"), "--zero-stage is 1: it needs --world-size N."),
-        (("--world-size", "0"), "--world-size has 0: it must be integers of at least 1."),
-        (("--world-size", "2,two"), "--world-size has 'two': it must be integers, joined by commas."),
+        (("--world-size", "0"), "--world-size has 0: every value must be an integer of at least 1."),
+        (("--world-size", "2,two"), "--world-size has 'two': it must list integers, joined by commas."),
         (("--world-size", "2", "--global-batch"), "batch_sizes has 1: with --global-batch it must be a multiple of"),
         (("--setting", "papr"), "setting 'papr' is unknown: did you mean 'paper'? Valid: modern, paper."),
         (("--setting", "modern,"), "setting '' is unknown: Valid: modern, paper."),

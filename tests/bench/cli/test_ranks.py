@@ -121,8 +121,8 @@ def test_a_launcher_gives_the_world_size():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--world-size", "0"), "--world-size has 0: it must be integers of at least 1."),
-        (("--world-size", "x"), "--world-size has 'x': it must be integers, joined by commas."),
+        (("--world-size", "0"), "--world-size has 0: every value must be an integer of at least 1."),
+        (("--world-size", "x"), "--world-size has 'x': it must list integers, joined by commas."),
         (("--world-size", "9999"), "world-size is 9999: on the CPU of this machine, it must be at most"),
         (("--parallel", "ddp"), "--parallel is 'ddp': it needs --world-size N."),
         (("--zero-stage", "1"), "--zero-stage is 1: it needs --world-size N."),
@@ -132,7 +132,7 @@ def test_a_launcher_gives_the_world_size():
             ("--world-size", "2", "--zero-stage", "4"),
             "parallel.zero_stage is 4: it must be an integer from 0 to 3.",
         ),
-        (("--world-size", "2", "--zero-stage", "0,x"), "--zero-stage has 'x': it must be integers, joined by"),
+        (("--world-size", "2", "--zero-stage", "0,x"), "--zero-stage has 'x': it must list integers, joined by"),
         (
             ("--world-size", "2", "--global-batch", "--batch-sizes", "3"),
             "batch_sizes has 3: with --global-batch it must be a multiple of world-size 2.",

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 
@@ -5,6 +6,9 @@ import pytest
 
 import rlhfbench.runs.drawing
 from rlhfbench.cli import common
+from rlhfbench.records.file import make_record
+from rlhfkernels.config.case import Case
+from rlhfkernels.config.options import Options
 from rlhfreports.layouts import Column
 from rlhfreports.terminal import terminal
 
@@ -39,12 +43,30 @@ def test_a_plan_stands_beside_one_run(call, tmp_path):
     (tmp_path / "plan").mkdir()
     (tmp_path / "plan" / "plan.json").write_text("[]")
     plan, *names = (str(tmp_path / name) for name in ("plan", "before", "after"))
-    says = f"'{plan}' is a plan: it can be laid beside one run, and "
-    assert call("report", plan) == (2, "", f"{says}0 are named.\n")
-    assert call("report", *names, plan) == (2, "", f"{says}2 are named.\n")
+    says = f"'{plan}' is a plan: it must be given with one run, and "
+    assert call("report", plan) == (2, "", f"{says}0 are given.\n")
+    assert call("report", *names, plan) == (2, "", f"{says}2 are given.\n")
     (tmp_path / "plan" / "plan.json").write_text("{")
     code, _, err = call("report", names[0], plan)
     assert (code, "plan.json' cannot be read: " in err, len(err.splitlines())) == (2, True, 1)
+
+
+@pytest.mark.parametrize("with_ranks", ["run", "plan"])
+def test_a_run_and_a_plan_need_cases_over_ranks_to_stand_beside_each_other(call, tmp_path, with_ranks):
+    ranks = Options.of({"parallel.strategy": "ddp", "parallel.world_size": 2})
+    case = Case(method="dpo", model="tiny", prompt_len=4, completion_len=4, batch_size=1)
+    cases = {name: dataclasses.replace(case, options=ranks) if name == with_ranks else case for name in ("run", "plan")}
+    record = make_record(cases["run"], outcome="oom", error=None, measured={}, started_at="now", wall_s=1.0)
+    for name, file, content in (
+        ("run", "records.jsonl", record),
+        ("plan", "plan.json", [{"case": cases["plan"].to_dict()}]),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text(json.dumps(content) + "\n")
+    (alone,) = {"run", "plan"} - {with_ranks}
+    sentence = f"'{tmp_path / alone}' has no case over ranks: a plan is laid beside a run for such cases alone.\n"
+    assert call("report", str(tmp_path / "run"), str(tmp_path / "plan")) == (2, "", sentence)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["records.jsonl"]
 
 
 def test_report_compares_runs(call, tmp_path):

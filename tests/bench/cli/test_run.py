@@ -71,7 +71,7 @@ def test_every_flag_reaches_the_case_and_the_settings(call, tmp_path):
     [
         (("--device", "cuda"), "it runs on a CPU, so device must be 'cpu'."),
         (("--dtype", "bfloat16"), "it has no bfloat16, so dtype must be float32."),
-        ((), "its C code cannot be compiled here (CC is '/nonexistent', which is no command)."),
+        ((), "its C code cannot be compiled here (CC is '/nonexistent', not a command)."),
     ],
     ids=["on a GPU", "in bfloat16", "without a compiler"],
 )

@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import math
 
 import pytest
 
@@ -46,6 +48,14 @@ def test_json_has_every_field(fake, capsys):
         {"name": RIGHT.name, "outcome": "ok", "error": 1e-6, "tolerance": 3e-4, "note": None}
     ]
     assert calls == [("tiny", {"dtype": "bfloat16"})]
+
+
+@pytest.mark.parametrize("error", [math.nan, math.inf])
+def test_json_has_null_for_an_error_that_is_no_number(fake, capsys, error):
+    fake(dataclasses.replace(WRONG, error=error))
+    assert cli.invoke(["verify", "--model", "tiny", "--json"]) == 1
+    (check,) = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert (check["outcome"], check["error"]) == ("wrong", None)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import socket
 import threading
+import types
 
 from rlhfbench.cluster import lease
 
@@ -23,3 +24,13 @@ def test_a_process_ends_when_the_head_has_not_answered_for_its_lease(monkeypatch
             head.accept()[0].close()
         assert not ended.is_set()
     assert ended.wait(LONGEST_S)
+
+
+def test_a_lease_counts_from_the_last_answer(monkeypatch):
+    """Of 30 s, where the head answers, misses and answers again, 20 s apart, and then misses for good."""
+    answers, seconds = [True, False, True], iter(range(0, 1000, 20))
+    monkeypatch.setattr(lease, "ASK_S", 0.0)
+    monkeypatch.setattr(lease, "time", types.SimpleNamespace(monotonic=lambda: next(seconds)))
+    monkeypatch.setattr(lease, "_answers", lambda *_: bool(answers) and answers.pop(0))
+    lease._watch("", 0, lambda: None)
+    assert next(seconds) == 120  # 60 had it counted from the first one

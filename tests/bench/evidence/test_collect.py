@@ -90,7 +90,11 @@ def test_a_part_ends_with_its_time_and_the_next_is_not_begun(
     # All of the time is left for the first part, however busy the machine is, and none for the second.
     clock = itertools.chain([0.0] * 3, itertools.repeat(1.0))
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    started, popen = [], module.subprocess.Popen
+    monkeypatch.setattr(module.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
     parts = collect(tmp_path / "out", request_of_all, [1, 2], 0.3)["parts"]
+    assert started
+    assert all(process.poll() is not None for process in started)
     assert parts["1"]["outcome"] == "timeout"
     assert parts["2"] == {"outcome": "no time", "wall_s": 0.0, "error": None}
 
@@ -158,5 +162,5 @@ def test_a_folder_of_something_else_is_refused(request_of_all: Request, tmp_path
     with pytest.raises(RunFolderError, match="the evidence of another request"):
         collect(folder, other, [], 1.0)
     (folder / "request.json").write_text("[]")
-    with pytest.raises(RunFolderError, match="that is no request"):
+    with pytest.raises(RunFolderError, match="that is not a request"):
         collect(folder, request_of_all, [], 1.0)

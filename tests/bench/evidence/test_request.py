@@ -19,6 +19,8 @@ def test_parts_are_numbers_joined_by_commas() -> None:
     with pytest.raises(SweepError) as error:
         parse_parts("0,1,x", PARTS)
     assert [problem.split(":")[0] for problem in error.value.problems] == ["--parts has '0'", "--parts has 'x'"]
+    with pytest.raises(SweepError, match=r"^--parts has '1{56}\.\.\.: it must be numbers from 1 to 7, joined by"):
+        parse_parts("1" * 5000, PARTS)
 
 
 def test_the_device_decides_model_and_sizes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,8 +88,9 @@ def test_a_gate_without_a_table_is_no_ambiguity(step):
     assert step("abc", 3, "true")[0] == 3
 
 
-def test_the_default_base_is_what_a_pull_request_would_be_merged_into(step, tmp_path):
-    """The first parent of the merge that is checked out, the event's base where there is none, else the parent."""
+@pytest.fixture
+def checkout(tmp_path):
+    """Returns a function that calls git in a checkout of ``change``, a branch of one commit off the first of main's."""
     folder = tmp_path / "checkout"
     folder.mkdir()
 
@@ -98,15 +99,54 @@ def test_the_default_base_is_what_a_pull_request_would_be_merged_into(step, tmp_
         done = subprocess.run(["git", *who, *words], cwd=folder, check=True, capture_output=True, text=True)
         return done.stdout.strip()
 
-    def table(**variables):
-        return Path(step("", 0, folder=folder, **variables)[1]["table"]).read_text()
-
     git("init", "-q", "-b", "main")
-    for message in ("first", "second"):
-        git("commit", "-q", "--allow-empty", "-m", message)
-    assert table(PULL_BASE="") == "table of HEAD~1\n"
-    assert table(PULL_BASE="abc") == "table of abc\n"
-    git("checkout", "-q", "-b", "change", "HEAD~1")
+    git("commit", "-q", "--allow-empty", "-m", "first")
+    git("checkout", "-q", "-b", "change")
     git("commit", "-q", "--allow-empty", "-m", "change")
-    git("merge", "-q", "--no-ff", "-m", "merge", "main")
-    assert table(PULL_BASE="abc") == "table of HEAD^1\n"
+    git("checkout", "-q", "main")
+    git("commit", "-q", "--allow-empty", "-m", "second")
+    git("checkout", "-q", "change")
+    return git
+
+
+@pytest.fixture
+def default_base(step, tmp_path):
+    """Returns a function that returns the base that the action takes, given the base and the head of the event."""
+
+    def default_base(pull_base="", pull_head=""):
+        _, outputs = step("", 0, folder=tmp_path / "checkout", PULL_BASE=pull_base, PULL_HEAD=pull_head)
+        return Path(outputs["table"]).read_text().removeprefix("table of ").strip()
+
+    return default_base
+
+
+def test_the_base_of_a_push_is_the_parent(checkout, default_base):
+    assert default_base() == "HEAD~1"
+    checkout("merge", "-q", "--no-ff", "-m", "merge", "main")
+    assert default_base() == "HEAD~1"
+
+
+def test_the_base_of_the_merge_of_a_pull_request_is_what_it_is_merged_into(checkout, default_base):
+    """The event's base may be older than what GitHub merged into."""
+    old_main, head = checkout("rev-parse", "main"), checkout("rev-parse", "change")
+    checkout("checkout", "-q", "main")
+    checkout("commit", "-q", "--allow-empty", "-m", "third")
+    checkout("checkout", "-q", "--detach")
+    checkout("merge", "-q", "--no-ff", "-m", "merge", "change")
+    assert default_base(old_main, head) == "HEAD^1"
+
+
+def test_the_base_of_a_pull_requests_own_head_is_where_it_branches_off(checkout, default_base):
+    main, first = checkout("rev-parse", "main"), checkout("rev-parse", "main~1")
+    assert default_base(main, checkout("rev-parse", "HEAD")) == first
+
+
+def test_the_base_of_a_pull_request_that_has_merged_main_is_not_its_own_commit_before(checkout, default_base):
+    """The first parent of the merge is the pull request's own commit, and may have the regression already."""
+    checkout("merge", "-q", "--no-ff", "-m", "update branch", "main")
+    main = checkout("rev-parse", "main")
+    assert default_base(main, checkout("rev-parse", "HEAD")) == main
+
+
+def test_the_base_of_a_checkout_without_its_history_is_that_of_the_event(checkout, default_base):
+    assert default_base("0" * 40, checkout("rev-parse", "HEAD")) == "0" * 40

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import psutil
 import pytest
@@ -533,6 +534,28 @@ def test_a_baseline_is_replaced_by_what_the_gate_reads(tmp_path):
         update_baseline(tmp_path / "new", tmp_path / "else")
 
 
+def test_nothing_of_the_old_run_stays_beside_the_records_of_a_baseline_that_is_replaced(tmp_path):
+    """A report would draw the timelines of the old run as those of the new one."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder in (old, new):
+        stored(folder, "steady")
+        (folder / "timelines").mkdir()
+        (folder / "timelines" / "case.json").write_text(folder.name)
+    for name in ("timelines/case.png", "timelines/other.json", "index.html", "latency.svg", "thesis.txt"):
+        (old / name).write_text("")
+    (old / "traces" / "case").mkdir()
+    (new / "timelines" / "case.png").write_text("")
+    update_baseline(new, old)
+    left = {str(path.relative_to(old)) for path in old.rglob("*")}
+    assert left == {
+        *("sweep.toml", "environment.json", "records.jsonl"), *("timelines", "timelines/case.json", "thesis.txt"),
+    }  # fmt: skip
+    assert (old / "timelines" / "case.json").read_text() == "new"
+    shutil.rmtree(new / "timelines")
+    update_baseline(new, old)
+    assert not (old / "timelines").exists()
+
+
 def test_a_baseline_without_a_run_or_records_is_one_sentence(tmp_path):
     with pytest.raises(GateError, match="holds no run"):
         baseline_sweep(tmp_path)
@@ -588,6 +611,8 @@ def test_simulated_rates_follow_the_noise(tmp_path):
     noisy = MeasuredCase(case_id="", kinds={"think": "update"}, pairs=wild, spent_s=5.0)
     patient = rates([noisy], 0.05, Effects(), 60.0)
     assert patient.ambiguous > 0.9
+    # There is no other case.
+    assert {patient.false_alarms, *(alarms for _, alarms in patient.others.values())} == {None}
     assert patient.case_s == pytest.approx(patient.num_pairs + 1)  # a pair takes a second, and memory another
     hasty = rates([noisy], 0.05, Effects(), 6.5)
     assert 5.5 < hasty.num_pairs <= MIN_PAIRS + 2  # then 7 of 6.5 seconds are spent; some tries end before

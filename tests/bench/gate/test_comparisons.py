@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import ClassVar
 
 import psutil
 import pytest
@@ -60,7 +63,7 @@ def count(monkeypatch, tmp_path, capsys):
             asked.append(seed)
             run.num_busy.append(len(busy_processes()))
             case = next((case for case in (CASE, OTHER) if case.id in [each.case_id for each in slowed]), CASE)
-            names = zip(("total s", "score s"), verdicts, strict=True)
+            names = zip(run.quantities, verdicts, strict=True)
             others = {case.id: {name: [f"{time} s" for time in times] for name, times in FLAGGED.items()}}
             return [finding(case, name, verdict) for name, verdict in names], {case.id: 7.0}, others
 
@@ -71,6 +74,7 @@ def count(monkeypatch, tmp_path, capsys):
 
     run.script, run.judgement, run.error = script, judgement, script.GateError
     run.num_busy = []
+    run.quantities = ("total s", "score s")
     return run
 
 
@@ -94,7 +98,7 @@ def test_a_busy_process_runs_beside_its_gates_alone(count):
     assert (code, asked, count.num_busy) == (0, [3], [1])
     assert "gate 3: 0 false alarms" in said
     assert busy_processes() == []
-    with pytest.raises(count.error, match="slowdown or load"):
+    with pytest.raises(count.error, match="fault, load or --budget-s"):
         count(1)
 
 
@@ -108,11 +112,83 @@ def test_a_slower_case_is_found_by_what_its_longest_phase_is_part_of(count, tmp_
     assert code == 1
     (row,) = map(json.loads, (tmp_path / "out" / "comparisons.jsonl").read_text().splitlines())
     assert (row["slowed"], row["slower"], row["alarms"]) == ("generate", 0.1, {"score s": "slower"})
-    with pytest.raises(count.error, match="other code, slowdown or load"):
+    with pytest.raises(count.error, match="other code, fault, load"):
         count(1)
 
 
-def test_comparisons_count_together_as_long_as_the_code_that_decides_is_the_same(count, tmp_path):
+def test_a_held_tensor_is_found_by_any_memory_that_is_larger(count, tmp_path):
+    """What else is called changed is a false alarm, and so is every time that another rule flags."""
+    count.quantities = ("memory total", "memory part activations", "total s")
+    code, said, _ = count(1, ("larger", "smaller", "slower"), "--held")
+    assert "all: 1 of 1 held tensors found, 1 false alarms and 0 without an answer" in said
+    assert "10 % on means: 1 false alarms\n" in said
+    assert code == 1
+    (row,) = map(json.loads, (tmp_path / "out" / "comparisons.jsonl").read_text().splitlines())
+    assert (row["held"], row["slowed"], row["found"]) == (True, None, True)
+    assert row["alarms"] == {"memory part activations": "smaller", "total s": "slower"}
+    with pytest.raises(count.error, match="other code, fault"):
+        count(1)
+
+
+def test_a_tensor_is_held_in_the_head_of_every_case(count, monkeypatch, tmp_path):
+    faults = []
+
+    class Comparison:
+        spent_s: ClassVar = {}
+
+        def run(self, fault):
+            faults.append(fault)
+            return []
+
+    monkeypatch.setattr(count.script, "_comparison", lambda *_: contextlib.nullcontext((Comparison(), tmp_path)))
+    monkeypatch.setattr(count.script, "measured_cases", lambda *_: [])
+    for held in (True, False):
+        given = argparse.Namespace(held=held, slower=0.0, budget_s=60.0)
+        count.script._gate(tmp_path, "c1", given, [], seed=0)
+    assert [fault and fault(CASE) for fault in faults] == [{"held_bytes": 65536}, None]
+
+
+def test_a_held_tensor_that_was_not_found(count):
+    count.quantities = ("memory total", "total s")
+    code, said, _ = count(1, ("same", "same"), "--held")
+    assert (code, "all: 0 of 1 held tensors found, 0 false alarms" in said) == (0, True)
+
+
+def test_rows_from_before_budgets_and_held_tensors_were_recorded_count(count, tmp_path):
+    count(1)
+    path = tmp_path / "out" / "comparisons.jsonl"
+    row = json.loads(path.read_text())
+    assert (row.pop("budget_s"), row.pop("held")) == (60.0, False)
+    path.write_text(json.dumps(row) + "\n")
+    assert "in 2 comparisons" in count(2)[1]
+
+
+def test_comparisons_within_another_time_do_not_count_together(count):
+    count(1, ("same", "same"), "--budget-s", "30")
+    with pytest.raises(count.error, match="or --budget-s: name a new folder"):
+        count(1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--gates", "0"), "'0' must be a number of gates above 0."),
+        (("--gates", "x"), "'x' must be a number of gates above 0."),
+        (("--budget-s", "0"), "'0' must be from 4, for four pairs of blocks, to 1000000."),
+        (("--budget-s", "nan"), "'nan' must be from 4"),
+        (("--held", "--slower", "0.1"), "not allowed with argument"),
+    ],
+)
+def test_what_cannot_be_counted_is_refused(count, capsys, arguments, sentence):
+    with pytest.raises(SystemExit, match="2"):
+        count(1, ("same", "same"), *arguments)
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.fixture
+def commit(count, tmp_path):
+    """Makes the folder a repository with the files that decide; returns a function that commits a file."""
+
     def commit(path, text):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
@@ -122,9 +198,23 @@ def test_comparisons_count_together_as_long_as_the_code_that_decides_is_the_same
 
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
     for path in count.script._JUDGEMENT:
-        commit(f"bench/rlhfbench/{path}" + ("" if path.endswith(".py") else "/decide.py"), path)
+        commit(path, path)
+    return commit
+
+
+def test_comparisons_count_together_as_long_as_the_code_that_decides_is_the_same(count, commit, tmp_path):
     first = count.judgement(tmp_path, "HEAD")
-    commit("README.md", "elsewhere")
+    for elsewhere in ("README.md", "bench/rlhfbench/gate/selftest.py"):
+        commit(elsewhere, "elsewhere")
     assert count.judgement(tmp_path, "HEAD") == first
     commit("bench/rlhfbench/gate/decide.py", "changed")
     assert count.judgement(tmp_path, "HEAD") != first
+
+
+def test_code_that_decides_and_is_not_committed_is_refused(count, commit, tmp_path):
+    commit("bench/rlhfbench/gate/selftest.py", "elsewhere")
+    (tmp_path / "bench/rlhfbench/gate/selftest.py").write_text("changed")
+    count.judgement(tmp_path, "HEAD")
+    (tmp_path / "bench/rlhfbench/gate/decide.py").write_text("changed")
+    with pytest.raises(count.error, match=r"^'bench/rlhfbench/gate/decide.py' has uncommitted changes, and decides"):
+        count.judgement(tmp_path, "HEAD")

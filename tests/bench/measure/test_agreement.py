@@ -12,10 +12,14 @@ from rlhfkernels.errors import ModelError
         (
             {"ratio_error": 0.02},
             "float32",
-            r"disagree by 0\.02 \(ratio_error of the first step\), and float32 explains 0\.01",
+            r"disagree by 0\.02 \(ratio_error of the first step\); the tolerance of float32 is 0\.01",
         ),
         ({"ratio_error": 0.001, "kl": -0.5}, "float64", r"disagree by 0\.001 \(ratio_error"),
-        ({"ratio_error": 0.5, "kl": -0.5}, "bfloat16", r"disagree by 0\.5 \(kl of the first step\), and bfloat16"),
+        (
+            {"ratio_error": 0.5, "kl": -0.5},
+            "bfloat16",
+            r"disagree by 0\.5 \(kl of the first step\); the tolerance of bfloat16",
+        ),
         ({"ratio_error": 0.009, "kl": 0.0009}, "float32", None),
         ({"ratio_error": 0.88, "kl": 0.017}, "bfloat16", None),
         ({"ratio_error": 0.88, "kl": 0.06}, "bfloat16", r"disagree by 0\.06 \(kl of the first step\)"),

@@ -6,6 +6,7 @@ import torch
 
 from rlhfbench.measure import ceilings
 from rlhfbench.measure.ceilings import measure_ceilings
+from rlhfkernels.errors import CaseError
 
 
 @pytest.fixture
@@ -31,6 +32,17 @@ def test_short_matmuls_are_enlarged_and_the_fastest_run_counts(monkeypatch):
     monkeypatch.setattr(ceilings, "_timed_s", lambda work, device: next(durations))
     rate = ceilings._flops_per_s(torch.matmul, torch.device("cpu"), torch.float32)
     assert rate == 2 * 512**3 / 0.25
+
+
+def test_a_wrong_matmul_in_the_environment_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(ceilings.build, "unavailable_reason", lambda: None)
+
+    def refuse():
+        raise ValueError("RLHFBENCH_CPU_MATMUL is 'mkl': it must be native, torch or auto.")
+
+    monkeypatch.setattr(ceilings.native, "beats_torch", refuse)
+    with pytest.raises(CaseError, match=r"^RLHFBENCH_CPU_MATMUL is 'mkl': it must be native, torch or auto\.$"):
+        ceilings._fastest_matmul(torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize(

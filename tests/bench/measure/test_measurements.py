@@ -71,9 +71,9 @@ class FakeStep:
     def trained_parameters(self):
         return [self.weight]
 
-    trunk_taken = "fast"
-    attention_taken = "sdpa"
-    backend_taken = "torch"
+    trunk_used = "fast"
+    attention_used = "sdpa"
+    backend_used = "torch"
 
     def data_summary(self):
         return {"source": "random", "num_prompts": None, "num_truncated": 0}
@@ -144,14 +144,14 @@ def test_the_measurements_in_their_order(fake, tmp_path):
         "engine",
         "attention",
         "kernels",
-        "taken",
+        "fast_paths",
         "num_threads",
         "block",
         "timeline",
     }
     assert set(result) == objects
     assert result["num_threads"] == torch.get_num_threads()
-    assert result["taken"] == ""  # on a CPU
+    assert result["fast_paths"] == ""  # on a CPU
     assert result["prompts"] == step.data_summary()
     assert result["timeline"] is None
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(

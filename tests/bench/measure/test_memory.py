@@ -1,7 +1,9 @@
+import pytest
 import torch
 
 from rlhfbench.measure.ledger import Ledger
 from rlhfbench.measure.memory import OUTER_VIEWS, highest_views, memory_object, persistent_model_bytes
+from rlhfkernels.errors import ModelError
 from rlhfkernels.observer import PARTS
 
 
@@ -26,3 +28,10 @@ def test_the_rest_is_the_allocators_peak_without_ledger_and_workspaces():
     assert total == 8 * 8 * 4
     views |= {"allocator_peak_bytes": total + 100, "workspace_bytes": 30}
     assert memory_object(ledger, views)["views"]["allocator_rest_bytes"] == 70
+
+
+def test_a_step_that_enters_no_phase_under_the_ledger_is_refused():
+    with Ledger("cpu") as ledger:
+        torch.ones(8, 8)
+    with pytest.raises(ModelError, match=r"^no phase was entered while the memory was measured: run\(observer\)"):
+        memory_object(ledger, dict.fromkeys(OUTER_VIEWS))

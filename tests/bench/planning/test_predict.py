@@ -415,3 +415,9 @@ def test_every_attention_and_trunk_is_planned_to_the_byte_in_micro_batches(
     micro = {"engine__micro_batch_size": micro_batch_size, "engine__cache_implementation": cache}
     case = make_case(method, model, **size, **options, **micro)
     assert plan_case(case).memory["phases"] == measured(case)["phases"]
+
+
+def test_a_model_whose_rotary_embedding_may_grow_is_planned(make_case: Callable[..., Case]) -> None:
+    """transformers would compare lengths on the device; see ``load_causal_lm``."""
+    case = make_case("hydra", "dynamic gpt_neox", dtype="float32")
+    assert plan_case(case).memory["phases"] == measured(case)["phases"]

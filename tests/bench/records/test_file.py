@@ -29,7 +29,7 @@ def test_a_record_has_every_key_with_none_for_absent_values():
     made = record("oom")
     assert set(made) == {
         "schema", "case", "world", "outcome", "error", "memory", "latency", "work", "stats", "prompts", "engine",
-        "attention", "kernels", "taken", "plan", "run", "num_threads", "started_at", "wall_s",
+        "attention", "kernels", "fast_paths", "plan", "run", "num_threads", "started_at", "wall_s",
     }  # fmt: skip
     assert made["schema"] == 2
     assert set(made["case"]) == {
@@ -128,7 +128,7 @@ def test_a_torn_last_line_is_dropped_and_the_next_record_starts_clean(tmp_path, 
         ('{"schema": "1"}', "line 2: it is not a record"),
         ('{"schema": 1, "case": {}, "outcome": "ok"}', "line 2: it is not a record"),
         ('{"schema": 1, "case": {"id": "a"}, "outcome": "fine"}', "line 2: it is not a record"),
-        ('{"schema": 3}', "line 2: its schema is 3 and this rlhfbench reads up to 2: a newer one wrote it."),
+        ('{"schema": 3}', "line 2: its schema is 3, of a newer rlhfbench: this one reads up to schema 2."),
     ],
 )
 def test_a_bad_line_is_named_in_one_sentence(tmp_path, line, says):

@@ -69,6 +69,12 @@ def test_a_record_of_schema_1_gets_every_key_of_schema_2():
         assert old["case"]["id"] == new["case"]["id"]
 
 
+def test_a_key_that_was_renamed_is_read_by_its_present_name():
+    record = filled(empty_record(), {**upgraded(schema_1()[0]), "fast_paths": "flash_attn"})
+    old = {("taken" if key == "fast_paths" else key): value for key, value in record.items()}
+    assert upgraded(old) == record
+
+
 def test_options_of_schema_1_get_their_present_names_and_values():
     modern, paper, _ = (upgraded(record)["case"]["options"] for record in schema_1())
     for options in (modern, paper):

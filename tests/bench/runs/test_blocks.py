@@ -7,6 +7,7 @@ import pytest
 
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.records.file import read_records
+from rlhfbench.runs.case_process import ThisMachine
 from rlhfbench.runs.progress import LineProgress
 
 pytestmark = pytest.mark.usefixtures("fake_server")
@@ -108,3 +109,14 @@ def test_a_resumed_run_times_as_many_blocks_as_it_is_asked_for(tmp_path, sweep_o
     assert [block["phases"]["generate"] for block in record["latency"]["blocks"]] == [[1.0], [2.0], [3.0], [4.0]]
     assert record["latency"]["num_blocks"] == 4
     assert run(sweep, tmp_path / "run", resume=True, blocks=3).records == [record]
+
+
+def test_a_round_is_told_how_long_the_one_before_took(tmp_path, monkeypatch, sweep_of, run):
+    told, start = [], ThisMachine.start
+    monkeypatch.setattr(
+        ThisMachine, "start", lambda machine, round_s=0.0: told.append(round_s) or start(machine, round_s=round_s)
+    )
+    run(sweep_of("blocks"), tmp_path / "run", blocks=3)
+    assert [round_s > 0 for round_s in told] == [False, True, True]
+    assert num_blocks(run(sweep_of("blocks"), tmp_path / "run", resume=True, blocks=4)) == 4
+    assert told[3:] == [0.0]  # nothing was run before

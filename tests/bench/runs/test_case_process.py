@@ -1,4 +1,4 @@
-"""Threads with which a case is planned: those that it runs with, on which its scratch buffers depend."""
+"""The executor of this machine: threads of a plan, servers of rounds of blocks, and what a dead case died of."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import pytest
 
 from rlhfbench.runs import case_process, worker
 from rlhfbench.runs.execution import Task
+from rlhfbench.runs.job import Exit
 from rlhfkernels.config.case import Case
 from rlhfkernels.config.options import Options
 
@@ -33,3 +34,37 @@ def test_a_case_is_planned_with_the_threads_that_it_runs_with(monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(name, value)
     assert threads(ranks) == 8  # the others are on machines of their own
+
+
+class StubServer:
+    """A server whose start takes two seconds of those that a round is compared with."""
+
+    def __init__(self):
+        self.start_s, self.calls = 0.0, []
+
+    def start(self):
+        self.start_s = 2.0
+        self.calls.append("start")
+
+    def close(self):
+        self.calls.append("close")
+
+
+def test_a_round_gets_a_server_of_its_own_if_starting_it_takes_less_time(monkeypatch):
+    server = StubServer()
+    machine = case_process.ThisMachine(server)
+    machine.start()
+    machine.start(round_s=1.9)
+    assert server.calls == ["start", "start"]
+    machine.start(round_s=2.1)
+    assert server.calls[2:] == ["close", "start"]
+    monkeypatch.setattr(case_process.versions, "installed", lambda: ("0.1", "of edited sources"))
+    machine.start(round_s=2.1)
+    assert server.calls[4:] == ["start"]
+
+
+@pytest.mark.parametrize(("number", "name"), [(11, "SIGSEGV"), (40, "signal 40")])
+def test_a_case_that_a_signal_killed_names_it_also_where_it_has_no_name(number, name):
+    end = Exit(pid=1, code=-number, max_rss_bytes=None)
+    found = case_process._death(end, "score", timeout_s=1.0, oom_killed=False, log="")
+    assert found["error"] == {"kind": name, "message": f"it was killed by {name}.", "phase": "score"}

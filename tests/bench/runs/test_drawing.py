@@ -11,7 +11,8 @@ from rich.console import Console
 from rlhfbench.errors import RecordsError
 from rlhfbench.records.file import RECORDS_NAME, RecordsFile, make_plan, make_record, read_records
 from rlhfbench.records.timelines import write_timeline
-from rlhfbench.runs.drawing import draw_run
+from rlhfbench.runs import drawing
+from rlhfbench.runs.drawing import draw_run, remove_drawings
 from rlhfkernels.config.case import Case
 from rlhfkernels.observer import PARTS
 
@@ -46,6 +47,8 @@ def test_a_report_is_drawn_from_the_records_alone(tmp_path, outcomes):
     console = Console(width=80, file=io.StringIO(), record=True)
     console.print(table)
     assert console.export_text().count("OOM") >= outcomes.count("oom")
+    remove_drawings(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [RECORDS_NAME]
 
 
 def test_a_whole_report_begins_with_the_noise_of_the_run_and_ends_with_its_gain(tmp_path):
@@ -66,6 +69,8 @@ def test_a_gain_is_written_if_there_is_one(tmp_path):
     draw_run(tmp_path)
     assert "| Hydra-PPO | 16 | 1 | 1 | ≥2 | 2.00x | 2.00x | 4.00x | – | – |" in unpadded(tmp_path / "gain.md")
     assert len((tmp_path / "gain.csv").read_text().splitlines()) == 2
+    remove_drawings(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [RECORDS_NAME]
 
 
 def unpadded(path) -> str:
@@ -100,6 +105,18 @@ def test_predictions_are_drawn_if_there_are_some(tmp_path):
     draw_run(tmp_path)
     made = {path.name for path in tmp_path.iterdir()} - {RECORDS_NAME, *DRAWN}
     assert made == {"predicted.md", "predicted.png", "predicted.svg"}
+    remove_drawings(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [RECORDS_NAME]
+
+
+def test_all_that_can_be_drawn_is_removed_and_nothing_else(tmp_path):
+    """Tables and plots over ranks need runs of several: their names are read from what says they are written."""
+    named = re.findall(r"``(\w+)`` \(\.", drawing.draw_run.__doc__)
+    assert {"memory_table", "scaling", "planned_ranks"} <= set(named)
+    for name in (*(f"{stem}.md" for stem in named), "comparison.html", "notes.md"):
+        (tmp_path / name).write_text("")
+    remove_drawings(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.md"]
 
 
 def test_drawing_again_gives_the_same_files(tmp_path):

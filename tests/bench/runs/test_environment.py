@@ -125,6 +125,19 @@ def test_the_commit_of_a_checkout_and_whether_it_is_dirty(tmp_path):
     assert clean["dirty"] is False
     (tmp_path / "new").touch()
     assert environment.source(tmp_path) == {**clean, "dirty": True}
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").touch()
+    git(tmp_path, "add", "package")
+    git(tmp_path, "commit", "-m", "two")
+    assert environment.source(tmp_path / "package")["dirty"] is False  # what changed lies beside it
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "new").touch()
+    assert environment.source(tmp_path / "package", tmp_path / "other")["dirty"] is True
+
+
+def test_a_module_that_was_run_is_a_command_that_can_be_run_again():
+    found = environment.describe(argv=["/some/where/rlhfbench/__main__.py", "run"], settings={})
+    assert found["argv"] == ["python", "-m", "rlhfbench", "run"]
 
 
 def test_without_git_there_is_no_commit(tmp_path, monkeypatch):

@@ -73,6 +73,12 @@ def test_the_rank_that_died_is_to_blame_and_not_those_that_lost_it():
         }
 
 
+def test_a_signal_without_a_name_has_its_number():
+    found = judge([lost(0), ended(1, -40)], Verdict.ENDED, oom_killed=False)
+    assert found["error"]["kind"] == "signal 40"
+    assert found["error"]["message"].startswith("rank 1 was killed by signal 40 in phase update;")
+
+
 def test_a_kill_by_the_kernel_is_out_of_memory():
     found = judge([lost(0), ended(1, -9)], Verdict.ENDED, oom_killed=True)
     assert (found["outcome"], found["error"]["kind"]) == ("oom", "SIGKILL")

@@ -74,9 +74,14 @@ def test_the_environment_of_every_start_is_kept(tmp_path):
     assert kept == {"started_at": 0, "resumed": [{"started_at": 1}, {"started_at": 2}]}
 
 
-def test_a_broken_environment_is_one_sentence(tmp_path):
-    (tmp_path / "environment.json").write_text("{")
-    with pytest.raises(RunFolderError, match="is not JSON"):
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [("{", "is not JSON"), ("[]", "is not the environment of a run"), ('{"resumed": [1]}', "is not the")],
+)
+def test_a_broken_environment_is_one_sentence_that_keeps_the_id_of_the_run(tmp_path, text, fault):
+    """Without the file, records of a resumed run would have another id and stand beside those of its start."""
+    (tmp_path / "environment.json").write_text(text)
+    with pytest.raises(RunFolderError, match=rf"{fault}.*: restore it, or name a new folder\.$"):
         RunFolder(tmp_path).write_environment({})
 
 

@@ -237,6 +237,15 @@ def test_a_resumed_search_does_not_repeat_recorded_tries(tmp_path: Path) -> None
     assert (tmp_path / "run" / "max_batch.json").is_file()
 
 
+@pytest.mark.usefixtures("fake")
+def test_a_search_that_is_resumed_under_another_memory_limit_tries_anew(tmp_path: Path) -> None:
+    for limit_bytes, is_resumed in ((GIB, False), (2 * GIB, True), (2 * GIB, True)):
+        find(tmp_path / "run", "echo", limit=1, resume=is_resumed, memory_limit_bytes=limit_bytes)
+    records = read_records(tmp_path / "run")
+    assert [record["prompts"]["memory_limit_bytes"] for record in records] == [2 * GIB] * 2
+    assert [record["run"]["segment"] for record in records] == [1, 1]
+
+
 @pytest.mark.parametrize(
     ("spec", "limit", "blocks", "sentence"),
     [

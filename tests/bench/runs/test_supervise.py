@@ -81,6 +81,7 @@ def test_ranks_whose_others_wait_for_something_else_go_on_and_keep_no_stack():
 
 def test_ranks_without_a_detector_are_not_watched():
     found = Ranks()
+    found.look = lambda: pytest.fail("it was looked at")
     assert supervise(found, 60.0, None) is Verdict.ENDED
 
 

@@ -114,6 +114,14 @@ def test_the_page_of_a_run_says_how_far_it_is(run_dir: Path) -> None:
     assert "page-specs" in text
 
 
+def test_the_page_of_a_search_for_the_largest_batch_promises_no_end(run_dir: Path) -> None:
+    """A sweep of one case is tried at many batch sizes."""
+    (run_dir / "environment.json").write_text(json.dumps({"settings": {"max_batch_limit": 512}}))
+    for number, says in enumerate(("1 try is recorded.", "2 tries are recorded.")):
+        add_record(run_dir, number)
+        assert f">{says} The page follows as others come.<" in LivePage(run_dir).current()[1]
+
+
 Get = Callable[..., tuple[int, str, str]]
 
 

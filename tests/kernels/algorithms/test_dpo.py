@@ -7,12 +7,16 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from rlhfkernels import Case, Options, TrainingStep, build_step
-from rlhfkernels.algorithms.dpo import dpo_loss
+from rlhfkernels.algorithms.common import Counts
+from rlhfkernels.algorithms.dpo import dpo_loss, pairs
+from rlhfkernels.data.batch import Batch
 
 MakeStep = Callable[..., TrainingStep]
 ROWS = [("ab", "cdef", "gh"), ("a", "b", "cdefgh"), ("abcdefgh", "cd", "ef"), ("xyz", "uvwxyz12", "q")]
@@ -223,3 +227,16 @@ def test_a_step_reports_accuracy_margin_and_both_log_probabilities(small: MakeSt
     names = {"accuracy", "margin", "chosen_logprob", "rejected_logprob", "reference_error"}
     assert set(stats) == {*names, "policy_loss", "policy_grad_norm"}
     assert stats["reference_error"] < 1e-6
+
+
+def test_the_margin_is_that_of_the_implicit_rewards() -> None:
+    """Two pairs: Δ_w = 1 and 0.5, Δ_l = -1 and 2; the last token of the first sequence is padding."""
+    logprobs = torch.tensor([[-1.0, -1.0, -7.0], [-2.0, -1.0, -1.0], [-1.0, -0.5, -1.0], [-1.0, 0.0, 0.0]])
+    mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]])
+    columns = {"reference_logprobs": torch.tensor([-3.0, -3.0, -3.0, -3.0])}
+    tokens = torch.zeros(4, 4, dtype=torch.long)
+    batch = Batch(tokens=tokens, attention_mask=None, mask=mask, prompt_len=1, num_rows=2, columns=columns)
+    reader: Any = SimpleNamespace(logprobs=lambda: (logprobs, None))
+    loss = pairs(reader, batch, Options.of({"dpo.beta": 0.2}), Counts(tokens=mask.sum(), rows=2))
+    assert float(loss.sums["margin"]) == pytest.approx(0.2 * ((1 + 1) + (0.5 - 2)) / 2)
+    assert float(loss.sums["accuracy"]) == 0.5

@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
-from rlhfkernels.algorithms.ppo import policy_loss, value_loss
+from rlhfkernels import Options
+from rlhfkernels.algorithms.ppo import advantages, policy_loss, value_loss
+from rlhfkernels.data.batch import Batch
 
 
 def test_the_policy_loss_by_hand() -> None:
@@ -39,3 +42,15 @@ def test_the_value_loss_by_hand() -> None:
     (gradient,) = torch.autograd.grad(loss, values)
     expected = [0.0, 0.5 / 3, -0.9 / 3, 0.0]
     torch.testing.assert_close(gradient[0], torch.tensor(expected, dtype=torch.float64))
+
+
+def test_the_kl_is_the_mean_difference_from_the_reference_over_real_tokens() -> None:
+    columns = {
+        "old_logprobs": torch.tensor([[-1.0, -2.0, 0.0]]),
+        "reference_logprobs": torch.tensor([[-1.5, -1.75, -9.0]]),
+        "old_values": torch.zeros(1, 3),
+        "scores": torch.tensor([0.5]),
+    }
+    mask, tokens = torch.tensor([[1.0, 1.0, 0.0]]), torch.zeros(1, 4, dtype=torch.long)
+    batch = Batch(tokens=tokens, attention_mask=None, mask=mask, prompt_len=1, num_rows=1, columns=columns)
+    assert float(advantages(batch, Options())["kl"]) == pytest.approx((0.5 - 0.25) / 2)

@@ -185,7 +185,7 @@ def test_packing_fits_every_architecture_of_the_fast_trunk(
         shake(step.engine)
         batch = uneven(case, step.engine.vocab_size)
         step._source.next_batch = lambda generator, batch=batch: batch
-        assert step.trunk_taken == "fast"
+        assert step.trunk_used == "fast"
     assert_equal_steps(*steps)
 
 
@@ -255,6 +255,20 @@ def test_an_architecture_whose_packed_sequences_see_each_other_is_refused(
     sentence = r"packed rows \(plain trunk\): a sequence sees the one before it; sft\.packing must be false\."
     with pytest.raises(CaseError, match=sentence):
         build_step(make_case("sft-lora", architecture, sft__packing=True, engine__trunk="plain", dtype=dtype))
+
+
+def test_a_rotary_embedding_that_depends_on_the_longest_sequence_of_a_row_is_refused(
+    make_case: Callable[..., Case], tmp_path: Path
+) -> None:
+    """Its factors change beyond 16 positions."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "ab" * n, "completion": "cd"}) + "\n" for n in (1, 2, 3, 4)))
+    case = functools.partial(
+        make_case, "sft-lora", "longrope gpt_neox", sft__packing=True, data__demonstrations=str(path), prompt_len=8
+    )
+    with pytest.raises(CaseError, match="cannot read packed rows of more than 16 tokens: its rotary embedding then"):
+        build_step(case(completion_len=12))
+    assert build_step(case(completion_len=8))
 
 
 def test_positions_that_do_not_begin_again_are_refused(

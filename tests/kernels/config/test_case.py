@@ -167,6 +167,10 @@ def test_an_integer_for_a_float_is_the_same_case() -> None:
             "optimizer.name is 'adamw8bit': bitsandbytes has no float64, so dtype must be float32 or bfloat16.",
         ),
         (
+            {"options": Options.of({"optimizer.name": "adamw8bit", "lora.dtype": "float64"})},
+            "optimizer.name is 'adamw8bit': bitsandbytes has no float64, so lora.dtype must be float32 or bfloat16.",
+        ),
+        (
             {"options": Options.of({"engine.backend": "triton"})},
             "engine.backend is 'triton': it needs a CUDA device, so device must not be 'cpu'.",
         ),

@@ -95,7 +95,7 @@ def test_a_hostile_line_is_one_short_sentence(tmp_path, line, says):
 
 
 def test_a_path_with_a_null_character_is_one_sentence():
-    with pytest.raises(DataError, match="is no path: it holds a null character"):
+    with pytest.raises(DataError, match="is not a path: it contains a null character"):
         read_prompts("a\0b", "q")
 
 

@@ -17,7 +17,7 @@ def test_a_wrong_head_is_never_run(make_case: Callable[..., Case], monkeypatch: 
     monkeypatch.setattr(loading, "logit_scale", lambda config: 0.5)
     sentence = (
         rf"model '.*' is run wrongly: the full forward \({trunk} trunk\) and transformers' own forward disagree by "
-        r"\d.*, and float64 explains \d.*e-05\."
+        r"\d.*; the tolerance of float64 is \d.*e-05\."
     )
     with pytest.raises(ModelError, match=sentence):
         build_step(make_case(engine__trunk=trunk))

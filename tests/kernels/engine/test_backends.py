@@ -30,7 +30,7 @@ def test_cuda_selects_triton_if_it_runs(
     monkeypatch.setattr(backends, "is_installed", lambda package: is_installed)
     monkeypatch.setattr(backends, "triton_unavailable_reason", lambda device: reason)
     measured: list[object] = []
-    monkeypatch.setattr(backends, "_measure_rivals", lambda *which: measured.append(which))
+    monkeypatch.setattr(backends, "_measure_library_kernels", lambda *which: measured.append(which))
     assert select_backend("torch", "cuda", "bfloat16") == "torch"
     assert not measured
     if sentence is None:

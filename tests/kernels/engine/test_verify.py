@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rlhfkernels import Case, ModelError
+from rlhfkernels.engine import backends
 from rlhfkernels.engine.verify import Check, verify
 from rlhfkernels.models import loading
 from rlhfkernels.models.adapters import Adapters
@@ -30,7 +31,7 @@ def by_outcome(checks: list[Check], outcome: str) -> list[str]:
     "architecture",
     [
         *("gemma2", "gemma3_text", "gptj", "bloom", "mpt", "cohere", "hyperclovax", "granite", "mixtral", "phimoe"),
-        *("dynamic gpt_neox", "deepseek_v3"),
+        "deepseek_v3",
     ],
 )
 def test_architectures_of_the_plain_trunk_are_right(checkpoint: Callable[[str], str], architecture: str) -> None:
@@ -41,7 +42,7 @@ def test_architectures_of_the_plain_trunk_are_right(checkpoint: Callable[[str], 
 
 
 @pytest.mark.usefixtures("library")
-@pytest.mark.parametrize("architecture", ["stray-window llama", "mistral", "qwen2", "gpt_neox", "opt", "gpt2"])
+@pytest.mark.parametrize("architecture", ["stray-window llama", "mistral", "qwen2", "dynamic gpt_neox", "opt", "gpt2"])
 def test_every_trunk_and_backend_is_right(checkpoint: Callable[[str], str], architecture: str) -> None:
     checks = verify(checkpoint(architecture))
     assert by_outcome(checks, "ok") == [
@@ -52,6 +53,17 @@ def test_every_trunk_and_backend_is_right(checkpoint: Callable[[str], str], arch
         "fast, native against torch",
     ]
     assert len(checks) == 21
+
+
+def test_a_backend_that_cannot_run_here_is_named(
+    checkpoint: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends.build, "unavailable_reason", lambda: "no cc is installed")
+    checks = verify(checkpoint("gpt2"))
+    assert by_outcome(checks, "refused") == ["fast, native"]
+    assert [check.note for check in checks if check.note] == [
+        "engine.backend is 'native': its C cannot be compiled here (no cc is installed)."
+    ]
 
 
 @pytest.mark.parametrize("architecture", ["opt", "wide-qwen2"])

@@ -132,6 +132,8 @@ def test_targets_may_be_named_and_are_checked(make_case: Callable[..., Case]) ->
     assert len(engine.adapters["hydra"].parameters("actor")) == 2 * 2 * 2
     with pytest.raises(CaseError, match=r"lora.target_modules has query: this model's linear layers are down_proj"):
         Engine(make_case(lora__target_modules="query"))
+    with pytest.raises(CaseError, match=r"lora.target_modules has an empty name: this model's linear layers"):
+        Engine(make_case(lora__target_modules="q_proj,"))
 
 
 def test_the_adapters_dtype_is_decided(make_case: Callable[..., Case]) -> None:

@@ -87,7 +87,7 @@ def test_auto_is_sdpa_where_the_architecture_has_it(
     make_case: Callable[..., Case], architecture: str, asked: str, taken: str
 ) -> None:
     step = build_step(make_case(architecture=architecture, engine__attn_implementation=asked))
-    assert step.attention_taken == taken
+    assert step.attention_used == taken
     step.run().check_finite()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import types
 from collections.abc import Callable
@@ -41,6 +42,20 @@ def test_an_old_package_is_said(monkeypatch: pytest.MonkeyPatch, bare_environmen
     )
 
 
+@pytest.mark.parametrize(("device", "before", "seen"), [("cuda:1", "2", "1"), ("cuda", "2", "2"), ("cpu", None, "0")])
+def test_an_engine_chooses_the_device_of_the_case(
+    monkeypatch: pytest.MonkeyPatch, bare_environment: None, device: str, before: str | None, seen: str
+) -> None:
+    if before is None:
+        monkeypatch.delenv("LOCAL_RANK")
+    else:
+        monkeypatch.setenv("LOCAL_RANK", before)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(CaseError):
+        load(torch.device(device))
+    assert os.environ["LOCAL_RANK"] == seen
+
+
 def completions(world: World, cases: list[Case]) -> list[torch.Tensor]:
     """The tokens that a rank generates."""
     return [build_step(case, world=world).infer()[0].tokens for case in cases]
@@ -63,7 +78,7 @@ def statistics(world: World, cases: list[Case]) -> list[tuple[str, dict[str, flo
     for case in cases:
         step = build_step(case, world=world)
         step.run()
-        found.append((step.trunk_taken, step.run().to_dict()))
+        found.append((step.trunk_used, step.run().to_dict()))
     return found
 
 

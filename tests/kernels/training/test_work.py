@@ -10,8 +10,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from rlhfkernels import METHODS, Case, Observer, Options, build_step, phase_work
+from rlhfkernels.data.batch import Batch
 from rlhfkernels.parallel.world import World
 from rlhfkernels.training.roofline import Work
+from rlhfkernels.training.sizes import StepSizes
 from rlhfkernels.training.step import TrainingStep
 
 
@@ -179,6 +181,31 @@ def test_float32_adapters_on_a_narrow_base_move_no_master_copies(make_case: Call
     assert held == 2 * 4 * num + counts // 2
 
 
+def test_weights_with_a_master_copy_are_written_alone(make_case: Callable[..., Case]) -> None:
+    """In bfloat16: 2 bytes of the gradient read, 2 of the weight written; masters in float32 are read and written."""
+    steps = {
+        name: build_step(make_case("sft", dtype="bfloat16", lora__dtype=None, optimizer__name=name))
+        for name in ("adamw", "sgd")
+    }
+    num = sum(p.numel() for p in steps["sgd"].trained_parameters())
+    work = {name: phase_work(step)["optimize"] for name, step in steps.items()}
+    assert (work["sgd"].bytes, work["sgd"].flops) == ((2 + 2 + 2 * 4) * num, 5 * num)
+    counts = 2 * 4 * len(steps["adamw"].trained_parameters())
+    assert (work["adamw"].bytes, work["adamw"].flops) == ((2 + 2 + 3 * 2 * 4) * num + counts, 15 * num)
+
+
+def test_a_reward_function_takes_no_forward_pass(make_case: Callable[..., Case]) -> None:
+    def reward(batch: Batch) -> torch.Tensor:
+        return torch.zeros(batch.num_sequences)
+
+    assert phase_work(build_step(make_case("best-of-n"), reward_fn=reward))["score"] == Work(0, 0)
+    step = build_step(make_case("full"))
+    all_passes = phase_work(step)["score"]
+    without = phase_work(build_step(make_case("full"), reward_fn=reward))["score"]
+    assert all_passes.bytes - without.bytes == StepSizes.of(step).bases["reward"].matmul_bytes
+    assert without.flops > 0
+
+
 def test_a_smaller_reward_model_takes_its_own_work(
     make_case: Callable[..., Case], checkpoint: Callable[[str], str]
 ) -> None:
@@ -208,6 +235,12 @@ def test_work_scales_with_epochs_and_micro_batches(make_case: Callable[..., Case
     assert (twice.flops, twice.bytes) == (2 * once.flops, 2 * once.bytes)
     assert (split.flops, split.bytes) == (once.flops, 2 * once.bytes)
     assert torch.is_grad_enabled()
+
+
+def test_scoring_reads_the_weights_for_each_micro_batch(make_case: Callable[..., Case]) -> None:
+    once = phase_work(build_step(make_case(batch_size=4)))["score"]
+    split = phase_work(build_step(make_case(batch_size=4, ppo__num_mini_batches=2)))["score"]
+    assert (split.flops, split.bytes) == (once.flops, 2 * once.bytes)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +335,8 @@ def test_the_work_of_a_rank(make_case: Callable[..., Case], on_ranks: Any, name:
             assert {**work, "optimize": None} == {**alone, "optimize": None}
             share = work["optimize"].flops * 4 // 15
             assert share == pytest.approx(weights / num_shares, rel=0.2)  # fsdp's rows need not divide evenly
-            assert work["optimize"].bytes == 3 * share + 2 * (held - of_weights)
+            num_accesses = 3 if name in ("ddp", "fsdp", "zero-0") else 2  # ZeRO's masters are copies in float32 too
+            assert work["optimize"].bytes == num_accesses * share + 2 * (held - of_weights)
         total = sum(work["optimize"].flops for work, *_ in ranks) * num_shares // 2
         assert total == pytest.approx(alone["optimize"].flops, rel=1e-3)  # padding
         if num_shares == 1:

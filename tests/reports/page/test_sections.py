@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 
 from rlhfreports.page.blocks import Block, Chart, Section, Table, Text
+from rlhfreports.page.configuration import differences, facts, warnings
 from rlhfreports.page.data import Page, Run, hardware_of
-from rlhfreports.page.ran import differences, facts, warnings
 from rlhfreports.page.render import page_html
 from rlhfreports.page.sections import sections_of
 from rlhfreports.page.times import slope_texts
@@ -389,15 +389,27 @@ def test_memory_against_one_number_has_its_name_on_the_axis(make_run: Runs) -> N
     assert several["title"]["text"] == {"expr": "'GiB, against ' + axis"}
 
 
+def test_memory_against_an_option_says_that_its_usual_value_is_left_out(make_run: Runs) -> None:
+    left_out = "A case is left out where the option has the value of its setting"
+    ranks = charts(make_run(*({"lora_rank": rank, **PART} for rank in (8, 16))))["memory-swept"]
+    assert left_out not in ranks.caption
+    rows = [{**PART, "options": options} for options in ("", "ppo.num_ppo_epochs=2", "ppo.num_ppo_epochs=4")]
+    epochs = charts(make_run(*rows))["memory-swept"]
+    assert left_out in epochs.caption
+    assert epochs.data["swept"]["value"].tolist() == [2, 4]
+
+
 def test_a_run_without_records_has_no_table(make_run: Runs) -> None:
     assert list(sections(make_run())) == ["answer", "ran"]
 
 
 def test_one_reason_why_timing_ended_is_no_list(make_run: Runs) -> None:
     precise, budget = {"stopped_because": "precise"}, {"stopped_because": "budget"}
-    assert "Timing of 2 cases ended because the median was precise enough." in words(make_run(precise, precise))
+    assert "Timing of 2 cases ended because the interquartile mean was precise enough." in words(
+        make_run(precise, precise)
+    )
     both = words(make_run(precise, budget))
-    assert "ended: 1 because the median was precise enough, 1 because the time budget was spent." in both
+    assert "ended: 1 because the interquartile mean was precise enough, 1 because the time budget was spent." in both
 
 
 def test_points_at_lengths_that_no_panel_shares_are_bars_with_their_lengths(make_run: Runs) -> None:

@@ -22,7 +22,8 @@ def _head_size(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _llama(trunk: Any, backend: str, projection: type[Projection]) -> Blocks | None:
+def _llama(trunk: Any, backend: str, projection: type[Projection], *, window_in_config: bool = False) -> Blocks | None:
+    """Reads Llama's layout. A layer has its own attention window (Qwen2), or all have the configuration's (Mistral)."""
     config = trunk.config
     if getattr(trunk.rotary_emb, "rope_type", "default") in LENGTH_DEPENDENT_ROTARY:
         return None
@@ -43,7 +44,7 @@ def _llama(trunk: Any, backend: str, projection: type[Projection]) -> Blocks | N
                 gated=True,
                 down=projection([mlp.down_proj]),
                 module=layer,
-                window=_window(attention, config),
+                window=getattr(config if window_in_config else attention, "sliding_window", None),
             )
         )
     return Blocks(
@@ -54,12 +55,6 @@ def _llama(trunk: Any, backend: str, projection: type[Projection]) -> Blocks | N
         scale=size**-0.5,
         backend=backend,
     )
-
-
-def _window(attention: Any, config: Any) -> int | None:
-    """Returns the layer's own window where layers differ (Qwen2), else the configuration's (Mistral alone reads it)."""
-    owner = config if config.model_type == "mistral" else attention
-    return getattr(owner, "sliding_window", None)
 
 
 # Activation modules and equal functions. GPT-2's module is eight small ops, all kept for the backward.
@@ -176,7 +171,7 @@ def _gpt2(trunk: Any, backend: str, projection: type[Projection]) -> Blocks | No
 # By ``model_type``. A reader returns ``None`` for a configuration that it does not support.
 READERS: dict[str, Callable[[Any, str, type[Projection]], Blocks | None]] = {
     "llama": _llama,
-    "mistral": _llama,
+    "mistral": functools.partial(_llama, window_in_config=True),
     "qwen2": _llama,
     "gpt_neox": _gpt_neox,
     "opt": _opt,

@@ -16,7 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from rlhfkernels.observer import Observer
-from rlhfkernels.ops.taken import CUDA_GRAPHS, note_taken
+from rlhfkernels.ops.fast_paths import CUDA_GRAPHS, note_fast_path
 
 Step = Callable[[], None]
 
@@ -95,7 +95,7 @@ class CudaGraphs:
             warnings.warn(f"decode steps run without CUDA graphs: {reason}", RuntimeWarning, stacklevel=2)
             return None
         self._observer.tag("temporary", graph_pool(self._device).held)
-        note_taken(CUDA_GRAPHS)
+        note_fast_path(CUDA_GRAPHS)
         return replay
 
     def _capture(self, step: Step) -> Step:

@@ -89,12 +89,16 @@ def _torch_openmp() -> str:
 
 def _compiler() -> list[str]:
     """Returns the compiler's command, with the arguments in ``CC``."""
-    requested = shlex.split(os.environ.get("CC", ""))
+    text = os.environ.get("CC", "")
+    try:
+        requested = shlex.split(text)
+    except ValueError as error:
+        raise BuildError(f"CC is {text!r}, which cannot be split into words: {error}") from error
     names = requested[:1] or _COMPILERS
     found = next(filter(None, map(shutil.which, names)), None)
     if found is None:
         if requested:
-            raise BuildError(f"CC is {requested[0]!r}, which is no command")
+            raise BuildError(f"CC is {requested[0]!r}, not a command")
         raise BuildError(f"no {', '.join(names)} is installed")
     return [found, *requested[1:]]
 

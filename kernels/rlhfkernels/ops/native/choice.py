@@ -16,7 +16,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from rlhfkernels.ops.native.build import library_path
-from rlhfkernels.ops.remembered import remembered
+from rlhfkernels.ops.stored_seconds import stored_seconds
 
 Matmul = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]
 
@@ -47,7 +47,7 @@ def fastest(candidates: Mapping[str, Matmul], num_threads: int, timer: Callable[
     name = forced(candidates)
     if name is not None:
         return name
-    seconds = remembered(_path(num_threads), candidates, lambda: measure(candidates, timer))
+    seconds = stored_seconds(_path(num_threads), candidates, lambda: measure(candidates, timer))
     return list(candidates)[-1] if seconds is None else min(seconds, key=seconds.__getitem__)
 
 

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from rlhfkernels import Observer
 from rlhfkernels.engine.fast.capture import CudaGraphs, graph_pool, make_capture, run_eagerly, side_stream
 from rlhfkernels.engine.fast.decoding import takes_graphs
-from rlhfkernels.ops import taken
+from rlhfkernels.ops import fast_paths
 
 CPU = torch.device("cpu")
 # What a failed capture leaves to torch's allocator and its generator.
@@ -77,7 +77,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         "memory_reserved": lambda device: reserved_bytes[0],
         "stream": on_stream,
     }
-    monkeypatch.setattr(taken, "_taken", set())
+    monkeypatch.setattr(fast_paths, "_used", set())
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     end = lambda index, pool: calls.append(f"end of {pool}")  # noqa: E731
@@ -99,7 +99,7 @@ def test_a_step_runs_once_then_is_captured_on_the_side_stream(calls: list[str]) 
     steps = ["on side", "step", *empty, begin, "step", "end", "off side"]
     assert calls == ["side waits for main", *steps, "main waits for side"]
     assert replay is not None
-    assert taken.taken() == ["cuda_graphs"]
+    assert fast_paths.fast_paths() == ["cuda_graphs"]
     replay()
     assert calls[-1] == "replay"
 
@@ -132,7 +132,7 @@ def test_a_failed_capture_leaves_the_steps_to_run_one_by_one(calls: list[str]) -
     graphs = make(calls)
     with pytest.warns(RuntimeWarning, match="run without CUDA graphs: operation not permitted$"):
         assert graphs(failing_at(RuntimeError("operation not permitted\nlong advice"), 2)) is None
-    assert taken.taken() == []
+    assert fast_paths.fast_paths() == []
     assert calls[-5:] == ["end", *FORGOTTEN, "off side", "main waits for side"]
     del calls[:]
     assert graphs(lambda: calls.append("step")) is None

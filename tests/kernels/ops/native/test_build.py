@@ -76,7 +76,12 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 def test_a_compiler_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "/nonexistent -m64")
-    assert failure() == "CC is '/nonexistent', which is no command"
+    assert failure() == "CC is '/nonexistent', not a command"
+
+
+def test_a_compiler_in_unbalanced_quotes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "gcc '-O2")
+    assert failure() == 'CC is "gcc \'-O2", which cannot be split into words: No closing quotation'
 
 
 def test_a_compiler_that_fails(compiler: Callable[[str], Path], tmp_path: Path) -> None:

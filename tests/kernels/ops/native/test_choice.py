@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from rlhfkernels.ops import remembered
+from rlhfkernels.ops import stored_seconds
 from rlhfkernels.ops.native import choice
 from rlhfkernels.ops.native.choice import Matmul, fastest, measure
 
@@ -114,7 +114,7 @@ def test_what_cannot_be_remembered_is_torch(path: Path, monkeypatch: pytest.Monk
     def fail(*arguments: object) -> None:
         raise OSError("no space")
 
-    monkeypatch.setattr(remembered, "_write", fail)
+    monkeypatch.setattr(stored_seconds, "_write", fail)
     candidates = {"native": clock.candidate("native", 0.01), "torch": clock.candidate("torch", 0.02)}
     assert fastest(candidates, 1, clock) == "torch"
 

@@ -14,12 +14,13 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from rlhfkernels import Case, build_step
 from rlhfkernels.ops import causal_attention as attention_module
-from rlhfkernels.ops import rivals, rms_norm, taken
+from rlhfkernels.ops import fast_paths, library_kernels, rms_norm
 from rlhfkernels.ops.attention_mask import AttentionSpan, CausalMask
 from rlhfkernels.ops.causal_attention import FLASH, causal_attention, causal_attention_reference
+from rlhfkernels.ops.library_kernels import OURS, LibraryKernel, Tensors, measure
 from rlhfkernels.ops.qkv_layout import QkvLayout
-from rlhfkernels.ops.rivals import OURS, Rival, Tensors, measure
 from rlhfkernels.ops.rms_norm import LIGER, rms_norm_reference
 
 CPU = torch.device("cpu")
@@ -44,13 +45,13 @@ class Clock:
 
 
 @pytest.fixture(autouse=True)
-def nothing_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other tests of this process measure steps, and ask what they took."""
-    monkeypatch.setattr(taken, "_taken", set())
+def no_fast_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tests of this process measure steps, and ask for their fast paths."""
+    monkeypatch.setattr(fast_paths, "_used", set())
 
 
-def rival_of(ours: Callable[[Tensors], torch.Tensor], theirs: Callable[[Tensors], torch.Tensor]) -> Rival:
-    return Rival(
+def library_of(ours: Callable[[Tensors], torch.Tensor], theirs: Callable[[Tensors], torch.Tensor]) -> LibraryKernel:
+    return LibraryKernel(
         op="double",
         package="library",
         ours=ours,
@@ -62,7 +63,7 @@ def rival_of(ours: Callable[[Tensors], torch.Tensor], theirs: Callable[[Tensors]
 @pytest.mark.parametrize("seconds", [0.1, 0.3])
 def test_both_are_timed(seconds: float) -> None:
     clock = Clock()
-    found = measure(rival_of(clock.taking(0.2), clock.taking(seconds)), CPU, torch.float32, clock)
+    found = measure(library_of(clock.taking(0.2), clock.taking(seconds)), CPU, torch.float32, clock)
     assert found == pytest.approx({OURS: 0.2, "library": seconds})
 
 
@@ -70,27 +71,27 @@ def failing(tensors: Tensors) -> torch.Tensor:
     raise RuntimeError("no kernel image is available")
 
 
-def test_a_library_that_fails_or_computes_something_else_is_not_taken() -> None:
+def test_a_library_that_fails_or_computes_something_else_is_not_used() -> None:
     clock = Clock()
     for theirs in (failing, clock.taking(0.1, factor=2.001)):
-        found = measure(rival_of(clock.taking(0.2), theirs), CPU, torch.float32, clock)
+        found = measure(library_of(clock.taking(0.2), theirs), CPU, torch.float32, clock)
         assert found["library"] > 1000 * found[OURS]
         assert math.isfinite(found["library"])
     # The same error is rounding in bfloat16.
-    found = measure(rival_of(clock.taking(0.2), clock.taking(0.1, factor=2.001)), CPU, torch.bfloat16, clock)
+    found = measure(library_of(clock.taking(0.2), clock.taking(0.1, factor=2.001)), CPU, torch.bfloat16, clock)
     assert found["library"] == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize(("their_bytes", "is_taken"), [(1000, True), (1010, True), (1100, False)])
-def test_a_library_that_takes_more_memory_is_not_taken(
-    monkeypatch: pytest.MonkeyPatch, their_bytes: int, is_taken: bool
+@pytest.mark.parametrize(("their_bytes", "is_used"), [(1000, True), (1010, True), (1100, False)])
+def test_a_library_that_takes_more_memory_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, their_bytes: int, is_used: bool
 ) -> None:
     clock = Clock()
-    rival = rival_of(clock.taking(0.2), clock.taking(0.1))
-    sizes = {rival.ours: 1000, rival.theirs: their_bytes}
-    monkeypatch.setattr(rivals, "_peak_bytes", lambda call, inputs, device: sizes[call])
-    found = measure(rival, CPU, torch.float32, clock)
-    assert (found["library"] < found[OURS]) == is_taken
+    library = library_of(clock.taking(0.2), clock.taking(0.1))
+    sizes = {library.ours: 1000, library.theirs: their_bytes}
+    monkeypatch.setattr(library_kernels, "_peak_bytes", lambda call, inputs, device: sizes[call])
+    found = measure(library, CPU, torch.float32, clock)
+    assert (found["library"] < found[OURS]) == is_used
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [(1e-9, True), (1e9, False)])
@@ -99,18 +100,18 @@ def test_a_choice_is_measured_once_and_remembered(
 ) -> None:
     measured: list[str] = []
 
-    def measure(rival: Rival, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-        measured.append(rival.op)
-        return {OURS: 1e-3, rival.package: seconds}
+    def measure(library: LibraryKernel, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+        measured.append(library.op)
+        return {OURS: 1e-3, library.package: seconds}
 
-    monkeypatch.setattr(rivals, "measure", measure)
+    monkeypatch.setattr(library_kernels, "measure", measure)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for _ in range(2):
-        rival = rival_of(failing, failing)  # a new one: as in another process
-        assert rival.is_chosen(CPU, torch.float32) == expected
-        assert rival.is_chosen(CPU, torch.float32) == expected
+        library = library_of(failing, failing)  # a new one: as in another process
+        assert library.is_faster(CPU, torch.float32) == expected
+        assert library.is_faster(CPU, torch.float32) == expected
     assert measured == ["double"]
-    rival.is_chosen(CPU, torch.bfloat16)
+    library.is_faster(CPU, torch.bfloat16)
     assert measured == ["double"] * 2
 
 
@@ -122,42 +123,42 @@ def test_a_device_without_memory_is_not_remembered(tmp_path: Path, monkeypatch: 
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     for ours, theirs in ((clock.taking(0.2), full), (full, clock.taking(0.1))):
-        rival = rival_of(ours, theirs)
-        assert not rival.is_chosen(CPU, torch.float32)
-        assert not rivals._path(rival, CPU, torch.float32).exists()
+        library = library_of(ours, theirs)
+        assert not library.is_faster(CPU, torch.float32)
+        assert not library_kernels._path(library, CPU, torch.float32).exists()
 
 
 def test_a_device_a_version_and_a_dtype_have_files_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    rival = rival_of(failing, failing)
-    paths = [rivals._path(rival, CPU, torch.float32), rivals._path(rival, CPU, torch.bfloat16)]
-    monkeypatch.setattr(rivals, "_version", lambda package: "2.0")
-    paths.append(rivals._path(rival, CPU, torch.float32))
+    library = library_of(failing, failing)
+    paths = [library_kernels._path(library, CPU, torch.float32), library_kernels._path(library, CPU, torch.bfloat16)]
+    monkeypatch.setattr(library_kernels, "_version", lambda package: "2.0")
+    paths.append(library_kernels._path(library, CPU, torch.float32))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
-    paths.append(rivals._path(rival, torch.device("cuda:0"), torch.float32))
-    paths.append(rivals._path(dataclasses.replace(rival, op="other"), CPU, torch.float32))
+    paths.append(library_kernels._path(library, torch.device("cuda:0"), torch.float32))
+    paths.append(library_kernels._path(dataclasses.replace(library, op="other"), CPU, torch.float32))
     assert len(set(paths)) == 5
 
 
 def test_only_real_cuda_tensors_of_an_installed_library_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    rival = rival_of(failing, failing)
-    monkeypatch.setattr(Rival, "is_chosen", lambda self, device, dtype: True)
-    monkeypatch.setattr(rivals, "is_installed", lambda package: package == "library")
+    library = library_of(failing, failing)
+    monkeypatch.setattr(LibraryKernel, "is_faster", lambda self, device, dtype: True)
+    monkeypatch.setattr(library_kernels, "is_installed", lambda package: package == "library")
     x: Any = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=torch.device("cuda:0"))
-    assert rival.is_taken(x, "triton")
-    assert rival.takes(x, "triton")
-    assert not dataclasses.replace(rival, package="absent").takes(x, "triton")
-    assert taken.taken() == ["library"]
-    assert not rival.is_taken(x, "torch")
-    assert not dataclasses.replace(rival, package="absent").is_taken(x, "triton")
-    assert not rival.is_taken(SimpleNamespace(**{**vars(x), "dtype": torch.float64}), "triton")  # type: ignore[arg-type]
-    assert not rival.is_taken(torch.zeros(2), "triton")
+    assert library.applies_to(x, "triton")
+    assert library.use_for(x, "triton")
+    assert not dataclasses.replace(library, package="absent").use_for(x, "triton")
+    assert fast_paths.fast_paths() == ["library"]
+    assert not library.applies_to(x, "torch")
+    assert not dataclasses.replace(library, package="absent").applies_to(x, "triton")
+    assert not library.applies_to(SimpleNamespace(**{**vars(x), "dtype": torch.float64}), "triton")  # type: ignore[arg-type]
+    assert not library.applies_to(torch.zeros(2), "triton")
     with FakeTensorMode():
-        assert not rival.is_taken(torch.empty(2, device="cuda:0"), "triton")
+        assert not library.applies_to(torch.empty(2, device="cuda:0"), "triton")
 
 
 @pytest.fixture
 def libraries(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Stubs of both libraries, which compute by the formula and are taken; lists their calls."""
+    """Stubs of both libraries, which compute by the formula and are used; lists their calls."""
     calls: list[str] = []
 
     def norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float, mode: str, in_place: bool) -> Any:
@@ -188,7 +189,7 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         module = ModuleType(name)
         vars(module).update(contents)
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(Rival, "is_taken", lambda self, x, backend: backend != "torch")
+    monkeypatch.setattr(LibraryKernel, "applies_to", lambda self, x, backend: backend != "torch")
     return calls
 
 
@@ -216,7 +217,7 @@ def test_padding_is_left_to_torch(libraries: list[str]) -> None:
     assert libraries == []
 
 
-def test_the_norm_of_the_library_is_taken_where_a_backward_follows(libraries: list[str]) -> None:
+def test_the_norm_of_the_library_is_used_where_a_backward_follows(libraries: list[str]) -> None:
     x = torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     weight = torch.rand(8, dtype=torch.float64)
     torch.testing.assert_close(rms_norm.rms_norm(x, weight, 1e-5), rms_norm_reference(x, weight, 1e-5))
@@ -226,14 +227,20 @@ def test_the_norm_of_the_library_is_taken_where_a_backward_follows(libraries: li
     assert libraries == ["liger"]
 
 
-@pytest.mark.parametrize("rival", [LIGER, FLASH], ids=lambda rival: rival.op)
+@pytest.mark.parametrize("library", [LIGER, FLASH], ids=lambda library: library.op)
 def test_what_is_measured_is_ours_and_theirs(
-    libraries: list[str], monkeypatch: pytest.MonkeyPatch, rival: Rival
+    libraries: list[str], monkeypatch: pytest.MonkeyPatch, library: LibraryKernel
 ) -> None:
     for module in (rms_norm, attention_module):
         monkeypatch.setattr(module, "_MEASURED_ROWS", 2)
     monkeypatch.setattr(attention_module, "_MEASURED_LEN", 8)
-    monkeypatch.setattr(rivals, "_ROUNDS", 1)
-    found = measure(rival, CPU, torch.float32)
-    assert 0 < found[rival.package] < 100
+    monkeypatch.setattr(library_kernels, "_ROUNDS", 1)
+    found = measure(library, CPU, torch.float32)
+    assert 0 < found[library.package] < 100
     assert len(libraries) == 2  # its values, then its time; only CUDA has a peak of memory
+
+
+def test_the_checks_of_a_loaded_model_are_no_fast_paths_of_a_step(make_case: Callable[..., Case]) -> None:
+    fast_paths.note_fast_path("flash_attn")
+    build_step(make_case("sft"))
+    assert fast_paths.fast_paths() == []

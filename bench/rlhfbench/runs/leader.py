@@ -23,8 +23,8 @@ from rlhfbench.runs.follower import own_request
 from rlhfbench.runs.forkserver_process import Message
 from rlhfbench.runs.hangs import TICK_S
 from rlhfbench.runs.job import Exit
-from rlhfbench.runs.meeting import LOST_S, MEET_S, SharedStore, come, machines, own_address
 from rlhfbench.runs.ranks import LocalRanks, Server
+from rlhfbench.runs.rendezvous import JOIN_S, LOST_S, SharedStore, join, machines, own_address
 from rlhfbench.runs.supervise import conclude, detector_for, supervise
 
 _STALE_S = 3.0  # an older state does not say what the rank does now: six newer ones were due
@@ -32,15 +32,15 @@ _LATE_S = 0.05  # between looks at the others' states once the own rank has ende
 
 
 @functools.cache
-def head() -> Head:
-    """The head of the launcher's processes, in the process of rank 0 that a launcher started.
+def leader() -> Leader:
+    """The leader of the launcher's processes, in the process of rank 0 that a launcher started.
 
     Raises:
-        SweepError: see ``SharedStore`` and ``come``.
+        SweepError: see ``SharedStore`` and ``join``.
     """
     launch = find_launch()
     assert launch is not None, "a launcher started this process"
-    return Head(launch)
+    return Leader(launch)
 
 
 @dataclasses.dataclass(slots=True)
@@ -58,27 +58,27 @@ class Peer:
     is_lost: bool = False
 
 
-class Head:
+class Leader:
     """The process of rank 0, which has the others start their ranks.
 
     Args:
         launch: of this process.
 
     Raises:
-        SweepError: see ``SharedStore`` and ``come``.
+        SweepError: see ``SharedStore`` and ``join``.
     """
 
     def __init__(self, launch: Launch) -> None:
         self._launch, self._store = launch, SharedStore(launch)
-        come(self._store, launch)
+        join(self._store, launch)
         self._num_messages, self._is_ended = 0, False
         self._peers: dict[int, Peer] = {}
 
-    def meet(self) -> None:
-        """Begins a run: waits until all other processes have come, at the first call.
+    def start(self) -> None:
+        """Begins a run: waits until all other processes have joined, at the first call.
 
         Raises:
-            SweepError: one did not come within a minute, or has another version of the package.
+            SweepError: one did not join within a minute, or has another version of the package.
         """
         self._is_ended = False
         if not self._peers:
@@ -112,7 +112,7 @@ class Head:
     def end(self) -> None:
         """Ends the run of the other processes, and waits briefly for their farewell: their store may end with this one.
 
-        A second call without ``meet`` between does nothing.
+        A second call without ``start`` between does nothing.
         """
         if self._is_ended:
             return
@@ -178,7 +178,7 @@ class LaunchedRanks:
             rank.usage = None if state["usage"] is None else Usage(**state["usage"])
             rank.exit = None if state["exit"] is None else Exit(**state["exit"])
             peer.has_answered = rank.exit is None or rank.exit.code is not None
-        elif peer.is_lost or silent_s > (limit_s := LOST_S if peer.has_answered else MEET_S):
+        elif peer.is_lost or silent_s > (limit_s := LOST_S if peer.has_answered else JOIN_S):
             since = "since an earlier case" if peer.is_lost else f"for {limit_s:g} s"
             message = f"its process on machine {peer.host} did not answer {since}."
             peer.is_lost = rank.is_lost = True

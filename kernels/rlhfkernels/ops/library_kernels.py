@@ -1,7 +1,7 @@
-"""Kernels of other libraries for CUDA, taken where they are as good as this project's own.
+"""Kernels of other libraries for CUDA, used where they are better than this project's own.
 
-As good means: on the device at hand the same values and gradients within rounding, no more memory, and less time. Each
-is measured once, at the sizes of a 7B model's layer, and remembered. Not yet run on a GPU.
+Better means: on the device at hand the same values and gradients within rounding, no more memory, and less time. Each
+is measured once, at the sizes of a 7B model's layer, and its times are stored. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from rlhfkernels.ops.dispatch import is_installed
+from rlhfkernels.ops.fast_paths import note_fast_path
 from rlhfkernels.ops.native.build import BuildError, cache_folder
-from rlhfkernels.ops.remembered import remembered
-from rlhfkernels.ops.taken import note_taken
+from rlhfkernels.ops.stored_seconds import stored_seconds
 
 Tensors = tuple[torch.Tensor, ...]
 OURS = "ours"
@@ -37,7 +37,7 @@ _MEMORY_SHARE = 1.01
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Rival:
+class LibraryKernel:
     """An op of another library.
 
     Attributes:
@@ -54,54 +54,54 @@ class Rival:
     theirs: Callable[[Tensors], torch.Tensor]
     inputs: Callable[[torch.device, torch.dtype], Tensors]
 
-    def is_taken(self, x: torch.Tensor, backend: str) -> bool:
+    def applies_to(self, x: torch.Tensor, backend: str) -> bool:
         """Returns whether the library computes the op of ``x``; ``backend`` ``torch`` takes torch's own ops only."""
         if not x.is_cuda or backend == "torch" or x.dtype not in _TOLERANCE or isinstance(x, FakeTensor):
             return False
-        return is_installed(self.package) and self.is_chosen(x.device, x.dtype)
+        return is_installed(self.package) and self.is_faster(x.device, x.dtype)
 
-    def takes(self, x: torch.Tensor, backend: str) -> bool:
-        """Returns ``is_taken``, and notes it: called where the library then computes the op."""
-        taken = self.is_taken(x, backend)
-        if taken:
-            note_taken(self.package)
-        return taken
+    def use_for(self, x: torch.Tensor, backend: str) -> bool:
+        """Returns ``applies_to``, and notes it: called where the library then computes the op."""
+        applies = self.applies_to(x, backend)
+        if applies:
+            note_fast_path(self.package)
+        return applies
 
-    def is_chosen(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """Returns whether the library is as good on ``device``; measures where nothing is remembered."""
-        return _is_chosen(self, device, dtype)
+    def is_faster(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Returns whether the library is better on ``device``; measures where no times are stored."""
+        return _is_faster(self, device, dtype)
 
 
 @functools.cache
-def _is_chosen(rival: Rival, device: torch.device, dtype: torch.dtype) -> bool:
+def _is_faster(library: LibraryKernel, device: torch.device, dtype: torch.dtype) -> bool:
     try:
-        path = _path(rival, device, dtype)
+        path = _path(library, device, dtype)
     except (OSError, BuildError):
         return False
     try:
-        seconds = remembered(path, (OURS, rival.package), lambda: measure(rival, device, dtype))
-    except torch.OutOfMemoryError:  # the device is full now: nothing is remembered, and this process takes ours
+        seconds = stored_seconds(path, (OURS, library.package), lambda: measure(library, device, dtype))
+    except torch.OutOfMemoryError:  # the device is full now: nothing is stored, and this process uses ours
         return False
-    return seconds is not None and seconds[rival.package] < seconds[OURS]
+    return seconds is not None and seconds[library.package] < seconds[OURS]
 
 
 def measure(
-    rival: Rival, device: torch.device, dtype: torch.dtype, timer: Callable[[], float] = time.perf_counter
+    library: LibraryKernel, device: torch.device, dtype: torch.dtype, timer: Callable[[], float] = time.perf_counter
 ) -> dict[str, float]:
     """Returns the seconds of a forward and a backward by ``ours`` and by the package, the best of several rounds.
 
     Args:
-        rival: the op.
+        library: the op.
         device: where it runs.
         dtype: of its tensors.
         timer: a clock in seconds.
     """
-    calls = {OURS: rival.ours, rival.package: rival.theirs}
+    calls = {OURS: library.ours, library.package: library.theirs}
     # A plan or a memory ledger around this must not see it.
     with _disable_current_modes():
-        inputs = rival.inputs(device, dtype)
-        if not _is_as_good(rival, inputs):
-            return {OURS: 1.0, rival.package: _UNUSABLE_S}
+        inputs = library.inputs(device, dtype)
+        if not _is_as_good(library, inputs):
+            return {OURS: 1.0, library.package: _UNUSABLE_S}
         best = dict.fromkeys(calls, math.inf)
         for _ in range(_ROUNDS):
             for name, call in calls.items():
@@ -113,14 +113,14 @@ def measure(
     return best
 
 
-def _is_as_good(rival: Rival, inputs: Tensors) -> bool:
+def _is_as_good(library: LibraryKernel, inputs: Tensors) -> bool:
     """Returns whether the library runs, gives our values and gradients, and takes no more memory."""
     tolerance, device = _TOLERANCE[inputs[0].dtype], inputs[0].device
-    expected = _values(rival.ours, inputs)
-    own_bytes = _peak_bytes(rival.ours, inputs, device)
+    expected = _values(library.ours, inputs)
+    own_bytes = _peak_bytes(library.ours, inputs, device)
     try:
-        found = _values(rival.theirs, inputs)
-        their_bytes = _peak_bytes(rival.theirs, inputs, device)
+        found = _values(library.theirs, inputs)
+        their_bytes = _peak_bytes(library.theirs, inputs, device)
     except torch.OutOfMemoryError:
         raise
     except Exception:  # libraries fail in every way: versions, shapes, drivers
@@ -155,12 +155,12 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _path(rival: Rival, device: torch.device, dtype: torch.dtype) -> Path:
+def _path(library: LibraryKernel, device: torch.device, dtype: torch.dtype) -> Path:
     """The file of the choice, by device, versions and dtype."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    versions = [torch.__version__, *(_version(package) for package in (rival.package, "triton"))]
-    key = hashlib.sha256(repr((rival.op, name, versions, str(dtype))).encode()).hexdigest()[:16]
-    return cache_folder() / f"{rival.op}-{key}.json"
+    versions = [torch.__version__, *(_version(package) for package in (library.package, "triton"))]
+    key = hashlib.sha256(repr((library.op, name, versions, str(dtype))).encode()).hexdigest()[:16]
+    return cache_folder() / f"{library.op}-{key}.json"
 
 
 def _version(package: str) -> str | None:

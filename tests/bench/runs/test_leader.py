@@ -7,10 +7,10 @@ import pytest
 from rlhfbench.errors import SweepError
 from rlhfbench.launch import Launch
 from rlhfbench.network import free_port
-from rlhfbench.runs import hangs, head, meeting
+from rlhfbench.runs import hangs, leader, rendezvous
 from rlhfbench.runs.follower import Follower
-from rlhfbench.runs.head import Head, LaunchedRanks, Peer
-from rlhfbench.runs.meeting import SharedStore
+from rlhfbench.runs.leader import LaunchedRanks, Leader, Peer
+from rlhfbench.runs.rendezvous import SharedStore
 
 
 def launch(rank, port, job=""):
@@ -19,12 +19,12 @@ def launch(rank, port, job=""):
 
 @pytest.fixture(scope="module")
 def run(make_rank_server, rank_server, tmp_path_factory):
-    """Runs a case over two machines: the head in this thread, the other process's loop in another."""
+    """Runs a case over two machines: the leader in this thread, the other process's loop in another."""
     port = free_port()
-    first = Head(launch(0, port))
+    first = Leader(launch(0, port))
     other = threading.Thread(target=lambda: Follower(launch(1, port)).follow(make_rank_server()))
     other.start()
-    first.meet()
+    first.start()
     folder = tmp_path_factory.mktemp("agents")
 
     def run(request, timeout_s=60.0):
@@ -90,18 +90,18 @@ def test_a_port_in_use_is_one_sentence():
 
 def test_a_process_takes_no_case_of_another_job_at_the_same_port(monkeypatch):
     port = free_port()
-    first = Head(launch(0, port, job="17.0"))
-    monkeypatch.setattr(meeting, "MEET_S", 0.2)
+    first = Leader(launch(0, port, job="17.0"))
+    monkeypatch.setattr(rendezvous, "JOIN_S", 0.2)
     with pytest.raises(
         SweepError, match=rf"^the launcher's address is 127\.0\.0\.1:{port}: this job's process of rank"
     ):
         Follower(launch(1, port, job="18.0"))
     Follower(launch(1, port, job="17.0"))
-    assert first.meet() is None
+    assert first.start() is None
 
 
-def test_a_head_that_does_not_answer_is_one_sentence(monkeypatch):
-    monkeypatch.setattr(meeting, "MEET_S", 0.2)
+def test_a_leader_that_does_not_answer_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(rendezvous, "JOIN_S", 0.2)
     with pytest.raises(SweepError, match=r"^the launcher's address is 127.0.0.1:\d+: no process of rank 0 answers"):
         SharedStore(launch(1, free_port()))
 
@@ -127,25 +127,25 @@ class Silent:
 
 
 def test_a_process_that_does_not_come_is_one_sentence(monkeypatch):
-    first = Head(launch(0, free_port()))
-    monkeypatch.setattr(meeting, "MEET_S", 0.2)
-    with pytest.raises(SweepError, match=r"^the launcher's process of rank 1 did not come within 0\.2 s\.$"):
-        first.meet()
+    first = Leader(launch(0, free_port()))
+    monkeypatch.setattr(rendezvous, "JOIN_S", 0.2)
+    with pytest.raises(SweepError, match=r"^the launcher's process of rank 1 did not join within 0\.2 s\.$"):
+        first.start()
 
 
 def test_a_process_with_another_version_is_one_sentence(monkeypatch):
     port = free_port()
-    first = Head(launch(0, port))
-    monkeypatch.setattr(meeting.versions, "installed", lambda: ("9.9", "0123abcd"))
+    first = Leader(launch(0, port))
+    monkeypatch.setattr(rendezvous.versions, "installed", lambda: ("9.9", "0123abcd"))
     Follower(launch(1, port))
     monkeypatch.undo()
     with pytest.raises(SweepError, match=r"^node \S+ has rlhfbench 9\.9 and this machine rlhfbench \S+: "):
-        first.meet()
+        first.start()
 
 
 def test_a_process_that_still_imports_is_waited_for_and_one_that_is_gone_is_not(monkeypatch, tmp_path):
     store = SharedStore(launch(0, free_port()))
-    monkeypatch.setattr(head, "LOST_S", -1.0)
+    monkeypatch.setattr(leader, "LOST_S", -1.0)
     peer = Peer("m")
     late = LaunchedRanks(store, 1, 2, tmp_path, print, {1: peer})
     late._read(late.ranks[1], peer)
@@ -166,21 +166,21 @@ def test_a_rank_whose_state_is_old_is_not_asleep(monkeypatch, tmp_path):
     store.write("state/1/1", {**state, "exit": None})
     ranks._read(ranks.ranks[1], peer)
     assert (ranks.ranks[1].usage.cpu_s, ranks.ranks[1].where) == (1.0, "score")
-    monkeypatch.setattr(head, "_STALE_S", -1.0)
+    monkeypatch.setattr(leader, "_STALE_S", -1.0)
     ranks._read(ranks.ranks[1], peer)
     assert ranks.ranks[1].usage is None
     assert not ranks.ranks[1].is_lost
 
 
-def test_a_head_ends_each_run_once():
+def test_a_leader_ends_each_run_once():
     """Several runs of a script follow each other, and the command ends the last one again."""
     port = free_port()
-    first = Head(launch(0, port))
+    first = Leader(launch(0, port))
     follower = Follower(launch(1, port))
     for run_has_cases in (True, False):
         thread = threading.Thread(target=follower.follow, args=(None,))
         thread.start()
-        first.meet()
+        first.start()
         if run_has_cases:
             first._send({"size": 1})  # a case of which this rank has no part
         first.end()

@@ -61,7 +61,7 @@ def _loading_error(name: str, attention: str | None, error: Exception) -> ModelE
         return _without(attention, name)
     if name not in PRESETS and not Path(expanded(name)).exists():
         return ModelError(
-            f"model {name!r} could not be fetched: it is no local folder or file, and the hub was not reached "
+            f"model {name!r} could not be fetched: it is not a local folder or file, and the hub was not reached "
             f"or does not hold it ({_reason(error)})"
         )
     return ModelError(f"model {name!r} could not be loaded: {_reason(error)}")

@@ -26,7 +26,7 @@ _BLOCKS_CAPTION = (
 )
 # Why timing ended, in words.
 _STOPPED = {
-    "precise": "the median was precise enough",
+    "precise": "the interquartile mean was precise enough",
     "steady": "the noise was steady",
     "budget": "the time budget was spent",
 }
@@ -76,7 +76,7 @@ def predicted_section(page: Page) -> Section | None:
     return Section(id="predicted", title="Predicted against measured", blocks=blocks)
 
 
-def sure_section(page: Page) -> Section | None:
+def precision_section(page: Page) -> Section | None:
     """Blocks and interference over the wall time of each run; ``None`` where nothing was timed."""
     blocks: list[Block] = []
     for i, run in enumerate(page.runs):
@@ -88,7 +88,7 @@ def sure_section(page: Page) -> Section | None:
         data = frames.block_times(run.frame, run.blocks)
         blocks += [Text(text=_drift_sentence(data))] if len(data) else []
         blocks += _charts(data, f"blocks-{i}", f", {run.name}" if several else "")
-    return Section(id="sure", title="How sure", blocks=blocks) if blocks else None
+    return Section(id="sure", title="Precision of the times", blocks=blocks) if blocks else None
 
 
 def _how_timed(frame: pd.DataFrame) -> list[tuple[str, str]]:

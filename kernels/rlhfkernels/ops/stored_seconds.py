@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 
-def remembered(
+def stored_seconds(
     path: Path, names: Iterable[str], measure: Callable[[], Mapping[str, float]]
 ) -> Mapping[str, float] | None:
     """Returns the seconds of ``names`` in ``path``, measured and kept there if it has none.
@@ -40,7 +40,7 @@ def remembered(
 
 
 def _read(path: Path, names: Iterable[str]) -> dict[str, float] | None:
-    """The remembered seconds of ``names``; ``None`` if there are none or the file is damaged."""
+    """The stored seconds of ``names``; ``None`` if there are none or the file is damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         seconds = {name: float(found[name]) for name in names}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from rlhfreports.columns import hosts_note
+from rlhfreports.columns import time_notes
 from rlhfreports.page.blocks import Block, Cell, Code, Items, Section, Table, Text
 from rlhfreports.page.data import Page, Run, hardware_of
 from rlhfreports.tables import ABSENT, counted, outcome_word
@@ -19,7 +19,7 @@ _SOFTWARE = ("rlhfbench", "torch", "transformers")
 _OF_EVERY_RUN = ("run_id", "started_at", "load_average", "resumed")
 
 
-def ran_section(page: Page) -> Section:
+def configuration_section(page: Page) -> Section:
     """The command, the resolved sweep and the environment of every run, and what differs between them."""
     blocks: list[Block] = []
     if len(page.runs) > 1:
@@ -101,9 +101,7 @@ def warnings(run: Run) -> list[str]:
             f"The run was resumed {counted(len(run.environments) - 1, 'time')}"
             + (f", and its environment changed: {differ}." if differ else ", and its environment did not change.")
         )
-    note = hosts_note(run.frame)
-    if note is not None:
-        found.append(note)
+    found += time_notes(run.frame)
     outcomes = run.frame["outcome"].value_counts(sort=False)
     if set(outcomes.index) - {"ok"}:
         found.append(

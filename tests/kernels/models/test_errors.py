@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlhfkernels import ModelError
-from rlhfkernels.models.faults import forward_errors, loading_errors, running_errors
+from rlhfkernels.models.errors import forward_errors, loading_errors, running_errors
 
 
 def test_an_error_of_a_forward_pass_is_one_sentence() -> None:

@@ -1,4 +1,4 @@
-"""The store at which the processes of a launcher meet, with an end to every wait for it."""
+"""The store at which the processes of a launcher join, with an end to every wait for it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 T = TypeVar("T")
-MEET_S = 60.0  # seconds within which all processes must have come
+JOIN_S = 60.0  # seconds within which all processes must have joined
 LOST_S = 10.0  # seconds without an answer after which a process is gone
 _POLL_S = 0.05  # a case begins so much later at most; a look takes less than 1 ms
 
@@ -102,7 +102,7 @@ def _connect(launch: Launch) -> Store:
             launch.host,
             launch.port,
             is_master=launch.rank == 0 and not launch.has_store,
-            timeout=datetime.timedelta(seconds=MEET_S),
+            timeout=datetime.timedelta(seconds=JOIN_S),
             wait_for_workers=False,
         )
     except (DistError, OSError) as error:
@@ -113,30 +113,30 @@ def _connect(launch: Launch) -> Store:
     return PrefixStore(f"rlhfbench/{launch.job}/{launch.attempt}", store)
 
 
-def come(store: SharedStore, launch: Launch) -> None:
+def join(store: SharedStore, launch: Launch) -> None:
     """Tells the others of this process: its machine, the address there, and the version of the package.
 
     Raises:
-        SweepError: rank 0 did not come within a minute.
+        SweepError: rank 0 did not join within a minute.
     """
     machine = {"host": platform.node(), "address": address_toward(launch.host), "installed": versions.installed()}
     store.write(f"here/{launch.rank}", machine)
-    if store.wait("here/0", MEET_S) is None:
+    if store.wait("here/0", JOIN_S) is None:
         where = f"{launch.host}:{launch.port}"
         raise SweepError([f"the launcher's address is {where}: this job's process of rank 0 does not answer there."])
 
 
 def machines(store: SharedStore, launch: Launch) -> dict[int, dict[str, Any]]:
-    """The machines of the other ranks, once all have come.
+    """The machines of the other ranks, once all have joined.
 
     Raises:
-        SweepError: one did not come within a minute, or has another version of the package.
+        SweepError: one did not join within a minute, or has another version of the package.
     """
-    until_s = time.monotonic() + MEET_S
+    until_s = time.monotonic() + JOIN_S
     found = {rank: store.wait(f"here/{rank}", max(until_s - time.monotonic(), 0.1)) for rank in range(1, launch.size)}
     missing = [rank for rank, machine in found.items() if machine is None]
     if missing:
-        raise SweepError(f"the launcher's process of rank {rank} did not come within {MEET_S:g} s." for rank in missing)
+        raise SweepError(f"the launcher's process of rank {rank} did not join within {JOIN_S:g} s." for rank in missing)
     there = {rank: machine for rank, machine in found.items() if machine is not None}
     installed = {machine["host"]: _as_installed(machine["installed"]) for machine in there.values()}
     problems = versions.version_problems(versions.installed(), installed)
