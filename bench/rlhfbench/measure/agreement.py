@@ -21,7 +21,7 @@ AGREEMENT = {
 _READINGS = {"reference_error": "the policy and the reference's log-probabilities"}
 
 
-def check_agreement(stats: Mapping[str, float | None], dtype: str) -> None:
+def check_agreement(stats: Mapping[str, float | None], dtype: str, temperature: float = 1.0) -> None:
     """Refuses a first step in which two readings of the initial weights give different log-probabilities.
 
     Decoding and the full forward pass: the probability ratio is 1 and KL is 0 but for rounding. The policy and the
@@ -30,6 +30,7 @@ def check_agreement(stats: Mapping[str, float | None], dtype: str) -> None:
     Args:
         stats: Of the first step. KL is checked only beside ``ratio_error``.
         dtype: Of the weights.
+        temperature: Of the rollout. Logits are divided by it, and so is their rounding.
 
     Raises:
         ModelError: They disagree.
@@ -37,8 +38,9 @@ def check_agreement(stats: Mapping[str, float | None], dtype: str) -> None:
     for name, limits in AGREEMENT.items():
         readings = _READINGS.get(name, "decoding and the full forward")
         value = stats.get(name) if name in _READINGS or "ratio_error" in stats else None
-        if value is not None and abs(value) > limits[dtype]:
+        limit = limits[dtype] / (1.0 if name in _READINGS else temperature)
+        if value is not None and abs(value) > limit:
             raise ModelError(
                 f"{readings} disagree by {abs(value):.2g} ({name} of the first step); the tolerance of {dtype} is "
-                f"{limits[dtype]:.2g}."
+                f"{limit:.2g}."
             )

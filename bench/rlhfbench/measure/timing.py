@@ -66,7 +66,7 @@ def time_steps(
     clock = StepClock(case.device, enter_phase)
     started_s = time.perf_counter()
     notify("warm-up")
-    first = _warm_up(step, clock, case.dtype, rule, notify, world)
+    first = _warm_up(step, clock, case, rule, notify, world)
     notify("timing")
     steps_s: list[dict[str, float]] = []
     reason: Reason | None = None
@@ -103,7 +103,7 @@ def time_steps(
 
 
 def _warm_up(
-    step: Step, clock: StepClock, dtype: str, rule: StoppingRule, notify: Notify, world: World
+    step: Step, clock: StepClock, case: Case, rule: StoppingRule, notify: Notify, world: World
 ) -> dict[str, float | None]:
     """Runs steps until they are warm, and returns the statistics of the first one."""
     steps_s: list[float] = []
@@ -114,7 +114,7 @@ def _warm_up(
         stats.check_finite()
         if not first:
             first = stats.to_dict()
-            check_agreement(first, dtype)
+            check_agreement(first, case.dtype, case.options.rollout.temperature)
         steps_s.append(sum(_phases_s(step, clock).values()))
         observer = clock
     return first

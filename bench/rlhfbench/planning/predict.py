@@ -57,4 +57,5 @@ def _plan_case(case: Case, zero: Zero, *, with_timeline: bool, every_layer: bool
         replay(zero.changes(worst, *of_found), tally, followed)
         tally.end()
         timeline = followed.to_dict(tally.peaks)
-    return Plan(case=case, memory=memory, work=phase_work(found.step, found.sizes), zero=zero, timeline=timeline)
+    work = phase_work(found.step, found.sizes, of_a_rank)
+    return Plan(case=case, memory=memory, work=work, zero=zero, timeline=timeline)

@@ -59,7 +59,7 @@ _MEASURED: tuple[Field, ...] = (
     Field(
         lambda record: derived.place(METHODS, at(record, "case.method")),
         "Int64",
-        "row of the method in METHODS: reports sort and colour by it",
+        "row of the method in METHODS: reports sort and color by it",
         name="method_order",
     ),
     Field(derived.family, "string", "family of the method; gains are taken within one", name="family"),

@@ -1,4 +1,4 @@
-"""Direct preference optimisation (arXiv:2305.18290; Aligning LLMs without RL, equations 10 to 12).
+"""Direct preference optimization (arXiv:2305.18290; Aligning LLMs without RL, equations 10 to 12).
 
 Shapes: b = pairs, n = 2 b sequences: chosen, then rejected, pair by pair.
 """

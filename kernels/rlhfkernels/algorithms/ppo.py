@@ -1,4 +1,4 @@
-"""Proximal policy optimisation (arXiv:1707.06347): the clipped losses, and the objectives and rewards of a PPO step.
+"""Proximal policy optimization (arXiv:1707.06347): the clipped losses, and the objectives and rewards of a PPO step.
 
 Losses are sums over tokens divided by a count that the caller gives, so that the objective does not depend on how a
 batch is split.

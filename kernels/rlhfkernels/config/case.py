@@ -21,7 +21,7 @@ from rlhfkernels.methods.program import Origin, SourceName
 from rlhfkernels.methods.table import METHODS
 from rlhfkernels.naming import unknown
 
-_DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?")
+_DEVICE = re.compile(r"cpu|cuda(:(0|[1-9][0-9]{0,2}))?")  # as torch reads it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +65,7 @@ class Case:
             raise CaseError(problems)
 
     def _check_fields(self) -> Iterator[str]:
-        if self.method not in METHODS:
+        if not isinstance(self.method, str) or self.method not in METHODS:
             yield unknown("method", self.method, METHODS)
         if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
             yield unknown("device", self.device, ("cpu", "cuda", "cuda:0"))
@@ -227,7 +227,8 @@ def _check_batches(case: Case) -> Iterator[str]:
 
 
 def _check_optimizer(case: Case) -> Iterator[str]:
-    for field, dtype in (("dtype", case.dtype), ("lora.dtype", case.options.lora.dtype)):
+    adapters = case.options.lora.dtype if METHODS[case.method].adapter_sets else None
+    for field, dtype in (("dtype", case.dtype), ("lora.dtype", adapters)):
         if case.options.optimizer.name == "adamw8bit" and dtype == "float64":
             yield f"optimizer.name is 'adamw8bit': bitsandbytes has no float64, so {field} must be float32 or bfloat16."
     warmup_steps, max_steps = case.options.optimizer.warmup_steps, case.options.optimizer.max_steps

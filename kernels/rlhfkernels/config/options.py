@@ -67,7 +67,7 @@ class EngineOptions:
             it covers the architecture, else ``plain``.
         backend: the backend of ops that have several: ``torch``; ``triton`` (CUDA); ``native`` (C, on a CPU in
             float32); ``auto`` takes ``triton`` or ``native`` where it can run, else ``torch``.
-        attn_implementation: ``sdpa``; ``eager``, which materialises the attention matrices; ``auto`` takes ``sdpa``
+        attn_implementation: ``sdpa``; ``eager``, which materializes the attention matrices; ``auto`` takes ``sdpa``
             where the architecture has it, else ``eager``.
         cache_implementation: KV cache: ``static`` is allocated once at full length, ``dynamic`` grows by concatenation.
         cuda_graphs: capture decode steps of the fast trunk as CUDA graphs. ``auto`` does so on CUDA, and runs the ops
@@ -104,7 +104,7 @@ class OptimizerOptions:
         max_grad_norm: the gradient norm of each parameter group is clipped to this.
         grad_accum_dtype: dtype in which gradients are added up over micro-batches and over chunks of positions, at
             least that of the weight; DeepSpeed has this name. ``None`` is float32 where there are several to add, else
-            the dtype of the weight; with a ``parallel.strategy`` it is that of the weight.
+            the dtype of the weight; with a ``parallel.strategy`` micro-batches add up in that of the weight.
     """
 
     name: Literal["adamw", "adamw8bit", "sgd"] = "adamw"
@@ -153,7 +153,7 @@ class DataOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class PPOOptions:
-    """Proximal policy optimisation (arXiv:1707.06347). Names are those of TRL's ``PPOConfig``.
+    """Proximal policy optimization (arXiv:1707.06347). Names are those of TRL's ``PPOConfig``.
 
     Attributes:
         kl_coef: β of the per-token penalty −β·(log π − log π_ref).
@@ -204,7 +204,7 @@ class SFTOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class DPOOptions:
-    """Direct preference optimisation. Names are those of TRL's ``DPOConfig``.
+    """Direct preference optimization. Names are those of TRL's ``DPOConfig``.
 
     Attributes:
         beta: β, the weight of the implicit KL penalty.

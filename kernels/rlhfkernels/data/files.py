@@ -8,6 +8,7 @@ The shapes are those that TRL's documentation names: a prompt or a completion is
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -101,6 +102,9 @@ READERS: dict[SourceName, Callable[[DataOptions], Sequence[Any]]] = {
 
 def _read(kind: str, path: str | Path, parse: Callable[[str, int, Row], T]) -> list[T]:
     try:
+        mode = Path(path).stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise DataError(f"{kind} '{path}' is no regular file: every case reads it again, so it must be one.")
         text = Path(path).read_text(encoding="utf-8-sig")
     except IsADirectoryError as error:
         raise DataError(f"{kind} '{path}' is a folder: it must be a file of JSON lines.") from error
@@ -156,6 +160,8 @@ def _pair(where: str, line: int, row: Row) -> Pair:
     shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
     if shared is None and chosen != rejected:
         shared = min(len(chosen), len(rejected)) - 1  # one continues the other: its last part is the completion
+    if shared and isinstance(chosen, str) and chosen[shared - 1] == " ":
+        shared -= 1  # the token of a word begins with the space before it
     if chosen != rejected and not shared:
         raise DataError(f"{where}: there is no field 'prompt', and 'chosen' and 'rejected' share no beginning.")
     pair = Pair(chosen[:shared], chosen[shared:], rejected[shared:], line)

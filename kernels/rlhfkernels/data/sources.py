@@ -157,7 +157,10 @@ class PromptSource(_Rows):
     def _read(self, path: str) -> None:
         p = self._case.prompt_len
         texts = read_prompts(path, self._case.options.data.prompt_field)
-        prompts = [encode_prompt(text, self._tokenizer, self._vocab_size) for text in texts]
+        prompts = [
+            encode_prompt(f"prompts '{path}', row {number}", text, self._tokenizer, self._vocab_size)
+            for number, text in enumerate(texts, start=1)
+        ]
         self._num_truncated = sum(len(row) > p for row in prompts)
         self._prompts = [row[-p:] for row in prompts]
 

@@ -105,22 +105,30 @@ class Engine:
             if model.probe is not None:
                 check_model(name, model, self.trunks[base], self.case.dtype, generates=generates)
 
-    def check_packing(self, base: str) -> None:
-        """Refuses a base that reads packed rows wrongly.
+    def check_lengths(self, base: str) -> None:
+        """Refuses rows of unlike lengths where the rotary embedding depends on the longest of a batch.
 
         Raises:
-            CaseError: its rotary embedding depends on the longest sequence of a row, or see
-                ``rlhfkernels.engine.agreement.check_packing``.
+            CaseError: the case has such rows.
         """
         case, name = self.case, self.case.model_of(self.method.origins[base])
         limit = rotary_limit(self.models[base].trunk.config)
         if case.data_file is not None and limit is not None and case.seq_len > limit:
             raise CaseError(
                 [
-                    f"model {name!r} cannot read packed rows of more than {limit} tokens: its rotary embedding then "
-                    "depends on the other sequences of a row; sft.packing must be false."
+                    f"prompt_len + completion_len is {case.seq_len}: beyond {limit} tokens the rotary embedding of "
+                    f"model {name!r} depends on the longest row of a batch, so with a data file it must be at most "
+                    f"{limit}."
                 ]
             )
+
+    def check_packing(self, base: str) -> None:
+        """Refuses a base that reads packed rows wrongly.
+
+        Raises:
+            CaseError: see ``rlhfkernels.engine.agreement.check_packing``.
+        """
+        case, name = self.case, self.case.model_of(self.method.origins[base])
         check = functools.partial(
             check_packing,
             name,

@@ -107,7 +107,8 @@ def rotary_limit(config: Any) -> int | None:
     """Returns the longest sequence for which the rotary embedding stays the same; ``None`` if it always does."""
     rotary = getattr(config, "rope_parameters", None) or {}
     kinds = [each for each in (rotary, *rotary.values()) if isinstance(each, dict)]  # some have one for each layer type
-    changing = [each for each in kinds if each.get("rope_type") in LENGTH_DEPENDENT_ROTARY]
+    # A dynamic one changes beyond the model's positions alone: see ``load_causal_lm``.
+    changing = [each for each in kinds if each.get("rope_type") == "longrope"]
     limits = [each.get("original_max_position_embeddings") or max_positions(config) for each in changing]
     return min((int(limit) for limit in limits if limit), default=None)
 

@@ -147,12 +147,23 @@ def load_causal_lm(
             "of generation would spoil: it must have attention layers alone."
         )
     model.eval().requires_grad_(False)
-    for module in model.modules():
-        # Lengths stay within the model's positions, where its frequencies never change. transformers would compare them
-        # in every forward: a wait for the device, and impossible on the fake tensors of a plan.
-        if getattr(module, "rope_type", None) == "dynamic":
-            module.rope_type = "default"
+    _fix_dynamic_rotary(model)
     return model
+
+
+def _fix_dynamic_rotary(model: nn.Module) -> None:
+    """Makes dynamic rotary embeddings plain ones.
+
+    Lengths stay within the model's positions, where its frequencies never change. transformers would compare them in
+    every forward: a wait for the device, and impossible on the fake tensors of a plan.
+    """
+    module: Any
+    for module in model.modules():
+        kind = getattr(module, "rope_type", None)
+        if kind == "dynamic":
+            module.rope_type = "default"
+        elif isinstance(kind, dict):  # of each layer type
+            module.rope_type = {name: "default" if each == "dynamic" else each for name, each in kind.items()}
 
 
 def with_attention(name: str, load: Any, config: Any, *, asked: str, **kwargs: Any) -> Any:

@@ -75,6 +75,8 @@ class AdamW8bit(AdamW8bitStates):
             self._library.state[master] = {"step": 0, **state}
 
     def _make_maps(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.masters:  # as on a rank that holds no part of a scalar head: the library refuses an empty list
+            return super()._make_maps()
         self._library = self._package.optim.AdamW8bit(
             self.masters, lr=self.peak_lr, betas=(0.9, 0.999), eps=self.eps, weight_decay=self.weight_decay
         )

@@ -15,7 +15,7 @@ from rlhfkernels.parallel.world import World
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class StepStats(Mapping[str, torch.Tensor]):
-    """Statistics of a step: scalars on the device, so that reading them is the caller's synchronisation.
+    """Statistics of a step: scalars on the device, so that reading them is the caller's synchronization.
 
     As a mapping it holds every statistic by name: those of the method (``score`` and ``kl`` of a rollout,
     ``ratio_error`` of PPO, ``accuracy`` of DPO), the losses as ``actor_loss`` and the gradient norms as

@@ -126,6 +126,8 @@ class TrainingStep:
         self._prepared = PreparedColumns(self._source.num_rows)
         self._is_prepared = self.method.prepare is None
         self.released_sizes: dict[str, BaseSizes] = {}
+        for base in engine.models:
+            engine.check_lengths(base)
         for p in self.method.update_passes if with_rows else ():
             if PassForm(p, case.options).packs:
                 engine.check_packing(p.weights.base)
@@ -213,14 +215,15 @@ class TrainingStep:
     def prepare(self, observer: Observer | None = None, *, num_batches: int | None = None) -> None:
         """Phase ``prepare``: reads the columns that a step does not read itself, for every row of the data set.
 
-        Bases that no step reads are freed then. ``run`` calls it where it has not been called.
+        Bases that no step reads are freed then, so a further call does nothing. ``run`` calls it where it has not been
+        called.
 
         Args:
             observer: told of the phase.
             num_batches: read only so many batches, and free nothing; ``None`` is all.
         """
         phase, observer = self.method.prepare, observer or Observer()
-        if phase is None:
+        if phase is None or self._is_prepared:
             return
         stages = [stage for stage in phase.stages if isinstance(stage, Read)]
         with observer.phase(phase.name):

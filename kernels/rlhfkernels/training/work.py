@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from fractions import Fraction
 
+from rlhfkernels.config.case import Case
 from rlhfkernels.methods.phases import ForwardPass, Phase
 from rlhfkernels.methods.program import (
     HEADS,
@@ -41,23 +42,24 @@ from rlhfkernels.training.step import TrainingStep
 _OPTIMIZER_FLOPS = {"adamw": 15, "adamw8bit": 15, "sgd": 5}
 
 
-def phase_work(step: TrainingStep, sizes: StepSizes | None = None) -> dict[str, Work]:
+def phase_work(step: TrainingStep, sizes: StepSizes | None = None, case: Case | None = None) -> dict[str, Work]:
     """The least work of every phase of ``step``, by the phase's name.
 
     Args:
         step: the step.
         sizes: of the same step at another depth; ``None`` takes its own.
+        case: of which ``step`` is a plan, which leaves its stop token out; ``None`` takes the step's own.
     """
-    counter = _Counter(step, StepSizes.of(step) if sizes is None else sizes)
+    counter = _Counter(step, StepSizes.of(step) if sizes is None else sizes, case or step.case)
     return {phase.name: _COUNTS[type(phase.stages[0])](counter, phase) for phase in step.phases}
 
 
 class _Counter:
-    def __init__(self, step: TrainingStep, sizes: StepSizes) -> None:
+    def __init__(self, step: TrainingStep, sizes: StepSizes, case: Case) -> None:
         self._step = step
         self._sizes = sizes
         self._method = step.method
-        self._case = step.case
+        self._case = case
         self._shapes = sizes.bases
         self._num_sequences = step.case.batch_size * step.sequences_per_row
 

@@ -36,3 +36,16 @@ from rlhfkernels.errors import ModelError
 def test_decoding_and_the_full_forward_must_agree(stats, dtype, sentence):
     with pytest.raises(ModelError, match=sentence) if sentence else contextlib.nullcontext():
         check_agreement(stats, dtype)
+
+
+@pytest.mark.parametrize(
+    ("stats", "temperature", "agrees"),
+    [
+        ({"ratio_error": 1.9}, 0.5, True),
+        ({"ratio_error": 0.6}, 2.0, False),
+        ({"reference_error": 1.9}, 0.5, False),  # read without a temperature
+    ],
+)
+def test_rounding_grows_as_the_temperature_falls(stats, temperature, agrees):
+    with contextlib.nullcontext() if agrees else pytest.raises(ModelError, match="disagree by"):
+        check_agreement(stats, "bfloat16", temperature)

@@ -21,6 +21,7 @@ from rlhfbench.planning.zero import Zero
 from rlhfkernels import METHODS, Case, Options, build_step
 from rlhfkernels.config.settings import SETTINGS
 from rlhfkernels.ops.native import build, matmul
+from rlhfkernels.training.work import phase_work
 
 ARCHITECTURES = ["llama", "opt", "gpt_neox", "gpt2", "qwen2"]
 NAMES = ("model_bytes", "activation_bytes", "total_bytes")
@@ -421,3 +422,12 @@ def test_a_model_whose_rotary_embedding_may_grow_is_planned(make_case: Callable[
     """transformers would compare lengths on the device; see ``load_causal_lm``."""
     case = make_case("hydra", "dynamic gpt_neox", dtype="float32")
     assert plan_case(case).memory["phases"] == measured(case)["phases"]
+
+
+def test_the_floor_of_a_generation_that_may_end_at_once_is_one_token(make_case: Callable[..., Case]) -> None:
+    """Its memory is that of all tokens."""
+    ends, goes_on = (plan_case(make_case("hydra", rollout__stop_token_id=token)) for token in (1, None))
+    assert ends.total_bytes == goes_on.total_bytes
+    assert ends.work["generate"].flops < goes_on.work["generate"].flops
+    work = phase_work(build_step(make_case("hydra", rollout__stop_token_id=1)))
+    assert ends.work["generate"] == work["generate"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -257,18 +258,18 @@ def test_an_architecture_whose_packed_sequences_see_each_other_is_refused(
         build_step(make_case("sft-lora", architecture, sft__packing=True, engine__trunk="plain", dtype=dtype))
 
 
-def test_a_rotary_embedding_that_depends_on_the_longest_sequence_of_a_row_is_refused(
+def test_a_rotary_embedding_that_depends_on_the_longest_sequence_of_a_batch_is_refused(
     make_case: Callable[..., Case], tmp_path: Path
 ) -> None:
     """Its factors change beyond 16 positions."""
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"prompt": "ab" * n, "completion": "cd"}) + "\n" for n in (1, 2, 3, 4)))
-    case = functools.partial(
-        make_case, "sft-lora", "longrope gpt_neox", sft__packing=True, data__demonstrations=str(path), prompt_len=8
-    )
-    with pytest.raises(CaseError, match="cannot read packed rows of more than 16 tokens: its rotary embedding then"):
-        build_step(case(completion_len=12))
-    assert build_step(case(completion_len=8))
+    case = functools.partial(make_case, "sft-lora", "longrope gpt_neox", data__demonstrations=str(path), prompt_len=8)
+    sentence = r"^prompt_len \+ completion_len is 20: beyond 16 tokens the rotary embedding .* it must be at most 16\.$"
+    for packing, with_weights in itertools.product((True, False), repeat=2):  # plans have no weights
+        with pytest.raises(CaseError, match=sentence):
+            build_step(case(completion_len=12, sft__packing=packing), with_weights=with_weights)
+    assert build_step(case(completion_len=8, sft__packing=True))
 
 
 def test_positions_that_do_not_begin_again_are_refused(

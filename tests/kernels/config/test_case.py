@@ -167,7 +167,7 @@ def test_an_integer_for_a_float_is_the_same_case() -> None:
             "optimizer.name is 'adamw8bit': bitsandbytes has no float64, so dtype must be float32 or bfloat16.",
         ),
         (
-            {"options": Options.of({"optimizer.name": "adamw8bit", "lora.dtype": "float64"})},
+            {"method": "lora", "options": Options.of({"optimizer.name": "adamw8bit", "lora.dtype": "float64"})},
             "optimizer.name is 'adamw8bit': bitsandbytes has no float64, so lora.dtype must be float32 or bfloat16.",
         ),
         (

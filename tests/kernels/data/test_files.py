@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -121,7 +122,7 @@ def test_demonstrations_and_pairs_in_trls_shapes(tmp_path):
     assert [pair.texts for pair in pairs] == [
         ("a", "b", "c"),
         ([user], [good], [bad]),
-        ("Q: x A: ", "yes", "no"),
+        ("Q: x A:", " yes", " no"),
     ]
     assert num_dropped == 1
 
@@ -172,3 +173,11 @@ def test_a_bad_pair_is_one_sentence(tmp_path, row, says):
     with pytest.raises(DataError) as caught:
         read_pairs(write(tmp_path / "p.jsonl", row))
     assert says in str(caught.value)
+
+
+def test_a_file_that_can_be_read_only_once_is_refused(tmp_path):
+    """Every case reads it again."""
+    pipe = tmp_path / "p.jsonl"
+    os.mkfifo(pipe)
+    with pytest.raises(DataError, match=rf"^prompts '{pipe}' is no regular file: every case reads it again"):
+        read_prompts(pipe, "prompt")

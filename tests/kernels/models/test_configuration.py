@@ -5,13 +5,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhfkernels import PRESETS, Case, ModelError
-from rlhfkernels.models.configuration import max_positions, pretrained, read_config
+from rlhfkernels.models.configuration import max_positions, pretrained, read_config, rotary_limit
 from rlhfkernels.models.depth import alike_layers
 from rlhfkernels.models.loading import load_model
 
@@ -123,3 +124,19 @@ def test_a_field_that_no_architecture_checks_must_be_a_number(
     case = dataclasses.replace(case, model=with_config(case.model, tmp_path / "nonsense", change))
     with pytest.raises(ModelError, match=r"final_logit_softcapping .* in its config: it must be a finite number\.$"):
         load_model(case, seed=0, with_lm_head=True)
+
+
+@pytest.mark.parametrize(
+    ("rope", "limit"),
+    [
+        ({"rope_type": "longrope", "original_max_position_embeddings": 16}, 16),
+        ({"rope_type": "longrope"}, 64),
+        # It changes beyond the model's positions alone, which no case reaches.
+        ({"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 16}, None),
+        ({"full": {"rope_type": "longrope", "original_max_position_embeddings": 8}, "sliding": {}}, 8),
+        ({"rope_type": "default"}, None),
+        (None, None),
+    ],
+)
+def test_the_length_from_which_a_rotary_embedding_depends_on_the_batch(rope: object, limit: int | None) -> None:
+    assert rotary_limit(SimpleNamespace(rope_parameters=rope, max_position_embeddings=64)) == limit

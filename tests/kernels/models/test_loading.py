@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhfkernels import PRESETS, Case, ModelError, build_step
-from rlhfkernels.models.loading import load_model, load_tokenizer, with_attention
+from rlhfkernels.models.loading import _fix_dynamic_rotary, load_model, load_tokenizer, with_attention
 
 # What the models' publishers state, in parameters.
 PUBLISHED = {
@@ -157,3 +157,14 @@ def test_a_preset_has_no_tokenizer() -> None:
 def test_a_folder_without_a_tokenizer_is_one_sentence(make_case: Callable[..., Case]) -> None:
     with pytest.raises(ModelError, match="could not be loaded"):
         load_tokenizer(make_case().model)
+
+
+def test_a_dynamic_rotary_embedding_is_a_plain_one_in_every_layer_type() -> None:
+    one, each, other = torch.nn.Module(), torch.nn.Module(), torch.nn.Module()
+    one.rope_type = "dynamic"
+    each.rope_type = {"full_attention": "dynamic", "sliding_attention": "longrope"}
+    other.rope_type = "longrope"
+    _fix_dynamic_rotary(torch.nn.ModuleList([one, each, other, torch.nn.Linear(1, 1)]))
+    assert one.rope_type == "default"
+    assert each.rope_type == {"full_attention": "default", "sliding_attention": "longrope"}
+    assert other.rope_type == "longrope"

@@ -15,6 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rlhfkernels import Case, build_step
+from rlhfkernels.engine.engine import Engine
 from rlhfkernels.ops import causal_attention as attention_module
 from rlhfkernels.ops import fast_paths, library_kernels, rms_norm
 from rlhfkernels.ops.attention_mask import AttentionSpan, CausalMask
@@ -240,7 +241,9 @@ def test_what_is_measured_is_ours_and_theirs(
     assert len(libraries) == 2  # its values, then its time; only CUDA has a peak of memory
 
 
-def test_the_checks_of_a_loaded_model_are_no_fast_paths_of_a_step(make_case: Callable[..., Case]) -> None:
-    fast_paths.note_fast_path("flash_attn")
+def test_the_checks_of_a_loaded_model_are_no_fast_paths_of_a_step(
+    make_case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Engine, "_check_models", lambda engine: fast_paths.note_fast_path("flash_attn"))
     build_step(make_case("sft"))
     assert fast_paths.fast_paths() == []
