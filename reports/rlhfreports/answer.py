@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from rlhfreports.columns import axes_of, differing_words
+from rlhfreports.columns import CONDITIONS, HOST, axes_of, differing_words
 from rlhfreports.gain import BASELINE, gain_table
 from rlhfreports.ratios import Ratio, percent, resolution, resolvable
 from rlhfreports.tables import GIB, outcome_word
@@ -40,6 +40,7 @@ def answer(frame: pd.DataFrame) -> list[str]:
 
 def _memory(frame: pd.DataFrame, is_ok: pd.Series[bool]) -> str | None:
     """The method that needs least memory against the baseline, at the largest case that both were measured at."""
+    frame = frame.drop(columns=[HOST, CONDITIONS], errors="ignore")  # memory hardly depends on them
     # Groups of all columns took half of the time of the answer.
     rows = frame.loc[
         is_ok & frame["total_bytes"].notna(),
@@ -50,7 +51,9 @@ def _memory(frame: pd.DataFrame, is_ok: pd.Series[bool]) -> str | None:
     for _, group in _largest_first(rows):
         least = _at(group, "total_bytes", "min")
         base = group[group["method"] == BASELINE]
-        other = base.iloc[0] if len(base) else _at(group, "total_bytes", "max")
+        # A baseline that needs least itself is compared with the method that needs most.
+        has_less = len(base) > 0 and least["method"] != BASELINE
+        other = base.iloc[0] if has_less else _at(group, "total_bytes", "max")
         if least["method"] == other["method"]:
             continue
         saved = 1 - int(least["total_bytes"]) / int(other["total_bytes"])
@@ -93,7 +96,9 @@ def _time(frame: pd.DataFrame) -> str | None:
     if carried.empty:
         if longest["whole_gain_low"].isna().all():
             return f"One block a case cannot tell whether another method is faster than {base} {where}."
-        return f"No method is faster than {base} {where} by more than this run can tell apart."
+        told = dict.fromkeys(longest["method_title"])
+        who = f"Of {', '.join(told)}, no method" if _others(frame, longest, {*told, base}) else "No method"
+        return f"{who} is faster than {base} {where} by more than this run can tell apart."
     best = _at(carried, "whole_gain", "max")
     gain = Ratio(*(float(best[f"whole_gain{end}"]) for end in ("", "_low", "_high")))
     words = [
@@ -101,6 +106,17 @@ def _time(frame: pd.DataFrame) -> str | None:
         *differing_words(best.to_dict(), frame),
     ]
     return f"{best['method_title']} is {gain} faster than {base} {where} ({', '.join(words)})."
+
+
+def _others(frame: pd.DataFrame, gains: pd.DataFrame, told: set[str]) -> set[str]:
+    """The other methods of the baseline's family that were measured at the length of ``gains`` and have no gain.
+
+    A method that does the baseline's own work has none to show.
+    """
+    family = frame.loc[frame["method"] == BASELINE, "family"].iloc[0]
+    is_same = (frame["outcome"] == "ok") & (frame["family"] == family) & (frame["seq_len"] == gains["seq_len"].iloc[0])
+    is_same &= (frame["same_work_as"] != BASELINE).fillna(True)
+    return set(frame.loc[is_same.fillna(False).astype(bool), "method_title"]) - told
 
 
 def _at(rows: pd.DataFrame, column: str, end: str) -> pd.Series[Any]:

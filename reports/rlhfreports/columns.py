@@ -61,6 +61,12 @@ def axes_of(frame: pd.DataFrame) -> list[str]:
     return [axis for axis in AXES if axis in frame]
 
 
+def has_splits(frame: pd.DataFrame) -> bool:
+    """True if a length is divided into prompt and completion in several ways."""
+    splits = frame[["seq_len", "prompt_len"]].drop_duplicates()
+    return splits["seq_len"].nunique() < len(splits)
+
+
 def parts_of(frame: pd.DataFrame) -> list[str]:
     """The parts of memory that ``frame`` has columns for, in their order; those of ranks only where a case has some."""
     parts = [name.removesuffix(_PART_END) for name in frame.columns if name.endswith(_PART_END)]
@@ -139,10 +145,12 @@ def conditions_note(frame: pd.DataFrame) -> str | None:
     """One sentence on conditions that changed as a run was resumed: what of its cases' times compares."""
     if len(_measured(frame, CONDITIONS)) < 2:
         return None
-    names = [name for name in (RUN, CONDITIONS) if name in frame]
+    names = [*([RUN] if RUN in frame else []), *([HOST] if len(hosts_of(frame)) > 1 else []), CONDITIONS]
     unlike = frame[frame[CONDITIONS_DIFFER].fillna("") != ""].drop_duplicates(names)
     rows = unlike.to_dict("records")
-    words = "; ".join(f"{', '.join(row[name] for name in names)}: {row[CONDITIONS_DIFFER]}" for row in rows)
+    words = "; ".join(f"{', '.join(str(row[name]) for name in names)}: {row[CONDITIONS_DIFFER]}" for row in rows)
+    if RUN in frame and frame[RUN].nunique() > 1:
+        return f"A run was resumed under other conditions ({words}): what the times of two runs differ by may be these."
     return (
         f"The run was resumed under other conditions ({words}): times are compared only between cases of the same "
         "conditions."

@@ -13,7 +13,16 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from rlhfreports.columns import IN_A_LINE, axes_that_vary, axis_text, parts_of, with_short_options
+from rlhfreports.columns import (
+    CONDITIONS,
+    HOST,
+    IN_A_LINE,
+    axes_that_vary,
+    axis_text,
+    has_splits,
+    parts_of,
+    with_short_options,
+)
 from rlhfreports.fits import SLOPE_COLUMNS, slope_by_length
 from rlhfreports.once import once_per_frame
 from rlhfreports.panels import Panel, panels_of
@@ -32,6 +41,11 @@ MEMORY = {
 }
 
 
+def of_memory(frame: pd.DataFrame) -> pd.DataFrame:
+    """``frame`` without the axes that memory hardly depends on: machines and their conditions."""
+    return frame.drop(columns=[HOST, CONDITIONS], errors="ignore")
+
+
 def line_of(frame: pd.DataFrame) -> pd.Series[str]:
     """The line of each row: the title of its method, with its setting and run where these vary."""
     line = frame["method_title"].astype(str)
@@ -43,16 +57,24 @@ def line_of(frame: pd.DataFrame) -> pd.Series[str]:
 
 def size_of(frame: pd.DataFrame) -> pd.Series[str]:
     """The words that rows of one bar chart share: ``128 tokens, batch 4``, with every other axis that varies."""
-    splits = frame[["seq_len", "prompt_len"]].drop_duplicates()
     length = frame["seq_len"].astype(str) + " tokens"
-    if splits["seq_len"].nunique() < len(splits):
+    if has_splits(frame):
         length = frame["prompt_len"].astype(str) + "+" + frame["completion_len"].astype(str) + " tokens"
-    return length + ", " + _batch_and_axes(frame)
+    return length + ", batch " + frame["batch_size"].astype(str) + _axes(frame)
 
 
-def _batch_and_axes(frame: pd.DataFrame) -> pd.Series[str]:
-    frame = with_short_options(frame)
+def _panel_of(frame: pd.DataFrame) -> pd.Series[str]:
+    """The words that the rows of one panel share, in which a line has one point at a length."""
     words = "batch " + frame["batch_size"].astype(str)
+    if has_splits(frame):
+        words = words + ", prompt " + frame["prompt_len"].astype(str)
+    return words + _axes(frame)
+
+
+def _axes(frame: pd.DataFrame) -> pd.Series[str]:
+    """The other axes that vary, each after a comma."""
+    frame = with_short_options(frame)
+    words = pd.Series("", index=frame.index, dtype="string")
     for axis in axes_that_vary(frame):
         if axis not in IN_A_LINE:
             words = words + ", " + frame[axis].map(lambda value, axis=axis: axis_text(axis, value) or f"no {axis}")
@@ -161,6 +183,7 @@ def _with_lines(frame: pd.DataFrame, found: Sequence[pd.DataFrame], columns: Seq
 
 def parts(frame: pd.DataFrame) -> pd.DataFrame:
     """Memory by part at the step's highest total: ``size`` (``size_of``), ``part``, its ``place``, and ``gib``."""
+    frame = of_memory(frame)
     rows = frame[_has_memory(frame)]
     sizes = size_of(rows) if len(rows) else None
     found = [
@@ -174,11 +197,12 @@ def parts(frame: pd.DataFrame) -> pd.DataFrame:
 
 def memory(frame: pd.DataFrame) -> pd.DataFrame:
     """Memory of every case: ``panel`` (its batch size and axes), ``what`` (a value of ``MEMORY``) and ``gib``."""
+    frame = of_memory(frame)
     rows = frame[_has_memory(frame)]
     found = []
     for column, what in MEMORY.items():
         gib = rows[column].astype("float64") / GIB
-        panel = _batch_and_axes(rows) if len(rows) else None
+        panel = _panel_of(rows) if len(rows) else None
         found.append(_shared(rows).assign(panel=panel, what=what, gib=gib)[gib > 0])
     return _with_lines(frame, found, ("panel", "what", "gib"))
 
@@ -191,6 +215,7 @@ def swept(frame: pd.DataFrame) -> pd.DataFrame:
         and sizes that were measured at two values. A row whose option has the value of its setting does not name it, so
         it is left out.
     """
+    frame = of_memory(frame)
     rows = frame[_has_memory(frame)]
     values = {LORA_RANK: rows["lora_rank"].astype("Float64"), **_numeric_options(rows)}
     gib, lines = rows["total_bytes"].astype("float64") / GIB, line_of(frame).reindex(rows.index)

@@ -39,7 +39,7 @@ from rlhfreports.columns import (
 )
 from rlhfreports.layouts import Column
 from rlhfreports.once import once_per_frame
-from rlhfreports.ratios import Ratio, ratio
+from rlhfreports.ratios import Ratio, blocks_of, ratio
 from rlhfreports.tables import ABSENT, GIB, ReportTable, outcome_word, text
 from rlhfreports.terminal import terminal
 
@@ -63,6 +63,8 @@ _HEADINGS = (
     "share of larger batch",
 )
 _SHORT_HEADINGS = ("batches", "shared passes", "larger batch", "together")
+_UNDIVIDED = "no gain is divided"
+_TRIED = ("ok", "oom", "skipped")  # outcomes that say whether a batch fits
 _LEGEND = "≥: no larger batch was run: it may fit as well."
 EXPLANATION = (
     "Shared passes: the baseline's time over the method's, at the baseline's batch. Larger batch: the method's time at "
@@ -106,7 +108,8 @@ class GainTable(ReportTable):
         ]
         columns |= {heading: [row[i] for row in short] for i, heading in enumerate(_SHORT_HEADINGS)}
         footer = [_LEGEND] if _LEGEND in self.explanation else []
-        footer += [f"{len(self.notes)} that cannot be divided: gain.md says why."] if self.notes else []
+        num_undivided = sum(_UNDIVIDED in note for note in self.notes)
+        footer += [f"{num_undivided} that cannot be divided: gain.md says why."] if num_undivided else []
         return terminal(
             f"Gain at equal memory {self.caption}",
             [
@@ -199,15 +202,23 @@ def _divide(base: pd.DataFrame, method: pd.DataFrame) -> dict[str, Any] | str:
     if same.empty:
         outcomes = method.loc[method["batch_size"] == b0, "outcome"]
         why = "was not run" if outcomes.empty else f"ended as {outcome_word(outcomes.iloc[0])}"
-        return f"no gain is divided: the baseline's largest batch is {b0}, which {why} here."
+        return f"{_UNDIVIDED}: the baseline's largest batch is {b0}, which {why} here."
     fitting = measured[measured["total_bytes"] <= limit]
     if fitting.empty:
-        return f"no gain is divided: no batch stays within the baseline's {limit / GIB:.3g} GiB."
+        return f"{_UNDIVIDED}: no batch stays within the baseline's {limit / GIB:.3g} GiB."
     at_b1 = fitting.iloc[-1]
     b1 = int(at_b1["batch_size"])
     rows = (at_b0, same.iloc[0], at_b1)
     times = [float(row["total_s_per_sample"]) for row in rows]
-    gains = [ratio(rows[i], rows[j]) for i, j in ((0, 1), (1, 2), (0, 2))]
+    # Of the blocks that all three have: factors of other blocks do not multiply to the whole.
+    blocks = [
+        block for block in zip(*map(blocks_of, rows), strict=False) if all(s is not None and s > 0 for s in block)
+    ]
+    timed = [
+        {"total_s_per_sample": s, "total_block_s_per_sample": [block[i] for block in blocks]}
+        for i, s in enumerate(times)
+    ]
+    gains = [ratio(timed[i], timed[j]) for i, j in ((0, 1), (1, 2), (0, 2))]
     whole = gains[-1]
     shares = [math.log(gain.value) / math.log(whole.value) if whole.is_above_one else None for gain in gains[:2]]
     return {
@@ -215,7 +226,7 @@ def _divide(base: pd.DataFrame, method: pd.DataFrame) -> dict[str, Any] | str:
         "memory_bytes": limit,
         "batch_size": b1,
         "batch_total_bytes": int(at_b1["total_bytes"]),
-        "tried_larger": bool((method["batch_size"] > b1).any()),
+        "tried_larger": bool(((method["batch_size"] > b1) & method["outcome"].isin(_TRIED)).any()),
         "baseline_s_per_sample": times[0],
         "same_batch_s_per_sample": times[1],
         "larger_batch_s_per_sample": times[2],

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pandas as pd
 
-from rlhfreports.columns import IN_A_LINE, axes_that_vary, axis_text, is_measured, with_short_options
+from rlhfreports.columns import IN_A_LINE, axes_that_vary, axis_text, has_splits, is_measured, with_short_options
 from rlhfreports.once import once_per_frame
 
 
@@ -32,15 +32,21 @@ class Panel:
 def panels_of(frame: pd.DataFrame) -> list[Panel]:
     """The panels of ``frame``: one per batch size and combination of the other axes that vary.
 
+    So have the splits of one length into prompt and completion: a line has one point at a length.
+
     The settings of a method share a panel, and so do runs. Where the largest batch that fits differs, a last panel
     shows it for each line and length, as Figure 2 of Hydra-RLHF does.
     """
     frame = with_short_options(frame)
     axes = [axis for axis in axes_that_vary(frame) if axis not in IN_A_LINE]
+    axes += ["prompt_len"] if has_splits(frame) else []
     groups = frame.groupby(axes, sort=False, dropna=False) if axes else [((), frame)]
     panels: list[Panel] = []
     for values, rows in groups:
-        words = [axis_text(axis, value) or f"no {axis}" for axis, value in zip(axes, values, strict=True)]
+        words = [
+            f"prompt {value}" if axis == "prompt_len" else axis_text(axis, value) or f"no {axis}"
+            for axis, value in zip(axes, values, strict=True)
+        ]
         panels += _panels_of_group(rows, " · ".join(words))
     return panels
 

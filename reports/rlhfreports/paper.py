@@ -13,11 +13,13 @@ from typing import Any
 import pandas as pd
 
 from rlhfreports.columns import RUN, axes_of
+from rlhfreports.ranks import other_options
 from rlhfreports.tables import ABSENT, GIB, ReportTable, number_text
 
 PROMPT_LEN = COMPLETION_LEN = 400
 MODELS = ("llama-7b",)
 SETTING = "paper"
+LORA_RANK = 128
 PAPERS_STAGE = 1  # of ZeRO
 _BASE = "lora"
 _OF_RANKS = ("parallel", "zero_stage", "world_size")
@@ -100,7 +102,7 @@ def is_the_papers(frame: pd.DataFrame) -> pd.Series[bool]:
 
 def papers_row(row: pd.Series[Any], *, is_the_papers: bool) -> Row | None:
     """The row of Table 1 of the same method and batch size, if the case is otherwise the paper's."""
-    if not is_the_papers:
+    if not is_the_papers or row["lora_rank"] != LORA_RANK or other_options(row["options"]):
         return None
     same = (r for r in TABLE_1 if (r.method, r.batch_size) == (row["method"], row["batch_size"]))
     return next(same, None)
@@ -166,9 +168,21 @@ def table_1(frame: pd.DataFrame) -> ReportTable:
         caption="Hydra-RLHF, Table 1: Llama-7B, 400 + 400 tokens, LoRA rank 128, ZeRO-1 on 8 GPUs of 80 GB; of one GPU",
         cells=pd.DataFrame(rows, columns=headings, dtype="object"),
         num_text_columns=3,
-        explanation=conditions(frame),
+        explanation=" ".join([conditions(frame), *_left_out(frame, measured)]),
         frame=pd.DataFrame(rows, columns=headings),
     )
+
+
+def _left_out(frame: pd.DataFrame, kept: pd.DataFrame) -> list[str]:
+    """A sentence on the methods that no kept row is of, though they were measured."""
+    lost = set(frame.loc[_is_measured(frame), "method"]) - set(kept["method"])
+    titles = [row.title for row in TABLE_1 if row.method in lost]
+    words = "Measured, but not at the length, options and conditions of LoRA-PPO's case"
+    return [f"{words}: {', '.join(titles)}."] if titles else []
+
+
+def _is_measured(frame: pd.DataFrame) -> pd.Series[bool]:
+    return ((frame["outcome"] == "ok").fillna(False) & frame["total_bytes"].notna()).astype(bool)
 
 
 def conditions(frame: pd.DataFrame) -> str:
@@ -214,7 +228,7 @@ def zero_table(frame: pd.DataFrame) -> ReportTable:
     """Table 1's way to share, ZeRO-1, at the numbers of ranks that the run has: planned and measured on a rank."""
     order = {row.method: row for row in TABLE_1}
     is_zero = (frame["zero_stage"] == PAPERS_STAGE).fillna(False).astype(bool) & frame["method"].isin(order)
-    rows = frame[is_zero].sort_values(["world_size", "seq_len", "batch_size"], kind="stable")
+    rows = of_a_rank(frame[is_zero]).sort_values(["world_size", "seq_len", "batch_size"], kind="stable")
     rows = rows.sort_values("method", key=lambda names: names.map(list(order).index), kind="stable")
     sizes = ("predicted_persistent_model_bytes", "persistent_model_bytes", "predicted_total_bytes", "total_bytes")
     found = [
@@ -235,7 +249,8 @@ def zero_table(frame: pd.DataFrame) -> ReportTable:
         caption="ZeRO-1, as in Hydra-RLHF's Table 1, at the numbers of ranks that were run",
         cells=pd.DataFrame(found, columns=list(headings), dtype="object"),
         num_text_columns=1,
-        explanation="Model: weights, whole gradients and the optimizer states of a rank. Planned: by run --with-plan.",
+        explanation="Model: weights, whole gradients and the optimizer states of a rank. Planned: by run --with-plan. "
+        "Seconds: of one GPU.",
         frame=pd.DataFrame(found, columns=list(headings)),
     )
 
@@ -266,10 +281,10 @@ def _ours(frame: pd.DataFrame, row: Row) -> pd.Series[Any] | None:
 def alike(frame: pd.DataFrame) -> pd.DataFrame:
     """The measured rows that differ from LoRA-PPO's in method, lengths and batch alone.
 
-    Of several such groups the paper's case comes first, then the longest sequences, the paper's setting, ZeRO-1 and the
-    most ranks. All rows where LoRA-PPO was not measured.
+    Of several such groups the paper's case comes first, then the longest sequences, the paper's setting, ZeRO-1, the
+    most ranks, the paper's LoRA rank and options as they are by default. All rows where LoRA-PPO was not measured.
     """
-    rows = frame[((frame["outcome"] == "ok").fillna(False) & frame["total_bytes"].notna()).astype(bool)]
+    rows = frame[_is_measured(frame)]
     base = rows[rows["method"] == _BASE]
     if base.empty:
         return rows
@@ -278,7 +293,9 @@ def alike(frame: pd.DataFrame) -> pd.DataFrame:
         _setting=(base["setting"] == SETTING).fillna(False),
         _zero=(base["zero_stage"] == PAPERS_STAGE).fillna(False),
         _ranks=base["world_size"].fillna(1),
-    ).sort_values(["_papers", "seq_len", "_setting", "_zero", "_ranks"], kind="stable")
+        _lora=(base["lora_rank"] == LORA_RANK).fillna(False),
+        _usual=base["options"].map(other_options) == "",
+    ).sort_values(["_papers", "seq_len", "_setting", "_zero", "_ranks", "_lora", "_usual"], kind="stable")
     first = preferred.iloc[-1]
     same = pd.Series(True, rows.index)
     for name in (*(axis for axis in axes_of(rows) if axis != RUN), *_OF_RANKS):

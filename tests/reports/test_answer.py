@@ -130,3 +130,41 @@ def test_a_sentence_names_the_case_that_it_is_about(make_frame: Frames) -> None:
 def test_two_sizes_have_the_digits_that_tell_them_apart(make_frame: Frames) -> None:
     frame = make_frame(timed("lora", 1.0, total=1004 * GIB // 10), timed("hydra", 1.0, total=1003 * GIB // 10))
     assert "(100.3 against 100.4 GiB, " in answer(frame)[0]
+
+
+def test_memory_is_compared_across_conditions(make_frame: Frames) -> None:
+    frame = make_frame(
+        timed("lora", 1.0, total=10 * GIB),
+        timed("hydra", 1.0, total=4 * GIB),
+        timed("hydra", 1.0, total=4 * GIB, batch_size=2),
+    )
+    frame = frame.assign(conditions=["the start", "resumption 1", "the start"], conditions_differ=["", "threads", ""])
+    assert answer(frame)[0].startswith("Hydra-PPO needs 60 % less memory than LoRA-PPO")
+
+
+def test_a_baseline_that_needs_least_is_compared_too(make_frame: Frames) -> None:
+    frame = make_frame(
+        timed("lora", 1.0, total=4 * GIB, batch_size=2),
+        timed("full", 1.0, total=10 * GIB, batch_size=2),
+        timed("lora", 1.0, total=4 * GIB),
+        timed("hydra", 1.0, total=3 * GIB),
+    )
+    assert answer(frame)[0].startswith(
+        "LoRA-PPO needs 60 % less memory than PPO at the same batch (4.00 against 10.0 GiB"
+    )
+
+
+def test_memory_is_compared_across_machines(make_frame: Frames) -> None:
+    frame = make_frame(
+        timed("lora", 1.0, total=10 * GIB, host="a"),
+        timed("hydra", 1.0, total=4 * GIB, host="b"),
+    )
+    assert answer(frame)[0].startswith("Hydra-PPO needs 60 % less memory than LoRA-PPO")
+
+
+def test_no_method_is_said_to_be_faster_only_of_those_that_were_compared(make_frame: Frames) -> None:
+    rows = [timed(name, 1.0, 1.0, batch_size=size) for name in ("lora", "full") for size in (1, 4)]
+    sentence = "method is faster than LoRA-PPO at equal memory and 64 tokens by more than this run can tell apart."
+    assert answer(make_frame(*rows))[1] == f"No {sentence}"
+    rows.append(timed("hydra", 0.5, 0.5, batch_size=4))
+    assert answer(make_frame(*rows))[1] == f"Of PPO, no {sentence}"

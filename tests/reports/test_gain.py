@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 import re
@@ -148,5 +149,32 @@ def test_the_files_and_the_terminal_say_the_same(make_frame):
     console.print(table.rich())
     assert (
         "Hydra-PPO 64 2 to 8 2.000x (2.000 to 2.000), 33 % 4.000x (4.000 to 4.000), 67 % 8.000x (8.000 to 8.000)"
-        in " ".join(console.export_text().split())
+        in " ".join(console.export_text(clear=False).split())
     )
+    assert "cannot be divided" not in console.export_text()
+
+
+def test_the_terminal_counts_the_gains_that_cannot_be_divided_and_no_other_note(make_frame):
+    table = gain_table(make_frame(*LORA, case("hydra", 1, 4.0, 3), case("hydra", 4, 3.0, 5)))
+    console = Console(width=200, file=io.StringIO(), record=True)
+    console.print(dataclasses.replace(table, notes=(*table.notes, "Cases were measured on 2 machines.")).rich())
+    assert "1 that cannot be divided: gain.md says why." in console.export_text()
+
+
+def test_the_factors_of_blocks_that_are_set_aside_multiply_to_the_whole(make_frame):
+    blocks = {
+        ("lora", 4): [1.0, 1.1, 1.2, None, 1.0],
+        ("hydra", 4): [None, 0.9, 1.0, 1.1, 0.9],
+        ("hydra", 8): [0.5, None, 0.6, 0.7, 0.5],
+    }
+    frame = make_frame(
+        *(case(name, size, 1.0, 8, total_block_s_per_sample=values) for (name, size), values in blocks.items())
+    )
+    (row,) = gain_table(frame).frame.to_dict("records")
+    assert row["shared_pass_gain"] * row["larger_batch_gain"] == pytest.approx(row["whole_gain"])
+    assert row["shared_pass_share"] + row["larger_batch_share"] == pytest.approx(1)
+
+
+def test_a_larger_batch_that_crashed_does_not_say_whether_it_fits(make_frame):
+    table = gain_table(make_frame(*LORA, *HYDRA[:3], case("hydra", 16, "crashed", 0)))
+    assert [row[4] for row in table.rows] == ["≥8"]

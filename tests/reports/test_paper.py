@@ -9,7 +9,7 @@ from rlhfreports.paper import TABLE_1, conditions, is_the_papers, paper_cells, t
 
 Frames = Callable[..., pd.DataFrame]
 GIB = 2**30
-PAPERS = {"model": "llama-7b", "prompt_len": 400, "completion_len": 400, "setting": "paper"}
+PAPERS = {"model": "llama-7b", "prompt_len": 400, "completion_len": 400, "setting": "paper", "lora_rank": 128}
 
 
 @pytest.mark.parametrize("row", TABLE_1, ids=lambda row: row.method)
@@ -105,9 +105,9 @@ def test_zero_1_at_the_numbers_of_ranks_that_were_run(
         {},
     )
     assert zero_table(frame).cells.to_numpy().tolist() == [
-        ["PPO", "2", "64", "1", "111.8", "–", "–", "–", "1.500", "1"],
-        ["Hydra-PPO", "2", "64", "1", "15.9", "2.000", "1.000", "1.000", "1.500", "1"],
-        ["Hydra-PPO", "4", "64", "1", "15.9", "–", "–", "–", "1.500", "0.5"],
+        ["PPO", "2", "64", "1", "111.8", "–", "–", "–", "1.500", "2"],
+        ["Hydra-PPO", "2", "64", "1", "15.9", "2.000", "1.000", "1.000", "1.500", "2"],
+        ["Hydra-PPO", "4", "64", "1", "15.9", "–", "–", "–", "1.500", "2"],
     ]
     assert zero_table(make_frame({})).cells.empty
     papers = ranked(2, 4, 1.0, **stage, **PAPERS)
@@ -144,3 +144,28 @@ def test_the_papers_figures_are_of_one_gpu_and_so_are_those_beside_them(make_fra
 def test_a_run_without_measurements_has_dashes(make_frame: Frames) -> None:
     cells = table_1(make_frame({"outcome": "oom"})).cells
     assert set(cells["total GiB, ours"]) == {"–"}
+
+
+@pytest.mark.parametrize(
+    ("papers", "other"), [({"lora_rank": 128}, {"lora_rank": 16}), ({}, {"options": "ppo.num_ppo_epochs=4"})]
+)
+def test_of_several_of_the_papers_cases_its_rank_and_the_usual_options_come_first(
+    make_frame: Frames, papers: dict[str, object], other: dict[str, object]
+) -> None:
+    lora, hydra = {"method": "lora", "batch_size": 1, **PAPERS}, {"method": "hydra", "batch_size": 4, **PAPERS}
+    frame = make_frame(
+        {**lora, **papers, "total_s_per_sample": 4.0},
+        {**lora, **other, "total_s_per_sample": 8.0},
+        {**hydra, **papers, "total_s_per_sample": 1.0},
+        {**hydra, **other, "total_s_per_sample": 2.0},
+    )
+    for rows in (frame, frame.iloc[::-1]):
+        cells = table_1(rows).cells.set_index("method")
+        assert cells.loc[["LoRA-PPO", "Hydra-PPO"], "s/sample, ours"].tolist() == ["4", "1"]
+
+
+def test_methods_that_were_measured_under_other_options_are_named(make_frame: Frames) -> None:
+    lora, hydra = {"method": "lora", **PAPERS}, {"method": "hydra", **PAPERS}
+    left_out = "Measured, but not at the length, options and conditions of LoRA-PPO's case: Hydra-PPO."
+    assert left_out in table_1(make_frame(lora, {**hydra, "options": "ppo.num_ppo_epochs=4"})).explanation
+    assert "Measured, but" not in table_1(make_frame(lora, hydra, {"method": "full", "outcome": "oom"})).explanation

@@ -95,6 +95,7 @@ def draw_run(
     # Nothing to tell apart where nothing was timed.
     noise = [Text(resolution(frame))] if frame["total_s_per_sample"].notna().any() else []
     printed: list[RenderableType] = [*noise, Text(), memory.rich()] if whole else [memory.rich(), *noise]
+    _remove(run_dir, PAGE_NAME)  # what an earlier report drew, and this one may not
     _write(run_dir, "memory_table", memory)
     plots.latency(frame, run_dir / "latency")
     plots.throughput(frame, run_dir / "throughput")
@@ -134,8 +135,12 @@ def remove_drawings(run_dir: Path) -> None:
     Raises:
         OSError: one cannot be removed.
     """
-    tables = [f"{name}{suffix}" for name in _DRAWN for suffix in _FORMATS]
-    for name in (*tables, PAGE_NAME, COMPARISON_NAME):
+    _remove(run_dir, PAGE_NAME, COMPARISON_NAME)
+
+
+def _remove(run_dir: Path, *pages: str) -> None:
+    tables = (f"{name}{suffix}" for name in _DRAWN for suffix in _FORMATS)
+    for name in (*tables, *pages):
         (run_dir / name).unlink(missing_ok=True)
 
 

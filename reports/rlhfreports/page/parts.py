@@ -66,7 +66,7 @@ def parts_chart(page: Page, parts: pd.DataFrame) -> Chart:
     failed = page.frame[page.frame["outcome"] != "ok"]
     marks = pd.DataFrame(
         {
-            "size": frames.size_of(page.frame).reindex(failed.index),
+            "size": frames.size_of(frames.of_memory(page.frame)).reindex(failed.index),
             "line": frames.line_of(page.frame).reindex(failed.index),
             "word": failed["outcome"].map(outcome_word),
             "error": failed["error"],

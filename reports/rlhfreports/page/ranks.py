@@ -60,8 +60,8 @@ _SCALING_CAPTION = (
 )
 _STRATEGIES_CAPTION = (
     "The strategies of one method at one number of ranks: what the rank with the most memory holds, or how long the "
-    "slowest rank takes for a sample and how much of that is waiting. A strategy that was not measured has its outcome "
-    "in place of a bar."
+    "slowest rank takes for a sample. Waiting is the mean share of all ranks: the slowest itself waits least. A "
+    "strategy that was not measured has its outcome in place of a bar."
 )
 _PLANNED_CAPTION = (
     "Dashed lines and hollow points are planned, without running; filled points are measured, on the rank that holds "
@@ -69,7 +69,8 @@ _PLANNED_CAPTION = (
 )
 _RANKS_CAPTION = (
     "Each rank of the largest case of a method and strategy: what it holds, or the step in which collectives were "
-    "counted, which is slower than the timed ones. Equally busy ranks wait equally long."
+    "counted, which is slower than the timed ones. Equally busy ranks wait equally long. Of more than 64 ranks, the "
+    "first 64."
 )
 
 

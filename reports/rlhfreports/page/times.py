@@ -183,10 +183,12 @@ def _chosen() -> alt.Chart:
     return (
         alt.Chart(alt.NamedData("times"))
         .transform_filter("datum.panel === panel && datum.kind === kind")
+        # Of the seconds, before they become a throughput: ``low`` is cut for the logarithmic axis, ``high`` is not.
+        .transform_calculate(relative="(datum.high - datum.seconds) / datum.seconds")
         .transform_calculate(
             **{name: _measured(name) for name in ("seconds", "low", "high")},
         )
-        .transform_calculate(half="max(abs(datum.high - datum.seconds), abs(datum.seconds - datum.low))")
+        .transform_calculate(half="datum.relative * datum.seconds")
         .transform_calculate(digits="datum.half > 0 ? floor(log(datum.half) / LN10) : 0")
         .transform_calculate(decimals="max(0, (datum.half < 2 * pow(10, datum.digits) ? 1 : 0) - datum.digits)")
         .transform_calculate(

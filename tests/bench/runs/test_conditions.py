@@ -102,7 +102,19 @@ def test_a_run_under_two_conditions_is_compared_with_a_run_under_one(tmp_path, w
     folders = [tmp_path / "before", tmp_path / "after"]
     (sentence, *_) = write_run_page(folders, tmp_path / "comparison.html")
     assert sentence.startswith("Of 4 cases that both have")
-    assert "(after, resumption 1: threads 1 instead of 2)" in (tmp_path / "comparison.html").read_text()
+    page = (tmp_path / "comparison.html").read_text()
+    words = "(after, resumption 1: threads 1 instead of 2): what the times of two runs differ by may be these."
+    assert f"A run was resumed under other conditions {words}" in page
+
+
+def test_what_changed_on_each_machine_is_told(tmp_path, write_run):
+    there, torch = {**HERE, "host": "b"}, {"torch": "2.12"}
+    start = {**HERE, "nodes": {"b": there}}
+    resumed = {**OTHER, "nodes": {"b": {**there, "versions": torch}}}
+    write_run(tmp_path, (0, "a"), (1, "a"), (0, "b"), (1, "b"), environments=(start, resumed))
+    draw_run(tmp_path)
+    table = (tmp_path / "memory_table.md").read_text()
+    assert "a, resumption 1: threads 1 instead of 2; b, resumption 1: torch 2.12 instead of 2.11" in table
 
 
 def test_a_machine_with_two_names_can_have_two_conditions(tmp_path, write_run):
@@ -111,3 +123,15 @@ def test_a_machine_with_two_names_can_have_two_conditions(tmp_path, write_run):
     assert NOTE in (tmp_path / "memory_table.md").read_text()
     write_run_page([tmp_path, tmp_path], tmp_path / "comparison.html", same_machine=True)
     assert "resumption 1: threads 1 instead of 2" in (tmp_path / "comparison.html").read_text()
+
+
+def test_a_report_leaves_no_table_of_an_earlier_one(tmp_path, write_run):
+    write_run(tmp_path, (0, "a"), (0, "a"), (0, "b"), (0, "b"), environments=(HERE,))
+    draw_run(tmp_path, same_machine=True)
+    assert (tmp_path / "gain.md").is_file()
+    write_run(tmp_path / "other", (0, "a"), (1, "a"), (0, "a"), (1, "a"))
+    for name in ("records.jsonl", "environment.json"):
+        (tmp_path / name).write_bytes((tmp_path / "other" / name).read_bytes())
+    draw_run(tmp_path)
+    assert not (tmp_path / "gain.md").exists()
+    assert (tmp_path / "memory_table.md").is_file()
