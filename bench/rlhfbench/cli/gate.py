@@ -33,6 +33,8 @@ EPILOG = epilog(
 )
 # The cases without any option: the PPO methods at one size that takes a tenth of a second a step.
 SMALL: dict[str, Any] = {"seq_lens": [32], "batch_sizes": [2]}
+# So that a slow step can be compared at all: a pair has at least ten steps.
+_TIMEOUT_PER_BUDGET = 10
 
 
 @with_groups
@@ -181,7 +183,8 @@ def gate(
             return _against_run(
                 Path(baseline), folder, options, output, update=update_baseline, memory_only=memory_only
             )
-        sweep = make_sweep(spec if cases.sweep else {**SMALL, **spec}, cases.sweep, cases.setting)
+        small = {**SMALL, "methods": ["full"]} if step else SMALL  # the method only names a user's own step
+        sweep = make_sweep(spec if cases.sweep else {**small, **spec}, cases.sweep, cases.setting)
         if baseline:
             return _first_baseline(Path(baseline), sweep, folder, options, output)
         if self_test:
@@ -192,7 +195,7 @@ def gate(
         root = sides.repository()
         roots = sides.module_roots(root, with_working_folder=step is not None)
         head = sides.head_side(root, roots, step=step)
-        with sides.checked_out(base, root, "base", roots, step=step) as other:
+        with sides.unedited(root, roots), sides.checked_out(base, root, "base", roots, step=step) as other:
             findings = _compare(other, head, sweep, folder, options)
         return output.finish(findings, other.title, head.title)
 
@@ -216,7 +219,10 @@ def _options(
         raise GateError(f"--step is '{step}': it must be MODULE:FUNCTION.")
     effects = Effects(smallest=smallest, promised=promised)
     options = GateOptions(effects=effects, num_threads=threads, step=step)
-    return options if budget_s is None else dataclasses.replace(options, budget_s=budget_s)
+    if budget_s is None:
+        return options
+    timeout_s = max(options.case_timeout_s, min(_TIMEOUT_PER_BUDGET * budget_s, 1e6))
+    return dataclasses.replace(options, budget_s=budget_s, case_timeout_s=timeout_s)
 
 
 def _compare(base: Any, head: Any, cases: Sweep, folder: Path, options: GateOptions) -> list[Finding]:

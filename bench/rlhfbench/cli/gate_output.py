@@ -83,7 +83,7 @@ class Output:
         if self.summary is None:
             return
         try:
-            Path(self.summary).write_text(text, encoding="utf-8")
+            Path(self.summary).write_text(text, encoding="utf-8", errors="replace")
         except OSError as error:
             print(f"--summary '{self.summary}' cannot be written: {error.strerror}.", file=sys.stderr)
 

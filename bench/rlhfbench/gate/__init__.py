@@ -54,5 +54,5 @@ def compare_in_words(
         root = sides.repository()
         roots = sides.module_roots(root, with_working_folder=options.step is not None)
         head = sides.head_side(root, roots, step=options.step)
-        with sides.checked_out(base, root, "base", roots, step=options.step) as side:
+        with sides.unedited(root, roots), sides.checked_out(base, root, "base", roots, step=options.step) as side:
             return Comparison(side, head, sweep, out, options, tell).run(), side.title, head.title

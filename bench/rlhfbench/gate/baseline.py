@@ -24,6 +24,7 @@ from rlhfbench.runs.options import RunOptions
 from rlhfbench.runs.runner import run_sweep
 from rlhfbench.runs.titles import Titles
 from rlhfkernels.config.case import Case
+from rlhfkernels.config.content import content_hash
 
 
 def baseline_sweep(folder: Path) -> Sweep:
@@ -116,9 +117,11 @@ def compare_with_run(baseline: Path, out: Path, options: GateOptions, *, memory_
         memory_only: Judge no times.
 
     Raises:
+        GateError: The baseline cannot be compared with, or a data file has changed since it was made.
         KeyboardInterrupt: Ctrl-C ended the new run.
     """
     cases = baseline_sweep(baseline)
+    _check_data_files(baseline, cases)
     settings = RunFolder(baseline).settings()
     threads = {"num_threads": options.num_threads or settings.get("num_threads") or _threads(baseline)}
     if run_sweep(cases, out, RunOptions.recorded({**settings, **threads, "with_plan": False})).interrupted:
@@ -126,6 +129,18 @@ def compare_with_run(baseline: Path, out: Path, options: GateOptions, *, memory_
     obstacle = None if memory_only else time_obstacle(baseline, out)
     findings = baseline_findings(baseline, out, options.effects, times_obstacle=obstacle)
     return [found for found in findings if not memory_only or found.quantity.startswith("memory") or not found.quantity]
+
+
+def _check_data_files(baseline: Path, cases: Sweep) -> None:
+    """Refuses data that have changed: the code would be blamed for what other rows take."""
+    environments = RunFolder(baseline).environments()
+    before = environments[0].get("data_files") if environments else None
+    for file in dict.fromkeys(case.data_file for case in cases.cases if case.data_file is not None):
+        now = content_hash(file)
+        if isinstance(before, dict) and before.get(file, now) != now:
+            raise GateError(
+                f"data file '{file}' is not that of baseline '{baseline}': make a new one in another folder."
+            )
 
 
 def _threads(baseline: Path) -> int | None:

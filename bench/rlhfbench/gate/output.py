@@ -95,4 +95,5 @@ def _row(found: Finding, title: str) -> str:
 def _size(found: Finding, value: float | None) -> str:
     if value is None:
         return "–"
-    return f"{value / _MIB:.3f} MiB" if found.quantity.startswith("memory") else f"{value:.4g} s"
+    # Bytes are integers. A user's phase may be called "memory" too.
+    return f"{value / _MIB:.3f} MiB" if isinstance(value, int) else f"{value:.4g} s"

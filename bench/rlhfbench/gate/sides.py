@@ -20,7 +20,7 @@ from rlhfbench.errors import GateError
 _LOADED_FILES = (
     "import ctypes, importlib, json, pathlib, sys; sys.platform == 'linux' and ctypes.CDLL(None).prctl(1, 9); "
     "importlib.import_module(sys.argv[1]); "
-    "files = {n: getattr(m, '__file__', None) for n, m in list(sys.modules.items()) if '.' not in n}; "
+    "files = {n: getattr(m, '__file__', None) for n, m in list(sys.modules.items())}; "
     "pathlib.Path(sys.argv[2]).write_text(json.dumps(files))"
 )
 # Loads all that a case of a method runs: this package, transformers, PEFT and torch.
@@ -29,7 +29,16 @@ _SOURCE_FOLDERS = ("src", "python", "lib")
 # The path of a Unix socket has 104 to 108 characters.
 _MAX_TEMPORARY_CHARS = 70
 # Deletes a folder when its standard input ends: when the gate ends, also by SIGKILL.
-_CLEANER = "import shutil, sys; sys.stdin.read(); shutil.rmtree(sys.argv[1], ignore_errors=True)"
+# Again while something that outlives the gate for a moment, as a git does, still writes into it.
+_CLEANER = """
+import os, shutil, sys, time
+sys.stdin.read()
+for _ in range(50):
+    shutil.rmtree(sys.argv[1], ignore_errors=True)
+    if not os.path.lexists(sys.argv[1]):
+        break
+    time.sleep(0.1)
+"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +71,8 @@ class Side:
 
     @property
     def _own_package(self) -> Path | None:
-        return next((Path(path, "rlhfbench") for path in self.paths if Path(path, "rlhfbench").is_dir()), None)
+        found = (Path(path, "rlhfbench") for path in self.paths)
+        return next((own for own in found if Path(own, "__init__.py").is_file()), None)
 
 
 def git(*arguments: str, folder: Path | None = None, index: Path | None = None) -> str:
@@ -79,7 +89,13 @@ def git(*arguments: str, folder: Path | None = None, index: Path | None = None) 
     environment = None if index is None else {**os.environ, "GIT_INDEX_FILE": str(index)}
     try:
         done = subprocess.run(
-            ["git", *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=True
+            ["git", *arguments],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            encoding="utf-8",
+            errors="surrogateescape",  # names of files and subjects of commits may be no UTF-8
+            check=True,
         )
     except OSError as error:
         raise GateError("git is needed to compare revisions, and is not installed.") from error
@@ -146,10 +162,13 @@ def _check_imports(step: str, paths: Sequence[str], files: Path, root: Path, whe
         root: The repository.
         where: ``files`` in words.
     """
-    loaded = _loaded_files(step.partition(":")[0], paths) or {}
-    for name in sorted(_module_names(root) & loaded.keys()):
-        file = loaded[name]
-        if file is not None and not _is_inside(Path(file), files):
+    names, loaded = _module_names(root), _loaded_files(step.partition(":")[0], paths) or {}
+    for name, file in sorted(loaded.items()):
+        # Some modules name a file that is none, such as ``torch.classes``.
+        if file is None or not Path(file).is_absolute() or _is_inside(Path(file), files):
+            continue
+        # A module by another name than git knows, such as a new file, if it lies in the working tree.
+        if name in names or _is_inside(Path(file), root):
             raise GateError(
                 f"step '{step}' imports '{name}' from '{file}' and not from {where}, so both sides would run that "
                 "copy: install the project in editable mode, and call the gate in the folder of the step."
@@ -157,7 +176,7 @@ def _check_imports(step: str, paths: Sequence[str], files: Path, root: Path, whe
 
 
 def _loaded_files(module: str, paths: Sequence[str]) -> dict[str, str | None] | None:
-    """Files of the modules that importing ``module`` loads, by their names, those inside of packages left out.
+    """Files of the modules that importing ``module`` loads, by their names.
 
     Args:
         module: A module.
@@ -185,6 +204,34 @@ def _module_names(root: Path) -> set[str]:
         if not rest or rest == ["__init__.py"]:
             found.add(first.removesuffix(".py"))
     return found - sys.stdlib_module_names
+
+
+@contextlib.contextmanager
+def unedited(root: Path, roots: Sequence[str]) -> Iterator[None]:
+    """Refuses what the block has measured if a module of the working tree was edited meanwhile.
+
+    The servers of a side start anew while a comparison runs, and import what the files hold then.
+
+    Args:
+        root: The repository.
+        roots: Folders of ``root`` that modules are imported from.
+
+    Raises:
+        GateError: A Python file that git does not ignore was edited or removed.
+    """
+    before = _times_of_change(root, roots)
+    yield
+    now = _times_of_change(root, roots)
+    for file, changed_ns in before.items():
+        if now.get(file) != changed_ns:
+            raise GateError(f"'{file}' was edited while the gate ran, which measured two codes as one: run it again.")
+
+
+def _times_of_change(root: Path, roots: Sequence[str]) -> dict[str, int]:
+    folders = [str(Path(path).resolve().relative_to(root.resolve())) for path in roots]
+    command = ("ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *folders)
+    names = [name for name in git(*command, folder=root).split("\0") if name.endswith(".py")]
+    return {name: (root / name).stat().st_mtime_ns for name in names if (root / name).is_file()}
 
 
 @contextlib.contextmanager
@@ -267,19 +314,20 @@ def module_roots(root: Path, *, with_working_folder: bool) -> list[str]:
 
 def _runs_in_methods(roots: Sequence[str], root: Path) -> bool:
     """True if a case of a method would run code of these folders: this package's, transformers', PEFT's or torch's."""
-    if any(Path(path, "rlhfbench").is_dir() for path in roots):
+    if any(Path(path, "rlhfbench", "__init__.py").is_file() for path in roots):
         return True
     loaded = _loaded_files(_MEASURED, roots)
     return loaded is None or any(_is_inside(Path(file), root) for file in loaded.values() if file)
 
 
 def _is_inside(path: Path, root: Path) -> bool:
-    """True if ``path`` is among the files of ``root``, and not of an environment in it.
+    """True if ``path`` is among the files of ``root``, and not of an environment or of a Python in it.
 
     A command of an environment has the environment's ``bin`` on its path.
     """
-    path, root, prefix = path.resolve(), root.resolve(), Path(sys.prefix).resolve()
-    is_of_environment = prefix.is_relative_to(root) and path.is_relative_to(prefix)
+    path, root = path.resolve(), root.resolve()
+    prefixes = (Path(prefix).resolve() for prefix in (sys.prefix, sys.base_prefix))
+    is_of_environment = any(prefix.is_relative_to(root) and path.is_relative_to(prefix) for prefix in prefixes)
     return path.is_relative_to(root) and not is_of_environment and "site-packages" not in path.parts
 
 

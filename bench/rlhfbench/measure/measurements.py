@@ -68,6 +68,9 @@ def run_measurements(
         num_blocks = world.broadcast(options.num_blocks or (DEFAULT_BLOCKS if is_short else 1))
         rule = StoppingRule(precision=options.precision, budget_s=options.time_budget_s / num_blocks)
         timing = time_steps(step, case, rule, notify, options.turns, world=world, enter_phase=enter_phase)
+        if case.device == "cpu" and _has_used_cuda():
+            # A user's own step: nothing would wait for the GPU, and its memory would not count.
+            raise ModelError("the step uses CUDA, and the device of its case is cpu: name it with --device cuda.")
         result: dict[str, Any] = {}
         if options.block == 0:
             result = _measure_once(step, case, options, timing, prepared, notify, world if in_world else None)
@@ -91,6 +94,11 @@ def run_measurements(
         "error": None,
     }
     return result
+
+
+def _has_used_cuda() -> bool:
+    is_initialized: Any = torch.cuda.is_initialized
+    return bool(is_initialized() and torch.cuda.max_memory_allocated())
 
 
 def _ceilings(case: Case, options: MeasurementOptions, notify: Notify, world: World) -> dict[str, float] | None:

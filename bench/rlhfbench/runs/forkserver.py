@@ -148,9 +148,9 @@ class ForkServer:
             self._log = None
 
     def kill(self) -> None:
-        """Kills the server and with it a case that runs, from another thread than that of ``run``."""
+        """Has the server kill a case that runs and all that it started, and end; for another thread than ``run``'s."""
         if self._process is not None:
-            self._process.kill()
+            self._process.terminate()
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:

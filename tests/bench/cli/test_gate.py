@@ -1,9 +1,12 @@
+import contextlib
 import json
 import tempfile
+from pathlib import Path
 
 import pytest
 
 import rlhfbench.gate.baseline
+from rlhfbench.gate import sides
 from rlhfbench.records.file import read_records
 from rlhfbench.runs import environment
 from rlhfbench.runs.runner import RunResult
@@ -135,3 +138,51 @@ def test_an_interrupted_gate_leaves_the_baseline_as_it_was(call, fake, monkeypat
     monkeypatch.setattr(rlhfbench.gate.baseline, "run_sweep", lambda *args, **kwargs: interrupted)
     assert call("gate", "--baseline", "stored", "--update-baseline")[:2] == (130, "")
     assert (tmp_path / "stored" / "records.jsonl").read_bytes() == before
+
+
+@pytest.fixture
+def compared(monkeypatch):
+    """Notes the cases and the options of each comparison, which finds nothing; both sides are stand-ins."""
+    seen = []
+
+    def run(base, head, cases, folder, options):
+        seen.append((cases, options))
+        return []
+
+    side = sides.Side(name="base", title="abc")
+    monkeypatch.setattr("rlhfbench.cli.gate._compare", run)
+    monkeypatch.setattr(sides, "repository", Path)
+    monkeypatch.setattr(sides, "module_roots", lambda root, with_working_folder: [])
+    monkeypatch.setattr(sides, "head_side", lambda root, roots, step: side)
+    monkeypatch.setattr(sides, "unedited", lambda root, roots: contextlib.nullcontext())
+    monkeypatch.setattr(sides, "checked_out", lambda *_, step: contextlib.nullcontext(side))
+    return seen
+
+
+def test_a_users_step_is_one_case(call, compared):
+    """The method only names it: five would be one step, measured five times."""
+    for arguments in ((), ("--step", "mine:make"), ("--step", "mine:make", "--methods", "lora,hydra")):
+        call("gate", "--base", "a", *arguments)
+    assert [len(sweep.cases) for sweep, _ in compared] == [5, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "timeout_s"), [((), 600), (("--budget-s", "8"), 600), (("--budget-s", "90"), 900)]
+)
+def test_a_slow_step_has_time_for_a_pair(call, compared, arguments, timeout_s):
+    """A pair has at least ten steps: a process that is killed after 600 s allows none of a minute."""
+    call("gate", "--base", "a", *arguments)
+    assert [options.case_timeout_s for _, options in compared] == [timeout_s]
+
+
+def test_a_stored_run_of_other_data_is_refused(call, fake, tmp_path):
+    """The code would be blamed for what other rows take."""
+    data = tmp_path / "p.jsonl"
+    data.write_text('{"steady": "hello"}\n')
+    flags = ("--prompts", "p.jsonl", *kind("steady"), "--blocks", "2")
+    assert call("run", *SMALL, *flags, "--out", "stored")[0] == 0
+    assert call("gate", "--baseline", "stored")[0] == 0
+    data.write_text('{"steady": "good bye"}\n')
+    code, out, err = call("gate", "--baseline", "stored")
+    sentence = f"data file '{data}' is not that of baseline 'stored': make a new one in another folder.\n"
+    assert (code, out, err) == (2, "", sentence)

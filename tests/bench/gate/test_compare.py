@@ -129,6 +129,7 @@ def test_a_case_needs_a_core_for_each_thread_where_that_is_known_of_all_its_proc
 
 def test_an_older_base_is_timed_in_blocks_one_after_the_other(tmp_path):
     (tmp_path / "old" / "rlhfbench").mkdir(parents=True)
+    (tmp_path / "old" / "rlhfbench" / "__init__.py").write_text("")
     old = dataclasses.replace(BASE, paths=(str(tmp_path / "old"),))
     assert not old.takes_turns
     (tmp_path / "old" / "rlhfbench" / "measure").mkdir()
@@ -348,6 +349,14 @@ def test_text_in_a_table_breaks_no_row():
     found = Finding(case=CASE, quantity="", verdict="failed", reason="head: crashed: a | b\nc")
     assert "failed: head: crashed: a \\| b c |" in markdown([found], "x", "y")
     assert "**Cannot tell.**" in markdown([], "x", "y")
+
+
+def test_a_users_phase_may_be_called_memory():
+    seconds = Finding(case=CASE, quantity="memory bank s", verdict="ambiguous", base=0.5, head=0.25)
+    size = Finding(case=CASE, quantity="memory total", verdict="same", base=2**20, head=2**20)
+    table = markdown([seconds, size], "x", "y")
+    assert "| 0.5 s | 0.25 s |" in table
+    assert "| 1.000 MiB | 1.000 MiB |" in table
     assert exit_code([]) == 3
 
 

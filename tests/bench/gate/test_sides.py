@@ -170,6 +170,7 @@ def test_folders_that_modules_come_from(repo, monkeypatch):
     with pytest.raises(GateError, match=r"nothing is imported from .*, or name a step with --step"):
         sides.module_roots(repo, with_working_folder=False)
     (repo / "src" / "rlhfbench").mkdir()
+    (repo / "src" / "rlhfbench" / "__init__.py").write_text("")
     assert sides.module_roots(repo, with_working_folder=False) == [str(repo / "src")]
     monkeypatch.setattr(sys, "path", inside[1:])
     with pytest.raises(GateError, match="nothing is imported from"):
@@ -234,3 +235,52 @@ def test_a_folder_for_sockets_has_a_short_path(monkeypatch, tmp_path):
         assert len(str(folder)) < 60
     with sides.temporary_folder() as folder:
         assert folder.parent == long
+
+
+def test_a_working_tree_that_is_edited_meanwhile_is_refused(repo):
+    """Servers start anew while a gate runs, and import what the files hold then."""
+    roots, module = [str(repo / "src")], repo / "src" / "mine.py"
+    with sides.unedited(repo, roots):
+        (repo / "outside.py").write_text("")
+        (repo / "src" / "table.md").write_text("what the gate itself may write")
+    with (
+        pytest.raises(GateError, match=r"^'src/mine\.py' was edited while the gate ran"),
+        sides.unedited(repo, roots),
+    ):
+        os.utime(module, ns=(0, 0))
+    with pytest.raises(GateError, match=r"'src/mine\.py' was edited"), sides.unedited(repo, roots):
+        module.unlink()
+
+
+@pytest.mark.parametrize("file", ["new_step.py", "packages/parts/deep.py"])
+def test_a_revision_whose_step_imports_a_file_that_it_lacks_from_the_working_tree_is_refused(repo, monkeypatch, file):
+    """A new file, or one in a package without ``__init__.py``: git knows no module by its name."""
+    (repo / file).parent.mkdir(parents=True, exist_ok=True)
+    (repo / file).write_text("")
+    module = file.removesuffix(".py").removeprefix("packages/").replace("/", ".")
+    (repo / "src" / "step.py").write_text(f"import {module}\n")
+    sides.git("add", "src", folder=repo)
+    sides.git("commit", "-q", "-m", "step", folder=repo)
+    monkeypatch.setenv("PYTHONPATH", str((repo / file).parents[0 if file == "new_step.py" else 1]))
+    with (
+        pytest.raises(GateError, match=r"imports '.*' from '.*' and not from revision 'HEAD'"),
+        sides.checked_out("HEAD", repo, "base", [str(repo / "src")], step="step:make"),
+    ):
+        pass
+
+
+def test_a_folder_with_the_name_of_this_package_is_not_the_package(repo):
+    (repo / "rlhfbench").mkdir()
+    side = sides.Side(name="base", title="", paths=(str(repo),))
+    assert (side.takes_turns, side.obstacle) == (True, None)
+    (repo / "rlhfbench" / "__init__.py").write_text("")
+    assert not side.takes_turns
+    assert side.obstacle is not None
+
+
+def test_names_that_are_no_utf_8_are_no_error(repo):
+    name = os.fsdecode(b"caf\xe9.py")
+    (repo / "src" / name).write_text("")
+    with sides.unedited(repo, [str(repo / "src")]):
+        pass
+    assert sides.git("ls-files", "-z", "--others", folder=repo).rstrip("\0") == f"src/{name}"

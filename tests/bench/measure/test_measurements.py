@@ -320,3 +320,15 @@ def test_a_case_whose_decoding_is_wrong_is_not_timed(fake):
     with pytest.raises(ModelError, match="decoding and the full forward disagree"):
         measure_case(CASE, options(), lambda text: None)
     assert len(step.observers) == 1
+
+
+def test_a_step_on_a_gpu_whose_case_is_on_the_cpu_is_refused(fake, monkeypatch):
+    """Nothing would wait for the GPU, and its memory would not count."""
+    fake(FakeStep())
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    used = iter((0, 1024))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: next(used))
+    assert measure_case(CASE, options(), lambda stage: None)["block"]["phases"]
+    with pytest.raises(ModelError, match=r"^the step uses CUDA, and the device of its case is cpu: name it with"):
+        measure_case(CASE, options(), lambda stage: None)

@@ -244,6 +244,22 @@ def test_an_interrupt_ends_the_case_and_the_server(run, server, is_gone):
     assert server.pid is None
 
 
+def test_a_server_that_another_thread_kills_leaves_nothing_that_its_case_started(run, server, is_gone):
+    """As Ctrl-C does in a gate, whose sides run in threads."""
+    pids = []
+
+    def kill(message):
+        if message["notify"].startswith(("helped", "hanging")):
+            pids.append(int(message["notify"].split()[1]))
+        if len(pids) == 2:
+            server.kill()
+
+    end, _, _ = run("hang-with-helper", on_message=kill)
+    assert end.code != 0
+    assert len(pids) == 2
+    assert all(is_gone(pid) for pid in pids)
+
+
 def test_closing_ends_the_server(is_gone):
     server = ForkServer(target="fake_case:run_case", preload=())
     server.start()
