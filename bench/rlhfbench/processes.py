@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ Output = TypeVar("Output")
 
 MAX_PROCESSES = 8  # half a gigabyte each
 _PR_SET_PDEATHSIG = 1
+_PATH_LOCK = threading.Lock()
 
 
 def map_parallel(
@@ -77,14 +79,15 @@ def _safe_path() -> Iterator[None]:
 
     A ``random.py`` of the user's must not replace the standard library's.
     """
-    given = os.environ.get("PYTHONSAFEPATH")
-    os.environ["PYTHONSAFEPATH"] = "1"
-    try:
-        yield
-    finally:
-        del os.environ["PYTHONSAFEPATH"]
-        if given is not None:
-            os.environ["PYTHONSAFEPATH"] = given
+    with _PATH_LOCK:  # another thread's "1" would be taken for what the user has set
+        given = os.environ.get("PYTHONSAFEPATH")
+        os.environ["PYTHONSAFEPATH"] = "1"
+        try:
+            yield
+        finally:
+            del os.environ["PYTHONSAFEPATH"]
+            if given is not None:
+                os.environ["PYTHONSAFEPATH"] = given
 
 
 def num_cores() -> int:

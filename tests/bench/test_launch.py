@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from rlhfbench.errors import SweepError
@@ -42,6 +44,8 @@ def test_the_variables_of_torchrun():
 def test_the_variables_of_slurm():
     launch = Launch(rank=4, size=5, local_rank=0, local_size=1, host="node07", port=29500, job="17.2")
     assert find_launch(SLURM) == launch
+    of_job = {name: value for name, value in SLURM.items() if name != "SLURM_STEP_NODELIST"}
+    assert find_launch(of_job) == dataclasses.replace(launch, host="node01")
     first = {**SLURM, "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "0", "MASTER_PORT": "1234"}
     launch = Launch(rank=1, size=5, local_rank=1, local_size=2, host="node07", port=1234, job="17.2")
     assert find_launch(first) == launch

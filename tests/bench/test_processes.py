@@ -91,9 +91,16 @@ def test_oom_kills_are_those_that_linux_counts(
 
 def test_modules_of_the_working_folder_do_not_replace_the_standard_librarys(tmp_path: Path) -> None:
     (tmp_path / "random.py").write_text("raise SystemExit('the wrong one')\n")
-    code = "from rlhfbench.processes import map_parallel; print(map_parallel(abs, [-1, -2], preload=[]))"
+    script = tmp_path / "below" / "script.py"  # its own folder is on its path, and not the working folder
+    script.parent.mkdir()
+    script.write_text(
+        "from rlhfbench import processes\n"
+        "if __name__ == '__main__':\n"
+        "    processes.num_cores = lambda: 2\n"
+        "    print(processes.map_parallel(abs, [-1, -2], preload=[]))\n"
+    )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     environment.pop("PYTHONSAFEPATH", None)
-    command = [sys.executable, "-P", "-c", code]
+    command = [sys.executable, str(script)]
     found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert (found.stdout, found.stderr) == ("[1, 2]\n", "")

@@ -94,7 +94,7 @@ def _inspect_hub(model: str) -> ModelFacts:
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
-        HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
@@ -111,7 +111,11 @@ def _inspect_hub(model: str) -> ModelFacts:
         reason = "there is no such folder here, and no such model on the hub."
     except EntryNotFoundError:
         reason = "it holds no model (no config.json)."
-    except (HfHubHTTPError, OSError) as error:
+    except HFValidationError:
+        reason = "there is no such folder here, and a model on the hub cannot have this name."
+    except ModelError:
+        raise
+    except Exception as error:  # of the client, a proxy or HF_ENDPOINT: each has errors of its own
         reason = f"the hub does not answer ({type(error).__name__}): is there a network?"
     raise ModelError(f"model '{model}': {reason}")
 
@@ -133,7 +137,9 @@ def _is_hub_reachable() -> bool:
 def _facts(model: str, config_path: Path) -> ModelFacts:
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise ModelError(f"model '{model}': its config.json cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"model '{model}': its config.json is not JSON.") from error
     if not isinstance(config, dict):
         raise ModelError(f"model '{model}': its config.json is not an object.")

@@ -92,6 +92,8 @@ class Sweep:
         tables = spec.get("cases", [])
         if not isinstance(tables, list) or not all(isinstance(table, Mapping) for table in tables):
             raise SweepError([*problems, "cases must be tables: write each below a line [[cases]]."])
+        if "cases" in spec and not tables:
+            problems.append("cases is empty: it must have at least one table.")
         cases: list[Case] = []
         if not tables or any(key in spec for key in GRID_KEYS):
             cases += cases_of_grid("", {**_default_lengths(spec), **spec}, problems)
@@ -178,8 +180,11 @@ class Sweep:
 
 def _absolute_model(model: str) -> str:
     """The absolute path of a model on this machine; the name of any other."""
-    path = Path(model).expanduser()
-    return str(path.absolute()) if model not in PRESETS and path.exists() else model
+    try:
+        path = Path(model).expanduser()
+        return str(path.absolute()) if model not in PRESETS and path.exists() else model
+    except (OSError, RuntimeError):  # of a user's folder, or a name that is too long: ``inspect_model`` says why
+        return model
 
 
 def _default_lengths(spec: Spec) -> dict[str, Any]:

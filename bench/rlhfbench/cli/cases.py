@@ -25,6 +25,7 @@ from rlhfbench.cli.common import (
 )
 from rlhfbench.errors import SweepError
 from rlhfkernels.config.options import DataOptions, LoraOptions
+from rlhfkernels.config.rules import shown
 from rlhfkernels.naming import unknown
 
 if TYPE_CHECKING:
@@ -163,8 +164,17 @@ class CaseOptions:
             "--demonstrations": ("data.demonstrations", self.demonstrations),
             "--pairs": ("data.pairs", self.pairs),
         }
-        options = dict(map(parse_option, self.option or ()))
+        pairs = list(map(parse_option, self.option or ()))
+        options = dict(pairs)
+        unlike = [(name, value) for name, value in pairs if value != options[name]]
+        if unlike:
+            raise SweepError(
+                f"--option {name} is {shown(value)} and {shown(options[name])}: give one, or a list in a sweep file."
+                for name, value in unlike
+            )
         check_options(named, options)
+        if self.prompt_field is not None and self.prompts is self.sweep is None and "data.prompts" not in options:
+            raise SweepError([f"--prompt-field is {shown(self.prompt_field)}: it needs --prompts FILE."])
         return given(
             methods=words(self.methods),
             models=None if self.model is None else [self.model],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
@@ -16,8 +17,9 @@ from rlhfbench.errors import ForkServerError, RlhfBenchError
 from rlhfkernels.errors import RlhfKernelsError
 
 _MAX_LINE_CHARS = 1000
+_OF_FOLDERS = (errno.ENOENT, errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # also without the name of a file
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 for _verb, _epilog in (
     (run.run, run.EPILOG),
     (plan.plan, plan.EPILOG),
@@ -88,8 +90,9 @@ def invoke(arguments: list[str]) -> int:
             stream.reconfigure(errors="replace")
     # Transformers imports DeepSpeed where it is installed, which logs to standard output: it would spoil ``--json``.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    os.environ["MPLBACKEND"] = "agg"  # pictures need no display, and a name that it does not know stops Matplotlib
     try:
-        code = app(arguments, prog_name="rlhfbench", standalone_mode=False)
+        code = app(arguments or ["--help"], prog_name="rlhfbench", standalone_mode=False)
     except (RlhfBenchError, RlhfKernelsError) as error:
         _complain(str(error))
         return NOTHING if isinstance(error, ForkServerError) else WRONG
@@ -97,8 +100,11 @@ def invoke(arguments: list[str]) -> int:
         return INTERRUPTED
     except OSError as error:
         # Of a file that no verb foresaw: a name that is too long, a folder without permission, a full disk.
-        if error.filename is None:
+        if error.filename is None and error.errno not in _OF_FOLDERS:
             raise
+        if error.filename is None:
+            _complain(f"the working folder or the temporary folder cannot be used: {error.strerror}.")
+            return WRONG
         _complain(f"'{os.fsdecode(error.filename)}' cannot be used: {error.strerror}.")
         return WRONG
     except Exception as error:

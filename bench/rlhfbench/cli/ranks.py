@@ -105,6 +105,8 @@ def make_ranked_sweep(
     if strategies and not defaults and all(case.options.parallel.world_size == 1 for case in sweep.cases):
         flag = f"--zero-stage is {ranks.zero_stage}" if stages else f"--parallel is {shown(ranks.parallel)}"
         raise SweepError([f"{flag}: it needs --world-size N."])
+    if ranks.global_batch and not defaults and all(case.options.parallel.world_size == 1 for case in sweep.cases):
+        raise SweepError(["--global-batch needs --world-size N."])
     return _of_one_rank(sweep) if ranks.global_batch else sweep
 
 

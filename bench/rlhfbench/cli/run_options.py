@@ -139,9 +139,11 @@ class MeasurementOptions:
         """Returns the largest batch that a search tries; ``None`` where the largest batches are not searched for.
 
         Raises:
-            SweepError: a limit was given and no search.
+            SweepError: a limit was given and no search, or a run that is resumed is none.
         """
         before = recorded.get("max_batch_limit")
+        if self.max_batch and recorded and before is None:
+            raise SweepError(["--max-batch: the run to resume is no search for the largest batch: name a new folder."])
         if not self.max_batch and before is None:
             if self.max_batch_limit is not None:
                 raise SweepError(["--max-batch-limit needs --max-batch."])

@@ -188,8 +188,8 @@ class RayTransport:
             fields, files = ray.get(ref)
         except RayTaskError as error:
             answer: Reply | Lost = _failure("crashed", type(error.cause).__name__, _last_line(error))
-        except OutOfMemoryError:
-            answer = _failure("oom", "OutOfMemoryError", f"Ray ended it: node {claim.node.name} was out of memory.")
+        except OutOfMemoryError:  # the agent is dead, and Ray would answer its next task with the same error
+            return _failure("oom", "OutOfMemoryError", f"Ray ended it: node {claim.node.name} was out of memory.")
         except RayError as error:
             with suppress(RayError):
                 ray.kill(agent)

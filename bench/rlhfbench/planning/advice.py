@@ -106,6 +106,11 @@ _RANK = Remedy(
 )
 _SMALLER_MODEL = Remedy("a smaller model")
 _SHORTER = Remedy("a shorter length")
+_FEWER_SAMPLES = Remedy(
+    "a smaller best_of_n.num_generations",
+    lambda case, zero: case.role_table.generate is not None and case.sequences_per_row > 1,
+)
+_BY_LAYER = _option("parallel.gather", "layer", lambda case, zero: case.options.parallel.gather == "rollout")
 _SDPA = _option(
     "engine.attn_implementation", "sdpa", lambda case, zero: case.options.engine.attn_implementation == "eager"
 )
@@ -136,9 +141,14 @@ REMEDIES: dict[str, tuple[Remedy, ...]] = {
         *_divided_from(1),
         _SMALLER_MODEL,
     ),
-    "kv_cache": (_NARROWER, _SHORTER),
-    "gathered": (_NARROWER, _SMALLER_MODEL),
-    "buckets": (Remedy("a smaller parallel.reduce_bucket_size"),),
+    "kv_cache": (_FEWER_SAMPLES, _NARROWER, _SHORTER),
+    "gathered": (_BY_LAYER, _NARROWER, _SMALLER_MODEL),
+    "buckets": (
+        _ADAPTERS,
+        _divided_from(1)[1],
+        Remedy("a smaller parallel.reduce_bucket_size"),
+        _SMALLER_MODEL,
+    ),
     "activations": (
         _option(
             "engine.gradient_checkpointing", True, lambda case, zero: not case.options.engine.gradient_checkpointing
@@ -152,8 +162,9 @@ REMEDIES: dict[str, tuple[Remedy, ...]] = {
         _NARROWER,
         _SHORTER,
     ),
-    "rollout": (_SHORTER,),
+    "rollout": (_FEWER_SAMPLES, _SHORTER),
     "temporary": (
+        _FEWER_SAMPLES,
         _SDPA,
         _option(
             "engine.logprob_chunk_size",

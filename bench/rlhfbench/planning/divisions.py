@@ -30,6 +30,10 @@ class _Torchs(Zero):
 
     __slots__ = ()
 
+    def of_a_rank(self, case: Case) -> Case:
+        """See ``Zero.of_a_rank``: the options of the case name this division."""
+        return case
+
     def ranks(self, numels: Mapping[str, Sequence[int]]) -> list[int]:
         """See ``Zero.ranks``."""
         return [0]

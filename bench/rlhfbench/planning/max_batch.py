@@ -99,10 +99,11 @@ class BatchSearch:
     Args:
         usable_bytes: memory that a step may take.
         zero: the division among ranks.
+        limit: the largest batch that is tried, in data rows.
     """
 
-    def __init__(self, usable_bytes: int, zero: Zero | None) -> None:
-        self._usable_bytes, self._zero = usable_bytes, zero
+    def __init__(self, usable_bytes: int, zero: Zero | None, limit: int = MAX_BATCH_SIZE) -> None:
+        self._usable_bytes, self._zero, self._limit = usable_bytes, zero, limit
         self._plans: dict[Case, dict[int, Plan]] = {}
 
     def note(self, plan: Plan) -> None:
@@ -115,17 +116,17 @@ class BatchSearch:
         return self._plan(case, 1)
 
     def largest(self, case: Case) -> int:
-        """The largest batch of ``case``'s kind that fits, up to ``MAX_BATCH_SIZE``; 0 if not even one row fits.
+        """The largest batch of ``case``'s kind that fits, up to the limit; 0 if not even one row fits.
 
         Each batch is tried as one micro-batch in one mini-batch.
         """
         low: int = 0
         high: int | None = None
-        guess = min(case.batch_size, MAX_BATCH_SIZE)
+        guess = min(case.batch_size, self._limit)
         while (high is None or high - low > 1) and not self._is_over(case, low + 1):
             if self._plan(case, guess).total_bytes <= self._usable_bytes:
                 low = guess
-                if low == MAX_BATCH_SIZE:
+                if low == self._limit:
                     break
             else:
                 high = guess
@@ -148,12 +149,12 @@ class BatchSearch:
     def _next_guess(self, case: Case, low: int, high: int | None) -> int:
         known = sorted((batch_size, plan.total_bytes) for batch_size, plan in self._of(case).items())
         if len(known) < 2:
-            return min(2 * low, MAX_BATCH_SIZE) if low else 1
+            return min(2 * low, self._limit) if low else 1
         (b0, t0), (b1, t1) = known[0], known[-1]
         bytes_per_row = max(1.0, (t1 - t0) / (b1 - b0))
         guess = int(b1 + (self._usable_bytes - t1) / bytes_per_row)
         if high is None:
-            return min(max(low + 1, guess), MAX_BATCH_SIZE)
+            return min(max(low + 1, guess), self._limit)
         # Near the end the guess repeats a bound; its neighbour is tried instead.
         return min(max(guess, low + 1), high - 1)
 

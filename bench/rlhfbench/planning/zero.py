@@ -66,7 +66,7 @@ class Zero:
         Raises:
             CaseError: DeepSpeed does not run with an option of the case.
         """
-        if self.is_alone or case.options.parallel.strategy is not None:
+        if self.is_alone:
             return case
         named = {"strategy": "deepspeed", "zero_stage": self.stage, "world_size": self.world_size}
         options = case.options.replace({f"parallel.{name}": value for name, value in named.items()})

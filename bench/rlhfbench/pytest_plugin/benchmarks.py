@@ -189,7 +189,7 @@ def case_name(case: Case) -> str:
 
     The case's id is appended if the name does not determine the case.
     """
-    model = Path(case.model).name
+    model = Path(case.model).name or case.model  # which a folder such as "." has not
     size = f"{case.prompt_len}+{case.completion_len}-batch{case.batch_size}"
     plain = Case(
         method=case.method,
@@ -206,5 +206,5 @@ def case_name(case: Case) -> str:
 
 def group_name(case: Case) -> str:
     """Returns the group in which pytest-benchmark compares methods: one size on one device."""
-    where = f"{Path(case.model).name} {case.device} {case.dtype}"
+    where = f"{Path(case.model).name or case.model} {case.device} {case.dtype}"
     return f"{where}: {case.seq_len} tokens, batch {case.batch_size}"

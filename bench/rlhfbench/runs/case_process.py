@@ -24,6 +24,14 @@ from rlhfbench.runs.worker import PHASE_PREFIX, threads_of_a_rank
 from rlhfkernels.config.case import Case
 
 
+def _code() -> tuple[Any, ...] | None:
+    """What a new server would import; ``None`` where a source file vanishes while it is read."""
+    try:
+        return versions.installed(), environment.package_versions()
+    except OSError:
+        return None
+
+
 class _Sampler(Protocol):
     def peak_bytes(self, pid: int) -> int | None: ...
 
@@ -44,16 +52,16 @@ class ThisMachine:
     ) -> None:
         self._server, self._progress, self._runs_ranks = server, progress or Silent(), runs_ranks
         self._nvml_is_missing = False
-        self._installed = versions.installed()
+        self._code = _code()
 
     def start(self, *, round_s: float = 0.0) -> None:
         """Starts the fork server: its imports are no part of the first case's time.
 
         Forks share the layout of their server's memory, which makes some phases up to 4 % slower. So each round of
-        blocks has a server of its own, if starting it takes less time than the round. Not if a source file was edited:
-        a new server would import it, and the blocks of a case would be of two codes.
+        blocks has a server of its own, if starting it takes less time than the round. Not if a source file was edited
+        or a package replaced: a new server would import it, and the blocks of a case would be of two codes.
         """
-        if 0 < self._server.start_s < round_s and versions.installed() == self._installed:
+        if 0 < self._server.start_s < round_s and (code := _code()) is not None and code == self._code:
             self._server.close()
         self._server.start()
 

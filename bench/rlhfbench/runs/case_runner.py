@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from rlhfbench.errors import ForkServerError
 from rlhfbench.records.derived import at
 from rlhfbench.records.file import Entry, Record, RecordsFile, make_record
 from rlhfbench.records.timelines import planned, write_timeline
@@ -98,7 +99,13 @@ class Runner:
             number = min(entry.num_blocks for entry in missing)
             behind = [entry for entry in missing if entry.num_blocks == number]
             random.Random(f"{self._segment.run_id if self._segment else ''} {number}").shuffle(behind)
-            self._executor.start(round_s=self._round_s)
+            try:
+                self._executor.start(round_s=self._round_s)
+            except ForkServerError as error:
+                if self._round_s == 0:
+                    raise
+                self._progress.notice(f"No further blocks are timed: {error}")
+                return
             started_s = time.monotonic()
             self._progress.begin_blocks(number, max(map(self._num_blocks, missing)), len(behind))
             hosts = {entry.case_id: entry.host for entry in behind}
@@ -185,9 +192,9 @@ class Runner:
         ]
 
     def try_case(self, case: Case) -> Record:
-        """Runs and records ``case``, or returns its record from earlier: of a try that might allocate as much."""
+        """Runs and records ``case``, or returns its record of an earlier try under the same conditions and limit."""
         tried = (entry for entry in self._recorded() if entry.case_id == case.id)
-        if not any(map(self._conditions.limit_is_same, tried)):
+        if not any(self._conditions.limit_is_same(entry) and self._is_as_it_was(entry) for entry in tried):
             self._executor.start()
             self._progress.start_case(case)
             # A try asks whether it fits: it gets no interval.

@@ -78,7 +78,7 @@ def describe(
         "host": platform.node(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": package_versions(),
         "source": {**source(*(versions.folders() or [Path(__file__).parent])), "hash": _source_hash()},
         "cpu": {
             "model": _cpu_model(),
@@ -241,6 +241,11 @@ def gpus() -> list[dict[str, Any]] | None:
 
 def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
+
+
+def package_versions() -> dict[str, str | None]:
+    """Returns the installed versions of the packages that times depend on; ``None`` for one that is missing."""
+    return {name: _version(name) for name in _PACKAGES}
 
 
 def _version(name: str) -> str | None:

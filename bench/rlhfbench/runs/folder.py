@@ -181,10 +181,12 @@ class RunFolder:
         except OSError as error:
             raise RunFolderError(f"'{path}' cannot be read: {error.strerror}.") from error
         except (ValueError, RecursionError) as error:
-            raise RunFolderError(f"'{path}' is not JSON: restore it, or name a new folder.") from error
+            raise RunFolderError(f"'{path}' is not JSON: restore it; only a new run can do without it.") from error
         resumed = first.pop("resumed", []) if isinstance(first, dict) else None
         if not isinstance(resumed, list) or not all(isinstance(segment, dict) for segment in resumed):
-            raise RunFolderError(f"'{path}' is not the environment of a run: restore it, or name a new folder.")
+            raise RunFolderError(
+                f"'{path}' is not the environment of a run: restore it; only a new run can do without it."
+            )
         return [first, *resumed]
 
     def settings(self) -> dict[str, Any]:

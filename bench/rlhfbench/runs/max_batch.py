@@ -268,7 +268,7 @@ def _planned(case: Case, usable_bytes: int, limit: int) -> int | None:
     from rlhfbench.planning.max_batch import BatchSearch
 
     try:
-        return min(limit, BatchSearch(usable_bytes, None).largest(dataclasses.replace(case, batch_size=1)))
+        return BatchSearch(usable_bytes, None, limit).largest(dataclasses.replace(case, batch_size=1))
     except RlhfKernelsError:
         return None
 

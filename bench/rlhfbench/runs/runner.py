@@ -12,9 +12,10 @@ from typing import Any
 from rlhfbench.cases import preflight
 from rlhfbench.cases.model_facts import ModelFacts
 from rlhfbench.cases.sweep import Sweep
-from rlhfbench.errors import RunFolderError
+from rlhfbench.errors import RunFolderError, SweepError
 from rlhfbench.launch import Launch, find_launch
 from rlhfbench.records.file import Entry, Record, RecordsFile
+from rlhfbench.records.schema import OUTCOMES
 from rlhfbench.runs import environment
 from rlhfbench.runs.case_process import ThisMachine
 from rlhfbench.runs.case_runner import Runner
@@ -29,6 +30,7 @@ from rlhfbench.runs.progress import Progress, make_progress
 from rlhfbench.runs.ranks import run_ranks
 from rlhfbench.runs.titles import Titles
 from rlhfkernels.config.content import content_hash
+from rlhfkernels.naming import unknown
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,6 +117,12 @@ def run_cases(
     this one.
     """
     environment.check_system()
+    if not sweep.cases:
+        raise SweepError(["the sweep has no cases: it must have at least one."])
+    retry = [retry] if isinstance(retry, str) else list(retry)
+    wrong = [unknown("retry", outcome, OUTCOMES) for outcome in retry if outcome not in OUTCOMES]
+    if wrong:
+        raise SweepError(wrong)
     launch = find_launch()
     if launch is not None and launch.rank:
         follow_launcher()

@@ -35,7 +35,7 @@ def installed() -> Installed:
     if not roots:
         return None
     for root in roots:
-        for path in sorted(path for path in root.rglob("*") if path.suffix in _SUFFIXES):
+        for path in sorted(path for path in root.rglob("*") if path.suffix in _SUFFIXES and path.is_file()):
             digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     try:
         version = importlib.metadata.version(PACKAGES[0])

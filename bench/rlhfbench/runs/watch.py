@@ -103,7 +103,7 @@ def _progress(run_dir: Path, num_records: int) -> str:
     try:
         if folder.settings().get("max_batch_limit") is not None:
             tries = "1 try is" if num_records == 1 else f"{num_records} tries are"
-            return f"{tries} recorded. The page follows as others come."
+            return f"{tries} recorded. The page follows if others come."
         num_cases = max(len(folder.load_sweep().cases), num_records)
     except RunFolderError:
         return f"{num_records} cases are recorded."

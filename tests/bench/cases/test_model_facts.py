@@ -1,3 +1,4 @@
+import builtins
 import json
 import shutil
 
@@ -100,7 +101,9 @@ def test_an_unknown_model_suggests_the_nearest_preset():
     [
         ("LocalEntryNotFoundError", "the hub cannot be reached"),
         ("EntryNotFoundError", "it holds no model"),
+        ("HFValidationError", "a model on the hub cannot have this name"),
         ("OSError", "the hub does not answer (OSError)"),
+        ("ValueError", "the hub does not answer (ValueError)"),
     ],
 )
 def test_a_hub_id_that_cannot_be_downloaded(monkeypatch, error, says):
@@ -108,7 +111,7 @@ def test_a_hub_id_that_cannot_be_downloaded(monkeypatch, error, says):
     from huggingface_hub import errors
 
     def download(*_, **__):
-        raise getattr(errors, error, OSError)("long\ntext")
+        raise (getattr(errors, error, None) or getattr(builtins, error))("long\ntext")
 
     monkeypatch.setattr(model_facts, "_is_hub_reachable", lambda: True)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)

@@ -113,3 +113,7 @@ def test_plan_takes_every_option_of_run_that_defines_a_case(call):
     }  # fmt: skip
     assert options("run") - options("plan") == only_run
     assert options("plan") - options("run") == {"--gpu"}
+
+
+def test_the_command_alone_is_its_help(call):
+    assert call() == call("--help")

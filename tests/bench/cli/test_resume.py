@@ -46,7 +46,7 @@ def test_a_run_is_resumed_by_the_same_command_or_by_its_folder_alone(call):
     assert len(read_records("here")) == 1
     code, _, err = call(*arguments, "--lora-rank", "2", "--resume", "here")
     assert (code, err) == (2, "out 'here' holds a run of a different sweep: lora.r 2 instead of 16.\n")
-    code, _, err = call("run", "--global-batch", "--resume", "here")
+    code, _, err = call("run", "--world-size", "2", "--global-batch", "--batch-sizes", "2", "--resume", "here")
     assert code == 2
     assert err.startswith("out 'here' holds a run of a different sweep: ")
 

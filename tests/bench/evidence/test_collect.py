@@ -94,6 +94,9 @@ def test_a_part_ends_with_its_time_and_the_next_is_not_begun(
     monkeypatch.setattr(module.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
     parts = collect(tmp_path / "out", request_of_all, [1, 2], 0.3)["parts"]
     assert started
+    assert any(
+        "-P" in process.args for process in started
+    )  # a module of the user's must not replace the standard library's
     assert all(process.poll() is not None for process in started)
     assert parts["1"]["outcome"] == "timeout"
     assert parts["2"] == {"outcome": "no time", "wall_s": 0.0, "error": None}

@@ -66,6 +66,7 @@ def test_every_part_has_a_remedy_that_always_applies() -> None:
         ("optimizer", "--zero-stage 1", {"zero": Zero(stage=1, world_size=2)}),
         ("activations", "gradient_checkpointing", {"engine.gradient_checkpointing": True}),
         ("temporary", "logprob_chunk", {"engine.logprob_chunk_size": 16}),
+        ("buckets", "that trains adapters", {"method": "lora"}),
     ],
 )
 def test_options_that_are_set_already_are_not_advised(part: str, text: str, setting: dict[str, object]) -> None:

@@ -14,7 +14,7 @@ from rlhfbench.errors import SweepError
 from rlhfbench.measure.memory import measure_memory
 from rlhfbench.planning.predict import plan_case
 from rlhfbench.planning.zero import Zero
-from rlhfkernels import Case, Options, build_step, phase_work
+from rlhfkernels import Case, CaseError, Options, build_step, phase_work
 from rlhfkernels.parallel.world import World
 from rlhfkernels.training.roofline import Work
 
@@ -80,6 +80,12 @@ def test_a_division_that_is_given_wins_over_the_options_of_a_case() -> None:
     alone = plan_case(case_of("hydra", "ddp"), Zero())
     assert alone.memory["phases"]["generate"]["parts"]["gradients"] == 0
     assert plan_case(case_of("hydra", "ddp")).memory["phases"]["generate"]["parts"]["gradients"] > 0
+    given = Zero(stage=3, world_size=2)
+    shared, replicated = (plan_case(case_of("hydra", strategy), given).memory for strategy in ("deepspeed", "ddp"))
+    assert shared == replicated
+    assert any(phase["parts"]["gathered"] for phase in shared["phases"].values())
+    with pytest.raises(CaseError, match="adamw8bit"):
+        plan_case(case_of("hydra", "ddp", options={"optimizer.name": "adamw8bit"}), given)
 
 
 def test_batches_over_all_ranks_are_divided_by_the_ranks_of_each_case() -> None:

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from rlhfbench.cases.sweep import Sweep
+from rlhfbench.errors import ForkServerError
 from rlhfbench.records.file import read_records
 from rlhfbench.runs.case_process import ThisMachine
 from rlhfbench.runs.progress import LineProgress
@@ -118,5 +119,29 @@ def test_a_round_is_told_how_long_the_one_before_took(tmp_path, monkeypatch, swe
     )
     run(sweep_of("blocks"), tmp_path / "run", blocks=3)
     assert [round_s > 0 for round_s in told] == [False, True, True]
+    assert told[1] != told[2]
     assert num_blocks(run(sweep_of("blocks"), tmp_path / "run", resume=True, blocks=4)) == 4
     assert told[3:] == [0.0]  # nothing was run before
+
+
+def test_a_server_that_cannot_start_anew_loses_no_block_that_was_timed(tmp_path, monkeypatch, sweep_of, run):
+    rounds, start = iter((True, True, False)), ThisMachine.start
+
+    def refuse(machine, round_s=0.0):
+        if not next(rounds):
+            raise ForkServerError("no memory.")
+        start(machine, round_s=round_s)
+
+    monkeypatch.setattr(ThisMachine, "start", refuse)
+    progress = LineProgress(io.StringIO())
+    assert num_blocks(run(sweep_of("blocks"), tmp_path / "run", progress, blocks=4)) == 2
+    assert "No further blocks are timed: no memory." in progress._stream.getvalue().splitlines()
+
+
+def test_a_first_server_that_cannot_start_is_an_error(tmp_path, monkeypatch, cut, run):
+    def refuse(machine, round_s=0.0):
+        raise ForkServerError("no memory.")
+
+    monkeypatch.setattr(ThisMachine, "start", refuse)
+    with pytest.raises(ForkServerError):
+        run(cut, tmp_path / "run", resume=True, blocks=2)

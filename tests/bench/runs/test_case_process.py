@@ -58,9 +58,23 @@ def test_a_round_gets_a_server_of_its_own_if_starting_it_takes_less_time(monkeyp
     assert server.calls == ["start", "start"]
     machine.start(round_s=2.1)
     assert server.calls[2:] == ["close", "start"]
-    monkeypatch.setattr(case_process.versions, "installed", lambda: ("0.1", "of edited sources"))
+
+
+@pytest.mark.parametrize("vanishes", [True, False])
+@pytest.mark.parametrize(
+    ("module", "name"), [(case_process.versions, "installed"), (case_process.environment, "package_versions")]
+)
+def test_no_server_imports_other_code_than_the_one_before(monkeypatch, module, name, vanishes):
+    def changed():
+        if vanishes:
+            raise FileNotFoundError
+        return "another"
+
+    machine = case_process.ThisMachine(server := StubServer())
+    machine.start()
+    monkeypatch.setattr(module, name, changed)
     machine.start(round_s=2.1)
-    assert server.calls[4:] == ["start"]
+    assert server.calls == ["start", "start"]
 
 
 @pytest.mark.parametrize(("number", "name"), [(11, "SIGSEGV"), (40, "signal 40")])

@@ -81,7 +81,7 @@ def test_the_environment_of_every_start_is_kept(tmp_path):
 def test_a_broken_environment_is_one_sentence_that_keeps_the_id_of_the_run(tmp_path, text, fault):
     """Without the file, records of a resumed run would have another id and stand beside those of its start."""
     (tmp_path / "environment.json").write_text(text)
-    with pytest.raises(RunFolderError, match=rf"{fault}.*: restore it, or name a new folder\.$"):
+    with pytest.raises(RunFolderError, match=rf"{fault}.*: restore it; only a new run can do without it\.$"):
         RunFolder(tmp_path).write_environment({})
 
 

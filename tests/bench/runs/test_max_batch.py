@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import platform
 from collections.abc import Callable
 from pathlib import Path
 
@@ -246,6 +247,16 @@ def test_a_search_that_is_resumed_under_another_memory_limit_tries_anew(tmp_path
     assert [record["run"]["segment"] for record in records] == [1, 1]
 
 
+@pytest.mark.usefixtures("fake")
+def test_a_search_that_is_resumed_on_another_machine_tries_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find(tmp_path / "run", "echo", limit=1)
+    monkeypatch.setattr(platform, "node", lambda: "another")
+    find(tmp_path / "run", "echo", limit=1, resume=True)
+    assert [record["run"]["segment"] for record in read_records(tmp_path / "run")] == [1, 1]
+
+
 @pytest.mark.parametrize(
     ("spec", "limit", "blocks", "sentence"),
     [
@@ -275,6 +286,7 @@ def test_the_predicted_batch_is_the_largest_that_fits_up_to_the_limit(make_case:
     room = plan_case(dataclasses.replace(case, batch_size=9)).total_bytes + 10
     assert max_batch._planned(case, room, 512) == 9
     assert max_batch._planned(case, room, 4) == 4
+    assert max_batch._planned(case, plan_case(dataclasses.replace(case, batch_size=600)).total_bytes + 10, 4096) == 600
     assert (
         max_batch._planned(dataclasses.replace(case, options=Options.of({"lora.target_modules": "absent"})), room, 4)
         is None

@@ -13,6 +13,7 @@ from rlhfbench.runs.case_runner import Runner
 from rlhfbench.runs.execution import Ended, Task
 from rlhfbench.runs.folder import RunFolder
 from rlhfbench.runs.options import RunOptions
+from rlhfbench.runs.runner import run_sweep
 from rlhfkernels.config.case import Case
 
 pytestmark = pytest.mark.usefixtures("fake_server")
@@ -186,3 +187,21 @@ def test_warnings_come_before_the_first_case(tmp_path, monkeypatch, sweep_of, ru
     progress = watching()
     run(sweep_of("ok"), tmp_path / "run", progress)
     assert progress.text.splitlines()[0] == "This is slow."
+
+
+@pytest.mark.parametrize("retry", ["crash", ["oom", "crash"]])
+def test_an_unknown_outcome_to_retry_is_one_sentence(tmp_path, sweep_of, retry):
+    with pytest.raises(SweepError, match=r"^retry 'crash' is unknown"):
+        run_sweep(sweep_of("ok"), tmp_path / "run", resume=True, retry=retry)
+
+
+def test_one_outcome_to_retry_needs_no_list(tmp_path, sweep_of, run):
+    run(sweep_of("exit"), tmp_path / "run")
+    run(sweep_of("exit"), tmp_path / "run", resume=True, retry="crashed")
+    assert [record["run"]["segment"] for record in read_records(tmp_path / "run")] == [1]
+
+
+def test_a_sweep_without_cases_is_refused(tmp_path):
+    with pytest.raises(SweepError, match=r"^the sweep has no cases: it must have at least one\.$"):
+        run_sweep(Sweep(cases=()), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -35,3 +35,11 @@ def test_it_reads_the_sources_and_imports_only_the_standard_library(tmp_path):
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": str(tmp_path)}
     )
     assert found[1] not in done.stdout
+
+
+def test_an_editors_lock_is_no_source(tmp_path, monkeypatch):
+    (tmp_path / "module.py").write_text("x = 1\n")
+    monkeypatch.setattr(versions, "folders", lambda: [tmp_path])
+    found = versions.installed()
+    (tmp_path / ".#module.py").symlink_to("nobody@nowhere.1")
+    assert versions.installed() == found

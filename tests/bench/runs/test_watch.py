@@ -119,7 +119,7 @@ def test_the_page_of_a_search_for_the_largest_batch_promises_no_end(run_dir: Pat
     (run_dir / "environment.json").write_text(json.dumps({"settings": {"max_batch_limit": 512}}))
     for number, says in enumerate(("1 try is recorded.", "2 tries are recorded.")):
         add_record(run_dir, number)
-        assert f">{says} The page follows as others come.<" in LivePage(run_dir).current()[1]
+        assert f">{says} The page follows if others come.<" in LivePage(run_dir).current()[1]
 
 
 Get = Callable[..., tuple[int, str, str]]
@@ -216,3 +216,8 @@ def test_a_result_has_as_many_records_as_its_sweep_has_cases(tmp_path: Path) -> 
     assert {record["case"]["id"] for record in records} == {case.id for case in cases}
     assert len(cases) == 30
     assert records[0]["outcome"] == "ok"
+
+
+def test_a_server_can_follow_another_on_its_port_at_once(run_dir: Path) -> None:
+    with make_server(run_dir, "127.0.0.1", 0) as server:
+        assert server.socket.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
