@@ -57,7 +57,7 @@ def run(
 ) -> int:
     """Run a sweep and draw its report.
 
-    Without options: the PPO methods on a tiny model, in about three minutes on two CPU cores.
+    Without options: the PPO methods on a tiny model, in three to four minutes on two CPU cores.
     """
     from rlhfbench.runs import environment
 
