@@ -81,3 +81,11 @@ def test_a_time_that_a_logarithm_cannot_show_is_no_point(make_frame, seconds):
 
 def test_no_records_no_panels(make_frame):
     assert panels_of(make_frame()) == []
+
+
+def test_splits_of_a_length_have_panels_of_their_own(make_frame):
+    """A line has one point at a length."""
+    splits = ({"prompt_len": 16, "completion_len": 48}, {"prompt_len": 48, "completion_len": 16})
+    panels = panels_of(make_frame(*splits))
+    assert [panel.title for panel in panels] == ["prompt 16 · batch 1", "prompt 48 · batch 1"]
+    assert [len(panel.points) for panel in panels] == [1, 1]

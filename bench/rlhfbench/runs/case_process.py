@@ -25,7 +25,7 @@ from rlhfkernels.config.case import Case
 
 
 def _code() -> tuple[Any, ...] | None:
-    """What a new server would import; ``None`` where a source file vanishes while it is read."""
+    """The code that a new server would import; ``None`` where a source file vanishes while it is read."""
     try:
         return versions.installed(), environment.package_versions()
     except OSError:

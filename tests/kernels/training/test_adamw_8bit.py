@@ -105,3 +105,13 @@ def test_8_bit_adamw_without_its_library_is_one_sentence(monkeypatch: pytest.Mon
     with pytest.raises(CaseError) as caught:
         AdamW8bit([nn.Parameter(torch.ones(3))], weight_decay=0.0, eps=1e-8, **SCHEDULE)
     assert caught.value.problems == ("optimizer.name is 'adamw8bit': it needs bitsandbytes, which is not installed.",)
+
+
+def test_a_rank_without_parameters_has_no_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's optimizers refuse an empty list, and so does the library."""
+    package = types.ModuleType("bitsandbytes")
+    package.optim = types.SimpleNamespace(AdamW8bit=Library)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", package)
+    optimizer = AdamW8bit([], weight_decay=0.0, eps=1e-8, **SCHEDULE)
+    optimizer.step()
+    assert optimizer.tensors() == []

@@ -148,3 +148,12 @@ def test_its_work_is_the_same_once_it_ran(small: MakeStep, method: str) -> None:
     before = phase_work(step)
     step.run()
     assert phase_work(step) == before
+
+
+@pytest.mark.parametrize("method", ["dpo", "dpo-lora"])
+def test_a_second_call_reads_nothing_again(small: MakeStep, method: str) -> None:
+    """The base of the reference is freed by then."""
+    step, phases = small(method, **ONCE), Phases()
+    for _ in range(2):
+        step.prepare(phases)
+    assert phases.names == ["prepare"]
