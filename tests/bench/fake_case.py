@@ -119,7 +119,8 @@ def _interrupts_the_gate_in_a_turn(request, send):
         _steady(request, send)
         return
     (Path(os.environ["GATE_CASES"]) / str(os.getpid())).touch()
-    if Turns(path).wait():
+    turns = Turns(path)  # kept: its end would end the turn before Ctrl-C comes
+    if turns.wait():
         os.kill(int(os.environ["GATE_PID"]), signal.SIGINT)
     _hang(request, send)
 
