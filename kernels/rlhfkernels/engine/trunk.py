@@ -120,8 +120,7 @@ class PlainTrunk:
         self._options = case.options
         self._module = model.trunk
         self._adapters = adapters
-        if self._options.engine.gradient_checkpointing:
-            _checkpoint_layers(self._module)
+        self._checkpointed = _checkpoint_layers(self._module) if self._options.engine.gradient_checkpointing else []
 
     def hidden(
         self,
@@ -157,9 +156,10 @@ class PlainTrunk:
     ) -> torch.Tensor:
         """Returns the hidden states [b, t, d] of all positions."""
         self._adapters.activate(adapter)
-        if self._options.engine.gradient_checkpointing:
-            # Train mode makes transformers checkpoint; dropout is 0 in the configuration.
-            self._module.train(train)
+        for layer in self._checkpointed:
+            # Transformers checkpoints a layer in train mode. What is inside it stays in eval mode: in train mode, the
+            # router of PhiMoE draws experts at random.
+            layer.training = train
         output = self._module(input_ids=tokens, attention_mask=attention_mask, position_ids=ids, use_cache=False)
         hidden: torch.Tensor = output.last_hidden_state
         return hidden
@@ -174,8 +174,12 @@ class PlainTrunk:
         """See ``Trunk.follow_weights``: the modules hold the parameters themselves."""
 
 
-def _checkpoint_layers(module: torch.nn.Module) -> None:
-    """Checkpoints every layer of ``module`` in train mode; transformers' own switch has two names, by version."""
+def _checkpoint_layers(module: torch.nn.Module) -> list[GradientCheckpointingLayer]:
+    """Checkpoints every layer of ``module`` in train mode; transformers' own switch has two names, by version.
+
+    Returns:
+        The layers.
+    """
     layers = [layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)]
     if not layers:
         raise CaseError(
@@ -186,6 +190,7 @@ def _checkpoint_layers(module: torch.nn.Module) -> None:
         layer._gradient_checkpointing_func = functools.partial(
             checkpoint, use_reentrant=False, preserve_rng_state=False
         )
+    return layers
 
 
 class CacheSkips:

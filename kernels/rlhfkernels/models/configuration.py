@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from rlhfkernels.config.rules import shown
 from rlhfkernels.errors import ModelError
 from rlhfkernels.models.errors import expanded, loading_errors
-from rlhfkernels.models.fields import NOISE_FIELDS, NUMBER_FIELDS, POSITION_FIELDS
+from rlhfkernels.models.fields import EVAL_FIELDS, NOISE_FIELDS, NUMBER_FIELDS, POSITION_FIELDS
 from rlhfkernels.models.presets import PRESETS
 
 # Rotary embeddings whose frequencies depend on the sequence length.
@@ -81,7 +81,10 @@ def silence(config: Any) -> None:
 
     The configurations inside it too: DBRX's and MPT's dropout is in that of their attention.
     """
+    kept = EVAL_FIELDS.get(config.model_type, ())
     for field, value in list(vars(config).items()):
+        if field in kept:
+            continue
         if any(part in field for part in NOISE_FIELDS) and type(value) in (int, float):
             setattr(config, field, type(value)(0))  # a field of integers takes no float
         elif field in config.sub_configs and value is not None:
