@@ -54,3 +54,20 @@ def test_the_kl_is_the_mean_difference_from_the_reference_over_real_tokens() -> 
     mask, tokens = torch.tensor([[1.0, 1.0, 0.0]]), torch.zeros(1, 4, dtype=torch.long)
     batch = Batch(tokens=tokens, attention_mask=None, mask=mask, prompt_len=1, num_rows=1, columns=columns)
     assert float(advantages(batch, Options())["kl"]) == pytest.approx((0.5 - 0.25) / 2)
+
+
+def test_what_follows_the_last_token_has_a_value_only_where_a_completion_was_cut() -> None:
+    """Rows: the stop token stands last; none came; it came early."""
+    columns = {name: torch.zeros(3, 2) for name in ("old_logprobs", "reference_logprobs", "old_values")}
+    columns |= {"scores": torch.zeros(3), "terminal_values": torch.full((3,), 5.0)}
+    batch = Batch(
+        tokens=torch.tensor([[7, 1, 7], [7, 1, 2], [1, 7, 0]]),
+        attention_mask=None,
+        mask=torch.tensor([[1.0, 1.0], [1.0, 1.0], [1.0, 0.0]]),
+        prompt_len=1,
+        num_rows=3,
+        columns=columns,
+    )
+    options = {"rollout.stop_token_id": 7, "ppo.lam": 1.0, "ppo.gamma": 1.0, "ppo.bootstrap_truncated": True}
+    advantages(batch, Options.of(options))
+    assert batch["returns"].tolist() == [[0.0, 0.0], [5.0, 5.0], [0.0, 0.0]]

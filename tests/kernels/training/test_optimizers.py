@@ -22,7 +22,10 @@ def set_gradients(parameters: list[nn.Parameter], step: int) -> None:
         parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
 
 
-def test_adamw_equals_torchs_own_over_several_steps() -> None:
+@pytest.mark.parametrize("chunk_bytes", [1, 2**28])
+def test_adamw_equals_torchs_own_over_several_steps(monkeypatch: pytest.MonkeyPatch, chunk_bytes: int) -> None:
+    """Also where each weight is a chunk of its own."""
+    monkeypatch.setattr("rlhfkernels.training.optimizers._WIDEN_BYTES", chunk_bytes)
     ours, theirs = make_parameters(torch.float32), make_parameters(torch.float32)
     optimizer = AdamW(ours, weight_decay=0.1, eps=1e-8, **SCHEDULE)
     expected = torch.optim.AdamW(theirs, lr=0.1, weight_decay=0.1, eps=1e-8, foreach=False)

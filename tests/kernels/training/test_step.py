@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from rlhfkernels import METHODS, Case, CaseError, DataError, NumericalError, Observer, build_step
+from rlhfkernels.engine.engine import Engine
 from rlhfkernels.methods.table import families
 from rlhfkernels.observer import PARTS
+from rlhfkernels.training.stats import StepStats
 from rlhfkernels.training.step import TrainingStep
 
 PPO = families()["PPO"]
@@ -235,3 +239,47 @@ def test_eager_attention_and_full_logits_give_the_same_step(make_case: Callable[
         torch.testing.assert_close(stats[0][name], stats[1][name], rtol=1e-5, atol=1e-6)
     for role, loss in stats[0].losses.items():
         torch.testing.assert_close(loss, stats[1].losses[role], rtol=1e-5, atol=1e-6)
+
+
+def near(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found.double(), expected.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("trunk", ["fast", "plain"])
+@pytest.mark.parametrize("method", [*PPO, "best-of-n"])
+def test_rows_of_mixed_lengths_are_scored_as_each_is_alone(
+    small_step: Callable[..., TrainingStep], shake: Callable[[Engine], None], tmp_path: Path, method: str, trunk: str
+) -> None:
+    """Log-probabilities and V of token t are read at t - 1, the score and the terminal V at the last real token."""
+    texts = ("ab", "a", "abcdefgh", "xyz")
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    options = {"data.prompts": str(path), "ppo.reward_clip": None, "ppo.bootstrap_truncated": True}
+    step = small_step(method, **options, **{"engine.trunk": trunk})
+    engine, roles, sampler = step.engine, step.method.roles, step.method.generate.role
+    shake(engine)
+    num_samples = step.case.sequences_per_row
+    prompts = step._source.next_batch(step._generator)
+    batch = engine.generate(sampler, prompts, step._generator, Observer(), samples=num_samples)
+    batch.mask[1, 3:] = 0
+    batch.mask[-1, 1:] = 0
+    step._score(step.phases[1], batch, StepStats(), Observer())
+    prompt_len = step.case.prompt_len
+    for row in range(len(texts) * num_samples):
+        prompt = batch.tokens[row, :prompt_len][batch.attention_mask[row, :prompt_len].bool()]
+        completion = batch.completions[row, : int(batch.mask[row].sum())]
+        tokens = torch.cat([prompt, completion])[None]
+        at = slice(len(prompt) - 1, -1)
+        with torch.no_grad():
+            states = {name: engine.hidden(role.weights, tokens, None)[0] for name, role in roles.items()}
+            for name, column in ((sampler, "old_logprobs"), ("reference", "reference_logprobs")):
+                if name in roles:
+                    logprobs = torch.log_softmax(engine.lm_head(name)(states[name][at]), -1)
+                    near(batch[column][row, : len(completion)], logprobs.gather(-1, completion[:, None]).squeeze(-1))
+            if "critic" in roles:
+                values = states["critic"] @ engine.scalar_heads["critic"].weight[0]
+                near(batch["old_values"][row, : len(completion)], values[at])
+                near(batch["terminal_values"][row], values[-1])
+            near(batch["scores"][row], states["reward"][-1] @ engine.scalar_heads["reward"].weight[0])
+    lengths = {len(text[-prompt_len:]) for text in texts}
+    assert len(lengths) > 2  # padded and whole prompts

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from rlhfkernels import METHODS, Case, Observer, build_step
+from rlhfkernels.engine.engine import Engine
 
 
 def add_to(total: torch.Tensor, gradient: torch.Tensor) -> None:
@@ -106,3 +107,25 @@ def test_later_steps_run_no_forward_pass_for_statistics(make_case: Callable[...,
         counts.append((trained.count(False), trained.count(True)))
     assert counts[1:] == [(0, 2 * len(step.method.trained_roles))] * 2
     assert counts[0][0] > 0
+
+
+@pytest.mark.parametrize("micro", [None, 1])
+@pytest.mark.parametrize("method", ["full", "hydra", "joined-hydra"])
+def test_a_mini_batch_has_the_gradient_of_a_batch_of_its_rows(
+    make_case: Callable[..., Case], shake: Callable[[Engine], None], method: str, micro: int | None
+) -> None:
+    """The means of a loss are over the tokens of the mini-batch, whatever the batch has."""
+    options = {"engine__micro_batch_size": micro, "ppo__entropy_coef": 0.01}
+    whole, twin = (build_step(make_case(method, batch_size=4, ppo__num_mini_batches=2, **options)) for _ in range(2))
+    half = build_step(make_case(method, batch_size=2, **options))
+    for step in (whole, half):
+        shake(step.engine)
+        step.optimizers = {}  # the gradients of both mini-batches add up
+    batch, _ = whole.infer()
+    batch.mask[0, 2:] = 0
+    batch.mask[3, 4:] = 0
+    whole.update(batch)
+    for rows in twin._updates.mini_batches():
+        half.update(batch.select(rows))
+    for a, b in zip(whole.trained_parameters(), half.trained_parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-8)

@@ -75,6 +75,22 @@ def test_the_same_seed_samples_the_same_tokens_and_trains_the_same_weights(
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", families()["PPO"])
+def test_the_plain_trunk_recomputes_with_the_adapter_that_was_on(
+    make_case: Callable[..., Case], shake: Callable[[Engine], None], method: str
+) -> None:
+    def gradients(checkpointing: bool) -> list[torch.Tensor | None]:
+        options = {"engine__trunk": "plain", "engine__gradient_checkpointing": checkpointing}
+        step = build_step(make_case(method, dtype="float64", **options))
+        shake(step.engine)
+        step.optimizers = {}
+        step.run()
+        return [p.grad for p in step.trained_parameters()]
+
+    for a, b in zip(gradients(False), gradients(True), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("adapter_dtype", [None, "float32"])
 def test_bfloat16_decoding_is_as_near_to_float64_as_the_plain_trunk(
     make_case: Callable[..., Case], adapter_dtype: str | None
