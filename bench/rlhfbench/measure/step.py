@@ -42,11 +42,11 @@ class Step(Protocol):
 
     @property
     def trunk_used(self) -> str:
-        """The trunk that the actor runs on: ``fast`` or ``plain``."""
+        """The trunks that run, the actor's first: ``fast``, ``plain`` or both, joined by a comma."""
 
     @property
     def attention_used(self) -> str:
-        """The attention implementation of the actor's trunk: ``sdpa`` or ``eager``."""
+        """The attention implementations of the trunks, the actor's first: ``sdpa``, ``eager`` or both."""
 
     @property
     def backend_used(self) -> str:

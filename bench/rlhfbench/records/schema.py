@@ -252,8 +252,10 @@ _MEASURED: tuple[Field, ...] = (
     ),
     # The rest.
     Field("stats", "map", "losses, KL and ratio error of the first step"),
-    Field("engine", "object", "trunk that ran: fast or plain"),
-    Field("attention", "object", "attention implementation that ran: sdpa or eager"),
+    Field(
+        "engine", "object", "trunk that ran: fast or plain; both, the actor's first, if a reward model takes the other"
+    ),
+    Field("attention", "object", "attention implementation that ran: sdpa or eager, or both likewise"),
     Field("kernels", "object", "backend that ran: torch, triton or native"),
     Field("fast_paths", "string", "what else ran: cuda_graphs, packages whose kernels did; empty where nothing did"),
     Field("prompts", "object", "source and sizes of the training data"),

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -164,13 +164,16 @@ class TrainingStep:
 
     @property
     def trunk_used(self) -> str:
-        """The implementation of the trunks: ``fast``, or ``plain`` where ``fast`` does not cover the architecture."""
-        return self.engine.trunks[self.method.bases[0]].name
+        """The implementation of the trunks: ``fast``, or ``plain`` where ``fast`` does not cover the architecture.
+
+        ``fast, plain`` or ``plain, fast`` where a reward model is of another architecture: the actor's comes first.
+        """
+        return _joined(self.engine.trunks[base].name for base in self.method.bases)
 
     @property
     def attention_used(self) -> str:
-        """The attention implementation of the actor's trunk: ``sdpa`` or ``eager``."""
-        return self.engine.models[self.method.bases[0]].attention
+        """The attention implementation of the trunks: ``sdpa`` or ``eager``, or both as in ``trunk_used``."""
+        return _joined(self.engine.models[base].attention for base in self.method.bases)
 
     @property
     def backend_used(self) -> str:
@@ -351,6 +354,10 @@ def _checked_scores(scores: object, num_sequences: int) -> torch.Tensor:
     raise DataError(
         f"reward_fn returned {found}: it must be a tensor of shape [{num_sequences}], one score for each sequence."
     )
+
+
+def _joined(names: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(names))
 
 
 # What runs an inference phase, by the kind of its first stage.

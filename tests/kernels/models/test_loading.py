@@ -91,6 +91,13 @@ def test_auto_is_sdpa_where_the_architecture_has_it(
     step.run().check_finite()
 
 
+def test_a_reward_model_of_another_architecture_is_named_beside_the_actors(
+    make_case: Callable[..., Case], checkpoint: Callable[[str], str]
+) -> None:
+    step = build_step(make_case("full", rollout__reward_model=checkpoint("gemma2")))
+    assert (step.trunk_used, step.attention_used) == ("fast, plain", "sdpa, eager")
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_takes_sdpa(name: str) -> None:
     preset = PRESETS[name]
