@@ -111,8 +111,9 @@ _FEWER_SAMPLES = Remedy(
     lambda case, zero: case.role_table.generate is not None and case.sequences_per_row > 1,
 )
 _BY_LAYER = _option("parallel.gather", "layer", lambda case, zero: case.options.parallel.gather == "rollout")
+# Not sdpa by name, which an architecture may not have.
 _SDPA = _option(
-    "engine.attn_implementation", "sdpa", lambda case, zero: case.options.engine.attn_implementation == "eager"
+    "engine.attn_implementation", "auto", lambda case, zero: case.options.engine.attn_implementation == "eager"
 )
 
 # Remedies by memory part, the most effective first. The last of each part applies to every case.

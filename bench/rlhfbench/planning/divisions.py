@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from rlhfbench.measure.tally import Change
-from rlhfbench.planning.zero import Zero
+from rlhfbench.planning.zero import Engines, Zero
 from rlhfkernels.config.case import Case
+from rlhfkernels.errors import CaseError
 from rlhfkernels.parallel.world import ALONE, World
 
 if TYPE_CHECKING:
@@ -75,8 +76,8 @@ class Shards(_Torchs):
 
     @property
     def gathers_weights(self) -> bool:
-        """See ``Zero.gathers_weights``."""
-        return self.world_size > 1
+        """See ``Zero.gathers_weights``: one rank gathers copies of its weights too."""
+        return True
 
     def divides_from(self, stage: int) -> bool:
         """See ``Zero.divides_from``: weights, gradients and optimizer states are divided."""
@@ -84,10 +85,17 @@ class Shards(_Torchs):
 
     def repeats_layers(self, case: Case, sizes: StepSizes | None = None) -> bool:
         """See ``Zero.repeats_layers``."""
-        return not self.gathers_weights
+        return False
+
+    @contextmanager
+    def stand_in(self, tag: Tag, tell: Tell, device: str) -> Iterator[Callable[..., Strategy] | None]:
+        """See ``Zero.stand_in``: torch's own, on one rank too."""
+        from rlhfkernels.parallel.strategies import FullyShard
+
+        yield FullyShard
 
 
-_DIVISIONS: dict[str | None, type[Zero]] = {None: Zero, "ddp": Replicas, "fsdp": Shards, "deepspeed": Zero}
+_DIVISIONS: dict[str | None, type[Zero]] = {None: Zero, "ddp": Replicas, "fsdp": Shards, "deepspeed": Engines}
 
 
 def division_of(case: Case) -> Zero:
@@ -105,11 +113,17 @@ def fake_ranks(division: Zero, device: str) -> Iterator[World]:
     Args:
         division: how the step is divided.
         device: of the case: gloo, which connects CPUs, copies what a reduce-scatter reads.
+
+    Raises:
+        CaseError: this process is a rank already.
     """
-    if not division.gathers_weights or division.world_size == 1:
+    if not division.gathers_weights:
         yield ALONE
         return
     from torch import distributed
+
+    if distributed.is_initialized():
+        raise CaseError(["weights that ranks divide are planned without a process group: plan before it is made."])
     from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend ``fake``
 
     size = division.world_size

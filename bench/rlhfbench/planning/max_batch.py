@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 # The search stops here: the time of a plan grows with the number of log-probability chunks.
 MAX_BATCH_SIZE = 512
-# A batch is skipped without a plan if the line through two smaller ones puts it 1 % over the device.
-_MARGIN = 1.01
 _PRELOAD = ("rlhfbench.planning.preload",)
 
 
@@ -96,6 +94,9 @@ def _plan_kind(cases: list[Case], *, zero: Zero | None, usable_bytes: int | None
 class BatchSearch:
     """Searches for the largest batch that fits with few plans: totals are nearly affine in the batch.
 
+    The batch above the answer is planned too. A line through two smaller ones proves nothing of it: some memory stops
+    growing (the logits of a chunk), and some begins at a number of rows.
+
     Args:
         usable_bytes: memory that a step may take.
         zero: the division among ranks.
@@ -123,7 +124,7 @@ class BatchSearch:
         low: int = 0
         high: int | None = None
         guess = min(case.batch_size, self._limit)
-        while (high is None or high - low > 1) and not self._is_over(case, low + 1):
+        while high is None or high - low > 1:
             if self._plan(case, guess).total_bytes <= self._usable_bytes:
                 low = guess
                 if low == self._limit:
@@ -133,24 +134,13 @@ class BatchSearch:
             guess = self._next_guess(case, low, high)
         return low
 
-    def _is_over(self, case: Case, batch_size: int) -> bool:
-        """True if the two largest plans that fit prove that ``batch_size`` does not fit.
-
-        The memory of a phase is affine in the batch, and that of a step is the maximum over its phases, so it is
-        convex: the line through two plans lies below every larger batch. Parts that stop growing (the logits of one
-        chunk) and block rounding stay within the margin.
-        """
-        fits = [(size, plan.total_bytes) for size, plan in sorted(self._of(case).items()) if size < batch_size]
-        if len(fits) < 2 or fits[-1][1] > self._usable_bytes:
-            return False
-        (b0, t0), (b1, t1) = fits[-2:]
-        return t1 + (t1 - t0) / (b1 - b0) * (batch_size - b1) > _MARGIN * self._usable_bytes
-
     def _next_guess(self, case: Case, low: int, high: int | None) -> int:
         known = sorted((batch_size, plan.total_bytes) for batch_size, plan in self._of(case).items())
         if len(known) < 2:
             return min(2 * low, self._limit) if low else 1
-        (b0, t0), (b1, t1) = known[0], known[-1]
+        # The two beside the answer: totals may bend elsewhere.
+        end = len(known) if high is None else max(2, 1 + [batch_size for batch_size, _ in known].index(high))
+        (b0, t0), (b1, t1) = known[end - 2 : end]
         bytes_per_row = max(1.0, (t1 - t0) / (b1 - b0))
         guess = int(b1 + (self._usable_bytes - t1) / bytes_per_row)
         if high is None:

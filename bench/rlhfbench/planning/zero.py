@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Zero:
-    """The division of a step by DeepSpeed's ZeRO; stage 0 of one rank is a process without DeepSpeed.
+    """The division of a step by DeepSpeed's ZeRO; stage 0 of one rank is a process without DeepSpeed (see ``Engines``).
 
     The step runs on fake tensors with a stand-in for DeepSpeed: ``PlannedRoles`` in stages 0 to 2, which says what
     happens to gradients, ``PlannedStage3`` in stage 3, which gathers weights while the step runs.
@@ -49,8 +49,8 @@ class Zero:
         problems = []
         if self.stage not in range(4):
             problems.append(f"zero-stage is {self.stage}: it must be 0, 1, 2 or 3.")
-        if self.world_size < 1:
-            problems.append(f"world-size is {self.world_size}: it must be an integer of at least 1.")
+        if type(self.world_size) is not int or self.world_size < 1:
+            problems.append(f"world-size is {self.world_size!r}: it must be an integer of at least 1.")
         if problems:
             raise SweepError(problems)
 
@@ -158,6 +158,17 @@ class Zero:
             for role, each in numels.items()
         }
         return changes_of_a_rank(itertools.chain.from_iterable(stretches), roles)
+
+
+class Engines(Zero):
+    """DeepSpeed's division as the options of a case name it: its engines run on one rank too."""
+
+    __slots__ = ()
+
+    @property
+    def is_alone(self) -> bool:
+        """See ``Zero.is_alone``."""
+        return False
 
 
 def trained_numels(step: TrainingStep) -> dict[str, tuple[int, ...]]:

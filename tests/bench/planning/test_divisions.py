@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from torch import distributed
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import rlhfbench
 from rlhfbench.errors import SweepError
@@ -37,7 +38,7 @@ def totals(world: World, case: Case) -> dict[str, int]:
     return {name: min(peaks[name].total_bytes for peaks in measured) for name in measured[0]}
 
 
-@pytest.mark.parametrize(("method", "size"), [("hydra", 2), ("lora", 4), ("full", 2)])
+@pytest.mark.parametrize(("method", "size"), [("hydra", 2), ("lora", 4), ("full", 2), ("full", 1)])
 def test_a_plan_is_the_memory_of_the_worst_rank(on_ranks: Any, method: str, size: int) -> None:
     case = case_of(method, "fsdp", size)
     worst = max(on_ranks(size, totals, case), key=lambda rank: max(rank.values()))
@@ -88,6 +89,15 @@ def test_a_division_that_is_given_wins_over_the_options_of_a_case() -> None:
         plan_case(case_of("hydra", "ddp", options={"optimizer.name": "adamw8bit"}), given)
 
 
+def test_a_process_that_is_a_rank_already_plans_no_divided_weights() -> None:
+    distributed.init_process_group("fake", rank=0, world_size=1, store=FakeStore())
+    try:
+        with pytest.raises(CaseError, match=r"planned without a process group: plan before it is made\."):
+            plan_case(case_of("hydra", "fsdp"))
+    finally:
+        distributed.destroy_process_group()
+
+
 def test_batches_over_all_ranks_are_divided_by_the_ranks_of_each_case() -> None:
     cases = [case_of("hydra", "ddp", size, batch_size=4) for size in (1, 2)]
     plans = [planned.plan for planned in rlhfbench.plan([*cases, case_of("lora", "ddp", 1)], global_batch=True)]
@@ -105,10 +115,14 @@ def test_batches_that_the_ranks_of_several_cases_do_not_divide_are_all_named() -
     )
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_a_rank_of_one_is_one_process(make_case: Callable[..., Case], strategy: str) -> None:
+def test_a_replica_of_one_is_one_process(make_case: Callable[..., Case]) -> None:
     alone, one = (
         plan_case(make_case("hydra", dtype="float32", engine__trunk="plain", **options))
-        for options in ({}, {"parallel__strategy": strategy})
+        for options in ({}, {"parallel__strategy": "ddp"})
     )
     assert {**one.memory["parts"], "gradients": 0} == {**alone.memory["parts"], "gradients": 0}
+
+
+def test_one_rank_of_deepspeed_has_its_copy_of_the_gradients() -> None:
+    memory = plan_case(case_of("full", "deepspeed", 1)).memory
+    assert any(phase["parts"]["buckets"] for phase in memory["phases"].values())

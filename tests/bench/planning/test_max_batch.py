@@ -46,11 +46,20 @@ def search(
     return one.largest(CASE), planned
 
 
-def test_two_plans_tell_of_a_straight_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    # 10 + 3 b of 72: 20 takes 70, and 21 takes 73, which is over by more than the margin.
-    assert search(monkeypatch, lambda b: 1000 + 300 * b, 7200, 1, 4) == (20, [20])
-    # Over by less than the margin: it is planned.
-    assert search(monkeypatch, lambda b: 1000 + 300 * b, 7295, 1, 4) == (20, [20, 21])
+def test_on_a_straight_line_the_answer_and_the_next_batch_are_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 10 + 3 b of 72: 20 takes 70, and 21 takes 73.
+    assert search(monkeypatch, lambda b: 1000 + 300 * b, 7200, 1, 4) == (20, [20, 21])
+
+
+def test_memory_that_stops_growing_hides_no_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the logits of a chunk do: the line through 1 and 4 puts 5 far over the device."""
+    assert search(monkeypatch, lambda b: 100 * min(b, 4) + 10 * b, 455, 1, 4)[0] == 5
+
+
+def test_a_bend_far_from_the_answer_costs_few_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    largest, planned = search(monkeypatch, lambda b: max(100_000 + b, 300 * b), 150_000)
+    assert largest == 500
+    assert len(planned) < 8
 
 
 @given(
@@ -58,7 +67,7 @@ def test_two_plans_tell_of_a_straight_line(monkeypatch: pytest.MonkeyPatch) -> N
 )
 def test_the_answer_is_right_for_the_highest_of_two_phases(fixed: int, slopes: tuple[int, int], usable: int) -> None:
     def total(b: int) -> int:
-        return max(fixed + slopes[0] * b, slopes[1] * b)
+        return max(fixed + slopes[0] * b, slopes[1] * b) + 50 * min(b, 7)
 
     right = next((b for b in range(512, 0, -1) if total(b) <= usable), 0)
     with pytest.MonkeyPatch.context() as monkeypatch:

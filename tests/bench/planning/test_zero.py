@@ -23,6 +23,8 @@ def test_a_zero_that_is_none_is_said() -> None:
         "zero-stage is 4: it must be 0, 1, 2 or 3.",
         "world-size is 0: it must be an integer of at least 1.",
     )
+    with pytest.raises(SweepError, match=r"world-size is '2': it must be an integer of at least 1\."):
+        Zero(stage=1, world_size="2")  # type: ignore[arg-type]
 
 
 def test_stages_1_and_2_hold_a_whole_bucket_in_every_backward(make_case: Callable[..., Case]) -> None:
