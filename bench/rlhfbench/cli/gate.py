@@ -197,7 +197,8 @@ def gate(
         head = sides.head_side(root, roots, step=step)
         with sides.unedited(root, roots), sides.checked_out(base, root, "base", roots, step=step) as other:
             findings = _compare(other, head, sweep, folder, options)
-        return output.finish(findings, other.title, head.title)
+            note = sides.sameness(base, root)
+        return output.finish(findings, other.title, head.title, note=note)
 
 
 def _options(
@@ -297,10 +298,12 @@ def _against_run(
 
 def _first_baseline(baseline: Path, cases: Sweep, folder: Path, options: GateOptions, output: Output) -> int:
     from rlhfbench.gate.baseline import run_title
+    from rlhfbench.gate.compare import default_threads
     from rlhfbench.runs.options import RunOptions
     from rlhfbench.runs.runner import run_sweep
 
-    if run_sweep(cases, folder, RunOptions(num_threads=options.num_threads)).interrupted:
+    # Those of a case of a gate that compares revisions.
+    if run_sweep(cases, folder, RunOptions(num_threads=options.num_threads or default_threads())).interrupted:
         return common.INTERRUPTED
     note = _store(folder, baseline) or f"The baseline in {baseline} is new: there was nothing to compare with."
     return output.finish([], f"the run in {baseline}", run_title(folder), note=note)

@@ -52,8 +52,10 @@ def time_obstacle(base: Path, head: Path) -> str | None:
     earlier, now = RunFolder(base).environments(), RunFolder(head).environments()
     if not earlier or not now:
         return "Times are not judged: the environment of the baseline is not recorded."
+    # The cases of a cluster ran on its nodes.
+    machines = [each for segment in earlier for each in (segment, *(segment.get("nodes") or {}).values())]
     # Threads are compared by case: the environment has those that were asked for.
-    changed = environment.differences(now[0], earlier, without=("commit", "sources", "rlhfbench", "threads"))
+    changed = environment.differences(now[0], machines, without=("commit", "sources", "rlhfbench", "threads"))
     return f"Times are not judged: {'; '.join(changed)}." if changed else None
 
 

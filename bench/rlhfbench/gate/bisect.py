@@ -10,7 +10,7 @@ from typing import Literal
 from rlhfbench.errors import GateError
 from rlhfbench.gate.findings import Finding
 from rlhfbench.gate.output import CANNOT_TELL, exit_code, open_verdicts
-from rlhfbench.gate.sides import commit_of, git
+from rlhfbench.gate.sides import commit_of, cut_off, git
 
 Judgement = Literal["good", "bad", "cannot tell"]
 Regression = tuple[str, str, str]  # case, quantity, verdict
@@ -83,7 +83,9 @@ def commits_between(good: str, bad: str, root: Path) -> list[str]:
     first, last = commit_of(good, root), commit_of(bad, root)
     newer = git("rev-list", last, folder=root).split()
     if first == last or first not in newer:
-        raise GateError(f"--bisect {good} {bad}: the first must be an ancestor of the second.")
+        raise GateError(
+            f"--bisect {good} {bad}: the first must be an ancestor of the second in '{root}'{cut_off(root)}."
+        )
     return git("rev-list", "--reverse", "--first-parent", f"{first}..{last}", folder=root).split()
 
 

@@ -16,16 +16,18 @@ from pathlib import Path
 from rlhfbench.errors import GateError
 
 # Writes the files of the modules that a step's module loads to a file: what that module prints is its own. The kernel
-# kills it with its parent (PR_SET_PDEATHSIG is 1): a module may wait for something for ever.
+# kills it with its parent (PR_SET_PDEATHSIG is 1), and it ends without waiting for threads that the module has started.
 _LOADED_FILES = (
-    "import ctypes, importlib, json, pathlib, sys; sys.platform == 'linux' and ctypes.CDLL(None).prctl(1, 9); "
+    "import ctypes, importlib, json, os, pathlib, sys; sys.platform == 'linux' and ctypes.CDLL(None).prctl(1, 9); "
     "importlib.import_module(sys.argv[1]); "
     "files = {n: getattr(m, '__file__', None) for n, m in list(sys.modules.items())}; "
-    "pathlib.Path(sys.argv[2]).write_text(json.dumps(files))"
+    "pathlib.Path(sys.argv[2]).write_text(json.dumps(files, default=str)); os._exit(0)"
 )
+_IMPORT_TIMEOUT_S = 600
 # Loads all that a case of a method runs: this package, transformers, PEFT and torch.
 _MEASURED = "rlhfbench.measure.measurements"
 _SOURCE_FOLDERS = ("src", "python", "lib")
+_BUILT_OR_IMPORTED = (".py", ".c", ".h")  # a case compiles the kernels that it needs
 # The path of a Unix socket has 104 to 108 characters.
 _MAX_TEMPORARY_CHARS = 70
 # Deletes a folder when its standard input ends: when the gate ends, also by SIGKILL.
@@ -130,7 +132,13 @@ def commit_of(revision: str, root: Path) -> str:
     try:
         return git("rev-parse", "--verify", "--end-of-options", f"{revision}^{{commit}}", folder=root)
     except GateError as error:
-        raise GateError(f"revision '{revision}' is not a commit of '{root}'.") from error
+        raise GateError(f"revision '{revision}' is not a commit of '{root}'{cut_off(root)}.") from error
+
+
+def cut_off(root: Path) -> str:
+    """Returns what to say of a commit that was not found where a shallow clone may lack it; else nothing."""
+    is_shallow = git("rev-parse", "--is-shallow-repository", folder=root) == "true"
+    return ", whose history is cut off: fetch the rest with git fetch --unshallow" if is_shallow else ""
 
 
 def head_side(root: Path, roots: Sequence[str], *, step: str | None = None) -> Side:
@@ -173,6 +181,12 @@ def _check_imports(step: str, paths: Sequence[str], files: Path, root: Path, whe
                 f"step '{step}' imports '{name}' from '{file}' and not from {where}, so both sides would run that "
                 "copy: install the project in editable mode, and call the gate in the folder of the step."
             )
+    own = [file for file in loaded.values() if file and Path(file).is_absolute()]
+    if own and not any(_is_inside(Path(file), files) for file in own):
+        raise GateError(
+            f"step '{step}' imports no file of {where}, so both sides would run the same code: import the project at "
+            "the top of the step's module, and install it in editable mode."
+        )
 
 
 def _loaded_files(module: str, paths: Sequence[str]) -> dict[str, str | None] | None:
@@ -190,7 +204,17 @@ def _loaded_files(module: str, paths: Sequence[str]) -> dict[str, str | None] | 
     with temporary_folder() as folder:
         written = folder / "files.json"
         command = [sys.executable, "-P", "-c", _LOADED_FILES, module, str(written)]
-        subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # the record of the first case says why
+            subprocess.run(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                # No pipes: what the module leaves running would hold their other ends.
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                timeout=_IMPORT_TIMEOUT_S,
+                check=False,
+            )
         loaded: dict[str, str | None] | None = json.loads(written.read_text("utf-8")) if written.is_file() else None
     return loaded
 
@@ -217,7 +241,7 @@ def unedited(root: Path, roots: Sequence[str]) -> Iterator[None]:
         roots: Folders of ``root`` that modules are imported from.
 
     Raises:
-        GateError: A Python file that git does not ignore was edited or removed.
+        GateError: A file of Python or C that git does not ignore was edited or removed.
     """
     before = _times_of_change(root, roots)
     yield
@@ -230,8 +254,14 @@ def unedited(root: Path, roots: Sequence[str]) -> Iterator[None]:
 def _times_of_change(root: Path, roots: Sequence[str]) -> dict[str, int]:
     folders = [str(Path(path).resolve().relative_to(root.resolve())) for path in roots]
     command = ("ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *folders)
-    names = [name for name in git(*command, folder=root).split("\0") if name.endswith(".py")]
+    names = [name for name in git(*command, folder=root).split("\0") if name.endswith(_BUILT_OR_IMPORTED)]
     return {name: (root / name).stat().st_mtime_ns for name in names if (root / name).is_file()}
+
+
+def sameness(base: str, root: Path) -> str:
+    """Returns a sentence where the working tree is the revision ``base``; else nothing."""
+    is_same = commit_of(base, root) == commit_of("HEAD", root) and not git("status", "--porcelain", folder=root)
+    return "Base and head are the same commit: there was no change to judge." if is_same else ""
 
 
 @contextlib.contextmanager
@@ -344,4 +374,8 @@ def only_gate() -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise GateError("another gate of yours runs on this machine: the two would disturb each other.") from error
+        except OSError as error:  # some shared file systems have no locks
+            raise GateError(
+                f"'{path}' cannot be locked: {error.strerror}. Set TMPDIR to a folder on a disk of this machine."
+            ) from error
         yield

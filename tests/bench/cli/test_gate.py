@@ -7,8 +7,10 @@ import pytest
 
 import rlhfbench.gate.baseline
 from rlhfbench.gate import sides
+from rlhfbench.gate.compare import default_threads
 from rlhfbench.records.file import read_records
 from rlhfbench.runs import environment
+from rlhfbench.runs.folder import RunFolder
 from rlhfbench.runs.runner import RunResult
 
 SMALL = ("--methods", "hydra", "--seq-lens", "8", "--batch-sizes", "1")
@@ -114,6 +116,7 @@ def test_a_first_baseline_is_made(call, fake, tmp_path):
     assert json.loads(out)["note"] == "The baseline in other is new: there was nothing to compare with."
     (tmp_path / "empty").mkdir()
     assert call("gate", "--baseline", "empty", "--update-baseline", *SMALL, *kind("steady"))[0] == 3
+    assert RunFolder("new").settings()["num_threads"] == default_threads()  # a core is left free, as in any gate
     assert call("gate", "--baseline", "new")[0] == 0
 
 
@@ -156,6 +159,7 @@ def compared(monkeypatch):
     monkeypatch.setattr(sides, "head_side", lambda root, roots, step: side)
     monkeypatch.setattr(sides, "unedited", lambda root, roots: contextlib.nullcontext())
     monkeypatch.setattr(sides, "checked_out", lambda *_, step: contextlib.nullcontext(side))
+    monkeypatch.setattr(sides, "sameness", lambda base, root: "")
     return seen
 
 

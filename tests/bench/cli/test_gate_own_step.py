@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
+import psutil
 import pytest
 
 from rlhfbench.gate.sides import git
@@ -49,3 +53,27 @@ def test_a_tensor_that_is_held_too_long_is_found(call, repo):
     assert {"total s", "rollout s", "train s"} <= found.keys()
     assert found["total s"]["num_pairs"] >= 4
     assert git("status", "--porcelain") == ""
+
+
+def test_a_gate_that_is_killed_leaves_no_process_and_no_file(repo, is_gone):
+    """kill -9 while a case steps: nothing of the gate's own code runs any more."""
+    waits = f"{LAST_LINE_OF_ROLLOUT}            open('pid', 'w').write(str(os.getpid())); signal.pause()\n"
+    Path("bench_step.py").write_text("import os, signal\n" + STEP.replace(LAST_LINE_OF_ROLLOUT, waits))
+    os.mkfifo("pid")
+    temporary = Path(tempfile.gettempdir())
+    command = [sys.executable, "-m", "rlhfbench", "gate", "--base", "HEAD", "--step", "bench_step:make_step"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    gate = subprocess.Popen(command, env={**os.environ, "TMPDIR": str(temporary)}, **quiet)
+    # The head's case: the base's module writes no pid. A case is measured on one side after the other.
+    case = psutil.Process(int(Path("pid").read_text()))
+    server = case.parent()
+    started = gate_processes(gate.pid)
+    assert {case.pid, server.pid} <= started
+    gate.kill()
+    gate.wait()
+    assert all(is_gone(pid) for pid in started)
+    assert [path.name for path in temporary.iterdir() if path.suffix != ".lock"] == []
+
+
+def gate_processes(pid):
+    return {process.pid for process in psutil.Process(pid).children(recursive=True)}

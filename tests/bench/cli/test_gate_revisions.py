@@ -14,6 +14,7 @@ import pytest
 
 import rlhfbench.gate
 from rlhfbench.cases.sweep import Sweep
+from rlhfbench.cli.gate_output import Output
 from rlhfbench.errors import GateError
 from rlhfbench.gate import compare, selftest, simulation
 from rlhfbench.gate.compare import GateOptions
@@ -81,6 +82,13 @@ def test_a_change_is_found_between_the_working_tree_and_a_revision(call, commit,
     code, said, _ = call("gate", "--base", "HEAD", *REVISION, "--json")
     assert (code, json.loads(said)["exit_code"]) == (0, 0)
     assert left_in(temporary) == []
+
+
+def test_a_gate_of_a_commit_with_itself_says_so(call, commit):
+    commit("FAULT = {}", "first")
+    code, said, err = call("gate", "--base", "HEAD", *REVISION, "--json")
+    assert code == 0, err
+    assert json.loads(said)["note"] == "Base and head are the same commit: there was no change to judge."
 
 
 def test_a_bisect_prints_the_commit_as_a_table_as_json_and_in_a_file(call, commit, temporary, tmp_path):
@@ -215,6 +223,11 @@ def test_the_answer_stands_where_the_summary_is_lost_on_the_way(call, commit, mo
     code, said, err = call("gate", "--base", "HEAD~1", *REVISION, "--summary", summary)
     assert (code, said[:14]) == (1, "**Regression: ")
     assert f"--summary '{summary}' cannot be written" in err
+
+
+def test_a_name_that_is_no_utf_8_is_stored_in_the_summary(tmp_path):
+    Output(summary=str(tmp_path / "table.md"), as_json=False, out=None).store("model '\udcff'")
+    assert (tmp_path / "table.md").read_text(encoding="utf-8") == "model '?'"
 
 
 def test_ctrl_c_in_a_turn_ends_both_sides(call, commit, monkeypatch, temporary, tmp_path, is_gone):

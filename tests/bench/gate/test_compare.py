@@ -485,6 +485,10 @@ def test_times_of_another_machine_are_not_judged(tmp_path):
     path = tmp_path / "old" / "environment.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "host": "another"}))
     assert "instead of another" in time_obstacle(tmp_path / "old", tmp_path / "new")
+    environment = json.loads((tmp_path / "new" / "environment.json").read_text())
+    nodes = {"node-1": {**environment, "host": "one of a cluster"}}  # where Ray ran the cases
+    path.write_text(json.dumps({**environment, "nodes": nodes}))
+    assert "instead of one of a cluster" in time_obstacle(tmp_path / "old", tmp_path / "new")
     path.unlink()
     assert "is not recorded" in time_obstacle(tmp_path / "old", tmp_path / "new")
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -184,6 +189,40 @@ def test_a_repository_below_the_environment_has_modules(repo, monkeypatch):
     assert sides.module_roots(repo, with_working_folder=True) == [str(repo), str(repo / "src")]
 
 
+def test_a_python_in_the_repository_is_none_of_its_modules(repo, monkeypatch):
+    """Of an environment made with it, the standard library lies in the repository, outside of ``sys.prefix``."""
+    monkeypatch.setattr(sys, "base_prefix", str(repo / "python"))
+    monkeypatch.setattr(sys, "path", [str(repo / "python" / "lib"), str(repo / "src")])
+    assert sides.module_roots(repo, with_working_folder=True) == [str(repo), str(repo / "src")]
+
+
+def test_the_cleaner_tries_again_where_a_case_still_writes(monkeypatch, tmp_path):
+    folder, tries = tmp_path / "folder", []
+    folder.mkdir()
+
+    def removes_at_the_third_try(path, ignore_errors):
+        tries.append(ignore_errors)
+        if len(tries) == 3:
+            Path(path).rmdir()
+
+    monkeypatch.setattr(shutil, "rmtree", removes_at_the_third_try)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    monkeypatch.setattr(sys, "argv", ["-c", str(folder)])
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    exec(sides._CLEANER)
+    assert tries == [True] * 3
+
+
+def test_a_temporary_folder_without_locks_is_one_sentence(repo, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    sentence = r"\.lock' cannot be locked: No locks available\. Set TMPDIR to a folder on a disk of this machine\."
+    with pytest.raises(GateError, match=sentence), sides.only_gate():
+        pass
+
+
 def test_a_second_gate_is_refused(repo):
     with sides.only_gate(), pytest.raises(GateError, match="another gate of yours runs"), sides.only_gate():
         pass
@@ -221,10 +260,54 @@ def test_a_revision_whose_step_imports_the_working_tree_is_refused(repo, monkeyp
         assert value_of(side) == "2\n"
 
 
-@pytest.mark.parametrize("content", ["import atexit; atexit.register(print, 'bye')", "import sys; sys.exit()", "1 / 0"])
+FOR_EVER = "import threading; wait = threading.Event().wait"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "import atexit; atexit.register(print, 'bye')",
+        "import sys; sys.exit()",
+        "1 / 0",
+        f"{FOR_EVER}; threading.Thread(target=wait).start()",
+    ],
+)
 def test_a_step_may_print_and_end_as_it_likes(repo, content):
     (repo / "bench_step.py").write_text(content + "\n")
     assert sides.head_side(repo, [str(repo)], step="bench_step:make").name == "head"
+
+
+def test_a_step_whose_import_never_ends_is_left_to_its_first_case(repo, monkeypatch):
+    monkeypatch.setattr(sides, "_IMPORT_TIMEOUT_S", 0.5)
+    (repo / "bench_step.py").write_text(f"{FOR_EVER}; wait()\n")
+    assert sides.head_side(repo, [str(repo)], step="bench_step:make").name == "head"
+
+
+def test_a_step_that_imports_nothing_of_the_repository_is_refused(repo):
+    """Both sides would run the installed copy, and nothing could change."""
+    sentence = r"step 'json:loads' imports no file of {}, so both sides would run the same code: import the project at"
+    with pytest.raises(GateError, match=sentence.format("the repository")):
+        sides.head_side(repo, [str(repo / "src")], step="json:loads")
+    with (
+        pytest.raises(GateError, match=sentence.format("revision 'HEAD'")),
+        sides.checked_out("HEAD", repo, "base", [str(repo / "src")], step="json:loads"),
+    ):
+        pass
+
+
+def test_a_commit_that_a_shallow_clone_lacks(repo, tmp_path):
+    sides.git("clone", "-q", "--depth", "1", f"file://{repo}", str(tmp_path / "clone"), folder=tmp_path)
+    with pytest.raises(GateError, match=r"'HEAD~1' is not a commit of '.*clone', whose history is cut off: fetch"):
+        sides.commit_of("HEAD~1", tmp_path / "clone")
+    with pytest.raises(GateError, match=r"not a commit of '.*repo'\.$"):
+        sides.commit_of("HEAD~2", repo)
+
+
+def test_whether_there_is_a_change_to_judge(repo):
+    assert sides.sameness("HEAD", repo) == "Base and head are the same commit: there was no change to judge."
+    assert sides.sameness("HEAD~1", repo) == ""
+    (repo / "src" / "mine.py").write_text("VALUE = 3\n")
+    assert sides.sameness("HEAD", repo) == ""
 
 
 def test_a_folder_for_sockets_has_a_short_path(monkeypatch, tmp_path):
@@ -250,6 +333,10 @@ def test_a_working_tree_that_is_edited_meanwhile_is_refused(repo):
         os.utime(module, ns=(0, 0))
     with pytest.raises(GateError, match=r"'src/mine\.py' was edited"), sides.unedited(repo, roots):
         module.unlink()
+    kernel = repo / "src" / "kernel.c"  # compiled by the case that needs it
+    kernel.write_text("")
+    with pytest.raises(GateError, match=r"'src/kernel\.c' was edited"), sides.unedited(repo, roots):
+        os.utime(kernel, ns=(0, 0))
 
 
 @pytest.mark.parametrize("file", ["new_step.py", "packages/parts/deep.py"])
