@@ -436,17 +436,20 @@ def test_names_are_unique_and_the_same_on_every_machine():
         {"dtype": "bfloat16"},
         {"device": "cuda:0"},
         {"batch_size": 1},
+        {"model": "."},
     ]
     names = [case_name(dataclasses.replace(CASE, **change)) for change in changes]
     assert len(set(names)) == len(names)
     assert names[0] == "hydra[tiny-16+16-batch2-cpu-float32]"
     assert not any("here" in name for name in names)
+    assert names[-1].startswith("hydra[.-16+16")
 
 
 def test_groups_hold_the_methods_at_one_size():
     groups = {group_name(dataclasses.replace(CASE, method=method)) for method in METHODS}
     assert len(groups) == 1
     assert group_name(dataclasses.replace(CASE, batch_size=4)) not in groups
+    assert group_name(dataclasses.replace(CASE, model=".")).startswith(". cpu")
 
 
 def test_the_timer_replays_its_samples():

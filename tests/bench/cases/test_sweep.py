@@ -132,6 +132,7 @@ def test_every_problem_is_reported_at_once_with_the_nearest_names():
         ({"options": {"ppo.gamma": "x"}}, "ppo.gamma is 'x': it must be a finite number from 0 to 1."),
         ({"options": {"ppo.num_mini_batches": 3}, "batch_sizes": [2]}, "it must divide batch_size 2."),
         ({"cases": 3}, "cases must be tables: write each below a line [[cases]]."),
+        ({"cases": []}, "cases is empty: it must have at least one table."),
         ({"model": "gpt2"}, "sweep key 'model' is given beside 'models': give one of the two."),
         (
             {"cases": [{"method": "lora", "methods": []}]},

@@ -1,5 +1,7 @@
+import contextlib
 import dataclasses
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import pytest
 import rlhfbench
 from rlhfbench.cases.sweep import DEFAULT_GRID
 from rlhfbench.cli import gate as gate_verb
+from rlhfbench.gate import sides
 from rlhfbench.runs.max_batch import find_max_batches
 from rlhfbench.runs.options import RunOptions
 from rlhfkernels.config.case import Case
@@ -117,3 +120,18 @@ def test_plan_takes_every_option_of_run_that_defines_a_case(call):
 
 def test_the_command_alone_is_its_help(call):
     assert call() == call("--help")
+
+
+def test_a_picture_needs_no_backend_of_the_users(call, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "module://of_a_notebook")
+    assert call("--version")[0] == 0
+    assert os.environ["MPLBACKEND"] == "agg"
+
+
+def test_a_working_folder_that_was_removed_is_one_sentence(call, monkeypatch, tmp_path):
+    monkeypatch.setattr(sides, "only_gate", contextlib.nullcontext)  # a gate of another test may run
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    sentence = "the working folder or the temporary folder cannot be used: No such file or directory.\n"
+    assert call("gate", "--base", "HEAD") == (2, "", sentence)

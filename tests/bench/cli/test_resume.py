@@ -81,6 +81,14 @@ def test_a_resumed_search_for_the_largest_batch_goes_on_searching(call, monkeypa
 
 
 @pytest.mark.usefixtures("fake")
+def test_a_run_that_is_no_search_cannot_be_resumed_as_one(call):
+    assert call("run", *SMALL, *kind("ok"), "--out", "here")[0] == 0
+    code, _, err = call("run", "--resume", "here", "--max-batch")
+    assert (code, err) == (2, "--max-batch: the run to resume is no search for the largest batch: name a new folder.\n")
+    assert len(read_records("here")) == 1
+
+
+@pytest.mark.usefixtures("fake")
 def test_a_run_with_data_and_a_local_model_is_resumed_from_any_folder(call, tmp_path, monkeypatch, checkpoint):
     (tmp_path / "p.jsonl").write_text('{"ok": "hello"}\n')
     shutil.copytree(checkpoint("llama"), tmp_path / "m")
