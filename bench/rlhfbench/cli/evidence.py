@@ -32,7 +32,7 @@ def evidence(
             metavar="DIR",
             parser=path_text("--out"),
             rich_help_panel=OUTPUT,
-            help="Folder of the evidence: new, or to be continued.",
+            help="Folder for the results: a new one, or one to resume.",
         ),
     ],
     budget_min: Annotated[
@@ -41,7 +41,7 @@ def evidence(
             metavar="X",
             parser=number("--budget-min", float),
             rich_help_panel=WORK,
-            help="Minutes for all parts.",
+            help="Limit for all parts together, in minutes.",
             show_default=True,
         ),
     ] = 25.0,
@@ -79,10 +79,10 @@ def evidence(
         bool, typer.Option("--json", rich_help_panel=OUTPUT, help="Print the outcomes as JSON.")
     ] = False,
 ) -> int:
-    """Collect the evidence of a device, and write one report.
+    """Check and measure a device, and write one report.
 
-    Each of seven parts takes 8 minutes at most, and one that fails does not stop the next. With the same folder, the
-    command goes on where it stopped.
+    Runs seven parts of at most 8 minutes each. A part that fails does not stop the next one. With the same folder, the
+    command resumes.
     """
     refuse_launcher("rlhfbench evidence")
     problem = check_packages()

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from rlhfbench.cli.cases import CaseOptions
-from rlhfbench.cli.common import HARDWARE, READING_CODES, epilog, path_text, print_table
+from rlhfbench.cli.common import HARDWARE, epilog, path_text, print_table
 from rlhfbench.cli.groups import with_groups
 from rlhfbench.cli.ranks import RankOptions, make_ranked_sweep
 from rlhfbench.errors import RunFolderError
@@ -22,7 +22,7 @@ EPILOG = epilog(
     "rlhfbench plan --model tiny --device cpu --methods hydra --json",
     "rlhfbench plan --model llama-7b --gpu h200 --zero-stage 2,3 --world-size 8",
     "rlhfbench plan --model tiny --device cpu --parallel fsdp --world-size 2",
-    codes=READING_CODES,
+    codes="Exit codes: 0 done, 2 the command is wrong, 3 a worker process died, 130 interrupted.",
 )
 
 
@@ -45,7 +45,7 @@ def plan(
             metavar="DIR",
             parser=path_text("--out"),
             rich_help_panel=OUTPUT,
-            help="Folder for the picture and the JSON.",
+            help="Folder for plan.json, pictures and timelines.",
         ),
     ] = None,
     as_json: Annotated[

@@ -54,9 +54,9 @@ def report(
 ) -> None:
     """Draw a run again from its records, or compare several.
 
-    Prints how noisy the run was, the memory table, slopes and gain, draws the timeline of every case, and writes the
-    page index.html. Several runs are compared with the first one in comparison.html. Plans of cases over ranks are laid
-    beside the run.
+    Prints which differences the run can tell apart, the memory table, slopes and gain. Draws the timeline of every
+    case (of the largest ones in a run of more than 100 cases) and writes the page index.html. Several runs are compared
+    with the first one in comparison.html. Plans of cases over ranks are shown beside the measured run.
     """
     refuse_launcher("rlhfbench report")
     from rlhfbench.records.file import RECORDS_NAME, read_records

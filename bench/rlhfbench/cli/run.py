@@ -52,7 +52,12 @@ def run(
     cluster: ClusterOptions,
     folder: FolderOptions,
     as_json: Annotated[
-        bool, typer.Option("--json", rich_help_panel=OUTPUT, help="Print the records as a JSON list.")
+        bool,
+        typer.Option(
+            "--json",
+            rich_help_panel=OUTPUT,
+            help="Print the records as a JSON list; with --max-batch, the largest batches.",
+        ),
     ] = False,
 ) -> int:
     """Run a sweep and draw its report.

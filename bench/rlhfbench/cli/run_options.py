@@ -44,8 +44,8 @@ class MeasurementOptions:
             metavar="N",
             parser=number("--blocks", int),
             rich_help_panel=MEASUREMENT,
-            help="Blocks per case, each timed in a fresh process; from the second on in random order over all cases."
-            " One block gives no interval.  [default: 4, or 1 where building takes over 10 s]",
+            help="Blocks per case, each timed in a fresh process. From the second block on, cases run in random order."
+            " One block gives no interval.  [default: 4, or 1 if building and preparing take over 10 s]",
         ),
     ] = None
     case_timeout_s: Annotated[
@@ -71,7 +71,8 @@ class MeasurementOptions:
             metavar="N",
             parser=number("--threads", int),
             rich_help_panel=MEASUREMENT,
-            help="Threads of torch in a case; torch chooses by default.",
+            help="Threads of torch in a case."
+            "  [default: torch's choice; with several ranks, each rank's share of the cores]",
         ),
     ] = None
     profile: Annotated[
@@ -161,7 +162,8 @@ class ClusterOptions:
             metavar="ADDRESS",
             parser=name_text("--ray"),
             rich_help_panel=CLUSTER,
-            help="Run the cases on a Ray cluster: HOST:PORT of its head, local for one of this machine alone, or none.",
+            help="Run the cases on a Ray cluster: HOST:PORT of its head, local to start one on this machine, or none to"
+            " use no cluster.",
         ),
     ] = None
     ray_group: Annotated[

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 EPILOG = epilog(
     "rlhfbench verify --model tiny",
     "rlhfbench verify --model ./my-model --dtype bfloat16 --device cuda",
-    codes="Exit codes: 0 all is within the tolerance or refused, 1 something is not, 2 the command is wrong.",
+    codes="Exit codes: 0 every check that can run is within its tolerance, 1 a check is not, 2 the command is wrong, "
+    "130 interrupted.",
 )
 
 

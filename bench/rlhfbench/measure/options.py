@@ -23,7 +23,7 @@ class MeasurementOptions:
             ends the timing, too. ``None``: steps follow each other.
         step: ``module:function`` of a user's own step; ``None`` builds the case's method.
         injected: A fault to put into the step: the keyword arguments of ``InjectedStep``.
-        num_blocks: Blocks of the case. ``None``: four, or one if building takes more than 10 s.
+        num_blocks: Blocks of the case. ``None``: four, or one if building and preparing take more than 10 s.
         profile_dir: Folder for the profile: the profiler's traces and what they say. ``None``: no profile.
         timeline: Whether to keep a timeline of the memory measurement.
         num_threads: Threads within an op (``torch.set_num_threads``). ``None``: torch's default.
