@@ -168,12 +168,12 @@ class TrainingStep:
 
         ``fast, plain`` or ``plain, fast`` where a reward model is of another architecture: the actor's comes first.
         """
-        return _joined(self.engine.trunks[base].name for base in self.method.bases)
+        return _joined(trunk.name for trunk in self.engine.trunks.values())
 
     @property
     def attention_used(self) -> str:
         """The attention implementation of the trunks: ``sdpa`` or ``eager``, or both as in ``trunk_used``."""
-        return _joined(self.engine.models[base].attention for base in self.method.bases)
+        return _joined(model.attention for model in self.engine.models.values())
 
     @property
     def backend_used(self) -> str:
