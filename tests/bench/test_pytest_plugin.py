@@ -185,7 +185,7 @@ def test_a_slower_step_fails_the_comparison(bench, measured, monkeypatch):
 
 
 def in_words(findings):
-    """What a gate returns."""
+    """The return value of a gate."""
     return list(findings), "the base", "the head"
 
 

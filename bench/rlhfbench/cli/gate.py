@@ -195,9 +195,9 @@ def gate(
         root = sides.repository()
         roots = sides.module_roots(root, with_working_folder=step is not None)
         head = sides.head_side(root, roots, step=step)
+        note = sides.sameness(base, root)  # before --out may lie in the working tree
         with sides.unedited(root, roots), sides.checked_out(base, root, "base", roots, step=step) as other:
             findings = _compare(other, head, sweep, folder, options)
-            note = sides.sameness(base, root)
         return output.finish(findings, other.title, head.title, note=note)
 
 

@@ -161,7 +161,7 @@ def head_side(root: Path, roots: Sequence[str], *, step: str | None = None) -> S
 
 
 def _check_imports(step: str, paths: Sequence[str], files: Path, root: Path, where: str) -> None:
-    """Refuses a step that loads a module of the repository from another place: both sides would run that copy.
+    """Refuses a step that loads a module of the repository from another place, or none: both sides would run one copy.
 
     Args:
         step: ``module:function``.

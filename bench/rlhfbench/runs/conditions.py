@@ -107,5 +107,5 @@ def _of_machine(environments: Sequence[Mapping[str, Any]], host: str) -> dict[in
 
 
 def _unlike(now: Mapping[str, Any], earlier: Mapping[str, Any]) -> list[str]:
-    """What differs between two environments of one machine, which may have several names."""
+    """The differences between two environments of one machine, which may have several names."""
     return environment.unlike(now, earlier, without=("host",))

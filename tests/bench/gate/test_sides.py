@@ -190,7 +190,7 @@ def test_a_repository_below_the_environment_has_modules(repo, monkeypatch):
 
 
 def test_a_python_in_the_repository_is_none_of_its_modules(repo, monkeypatch):
-    """Of an environment made with it, the standard library lies in the repository, outside of ``sys.prefix``."""
+    """The standard library of an environment that was made with it lies in the repository, outside ``sys.prefix``."""
     monkeypatch.setattr(sys, "base_prefix", str(repo / "python"))
     monkeypatch.setattr(sys, "path", [str(repo / "python" / "lib"), str(repo / "src")])
     assert sides.module_roots(repo, with_working_folder=True) == [str(repo), str(repo / "src")]
