@@ -11,6 +11,7 @@ import typer
 
 from rlhfbench.cli import common
 from rlhfbench.cli.common import DONE, NO, epilog, print_table
+from rlhfbench.errors import SweepError
 from rlhfbench.launch import refuse_launcher
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def verify(
     from rlhfbench.cases import preflight
     from rlhfbench.cases.sweep import Sweep
     from rlhfbench.records.json_files import finite
+    from rlhfbench.runs.worker import is_out_of_memory
 
     spec = {"models": [model], "methods": ["sft-lora"], "seq_lens": [2], "batch_sizes": [1]}
     chosen = common.given(device=device, dtype=dtype)
@@ -62,8 +64,16 @@ def verify(
     from rlhfkernels.models.errors import running_errors
 
     logging.disable_progress_bar()
-    with running_errors([model]):
-        checks = engine.verify(model, **chosen)
+    try:
+        with running_errors([model]):
+            checks = engine.verify(model, **chosen)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        where = device or common.CASE_DEFAULTS["device"]
+        raise SweepError(
+            [f"model {model!r} is too large for device {where!r}: its memory must hold two copies of the model."]
+        ) from error
     if as_json:
         print(json.dumps([finite(dataclasses.asdict(check)) for check in checks], allow_nan=False))
     else:

@@ -77,7 +77,7 @@ def verify(model: str, *, dtype: str = "float32", device: str = "cpu", seed: int
         seed: of random weights, tokens and adapters.
 
     Raises:
-        ModelError: the model cannot be loaded, or is of a kind that is not supported.
+        ModelError: the model cannot be loaded, is of a kind that is not supported, or needs more memory than there is.
         CaseError: ``dtype`` or ``device`` breaks a rule.
     """
     length = min(_MAX_LENGTH, max_positions(read_config(model)) or _MAX_LENGTH)
@@ -254,13 +254,19 @@ class _Verification:
         *,
         of_gradient: bool = False,
     ) -> Check:
-        """Runs a comparison of (found, expected) pairs; a model whose forward pass fails is wrong."""
+        """Runs a comparison of (found, expected) pairs; a model whose forward pass fails is wrong.
+
+        Raises:
+            ModelError: the forward pass was out of memory.
+        """
         try:
             with forward_errors(self._case.model, self._class_name):
                 pairs = compare()
         except CaseError as problem:
             return Check(name=name, outcome="refused", note=str(problem))
         except ModelError as problem:
+            if isinstance(problem.__cause__, torch.OutOfMemoryError):
+                raise  # says nothing about the model's numbers
             return Check(name=name, outcome="wrong", note=str(problem))
         error = max((largest_error(*pair) for pair in pairs), key=lambda each: (each != each, each))  # NaN is largest
         limit = max(tolerance(expected, self._case.dtype, of_gradient=of_gradient) for _, expected in pairs)

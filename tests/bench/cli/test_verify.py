@@ -3,6 +3,7 @@ import json
 import math
 
 import pytest
+import torch
 
 from rlhfbench.cli import main as cli
 from rlhfkernels.engine import verify as engine
@@ -74,6 +75,18 @@ def test_a_wrong_command_is_one_sentence(fake, capsys, arguments, sentence):
     assert err.startswith(sentence)
     assert err.count("\n") == 1
     assert fake(RIGHT) == []
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()], ids=repr)
+def test_a_model_that_is_too_large_is_one_sentence(monkeypatch, capsys, error):
+    def fail(model, **chosen):
+        raise error
+
+    monkeypatch.setattr(engine, "verify", fail)
+    assert cli.invoke(["verify", "--model", "tiny"]) == 2
+    assert capsys.readouterr().err == (
+        "model 'tiny' is too large for device 'cpu': its memory must hold two copies of the model.\n"
+    )
 
 
 def test_a_model_is_compared_with_transformers(capsys, checkpoint):

@@ -140,6 +140,17 @@ def test_a_forward_pass_that_fails_is_wrong(checkpoint: Callable[[str], str], mo
     assert all("cannot be run: Gemma2Model raised ValueError (no such states)." in note for note in notes)
 
 
+def test_a_forward_pass_without_memory_is_not_wrong(
+    checkpoint: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(PreallocatedLayer, "update", fail)
+    with pytest.raises(ModelError, match=r"raised OutOfMemoryError \(CUDA out of memory\.\)"):
+        verify(checkpoint("gemma2"))
+
+
 def test_presets_have_random_weights_and_bfloat16_its_own_tolerance() -> None:
     checks = verify("tiny", dtype="bfloat16")
     assert by_outcome(checks, "ok") == [*PLAIN, *(n.replace("plain", "fast") for n in PLAIN[:-1]), "fast against plain"]
