@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 
+from rlhfbench.errors import EvidenceError
 from rlhfbench.evidence.items import Items
 from rlhfbench.evidence.request import Request
 from rlhfbench.measure.ceilings import RATES, measure_ceilings
 from rlhfbench.measure.clock import StepClock
 from rlhfkernels.data.sources import Prompts
+from rlhfkernels.errors import RlhfKernelsError
 from rlhfkernels.training.step import TrainingStep, build_step
 from rlhfkernels.training.work import phase_work
 
@@ -28,12 +30,19 @@ def run_decode(request: Request, folder: Path, left_s: float) -> None:
     """Measures the generate phase of ``hydra`` at each batch and keeps it in ``decode.json``.
 
     On CUDA with CUDA graphs and without.
+
+    Raises:
+        EvidenceError: none of them could be measured.
     """
     items = Items(folder / "decode.json")
+    items.values = {key: item for key, item in items.values.items() if "failed" not in item}  # they are tried again
     ceilings = items.add("ceilings", lambda: measure_ceilings(request.device, getattr(torch, request.sizes.dtype)))
     for batch_size in request.sizes.decode_batches:
         for by in GRAPHS if request.device != "cpu" else ("without graphs",):
             items.add(f"batch {batch_size}, {by}", functools.partial(_tried, request, batch_size, by, ceilings))
+    batches = [item for key, item in items.values.items() if key.startswith("batch ")]
+    if all("failed" in item for item in batches):
+        raise EvidenceError(f"no batch could be decoded: {batches[-1]['failed']}")
 
 
 def _tried(request: Request, batch_size: int, by: str, ceilings: dict[str, float]) -> dict[str, Any]:
@@ -42,7 +51,7 @@ def _tried(request: Request, batch_size: int, by: str, ceilings: dict[str, float
     found: dict[str, Any] = {"batch_size": batch_size, "by": by}
     try:
         return found | _measure(request, batch_size, GRAPHS[by], ceilings)
-    except RuntimeError as error:  # of CUDA, out of memory too
+    except (RuntimeError, RlhfKernelsError) as error:  # of CUDA, out of memory too; of a model without graphs
         return found | {"failed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
 
 

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from rlhfbench.errors import EvidenceError
 from rlhfbench.evidence import decode
 from rlhfbench.evidence.request import MINIATURE, Request
+from rlhfkernels.errors import CaseError
 
 
 def keys(device: str, folder: Path) -> list[tuple[str, str | None]]:
@@ -48,6 +50,37 @@ def test_a_gpu_decodes_with_graphs_and_without_and_one_that_fails_hides_no_other
         ("batch 16, without graphs", None),
     ]
     assert asked == ["on", "off", "on", "off"]
+
+
+def test_a_model_without_graphs_is_decoded_without(
+    asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(request: Request, batch_size: int, cuda_graphs: str, ceilings: dict[str, float]) -> dict[str, Any]:
+        if cuda_graphs == "on":
+            raise CaseError(["the plain trunk has no graphs."])
+        return {"floor_fraction": 0.5}
+
+    monkeypatch.setattr(decode, "_measure", measure)
+    failure = "CaseError: the plain trunk has no graphs."
+    assert keys("cuda", tmp_path) == [
+        ("batch 1, with graphs", failure),
+        ("batch 1, without graphs", None),
+        ("batch 16, with graphs", failure),
+        ("batch 16, without graphs", None),
+    ]
+
+
+def test_a_part_without_any_batch_has_failed_and_is_tried_again(
+    asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> dict[str, Any]:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decode, "_measure", fail)
+        with pytest.raises(EvidenceError, match=r"^no batch could be decoded: RuntimeError: CUDA error: unspecified"):
+            keys("cpu", tmp_path)
+    assert keys("cpu", tmp_path) == [("batch 1, without graphs", None), ("batch 16, without graphs", None)]
 
 
 def test_a_cpu_has_no_graphs(asked: list[str], tmp_path: Path) -> None:
