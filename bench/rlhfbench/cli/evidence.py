@@ -104,7 +104,8 @@ def evidence(
     from rlhfbench.runs import environment
 
     environment.check_system()
-    preflight.check(Sweep(cases=(request.case("hydra"),)))
+    lengths = request.sizes.seq_lens if 4 in numbers else ()  # part 4 has longer sequences than the others
+    preflight.check(Sweep(cases=(request.case("hydra"), *(request.case("hydra", seq_len=each) for each in lengths))))
     with ended_by_sigterm():
         found = collect(Path(out), request, numbers, 60 * budget_min)
     outcomes = {number: found["parts"][str(number)]["outcome"] for number in numbers}

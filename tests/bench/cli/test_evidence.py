@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import pytest
 
 from rlhfbench.cli.main import invoke
 from rlhfbench.evidence import collect
+from rlhfbench.evidence.request import MINIATURE
 
 
 @pytest.mark.parametrize(
@@ -52,3 +55,23 @@ def test_the_exit_code_says_whether_every_part_is_done(
     assert asked == [(5, 480.0), (2, 480.0)]
     assert invoke([*command, "--json"]) == code
     assert json.loads(capsys.readouterr().out) == {"parts": {"5": part, "2": part}}
+
+
+def test_a_model_that_is_too_short_for_part_4_is_found_before_anything_runs(
+    checkpoint: Callable[[str], str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes = dataclasses.replace(MINIATURE, seq_lens=(16, 65, 80))
+    monkeypatch.setattr("rlhfbench.evidence.request.MINIATURE", sizes)
+    monkeypatch.setattr(collect, "_run_part", lambda *arguments: {"outcome": "done", "wall_s": 1.0, "error": None})
+    model = checkpoint("llama")
+    command = ["evidence", "--out", str(tmp_path / "out"), "--device", "cpu", "--model", model]
+    assert invoke(command) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"a length of 65 (33 + 32) is too long for model '{model}': it has 64 positions.",
+        f"a length of 80 (40 + 40) is too long for model '{model}': it has 64 positions.",
+    ]
+    assert not (tmp_path / "out").exists()
+    assert invoke([*command, "--parts", "3,5"]) == 0
