@@ -28,6 +28,11 @@ def check_ranks(cases: Iterable[Case], num_cuda_devices: Callable[[], int]) -> I
         elif launch is not None:
             if size > launch.size:
                 yield f"world-size is {size}: the launcher started {launch.size} processes, one for each rank."
+            elif device == "cuda" and (here := launch.num_local(size)) > (number := num_cuda_devices()) > 0:
+                yield (
+                    f"world-size is {size}: {here} of its ranks are on this machine, so each process must see {here} "
+                    f"CUDA devices, and this one sees {number}."
+                )
         elif device == "cuda" and size > (number := num_cuda_devices()) > 0:
             yield f"world-size is {size}: this machine has {number} CUDA device{'s' if number > 1 else ''}."
         elif device == "cpu" and size > (limit := MAX_RANKS_PER_CORE * num_cores()):

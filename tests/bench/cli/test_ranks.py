@@ -168,6 +168,18 @@ def test_more_ranks_than_devices(monkeypatch):
     ]
 
 
+def test_more_ranks_of_a_launcher_than_devices_of_a_machine(monkeypatch):
+    ranks = (case(2, "cuda"), case(4, "cuda"), case(4, "cpu"))
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert list(check_ranks(ranks, lambda: 2)) == [
+        "world-size is 4: 4 of its ranks are on this machine, so each process must see 4 CUDA devices, and this one "
+        "sees 2."
+    ]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # the other two are on another machine
+    assert list(check_ranks(ranks, lambda: 2)) == []
+
+
 def test_the_devices_of_a_cluster_are_not_those_of_this_machine():
     preflight.check(Sweep(cases=(case(9999, "cpu"),)), devices=False)
 
