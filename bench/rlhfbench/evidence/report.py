@@ -203,8 +203,8 @@ def _reserve(records: Sequence[Record], environment: dict[str, Any], device: str
     kept = Accelerator(name=device, memory_bytes=memory_bytes).reserve_bytes
     needed = found.bytes_of(memory_bytes)
     return (
-        f"Reserve: the driver counts at most {found.context_bytes / GIB:.2f} GiB beyond the allocator and its "
-        f"workspaces, and the allocator reserves at most {100 * found.fragmentation:.1f} % beyond the plan. Of this "
+        f"Reserve: the context and library workspaces take at most {found.context_bytes / GIB:.2f} GiB by the driver's "
+        f"count, and the allocator reserves at most {100 * found.fragmentation:.1f} % beyond the plan. Of this "
         f"device that is {needed / GIB:.2f} GiB; plans keep {kept / GIB:.2f} GiB, which is "
         f"{'enough' if kept >= needed else 'too little'}. The allocator keeps freed blocks while there is room, so "
         "the second figure is an upper bound."

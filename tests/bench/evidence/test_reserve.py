@@ -37,3 +37,13 @@ def test_the_report_says_whether_the_reserve_of_plans_is_enough(driver: float, v
     text = _reserve([record(40, 40, driver)], environment, "cuda")
     assert f"plans keep 2.35 GiB, which is {verdict}." in text
     assert _reserve([record(40, 40, driver)], {"gpus": None}, "cpu") == ""
+
+
+def test_the_report_names_what_is_counted_beside_the_tensors() -> None:
+    environment = {"gpus": [{"name": "x", "memory_bytes": 80 * GIB}]}
+    # 0.5 GiB beyond the allocator, and the workspace of 1/16 GiB that it holds.
+    text = _reserve([record(40, 42.0625, 42.5625)], environment, "cuda")
+    assert text.startswith(
+        "Reserve: the context and library workspaces take at most 0.56 GiB by the driver's count, and the allocator "
+        "reserves at most 5.0 % beyond the plan. Of this device that is 4.56 GiB;"
+    )
