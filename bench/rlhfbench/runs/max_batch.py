@@ -226,7 +226,12 @@ def _search(
 ) -> MaxBatchResult:
     """Searches from the planned batch where that is safe; on a CPU, no first try is larger than the plan."""
     if available_bytes is not None and planned == 0:
-        reason = f"batch 1 does not fit into the {available_bytes / _GIB:.3g} GiB that are available, by its plan."
+        asked = options.memory_limit_bytes
+        if asked is not None and asked < available_bytes - _PROCESS_BYTES:
+            room = f"{asked / _GIB:.3g} GiB of --memory-limit"
+        else:
+            room = f"{available_bytes / _GIB:.3g} GiB that are available"
+        reason = f"batch 1 does not fit into the {room}, by its plan."
         return MaxBatchResult(
             case=case, largest_ok=None, smallest_failing=None, stopped_because=reason, planned=0, tries=()
         )

@@ -197,13 +197,21 @@ def test_no_first_try_on_a_cpu_is_larger_than_its_plan(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize(
+    ("asked", "room"),
+    [
+        (None, "64 GiB that are available"),
+        (2 * GIB, "2 GiB of --memory-limit"),
+        (100 * GIB, "64 GiB that are available"),
+    ],
+)
 def test_a_batch_of_1_that_does_not_fit_by_its_plan_is_not_tried(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: int | None, room: str
 ) -> None:
     monkeypatch.setattr(max_batch, "_planned", lambda case, usable_bytes, limit: 0)
-    (hydra, _) = find(tmp_path / "run", "ok")
+    (hydra, _) = find(tmp_path / "run", "ok", memory_limit_bytes=asked)
     assert (hydra.tries, hydra.largest_ok, hydra.planned) == ((), None, 0)
-    assert hydra.stopped_because == "batch 1 does not fit into the 64 GiB that are available, by its plan."
+    assert hydra.stopped_because == f"batch 1 does not fit into the {room}, by its plan."
     assert read_records(tmp_path / "run") == []
 
 
