@@ -202,6 +202,7 @@ def _problems(case: Case) -> Iterator[str]:
     yield from _check_batches(case)
     yield from _check_optimizer(case)
     yield from _check_backend(case)
+    yield from _check_graphs(case)
     yield from _check_reward_model(case)
     yield from _check_parallel(case)
 
@@ -246,11 +247,22 @@ def _check_backend(case: Case) -> Iterator[str]:
         yield f"engine.backend is {backend!r}: it runs on a CPU, so device must be 'cpu'."
     if backend == "native" and case.dtype != "float32":
         yield f"engine.backend is {backend!r}: it has no {case.dtype}, so dtype must be float32."
-    if case.options.engine.cuda_graphs == "on" and case.device == "cpu":
+
+
+def _check_graphs(case: Case) -> Iterator[str]:
+    engine = case.options.engine
+    if engine.cuda_graphs != "on":
+        return
+    if case.device == "cpu":
         yield "engine.cuda_graphs is 'on': it needs a CUDA device, so device must not be 'cpu'."
-    if case.options.engine.cuda_graphs == "on" and case.options.engine.trunk == "plain":
-        yield "engine.cuda_graphs is 'on': it captures steps of the fast trunk, so engine.trunk must not be 'plain'."
-    if case.options.engine.cuda_graphs == "on" and case.options.parallel.divides_weights:
+    of_fast_trunk = "engine.cuda_graphs is 'on': it captures steps of the fast trunk, so"
+    if engine.trunk == "plain":
+        yield f"{of_fast_trunk} engine.trunk must not be 'plain'."
+    if engine.attn_implementation == "eager":
+        yield f"{of_fast_trunk} engine.attn_implementation must not be 'eager'."
+    if engine.cache_implementation == "dynamic":
+        yield f"{of_fast_trunk} engine.cache_implementation must not be 'dynamic'."
+    if case.options.parallel.divides_weights:
         yield "engine.cuda_graphs is 'on': divided weights are gathered in every step, so it must be auto or off."
 
 

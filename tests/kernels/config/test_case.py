@@ -193,6 +193,22 @@ def test_an_integer_for_a_float_is_the_same_case() -> None:
         (
             {
                 "device": "cuda",
+                "options": Options.of({"engine.cuda_graphs": "on", "engine.attn_implementation": "eager"}),
+            },
+            "engine.cuda_graphs is 'on': it captures steps of the fast trunk, so engine.attn_implementation must not "
+            "be 'eager'.",
+        ),
+        (
+            {
+                "device": "cuda",
+                "options": Options.of({"engine.cuda_graphs": "on", "engine.cache_implementation": "dynamic"}),
+            },
+            "engine.cuda_graphs is 'on': it captures steps of the fast trunk, so engine.cache_implementation must not "
+            "be 'dynamic'.",
+        ),
+        (
+            {
+                "device": "cuda",
                 "options": Options.of(
                     {"engine.cuda_graphs": "on", "parallel.strategy": "fsdp", "parallel.world_size": 2}
                 ),

@@ -143,7 +143,7 @@ def test_unsupported_cases_take_the_plain_trunk(make_case: Callable[..., Case], 
 
 def test_graphs_that_the_plain_trunk_would_ignore_are_refused(make_case: Callable[..., Case]) -> None:
     """The case that asks names CUDA: only the choice of the trunk is made here."""
-    case = make_case("hydra", engine__cache_implementation="dynamic")
+    case = make_case("hydra", "granite", engine__backend="torch")
     engine = Engine(case)
     asked = dataclasses.replace(case, device="cuda", options=case.options.replace({"engine.cuda_graphs": "on"}))
     with pytest.raises(CaseError, match="has no graphs, so it must be auto or off"):
