@@ -34,6 +34,7 @@ class OpSize:
         inner: width of the MLP.
         heads: query heads.
         kv_heads: key-value heads.
+        head_size: elements of a head.
         vocab: v.
         rows: m, two sequences.
         decode_rows: b.
@@ -44,6 +45,7 @@ class OpSize:
     inner: int
     heads: int
     kv_heads: int
+    head_size: int
     vocab: int
     rows: int
     decode_rows: int
@@ -52,7 +54,7 @@ class OpSize:
     @property
     def layout(self) -> QkvLayout:
         """Layout of the heads in the QKV projection."""
-        return QkvLayout(self.heads, self.kv_heads, self.hidden // self.heads)
+        return QkvLayout(self.heads, self.kv_heads, self.head_size)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

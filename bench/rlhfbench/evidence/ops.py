@@ -40,6 +40,7 @@ def _size(request: Request) -> OpSize:
         inner=int(getattr(config, "intermediate_size", 0) or 4 * config.hidden_size),
         heads=heads,
         kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+        head_size=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
         vocab=int(config.vocab_size),
         rows=request.sizes.op_rows,
         decode_rows=_DECODE_ROWS,
