@@ -204,12 +204,16 @@ class BarProgress(_Counting):
         self._task: TaskID | None = None
 
     def begin(self, cases: list[Case], num_recorded: int) -> None:
-        """Notes the cases of the run."""
+        """Notes the cases of the run, and starts the bar."""
+        super().begin(cases, num_recorded)
+        self._draw("starting", total=len(cases) + num_recorded, completed=num_recorded)
+        self.notice(f"All cases: {self._title.shared}")
+
+    def _draw(self, description: str, *, total: int, completed: int = 0) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as RichProgress
 
-        super().begin(cases, num_recorded)
         # Drawn once a second: on a machine with few cores the drawing would slow down what is timed.
         self._bar = RichProgress(
             TextColumn("{task.description}", markup=False),
@@ -222,11 +226,8 @@ class BarProgress(_Counting):
             refresh_per_second=1,
             transient=True,
         )
-        self._task = self._bar.add_task(
-            "starting", total=len(cases) + num_recorded, completed=num_recorded, left="", counts=""
-        )
+        self._task = self._bar.add_task(description, total=total, completed=completed, left="", counts="")
         self._bar.start()
-        self.notice(f"All cases: {self._title.shared}")
 
     def start_case(self, case: Case) -> None:
         """Starts timing ``case``."""
@@ -249,7 +250,9 @@ class BarProgress(_Counting):
     def begin_blocks(self, number: int, num_blocks: int, num_cases: int) -> None:
         """Starts the bar again, for the blocks."""
         super().begin_blocks(number, num_blocks, num_cases)
-        if self._bar is not None and self._task is not None:
+        if self._bar is None or self._task is None:  # every case was recorded earlier
+            self._draw(self._block, total=num_cases)
+        else:
             # reset() replaces all fields.
             self._bar.reset(self._task, total=num_cases, description=self._block, left="", counts=self._counts())
 

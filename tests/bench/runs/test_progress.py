@@ -24,12 +24,18 @@ def record(outcome="ok", message=None):
 
 
 @pytest.fixture
-def begun_bar(monkeypatch):
-    """A bar of two cases on a wide terminal, of which the first has started."""
+def bar(monkeypatch):
+    """A bar on a wide terminal."""
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("TERM", "xterm")
     stream = Terminal()
-    progress = BarProgress(stream)
+    return stream, BarProgress(stream)
+
+
+@pytest.fixture
+def begun_bar(bar):
+    """A bar of two cases, of which the first has started."""
+    stream, progress = bar
     progress.begin([SMALL, LARGE], num_recorded=0)
     progress.start_case(SMALL)
     return stream, progress
@@ -83,6 +89,18 @@ def test_a_bar_goes_on_through_the_blocks(begun_bar):
     progress.end()
     assert "lora 8+8 x2 · block 2 of 5" in stream.getvalue()
     assert "1 ok" in stream.getvalue()
+
+
+def test_blocks_of_cases_that_were_recorded_earlier_have_a_bar(bar):
+    stream, progress = bar
+    progress.begin_blocks(1, 5, 2)
+    progress.start_block(LARGE)
+    progress._bar.refresh()
+    progress.finish_block(LARGE, {"error": None})
+    progress._bar.refresh()
+    progress.end()
+    assert "lora tiny 8+8 x2 · block 2 of 5" in stream.getvalue()
+    assert "1/2" in stream.getvalue()
 
 
 def test_a_bar_accepts_notices_and_its_end_before_it_begins():
