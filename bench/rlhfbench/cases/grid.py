@@ -27,7 +27,7 @@ def cases_of_grid(where: str, spec: Spec, problems: list[str]) -> list[Case]:
     shared = {key: spec[key] for key in FIELD_KEYS if key in spec}
     # A case of stand-in sizes: rules that need no size are checked even if the sizes are wrong.
     for method, options in itertools.product(methods or list(METHODS)[:1], grid):
-        own = _data_of(method, options, methods)
+        own = _data_of(method, options, methods or list(METHODS))  # a data file may be an unknown method's
         found += _try_case(method, "-", (1, 1), _smallest_batch(options), shared, own)[1]
     cases: list[Case] = []
     if not found:

@@ -82,3 +82,8 @@ def test_a_data_file_that_no_method_of_the_grid_takes_is_one_sentence():
         "data.prompts is 'p.jsonl': method 'sft' takes demonstrations, so it must be none.",
         "data.prompts is 'p.jsonl': method 'dpo' takes pairs, so it must be none.",
     )
+
+
+def test_a_data_file_of_a_misspelt_method_is_no_second_mistake():
+    (problem,) = problems({**GRID, "methods": ["dpoo"], "options": DATA})
+    assert problem.startswith("method 'dpoo' is unknown: did you mean 'dpo'")
