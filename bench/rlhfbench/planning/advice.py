@@ -144,10 +144,12 @@ REMEDIES: dict[str, tuple[Remedy, ...]] = {
     ),
     "kv_cache": (_FEWER_SAMPLES, _NARROWER, _SHORTER),
     "gathered": (_BY_LAYER, _NARROWER, _SMALLER_MODEL),
+    # Buckets are whole, however little is trained; copies of gradients shrink with the rest. Stage 0 has copies alone.
     "buckets": (
+        Remedy("a smaller parallel.reduce_bucket_size", lambda case, zero: zero.divides_from(1)),
+        _NARROWER,
         _ADAPTERS,
         _divided_from(1)[1],
-        Remedy("a smaller parallel.reduce_bucket_size"),
         _SMALLER_MODEL,
     ),
     "activations": (

@@ -105,6 +105,15 @@ def test_replicas_are_divided_by_another_strategy() -> None:
     assert "--parallel deepspeed --zero-stage 1 over several ranks" in told
 
 
+def test_a_smaller_bucket_is_advised_first_in_the_stages_that_have_one() -> None:
+    for stage in (1, 2, 3):
+        told = sentence("buckets", method="full", zero=Zero(stage=stage, world_size=2))
+        assert "what would help is a smaller parallel.reduce_bucket_size, --dtype bfloat16, a method that" in told
+    told = sentence("buckets", method="full", zero=Zero(stage=0, world_size=2))
+    assert "what would help is --dtype bfloat16, a method that trains adapters" in told
+    assert "reduce_bucket_size" not in told
+
+
 @pytest.mark.parametrize("part", ["activations", "temporary"])
 def test_sdpa_is_advised_against_kept_attention_matrices(part: str) -> None:
     assert "engine.attn_implementation=auto" in sentence(part, **{"engine.attn_implementation": "eager"})
