@@ -62,7 +62,7 @@ class MeasurementOptions:
         typer.Option(
             metavar="SIZE",
             rich_help_panel=MEASUREMENT,
-            help="Memory that a case may allocate: 4GiB; none for no limit.  [default: none]",
+            help="Memory that a case, or each of its ranks, may allocate: 4GiB; none for no limit.  [default: none]",
         ),
     ] = None
     threads: Annotated[

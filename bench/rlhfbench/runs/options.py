@@ -33,7 +33,8 @@ class RunOptions:
         profile: trace the phases of each case, into ``traces/``.
         with_plan: predict the memory of each case too, in a process of its own before the case's.
         case_timeout_s: seconds after which a case is killed.
-        memory_limit_bytes: bytes that a case may allocate before it counts as out of memory; ``None`` is no limit.
+        memory_limit_bytes: bytes that a case, or each of its ranks, may allocate before it counts as out of memory;
+            ``None`` is no limit.
 
     Raises:
         SweepError: some field breaks its rule; every problem is named.
