@@ -219,7 +219,8 @@ class FolderOptions:
             metavar="DIR",
             parser=path_text("--resume"),
             rich_help_panel=OUTPUT,
-            help="Continue the run in DIR, with its cases and settings; other options override them.",
+            help="Continue the run in DIR, with its cases and settings. Options of the measurement and of the cluster"
+            " override the settings.",
         ),
     ] = None
     retry: Annotated[
