@@ -144,7 +144,7 @@ def table_1(frame: pd.DataFrame) -> ReportTable:
                 f"{row.batch_size}",
                 ABSENT if own is None else f"{own['seq_len']} tokens, batch {own['batch_size']}",
                 f"{row.model_gib:.1f}",
-                _gib(own, "model_bytes"),
+                _gib(own, "persistent_model_bytes"),
                 f"{row.activation_gib:.1f}",
                 _gib(own, "activation_bytes"),
                 f"{row.total_gib:.1f}",
@@ -168,7 +168,7 @@ def table_1(frame: pd.DataFrame) -> ReportTable:
         caption="Hydra-RLHF, Table 1: Llama-7B, 400 + 400 tokens, LoRA rank 128, ZeRO-1 on 8 GPUs of 80 GB; of one GPU",
         cells=pd.DataFrame(rows, columns=headings, dtype="object"),
         num_text_columns=3,
-        explanation=" ".join([conditions(frame), *_left_out(frame, measured)]),
+        explanation=" ".join([conditions(measured if len(measured) else frame), *_left_out(frame, measured)]),
         frame=pd.DataFrame(rows, columns=headings),
     )
 

@@ -54,6 +54,20 @@ def test_table_1_takes_ratios_to_the_baseline_on_both_sides(make_frame: Frames) 
     assert cells.loc["LoRA-PPO", "our case"] == "64 tokens, batch 1"
 
 
+def test_our_model_memory_is_what_the_paper_counts_as_the_model(make_frame: Frames) -> None:
+    """All weights, gradients and optimizer states: the step's highest total is often without the gradients."""
+    frame = make_frame({"method": "lora", "model_bytes": 2 * GIB, "persistent_model_bytes": 3 * GIB})
+    assert table_1(frame).cells.set_index("method").loc["LoRA-PPO", "model GiB, ours"] == "3.000"
+
+
+def test_the_table_tells_the_conditions_of_its_own_cases(make_frame: Frames) -> None:
+    frame = make_frame({"method": "lora"}, {"method": "hydra", **PAPERS, "outcome": "oom"})
+    others = "The run's conditions are others: model tiny, 64 tokens, setting modern."
+    assert table_1(frame).explanation.startswith(others)
+    failed = frame[frame["outcome"] == "oom"]
+    assert table_1(failed).explanation.startswith("The run has cases at the paper's model")
+
+
 def test_the_case_at_the_papers_conditions_is_preferred(make_frame: Frames) -> None:
     frame = make_frame(
         {"method": "hydra", "batch_size": 4, **PAPERS, "total_s_per_sample": 7.0},
