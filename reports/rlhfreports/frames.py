@@ -184,11 +184,15 @@ def _with_lines(frame: pd.DataFrame, found: Sequence[pd.DataFrame], columns: Seq
 def parts(frame: pd.DataFrame) -> pd.DataFrame:
     """Memory by part at the step's highest total: ``size`` (``size_of``), ``part``, its ``place``, and ``gib``."""
     frame = of_memory(frame)
-    rows = frame[_has_memory(frame)]
-    sizes = size_of(rows) if len(rows) else None
+    # In the words of all cases, as those that failed stand in the same chart.
+    cases = frame.assign(line=line_of(frame), size=size_of(frame))[_has_memory(frame)]
+    rows = cases.drop_duplicates(["line", "size"], keep="last")  # two runs of a case would make a bar of both
     found = [
         _shared(rows).assign(
-            size=sizes, part=part.replace("_", " "), place=place, gib=rows[f"{part}_part_bytes"].astype("float64") / GIB
+            size=rows["size"],
+            part=part.replace("_", " "),
+            place=place,
+            gib=rows[f"{part}_part_bytes"].astype("float64") / GIB,
         )
         for place, part in enumerate(parts_of(frame))
     ]

@@ -155,11 +155,12 @@ def strategy_bars(frame: pd.DataFrame) -> pd.DataFrame:
         the slowest), ``part`` (of memory; ``AT_WORK`` or ``WAITING`` of time), its ``place``, ``value`` and ``words``
         (of the whole bar).
     """
-    rows = ranked(frame)
-    rows = rows[is_measured(rows)]
+    every = ranked(frame)
+    rows = every[is_measured(every)]
     if rows.empty:
         return pd.DataFrame(columns=_BARS)
-    shared = rows[["title", "label"]].assign(at=at_world(rows))
+    # In the words of all cases, as those that failed stand in the same chart.
+    shared = rows[["title", "label"]].assign(at=at_world(every).reindex(rows.index))
     seconds, share = (rows[name].astype("float64") for name in ("total_s_per_sample", "waiting_share"))
     texts = [rounded(s, w) for s, w in zip(seconds, rows["total_half_width_s_per_sample"], strict=True)]
     return _bars(

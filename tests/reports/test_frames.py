@@ -86,6 +86,16 @@ def test_parts_sum_to_the_total_and_leave_out_what_is_not_there(make_frame: Fram
     assert found["place"].is_monotonic_increasing
 
 
+def test_sizes_of_parts_are_in_the_words_of_the_cases_that_failed_too(make_frame: Frames) -> None:
+    frame = make_frame({"base_part_bytes": GIB}, {"model": "llama-7b", "outcome": "oom"})
+    assert frames.parts(frame)["size"].tolist() == ["64 tokens, batch 1, tiny"]
+
+
+def test_of_two_records_of_a_case_the_newer_is_the_bar(make_frame: Frames) -> None:
+    frame = make_frame({"base_part_bytes": GIB}, {"base_part_bytes": 2 * GIB}, {"outcome": "oom"})
+    assert frames.parts(frame)["gib"].tolist() == [2.0]
+
+
 def test_sizes_name_the_split_where_one_length_has_two_and_every_axis_that_varies(make_frame: Frames) -> None:
     frame = make_frame(
         {"prompt_len": 8, "completion_len": 24, "dtype": "float32"},

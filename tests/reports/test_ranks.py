@@ -106,6 +106,19 @@ def test_a_strategy_that_failed_has_its_outcome(make_frame: Make, ranked: Ranked
     ]
 
 
+def test_bars_are_in_the_words_of_the_cases_that_failed_too(make_frame: Make, ranked: Ranked) -> None:
+    failed: dict[str, Any] = {"outcome": "oom", "total_s_per_sample": None}
+    frame = make_frame(
+        ranked(2, 4, 1.0), ranked(2, 4, 1.0, **STAGE_3, **failed), ranked(2, 4, 1.0, model="b", **failed)
+    )
+    assert set(strategy_bars(frame)["at"]) == {"2 ranks, 64 tokens, batch 4, tiny"}
+    marks = unmeasured(frame)
+    assert dict(zip(marks["label"], marks["at"], strict=True)) == {
+        "DDP": "2 ranks, 64 tokens, batch 4, b",
+        "ZeRO-3": "2 ranks, 64 tokens, batch 4, tiny",
+    }
+
+
 def test_plans_stand_beside_the_cases_that_ran(make_frame: Make, ranked: Ranked) -> None:
     frame = make_frame(
         ranked(1, 4, 1.0, predicted_total_bytes=3 * GIB),
