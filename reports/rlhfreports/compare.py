@@ -29,6 +29,7 @@ _COLUMNS = (
     *("title", "method", "line", "size", "case", "other_run", "first_outcome", "other_outcome", "first_s", "other_s"),
     *("first_half_width_s", "other_half_width_s", "first_disturbed_by", "other_disturbed_by"),
     *("speedup", "low", "high", "first_gib", "other_gib", "memory_ratio", "machines", "first_host", "other_host"),
+    *("first_device", "other_device"),
 )
 
 
@@ -53,17 +54,18 @@ def ratio_of_runs(above: Mapping[Any, Any], below: Mapping[Any, Any]) -> Ratio:
 def compared(frame: pd.DataFrame) -> pd.DataFrame:
     """The cases that the first run of ``frame`` shares with each other one.
 
-    A case is the same where method, lengths and batch size are, and every axis that varies within a run. So runs on two
-    devices are compared. Times of two machines are compared where the machines are of two kinds, which is then the
-    question; between two of one kind a ratio would look like that of the code.
+    A case is the same where method, lengths and batch size are, and every axis and option that varies within a run. So
+    runs on two devices are compared. Times of two machines are compared where the machines are of two kinds, which is
+    then the question; between two of one kind a ratio would look like that of the code.
 
     Args:
         frame: records of several runs, with a column ``run``, and ``hardware`` where it is known.
 
     Returns:
-        ``title``, ``method``, ``line``, ``size`` and ``case`` in words, ``other_run``, the outcome, host, seconds per
-        sample with half of their interval and what disturbed them, and GiB of both (``first_…``, ``other_…``),
-        ``speedup`` with ``low`` and ``high``, ``memory_ratio``, and ``machines`` (``ONE``, ``TWO`` or ``REFUSED``).
+        ``title``, ``method``, ``line``, ``size`` and ``case`` in words, ``other_run``, the outcome, host, device,
+        seconds per sample with half of their interval and what disturbed them, and GiB of both (``first_…``,
+        ``other_…``), ``speedup`` with ``low`` and ``high``, ``memory_ratio``, and ``machines`` (``ONE``, ``TWO`` or
+        ``REFUSED``).
     """
     runs = list(dict.fromkeys(frame[RUN]))
     of_runs = [RUN, HOST, CONDITIONS]
@@ -71,6 +73,7 @@ def compared(frame: pd.DataFrame) -> pd.DataFrame:
     words = frame.drop(columns=of_runs, errors="ignore")
     placed = frame.assign(_line=line_of(words), _size=size_of(words) if len(frame) else [])
     placed["_disturbed_by"] = frame["disturbed_by"].where(is_disturbed(frame))
+    placed["options"] = _varying_options(frame)
     # Within a run a case stands once; a seed that varies is one of the keys.
     by_run = {run: rows.drop_duplicates(keys, keep="last") for run, rows in placed.groupby(RUN, sort=False)}
     first = {tuple(map(str, key)): row for key, row in _by_key(by_run.get(runs[0]), keys)} if runs else {}
@@ -83,6 +86,22 @@ def compared(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found, columns=list(_COLUMNS))
 
 
+def _varying_options(frame: pd.DataFrame) -> list[str]:
+    """The options of each row without those that every run has with one value in all of its cases, or in none."""
+    rows = [set(str(text).split(", ")) - {""} for text in frame["options"].fillna("")]
+    by_run: dict[str, list[set[str]]] = {}
+    for run, words in zip(frame[RUN], rows, strict=True):
+        by_run.setdefault(str(run), []).append(words)
+    varying = {
+        _option_name(word) for each in by_run.values() for word in each[0].union(*each) - each[0].intersection(*each)
+    }
+    return [", ".join(sorted(word for word in words if _option_name(word) in varying)) for words in rows]
+
+
+def _option_name(word: str) -> str:
+    return word.partition("=")[0]
+
+
 def _by_key(rows: pd.DataFrame | None, keys: Sequence[str]) -> list[tuple[tuple[Any, ...], dict[Any, Any]]]:
     return [] if rows is None else [(tuple(row[key] for key in keys), row) for row in rows.to_dict("records")]
 
@@ -92,15 +111,16 @@ def _compared(base: Mapping[Any, Any], row: Mapping[Any, Any], run: str) -> dict
     timed = all(r["outcome"] == "ok" and not pd.isna(r["total_s_per_sample"]) for r in both)
     timed = timed and all(r["total_s_per_sample"] > 0 for r in both)
     machines = _machines(base, row)
+    line, size = (_in_both(str(base[name]), str(row[name])) for name in ("_line", "_size"))
     ratio = ratio_of_runs(base, row) if timed and machines != REFUSED else None
     sizes = [None if pd.isna(r["total_bytes"]) else int(r["total_bytes"]) / GIB for r in both]
     seconds = [None if pd.isna(r["total_s_per_sample"]) else float(r["total_s_per_sample"]) for r in both]
     return {
         "title": row["method_title"],
         "method": row["method"],
-        "line": row["_line"],
-        "size": row["_size"],
-        "case": f"{row['_line']}, {row['_size']}",
+        "line": line,
+        "size": size,
+        "case": f"{line}, {size}",
         "other_run": run,
         "first_outcome": base["outcome"],
         "other_outcome": row["outcome"],
@@ -119,15 +139,30 @@ def _compared(base: Mapping[Any, Any], row: Mapping[Any, Any], run: str) -> dict
         "machines": machines,
         "first_host": base.get(HOST),
         "other_host": row.get(HOST),
+        "first_device": base["device"],
+        "other_device": row["device"],
     }
 
 
+def _in_both(first: str, other: str) -> str:
+    """The words of a case in two runs: those that both have, then those of each, as in ``64 tokens, cpu → cuda``."""
+    if first == other:
+        return first
+    words = [text.split(", ") for text in (first, other)]
+    shared = [word for word in words[0] if word in words[1]]
+    own = [", ".join(word for word in each if word not in shared) or ABSENT for each in words]
+    return ", ".join([*shared, " → ".join(own)])
+
+
 def _machines(base: Mapping[Any, Any], row: Mapping[Any, Any]) -> str:
-    """The machines of a pair of cases, and whether their times compare; ``ONE`` where that is not recorded."""
+    """The machines of a pair of cases, and whether their times compare; ``ONE`` where that is not recorded.
+
+    The CPU and the GPU of one host are two.
+    """
     hosts = {host for r in (base, row) if not pd.isna(host := r.get(HOST))}
+    devices = {str(device).partition(":")[0] for r in (base, row) if not pd.isna(device := r["device"])}
     if len(hosts) < 2:
-        return ONE
-    devices = {str(r["device"]).partition(":")[0] for r in (base, row)}
+        return TWO if len(devices) > 1 else ONE
     kinds = {kind for r in (base, row) if not pd.isna(kind := r.get(HARDWARE))}
     return TWO if len(devices) > 1 or len(kinds) > 1 else REFUSED
 
@@ -191,9 +226,10 @@ def comparison_sentences(frame: pd.DataFrame, found: pd.DataFrame) -> list[str]:
         timed = rows[rows["speedup"].notna()]
         about_machines = _machine_sentences(run, runs[0], rows)
         sentences += about_machines
+        about_rest = [*_failure_sentences(run, runs[0], rows), *_memory_sentence(run, runs[0], rows)]
         if timed.empty:
             sentences += [] if about_machines else [f"{run} and {runs[0]} have no timed case in common."]
-            sentences += _memory_sentence(run, runs[0], rows)
+            sentences += about_rest
             continue
         low, high = timed["low"].astype("float64"), timed["high"].astype("float64")
         faster, slower, unknown = int((low > 1).sum()), int((high < 1).sum()), int(low.isna().sum())
@@ -209,7 +245,7 @@ def comparison_sentences(frame: pd.DataFrame, found: pd.DataFrame) -> list[str]:
         )
         sentences += _chance_sentence(faster + slower, len(timed) - unknown)
         sentences += _disturbed_sentences(run, runs[0], timed)
-        sentences += _memory_sentence(run, runs[0], rows)
+        sentences += about_rest
     return sentences
 
 
@@ -248,15 +284,34 @@ def _machine_sentences(run: str, first: str, rows: pd.DataFrame) -> list[str]:
     reasons = {
         REFUSED: "which are not known to differ in kind. Their times are not compared, as a difference could be "
         "either's. Are both names of one machine? Then --same-machine compares them",
-        TWO: "so their speed-ups are of the machines, with all else that differs between the runs",
+        TWO: "so their speed-ups are of the {}, with all else that differs between the runs",
     }
     sentences = []
     for machines, why in reasons.items():
         pairs = rows[rows["machines"] == machines]
         if len(pairs):
-            hosts = [", ".join(dict.fromkeys(pairs[f"{side}_host"])) for side in ("first", "other")]
-            cases = counted(len(pairs), "case")
-            sentences.append(f"{cases} ran on {hosts[0]} in {first} and on {hosts[1]} in {run}, two machines, {why}.")
+            what, places = "machines", [_distinct(pairs[f"{side}_host"]) for side in ("first", "other")]
+            if not all(places) or places[0] == places[1]:
+                what, places = "devices", [_distinct(pairs[f"{side}_device"]) for side in ("first", "other")]
+            ran = f"{counted(len(pairs), 'case')} ran on {places[0]} in {first} and on {places[1]} in {run}"
+            sentences.append(f"{ran}, two {what}, {why.format(what)}.")
+    return sentences
+
+
+def _distinct(names: pd.Series[Any]) -> str:
+    """The different ones of ``names``, empty where none is recorded."""
+    return ", ".join(dict.fromkeys(map(str, names.dropna())))
+
+
+def _failure_sentences(run: str, first: str, rows: pd.DataFrame) -> list[str]:
+    """One sentence for each of two runs on the cases that only the other one measured."""
+    sentences = []
+    for side, name, other_side, other in (("first", first, "other", run), ("other", run, "first", first)):
+        lost = rows[(rows[f"{side}_outcome"] != "ok") & (rows[f"{other_side}_outcome"] == "ok")]
+        if len(lost):
+            outcomes = ", ".join(dict.fromkeys(map(outcome_word, lost[f"{side}_outcome"])))
+            were = "was" if len(lost) == 1 else "were"
+            sentences.append(f"{counted(len(lost), 'case')} {were} measured in {other} and not in {name}: {outcomes}.")
     return sentences
 
 

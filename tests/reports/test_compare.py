@@ -62,6 +62,41 @@ def test_an_axis_that_varies_within_a_run_must_be_the_same(make_frame: Frames) -
     assert len(compared(frame)) == 1
 
 
+def test_an_option_that_all_cases_of_a_run_have_tells_no_cases_apart(make_frame: Frames) -> None:
+    epochs = [f"ppo.num_ppo_epochs={num}" for num in (1, 2)]
+    frame = runs(
+        make_frame,
+        before=[{"options": options} for options in epochs],
+        after=[{"options": f"lora.target_modules=q_proj, {options}"} for options in epochs],
+    )
+    assert compared(frame)["size"].tolist() == [
+        f"64 tokens, batch 1, {options}, – → lora.target_modules=q_proj" for options in epochs
+    ]
+
+
+def test_a_case_is_named_in_the_words_of_both_runs(make_frame: Frames) -> None:
+    frame = runs(make_frame, small=[{"model": "tiny"}], large=[{"model": "llama-7b", "setting": "paper"}])
+    (found,) = compared(frame).to_dict("records")
+    assert (found["line"], found["size"]) == ("Hydra-PPO, modern → paper", "64 tokens, batch 1, tiny → llama-7b")
+    assert found["case"] == "Hydra-PPO, modern → paper, 64 tokens, batch 1, tiny → llama-7b"
+
+
+def test_cases_that_only_one_run_measured_are_counted(make_frame: Frames) -> None:
+    measured = [of_blocks(1.0, 1.01, 0.99, prompt_len=length) for length in (32, 64, 128)]
+    failed = [{"prompt_len": length, "outcome": outcome} for length, outcome in ((64, "oom"), (128, "timeout"))]
+    for before, after, names in (
+        (measured, [measured[0], *failed], ("before", "after")),
+        ([measured[0], *failed], measured, ("after", "before")),
+    ):
+        frame = runs(make_frame, before=before, after=after)
+        counts, *rest = comparison_sentences(frame, compared(frame))
+        assert counts.startswith("Of 1 case that both have")
+        assert rest == [
+            f"2 cases were measured in {names[0]} and not in {names[1]}: OOM, TIMEOUT.",
+            "after needs the same memory as before.",
+        ]
+
+
 def test_sentences_count_only_what_the_intervals_carry(make_frame: Frames) -> None:
     frame = runs(
         make_frame,
@@ -135,6 +170,18 @@ def test_machines_of_two_kinds_are_compared_as_such(
     assert comparison_table(found).num_text_columns == 5
     assert comparison_sentences(frame, found)[0] == (
         "1 case ran on one in before and on two in after, two machines, so their speed-ups are of the machines, with "
+        "all else that differs between the runs."
+    )
+
+
+@pytest.mark.parametrize("host", ["one", None])
+def test_a_cpu_and_a_gpu_of_one_host_are_two_devices(make_frame: Frames, host: str | None) -> None:
+    frame = runs(make_frame, before=[of_host(host, device="cpu")], after=[of_host(host, device="cuda")])
+    found = compared(frame)
+    assert found["machines"].tolist() == ["two"]
+    assert found["speedup"].tolist() == pytest.approx([1.0])
+    assert comparison_sentences(frame, found)[0] == (
+        "1 case ran on cpu in before and on cuda in after, two devices, so their speed-ups are of the devices, with "
         "all else that differs between the runs."
     )
 
