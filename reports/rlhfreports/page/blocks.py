@@ -145,7 +145,7 @@ class Links:
     links: Sequence[Link]
 
 
-_NUMBER = re.compile(r"[<≥]?([+-]?\d[\d,]*\.?\d*)")
+_NUMBER = re.compile(r"[<≥]?([+-]?\d[\d,]*\.?\d*(?:e[+-]\d+)?)")
 Block = Text | Items | Code | Chart | Table | Links
 
 

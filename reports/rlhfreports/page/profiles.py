@@ -128,8 +128,7 @@ def _ops_table(ops: pd.DataFrame) -> Table:
     table = ReportTable(
         caption="Top ops of all phases and profiled cases.", cells=cells, num_text_columns=4, explanation="", frame=ops
     )
-    orders = {"seconds": ops["seconds"].tolist()}  # the text may be 1e-05
-    return table_of(table, name="top-ops-table", filters=("case", "phase", "kind"), orders=orders)
+    return table_of(table, name="top-ops-table", filters=("case", "phase", "kind"))
 
 
 def _flame_blocks(rects: pd.DataFrame) -> list[Block]:

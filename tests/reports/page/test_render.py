@@ -110,15 +110,15 @@ def test_every_colour_can_be_told_from_the_background_in_dark_mode() -> None:
 
 
 def test_every_cell_of_a_column_of_numbers_says_what_it_is_sorted_by() -> None:
-    texts = ["OOM", "9.5", "10.25", "<0.001", "–", "1.26x (1.21 to 1.31)", "1,024", "≥8", "-3 %"]
+    texts = ["OOM", "9.5", "10.25", "<0.001", "–", "1.26x (1.21 to 1.31)", "1,024", "≥8", "-3 %", "1.2e-05", "1.23e+03"]
     cells = pd.DataFrame({"method": ["1"] * len(texts), "number": texts})
     made = ReportTable(caption="t", cells=cells, num_text_columns=1, explanation="", frame=cells)
     table = table_of(made, name="t")
-    assert [row[1].order for row in table.rows] == [None, 9.5, 10.25, 0.001, None, 1.26, 1024, 8, -3]
+    assert [row[1].order for row in table.rows] == [None, 9.5, 10.25, 0.001, None, 1.26, 1024, 8, -3, 1.2e-05, 1230]
     html = rendered("t", "", [Section(id="s", title="s", blocks=[table])])
     # One cell without it in the first row would make the whole column text, in which 10 comes before 9.
     orders = re.findall(r'<td class="number" data-order="([^"]*)">', html)
-    assert orders == ["", "9.5", "10.25", "0.001", "", "1.26", "1024.0", "8.0", "-3.0"]
+    assert orders == ["", "9.5", "10.25", "0.001", "", "1.26", "1024.0", "8.0", "-3.0", "1.2e-05", "1230.0"]
 
 
 def test_text_that_turns_the_direction_of_writing_turns_none() -> None:
