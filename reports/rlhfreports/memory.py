@@ -204,12 +204,18 @@ def _numbers(frame: pd.DataFrame) -> dict[str, list[str]]:
 
 
 def interval_texts(values: pd.Series[Any], seconds: pd.Series[Any], half_widths: pd.Series[Any]) -> list[str]:
-    """``values`` with as many decimals as the interval of ``seconds`` carries, three where there is none."""
-    rows = zip(values, seconds, half_widths, strict=True)
-    return [
-        ABSENT if pd.isna(value) else number_text(float(value), 3 if pd.isna(width) else _decimals(second, width))
-        for value, second, width in rows
-    ]
+    """``values`` with as many decimals as the interval of ``seconds`` carries.
+
+    Without an interval three, and more where these would leave less than two digits of the seconds.
+    """
+    return [_interval_text(*row) for row in zip(values, seconds, half_widths, strict=True)]
+
+
+def _interval_text(value: Any, second: Any, half_width: Any) -> str:
+    if pd.isna(value):
+        return ABSENT
+    decimals = decimals_for([float(second)], 3, 3) if pd.isna(half_width) else _decimals(second, half_width)
+    return number_text(float(value), decimals)
 
 
 def _decimals(value: float, half_width: float) -> int:

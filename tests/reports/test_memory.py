@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from rlhfreports.memory import interval_texts
 from rlhfreports.memory import table as memory_table
 from rlhfreports.tables import ABSENT, decimals_for, number_text
 
@@ -255,6 +256,12 @@ def test_a_printed_number_is_right_and_zero_only_for_zero(value, decimals):
     else:
         assert math.isclose(float(text), value, abs_tol=0.500001 * 10**-decimals)
         assert (float(text) == 0) == (value == 0)
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(1.23456, "1.235"), (0.05, "0.050"), (0.0004, "0.00040")])
+def test_seconds_without_an_interval_have_three_decimals_and_at_least_two_digits(seconds, text):
+    values = pd.Series([seconds])
+    assert interval_texts(values, values, pd.Series([None], dtype="Float64")) == [text]
 
 
 def test_the_frame_of_the_table_has_all_rows(make_frame):
