@@ -124,8 +124,8 @@ def planned_cases(frame: pd.DataFrame, plans: pd.DataFrame) -> pd.DataFrame:
     if len(plans):
         nothing = pd.array([pd.NA] * len(plans), dtype="Int64")
         rows = pd.concat([rows, plans.assign(planned_bytes=plans["total_bytes"], measured_bytes=nothing)])
-    # Memory hardly depends on a machine and its threads, and a plan has neither.
-    rows = ranked(rows.drop(columns=[HOST, CONDITIONS], errors="ignore").reset_index(drop=True))
+    # Memory hardly depends on a machine and its threads, and a plan has neither; nor does it on the seed.
+    rows = ranked(rows.drop(columns=[HOST, CONDITIONS, "seed"], errors="ignore").reset_index(drop=True))
     if rows.empty:
         return rows.assign(error_percent=None)
     found = rows.assign(at=at_world(rows))

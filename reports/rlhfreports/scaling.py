@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from rlhfreports.columns import parts_of
+from rlhfreports.columns import IN_A_LINE, axes_that_vary, has_splits, parts_of, with_short_options
 from rlhfreports.memory import interval_texts
 from rlhfreports.ranks import planned_cases, ranked, scaling_points, strategy_place
 from rlhfreports.ratios import Ratio, percent
@@ -35,6 +35,7 @@ PLANNED = (
     "the plan stands alone."
 )
 _MIB = 2**20
+_AXIS_HEADINGS = {"prompt_len": "prompt", "completion_len": "completion", "lora_rank": "LoRA rank"}
 _SPEED_UP = ("speed_up", "speed_up_low", "speed_up_high")
 _MAX_ROWS = 8  # of panels in the picture; the page has all lines
 _PANEL_IN, _HEAD_IN = 3.7, 1.0
@@ -61,7 +62,7 @@ def ranks_table(frame: pd.DataFrame) -> ReportTable:
     return ReportTable(
         caption="Cases over ranks",
         cells=pd.DataFrame(cells | _times(rows), dtype="object"),
-        num_text_columns=2,
+        num_text_columns=2 + len(_axes(rows)),
         explanation=OF_RANKS,
         frame=_full(rows, [*gib.values(), "outcome", "error"]),
     )
@@ -82,7 +83,7 @@ def scaling_table(frame: pd.DataFrame) -> ReportTable:
     return ReportTable(
         caption="Scaling over ranks",
         cells=pd.DataFrame(cells | gained | _times(points), dtype="object"),
-        num_text_columns=3,
+        num_text_columns=3 + len(_axes(points)),
         explanation=f"{SCALING} {OF_RANKS}",
         frame=_full(points, ["scaling", *_SPEED_UP, "efficiency", "total_bytes"]),
     )
@@ -100,20 +101,29 @@ def planned_table(frame: pd.DataFrame, plans: pd.DataFrame) -> ReportTable:
     return ReportTable(
         caption="Memory of a rank, planned and measured",
         cells=pd.DataFrame(cells, dtype="object"),
-        num_text_columns=2,
+        num_text_columns=2 + len(_axes(rows)),
         explanation=PLANNED,
         frame=_full(rows, ["planned_bytes", "measured_bytes", "error_percent"]),
     )
 
 
+def _axes(rows: pd.DataFrame) -> list[str]:
+    """The columns that tell apart rows of one method, strategy, size and world: split lengths, and axes that vary."""
+    splits = ["prompt_len", "completion_len"] if has_splits(rows) else []
+    return [*splits, *(axis for axis in axes_that_vary(rows) if axis not in IN_A_LINE)]
+
+
 def _names(rows: pd.DataFrame) -> dict[str, list[str]]:
+    axes = _axes(rows)
     columns = {
         "method": "title",
         "ranks share by": "label",
+        **{_AXIS_HEADINGS.get(axis, axis): axis for axis in axes},
         "tokens": "seq_len",
         "batch of a rank": "batch_size",
         "ranks": "world_size",
     }
+    rows = with_short_options(rows) if axes else rows
     return {heading: [text(value) for value in rows[column]] for heading, column in columns.items()}
 
 
@@ -133,7 +143,9 @@ def _full(rows: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     """The rows at full precision, as files have them."""
     shared = ("method", "title", "label", "seq_len", "batch_size", "global_batch_size", "world_size", "worst_rank")
     times = ("total_s_per_sample", "waiting_share", "imbalance", "communication_bytes", "communication_calls")
-    return rows[[*shared, *columns, *times]].rename(columns={"title": "method_title", "label": "strategy"})
+    return rows[[*shared, *_axes(rows), *columns, *times]].rename(
+        columns={"title": "method_title", "label": "strategy"}
+    )
 
 
 def _speed_up(row: Mapping[Hashable, Any]) -> Ratio:
@@ -158,10 +170,13 @@ def scaling_figure(frame: pd.DataFrame) -> Figure:
     """Against the number of ranks: seconds per sample, GiB of the worst rank, share of waiting; a row of panels a size.
 
     A line is a method and a strategy: its colour is the method's, its marker the strategy's. Efficient strong and weak
-    scaling both look like a line that falls with the ranks.
+    scaling both look like a line that falls with the ranks. Of more than eight sizes eight are drawn, and the picture
+    says so.
     """
     points = scaling_points(frame)
-    sizes = list(dict.fromkeys(points["at"]))[:_MAX_ROWS]
+    every = list(dict.fromkeys(points["at"]))
+    sizes = every[:_MAX_ROWS]
+    left_out = "" if len(sizes) == len(every) else f"{len(sizes)} of {len(every)} sizes: the page has all"
     colors = {method: style.color for method, style in method_styles(frame).items()}
     with matplotlib.rc_context(STYLE):
         width, height = _PANEL_IN * len(_PANELS) + 0.4, _PANEL_IN * len(sizes) + _HEAD_IN
@@ -175,7 +190,7 @@ def scaling_figure(frame: pd.DataFrame) -> Figure:
                 _draw_panel(axes, lines, column, factor, colors, is_log=is_log)
                 axes.set_xlabel("ranks")
                 axes.set_title(label if i else f"{at}\n{label}", fontsize=10.5)
-        _draw_heads(figure, frame, points)
+        _draw_heads(figure, frame, points, left_out)
     return figure
 
 
@@ -183,14 +198,14 @@ def _marker(strategy: str) -> str:
     return MARKERS[strategy_place(strategy) % len(MARKERS)]
 
 
-def _draw_heads(figure: Figure, frame: pd.DataFrame, points: pd.DataFrame) -> None:
+def _draw_heads(figure: Figure, frame: pd.DataFrame, points: pd.DataFrame, note: str) -> None:
     shown = set(points["method"])
     styles = [
         dataclasses.replace(style, marker="") for method, style in method_styles(frame).items() if method in shown
     ]
     strategies = sorted(dict.fromkeys(points["strategy"]), key=strategy_place)
     handles = [Line2D([], [], color=INK, linestyle="none", marker=_marker(name), label=name) for name in strategies]
-    draw_head(figure, frame, "Scaling over ranks", styles, handles)
+    draw_head(figure, frame, "Scaling over ranks", styles, handles, note=note)
 
 
 def _draw_panel(

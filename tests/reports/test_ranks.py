@@ -153,6 +153,13 @@ def test_a_plan_finds_its_measurement_whichever_machine_made_it(make_frame: Make
     assert planned_lines(cases)["at"].tolist() == ["weak: 64 tokens, batch 4"] * 2
 
 
+def test_a_plan_finds_its_measurement_whatever_the_seed_of_either(make_frame: Make, ranked: Ranked) -> None:
+    frame = make_frame(ranked(2, 4, 0.5, seed=3))
+    plans = make_frame(ranked(2, 4, 1.0, outcome=None, total_s_per_sample=None, total_bytes=3 * GIB))
+    cases = planned_cases(frame, plans)
+    assert cases[["planned_bytes", "measured_bytes"]].notna().to_numpy().tolist() == [[True, True]]
+
+
 def of_ranks(case_id: str, *waited: float | None, hosts: tuple[str, str] = ("one", "one")) -> pd.DataFrame:
     rows = [
         {"case_id": case_id, "rank": i, "host": hosts[i], "device": "cpu", "total_bytes": GIB, "base_part_bytes": GIB}

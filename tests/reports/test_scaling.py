@@ -55,6 +55,30 @@ def test_the_table_of_all_cases_over_ranks(make_frame: Make, ranked: Ranked) -> 
     assert "no memory." in table.csv()
 
 
+def test_cases_that_differ_in_split_model_or_options_can_be_told_apart(make_frame: Make, ranked: Ranked) -> None:
+    frame = make_frame(
+        *(ranked(size, 4, 1.0, prompt_len=length, completion_len=64 - length, model=model, others=options)
+          for length in (16, 32)
+          for model in ("tiny", "gpt2")
+          for options in ("lora.alpha=2, ppo.num_ppo_epochs=1", "lora.alpha=2, ppo.num_ppo_epochs=2")
+          for size in (1, 2)),
+    )  # fmt: skip
+    names = ("method", "ranks share by", "prompt", "completion", "model", "options")
+    names += ("tokens", "batch of a rank", "ranks")
+    first = ("Hydra-PPO", "DDP", "16", "48", "tiny", "ppo.num_ppo_epochs=1", "64", "4", "1")
+    for table, before in (
+        (ranks_table(frame), ()),
+        (scaling_table(frame), ("weak",)),
+        (planned_table(frame.assign(predicted_total_bytes=2**30), frame.iloc[:0]), ()),
+    ):
+        num_names = len(before) + len(names)
+        assert table.headings[len(before) : num_names] == names
+        assert table.rows[0][:num_names] == (*before, *first)
+        assert len({row[:num_names] for row in table.rows}) == len(table.rows) == 16
+        assert table.num_text_columns == len(before) + 6
+        assert "worst_rank,prompt_len,completion_len,model,options," in table.csv().splitlines()[0]
+
+
 def test_no_case_over_ranks_gives_empty_tables(make_frame: Make) -> None:
     for table in (ranks_table(make_frame({})), scaling_table(make_frame({}))):
         assert len(table.frame) == len(table.cells) == 0
@@ -82,6 +106,16 @@ def test_the_figure_has_panels_a_size_and_a_line_for_each_method_and_strategy(
     png, svg = draw_scaling(frame, tmp_path / "scaling")
     assert png.stat().st_size > 10_000
     assert svg.read_text().startswith("<?xml")
+
+
+def test_of_many_sizes_a_picture_draws_eight_and_says_so(make_frame: Make, ranked: Ranked) -> None:
+    frame = make_frame(*(ranked(size, 4, 1.0 / size, prompt_len=n) for n in range(1, 10) for size in (1, 2)))
+    figure = scaling_figure(frame)
+    assert len(figure.axes) == 8 * 3
+    assert any("8 of 9 sizes: the page has all" in text.get_text() for text in figure.texts)
+    few = scaling_figure(frame[frame["prompt_len"] < 9])
+    assert len(few.axes) == 8 * 3
+    assert not any("sizes" in text.get_text() for text in few.texts)
 
 
 def test_the_table_of_plans(make_frame: Make, ranked: Ranked) -> None:
