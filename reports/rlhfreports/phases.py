@@ -42,7 +42,8 @@ def phase_points(frame: pd.DataFrame) -> pd.DataFrame:
         line=line_of(frame).reindex(measured.index),
         size=size_of(frame).reindex(measured.index),
         machine=machine_of(frame).reindex(measured.index),
-    )[_SHARED]
+    )[_SHARED].drop_duplicates(["line", "size"], keep="last")  # two runs of a case would make a bar of both
+    measured = measured.loc[shared.index]
     found = []
     for order, phase in enumerate(phases_of(frame)):
         seconds, flops, num_bytes, floor_s = (

@@ -45,6 +45,11 @@ def test_cases_without_a_time_and_phases_that_a_method_lacks_have_no_point(make_
     assert phase_points(frame)[["method", "phase"]].to_numpy().tolist() == [["sft", "update actor"]]
 
 
+def test_of_two_records_of_a_case_the_newer_has_the_points(make_frame: Frames) -> None:
+    points = phase_points(make_frame(row(), row(generate_phase_s=8.0), row(outcome="oom")))
+    assert points["seconds"].tolist() == [8.0, 2.0]
+
+
 def test_the_roofline_has_the_phases_that_logarithmic_axes_can_show(make_frame: Frames) -> None:
     points = roofline_points(
         make_frame(row(), row(seed=1, generate_phase_flops=0), row(seed=2, generate_phase_bytes=0))
