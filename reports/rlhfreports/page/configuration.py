@@ -136,10 +136,11 @@ def _values(environments: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, str]:
-    """The leaves of nested objects by dotted name."""
+    """The leaves of nested objects by dotted name, as texts of which none is empty."""
     if isinstance(value, Mapping):
         items = value.items()
         return {k: v for name, inner in items for k, v in _flat(inner, f"{prefix}.{name}" if prefix else name).items()}
     if isinstance(value, list):
-        return {prefix: ", ".join(json.dumps(item) if isinstance(item, Mapping) else str(item) for item in value)}
-    return {prefix: ABSENT if value is None or pd.isna(value) else str(value)}
+        texts = [json.dumps(item) if isinstance(item, Mapping) else str(item) for item in value]
+        return {prefix: ", ".join(texts) or "none"}
+    return {prefix: ABSENT if value is None or pd.isna(value) else str(value) or "empty"}
