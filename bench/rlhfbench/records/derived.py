@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from rlhfbench.cases.settings import changed_options
 from rlhfkernels.methods.table import METHODS
+
+_COMMA = re.compile(r",\s+")  # between options; none may be left in a value
 
 
 def at(record: Any, path: str) -> Any:
@@ -140,4 +143,5 @@ def per_sequence(kind: str) -> Callable[[Mapping[str, Any]], float | None]:
 
 def options_text(record: Mapping[str, Any]) -> str:
     """The options that differ from the setting's, as ``name=value``."""
-    return ", ".join(f"{name}={value}" for name, value in changed_options(options(record)).items())
+    changed = changed_options(options(record))
+    return ", ".join(f"{name}={_COMMA.sub(',', str(value))}" for name, value in changed.items())

@@ -233,6 +233,11 @@ def test_the_setting_follows_from_the_options_and_hides_those_it_sets(changed, s
     )
 
 
+def test_a_comma_in_the_value_of_an_option_does_not_divide_it():
+    row = records_frame([with_options(**{"lora.target_modules": "q_proj, v_proj", "ppo.kl_coef": 0.5})]).iloc[0]
+    assert row["options"].split(", ") == ["lora.target_modules=q_proj,v_proj", "ppo.kl_coef=0.5"]
+
+
 def test_missing_options_count_as_defaults():
     record = copy.deepcopy(RECORD)
     del record["case"]["options"]["engine"]["cache_implementation"]
