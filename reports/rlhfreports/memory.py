@@ -227,17 +227,24 @@ def _disturbances(frame: pd.DataFrame) -> list[str]:
     num_disturbed, shown = frame["num_disturbed_blocks"].fillna(0), is_disturbed(frame)
     if not num_disturbed.any():
         return []
-    worst = frame["disturbed_by"].iloc[int(num_disturbed.to_numpy().argmax())]
     found = []
     if (num_disturbed > 0)[~shown].any():
         num = int(num_disturbed[~shown].sum())
+        worst = _most_disturbed_by(frame[~shown])
         found.append(f"{num} disturbed {'block does' if num == 1 else 'blocks do'} not count: {worst}.")
     if shown.any():
+        worst = _most_disturbed_by(frame[shown])
         found.append(
             f"{DISTURBED}: {shown.sum()} of {len(frame)} cases {'is' if shown.sum() == 1 else 'are'} shown with "
             f"disturbed blocks, as too few others are left: {worst}."
         )
     return found
+
+
+def _most_disturbed_by(frame: pd.DataFrame) -> str:
+    """The disturbance of the case with the most disturbed blocks."""
+    place = int(frame["num_disturbed_blocks"].fillna(0).to_numpy().argmax())
+    return str(frame["disturbed_by"].iloc[place])
 
 
 def _notes(frame: pd.DataFrame, words: dict[str, list[str]]) -> tuple[str, ...]:

@@ -90,7 +90,10 @@ def test_methods_of_the_same_work_are_the_control(make_frame):
     assert [found.value for found in control_ratios(frame)] == pytest.approx([math.sqrt(1.1), 0.5])
     assert resolution(frame).startswith("This run tells apart differences above 100 %: 2 pairs of cases")
     one = make_frame(*pair([1.0, 1.1], [1.0, 1.0]))
-    assert resolution(one).endswith(": a pair of cases that do the same work differs by 4.9 %.")
+    # 1.1^(12.706 / 2) - 1, with Student's 97.5 % quantile of one degree: the interval's width, above the difference.
+    assert resolution(one) == (
+        "This run tells apart differences above 83 %: a pair of cases that do the same work differs by 4.9 %."
+    )
 
 
 def test_without_a_control_the_intervals_tell(make_frame):
@@ -114,7 +117,7 @@ def test_the_memory_table_rounds_to_the_interval_and_marks_disturbed_cases(make_
     assert cells.loc["Hydra-PPO", ["total s/sample", "± s"]].tolist() == ["0.124", "0.002"]
     assert cells.loc["LoRA-PPO", ["total s/sample", "± s"]].tolist() == ["0.3", "2.5!"]
     assert "2 disturbed blocks do not count: x used 40 %." in table.notes
-    assert any(note.startswith("!: 1 of 2 cases is shown with disturbed blocks") for note in table.notes)
+    assert "!: 1 of 2 cases is shown with disturbed blocks, as too few others are left: y took 20 %." in table.notes
 
 
 def test_a_disturbed_case_of_one_block_is_marked_at_its_seconds(make_frame):
