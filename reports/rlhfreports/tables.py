@@ -49,7 +49,8 @@ class ReportTable:
 
     def csv(self) -> str:
         """``frame`` as CSV: integer bytes, seconds at full precision, empty cells for absent values."""
-        return self.frame.to_csv(index=False, lineterminator="\n")
+        # A carriage return in a cell has no quotes around it, and readers take it for the end of a line.
+        return self.frame.to_csv(index=False, lineterminator="\n").replace("\r", " ")
 
 
 def markdown(

@@ -181,6 +181,12 @@ def test_csv_is_exact(make_frame):
     assert (oom["outcome"], oom["model_bytes"], oom["total_s_per_sample"]) == ("oom", "", "")
 
 
+def test_a_carriage_return_in_an_error_ends_no_line_of_the_csv(make_frame):
+    frame = make_frame({"method": "full"}, {"outcome": "crashed", "error": "50 %\r100 %"})
+    rows = list(csv.DictReader(io.StringIO(memory_table(frame).csv())))
+    assert [row["error"] for row in rows] == ["", "50 % 100 %"]
+
+
 def test_markdown_is_one_table_of_equally_wide_lines(make_frame):
     lines = memory_table(make_frame({"model": "a|b"}, {"model": "tiny", "method": "full"})).markdown().splitlines()
     table = [line for line in lines if line.startswith("|")]

@@ -127,7 +127,7 @@ def _add_block(kept: dict[int, Record], places: Mapping[int, str | None], entry:
     for place in sorted(places, reverse=True):
         if places[place] == at(entry, "run.id"):
             latency = kept[place]["latency"]
-            _check_phases(entry["block_of"], entry["block"], latency["phases"])
+            _check_phases(entry["block_of"], entry["block"], latency["phases"] or ())
             blocks = [*(latency["blocks"] or ()), entry["block"]]
             asked = max(latency["num_blocks"] or 0, len(blocks))  # a resumed run may ask for more
             kept[place] = {**kept[place], "latency": {**latency, "num_blocks": asked, "blocks": blocks}}

@@ -79,7 +79,8 @@ def _frames_of(timeline: Timeline, num_before: int) -> tuple[pd.DataFrame, pd.Da
     points, phases, tensors = timeline
     knots, places = scale(points, phases)
     inside = points[points["event"].between(int(knots[0]), int(knots[-1]))]
-    lefts, rights = places[0:-1:2] / places[-1], places[1::2] / places[-1]
+    # Without phases the places are the ends of the axis.
+    lefts, rights = (ends[: len(phases)] / places[-1] for ends in (places[0:-1:2], places[1::2]))
     names = [str(name).replace("_", " ") for name in phases["phase"]]
     x: Floats = np.interp(inside["event"].to_numpy(dtype=float), knots, places) / places[-1]
     at = np.clip(np.searchsorted(lefts, x, side="right") - 1, 0, None)

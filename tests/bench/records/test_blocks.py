@@ -119,6 +119,15 @@ def test_disturbed_blocks_are_set_aside_where_three_others_are_left():
     assert (few["num_disturbed_blocks"], few["num_counted_blocks"]) == (1, 3)
 
 
+def test_a_record_says_the_least_of_its_blocks():
+    """The least sure reason to stop, and what disturbed the most disturbed block, whichever block has it."""
+    sure, unsure = block((1.0, 4.0), stopped_because="precise"), block((1.0, 4.0), stopped_because="budget")
+    for blocks in ((sure, unsure), (unsure, sure)):
+        assert record(*blocks)["latency"]["stopped_because"] == "budget"
+    shares = [block((1.0, 4.0), share=share) for share in (0.2, 0.4, 0.3)]
+    assert record(*shares)["latency"]["disturbed_by"] == "other processes used 40% of the CPUs"
+
+
 def test_setting_blocks_aside_reads_no_times():
     """The same blocks are set aside whatever their times are."""
     for seconds in ((1.0, 9.0, 1.0, 1.0), (9.0, 1.0, 9.0, 9.0)):
@@ -198,6 +207,15 @@ def test_a_block_of_other_phases_is_one_sentence(tmp_path):
         other = {**block((1.0, 4.0)), "phases": {"think": [1.0]}, "floors_s": None}
         with pytest.raises(RecordsError, match="has other phases than its record"):
             file.append_block(made["case"]["id"], other)
+
+
+def test_a_block_of_a_record_without_phases_is_one_sentence(tmp_path):
+    made = {**record(block((1.0, 4.0))), "run": {"id": "r", "segment": 0, "host": "h"}}
+    later = {"schema": made["schema"], "block_of": made["case"]["id"], "run": made["run"], "block": block((2.0, 4.0))}
+    made["latency"] = {**made["latency"], "phases": None, "blocks": None}
+    (tmp_path / "records.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in (made, later)))
+    with pytest.raises(RecordsError, match="has other phases than its record"):
+        read_records(tmp_path)
 
 
 @pytest.mark.parametrize("num_rows", [None, 0])

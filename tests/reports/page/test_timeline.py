@@ -64,6 +64,17 @@ def test_a_timeline_without_tensors_is_drawn_without_them(make_run: Runs) -> Non
     assert "names the tensor" not in chart.caption
 
 
+def test_a_timeline_without_phases_is_drawn_without_them(make_run: Runs) -> None:
+    run = make_run({})
+    points, phases, tensors = run.timelines["case0"]
+    run = dataclasses.replace(run, timelines={"case0": (points, phases[:0], tensors)})
+    moments, spans, named = timeline_frames(run)
+    assert moments[["gib", "phase"]].to_numpy().tolist() == [[1.0, ""], [2.0, ""], [3.0, ""], [1.0, ""]]
+    assert spans.empty
+    assert set(named["made"]) == {"before the phases"}
+    assert timeline_chart(run, "t", "") is not None
+
+
 def test_no_timeline_makes_no_chart(make_run: Runs) -> None:
     assert timeline_chart(make_run({}, bare=True), "t", "") is None
     assert timeline_chart(dataclasses.replace(make_run({}), frame=pd.DataFrame(make_run().frame)), "t", "") is None
