@@ -98,7 +98,8 @@ def paper_section(page: Page) -> Section | None:
             blocks.append(table_of(made, name=f"paper-{i}"))
     points = frames.times(of_a_rank(alike(run.frame)))
     blocks += [_figure_2(page, points)] if len(points) else []
-    return Section(id="paper", title="Comparison with the papers", blocks=blocks)
+    of_run = f", {run.name}" if len(page.runs) > 1 else ""
+    return Section(id="paper", title=f"Comparison with the papers{of_run}", blocks=blocks)
 
 
 def _figure_2(page: Page, points: pd.DataFrame) -> Chart:

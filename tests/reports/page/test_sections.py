@@ -292,6 +292,14 @@ def test_a_run_that_was_resumed_as_it_was_says_so(make_run: Runs) -> None:
     assert warnings(run) == ["The run was resumed 1 time, and its environment did not change."]
 
 
+def test_a_value_that_became_empty_is_a_change_of_the_environment(make_run: Runs) -> None:
+    run = make_run({}, gpus=[{"name": "A100"}], note="x")
+    run = dataclasses.replace(run, environments=[*run.environments, {**run.environments[0], "gpus": [], "note": ""}])
+    assert warnings(run) == [
+        'The run was resumed 1 time, and its environment changed: gpus ({"name": "A100"}, none); note (x, empty).'
+    ]
+
+
 def test_the_hardware_of_a_case_on_a_cluster_is_that_of_its_node(make_run: Runs) -> None:
     def cpu(model: str) -> dict[str, Any]:
         return {"cpu": {"model": model, "num_usable_cores": 1}}
@@ -350,6 +358,12 @@ def test_the_page_of_several_runs_begins_with_what_they_differ_by(make_run: Runs
     assert isinstance(first, Text)
     assert first.kind == "answer"
     assert first.text.startswith("Of 12 cases that both have, after is faster than before in 0")
+
+
+def test_the_comparison_with_the_papers_names_its_run_among_several(make_run: Runs, rows: Rows) -> None:
+    runs = two_runs(make_run, rows)
+    assert sections(*runs, with_paper=True)["paper"].title == "Comparison with the papers, before"
+    assert sections(runs[0], with_paper=True)["paper"].title == "Comparison with the papers"
 
 
 def test_a_predicted_timeline_stands_behind_the_measured_one(make_run: Runs) -> None:
