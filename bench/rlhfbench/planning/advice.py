@@ -144,7 +144,7 @@ REMEDIES: dict[str, tuple[Remedy, ...]] = {
     ),
     "kv_cache": (_FEWER_SAMPLES, _NARROWER, _SHORTER),
     "gathered": (_BY_LAYER, _NARROWER, _SMALLER_MODEL),
-    # Buckets are whole, however little is trained; copies of gradients shrink with the rest. Stage 0 has copies alone.
+    # From stage 1 on the bucket is allocated whole, however little is trained. The rest are copies of gradients.
     "buckets": (
         Remedy("a smaller parallel.reduce_bucket_size", lambda case, zero: zero.divides_from(1)),
         _NARROWER,
