@@ -13,6 +13,7 @@ import pytest
 
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.errors import GateError
+from rlhfbench.gate import Compared
 from rlhfbench.gate.findings import Finding
 from rlhfbench.pytest_plugin import benchmarks, measurer
 from rlhfbench.pytest_plugin.benchmarks import ReplayTimer, block_steps_s, case_name, group_name
@@ -184,9 +185,9 @@ def test_a_slower_step_fails_the_comparison(bench, measured, monkeypatch):
     assert result.ret != pytest.ExitCode.OK
 
 
-def in_words(findings):
+def in_words(findings, note=""):
     """The return value of a gate."""
-    return list(findings), "the base", "the head"
+    return Compared(list(findings), "the base", "the head", note)
 
 
 def test_a_gate_fails_the_tests_of_cases_with_a_regression(bench, measured, monkeypatch):
@@ -212,6 +213,19 @@ def test_a_gate_fails_the_tests_of_cases_with_a_regression(bench, measured, monk
         ["*gate-full*", "*the head against the base.*", "*memory total*larger*", "*the gate cannot tell*"]
     )
     assert asked == ["main"]  # once for all cases
+
+
+def test_a_gate_prints_its_note_once(bench, measured, monkeypatch):
+    monkeypatch.setattr(
+        measurer,
+        "compare_in_words",
+        lambda base, sweep, out: in_words(
+            (Finding(case=case, quantity="total s", verdict="same") for case in sweep.cases), "It is one commit."
+        ),
+    )
+    result = bench("--benchmark", "--benchmark-gate=main")
+    result.assert_outcomes(passed=5)
+    assert result.stdout.str().count("It is one commit.") == 1
 
 
 def found_by_gate(monkeypatch, **more) -> None:

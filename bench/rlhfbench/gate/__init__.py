@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from rlhfbench.cases.sweep import Sweep
@@ -11,6 +11,22 @@ if TYPE_CHECKING:
     from rlhfbench.gate.findings import Finding
 
 __all__ = ["compare_with"]
+
+
+class Compared(NamedTuple):
+    """What a gate found, in words.
+
+    Attributes:
+        findings: Of every case.
+        base: The base.
+        head: The head.
+        note: A sentence to print beside the findings; may be empty.
+    """
+
+    findings: list[Finding]
+    base: str
+    head: str
+    note: str = ""
 
 
 def compare_with(
@@ -28,17 +44,13 @@ def compare_with(
     Raises:
         GateError: The two cannot be compared, ``out`` is not empty, or another gate runs on this machine.
     """
-    return compare_in_words(base, sweep, out, options, tell)[0]
+    return compare_in_words(base, sweep, out, options, tell).findings
 
 
 def compare_in_words(
     base: str, sweep: Sweep, out: Path, options: GateOptions | None = None, tell: Tell = lambda line: None
-) -> tuple[list[Finding], str, str]:
-    """Compares as ``compare_with`` does.
-
-    Returns:
-        The findings; the base and the head in words.
-    """
+) -> Compared:
+    """Compares as ``compare_with`` does, and says what was compared."""
     from rlhfbench.errors import GateError
     from rlhfbench.gate import baseline, sides
     from rlhfbench.gate.compare import Comparison, GateOptions
@@ -50,9 +62,11 @@ def compare_in_words(
     with sides.only_gate():
         if RunFolder(base).is_run:
             findings = baseline.compare_with_run(Path(base), out, options)
-            return findings, f"the run in {base}", baseline.run_title(out)
+            return Compared(findings, f"the run in {base}", baseline.run_title(out))
         root = sides.repository()
         roots = sides.module_roots(root, with_working_folder=options.step is not None)
         head = sides.head_side(root, roots, step=options.step)
+        note = sides.sameness(base, root)  # before ``out`` may lie in the working tree
         with sides.unedited(root, roots), sides.checked_out(base, root, "base", roots, step=options.step) as side:
-            return Comparison(side, head, sweep, out, options, tell).run(), side.title, head.title
+            findings = Comparison(side, head, sweep, out, options, tell).run()
+        return Compared(findings, side.title, head.title, note)

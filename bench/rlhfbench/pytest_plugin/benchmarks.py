@@ -49,6 +49,11 @@ class Benchmarks:
         if self._gate is not None:
             self._gate.select([item.case for item in session.items if isinstance(item, _CaseTest)])
 
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Prints the gate's note, such as that base and head are one commit."""
+        if self._gate is not None and self._gate.compared is not None and self._gate.compared.note:
+            terminalreporter.write_line(self._gate.compared.note)
+
     def pytest_unconfigure(self) -> None:
         """Ends the fork server."""
         self._measurer.close()
@@ -96,7 +101,8 @@ def _gate_test(case: Case, gate: Gate) -> Callable[[], None]:
             pytest.fail(str(error), pytrace=False)
         if exit_code(findings) == PASS:
             return
-        table = markdown(findings, gate.base, gate.head)
+        assert gate.compared is not None
+        table = markdown(findings, gate.compared.base, gate.compared.head)
         is_regression = any(found.is_regression for found in findings)
         if not is_regression and open_verdicts(findings) == {"ambiguous"}:
             pytest.skip(f"the gate cannot tell:\n{table}")

@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.errors import GateError, RlhfBenchError
-from rlhfbench.gate import compare_in_words
+from rlhfbench.gate import Compared, compare_in_words
 from rlhfbench.gate.findings import Finding
 from rlhfbench.gate.sides import temporary_folder
 from rlhfbench.records.file import RecordsFile
@@ -62,14 +62,12 @@ class Gate:
         sweep: The cases.
 
     Attributes:
-        base: The base in words.
-        head: The head in words; empty until it was compared.
+        compared: What was compared and found; ``None`` until a test asks, and if the two cannot be compared.
     """
 
     def __init__(self, base: str, sweep: Sweep) -> None:
         self._named, self._sweep = base, sweep
-        self.base, self.head = base, ""
-        self._findings: list[Finding] | None = None
+        self.compared: Compared | None = None
         self._error: RlhfBenchError | None = None
 
     def select(self, cases: Sequence[Case]) -> None:
@@ -82,16 +80,17 @@ class Gate:
         Raises:
             RlhfBenchError: The two cannot be compared.
         """
-        if self._findings is None and self._error is None:
+        if self.compared is None and self._error is None:
             try:
                 with temporary_folder() as folder:
-                    self._findings, self.base, self.head = compare_in_words(self._named, self._sweep, folder)
+                    self.compared = compare_in_words(self._named, self._sweep, folder)
             except RlhfBenchError as error:  # the next test fails with it too, and not after trying again
                 self._error = error
-        if self._error is not None:
+        if self.compared is None:
+            assert self._error is not None
             raise self._error
         (compared,) = Sweep(cases=(case,)).absolute().cases
-        found = [found for found in self._findings or () if found.case.id == compared.id]
+        found = [found for found in self.compared.findings if found.case.id == compared.id]
         if not found:
             raise GateError(f"'{self._named}' has no such case: it cannot be compared.")
         return found
