@@ -170,6 +170,7 @@ def gate(
         # What is stored replaces the files of the folder, and would replace those of the new run with them.
         if out is not None and Path(out).resolve().is_relative_to(Path(baseline).resolve()):
             raise GateError(f"--out '{out}' lies in --baseline '{baseline}': name another folder, or leave it out.")
+    from rlhfbench.cases.preflight import check_devices
     from rlhfbench.runs import environment
 
     environment.check_system()  # first: the gate imports modules that Windows lacks
@@ -185,6 +186,8 @@ def gate(
             )
         small = {**SMALL, "methods": ["full"]} if step else SMALL  # the method only names a user's own step
         sweep = make_sweep(spec if cases.sweep else {**small, **spec}, cases.sweep, cases.setting)
+        if step:
+            check_devices(sweep)  # of methods, more is checked
         if baseline:
             return _first_baseline(Path(baseline), sweep, folder, options, output)
         if self_test:
@@ -218,6 +221,9 @@ def _options(
         raise GateError(f"--threads is {threads}: it must be from 1 to 1024.")
     if step is not None and not all(step.partition(":")):
         raise GateError(f"--step is '{step}': it must be MODULE:FUNCTION.")
+    module = (step or "").partition(":")[0]
+    if "/" in module or module.startswith(".") or module.endswith(".py"):
+        raise GateError(f"--step is '{step}': its module must be named as in an import, such as mytrainer.bench.")
     effects = Effects(smallest=smallest, promised=promised)
     options = GateOptions(effects=effects, num_threads=threads, step=step)
     if budget_s is None:

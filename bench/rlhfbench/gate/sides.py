@@ -7,6 +7,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,8 @@ _LOADED_FILES = (
 _IMPORT_TIMEOUT_S = 600
 # Loads all that a case of a method runs: this package, transformers, PEFT and torch.
 _MEASURED = "rlhfbench.measure.measurements"
-_SOURCE_FOLDERS = ("src", "python", "lib")
+_SOURCE_FOLDERS = ("", "src", "python", "lib")
+_PROJECT_FILES = ("pyproject.toml", "setup.py", "setup.cfg")
 _BUILT_OR_IMPORTED = (".py", ".c", ".h")  # a case compiles the kernels that it needs
 # The path of a Unix socket has 104 to 108 characters.
 _MAX_TEMPORARY_CHARS = 70
@@ -153,11 +155,16 @@ def head_side(root: Path, roots: Sequence[str], *, step: str | None = None) -> S
         GateError: There is no commit yet, or the step imports a module of the repository from somewhere else.
     """
     commit = git("rev-parse", "--short", commit_of("HEAD", root), folder=root)
-    num_changed = len(git("status", "--porcelain", folder=root).splitlines())
+    num_changed = len(_changes(root))
     changes = f" with uncommitted changes in {num_changed} file{'s' * (num_changed > 1)}" if num_changed else ""
     if step:
         _check_imports(step, roots, root, root, "the repository")
     return Side(name="head", title=f"the working tree at {commit}{changes}", paths=tuple(roots))
+
+
+def _changes(root: Path) -> list[str]:
+    """Lines of git on what is not committed, without the bytecode that importing a step writes."""
+    return [line for line in git("status", "--porcelain", folder=root).splitlines() if "__pycache__" not in line]
 
 
 def _check_imports(step: str, paths: Sequence[str], files: Path, root: Path, where: str) -> None:
@@ -170,13 +177,19 @@ def _check_imports(step: str, paths: Sequence[str], files: Path, root: Path, whe
         root: The repository.
         where: ``files`` in words.
     """
-    names, loaded = _module_names(root), _loaded_files(step.partition(":")[0], paths) or {}
+    known, loaded = _import_paths(root), _loaded_files(step.partition(":")[0], paths) or {}
     for name, file in sorted(loaded.items()):
         # Some modules name a file that is none, such as ``torch.classes``.
         if file is None or not Path(file).is_absolute() or _is_inside(Path(file), files):
             continue
-        # A module by another name than git knows, such as a new file, if it lies in the working tree.
-        if name in names or _is_inside(Path(file), root):
+        # A module that git does not know, such as a new file, if it lies in the working tree.
+        is_in_tree = _is_inside(Path(file), root)
+        if is_in_tree and not (files / Path(file).resolve().relative_to(root.resolve())).exists():
+            raise GateError(
+                f"step '{step}' imports '{name}' from '{file}' and not from {where}, which lacks this file: compare "
+                "with a revision that has it, and not in a submodule."
+            )
+        if is_in_tree or _import_path(name, file) in known:
             raise GateError(
                 f"step '{step}' imports '{name}' from '{file}' and not from {where}, so both sides would run that "
                 "copy: install the project in editable mode, and call the gate in the folder of the step."
@@ -204,30 +217,46 @@ def _loaded_files(module: str, paths: Sequence[str]) -> dict[str, str | None] | 
     with temporary_folder() as folder:
         written = folder / "files.json"
         command = [sys.executable, "-P", "-c", _LOADED_FILES, module, str(written)]
-        with contextlib.suppress(subprocess.TimeoutExpired):  # the record of the first case says why
-            subprocess.run(
-                command,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                # No pipes: what the module leaves running would hold their other ends.
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                timeout=_IMPORT_TIMEOUT_S,
-                check=False,
-            )
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            # No pipes: what the module leaves running would hold their other ends.
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            process_group=0,
+        )
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):  # the record of the first case says why
+                process.wait(_IMPORT_TIMEOUT_S)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with what the module has started
+            process.wait()
         loaded: dict[str, str | None] | None = json.loads(written.read_text("utf-8")) if written.is_file() else None
     return loaded
 
 
-def _module_names(root: Path) -> set[str]:
-    """The modules and packages at the top of a repository, or of its folder of sources."""
-    found = set()
-    for line in git("ls-files", "*.py", folder=root).splitlines():
-        parts = Path(line).parts
-        first, *rest = parts[1:] if len(parts) > 1 and parts[0] in _SOURCE_FOLDERS else parts
-        if not rest or rest == ["__init__.py"]:
-            found.add(first.removesuffix(".py"))
-    return found - sys.stdlib_module_names
+def _import_paths(root: Path) -> set[str]:
+    """The paths of a repository's modules below the folders that its projects are imported from."""
+    patterns = ("*.py", *(f"*{name}" for name in _PROJECT_FILES))
+    files = [Path(name) for name in git("ls-files", "-z", *patterns, folder=root).split("\0") if name]
+    projects = {Path(), *(file.parent for file in files if file.name in _PROJECT_FILES)}
+    sources = {project / name for project in projects for name in _SOURCE_FOLDERS}
+    return {
+        file.relative_to(folder).as_posix()
+        for file in files
+        for folder in file.parents
+        if file.suffix == ".py" and folder in sources
+    }
+
+
+def _import_path(name: str, file: str) -> str | None:
+    """The end of ``file`` by which module ``name`` is imported; ``None`` for the standard library's."""
+    if name.partition(".")[0] in sys.stdlib_module_names:
+        return None
+    num_parts = name.count(".") + 1 + (Path(file).stem == "__init__")
+    return "/".join(Path(file).parts[-num_parts:])
 
 
 @contextlib.contextmanager
@@ -260,7 +289,7 @@ def _times_of_change(root: Path, roots: Sequence[str]) -> dict[str, int]:
 
 def sameness(base: str, root: Path) -> str:
     """Returns a sentence where the working tree is the revision ``base``; else nothing."""
-    is_same = commit_of(base, root) == commit_of("HEAD", root) and not git("status", "--porcelain", folder=root)
+    is_same = commit_of(base, root) == commit_of("HEAD", root) and not _changes(root)
     return "Base and head are the same commit: there was no change to judge." if is_same else ""
 
 
@@ -287,7 +316,8 @@ def checked_out(
         # Neither a worktree, which leaves an entry in the repository if this process is killed, nor an archive, which
         # lacks what the repository's attributes leave out of releases.
         git("read-tree", commit, folder=root, index=index)
-        git("checkout-index", "--all", f"--prefix={files}/", folder=root, index=index)
+        # Forced: a file system without case has one file for two names, as git's own checkout does.
+        git("checkout-index", "--all", "--force", f"--prefix={files}/", folder=root, index=index)
         folders = {path: files / Path(path).resolve().relative_to(root.resolve()) for path in roots}
         missing = [path for path, own in folders.items() if not own.is_dir()]
         # Without the folder of one of this package's parts, the part would come from the working tree.
@@ -331,7 +361,7 @@ def module_roots(root: Path, *, with_working_folder: bool) -> list[str]:
 
     Raises:
         GateError: there are none, or only folders of modules that no method runs: another revision would run the same
-            code.
+            code. Or Python's search path cannot hold one.
     """
     found = [*([str(Path.cwd())] if with_working_folder else []), *sys.path]
     inside = [path for path in dict.fromkeys(found) if path and _is_inside(Path(path), root)]
@@ -339,6 +369,9 @@ def module_roots(root: Path, *, with_working_folder: bool) -> list[str]:
         raise GateError(
             f"nothing is imported from '{root}': install the project in editable mode, or name a step with --step."
         )
+    for path in inside:
+        if os.pathsep in path:
+            raise GateError(f"'{path}' has '{os.pathsep}' in its name, which divides Python's search path: rename it.")
     return inside
 
 
@@ -356,7 +389,9 @@ def _is_inside(path: Path, root: Path) -> bool:
     A command of an environment has the environment's ``bin`` on its path.
     """
     path, root = path.resolve(), root.resolve()
-    prefixes = (Path(prefix).resolve() for prefix in (sys.prefix, sys.base_prefix))
+    prefixes = [Path(prefix).resolve() for prefix in (sys.prefix, sys.base_prefix)]
+    # Below an environment that was made in the root lies the whole repository.
+    prefixes = [prefix / "bin" if prefix == root else prefix for prefix in prefixes]
     is_of_environment = any(prefix.is_relative_to(root) and path.is_relative_to(prefix) for prefix in prefixes)
     return path.is_relative_to(root) and not is_of_environment and "site-packages" not in path.parts
 

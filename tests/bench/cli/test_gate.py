@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import rlhfbench.gate.baseline
+from rlhfbench.cases import preflight
 from rlhfbench.gate import sides
 from rlhfbench.gate.compare import default_threads
 from rlhfbench.records.file import read_records
@@ -38,6 +39,9 @@ def kind(name):
         (("--base", "a", "--smallest-effect", "0.2"), "--promised-effect is 0.05: it must be above --smallest-effect"),
         (("--base", "a", "--smallest-effect", "-1"), "--smallest-effect is -1: it must be above 0 and below 10."),
         (("--base", "a", "--step", "mine"), "--step is 'mine': it must be MODULE:FUNCTION."),
+        (("--base", "a", "--step", "bench/step.py:make"), "its module must be named as in an import, such as"),
+        (("--base", "a", "--step", "step.py:make"), "--step is 'step.py:make': its module must be named as in an"),
+        (("--base", "a", "--step", ".step:make"), "--step is '.step:make': its module must be named as in an import"),
         (("--base", "a", "--threads", "0"), "--threads is 0: it must be from 1 to 1024."),
         (("--base", "a"), "lies in no git repository that can be compared"),
         (("--bisect", "a", "b"), "lies in no git repository that can be compared"),
@@ -59,6 +63,13 @@ def test_a_wrong_gate_is_one_sentence(call, monkeypatch, tmp_path, arguments, se
     assert err.startswith(sentence) or sentence in err
     assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_gate_on_the_machine_is_refused(call):
+    with sides.only_gate():
+        code, out, err = call("gate", "--base", "HEAD")
+    assert (code, out) == (2, "")
+    assert err.startswith("another gate of yours runs on this machine")
 
 
 def test_a_gate_against_a_stored_run(call, fake, monkeypatch, tmp_path):
@@ -170,6 +181,13 @@ def test_a_users_step_is_one_case(call, compared):
     for arguments in ((), ("--step", "mine:make"), ("--step", "mine:make", "--methods", "lora,hydra")):
         call("gate", "--base", "a", *arguments)
     assert [len(sweep.cases) for sweep, _ in compared] == [5, 1, 2]
+
+
+def test_a_device_that_the_machine_lacks_is_one_sentence_for_a_step_too(call, compared, monkeypatch):
+    monkeypatch.setattr(preflight, "num_cuda_devices", lambda: 0)
+    code, _, err = call("gate", "--base", "a", "--step", "mine:make", "--device", "cuda")
+    assert (code, err) == (2, "device 'cuda': this machine has no CUDA device.\n")
+    assert compared == []
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ def repo(monkeypatch, tmp_path):
     for name in ("GIT_AUTHOR_NAME", "GIT_AUTHOR_EMAIL", "GIT_COMMITTER_NAME", "GIT_COMMITTER_EMAIL"):
         monkeypatch.setenv(name, "a@b")
     git("init", "-q")
+    Path(".gitignore").write_text("__pycache__/\n")
     for held_bytes in (4, 65536):
         held = f"{LAST_LINE_OF_ROLLOUT}            self.held = torch.zeros({held_bytes // 4})\n"
         Path("bench_step.py").write_text(STEP.replace(LAST_LINE_OF_ROLLOUT, held))

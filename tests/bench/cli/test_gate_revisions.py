@@ -251,6 +251,20 @@ def test_ctrl_c_in_a_turn_ends_both_sides(call, commit, monkeypatch, temporary, 
     assert left_in(temporary) == []
 
 
+def test_a_working_tree_that_is_edited_meanwhile_gives_no_answer(call, commit, monkeypatch):
+    commit("FAULT = {}", "first")
+    commit(LARGER, "second")
+
+    def edits(self, fault=None):
+        os.utime("mine.py", ns=(0, 0))
+        return []
+
+    monkeypatch.setattr(compare.Comparison, "run", edits)
+    code, said, err = call("gate", "--base", "HEAD~1", *REVISION)
+    assert (code, said) == (2, "")
+    assert err.startswith("'mine.py' was edited while the gate ran")
+
+
 def test_compare_with_takes_a_revision_or_a_run(call, commit, fake, tmp_path):
     commit("FAULT = {}", "first")
     commit(LARGER, "second")
@@ -260,8 +274,10 @@ def test_compare_with_takes_a_revision_or_a_run(call, commit, fake, tmp_path):
     )  # fmt: skip
     sweep, lines, short = Sweep(cases=(case,)), [], git("rev-parse", "--short", "HEAD")
     options = GateOptions(step="mine:unused")
+    itself = rlhfbench.gate.compare_in_words("HEAD", sweep, tmp_path / "itself", options)
+    assert itself.note == "Base and head are the same commit: there was no change to judge."
     found, *words = rlhfbench.gate.compare_in_words("HEAD~1", sweep, tmp_path / "out", options, lines.append)
-    assert words == [f"HEAD~1 ({git('rev-parse', '--short', 'HEAD~1')})", f"the working tree at {short}"]
+    assert words == [f"HEAD~1 ({git('rev-parse', '--short', 'HEAD~1')})", f"the working tree at {short}", ""]
     assert [finding.quantity for finding in found if finding.is_regression] == ["memory total"]
     assert lines == ["4 pairs: 0 of 1 cases are ambiguous"]
     steady = (*CASES, "--option", "data.prompt_field=steady")

@@ -152,7 +152,11 @@ def test_a_repository_without_commits(repo, tmp_path):
         sides.head_side(tmp_path / "empty", [])
 
 
-def test_a_dirty_tree_is_said_to_be_compared(repo):
+def test_a_dirty_tree_is_said_to_be_compared(repo, monkeypatch):
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)  # the bytecode of the step is no change
+    sides.head_side(repo, [str(repo / "src")], step="mine:make")
+    assert (repo / "src" / "__pycache__").is_dir()
+    assert sides.sameness("HEAD", repo)
     clean = sides.head_side(repo, [str(repo / "src")], step="mine:make")
     (repo / "new.txt").write_text("")
     dirty = sides.head_side(repo, [str(repo)], step="bench_step:make")
@@ -180,6 +184,22 @@ def test_folders_that_modules_come_from(repo, monkeypatch):
     monkeypatch.setattr(sys, "path", inside[1:])
     with pytest.raises(GateError, match="nothing is imported from"):
         sides.module_roots(repo, with_working_folder=False)
+
+
+def test_an_environment_in_the_root_hides_no_modules(repo, monkeypatch):
+    """As ``python -m venv .`` makes one."""
+    monkeypatch.setattr(sys, "prefix", str(repo))
+    packages = repo / "lib" / "python3.12" / "site-packages"
+    monkeypatch.setattr(sys, "path", [str(repo / "bin"), str(packages), str(repo / "src")])
+    assert sides.module_roots(repo, with_working_folder=True) == [str(repo), str(repo / "src")]
+
+
+def test_a_folder_that_pythons_search_path_cannot_hold_is_one_sentence(repo, monkeypatch):
+    folder = repo / "a:b"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    with pytest.raises(GateError, match=r"/a:b' has ':' in its name, which divides Python's search path: rename it\.$"):
+        sides.module_roots(repo, with_working_folder=True)
 
 
 def test_a_repository_below_the_environment_has_modules(repo, monkeypatch):
@@ -243,6 +263,42 @@ def test_a_step_that_imports_another_copy_of_the_repository_is_refused(repo, mon
     assert sides.head_side(repo, [str(repo)], step="bench_step:make").paths == (str(repo),)
 
 
+@pytest.mark.parametrize(
+    ("file", "module"),
+    [
+        ("src/acme/trainer/__init__.py", "acme.trainer"),  # in a package without __init__.py
+        ("packages/trainer/src/trainer/core.py", "trainer.core"),  # of a project in a folder
+        ("packages/trainer/flat.py", "flat"),
+        ("src/caf\u00e9.py", "caf\u00e9"),
+    ],
+)
+def test_a_step_that_imports_an_installed_copy_from_wherever_it_lies_is_refused(
+    repo, monkeypatch, tmp_path, file, module
+):
+    installed = tmp_path / "installed" / f"{module.replace('.', '/')}{'/__init__' * file.endswith('__init__.py')}.py"
+    for path in (repo / file, installed):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    (repo / "packages" / "trainer").mkdir(parents=True, exist_ok=True)
+    (repo / "packages" / "trainer" / "pyproject.toml").write_text("")
+    (repo / "bench_step.py").write_text(f"import {module}\n")
+    sides.git("add", "-A", folder=repo)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "installed"))
+    with pytest.raises(GateError, match=rf"imports '{module}' from '.*/installed/.*' and not from the repository"):
+        sides.head_side(repo, [str(repo)], step="bench_step:make")
+
+
+def test_a_file_elsewhere_in_the_repository_is_no_module_of_its_projects(repo, monkeypatch, tmp_path):
+    """Such as a script that has the name of an installed module."""
+    (repo / "scripts").mkdir()
+    (repo / "scripts" / "helpful.py").write_text("")
+    (tmp_path / "helpful.py").write_text("")
+    (repo / "bench_step.py").write_text("import helpful\n")
+    sides.git("add", "-A", folder=repo)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert sides.head_side(repo, [str(repo)], step="bench_step:make").name == "head"
+
+
 def test_a_revision_whose_step_imports_the_working_tree_is_refused(repo, monkeypatch):
     """The module lies in a folder that Python looks into by itself, and the revision in a folder of its own."""
     (repo / "bench").mkdir()
@@ -251,7 +307,7 @@ def test_a_revision_whose_step_imports_the_working_tree_is_refused(repo, monkeyp
     sides.git("commit", "-q", "-m", "step", folder=repo)
     monkeypatch.setenv("PYTHONPATH", str(repo / "src"))
     with (
-        pytest.raises(GateError, match=r"imports 'mine' from '.*repo/src/mine.py' and not from revision 'HEAD'"),
+        pytest.raises(GateError, match=r"imports 'mine' from '.*repo/src/mine.py' and not from .* 'HEAD', so both"),
         sides.checked_out("HEAD", repo, "base", [str(repo / "bench")], step="bench_step:make"),
     ):
         pass
@@ -339,6 +395,16 @@ def test_a_working_tree_that_is_edited_meanwhile_is_refused(repo):
         os.utime(kernel, ns=(0, 0))
 
 
+def test_what_a_steps_module_starts_ends_with_the_check(repo, is_gone):
+    started = repo.parent / "pid"
+    (repo / "bench_step.py").write_text(
+        "import pathlib, subprocess\n"
+        f"pathlib.Path({str(started)!r}).write_text(str(subprocess.Popen(['sleep', '600']).pid))\n"
+    )
+    sides.head_side(repo, [str(repo)], step="bench_step:make")
+    assert is_gone(int(started.read_text()))
+
+
 @pytest.mark.parametrize("file", ["new_step.py", "packages/parts/deep.py"])
 def test_a_revision_whose_step_imports_a_file_that_it_lacks_from_the_working_tree_is_refused(repo, monkeypatch, file):
     """A new file, or one in a package without ``__init__.py``: git knows no module by its name."""
@@ -350,7 +416,7 @@ def test_a_revision_whose_step_imports_a_file_that_it_lacks_from_the_working_tre
     sides.git("commit", "-q", "-m", "step", folder=repo)
     monkeypatch.setenv("PYTHONPATH", str((repo / file).parents[0 if file == "new_step.py" else 1]))
     with (
-        pytest.raises(GateError, match=r"imports '.*' from '.*' and not from revision 'HEAD'"),
+        pytest.raises(GateError, match=r"imports '.*' from '.*' and not from revision 'HEAD', which lacks this file"),
         sides.checked_out("HEAD", repo, "base", [str(repo / "src")], step="step:make"),
     ):
         pass
