@@ -98,7 +98,7 @@ def run_measurements(
 
 def _has_used_cuda() -> bool:
     is_initialized: Any = torch.cuda.is_initialized
-    return bool(is_initialized() and torch.cuda.max_memory_allocated())
+    return bool(is_initialized() and any(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count()))))
 
 
 def _ceilings(case: Case, options: MeasurementOptions, notify: Notify, world: World) -> dict[str, float] | None:
@@ -129,6 +129,7 @@ def _measure_once(
     """Measures what a case has once: memory, collectives, profile. Returns the record's objects without times."""
     notify("memory")
     (world or ALONE).barrier()
+    step.rewind()  # packed rows differ in size: the same in every run, however many steps were timed
     timeline = Timeline() if options.timeline else None
     ledger = measure_memory(step, case.device, notify, timeline)
     followed = None if timeline is None else timeline.to_dict(ledger.peaks)

@@ -37,6 +37,9 @@ class Step(Protocol):
     def trained_parameters(self) -> Sequence[torch.nn.Parameter]:
         """Returns the parameters that get gradients."""
 
+    def rewind(self) -> None:
+        """Has the next step read the first rows of the data again."""
+
     def data_summary(self) -> dict[str, Any]:
         """Returns the ``prompts`` object of the record."""
 

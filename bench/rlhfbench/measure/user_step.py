@@ -71,6 +71,9 @@ class UserStep:
         declared = getattr(self._inner, "trained_parameters", None)
         return [] if declared is None else list(declared())
 
+    def rewind(self) -> None:
+        """Does nothing: the user's step has data of its own."""
+
     def data_summary(self) -> dict[str, Any]:
         """Returns no summary."""
         return {}

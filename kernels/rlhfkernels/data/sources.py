@@ -39,6 +39,10 @@ class Source(Protocol):
         """The next ``batch_size`` data rows on the case's device."""
         ...
 
+    def rewind(self) -> None:
+        """Has the next batch of a file begin with its first row again."""
+        ...
+
     @property
     def num_rows(self) -> int:
         """Data rows of the data set: of the file, or of one batch of random rows."""
@@ -84,7 +88,8 @@ class _Rows:
     ) -> None:
         self._case, self._vocab_size, self._tokenizer = case, vocab_size, tokenizer
         self._path = case.data_file
-        self._next, self._stride = world.rank * case.batch_size, world.size * case.batch_size
+        self._first, self._stride = world.rank * case.batch_size, world.size * case.batch_size
+        self._next = self._first
         self._fixed: Batch | None = None
         self._prompts: list[list[int]] = []
         self._num_truncated = self._num_dropped = 0
@@ -122,6 +127,10 @@ class _Rows:
     def tensors(self) -> Iterator[torch.Tensor]:
         """See ``Source.tensors``."""
         yield from () if self._fixed is None else self._fixed.tensors()
+
+    def rewind(self) -> None:
+        """See ``Source.rewind``."""
+        self._next = self._first
 
     def _take(self) -> list[int]:
         """Indices of the next rows."""

@@ -185,6 +185,10 @@ class TrainingStep:
         """Sequences of one data row."""
         return self.case.sequences_per_row
 
+    def rewind(self) -> None:
+        """Has the next step read the first rows of the data file again."""
+        self._source.rewind()
+
     def data_summary(self) -> dict[str, Any]:
         """The ``prompts`` object of a record."""
         return self._source.summary()

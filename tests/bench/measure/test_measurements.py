@@ -14,9 +14,10 @@ from rlhfbench.measure import MeasurementOptions, host, measure_case, measuremen
 from rlhfbench.measure.stopping import StoppingRule
 from rlhfbench.measure.turns import run_in_turns
 from rlhfkernels.config.case import Case
+from rlhfkernels.config.options import Options
 from rlhfkernels.errors import ModelError, NumericalError
 from rlhfkernels.methods.phases import Phase
-from rlhfkernels.observer import PARTS
+from rlhfkernels.observer import PARTS, Observer
 from rlhfkernels.training.roofline import Work
 
 PHASES = (Phase(name="think", kind="inference"), Phase(name="learn", kind="update"), Phase(name="step", kind="update"))
@@ -75,6 +76,9 @@ class FakeStep:
     attention_used = "sdpa"
     backend_used = "torch"
 
+    def rewind(self):
+        pass
+
     def data_summary(self):
         return {"source": "random", "num_prompts": None, "num_truncated": 0}
 
@@ -108,6 +112,27 @@ def test_a_step_that_enters_no_phase_is_refused(fake):
     sentence = "the step entered no phase: run(observer) must enter its phases: think, learn, step."
     with pytest.raises(ModelError, match=re.escape(sentence)):
         measure_case(CASE, options(), lambda stage: None)
+
+
+def test_memory_is_that_of_the_first_rows_however_many_steps_were_timed(tmp_path, monkeypatch):
+    """Packed rows differ in size."""
+    path = tmp_path / "demonstrations.jsonl"
+    rows = [{"prompt": "a" * size, "completion": "b" * size} for size in (1, 1, 2, 3, 5, 6)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    packed = Options.of({"sft.packing": True, "data.demonstrations": str(path)})
+    case = dataclasses.replace(CASE, method="sft-lora", prompt_len=6, completion_len=6, batch_size=2, options=packed)
+    found, timed = [], measurements.time_steps
+    for num_more in (0, 1):
+
+        def time_steps(step, *rest, num_more=num_more, **named):
+            for _ in range(num_more):
+                step.run(Observer())
+            return timed(step, *rest, **named)
+
+        monkeypatch.setattr(measurements, "time_steps", time_steps)
+        found.append(measure_case(case, options(), lambda stage: None)["memory"])
+    assert found[0]["phases"] == found[1]["phases"]
+    assert found[0]["parts"] == found[1]["parts"]
 
 
 def test_a_phase_that_a_step_does_not_declare_is_refused(fake):
@@ -327,8 +352,10 @@ def test_a_step_on_a_gpu_whose_case_is_on_the_cpu_is_refused(fake, monkeypatch):
     fake(FakeStep())
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    used = iter((0, 1024))
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: next(used))
+    used = {0: 0, 1: 0}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", used.get)
     assert measure_case(CASE, options(), lambda stage: None)["block"]["phases"]
+    used[1] = 1024
     with pytest.raises(ModelError, match=r"^the step uses CUDA, and the device of its case is cpu: name it with"):
         measure_case(CASE, options(), lambda stage: None)
