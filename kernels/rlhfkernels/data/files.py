@@ -72,11 +72,7 @@ def read_demonstrations(path: str | Path) -> list[Demonstration]:
     Raises:
         DataError: as for ``read_prompts``.
     """
-    return _read(
-        "demonstrations",
-        path,
-        lambda where, line, row: Demonstration(_text(where, row, "prompt"), _text(where, row, "completion"), line),
-    )
+    return _read("demonstrations", path, _demonstration)
 
 
 def read_pairs(path: str | Path) -> tuple[list[Pair], int]:
@@ -151,10 +147,29 @@ def _text(where: str, row: Row, field: str) -> Text:
     return text
 
 
+def _demonstration(where: str, line: int, row: Row) -> Demonstration:
+    found = Demonstration(_text(where, row, "prompt"), _text(where, row, "completion"), line)
+    _check_kinds(where, found)
+    return found
+
+
+def _check_kinds(where: str, row: Demonstration | Pair) -> None:
+    """Refuses messages that go on a text: no template tells which of its words are whose."""
+    prompt, *completions = row.texts
+    if isinstance(prompt, str) and not all(isinstance(completion, str) for completion in completions):
+        raise DataError(
+            f"{where}: field 'prompt' is a text, and what completes it a list of messages: it must be messages too."
+        )
+
+
 def _pair(where: str, line: int, row: Row) -> Pair:
     chosen, rejected = _text(where, row, "chosen"), _text(where, row, "rejected")
-    if "prompt" in row:
-        return Pair(_text(where, row, "prompt"), chosen, rejected, line)
+    # Published sets of chats repeat their first turn as a text, which TRL leaves out too.
+    is_repeated = isinstance(chosen, list) and isinstance(rejected, list) and chosen[0] == rejected[0]
+    if "prompt" in row and not (is_repeated and isinstance(row["prompt"], str)):
+        pair = Pair(_text(where, row, "prompt"), chosen, rejected, line)
+        _check_kinds(where, pair)
+        return pair
     if type(chosen) is not type(rejected):
         raise DataError(f"{where}: fields 'chosen' and 'rejected' must both be texts, or both lists of messages.")
     shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)

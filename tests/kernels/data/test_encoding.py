@@ -33,14 +33,20 @@ class Chat(SentencePiece):
     chat_template = "there is one"
 
     def apply_chat_template(
-        self, messages: list[dict[str, str]], add_generation_prompt: bool = False, **_: object
+        self,
+        messages: list[dict[str, str]],
+        add_generation_prompt: bool = False,
+        tokenize: bool = True,
+        return_dict: bool = False,
     ) -> object:
         from jinja2 import TemplateError
 
         if messages[0]["role"] == "system":
             raise TemplateError("System role not supported")
         text = "".join(f"<{m['role']}>{m['content']}$" for m in messages)
-        return text + "<assistant>" if add_generation_prompt else text
+        text += "<assistant>" if add_generation_prompt else ""
+        assert return_dict == tokenize
+        return self(text, add_special_tokens=False) if tokenize else text
 
 
 def text_of(tokens: list[int]) -> str:
@@ -53,6 +59,10 @@ def test_a_completion_goes_on_without_a_space_of_the_tokenizers() -> None:
     assert (text_of(good), text_of(bad)) == ("4\x03", "_5\x03")
     _, reply = encode_row(WHERE, (USER, "yes"), Chat(), 256)
     assert text_of(reply) == "yes$"
+
+
+def test_a_chat_that_is_continued_ends_with_the_generation_prompt() -> None:
+    assert text_of(encode_prompt(WHERE, USER, Chat(), 256)) == "_<user>hi$<assistant>"
 
 
 @pytest.mark.parametrize("kind", [SentencePiece, AddsEnd])

@@ -117,14 +117,23 @@ def test_demonstrations_and_pairs_in_trls_shapes(tmp_path):
         {"chosen": [user, good], "rejected": [user, bad]},
         {"chosen": "Q: x A: yes", "rejected": "Q: x A: no"},
         {"prompt": "a", "chosen": "b", "rejected": "b"},
+        {"prompt": "q", "chosen": [user, good], "rejected": [user, bad]},
+        {"prompt": [user], "chosen": [good], "rejected": [bad]},
+        {"prompt": [user], "chosen": "g", "rejected": "b"},
     )
     pairs, num_dropped = read_pairs(path)
     assert [pair.texts for pair in pairs] == [
         ("a", "b", "c"),
         ([user], [good], [bad]),
         ("Q: x A:", " yes", " no"),
+        ([user], [good], [bad]),  # the text is the chats' first turn
+        ([user], [good], [bad]),
+        ([user], "g", "b"),
     ]
     assert num_dropped == 1
+
+
+MIXED = "field 'prompt' is a text, and what completes it a list of messages: it must be messages too."
 
 
 @pytest.mark.parametrize(
@@ -140,6 +149,7 @@ def test_demonstrations_and_pairs_in_trls_shapes(tmp_path):
             {"prompt": [{"role": "user", "content": ""}], "completion": "b"},
             "line 1: field 'prompt' is empty: its messages have no content.",
         ),
+        ({"prompt": "a", "completion": messages("q", "a")}, f"line 1: {MIXED}"),
     ],
 )
 def test_a_bad_demonstration_is_one_sentence(tmp_path, row, says):
@@ -166,6 +176,8 @@ def test_a_bad_demonstration_is_one_sentence(tmp_path, row, says):
             "them, have no content.",
         ),
         ({"chosen": messages("q", "a"), "rejected": messages("q", "")}, "or what follows them, have no content."),
+        ({"prompt": "q", "chosen": messages("q", "a"), "rejected": "b"}, f"line 1: {MIXED}"),
+        ({"prompt": "q", "chosen": messages("q", "a"), "rejected": messages("p", "b")}, f"line 1: {MIXED}"),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "chosen equals rejected in every row, so no pair is left."),
     ],
 )
