@@ -185,7 +185,9 @@ def failure(error: BaseException, phase: str | None) -> dict[str, Any]:
         outcome = "invalid"
     else:
         outcome = "crashed"
-    message = " ".join(str(error).split())[:MAX_MESSAGE_CHARS] or "no message."
+    message = " ".join(str(error).split())[:MAX_MESSAGE_CHARS]
+    if not message or isinstance(error, (KeyError, SystemExit)):  # a key or a number says nothing by itself
+        message = f"{type(error).__name__} {message}".strip() + "."
     return {"outcome": outcome, "error": {"kind": type(error).__name__, "message": message, "phase": phase}}
 
 

@@ -131,6 +131,20 @@ def test_a_message_is_one_line_of_bounded_length():
     assert len(error["message"]) == 500
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (AssertionError(), "AssertionError."),
+        (SystemExit(0), "SystemExit 0."),
+        (SystemExit(), "SystemExit."),
+        (KeyError("labels"), "KeyError 'labels'."),
+        (ValueError("rows is 0."), "rows is 0."),
+    ],
+)
+def test_an_error_whose_text_says_nothing_is_named_by_its_kind(error, message):
+    assert worker.failure(error, None)["error"]["message"] == message
+
+
 def test_a_cyclic_chain_of_errors():
     first, second = RuntimeError("a"), RuntimeError("b")
     first.__context__, second.__context__ = second, first
