@@ -62,6 +62,18 @@ def check(sweep: Sweep, *, devices: bool = True) -> dict[str, ModelFacts]:
     return facts
 
 
+def check_devices(sweep: Sweep) -> None:
+    """Checks that this machine has the devices of ``sweep``.
+
+    Raises:
+        SweepError: one sentence for each device that it lacks.
+    """
+    devices = dict.fromkeys(case.device for case in sweep.cases)
+    problems = [problem for device in devices for problem in _check_device(device)]
+    if problems:
+        raise SweepError(problems)
+
+
 def _check_tokenizers(models: Iterable[str]) -> Iterator[str]:
     """One sentence for each checkpoint folder without a tokenizer: a model may be saved without its own."""
     for model in dict.fromkeys(models):
@@ -101,9 +113,13 @@ def notices(sweep: Sweep, cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
 
 
 def _option_notices(sweep: Sweep) -> Iterator[str]:
-    """One sentence for each option of a family that has no method in the sweep."""
+    """One sentence for each option of a group that no method of the sweep reads."""
     groups = {method.family: method.family.lower().replace("-", "_") for method in METHODS.values()}
     unread = set(groups.values()) - {groups[METHODS[case.method].family] for case in sweep.cases}
+    if not any(case.role_table.adapter_sets for case in sweep.cases):
+        unread.add("lora")
+    if all(case.role_table.generate is None for case in sweep.cases):
+        unread.add("rollout")
     changed = (changed_options(dataclasses.asdict(case.options)) for case in sweep.cases)
     for name, value in dict.fromkeys(option for options in changed for option in options.items()):
         if name.split(".")[0] in unread:

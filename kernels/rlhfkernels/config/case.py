@@ -302,7 +302,7 @@ def _check_parallel(case: Case) -> Iterator[str]:
 def _check_deepspeed(case: Case) -> Iterator[str]:
     if case.dtype == "float64":
         yield "parallel.strategy is 'deepspeed': its master weights are float32, so dtype must be float32 or bfloat16."
-    if case.options.lora.dtype not in (None, case.dtype):
+    if case.role_table.adapter_sets and case.options.lora.dtype not in (None, case.dtype):
         yield (
             f"lora.dtype is {case.options.lora.dtype!r}: DeepSpeed lays trained weights in one storage, so it must be "
             f"none or {case.dtype!r}."

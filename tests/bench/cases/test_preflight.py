@@ -100,12 +100,23 @@ def test_the_native_backend_without_a_compiler(monkeypatch, tmp_path):
     assert preflight.notices(Sweep.from_spec({**GRID, "options": {"engine.backend": "torch"}})) == []
 
 
-def test_an_option_of_a_family_without_a_method_in_the_sweep_is_noticed():
+def test_an_option_that_no_method_of_the_sweep_reads_is_noticed():
     options = {"engine.backend": "torch", "dpo.beta": 0.2, "ppo.gamma": 0.9, "lora.r": 4}
     sweep = Sweep.from_spec({**GRID, "options": options})
     assert preflight.notices(sweep) == ["dpo.beta is 0.2: no method of this sweep reads it."]
     with_dpo = Sweep.from_spec({**GRID, "methods": ["hydra", "dpo"], "options": options})
     assert preflight.notices(with_dpo) == []
+    options = {"engine.backend": "torch", "rollout.temperature": 0.7, "lora.alpha": 8.0}
+    unread = {
+        "sft": ["rollout.temperature is 0.7", "lora.alpha is 8.0"],
+        "dpo-lora": ["rollout.temperature is 0.7"],
+        "best-of-n": ["lora.alpha is 8.0"],
+        "hydra": [],
+    }
+    for method, names in unread.items():
+        sweep = Sweep.from_spec({**GRID, "methods": [method], "options": options})
+        found = preflight.notices(sweep)
+        assert sorted(found) == sorted(f"{name}: no method of this sweep reads it." for name in names)
     for setting in ("modern", "paper"):
         spec = {
             **GRID,

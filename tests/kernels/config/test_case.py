@@ -279,6 +279,11 @@ def test_each_broken_rule_is_one_sentence(change: dict[str, object], sentence: s
     assert sentence in caught.value.problems[0]
 
 
+def test_deepspeed_takes_any_dtype_of_adapters_that_a_method_does_not_have() -> None:
+    options = Options.of({"parallel.strategy": "deepspeed", "lora.dtype": "float32"})
+    Case(**{**GOOD, "method": "sft", "dtype": "bfloat16"}, options=options)
+
+
 def test_every_problem_is_reported_at_once() -> None:
     with pytest.raises(CaseError) as caught:
         Case(**{**GOOD, "method": "x", "prompt_len": 0, "dtype": "int3"})
