@@ -65,8 +65,10 @@ def expected_best(scores: torch.Tensor, n: int) -> torch.Tensor:
     if not 1 <= n <= m:
         raise ValueError(f"n is {n}: it must be from 1 to the {m} scores of a prompt.")
     scores = scores.to(torch.result_type(scores, 1.0))  # integers would round the weights to 0
-    weights = [math.comb(i, n - 1) / math.comb(m, n) for i in range(m)]
-    return (scores.sort(-1).values * torch.tensor(weights, dtype=scores.dtype, device=scores.device)).sum(-1)
+    # The lowest n − 1 are the highest of no subset; a weight of 0 would make −∞ among them NaN.
+    weights = [math.comb(i, n - 1) / math.comb(m, n) for i in range(n - 1, m)]
+    highest = scores.sort(-1).values[..., n - 1 :]
+    return (highest * torch.tensor(weights, dtype=scores.dtype, device=scores.device)).sum(-1)
 
 
 def select(batch: Batch, options: Options, all_sum: AllSum = alone) -> dict[str, torch.Tensor]:

@@ -23,6 +23,10 @@ def test_the_expected_best_is_the_mean_over_all_subsets(scores: list[float], n: 
     assert float(found) == pytest.approx(sum(subsets) / len(subsets), abs=1e-9)
 
 
+def test_a_sample_that_is_ruled_out_counts_for_nothing() -> None:
+    assert float(expected_best(torch.tensor([-math.inf, 0.0, 1.0]), 2)) == pytest.approx(2 / 3)
+
+
 def test_more_samples_than_there_are_is_one_sentence() -> None:
     with pytest.raises(ValueError, match=r"n is 4: it must be from 1 to the 3 scores of a prompt\."):
         expected_best(torch.zeros(2, 3), 4)
@@ -49,6 +53,7 @@ def test_a_step_keeps_the_best_sample_of_every_prompt(make_case: Callable[..., C
     assert torch.equal(scores.gather(1, batch["best"][:, None])[:, 0], scores.max(1).values)
     assert float(stats["best_score"]) == pytest.approx(float(scores.max(1).values.mean()))
     assert float(stats["score"]) == pytest.approx(float(scores.mean()))
+    assert float(stats["kl_bound"]) == pytest.approx(kl_bound(3))
     assert step.trained_parameters() == []
     assert [phase.name for phase in step.phases] == ["generate", "score"]
 

@@ -240,3 +240,7 @@ def test_the_margin_is_that_of_the_implicit_rewards() -> None:
     loss = pairs(reader, batch, Options.of({"dpo.beta": 0.2}), Counts(tokens=mask.sum(), rows=2))
     assert float(loss.sums["margin"]) == pytest.approx(0.2 * ((1 + 1) + (0.5 - 2)) / 2)
     assert float(loss.sums["accuracy"]) == 0.5
+    assert float(loss.maxima["reference_error"]) == pytest.approx(2 / 3)  # of the last sequence, a token
+    batch["reference_logprobs"] = (logprobs * mask).sum(1)
+    tied = pairs(reader, batch, Options.of({"dpo.beta": 0.2}), Counts(tokens=mask.sum(), rows=2))
+    assert float(tied.sums["accuracy"]) == 0.0

@@ -139,6 +139,8 @@ def test_its_work_is_that_of_every_row_once(small: MakeStep) -> None:
     found = phase_work(case)
     assert found["prepare"].flops == each.flops * 5 // 2
     assert found["prepare"].bytes == each.bytes * 3
+    one_by_one = phase_work(small("dpo-lora", **ONCE, **{"engine.micro_batch_size": 1}))
+    assert one_by_one["prepare"].bytes == each.bytes * 5
     assert "score" not in found
 
 
