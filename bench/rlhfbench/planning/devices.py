@@ -1,6 +1,7 @@
 """Accelerators by name: memory, bandwidth and dense matmul rates from their vendors' data sheets.
 
-Rates are peaks without sparsity. Large matmuls reach 60 to 90 % of them.
+Rates are peaks without sparsity. Large matmuls reach 60 to 90 % of them. Memory is what the driver states where that
+differs by more than 1 %: error correction takes a sixteenth of GDDR6, and some data sheets count in GB, others in GiB.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Accelerator:
         memory_bytes: Total memory.
         bytes_per_s: Memory bandwidth; ``None`` if only a size was given.
         flops_per_s: Dense matmul rate by dtype; empty if only a size was given.
-        source: Document that states the figures.
+        source: What states the figures.
     """
 
     name: str
@@ -64,11 +65,11 @@ ACCELERATORS: dict[str, Accelerator] = {
         _accelerator("a100-40gb", 40, 1.555, 312, 19.5, "NVIDIA A100 data sheet, SXM 40 GB"),
         _accelerator("a100-80gb", 80, 2.039, 312, 19.5, "NVIDIA A100 data sheet, SXM 80 GB"),
         _accelerator("h100-80gb", 80, 3.35, 989, 67, "NVIDIA H100 data sheet, SXM"),
-        _accelerator("h200", 141e9 / _GIB, 4.8, 989, 67, "NVIDIA H200 data sheet, SXM"),
-        _accelerator("b200", 180e9 / _GIB, 7.7, 2250, 75, "NVIDIA HGX B200 data sheet, per GPU"),
-        _accelerator("l4", 24, 0.3, 121, 30.3, "NVIDIA L4 data sheet"),
-        _accelerator("l40s", 48, 0.864, 362, 91.6, "NVIDIA L40S data sheet"),
-        _accelerator("a10", 24, 0.6, 125, 31.2, "NVIDIA A10 data sheet"),
+        _accelerator("h200", 139, 4.8, 989, 67, "NVIDIA H200 data sheet, SXM; memory: driver"),
+        _accelerator("b200", 178.3, 7.7, 2250, 75, "NVIDIA HGX B200 data sheet, per GPU; memory: driver"),
+        _accelerator("l4", 23034 / 1024, 0.3, 121, 30.3, "NVIDIA L4 data sheet; memory: driver"),
+        _accelerator("l40s", 46068 / 1024, 0.864, 362, 91.6, "NVIDIA L40S data sheet; memory: driver"),
+        _accelerator("a10", 23028 / 1024, 0.6, 125, 31.2, "NVIDIA A10 data sheet; memory: driver"),
         _accelerator("rtx-3090", 24, 0.936, 71, 35.6, "NVIDIA GA102 white paper"),
         _accelerator("rtx-4090", 24, 1.008, 165, 82.6, "NVIDIA Ada white paper"),
         _accelerator("rtx-5090", 32, 1.792, 209, 104.8, "NVIDIA RTX Blackwell white paper"),
