@@ -89,6 +89,16 @@ def test_oom_kills_are_those_that_linux_counts(
     assert num_oom_kills() == num_kills
 
 
+def test_one_thread_at_a_time_keeps_the_working_folder_off_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another's "1" would be taken for what the user has set, and stay."""
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    with parallel._safe_path():
+        assert parallel._PATH_LOCK.locked()
+        assert os.environ["PYTHONSAFEPATH"] == "1"
+    assert not parallel._PATH_LOCK.locked()
+    assert "PYTHONSAFEPATH" not in os.environ
+
+
 def test_modules_of_the_working_folder_do_not_replace_the_standard_librarys(tmp_path: Path) -> None:
     (tmp_path / "random.py").write_text("raise SystemExit('the wrong one')\n")
     script = tmp_path / "below" / "script.py"  # its own folder is on its path, and not the working folder

@@ -17,8 +17,9 @@ CASE = Case(method="full", model="tiny", prompt_len=16, completion_len=16, batch
 ACTION = Path(__file__).parents[3] / "action.yml"
 SCRIPT = textwrap.dedent(ACTION.read_text(encoding="utf-8").partition("      run: |\n")[2])
 # Refuses a folder that exists, as the command does where it holds files; writes the table in $TABLE, if
-# any; ends with the code in $CODE.
+# any; notes its arguments; ends with the code in $CODE.
 COMMAND = """#!/bin/bash
+printf '%s\\n' "$@" > "$RUNNER_TEMP/arguments"
 while [ $# -gt 0 ]; do
   case $1 in
     --out) mkdir "$2" || exit 2 ;;
@@ -64,6 +65,12 @@ def test_a_job_may_have_several_gates(step, tmp_path):
         "table of def\n",
     ]
     assert (tmp_path / "STEP_SUMMARY").read_text() == "table of abc\ntable of def\n"
+
+
+def test_arguments_are_words_and_no_patterns_of_files(step, tmp_path):
+    (tmp_path / "a=1").touch()
+    step("abc", 0, ARGUMENTS="--option a=*  --json")
+    assert (tmp_path / "arguments").read_text().splitlines()[-3:] == ["--option", "a=*", "--json"]
 
 
 def table_of(*found):
