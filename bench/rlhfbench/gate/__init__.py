@@ -14,7 +14,7 @@ __all__ = ["compare_with"]
 
 
 class Compared(NamedTuple):
-    """What a gate found, in words.
+    """Findings of a gate, and its sides in words.
 
     Attributes:
         findings: Of every case.
