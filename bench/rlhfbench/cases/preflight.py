@@ -41,8 +41,7 @@ def check(sweep: Sweep, *, devices: bool = True) -> dict[str, ModelFacts]:
     """
     facts, problems = _inspect(sweep)
     problems += _check_weights(facts)
-    for device in dict.fromkeys(case.device for case in sweep.cases) if devices else ():
-        problems += _check_device(device)
+    problems += _device_problems(sweep) if devices else ()
     problems += check_ranks(sweep.cases, num_cuda_devices) if devices else ()
     for option, packages in OPTION_PACKAGES.items():
         for value in dict.fromkeys(case.options.flat()[option] for case in sweep.cases):
@@ -68,10 +67,14 @@ def check_devices(sweep: Sweep) -> None:
     Raises:
         SweepError: one sentence for each device that it lacks.
     """
-    devices = dict.fromkeys(case.device for case in sweep.cases)
-    problems = [problem for device in devices for problem in _check_device(device)]
+    problems = _device_problems(sweep)
     if problems:
         raise SweepError(problems)
+
+
+def _device_problems(sweep: Sweep) -> list[str]:
+    devices = dict.fromkeys(case.device for case in sweep.cases)
+    return [problem for device in devices for problem in _check_device(device)]
 
 
 def _check_tokenizers(models: Iterable[str]) -> Iterator[str]:

@@ -65,7 +65,7 @@ ACCELERATORS: dict[str, Accelerator] = {
         _accelerator("a100-40gb", 40, 1.555, 312, 19.5, "NVIDIA A100 data sheet, SXM 40 GB"),
         _accelerator("a100-80gb", 80, 2.039, 312, 19.5, "NVIDIA A100 data sheet, SXM 80 GB"),
         _accelerator("h100-80gb", 80, 3.35, 989, 67, "NVIDIA H100 data sheet, SXM"),
-        _accelerator("h200", 139, 4.8, 989, 67, "NVIDIA H200 data sheet, SXM; memory: driver"),
+        _accelerator("h200", 139.8, 4.8, 989, 67, "NVIDIA H200 data sheet, SXM; memory: driver"),
         _accelerator("b200", 178.3, 7.7, 2250, 75, "NVIDIA HGX B200 data sheet, per GPU; memory: driver"),
         _accelerator("l4", 23034 / 1024, 0.3, 121, 30.3, "NVIDIA L4 data sheet; memory: driver"),
         _accelerator("l40s", 46068 / 1024, 0.864, 362, 91.6, "NVIDIA L40S data sheet; memory: driver"),

@@ -78,27 +78,27 @@ def test_a_bar_shows_the_current_case_and_failures(begun_bar):
     assert "1 oom" in stream.getvalue()
 
 
-def test_a_bar_goes_on_through_the_blocks(begun_bar):
-    stream, progress = begun_bar
-    progress.finish_case(SMALL, record())
+def time_a_block(progress):
+    """Times a block of one of two cases, with the bar drawn before and after."""
     progress.begin_blocks(1, 5, 2)
     progress.start_block(LARGE)
     progress._bar.refresh()
     progress.finish_block(LARGE, {"error": None})
     progress._bar.refresh()
     progress.end()
+
+
+def test_a_bar_goes_on_through_the_blocks(begun_bar):
+    stream, progress = begun_bar
+    progress.finish_case(SMALL, record())
+    time_a_block(progress)
     assert "lora 8+8 x2 · block 2 of 5" in stream.getvalue()
     assert "1 ok" in stream.getvalue()
 
 
 def test_blocks_of_cases_that_were_recorded_earlier_have_a_bar(bar):
     stream, progress = bar
-    progress.begin_blocks(1, 5, 2)
-    progress.start_block(LARGE)
-    progress._bar.refresh()
-    progress.finish_block(LARGE, {"error": None})
-    progress._bar.refresh()
-    progress.end()
+    time_a_block(progress)
     assert "lora tiny 8+8 x2 · block 2 of 5" in stream.getvalue()
     assert "1/2" in stream.getvalue()
 
