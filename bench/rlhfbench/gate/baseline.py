@@ -130,7 +130,7 @@ def compare_with_run(baseline: Path, out: Path, options: GateOptions, *, memory_
         raise KeyboardInterrupt
     obstacle = None if memory_only else time_obstacle(baseline, out)
     findings = baseline_findings(baseline, out, options.effects, times_obstacle=obstacle)
-    return [found for found in findings if not memory_only or found.quantity.startswith("memory") or not found.quantity]
+    return [found for found in findings if not memory_only or found.is_memory or not found.quantity]
 
 
 def _check_data_files(baseline: Path, cases: Sweep) -> None:

@@ -243,7 +243,7 @@ class Comparison:
 
     def _undecided(self, findings: Sequence[Finding]) -> list[Case]:
         """The cases that more pairs may decide, and that have time left."""
-        ids = {f.case.id for f in findings if f.verdict == "ambiguous" and not f.quantity.startswith("memory")}
+        ids = {f.case.id for f in findings if f.verdict == "ambiguous" and not f.is_memory}
         return [c for c in self._sweep.cases if c.id in ids and self.spent_s[c.id] < self._options.budget_s]
 
     def _measure_memory(self, both: Sequence[Timed], cases: Sequence[Case]) -> None:

@@ -32,6 +32,7 @@ class Finding:
         estimates: Of a time: the ratio with its interval by each statistic, the one that decided first.
         num_set_aside: Of a time: disturbed pairs that do not count.
         reason: Why it was not compared.
+        is_memory: The quantity is bytes and not seconds.
         is_regression: It makes the gate say no.
     """
 
@@ -43,6 +44,7 @@ class Finding:
     estimates: Sequence[Estimate] = ()
     num_set_aside: int = 0
     reason: str | None = None
+    is_memory: bool = False
     is_regression: bool = False
 
     @property
@@ -159,11 +161,16 @@ def _times(case: Case, base: Record, head: Record) -> Iterator[Finding]:
             yield known
 
 
-def one_sided(case: Case, quantity: str, *, in_base: bool) -> Finding:
+def one_sided(case: Case, quantity: str, *, in_base: bool, is_memory: bool = False) -> Finding:
     """Returns the finding on a quantity that one side alone has, such as a phase with another name."""
     where = "base" if in_base else "head"
     return Finding(
-        case=case, quantity=quantity, verdict="missing", reason=f"the {where} alone has it.", is_regression=in_base
+        case=case,
+        quantity=quantity,
+        verdict="missing",
+        reason=f"the {where} alone has it.",
+        is_memory=is_memory,
+        is_regression=in_base,
     )
 
 
@@ -176,7 +183,7 @@ def sizes_of(case: Case, base: Record, head: Record) -> Iterator[Finding]:
         if name in phases[0] and name in phases[1]:
             yield _size(case, shown, *(side[name].get("total_bytes") for side in phases))
         else:
-            yield one_sided(case, f"memory {shown}", in_base=name in phases[0])
+            yield one_sided(case, f"memory {shown}", in_base=name in phases[0], is_memory=True)
     if at(base, "memory.peak_phase") != at(head, "memory.peak_phase"):
         return
     for key in _AT_PEAK:
@@ -187,9 +194,7 @@ def sizes_of(case: Case, base: Record, head: Record) -> Iterator[Finding]:
 
 
 def _size(case: Case, name: str, base: Any, head: Any) -> Finding:
-    quantity = f"memory {name}"
+    size = Finding(case=case, quantity=f"memory {name}", verdict="same", base=base, head=head, is_memory=True)
     if base is None or head is None:
-        return Finding(case=case, quantity=quantity, verdict="ambiguous", reason="it was not measured.")
-    return _with_verdict(
-        Finding(case=case, quantity=quantity, verdict="same", base=base, head=head), judge_memory(base, head)
-    )
+        return dataclasses.replace(size, verdict="ambiguous", reason="it was not measured.")
+    return _with_verdict(size, judge_memory(base, head))

@@ -95,5 +95,4 @@ def _row(found: Finding, title: str) -> str:
 def _size(found: Finding, value: float | None) -> str:
     if value is None:
         return "–"
-    # Bytes are integers. A user's phase may be called "memory" too.
-    return f"{value / _MIB:.3f} MiB" if isinstance(value, int) else f"{value:.4g} s"
+    return f"{value / _MIB:.3f} MiB" if found.is_memory else f"{value:.4g} s"

@@ -23,6 +23,8 @@ from rlhfbench.measure.cores import bind_peer, draw_cores
 
 _GO, _DONE = b"g", b"d"
 _MIN_ROUNDS, _MAX_ROUNDS = 5, 1000
+# A process that builds its step and warms up may take as long as this many turns.
+_TURNS_TO_START = 2
 
 
 class Turns:
@@ -76,7 +78,8 @@ def run_in_turns(
         aborts: Called when this call is interrupted: they end the jobs.
         num_cores: Cores that the processes share; ``None`` leaves them to the scheduler.
         turn_timeout_s: Seconds after which a turn that has not ended ends the turns of both: the side that waits is
-            not held by the one that hangs. ``None`` for no limit.
+            not held by the one that hangs. A process has twice that until it first waits for a turn. ``None`` for no
+            limit.
     """
     with ExitStack() as opened:
         ended, told = map(opened.enter_context, socket.socketpair())
@@ -117,10 +120,14 @@ def _referee(
     turn_timeout_s: float | None,
 ) -> None:
     """Grants turns once all have connected. At the end all connections are closed, which ends all turns."""
+    started_s = time.monotonic()
     with ExitStack() as opened:
         players = []
         for listener in listeners:
-            ready, _, _ = select.select([listener, ended], [], [])
+            left_s = None
+            if turn_timeout_s is not None:
+                left_s = max(0.0, started_s + _TURNS_TO_START * turn_timeout_s - time.monotonic())
+            ready, _, _ = select.select([listener, ended], [], [], left_s)
             if listener not in ready:
                 for each in listeners:
                     each.close()

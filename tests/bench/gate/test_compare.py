@@ -204,6 +204,15 @@ def test_noise_is_looked_at_again_until_the_time_is_spent(tmp_path, compared):
     assert len(compared(tmp_path / "short", "noisy", injected={}, budget_s=1e-9)[1]) == 1
 
 
+def test_more_pairs_are_timed_for_times_that_are_ambiguous_alone(tmp_path, sweep_of):
+    sweep = sweep_of("steady")
+    comparison = Comparison(BASE, HEAD, sweep, tmp_path, GateOptions())
+    # A user's phase may be called so.
+    found = Finding(case=sweep.cases[0], quantity="memory bank s", verdict="ambiguous")
+    assert comparison._undecided([found]) == list(sweep.cases)
+    assert comparison._undecided([dataclasses.replace(found, is_memory=True)]) == []
+
+
 @pytest.mark.parametrize(
     ("kind", "code", "reason"),
     [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from rlhfbench.gate.decide import Effects
@@ -31,6 +33,19 @@ def test_a_quantity_that_one_side_alone_has_is_missing(tmp_path, compared):
     missing = {found.quantity: found.is_regression for found in findings if found.verdict == "missing"}
     assert missing == {"optimize s": True, "learn s": False}
     assert exit_code(findings) == 1
+
+
+def test_bytes_are_told_from_seconds_whatever_a_phase_is_called(record_of):
+    phases = ({"x s": {"total_bytes": 9}}, {})
+    records = [record_of([1.0] * 4, [1.0] * 4, memory={"total_bytes": 9, "phases": each}) for each in phases]
+    sides = [{CASE.id: json.loads(json.dumps(record).replace("score", "memory bank"))} for record in records]
+    found = findings_of([CASE], *sides, Effects(), 0.05)
+    assert {each.quantity: each.verdict for each in found if each.is_memory} == {
+        "memory total": "same",
+        "memory x s": "missing",
+        **dict.fromkeys(["memory model", "memory activation", "memory rollout"], "ambiguous"),
+    }
+    assert "memory bank s" in {each.quantity for each in found}
 
 
 def test_parts_are_compared_where_both_sides_peak_in_one_phase(tmp_path):

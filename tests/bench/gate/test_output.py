@@ -31,7 +31,7 @@ def test_text_in_a_table_breaks_no_row():
 
 def test_a_users_phase_may_be_called_memory():
     seconds = Finding(case=CASE, quantity="memory bank s", verdict="ambiguous", base=0.5, head=0.25)
-    size = Finding(case=CASE, quantity="memory total", verdict="same", base=2**20, head=2**20)
+    size = Finding(case=CASE, quantity="memory total", verdict="same", base=2**20, head=2**20, is_memory=True)
     table = markdown([seconds, size], "x", "y")
     assert "| 0.5 s | 0.25 s |" in table
     assert "| 1.000 MiB | 1.000 MiB |" in table

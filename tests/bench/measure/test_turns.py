@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import signal
 import tempfile
@@ -74,22 +75,25 @@ def test_a_job_that_never_connects_ends_the_turns_of_the_other(folder):
     assert not order
 
 
-def test_a_turn_that_never_ends_ends_the_turns_of_the_other(folder):
+@pytest.mark.parametrize("begins_a_turn", [True, False])
+@pytest.mark.parametrize("comes_first", [True, False])
+def test_a_job_that_hangs_ends_the_turns_of_the_other(folder, begins_a_turn, comes_first):
     order, freed = [], threading.Event()
 
     def hang(path):
-        turns = Turns(path)
-        turns.wait()
-        assert freed.wait(60)
-        turns.close()
+        with contextlib.closing(Turns(path)) if begins_a_turn else contextlib.nullcontext() as turns:
+            if begins_a_turn:
+                turns.wait()
+            assert freed.wait(60)
 
     def play(path):
         player("b", order)(path)
         freed.set()
 
-    run_in_turns([hang, play], folder, 1e6, random.Random(1), aborts=[pytest.fail], turn_timeout_s=0.01)
+    jobs = [hang, play] if comes_first else [play, hang]
+    run_in_turns(jobs, folder, 1e6, random.Random(1), aborts=[pytest.fail], turn_timeout_s=0.01)
     assert freed.is_set()
-    assert len(order) <= 1
+    assert len(order) <= begins_a_turn
 
 
 def test_an_error_of_a_job_is_raised_after_the_others_were_aborted(folder):
