@@ -1,8 +1,11 @@
 """The maths of every method as functions of tensors: losses, advantages, rewards, selection and log-probabilities.
 
-Shapes: b or n = sequences, c = completion length. Log-probabilities are in nats. Masks are 1.0 on real completion
-tokens and 0.0 on padding. Losses are sums divided by a count that the caller gives, so that they do not depend on how a
-batch is split.
+Shapes: b or n = sequences, c = completion length, k = predicted tokens of a sequence. In ``dpo_loss`` b = pairs; in
+``best_index`` b = prompts and n = samples of a prompt; in ``expected_best`` m = scores of a prompt; in
+``LogitTransform`` and ``token_logprobs`` n = positions, d = hidden size, v = vocabulary.
+
+Log-probabilities are in nats. Masks are 1.0 on real completion tokens and 0.0 on padding. Losses are sums divided by a
+count that the caller gives, so that they do not depend on how a batch is split.
 """
 
 from __future__ import annotations

@@ -38,10 +38,12 @@ def _verb(name: str, verb: SectionedCommand, written: dict[str, tuple[str, Rows]
         # typer decorates the name of an argument as its version likes.
         rows = [(flags.split()[0], said) for flags, said in all_rows] if title == "Arguments" else all_rows
         rows = [row for row in rows if row[0] != "--help"]
+        if not rows:
+            continue
         elsewhere, same = written.setdefault(title, (name, rows))
         if elsewhere != name and same == rows:
             yield f"{title}: as for [`{elsewhere}`](#{elsewhere}).\n"
-        elif rows:
+        else:
             yield f"| {title} | |\n| --- | --- |"
             yield from (f"| `{_cell(flags)}` | {_cell(meaning)} |" for flags, meaning in rows)
             yield ""

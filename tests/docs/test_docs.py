@@ -93,14 +93,14 @@ CHECKED = {
     "rlhfbench plan --model tiny --device cpu --methods hydra --seq-lens 64 --batch-sizes 2 --zero-stage 1,2 "
     "--world-size 2,8": _SAME,
     "rlhfbench run --methods full,hydra --seq-lens 32 --batch-sizes 2 --world-size 1,2,4 --zero-stage 1 "
-    "--option parallel.reduce_bucket_size=1000000 --out my-stages": _LONG,
+    "--option parallel.reduce_bucket_size=1000000 --out my-scaling": _LONG,
     "rlhfbench plan --device cpu --methods full,hydra --seq-lens 32 --batch-sizes 2 --world-size 1,2,4,8 "
     "--zero-stage 1 --option parallel.reduce_bucket_size=1000000 --out my-plan": _SAME,
-    "rlhfbench report my-stages my-plan": "it needs the run before it",
+    "rlhfbench report my-scaling my-plan": "it needs the run before it",
     "rlhfbench evidence --out my-evidence": _GPU,
-    "rlhfbench evidence --out my-evidence --device cpu --model tiny --budget-min 4": _LONG,
+    "rlhfbench evidence --out cpu-evidence --device cpu --model tiny --budget-min 4": _LONG,
     "rlhfbench evidence --out my-evidence --parts 3,5": _GPU,
-    "rlhfbench evidence --out my-evidence --parts 3 --blocks 4": _GPU,
+    "rlhfbench evidence --out my-blocks --parts 3 --blocks 4": _GPU,
     "rlhfbench gate --base main": _REPOSITORY,
     "rlhfbench gate --self-test --seq-lens 32 --batch-sizes 2": _LONG,
     "rlhfbench gate --bisect v1.2 HEAD --methods hydra": _REPOSITORY,

@@ -83,7 +83,7 @@ def gate(
         typer.Option(
             metavar="MODULE:FUNCTION",
             rich_help_panel=COMPARED,
-            help="Your own step in place of a method: called with each case.",
+            help="Function that returns your own step in place of a method's: called with each case.",
         ),
     ] = None,
     cases: CaseOptions,

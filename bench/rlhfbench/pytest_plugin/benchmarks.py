@@ -1,7 +1,7 @@
 """The tests of ``pytest --benchmark``: one for each case of a sweep.
 
-A case is measured as ``rlhfbench run`` measures it, in a forked process. The seconds of each timed step are then
-replayed to pytest-benchmark through a timer, so that its statistics are exactly those of the steps.
+A case is measured as ``rlhfbench run`` measures it, in a forked process. The seconds of a step in each block
+are then replayed to pytest-benchmark through a timer, so that its mean is that of the record.
 """
 
 from __future__ import annotations

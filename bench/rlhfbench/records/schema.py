@@ -70,7 +70,7 @@ _MEASURED: tuple[Field, ...] = (
         "method that does the same work: what the two differ by is the noise of a run",
         name="same_work_as",
     ),
-    Field("case.model", "string", "preset, checkpoint folder or Hugging Face model id"),
+    Field("case.model", "string", "preset, checkpoint folder, .gguf file or Hugging Face model id"),
     Field("case.prompt_len", "Int64", "tokens per prompt"),
     Field("case.completion_len", "Int64", "tokens per completion"),
     Field(derived.seq_len, "Int64", "prompt_len + completion_len", name="seq_len"),
@@ -238,7 +238,7 @@ _MEASURED: tuple[Field, ...] = (
         derived.num_timed_steps, "Int64", "timed steps of all blocks, also of disturbed ones", name="num_timed_steps"
     ),
     Field(
-        "latency.stopped_because", "string", "why timing ended, the least sure of all blocks: precise, steady or budget"
+        "latency.stopped_because", "string", "why timing ended, the least sure of the blocks that count: precise, steady or budget"
     ),
     Field("work.phases", "map", "flops, bytes, written_bytes and floor_s of each phase"),
     Field("work.floor_fraction", "Float64", "roofline time / measured time"),

@@ -26,8 +26,8 @@ class RunOptions:
 
     Attributes:
         time_budget_s: seconds for timing the steps of a case, over all its blocks.
-        blocks: blocks of each case, each in a process of its own, all in random order; ``None``: four, or one for a
-            case that takes more than 10 s to build.
+        blocks: blocks of each case, each in a process of its own, from the second on in random order; ``None``: four,
+            or one for a case that takes more than 10 s to build and to prepare.
         precision: relative error of a block's mid-mean at which its timing stops earlier.
         num_threads: torch's threads in each case; ``None`` leaves torch's choice.
         profile: trace the phases of each case, into ``traces/``.

@@ -103,7 +103,7 @@ class OptimizerOptions:
         adam_epsilon: ε of AdamW; it matters under bfloat16.
         max_grad_norm: the gradient norm of each parameter group is clipped to this.
         grad_accum_dtype: dtype in which gradients are added up over micro-batches and over chunks of positions, at
-            least that of the weight; DeepSpeed has this name. ``None`` is float32 where there are several to add, else
+            least that of the weight. The name is DeepSpeed's. ``None`` is float32 where there are several to add, else
             the dtype of the weight; with a ``parallel.strategy`` micro-batches add up in that of the weight.
     """
 
@@ -237,13 +237,13 @@ class ParallelOptions:
 
     Attributes:
         strategy: ``ddp``, every rank holds all weights and gradients are averaged (torch's
-            ``DistributedDataParallel``); ``fsdp``, weights, gradients and optimizer states are divided among the ranks
-            (torch's ``fully_shard``); ``deepspeed``, what ``zero_stage`` divides (DeepSpeed's ZeRO). ``None`` is one
+            ``DistributedDataParallel``); ``fsdp``, weights, gradients and optimizer states are sharded over the ranks
+            (torch's ``fully_shard``); ``deepspeed``, what ``zero_stage`` shards (DeepSpeed's ZeRO). ``None`` is one
             process.
         world_size: processes.
-        zero_stage: what DeepSpeed divides: 0 nothing, 1 optimizer states, 2 gradients too, 3 weights too.
-        gather: divided weights are gathered for generation ``layer`` by layer, for every token, or once a ``rollout``,
-            whole.
+        zero_stage: what DeepSpeed shards: 0 nothing, 1 optimizer states, 2 also gradients, 3 also weights.
+        gather: sharded weights are gathered for generation: by ``layer``, for every token; or all of them once per
+            ``rollout``.
         reduce_bucket_size: elements of DeepSpeed's buffer of gradients, in stages 1 to 3.
     """
 
