@@ -238,7 +238,9 @@ _MEASURED: tuple[Field, ...] = (
         derived.num_timed_steps, "Int64", "timed steps of all blocks, also of disturbed ones", name="num_timed_steps"
     ),
     Field(
-        "latency.stopped_because", "string", "why timing ended, the least sure of the blocks that count: precise, steady or budget"
+        "latency.stopped_because",
+        "string",
+        "why timing ended, the least sure of the blocks that count: precise, steady or budget",
     ),
     Field("work.phases", "map", "flops, bytes, written_bytes and floor_s of each phase"),
     Field("work.floor_fraction", "Float64", "roofline time / measured time"),
