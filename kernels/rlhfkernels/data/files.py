@@ -7,6 +7,7 @@ The shapes are those that TRL's documentation names: a prompt or a completion is
 
 from __future__ import annotations
 
+import itertools
 import json
 import stat
 from collections.abc import Callable, Mapping, Sequence
@@ -164,9 +165,7 @@ def _check_kinds(where: str, row: Demonstration | Pair) -> None:
 
 def _pair(where: str, line: int, row: Row) -> Pair:
     chosen, rejected = _text(where, row, "chosen"), _text(where, row, "rejected")
-    # Published sets of chats repeat their first turn as a text, which TRL leaves out too.
-    is_repeated = isinstance(chosen, list) and isinstance(rejected, list) and chosen[0] == rejected[0]
-    if "prompt" in row and not (is_repeated and isinstance(row["prompt"], str)):
+    if "prompt" in row and not _is_repeated(row["prompt"], chosen, rejected):
         pair = Pair(_text(where, row, "prompt"), chosen, rejected, line)
         _check_kinds(where, pair)
         return pair
@@ -180,12 +179,19 @@ def _pair(where: str, line: int, row: Row) -> Pair:
     if chosen != rejected and not shared:
         raise DataError(f"{where}: there is no field 'prompt', and 'chosen' and 'rejected' share no beginning.")
     pair = Pair(chosen[:shared], chosen[shared:], rejected[shared:], line)
-    if chosen != rejected and not all(map(_has_content, pair.texts)):
-        raise DataError(
-            f"{where}: there is no field 'prompt', and the messages that 'chosen' and 'rejected' share or what follows "
-            "them, have no content."
-        )
+    parts = ("it", "what follows it in 'chosen'", "what follows it in 'rejected'")
+    empty = [part for part, text in zip(parts, pair.texts, strict=True) if not _has_content(text)]
+    if chosen != rejected and empty:
+        raise DataError(f"{where}: the prompt is what 'chosen' and 'rejected' share, and {empty[0]} has no content.")
     return pair
+
+
+def _is_repeated(prompt: Any, chosen: Text, rejected: Text) -> bool:
+    """True for the text of a message that both chats begin with: published sets repeat it, and TRL leaves it out."""
+    if not (isinstance(prompt, str) and isinstance(chosen, list) and isinstance(rejected, list)):
+        return False
+    shared = itertools.takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False))
+    return any(message["content"].strip() == prompt.strip() for message, _ in shared)
 
 
 def _is_text(value: Any) -> bool:
@@ -195,8 +201,9 @@ def _is_text(value: Any) -> bool:
 
 
 def _has_content(text: Text) -> bool:
-    """False for messages without a character to read, which have no token where no template adds any."""
-    return isinstance(text, str) or any(message["content"].strip() for message in text)
+    """False for texts without a character to read; messages without one have no token where no template adds any."""
+    contents = [text] if isinstance(text, str) else [message["content"] for message in text]
+    return any(content.strip() for content in contents)
 
 
 def _is_message(value: Any) -> bool:

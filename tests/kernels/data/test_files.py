@@ -111,13 +111,15 @@ def test_demonstrations_and_pairs_in_trls_shapes(tmp_path):
     user, good, bad = (
         {"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "g"), ("assistant", "b"))
     )
+    system = {"role": "system", "content": "s"}
     path = write(
         tmp_path / "p.jsonl",
         {"prompt": "a", "chosen": "b", "rejected": "c"},
         {"chosen": [user, good], "rejected": [user, bad]},
         {"chosen": "Q: x A: yes", "rejected": "Q: x A: no"},
         {"prompt": "a", "chosen": "b", "rejected": "b"},
-        {"prompt": "q", "chosen": [user, good], "rejected": [user, bad]},
+        {"prompt": " q\n", "chosen": [user, good], "rejected": [user, bad]},
+        {"prompt": "q", "chosen": [system, user, good], "rejected": [system, user, bad]},
         {"prompt": [user], "chosen": [good], "rejected": [bad]},
         {"prompt": [user], "chosen": "g", "rejected": "b"},
     )
@@ -126,7 +128,8 @@ def test_demonstrations_and_pairs_in_trls_shapes(tmp_path):
         ("a", "b", "c"),
         ([user], [good], [bad]),
         ("Q: x A:", " yes", " no"),
-        ([user], [good], [bad]),  # the text is the chats' first turn
+        ([user], [good], [bad]),  # the text is a message that the chats begin with
+        ([system, user], [good], [bad]),
         ([user], [good], [bad]),
         ([user], "g", "b"),
     ]
@@ -172,12 +175,15 @@ def test_a_bad_demonstration_is_one_sentence(tmp_path, row, says):
         ),
         (
             {"chosen": messages("", "a"), "rejected": messages("", "b")},
-            "line 1: there is no field 'prompt', and the messages that 'chosen' and 'rejected' share or what follows "
-            "them, have no content.",
+            "line 1: the prompt is what 'chosen' and 'rejected' share, and it has no content.",
         ),
-        ({"chosen": messages("q", "a"), "rejected": messages("q", "")}, "or what follows them, have no content."),
+        ({"chosen": "  a", "rejected": "  b"}, "what 'chosen' and 'rejected' share, and it has no content."),
+        ({"chosen": messages("q", "a"), "rejected": messages("q", "")}, "and what follows it in 'rejected' has no"),
+        ({"chosen": "Hi\n", "rejected": "Hi there"}, "share, and what follows it in 'chosen' has no content."),
         ({"prompt": "q", "chosen": messages("q", "a"), "rejected": "b"}, f"line 1: {MIXED}"),
         ({"prompt": "q", "chosen": messages("q", "a"), "rejected": messages("p", "b")}, f"line 1: {MIXED}"),
+        ({"prompt": "be brief", "chosen": messages("q", "a"), "rejected": messages("q", "b")}, f"line 1: {MIXED}"),
+        ({"prompt": "a", "chosen": messages("q", "a"), "rejected": messages("q", "b")}, f"line 1: {MIXED}"),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "chosen equals rejected in every row, so no pair is left."),
     ],
 )
