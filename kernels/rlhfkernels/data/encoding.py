@@ -70,7 +70,7 @@ def _templated(where: str, tokenizer: Any, messages: Any, **how: Any) -> Any:
 
     try:
         return tokenizer.apply_chat_template(messages, **how)
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError) as error:  # of jinja, of Python inside the template, of transformers
         reason = " ".join(str(error).split()).rstrip(".")
         raise DataError(f"{where}: the model's chat template refuses the messages: {reason}.") from error
 

@@ -94,3 +94,14 @@ def test_a_template_that_refuses_the_messages_is_one_sentence() -> None:
         encode_prompt(WHERE, messages, Chat(), 256)
     with pytest.raises(DataError, match=sentence):
         encode_row(WHERE, (messages, "yes"), Chat(), 256)
+
+
+@pytest.mark.parametrize("error", [TypeError("unsupported operand\n"), ValueError("There is no default template.")])
+def test_an_error_inside_a_template_is_one_sentence(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(messages: object, **how: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Chat, "apply_chat_template", staticmethod(fail))
+    reason = str(error).strip().rstrip(".")
+    with pytest.raises(DataError, match=rf"^{WHERE}: the model's chat template refuses the messages: {reason}\.$"):
+        encode_prompt(WHERE, USER, Chat(), 256)
