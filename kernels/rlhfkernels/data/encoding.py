@@ -78,7 +78,7 @@ def _templated(where: str, tokenizer: Any, messages: Any, **how: Any) -> Any:
 def _prompt_tokens(text: str, tokenizer: Any) -> list[int]:
     """Tokens of a prompt, without the end that some tokenizers add to every text: a prompt goes on."""
     tokens, bare = (list(tokenizer(text, add_special_tokens=has)["input_ids"]) for has in (True, False))
-    has_end = tokens[-1:] == [tokenizer.eos_token_id] and tokens[-1:] != bare[-1:]
+    has_end = tokens[-1:] == [tokenizer.eos_token_id] and tokens[-len(bare) :] != bare
     return tokens[:-1] if has_end else tokens
 
 

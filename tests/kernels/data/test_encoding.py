@@ -72,8 +72,9 @@ def test_a_prompt_has_no_end(kind: type[SentencePiece]) -> None:
     assert text_of(encode_row(WHERE, ("go on", "yes"), kind(), 256)[0]) == "\x01_go_on"
 
 
-def test_an_end_that_the_text_has_itself_stays() -> None:
-    assert text_of(encode_prompt(WHERE, "a\x03", SentencePiece(), 256)) == "\x01_a\x03"
+@pytest.mark.parametrize("kind", [SentencePiece, AddsEnd])
+def test_an_end_that_the_text_has_itself_stays(kind: type[SentencePiece]) -> None:
+    assert text_of(encode_prompt(WHERE, "a\x03", kind(), 256)) == "\x01_a\x03"
 
 
 def test_a_token_beyond_the_vocabulary_is_one_sentence() -> None:
