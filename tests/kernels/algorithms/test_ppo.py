@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from rlhfkernels import Options
-from rlhfkernels.algorithms.ppo import advantages, policy_loss, value_loss
+from rlhfkernels.algorithms.common import Counts
+from rlhfkernels.algorithms.ppo import advantages, policy, policy_loss, value, value_loss
 from rlhfkernels.data.batch import Batch
 
 
@@ -42,6 +45,21 @@ def test_the_value_loss_by_hand() -> None:
     (gradient,) = torch.autograd.grad(loss, values)
     expected = [0.0, 0.5 / 3, -0.9 / 3, 0.0]
     torch.testing.assert_close(gradient[0], torch.tensor(expected, dtype=torch.float64))
+
+
+def test_the_objectives_cover_real_tokens_alone() -> None:
+    """The second token is padding."""
+    columns = {"old_logprobs": torch.zeros(1, 2), "advantages": torch.tensor([[2.0, 5.0]])}
+    columns |= {"old_values": torch.tensor([[0.5, 3.0]]), "returns": torch.tensor([[1.0, 1.0]])}
+    mask, tokens = torch.tensor([[1.0, 0.0]]), torch.zeros(1, 3, dtype=torch.long)
+    batch = Batch(tokens=tokens, attention_mask=None, mask=mask, prompt_len=1, num_rows=1, columns=columns)
+    read = (torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 9.0]]))
+    reader: Any = SimpleNamespace(values=lambda: torch.tensor([[0.5, 3.0]]), logprobs=lambda *, entropy: read)
+    options, counts = Options.of({"ppo.entropy_coef": 0.1, "ppo.vf_coef": 2.0}), Counts(tokens=mask.sum(), rows=1)
+    assert float(value(reader, batch, options, counts).value) == pytest.approx(2 * 0.5 * (0.5 - 1) ** 2)
+    loss = policy(reader, batch, options, counts)
+    assert float(loss.value) == pytest.approx(-2.0 - 0.1 * 0.5)
+    assert float(loss.maxima["ratio_error"]) == 0
 
 
 def test_the_kl_is_the_mean_difference_from_the_reference_over_real_tokens() -> None:
