@@ -81,6 +81,26 @@ def test_mini_batches_take_every_row_once_an_epoch(make_case: Callable[..., Case
     assert step.optimizers["actor"].num_steps == 6
 
 
+def test_every_epoch_has_an_order_of_its_own(make_case: Callable[..., Case]) -> None:
+    updates = build_step(make_case(batch_size=16, ppo__num_mini_batches=4))._updates
+    first, second = ([row for rows in updates.mini_batches() for row in rows] for _ in range(2))
+    assert first != list(range(16)) != second != first
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "differ"),
+    [
+        ("hydra", {}, False),
+        ("hydra", {"rollout__stop_token_id": 7}, True),
+        ("sft", {"rollout__stop_token_id": 7}, False),
+    ],
+)
+def test_lengths_differ_where_sampling_may_stop(
+    make_case: Callable[..., Case], method: str, options: dict[str, int], differ: bool
+) -> None:
+    assert build_step(make_case(method, **options))._updates.lengths_differ is differ
+
+
 @pytest.mark.parametrize("method", ["hydra", "lora"])
 @pytest.mark.parametrize("num_mini_batches", [1, 2, 4])
 def test_the_first_ratio_error_is_of_every_row(
