@@ -58,7 +58,14 @@ KINDS = {
 # The others differ from these in no code that knows the dtype, or that adds up micro-batches.
 SOME_METHODS = ("full", "hydra", "dpo-lora")
 METHODS_OF = {"bfloat16": SOME_METHODS}
-IN_MICRO_BATCHES = {**OPTIMIZERS["weights"][0], "engine.micro_batch_size": 1}
+# With learning rates that fall and are not those of the other role, and with weight decay.
+IN_MICRO_BATCHES = {
+    **OPTIMIZERS["weights"][0],
+    "engine.micro_batch_size": 1,
+    "ppo.critic_learning_rate": 1.2e-2,
+    "optimizer.max_steps": 12,
+    "optimizer.weight_decay": 0.1,
+}
 
 
 @pytest.fixture(scope="module")
