@@ -81,7 +81,8 @@ def build_step(
     generator = None
     if with_weights:
         generator = torch.Generator(torch.device(case.device))
-        generator.manual_seed(case.seed + world.rank)  # every rank samples its own
+        # Every rank samples its own, and no rank of another seed the same.
+        generator.manual_seed((case.seed * world.size + world.rank) % 2**63)
     engine = Engine(case, with_weights=with_weights, num_layers=num_layers, world=world, make_strategy=make_strategy)
     step = TrainingStep(case, engine, reward_fn, generator=generator, world=world)
     forget_fast_paths()

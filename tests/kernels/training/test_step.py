@@ -12,6 +12,7 @@ from rlhfkernels import METHODS, Case, CaseError, DataError, NumericalError, Obs
 from rlhfkernels.engine.engine import Engine
 from rlhfkernels.methods.table import families
 from rlhfkernels.observer import PARTS
+from rlhfkernels.parallel.world import World
 from rlhfkernels.training.stats import StepStats
 from rlhfkernels.training.step import TrainingStep
 
@@ -128,6 +129,16 @@ def test_the_same_seed_gives_the_same_step(make_case: Callable[..., Case]) -> No
     weights = [[p.detach() for p in step.trained_parameters()] for step in (first, second, other)]
     assert all(torch.equal(a, b) for a, b in zip(weights[0], weights[1], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(weights[0], weights[2], strict=True))
+
+
+def test_no_rank_samples_what_a_rank_of_another_seed_samples(make_case: Callable[..., Case]) -> None:
+    seeds: set[int] = set()
+    for seed in (0, 1, 2**63 - 1):
+        for rank in (0, 1):
+            generator = build_step(make_case("sft-lora", seed=seed), world=World(rank, 4))._generator
+            assert generator is not None
+            seeds.add(generator.initial_seed())
+    assert len(seeds) == 6
 
 
 def test_building_does_not_move_the_callers_random_state(make_case: Callable[..., Case]) -> None:
