@@ -36,7 +36,7 @@ class Case:
         batch_size: data rows a step: prompts, demonstrations or pairs; those of one rank where there are several.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: of the weights.
-        seed: of weights, data and samples.
+        seed: of weights, data and samples; torch's generator on a CPU keeps its lower 32 bits.
         options: everything else, by group.
 
     Raises:
