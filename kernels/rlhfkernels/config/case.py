@@ -284,11 +284,12 @@ def _check_parallel(case: Case) -> Iterator[str]:
             f"parallel.zero_stage is {parallel.zero_stage}: ZeRO is DeepSpeed's, so parallel.strategy must be "
             "'deepspeed'."
         )
-    accumulated = case.options.optimizer.grad_accum_dtype
-    if parallel.strategy is not None and accumulated not in (None, case.dtype):
+    accumulated, trained = case.options.optimizer.grad_accum_dtype, _trained_dtypes(case)
+    if parallel.strategy is not None and accumulated is not None and trained - {accumulated}:
+        only = f" or {min(trained)!r}" if len(trained) == 1 else ""
         yield (
             f"optimizer.grad_accum_dtype is {accumulated!r}: with parallel.strategy {parallel.strategy!r} gradients "
-            f"add up in the dtype of the weights, so it must be none or {case.dtype!r}."
+            f"add up in the dtype of the weights, so it must be none{only}."
         )
     if parallel.strategy == "deepspeed":
         yield from _check_deepspeed(case)
@@ -297,6 +298,12 @@ def _check_parallel(case: Case) -> Iterator[str]:
             "parallel.gather is 'rollout': no weights are divided, so parallel.strategy must be 'fsdp' or "
             "parallel.zero_stage 3."
         )
+
+
+def _trained_dtypes(case: Case) -> set[str]:
+    """The dtypes of the weights that are trained: adapters may have their own."""
+    parts = {part for role in case.role_table.roles.values() for part in role.trains}
+    return {(case.options.lora.dtype or case.dtype) if part == "adapter" else case.dtype for part in parts}
 
 
 def _check_deepspeed(case: Case) -> Iterator[str]:

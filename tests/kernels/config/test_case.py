@@ -255,6 +255,29 @@ def test_an_integer_for_a_float_is_the_same_case() -> None:
             "dtype of the weights, so it must be none or 'bfloat16'.",
         ),
         (
+            {
+                "method": "sft-lora",
+                "dtype": "bfloat16",
+                "options": Options.of(
+                    {
+                        "parallel.strategy": "ddp",
+                        "lora.dtype": "float32",
+                        "optimizer.grad_accum_dtype": "bfloat16",
+                    }
+                ),
+            },
+            "add up in the dtype of the weights, so it must be none or 'float32'.",
+        ),
+        (
+            {
+                "dtype": "bfloat16",
+                "options": Options.of(
+                    {"parallel.strategy": "ddp", "lora.dtype": "float32", "optimizer.grad_accum_dtype": "float32"}
+                ),
+            },
+            "add up in the dtype of the weights, so it must be none.",
+        ),
+        (
             {"dtype": "bfloat16", "options": Options.of({"engine.backend": "native"})},
             "engine.backend is 'native': it has no bfloat16, so dtype must be float32.",
         ),
@@ -282,6 +305,21 @@ def test_each_broken_rule_is_one_sentence(change: dict[str, object], sentence: s
 def test_deepspeed_takes_any_dtype_of_adapters_that_a_method_does_not_have() -> None:
     options = Options.of({"parallel.strategy": "deepspeed", "lora.dtype": "float32"})
     Case(**{**GOOD, "method": "sft", "dtype": "bfloat16"}, options=options)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("sft-lora", {"lora.dtype": "float32"}),
+        ("hydra", {"lora.dtype": "float32", "ppo.critic_head": "frozen"}),
+    ],
+)
+def test_gradients_of_ranks_may_be_asked_for_in_the_dtype_of_the_adapters(
+    method: str, options: dict[str, object]
+) -> None:
+    """Where adapters alone are trained."""
+    both = Options.of({"parallel.strategy": "ddp", "optimizer.grad_accum_dtype": "float32", **options})
+    Case(**{**GOOD, "method": method, "dtype": "bfloat16"}, options=both)
 
 
 def test_every_problem_is_reported_at_once() -> None:
