@@ -28,7 +28,9 @@ def cases_of_grid(where: str, spec: Spec, problems: list[str]) -> list[Case]:
     # A case of stand-in sizes: rules that need no size are checked even if the sizes are wrong.
     for method, options in itertools.product(methods or list(METHODS)[:1], grid):
         own = _data_of(method, options, methods or list(METHODS))  # a data file may be an unknown method's
-        found += _try_case(method, "-", (1, 1), _smallest_batch(options), shared, own)[1]
+        batch_size = _smallest_batch(options)
+        if batch_size <= MAX_COUNT:  # else no batch is large enough, which the cases themselves say
+            found += _try_case(method, "-", (1, 1), batch_size, shared, own)[1]
     cases: list[Case] = []
     if not found:
         sizes = itertools.product(models, sorted(batch_sizes), sorted(lengths, key=sum))
@@ -59,7 +61,7 @@ def _data_of(method: str, options: Spec, methods: list[str]) -> dict[str, Any]:
 def _smallest_batch(options: Spec) -> int:
     """The smallest batch that divides into the mini- and micro-batches of ``options``."""
     parts = (options.get("ppo.num_mini_batches"), options.get("engine.micro_batch_size"))
-    return math.prod(part for part in parts if isinstance(part, int) and part > 0)
+    return math.prod(part for part in parts if isinstance(part, int) and 0 < part <= MAX_COUNT)
 
 
 def _try_case(

@@ -67,6 +67,18 @@ def test_micro_batches_are_given_for_all_batch_sizes_that_they_divide():
         Sweep.from_spec({**spec, "options": {"engine.micro_batch_size": 3}})
 
 
+@pytest.mark.parametrize(
+    ("mini", "micro", "sentence"),
+    [
+        (100_000, 100_000, "ppo.num_mini_batches is 100000: it must divide batch_size 4."),
+        (2**31, 1, "ppo.num_mini_batches is 2147483648: it must be an integer from 1 to 2147483647."),
+    ],
+)
+def test_a_division_of_no_batch_is_one_sentence_about_what_was_given(mini, micro, sentence):
+    options = {"ppo.num_mini_batches": mini, "engine.micro_batch_size": micro}
+    assert problems({**GRID, "batch_sizes": [4], "options": options}) == (sentence,)
+
+
 DATA = {"data.prompts": "p.jsonl", "data.pairs": "x.jsonl"}
 
 
