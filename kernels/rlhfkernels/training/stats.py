@@ -28,7 +28,8 @@ class StepStats(Mapping[str, torch.Tensor]):
         grad_norms: gradient norm of each optimizer over the last mini-batch, before clipping.
 
     Statistics are over the rows of all ranks, except that losses and statistics of the objectives are over this rank's
-    rows in steps after the first: those steps are timed, and send nothing that training does not need.
+    rows in steps after the first: those steps are timed, and send nothing that training does not need. They are divided
+    by the ranks' mean number of tokens, so that the mean of the ranks' losses is the loss of all rows.
     """
 
     metrics: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
