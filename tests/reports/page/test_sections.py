@@ -408,6 +408,14 @@ def test_one_length_is_a_bar_a_method_and_no_line_against_length(make_run: Runs)
     }
 
 
+def test_words_stand_beyond_the_interval_of_every_measure(make_run: Runs) -> None:
+    """Of a throughput the upper end is that of the lower time."""
+    found = list(nodes(charts(make_run({"method": "lora"}, {}))["latency"].spec))
+    assert [node["calculate"] for node in found if node.get("as") == "end"] == ["max(datum.low, datum.high)"]
+    encodings = [node["encoding"] for node in found if "encoding" in node]
+    assert [each["x"]["field"] for each in encodings if each.get("text", {}).get("field") == "words"] == ["end"]
+
+
 def test_memory_against_one_number_has_its_name_on_the_axis(make_run: Runs) -> None:
     one = charts(make_run(*({"lora_rank": rank, **PART} for rank in (8, 16))))["memory-swept"].spec
     assert {n["x"]["title"] for n in nodes(one) if "x" in n and "title" in n["x"]} == {"LoRA rank"}
