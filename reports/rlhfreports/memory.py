@@ -258,6 +258,10 @@ def _notes(frame: pd.DataFrame, words: dict[str, list[str]]) -> tuple[str, ...]:
             if lost == 1
             else f"{lost} blocks are missing: they failed, or the run was ended before them."
         )
+    num_blocks = frame.loc[_is_ok(frame), "num_timed_blocks"].dropna()
+    num_single = int((num_blocks == 1).sum())
+    if 0 < num_single < int((num_blocks > 0).sum()):
+        notes.append(f"{counted(num_single, 'case')} timed in one block: no interval.")
     num_cut = frame["num_prompts_truncated"].max()
     if not pd.isna(num_cut) and num_cut > 0:
         notes.append(

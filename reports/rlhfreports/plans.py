@@ -24,6 +24,7 @@ from rlhfreports.tables import ABSENT, GIB
 from rlhfreports.terminal import TerminalTable, terminal
 
 _CAPTION_CHARS = 90  # per line of a picture's caption
+_MAX_BARS = 100  # of a picture: 44 inches; matplotlib refuses 2^16 pixels
 # Of the parts in the order of their columns; frozen weights are grey.
 PART_COLORS = {
     "base": "#7A7A7A",
@@ -97,7 +98,11 @@ def plan_table(frame: pd.DataFrame, *, caption: str, max_batch_limit: int | None
 
 
 def plan_figure(frame: pd.DataFrame, *, caption: str, limit_bytes: int | None) -> Figure:
-    """One stacked bar per case, by part, and the memory of the device as a line."""
+    """One stacked bar per case, by part, and the memory of the device as a line; the first 100 of many cases."""
+    apart = _apart(frame)
+    if len(frame) > _MAX_BARS:
+        caption += f" · the first {_MAX_BARS} of {len(frame):,} cases: plan.json has all"
+        frame = frame.head(_MAX_BARS)
     with matplotlib.rc_context(STYLE):
         num_lines = 1 + len(caption) // _CAPTION_CHARS
         figure = Figure(figsize=(8.5, 1.4 + 0.2 * num_lines + 0.42 * len(frame)), layout="constrained")
@@ -117,7 +122,7 @@ def plan_figure(frame: pd.DataFrame, *, caption: str, limit_bytes: int | None) -
             ", ".join(
                 (
                     r["title"],
-                    *(_word_of(name, r[name]) for name in _apart(frame) if r[name] not in ("", 1)),
+                    *(_word_of(name, r[name]) for name in apart if r[name] not in ("", 1)),
                     f"{r['seq_len']} tokens, batch {r['batch_size']}",
                 )
             )

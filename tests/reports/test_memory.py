@@ -170,6 +170,13 @@ def test_cut_prompts_give_a_note(make_frame):
     assert memory_table(make_frame({"num_prompts_truncated": 0})).notes == ()
 
 
+def test_cases_of_one_block_beside_cases_of_several_give_a_note(make_frame):
+    rows = [{"num_timed_blocks": number, "batch_size": i + 1} for i, number in enumerate((1, 1, 4))]
+    note = "2 cases timed in one block: no interval."
+    assert note in memory_table(make_frame(*rows)).notes
+    assert not any("timed in one block: no" in said for said in memory_table(make_frame(*rows[:2])).notes)
+
+
 def test_csv_is_exact(make_frame):
     seconds, num_bytes = 0.1 + 0.2, 123_456_789_012_345_678
     frame = make_frame({"model_bytes": num_bytes, "total_s_per_sample": seconds}, {"method": "full", "outcome": "oom"})

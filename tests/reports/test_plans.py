@@ -81,6 +81,15 @@ def test_several_strategies_and_worlds_are_columns() -> None:
     assert labels == ["A-PPO, 800 tokens, batch 1", "B-PPO, ZeRO-1, 8 ranks, 800 tokens, batch 4"]
 
 
+def test_a_picture_has_the_first_100_of_many_cases() -> None:
+    many = pd.concat([frame()] * 51, ignore_index=True)
+    figure = plan_figure(many.assign(setting=["paper"] * 100 + ["modern"] * 2), caption="tiny", limit_bytes=None)
+    (axes,) = figure.axes
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert (len(labels), labels[0]) == (100, "A-PPO, paper, 800 tokens, batch 1")
+    assert figure.get_suptitle().endswith("\ntiny · the first 100 of 102 cases: plan.json has all")
+
+
 def test_the_files_depend_on_the_frame_alone(tmp_path: Path) -> None:
     first = draw_plan(frame(), tmp_path / "a", caption="tiny", limit_bytes=None)
     second = draw_plan(frame(), tmp_path / "b", caption="tiny", limit_bytes=None)

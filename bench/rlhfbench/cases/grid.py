@@ -106,7 +106,7 @@ def _integers(where: str, spec: Spec, key: str, minimum: int, problems: list[str
     for value in values:
         if isinstance(value, int) and value > MAX_COUNT:
             problems.append(f"{where}{key} has {shown(value)}: it must be at most {MAX_COUNT}.")
-        elif value not in good:
+        elif type(value) is not int or value < minimum:
             problems.append(f"{where}{key} has {shown(value)}: it must be an integer of at least {minimum}.")
     return good
 

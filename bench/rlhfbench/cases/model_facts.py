@@ -127,8 +127,9 @@ def _is_hub_reachable() -> bool:
     if urllib.request.getproxies():
         return True  # a direct connection says nothing there
     address = urllib.parse.urlsplit(ENDPOINT)
+    port = address.port or (80 if address.scheme == "http" else 443)
     try:
-        socket.create_connection((address.hostname or "", address.port or 443), timeout=5).close()
+        socket.create_connection((address.hostname or "", port), timeout=5).close()
     except OSError:
         return False
     return True

@@ -62,10 +62,13 @@ def override(spec: Spec, flags: Spec) -> dict[str, Any]:
 
 
 def merge_specs(under: Spec, over: Spec) -> dict[str, Any]:
-    """Merges two specs; ``over`` wins, option by option."""
+    """Merges two specs; ``over`` wins, option by option. Options that are no table are kept for the grid to report."""
     merged = {**under, **over}
     tables = [spec["options"] for spec in (under, over) if "options" in spec]
-    if tables and all(isinstance(table, Mapping) for table in tables):
+    malformed = [table for table in tables if not isinstance(table, Mapping)]
+    if malformed:
+        merged["options"] = malformed[0]
+    elif tables:
         merged["options"] = {name: value for table in tables for name, value in dotted(table).items()}
     return merged
 

@@ -162,16 +162,33 @@ def ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextmanager
+def needing_packages(what: str) -> Iterator[None]:
+    """Names a package that only drawing needs and that is missing, as in a source tree that no installer has checked.
+
+    Args:
+        what: what the block draws.
+
+    Raises:
+        RunFolderError: a package is missing.
+    """
+    try:
+        yield
+    except ImportError as error:  # pandas raises no ModuleNotFoundError for tabulate
+        raise RunFolderError(f"{what} cannot be drawn: {' '.join(str(error).split()).removesuffix('.')}.") from error
+
+
 def draw(run_dir: Path, **how: Any) -> RenderableType:
     """Draws a run into its folder and returns its tables; arguments as ``rlhfbench.runs.drawing.draw_run``.
 
     Raises:
-        RunFolderError: the folder cannot be written.
+        RunFolderError: the folder cannot be written, or a package is missing.
     """
     from rlhfbench.runs.drawing import draw_run
 
     try:
-        return draw_run(run_dir, **how)
+        with needing_packages(f"run '{run_dir}'"):
+            return draw_run(run_dir, **how)
     except OSError as error:
         raise RunFolderError(f"run '{run_dir}' cannot be drawn: {error.strerror}.") from error
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhfbench.cases.settings import setting_of
+from rlhfbench.cli.common import needing_packages
 from rlhfbench.errors import RunFolderError
 from rlhfbench.planning.devices import find_accelerator
 from rlhfbench.planning.max_batch import MAX_BATCH_SIZE
@@ -47,14 +49,24 @@ def frame(plans: list[dict[str, Any]]) -> pd.DataFrame:
     )
 
 
+@needing_packages("the plan")
 def import_libraries() -> None:
-    """Imports what the outputs are drawn with: 0.6 s on their own, and none beside other processes."""
+    """Imports what the outputs are drawn with: 0.6 s on their own, and none beside other processes.
+
+    Raises:
+        RunFolderError: a package is missing.
+    """
     for name in ("rich.console", "rlhfbench.records.frame", "rlhfreports.plans"):
         importlib.import_module(name)
 
 
+@needing_packages("the plan")
 def table(plans: list[dict[str, Any]], gpu: str | None) -> RenderableType:
-    """The plans as a table for the terminal."""
+    """The plans as a table for the terminal.
+
+    Raises:
+        RunFolderError: a package is missing.
+    """
     from rlhfreports.plans import plan_table
 
     return plan_table(frame(plans), caption=_caption(plans, gpu), max_batch_limit=MAX_BATCH_SIZE)
@@ -65,10 +77,11 @@ def advice(plans: list[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(plan["advice"] for plan in plans if plan["advice"] is not None))
 
 
+@needing_packages("the plan")
 def write(
     plans: list[dict[str, Any]], gpu: str | None, folder: Path, timelines: dict[str, dict[str, Any]] | None = None
 ) -> None:
-    """Writes ``plan.json``, ``plan.png``, ``plan.svg`` and a folder of timelines.
+    """Writes ``plan.json``, ``plan.png``, ``plan.svg`` and a folder of timelines, drawn for the first 100 cases.
 
     Args:
         plans: from ``plan_objects``.
@@ -77,15 +90,18 @@ def write(
         timelines: bytes over time, by case id.
 
     Raises:
-        RunFolderError: the folder cannot be written.
+        RunFolderError: the folder cannot be written, or a package is missing.
         RecordsError: a timeline cannot be written.
     """
     from rlhfbench.records.frame import records_frame
-    from rlhfbench.runs.drawing import draw_timelines
+    from rlhfbench.runs.drawing import MAX_TIMELINES, draw_timelines
     from rlhfreports.plans import draw_plan
 
+    timelines_dir = folder / TIMELINES_NAME
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if (folder / PLAN_NAME).is_file() and timelines_dir.is_dir():
+            shutil.rmtree(timelines_dir)  # an older plan's, of which those of other cases would stay
         (folder / PLAN_NAME).write_text(json.dumps(plans, indent=1) + "\n", encoding="utf-8")
         limit = None if gpu is None else find_accelerator(gpu)
         draw_plan(
@@ -95,8 +111,8 @@ def write(
             limit_bytes=None if limit is None else limit.memory_bytes,
         )
         for case_id, timeline in (timelines or {}).items():
-            write_timeline(folder / TIMELINES_NAME, case_id, timeline)
-        draw_timelines(records_frame(plans), folder / TIMELINES_NAME)
+            write_timeline(timelines_dir, case_id, timeline)
+        draw_timelines(records_frame(plans).head(MAX_TIMELINES), timelines_dir)
     except OSError as error:
         raise RunFolderError(f"out '{folder}' cannot be written: {error.strerror}.") from error
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rlhfbench.cli.common import READING_CODES, draw, epilog, path_text, print_table
+from rlhfbench.cli.common import READING_CODES, draw, epilog, needing_packages, path_text, print_table
 from rlhfbench.errors import RecordsError, RunFolderError, SweepError
 from rlhfbench.files import check_writable
 from rlhfbench.launch import refuse_launcher
@@ -97,7 +97,8 @@ def _compare(run_dirs: list[Path], folder: Path, *, with_paper: bool, same_machi
     path = folder / COMPARISON_NAME
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        sentences = write_run_page(run_dirs, path, with_paper=with_paper, same_machine=same_machine)
+        with needing_packages("the comparison"):
+            sentences = write_run_page(run_dirs, path, with_paper=with_paper, same_machine=same_machine)
     except OSError as error:
         raise RunFolderError(f"out '{folder}' cannot be written: {error.strerror}.") from error
     for sentence in sentences:

@@ -24,7 +24,7 @@ class Tested:
         commit: The commit that was compared with the good one.
         subject: First line of its message.
         findings: What was found.
-        unjudged: In the answer of a bisection, the commits that could not be judged and were taken as good.
+        unjudged: In the answer of a bisection, the commits that could not be judged and may be the first bad one.
     """
 
     commit: str
@@ -34,9 +34,9 @@ class Tested:
 
     @property
     def note(self) -> str:
-        """A sentence on the commits that could not be judged; empty if all were."""
+        """A sentence on the commits that could not be judged; empty without any."""
         names = ", ".join(commit[:10] for commit in self.unjudged)
-        said = "These commits could not be judged and were taken as good; one may be the first bad one"
+        said = "These commits could not be judged, and one of them may be the first bad one"
         return f"{said}: {names}." if names else ""
 
     @property
@@ -98,7 +98,8 @@ def bisect(
     """Returns the first bad commit with what was found there, or the last commit if that one is not bad.
 
     A commit is bad if it has a regression that the last one has: another, such as one that was mended since, is not
-    what is looked for. A last commit without a regression is good, or could not be judged: ``is_clear`` tells.
+    what is looked for. A last commit without a regression is good, or could not be judged: ``is_clear`` tells. Another
+    one that cannot be judged is passed over, and its neighbours are asked.
 
     Args:
         commits: Oldest first. All before the culprit are good, all from it on are bad.
@@ -112,20 +113,20 @@ def bisect(
 
     culprit = test(commits[-1])
     wanted = culprit.regressions
-    unjudged: list[str] = []
     tell(culprit.line(culprit.judged(wanted), wanted))
     if not wanted:
         return culprit
-    low, high = 0, len(commits) - 1
-    while low < high:
-        middle = (low + high) // 2
-        tested = test(commits[middle])
+    unjudged: list[str] = []
+    left = list(commits)  # those that may be the first bad one; the last of them is bad
+    while judgeable := [i for i, commit in enumerate(left[:-1]) if commit not in unjudged]:
+        middle = judgeable[len(judgeable) // 2]
+        tested = test(left[middle])
         judgement = tested.judged(wanted)
         tell(tested.line(judgement, wanted))
         if judgement == "bad":
-            culprit, high = tested, middle
-            continue
-        low = middle + 1
-        if judgement == "cannot tell":
+            culprit, left = tested, left[: middle + 1]
+        elif judgement == "good":
+            left = left[middle + 1 :]
+        else:
             unjudged.append(tested.commit)
-    return dataclasses.replace(culprit, unjudged=unjudged)
+    return dataclasses.replace(culprit, unjudged=left[:-1])

@@ -61,7 +61,7 @@ def markdown(findings: Sequence[Finding], base: str, head: str) -> str:
     lines = [f"**{_answer(findings)}** {head} against {base}."]
     if shown:
         lines += ["", "| case | quantity | base | head | ratio | verdict |", "| --- | --- | ---: | ---: | ---: | --- |"]
-        titles = Titles()
+        titles = Titles((found.case for found in findings), is_alone=True)
         lines += [_row(found, titles(found.case)) for found in shown]
     num_same = sum(found.verdict == "same" for found in findings)
     num_pairs = sorted({found.estimate.num_pairs for found in findings if found.estimate is not None})

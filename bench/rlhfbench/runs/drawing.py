@@ -27,7 +27,7 @@ _DRAWN = (
     "memory_table", "latency", "throughput", "predicted", "slopes", "gain", "ranks", "scaling", "planned_ranks",
 )  # fmt: skip
 _FORMATS = (".md", ".csv", ".png", ".svg")
-_MAX_TIMELINES = 100  # pictures, which take half a second each
+MAX_TIMELINES = 100  # pictures, which take half a second each
 _DRAWN_FIELDS = ("method", "model", "prompt_len", "completion_len", "batch_size", "device", "dtype")
 
 
@@ -119,7 +119,7 @@ def draw_run(
         planned = planned_table(frame, plans)
         if len(planned.frame):
             _write(run_dir, "planned_ranks", planned)
-    draws_all = whole and len(frame) <= _MAX_TIMELINES
+    draws_all = whole and len(frame) <= MAX_TIMELINES
     draw_timelines(frame if draws_all else largest_cases(frame), run_dir / TIMELINES_NAME)
     missing = missing_libraries()
     if missing:

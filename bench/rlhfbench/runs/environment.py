@@ -20,13 +20,18 @@ from rlhfbench.records.derived import at
 from rlhfbench.runs import versions
 
 _PACKAGES = ("rlhfbench", "torch", "transformers", "peft", "numpy", "triton")
-# Environment variables that change speed, memory or the visible devices.
+# Beginnings of environment variables that change speed, memory or the visible devices.
 _VARIABLES = (
     "OMP_",
     "MKL_",
     "KMP_",
     "GOMP_",
     "MALLOC_",
+    "LD_PRELOAD",  # of another allocator
+    "ATEN_CPU_CAPABILITY",
+    "DNNL_",
+    "ONEDNN_",
+    "NCCL_",
     "CUDA_",
     "CUBLAS_",
     "NVIDIA_TF32_",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable
 from pathlib import PurePath
 from typing import Any
@@ -22,12 +23,20 @@ class Titles:
 
     A title has the method, lengths and batch size, and every other field that varies among the cases: setting, model,
     device, dtype, seed, LoRA rank and options. A field of another case is named too if it differs from what all share.
+    Of the path of a model it has as many last parts as tell the models apart.
     """
 
-    def __init__(self, cases: Iterable[Case] = ()) -> None:
-        """Takes the cases to be told apart; none for titles that stand alone, which name all but the defaults."""
+    def __init__(self, cases: Iterable[Case] = (), *, is_alone: bool = False) -> None:
+        """Takes the cases to be told apart.
+
+        Args:
+            cases: the cases; without any, titles stand alone.
+            is_alone: titles stand alone: they name all but the defaults.
+        """
         found = [_fields(case) for case in cases]
-        self._is_alone = not found
+        models = {PurePath(fields["model"]) for fields in found}
+        self._num_parts = next(n for n in itertools.count(1) if len({m.parts[-n:] for m in models}) == len(models))
+        self._is_alone = is_alone or not found
         if self._is_alone:
             default: dict[str, Any] = {name: _DEFAULTS[name] for name in _NAMED if name != "model"}
             self._shared = default | {"setting": next(iter(SETTINGS))}
@@ -52,7 +61,8 @@ class Titles:
         if self._is_alone and case.options.lora.r == _usual_rank(differing.get("setting")):
             differing.pop("lora.r")
         setting, model = differing.pop("setting", ""), differing.pop("model", "")
-        words = [case.method, setting if setting in SETTINGS else "", PurePath(model).name]
+        name = str(PurePath(*PurePath(model).parts[-self._num_parts :])) if model else ""
+        words = [case.method, setting if setting in SETTINGS else "", name]
         words += [f"{case.prompt_len}+{case.completion_len}", f"x{case.batch_size}"]
         words += [_word(name, value) for name, value in differing.items()]
         return " ".join(word for word in words if word)

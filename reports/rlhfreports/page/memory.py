@@ -30,12 +30,13 @@ def memory_section(page: Page) -> Section | None:
         return None
     made = table(page.frame)
     rows = made.frame
-    cells = made.cells
+    cells = made.cells.copy()
     if rows["family"].nunique() > 1:
-        cells = cells.copy()
         cells.insert(1, "family", rows["family"].fillna("").to_numpy())
     num_text_columns = made.num_text_columns + ("family" in cells)
-    cells = cells.assign(**paper_cells(rows))
+    # Before our numbers: the last column is the one that a warning colours.
+    for place, (heading, texts) in enumerate(paper_cells(rows).items(), num_text_columns):
+        cells.insert(place, heading, texts)
     orders = {
         heading: [None if pd.isna(value) else float(value) for value in rows[column]]
         for column, heading, _ in NUMBERS

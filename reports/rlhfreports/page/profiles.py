@@ -82,6 +82,7 @@ def _ops_chart(ops: pd.DataFrame, name: str, title: str, what: str) -> Chart:
         if what == "op"
         else "The kernels and copies of the device with the most time."
     )
+    caption += _of_gaps(ops)
     ops = ops.assign(label=ops["op"].map(shorter))
     base = alt.Chart(alt.NamedData(name)).transform_filter("datum.case === profiled && datum.phase === phase")
     y = alt.Y(
@@ -118,6 +119,13 @@ def _switches(rows: pd.DataFrame) -> list[alt.Parameter]:
     ]
 
 
+def _of_gaps(rows: pd.DataFrame) -> str:
+    """A sentence for the caption where some case has no rows of a phase that the switch offers."""
+    num_shown = len(rows[["case", "phase"]].drop_duplicates())
+    is_full = num_shown == rows["case"].nunique() * rows["phase"].nunique()
+    return "" if is_full else " The chart is empty where the chosen case has no such phase."
+
+
 def _ops_table(ops: pd.DataFrame) -> Table:
     cells = ops[["case", "phase", "op", "kind"]].astype(str)
     cells = cells.assign(
@@ -139,6 +147,7 @@ def _flame_blocks(rects: pd.DataFrame) -> list[Block]:
         "buttons above zoom and move; so do dragging, Shift with the wheel, and a double-click for the whole. Recorded "
         "in a step of its own, in which Python takes longer than usual."
     )
+    caption += _of_gaps(rects)
     width = "scale('x', datum.x1) - scale('x', datum.x0)"
     base = (
         alt.Chart(alt.NamedData("flame"))

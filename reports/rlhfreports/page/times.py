@@ -161,7 +161,8 @@ def one_length_chart(page: Page, points: pd.DataFrame, failed: pd.DataFrame) -> 
         tooltip=tooltips("line", "seq_len", "batch_size", "shown"),
     )
     rule = base.mark_rule(strokeWidth=1.5, color="#888888").encode(x=alt.X("low:Q", title=None), x2="high:Q")
-    texts = base.mark_text(align="left", dx=6).encode(x=alt.X("high:Q", title=None), text="words:N")
+    ends = base.transform_calculate(end="max(datum.low, datum.high)")  # of a throughput the upper end is ``low``
+    texts = ends.mark_text(align="left", dx=6).encode(x=alt.X("end:Q", title=None), text="words:N")
     marks = _failures(align="left", dx=5).encode(y=y, x=alt.datum(0))
     layers = [bars, rule, texts, *([marks] if len(words) else [])]
     height = _BAR_PX * len({*points["line"], *words["line"]})

@@ -1,4 +1,5 @@
 import builtins
+import io
 import json
 import shutil
 
@@ -132,6 +133,30 @@ def test_a_hub_id_without_a_network(monkeypatch):
         "model 'some-org/not-on-this-machine': it is not on this machine, and the hub cannot be reached: "
         "is there a network?"
     )
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "asked"),
+    [
+        ("https://huggingface.co", ("huggingface.co", 443)),
+        ("http://mirror", ("mirror", 80)),
+        ("http://mirror:8080/hub", ("mirror", 8080)),
+    ],
+)
+def test_the_hub_is_asked_at_the_port_of_its_address(monkeypatch, endpoint, asked):
+    from huggingface_hub import constants
+
+    addresses = []
+
+    def connect(address, timeout):
+        addresses.append(address)
+        return io.BytesIO()  # can be closed
+
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(model_facts.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(model_facts.socket, "create_connection", connect)
+    assert model_facts._is_hub_reachable()
+    assert addresses == [asked]
 
 
 def test_behind_a_proxy_no_direct_connection_is_tried(monkeypatch):

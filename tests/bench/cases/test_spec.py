@@ -31,6 +31,15 @@ def test_flags_win_over_keys_of_a_file():
     assert merged["device"] == "cuda"
 
 
+@pytest.mark.parametrize("malformed", [3, "lora.r=64"])
+def test_options_that_are_no_table_are_reported_beside_others(malformed):
+    sentence = f"options is {malformed!r}: it must be a table."
+    assert problems(override({**GRID, "options": malformed}, {"options": {"ppo.lam": 0.9}})) == (sentence,)
+    assert problems(override({"options": {"ppo.lam": 0.9}}, {**GRID, "options": malformed})) == (sentence,)
+    table = {"method": "hydra", "model": "tiny", "seq_len": 8, "batch_size": 1, "options": {"ppo.lam": 0.9}}
+    assert problems({"options": malformed, "cases": [table]}) == (f"cases[1]: {sentence}",)
+
+
 def test_flags_win_over_listed_cases_but_add_no_grid():
     spec = Sweep.from_spec({**GRID, "methods": ["hydra", "lora"]}).to_spec()
     merged = Sweep.from_spec(override(spec, {"device": "cuda", "options": {"ppo.gamma": 0.5}}))

@@ -119,6 +119,8 @@ def test_every_problem_is_reported_at_once_with_the_nearest_names():
         ({"models": [""]}, "models has '': it must be a name."),
         ({"batch_sizes": [True]}, "batch_sizes has True: it must be an integer of at least 1."),
         ({"batch_sizes": [1.5]}, "batch_sizes has 1.5: it must be an integer of at least 1."),
+        ({"batch_sizes": [1, True]}, "batch_sizes has True: it must be an integer of at least 1."),
+        ({"seq_lens": [64, 64.0]}, "seq_lens has 64.0: it must be an integer of at least 2."),
         ({"seq_lens": [1]}, "seq_lens has 1: it must be an integer of at least 2."),
         ({"prompt_lens": [4]}, "seq_lens is given with prompt_lens or completion_lens: give one or the other."),
         ({"prompt_fraction": 1}, "prompt_fraction is 1: it must be a number between 0 and 1."),

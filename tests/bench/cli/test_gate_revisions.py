@@ -123,7 +123,7 @@ def test_a_bisect_names_commits_that_it_could_not_judge_in_every_output(call, co
     assert code == 1, err
     assert json.loads(said)["unjudged"] == [broken]
     assert json.loads(said)["note"].endswith(f": {broken[:10]}.")
-    assert table.read_text().endswith(f"one may be the first bad one: {broken[:10]}.\n")
+    assert table.read_text().endswith(f"one of them may be the first bad one: {broken[:10]}.\n")
 
 
 @pytest.mark.parametrize(

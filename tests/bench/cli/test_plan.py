@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,10 +11,13 @@ import pytest
 import rlhfbench
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.cli import main as cli
+from rlhfbench.cli import plan_output
+from rlhfbench.errors import RunFolderError
 from rlhfbench.planning import devices
 from rlhfbench.planning.max_batch import MAX_BATCH_SIZE
 from rlhfbench.planning.plans import plan_objects
 from rlhfbench.records.timelines import read_timeline
+from rlhfbench.runs import drawing
 from rlhfkernels import Case
 
 SMALL = ("--seq-lens", "12", "--batch-sizes", "1,2", "--methods", "joined-hydra", "--dtype", "bfloat16")
@@ -40,6 +44,47 @@ def test_json_is_one_object_a_case(
         assert timeline["peak"]["phase"] == plan["memory"]["peak_phase"]
         assert {"base", "rollout", "activations"} <= set(timeline["tensors"]["part"])
         assert (tmp_path / "p" / "timelines" / f"{plan['case']['id']}.png").is_file()
+
+
+def test_timelines_are_drawn_of_the_first_cases(
+    make_case: Callable[..., Case], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(drawing, "MAX_TIMELINES", 1)
+    asked = ["plan", "--model", make_case().model, *SMALL, "--json", "--out", str(tmp_path / "p")]
+    assert cli.invoke(asked) == 0
+    first, second = (plan["case"]["id"] for plan in json.loads(capsys.readouterr().out))
+    timelines = tmp_path / "p" / "timelines"
+    assert read_timeline(timelines, first) is not None
+    assert read_timeline(timelines, second) is not None
+    assert [path.name for path in timelines.glob("*.png")] == [f"{first}.png"]
+
+
+def test_a_plan_replaces_the_timelines_of_an_older_one_alone(
+    make_case: Callable[..., Case], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder, kept = tmp_path / "p", tmp_path / "p" / "timelines" / "kept.txt"
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    asked = ["plan", "--model", make_case().model, "--methods", "sft", "--seq-lens", "8", "--out", str(folder)]
+    ids = []
+    for size in ("1", "2"):
+        assert cli.invoke([*asked, "--batch-sizes", size, "--json"]) == 0
+        ids += [plan["case"]["id"] for plan in json.loads(capsys.readouterr().out)]
+        assert kept.exists() == (size == "1")  # no plan was there before the first
+        assert [read_timeline(kept.parent, each) is not None for each in ids] == [each == ids[-1] for each in ids]
+
+
+def test_a_package_that_only_drawing_needs_is_named(
+    make_case: Callable[..., Case], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "rlhfreports.plans", None)
+    asked = ["plan", "--model", make_case().model, "--methods", "sft", "--seq-lens", "8", "--batch-sizes", "1"]
+    assert cli.invoke(asked) == 2
+    printed = capsys.readouterr()
+    assert (printed.out, len(printed.err.splitlines())) == ("", 1)
+    assert printed.err.startswith("the plan cannot be drawn: ")
+    with pytest.raises(RunFolderError, match=r"^the plan cannot be drawn: .*rlhfreports\.plans"):  # of several cases
+        plan_output.import_libraries()
 
 
 def test_a_plan_needs_no_more_of_a_model_than_its_configuration(

@@ -92,6 +92,17 @@ def test_a_report_that_cannot_be_written(call, tmp_path, monkeypatch):
     assert (code, err) == (2, "run '.' cannot be drawn: No space left on device.\n")
 
 
+def test_a_package_that_only_drawing_needs_is_named(call, tmp_path, monkeypatch):
+    (tmp_path / "records.jsonl").write_text('{"schema": 1, "case": {"id": "a"}, "outcome": "ok"}\n')
+
+    def draw(run_dir, **_):
+        raise ImportError("`Import tabulate` failed.  Use pip or conda to install the tabulate package.")
+
+    monkeypatch.setattr(rlhfbench.runs.drawing, "draw_run", draw)
+    sentence = "run '.' cannot be drawn: `Import tabulate` failed. Use pip or conda to install the tabulate package.\n"
+    assert call("report", ".") == (2, "", sentence)
+
+
 def test_a_table_in_a_pipe_is_200_columns_wide(capsys):
     columns = [Column(heading=f"heading {i}", cells=["1234567"]) for i in range(16)]
     common.print_table(terminal("", columns))

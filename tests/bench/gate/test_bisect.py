@@ -56,21 +56,37 @@ def test_bisect_without_a_regression_returns_the_last_commit(verdict, is_clear):
 
 
 @pytest.mark.parametrize(("quantity", "verdict"), [("", "failed"), ("memory total", "ambiguous")])
-def test_bisect_names_commits_that_could_not_be_judged(quantity, verdict):
+def test_bisect_passes_over_commits_that_cannot_be_judged(quantity, verdict):
     """A commit that crashed has a regression, and no answer to what is looked for; nor has one without findings."""
     lines = []
 
     def compare_commit(commit):
-        if commit == "c5":
+        if commit == "c1":
             return []
         if commit == "c3":
             return [Finding(case=CASE, quantity=quantity, verdict=verdict, is_regression=verdict == "failed")]
         return [Finding(case=CASE, quantity="memory total", verdict="larger", is_regression=True)]
 
     found = bisect(COMMITS, compare_commit, str, lines.append)
-    assert (found.commit, found.unjudged) == ("c6", ["c3", "c5"])
-    assert [line.split(":")[0] for line in lines] == ["c7 bad", "c3 cannot tell", "c5 cannot tell", "c6 bad"]
-    assert found.note.endswith("were taken as good; one may be the first bad one: c3, c5.")
+    assert (found.commit, found.unjudged, found.note) == ("c0", [], "")
+    said = ["c7 bad", "c3 cannot tell", "c4 bad", "c1 cannot tell", "c2 bad", "c0 bad"]
+    assert [line.split(":")[0] for line in lines] == said
+
+
+def test_bisect_names_only_unjudged_commits_that_may_be_the_first_bad_one():
+    """Of c3, which a good commit follows, and c5, which a bad one follows, only c5 may be the culprit."""
+
+    def compare_commit(commit):
+        if commit in ("c3", "c5"):
+            return []
+        is_bad = commit >= "c6"
+        return [
+            Finding(case=CASE, quantity="memory total", verdict="larger" if is_bad else "same", is_regression=is_bad)
+        ]
+
+    found = bisect(COMMITS, compare_commit, str, lambda line: None)
+    assert (found.commit, found.unjudged) == ("c6", ["c5"])
+    assert found.note == "These commits could not be judged, and one of them may be the first bad one: c5."
 
 
 def test_bisect_cannot_judge_a_commit_whose_base_failed_too_where_the_head_fails():
@@ -82,7 +98,7 @@ def test_bisect_cannot_judge_a_commit_whose_base_failed_too_where_the_head_fails
         return [Finding(case=CASE, quantity="", verdict="failed", is_regression=commit >= "c5")]
 
     found = bisect(COMMITS, compare_commit, str, lambda line: None)
-    assert (found.commit, found.unjudged) == ("c5", ["c3", "c4"])
+    assert (found.commit, found.unjudged) == ("c5", ["c2", "c3", "c4"])
     good = dataclasses.replace(found, findings=compare_commit("c1"))
     assert good.judged(found.regressions) == "good"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 from rlhfbench.gate.findings import Finding
@@ -21,6 +22,13 @@ def test_the_table_has_the_answer_the_totals_and_what_differs(tmp_path, compared
     written = json.loads(json.dumps(to_json(findings, base="abc", head="tree")))
     assert (written["exit_code"], written["base"]) == (1, "abc")
     assert len(written["findings"]) == len(findings)
+
+
+def test_checkpoints_of_one_name_are_told_apart():
+    cases = [dataclasses.replace(CASE, model=f"runs/{run}/checkpoint-500", dtype="bfloat16") for run in "ab"]
+    table = markdown([Finding(case=case, quantity="memory total", verdict="same") for case in cases], "x", "y")
+    assert "| hydra a/checkpoint-500 4+4 x2 bfloat16 |" in table
+    assert "| hydra b/checkpoint-500 4+4 x2 bfloat16 |" in table
 
 
 def test_text_in_a_table_breaks_no_row():

@@ -41,12 +41,17 @@ def test_variables_load_and_revisions_are_kept(monkeypatch):
     monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
     monkeypatch.setenv("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    others = {"LD_PRELOAD": "", "ATEN_CPU_CAPABILITY": "avx2", "DNNL_VERBOSE": "0", "ONEDNN_VERBOSE": "0"}
+    others |= {"NCCL_ALGO": "Ring"}
+    for name, value in others.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("HF_TOKEN", "hidden")
     found = environment.describe(argv=[], settings={}, revisions={"org/name": "abc"})
     assert found["variables"].items() >= {
         "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": "1", "MALLOC_ARENA_MAX": "2",
         "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1", "CUBLAS_WORKSPACE_CONFIG": ":16:8",
     }.items()  # fmt: skip
+    assert found["variables"].items() >= others.items()
     assert not found["variables"].keys() & {"HF_TOKEN", "PATH", "HOME"}
     assert "hidden" not in json.dumps(found)
     assert all(load >= 0 for load in found["load_average"])

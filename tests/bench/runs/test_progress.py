@@ -154,6 +154,12 @@ def test_a_title_that_stands_alone_names_the_model_and_all_but_the_defaults():
         ([{"dtype": "float32"}, {"dtype": "float64"}], ["lora 8+8 x2 float32", "lora 8+8 x2 float64"]),
         ([{"device": "cpu"}, {"device": "cuda"}], ["lora 8+8 x2 cpu", "lora 8+8 x2 cuda"]),
         ([{"model": "/a/b/one"}, {"model": "gpt2"}], ["lora one 8+8 x2", "lora gpt2 8+8 x2"]),
+        ([{"model": "org1/llama"}, {"model": "org2/llama"}], ["lora org1/llama 8+8 x2", "lora org2/llama 8+8 x2"]),
+        (
+            [{"model": "/runs/a/last"}, {"model": "runs/b/last"}, {"model": "/tmp/tiny"}],
+            ["lora a/last 8+8 x2", "lora b/last 8+8 x2", "lora tmp/tiny 8+8 x2"],
+        ),
+        ([{"model": "/last"}, {"model": "last"}], ["lora /last 8+8 x2", "lora last 8+8 x2"]),
         ([{"dtype": "float64", "device": "cuda", "seed": 7}], ["lora 8+8 x2"]),
     ],
 )

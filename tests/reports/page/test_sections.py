@@ -175,6 +175,20 @@ def test_a_row_has_the_warnings_that_touch_its_numbers(make_run: Runs) -> None:
     ]
 
 
+def test_the_last_column_is_ours_beside_the_papers_numbers(make_run: Runs) -> None:
+    """A warning colours the last column."""
+    papers = {"model": "llama-7b", "prompt_len": 400, "setting": "paper", "lora_rank": 128, "batch_size": 4}
+    (table,) = (
+        block
+        for block in blocks_of(make_run({**papers, "num_timed_blocks": 1}))
+        if isinstance(block, Table) and block.id == "memory-table"
+    )
+    assert list(table.headings[1:5]) == ["batch", "paper total GiB", "paper s/sample", "model GiB"]
+    (cells,) = table.rows
+    assert [cell.text for cell in cells[2:4]] == ["71.1", "6.47"]
+    assert (table.headings[-1], cells[-1].text, table.kinds) == ("total s/sample", "1.00", ["warned"])
+
+
 def test_drift_over_the_run_is_told(make_run: Runs, rows: Rows) -> None:
     said = words(make_run(*rows))
     assert "Drift: blocks became slower over the run, +9.5 % ± 0.0 from the first block to the last." in said
@@ -392,6 +406,14 @@ def test_one_length_is_a_bar_a_method_and_no_line_against_length(make_run: Runs)
         "rule",
         "text",
     }
+
+
+def test_words_stand_beyond_the_interval_of_every_measure(make_run: Runs) -> None:
+    """Of a throughput the upper end is that of the lower time."""
+    found = list(nodes(charts(make_run({"method": "lora"}, {}))["latency"].spec))
+    assert [node["calculate"] for node in found if node.get("as") == "end"] == ["max(datum.low, datum.high)"]
+    encodings = [node["encoding"] for node in found if "encoding" in node]
+    assert [each["x"]["field"] for each in encodings if each.get("text", {}).get("field") == "words"] == ["end"]
 
 
 def test_memory_against_one_number_has_its_name_on_the_axis(make_run: Runs) -> None:

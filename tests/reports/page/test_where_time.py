@@ -155,6 +155,19 @@ def test_a_profile_of_a_gpu_has_kernels_and_the_allocator(make_frame: Frames) ->
     assert links.links[-1].url == "traces/a/snapshot.pickle"
 
 
+@pytest.mark.parametrize(("phase", "says"), [("generate", False), ("update_actor", True)])
+def test_a_chart_that_may_be_empty_says_so(make_frame: Frames, phase: str, says: bool) -> None:
+    other = profile(cuda=True)
+    other["phases"][0]["phase"] = phase
+    profiles = {"a": profile_frames(profile(cuda=True)), "b": profile_frames(other)}
+    frame = make_frame(CASE, {**CASE, "case_id": "b", "batch_size": 2})
+    found = blocks_of(Run(name="r", frame=frame, profiles=profiles))
+    for name in ("top-ops", "top-kernels", "flame"):
+        chart = found[name]
+        assert isinstance(chart, Chart)
+        assert chart.caption.endswith(" The chart is empty where the chosen case has no such phase.") is says
+
+
 def test_a_comparison_names_the_run_of_a_profile_and_links_nowhere(make_frame: Frames) -> None:
     runs = [
         Run(name=name, frame=make_frame(CASE), profiles={"a": profile_frames(profile())})
