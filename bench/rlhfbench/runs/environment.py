@@ -19,7 +19,10 @@ from rlhfbench.measure.nvml import visible_handles
 from rlhfbench.records.derived import at
 from rlhfbench.runs import versions
 
-_PACKAGES = ("rlhfbench", "torch", "transformers", "peft", "numpy", "triton")
+_PACKAGES = (
+    *("rlhfbench", "torch", "transformers", "peft", "numpy", "triton"),
+    *("deepspeed", "bitsandbytes", "liger-kernel", "flash-attn"),  # which some cases and devices use where installed
+)
 # Environment variables that change speed, memory or the visible devices.
 _VARIABLES = (
     "OMP_",
