@@ -22,10 +22,11 @@ def test_the_environment_is_complete_and_survives_json():
     assert found["python"] == platform.python_version()
     optional = {"deepspeed", "bitsandbytes", "liger-kernel", "flash-attn"}
     needed = {"torch", "transformers", "peft", "numpy", "triton"}
-    # A source tree that is not installed has no version of its own.
     assert set(found["versions"]) == {"rlhfbench", *needed, *optional}
+    # A source tree that is not installed has no version of its own.
     assert all(found["versions"][name] for name in needed)
     assert found["num_threads"] == 3
+    assert found["launched_ranks"] == "none"
     assert found["source"]["hash"] == versions.installed()[1]
     assert found["cpu"]["num_usable_cores"] == len(os.sched_getaffinity(0))
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -97,6 +98,8 @@ HERE = {"host": "a", "num_threads": 2, "python": "3.12.1", "versions": {"torch":
         ),
         ({"variables": {"OMP_NUM_THREADS": "2"}}, [{"variables": {}}], "variables OMP_NUM_THREADS=2 instead of none."),
         ({"revisions": {"m": "b"}}, [{"revisions": {"m": "a"}}], "revisions m=b instead of m=a."),
+        ({"launched_ranks": "8 here"}, [{"launched_ranks": "none"}], "launcher's ranks 8 here instead of none."),
+        ({"launched_ranks": "8 here"}, [{}], None),  # of an earlier version
         ({}, [{"host": 3, "gpus": [1], "versions": []}], "host a instead of 3; GPUs unknown instead of None."),
     ],
 )
