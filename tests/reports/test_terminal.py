@@ -76,7 +76,10 @@ def plan_frame() -> pd.DataFrame:
         [
             {
                 "title": title,
+                "model": "llama-7b",
                 "setting": setting,
+                "lora_rank": 16,
+                "options": "",
                 "strategy": "",
                 "world_size": 1,
                 "seq_len": length,
