@@ -228,9 +228,12 @@ def test_a_block_of_a_record_without_phases_is_one_sentence(tmp_path):
     made = {**record(block((1.0, 4.0))), "run": {"id": "r", "segment": 0, "host": "h"}}
     later = {"schema": made["schema"], "block_of": made["case"]["id"], "run": made["run"], "block": block((2.0, 4.0))}
     made["latency"] = {**made["latency"], "phases": None, "blocks": None}
-    (tmp_path / "records.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in (made, later)))
-    with pytest.raises(RecordsError, match="has other phases than its record"):
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in (made, later)))
+    with pytest.raises(RecordsError) as error:
         read_records(tmp_path)
+    case_id = made["case"]["id"]
+    assert str(error.value) == f"records file '{path}': a block of case {case_id} has other phases than its record."
 
 
 @pytest.mark.parametrize("num_rows", [None, 0])
