@@ -1,9 +1,10 @@
 """Plans as a table and as stacked bars.
 
-Their frame has one row per case: ``title`` (of the method), ``setting``, ``strategy`` (how ranks share a step, empty
-for one process), ``world_size``, ``seq_len``, ``batch_size``, ``{part}_part_bytes`` for every part, ``total_bytes``
-(their sum), ``peak_phase``, ``fits``, ``max_batch_size`` and ``floor_s_per_sample`` (the last three may be absent).
-Setting, strategy and world size are shown where there are several.
+Their frame has one row per case: ``title`` (of the method), ``model``, ``setting``, ``lora_rank``, ``options`` (in
+which rows differ, without those of ranks), ``strategy`` (how ranks share a step, empty for one process),
+``world_size``, ``seq_len``, ``batch_size``, ``{part}_part_bytes`` for every part, ``total_bytes`` (their sum),
+``peak_phase``, ``fits``, ``max_batch_size`` and ``floor_s_per_sample`` (the last three may be absent). What stands
+between title and length is shown where there are several.
 """
 
 from __future__ import annotations
@@ -47,7 +48,14 @@ def part_colors(parts: Sequence[str]) -> list[str]:
 
 
 # What tells cases of one method and size apart: the heading of each column.
-_APART = {"setting": "setting", "strategy": "ranks share by", "world_size": "ranks"}
+_APART = {
+    "model": "model",
+    "setting": "setting",
+    "lora_rank": "LoRA rank",
+    "options": "options",
+    "strategy": "ranks share by",
+    "world_size": "ranks",
+}
 
 
 def _apart(frame: pd.DataFrame) -> list[str]:
@@ -56,7 +64,10 @@ def _apart(frame: pd.DataFrame) -> list[str]:
 
 
 def _word_of(name: str, value: object) -> str:
-    return f"{value} ranks" if name == "world_size" else str(value)
+    """The word of a value in a label; empty for one process and for the defaults of options."""
+    if name == "world_size":
+        return "" if value == 1 else f"{value} ranks"
+    return f"LoRA rank {value}" if name == "lora_rank" else str(value)
 
 
 def plan_table(frame: pd.DataFrame, *, caption: str, max_batch_limit: int | None = None) -> TerminalTable:
@@ -86,7 +97,7 @@ def plan_table(frame: pd.DataFrame, *, caption: str, max_batch_limit: int | None
                     heading=heading,
                     cells=[str(row[name]) for row in rows],
                     is_word=True,
-                    may_head=heading in ("length", "batch"),
+                    may_head=heading in ("model", "length", "batch"),
                 )
                 for heading, name in names.items()
             ),
@@ -122,7 +133,7 @@ def plan_figure(frame: pd.DataFrame, *, caption: str, limit_bytes: int | None) -
             ", ".join(
                 (
                     r["title"],
-                    *(_word_of(name, r[name]) for name in apart if r[name] not in ("", 1)),
+                    *(word for name in apart if (word := _word_of(name, r[name]))),
                     f"{r['seq_len']} tokens, batch {r['batch_size']}",
                 )
             )

@@ -11,6 +11,9 @@ def test_planned_and_found_batches_share_a_row() -> None:
         {
             "title": ["A-PPO", "B-PPO"],
             "setting": ["modern", "modern"],
+            "lora_rank": [16, 16],
+            "options": ["", ""],
+            "seed": [0, 0],
             "strategy": ["", ""],
             "world_size": [1, 1],
             "model": ["tiny", "tiny"],
@@ -35,3 +38,8 @@ def test_planned_and_found_batches_share_a_row() -> None:
     console.print(max_batch_table(frame))
     (row,) = (line.split() for line in console.export_text().splitlines() if "B-PPO" in line)
     assert row[:5] == ["B-PPO", "paper", "ZeRO-1", "8", "tiny"]
+    frame["lora_rank"], frame["options"], frame["seed"] = [8, 64], ["", "ppo.gamma=0.9"], [0, 1]
+    console.print(max_batch_table(frame))
+    first, second = (line.split()[:7] for line in console.export_text().splitlines() if "-PPO" in line)
+    assert first == ["A-PPO", "modern", "8", "0", "1", "tiny", "64"]
+    assert second == ["B-PPO", "paper", "64", "ppo.gamma=0.9", "1", "ZeRO-1", "8"]

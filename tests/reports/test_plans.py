@@ -19,7 +19,7 @@ def frame() -> pd.DataFrame:
     row |= {f"{part}_part_bytes": 0 for part in PARTS if part not in ALONE}
     total = sum(row.values())
     shared = {"seq_len": 800, "total_bytes": total, "model_bytes": 1, "activation_bytes": 1, "peak_phase": "score"}
-    shared |= {"setting": "modern", "strategy": "", "world_size": 1}
+    shared |= {"model": "tiny", "setting": "modern", "lora_rank": 16, "options": "", "strategy": "", "world_size": 1}
     known = {"fits": True, "max_batch_size": 7.0, "floor_s_per_sample": 0.25}
     unknown = {"fits": None, "max_batch_size": None, "floor_s_per_sample": None}
     return pd.DataFrame(
@@ -88,6 +88,20 @@ def test_a_picture_has_the_first_100_of_many_cases() -> None:
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert (len(labels), labels[0]) == (100, "A-PPO, paper, 800 tokens, batch 1")
     assert figure.get_suptitle().endswith("\ntiny · the first 100 of 102 cases: plan.json has all")
+
+
+def test_several_models_lora_ranks_and_options_are_columns() -> None:
+    both = frame().assign(model=["tiny", "gpt2"], lora_rank=[1, 8], options=["", "engine.gradient_checkpointing=True"])
+    console = Console(width=250, record=True)
+    console.print(plan_table(both, caption=""))
+    rows = [line.split()[:6] for line in console.export_text().splitlines() if "-PPO" in line]
+    assert rows[0][:5] == ["A-PPO", "tiny", "1", "800", "1"]
+    assert rows[1] == ["B-PPO", "gpt2", "8", "engine.gradient_checkpointing=True", "800", "4"]
+    (axes,) = plan_figure(both, caption="", limit_bytes=None).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "A-PPO, tiny, LoRA rank 1, 800 tokens, batch 1",
+        "B-PPO, gpt2, LoRA rank 8, engine.gradient_checkpointing=True, 800 tokens, batch 4",
+    ]
 
 
 def test_the_files_depend_on_the_frame_alone(tmp_path: Path) -> None:

@@ -76,7 +76,10 @@ def plan_frame() -> pd.DataFrame:
         [
             {
                 "title": title,
+                "model": "llama-7b",
                 "setting": setting,
+                "lora_rank": 16,
+                "options": "",
                 "strategy": "",
                 "world_size": 1,
                 "seq_len": length,
@@ -101,6 +104,9 @@ def max_batch_frame() -> pd.DataFrame:
         {
             "title": TITLES[:3],
             "setting": ["modern", "paper", "modern"],
+            "lora_rank": [16, 128, 16],
+            "options": ["", "engine.gradient_checkpointing=True", ""],
+            "seed": 0,
             "strategy": ["", "ZeRO-3", "fsdp"],
             "world_size": [1, 16, 2],
             "model": LONG_MODEL,

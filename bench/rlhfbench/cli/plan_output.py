@@ -13,7 +13,7 @@ from rlhfbench.cli.common import needing_packages
 from rlhfbench.errors import RunFolderError
 from rlhfbench.planning.devices import find_accelerator
 from rlhfbench.planning.max_batch import MAX_BATCH_SIZE
-from rlhfbench.records.derived import strategy
+from rlhfbench.records.derived import options_text, strategy
 from rlhfbench.records.plans import PLAN_NAME
 from rlhfbench.records.timelines import write_timeline
 from rlhfbench.runs.folder import TIMELINES_NAME
@@ -28,11 +28,17 @@ def frame(plans: list[dict[str, Any]]) -> pd.DataFrame:
     """The data frame that ``rlhfreports.plans`` draws: one row a plan."""
     import pandas as pd
 
-    return pd.DataFrame(
+    from rlhfreports.columns import with_short_options
+    from rlhfreports.ranks import other_options
+
+    rows = pd.DataFrame(
         [
             {
                 "title": METHODS[plan["case"]["method"]].title,
+                "model": plan["case"]["model"],
                 "setting": setting_of(plan["case"]["options"]),
+                "lora_rank": plan["case"]["options"]["lora"]["r"],
+                "options": other_options(options_text(plan)),
                 "strategy": strategy(plan),
                 "world_size": plan["zero"]["world_size"],
                 "seq_len": plan["case"]["prompt_len"] + plan["case"]["completion_len"],
@@ -47,6 +53,7 @@ def frame(plans: list[dict[str, Any]]) -> pd.DataFrame:
             for plan in plans
         ]
     )
+    return with_short_options(rows)
 
 
 @needing_packages("the plan")
@@ -73,8 +80,10 @@ def table(plans: list[dict[str, Any]], gpu: str | None) -> RenderableType:
 
 
 def advice(plans: list[dict[str, Any]]) -> list[str]:
-    """The advice for cases that do not fit even with one data row, each sentence once."""
-    return list(dict.fromkeys(plan["advice"] for plan in plans if plan["advice"] is not None))
+    """The advice for cases that do not fit even with one data row, each sentence once, with the model among several."""
+    found = [(plan["case"]["model"], plan["advice"]) for plan in plans if plan["advice"] is not None]
+    several = len({plan["case"]["model"] for plan in plans}) > 1
+    return list(dict.fromkeys(f"{model}: {sentence}" if several else sentence for model, sentence in found))
 
 
 @needing_packages("the plan")

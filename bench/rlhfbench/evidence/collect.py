@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from rlhfbench.files import write_atomically
 from rlhfbench.runs import environment
 from rlhfbench.runs.faults import last_line
 
-EVIDENCE_NAME, REPORT_NAME = "evidence.json", "report.md"
+EVIDENCE_NAME, REPORT_NAME, LOCK_NAME = "evidence.json", "report.md", "lock"
 _MIN_PART_S = 5.0
 _GRACE_S = 5.0
 DONE = "done"
@@ -46,10 +46,38 @@ def collect(folder: Path, request: Request, numbers: Iterable[int], budget_s: fl
         ``failed``, ``timeout`` or ``no time``), ``wall_s`` and ``error``.
 
     Raises:
-        RunFolderError: the folder cannot be used.
+        RunFolderError: the folder cannot be used, or another process uses it.
     """
     request.write(folder)
-    ends_s = time.monotonic() + budget_s
+    with _locked(folder):
+        return _collect(folder, request, numbers, time.monotonic() + budget_s)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the lock of ``folder``: another process would write the same files.
+
+    Raises:
+        RunFolderError: another process holds it, or it cannot be locked.
+    """
+    import fcntl  # here, as Windows has none
+
+    try:
+        lock = (folder / LOCK_NAME).open("a")
+    except OSError as error:
+        raise RunFolderError(f"out '{folder}' cannot be written: {error.strerror}.") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunFolderError(f"out '{folder}' is in use: another rlhfbench is running in it.") from None
+        except OSError as error:
+            raise RunFolderError(f"out '{folder}' cannot be locked: {error.strerror}.") from error
+        yield
+
+
+def _collect(folder: Path, request: Request, numbers: Iterable[int], ends_s: float) -> dict[str, Any]:
+    """Implements ``collect`` in a folder that is locked."""
     present = environment.describe(argv=sys.argv, settings=dataclasses.asdict(request))
     found = {"environment": present, "parts": {}, **read_items(folder / EVIDENCE_NAME)}
     changed = environment.differences(present, [found["environment"]])

@@ -11,7 +11,7 @@ from rlhfbench.errors import RecordsError
 from rlhfbench.evidence.goals import GOALS, Measured, plan_error
 from rlhfbench.evidence.items import BATCHES_NAME, read_items, worst
 from rlhfbench.evidence.parts import PARTS
-from rlhfbench.evidence.request import GIB, Request
+from rlhfbench.evidence.request import GIB, PPO_METHODS, Request
 from rlhfbench.evidence.reserve import fit_reserve
 from rlhfbench.measure.options import SNAPSHOT_NAME
 from rlhfbench.planning.devices import Accelerator
@@ -41,8 +41,14 @@ def report(folder: Path, found: dict[str, Any]) -> str:
     """
     settings = found["environment"]["settings"]
     runs = {name: _records(folder / "runs" / name) for name in ("methods", "lengths", "settings", "profile")}
-    decode = read_items(folder / "decode.json")
-    goals = Measured(on_cuda=settings["device"] != "cpu", records=_ok(runs["methods"]), decode=decode)
+    decode, unfit = read_items(folder / "decode.json"), _unfit(folder)
+    goals = Measured(
+        on_cuda=settings["device"] != "cpu",
+        records=runs["methods"],
+        decode=decode,
+        methods=[name for name in PPO_METHODS if name not in unfit],
+        decode_batches=Request.read(folder).sizes.decode_batches,
+    )
     sections = [
         f"# Evidence: {settings['model']} on {_device(found['environment'], settings['device'])}",
         _about(found["environment"]),
@@ -53,7 +59,7 @@ def report(folder: Path, found: dict[str, Any]) -> str:
         "## Table 1, beside the paper's",
         "GiB and seconds a sample. The model column is the persistent one, as the paper's. The paper divides the "
         "optimizer among 8 GPUs; here it is whole.",
-        _table(_TABLE_1, _table_1(runs["methods"], _unfit(folder))),
+        _table(_TABLE_1, _table_1(runs["methods"], unfit)),
         _disturbed(runs["methods"]),
         "## Plan, allocator, driver",
         _table(_MEMORY, [_memory(record) for record in _ok(runs["methods"])]),

@@ -18,6 +18,8 @@ from rlhfkernels.config.rules import shown
 REQUEST_NAME = "request.json"
 GIB = 2**30
 PAPER_TOTAL_GIB = 71.1  # Hydra-PPO in Table 1 of Hydra-RLHF (arXiv:2309.00754)
+# Of part 3. What matters most comes first: a part may be cut short.
+PPO_METHODS = ("hydra", "joined-hydra", "lora", "dynamic-lora", "full")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,7 @@ from typing import Any
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.errors import EvidenceError
 from rlhfbench.evidence.items import BATCHES_NAME, Items
-from rlhfbench.evidence.request import GIB, PAPER_TOTAL_GIB, Request
+from rlhfbench.evidence.request import GIB, PAPER_TOTAL_GIB, PPO_METHODS, Request
 from rlhfbench.measure.nvml import device_bytes
 from rlhfbench.measure.options import SNAPSHOT_NAME
 from rlhfbench.planning.devices import Accelerator
@@ -24,8 +24,6 @@ from rlhfbench.runs.runner import run_sweep
 from rlhfkernels.config.case import Case
 from rlhfkernels.config.settings import SETTINGS
 
-# What matters most comes first: a part may be cut short.
-METHODS = ("hydra", "joined-hydra", "lora", "dynamic-lora", "full")
 LENGTH_METHODS = ("hydra", "joined-hydra", "lora")
 # Outcomes that another try may change: of a process that was killed, and of a part that ran out of time.
 _RETRIED = ("crashed", "timeout")
@@ -33,7 +31,7 @@ _RETRIED = ("crashed", "timeout")
 
 def run_methods(request: Request, folder: Path, left_s: float) -> None:
     """Part 3: the PPO methods at the paper's lengths, each at its largest batch, with a plan."""
-    cases = [request.case(method) for method in METHODS]
+    cases = [request.case(method) for method in PPO_METHODS]
     _run(
         request, folder, "methods", largest(request, folder, cases), left_s, with_plan=True, blocks=request.sizes.blocks
     )

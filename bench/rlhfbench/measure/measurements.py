@@ -179,7 +179,7 @@ class Prepared:
 
     Attributes:
         ledger: Has seen the phase over one batch.
-        data_set_s: Seconds of the phase over the data set.
+        data_set_s: Seconds of the phase over the data set, those of the slowest rank.
         s_per_sample: The same, per data row of all ranks.
         views: Memory views from outside the ledger.
     """
@@ -199,7 +199,7 @@ def prepare_step(step: TrainingStep, device: str, notify: Notify) -> Prepared:
         with ledger_of(step, ledger):
             step.prepare(Announcer(notify, ledger), num_batches=1)
         step.prepare(clock)
-    data_set_s = sum(clock.take().values())
+    data_set_s = max(step.world.gather(sum(clock.take().values())))
     # Every rank reads all rows of a file, and random rows of its own.
     num_rows = step.num_data_rows * (step.world.size if step.case.data_file is None else 1)
     return Prepared(ledger=ledger, data_set_s=data_set_s, s_per_sample=data_set_s / num_rows, views=views)

@@ -9,9 +9,10 @@ from typing import Any
 from rlhfbench.measure.interference import disturbance
 from rlhfbench.measure.statistic import half_width, midmean
 from rlhfbench.records.checks import fits
-from rlhfbench.records.derived import rows_per_step
+from rlhfbench.records.derived import ceiling, rows_per_step
 from rlhfbench.records.schema import KINDS
 from rlhfkernels.config.rules import shown
+from rlhfkernels.training.roofline import Work
 
 Block = dict[str, Any]
 Values = Sequence[float | None]  # one per block, ``None`` for one that failed or is set aside
@@ -19,6 +20,8 @@ Values = Sequence[float | None]  # one per block, ``None`` for one that failed o
 _MAX_SECONDS = 1e9
 MIN_QUIET_BLOCKS = 3
 _REASONS = ("precise", "steady", "budget")  # surest first
+# In the order in which ``Work.floor_s`` takes them.
+_CEILINGS = tuple(map(ceiling, ("matmul_flops_per_s", "copy_bytes_per_s", "read_bytes_per_s")))
 
 
 def summarize(record: dict[str, Any]) -> dict[str, Any]:
@@ -149,13 +152,18 @@ def _estimate(values: Values) -> dict[str, Any]:
 
 
 def _work(record: Mapping[str, Any], blocks: Sequence[Block], latency: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``work`` of a record. A ceiling is the highest rate of any block, so a floor is the shortest."""
+    """The ``work`` of a record. Its floors are at the ceilings of the record, the highest rates of all blocks."""
     work = record["work"] or {}
     phases = work.get("phases") or {}
     floors_s = [block["floors_s"] for block in blocks if block.get("floors_s")]
     if not phases or not all(set(phases) <= set(floors) for floors in floors_s) or not floors_s:
         return dict(work)
     least_s = {name: min(floors[name] for floors in floors_s) for name in phases}
+    rates = [rate for read in _CEILINGS if (rate := read(record)) is not None and rate >= 1]
+    if len(rates) == len(_CEILINGS):
+        # The shortest floor of a block may be longer: each rate may be the highest in another block.
+        works = {name: _work_of(phase) for name, phase in phases.items()}
+        least_s |= {name: found.floor_s(*rates) for name, found in works.items() if found is not None}
     measured_s = math.fsum(phase["mean_s"] for phase in latency["phases"].values())
     return {
         "phases": {name: {**phase, "floor_s": least_s[name]} for name, phase in phases.items()},
@@ -163,3 +171,11 @@ def _work(record: Mapping[str, Any], blocks: Sequence[Block], latency: Mapping[s
         if measured_s
         else None,
     }
+
+
+def _work_of(phase: Mapping[str, Any]) -> Work | None:
+    """The work of a phase in a record; ``None`` where it is not recorded."""
+    flops, num_bytes = phase.get("flops"), phase.get("bytes")
+    if flops is None or num_bytes is None:
+        return None
+    return Work(flops, num_bytes, phase.get("written_bytes") or 0)

@@ -19,8 +19,8 @@ _RULES = {
     "map": "an object",
     "list": "a list of finite numbers",
 }
-# Of the keys that a phase has in any section.
-_PHASE_DTYPES = {str(row.source).rpartition(".")[2]: row.dtype for row in PHASE_FIELDS}
+# Of the keys that a phase has in any section. One of them has no column.
+_PHASE_DTYPES = {**{str(row.source).rpartition(".")[2]: row.dtype for row in PHASE_FIELDS}, "written_bytes": "Int64"}
 
 
 def wrong_type(record: Mapping[str, Any]) -> str | None:
@@ -44,6 +44,13 @@ def wrong_type(record: Mapping[str, Any]) -> str | None:
     groups = at(record, "case.options") or {}
     if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
         return f"case.options is {shown(groups)}: it must be objects by group."
+    stage = at(record, "case.options.parallel.zero_stage")  # its column is derived
+    if not fits(stage, "Int64"):
+        return f"case.options.parallel.zero_stage is {shown(stage)}: it must be {_RULES['Int64']}."
+    for path in ("latency.sequences_per_sample", "case.options.parallel.world_size"):  # seconds are divided by them
+        number = at(record, path)
+        if number is not None and number < 1:
+            return f"{path} is {shown(number)}: it must be an integer of at least 1."
     num_rows = at(record, "case.batch_size")
     if at(record, "latency.phases") and (num_rows is None or num_rows < 1):  # seconds per sample divide by it
         return f"case.batch_size is {shown(num_rows)}: it must be an integer of at least 1 in a timed record."

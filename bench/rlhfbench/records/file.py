@@ -89,16 +89,17 @@ def read_records(path: str | Path) -> list[Record]:
     except OSError as error:
         raise RecordsError(f"records file '{path}' cannot be read: {error.strerror}.") from error
     lines = data[: _whole_bytes(data)].splitlines()
-    return _newest(_parse(path, number, line) for number, line in enumerate(lines, start=1) if line.strip())
+    return _newest(path, (_parse(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()))
 
 
-def _newest(entries: Iterable[Record]) -> list[Record]:
+def _newest(path: Path, entries: Iterable[Record]) -> list[Record]:
     """Records with their later blocks, without those that a later one of the same case and run replaces.
 
     Records of older versions name no run. One of a run replaces them; among themselves they are all kept, since they
     may come from several runs.
 
     Args:
+        path: of the file that they are read from.
         entries: Records, and blocks ``{"block_of", "run", "block"}``, oldest first. A block of no record is dropped:
             its record was replaced in a run that was tried again.
     """
@@ -106,7 +107,7 @@ def _newest(entries: Iterable[Record]) -> list[Record]:
     places: dict[str, dict[int, str | None]] = {}  # by case: places in kept, with the run of each
     for number, record in enumerate(entries):
         if "block_of" in record:
-            _add_block(kept, places.get(record["block_of"], {}), record)
+            _add_block(path, kept, places.get(record["block_of"], {}), record)
             continue
         case_id, run_id = str(record["case"]["id"]), at(record, "run.id")
         own = places.setdefault(case_id, {})
@@ -116,10 +117,11 @@ def _newest(entries: Iterable[Record]) -> list[Record]:
     return [summarize(record) for record in kept.values()]
 
 
-def _add_block(kept: dict[int, Record], places: Mapping[int, str | None], entry: Record) -> None:
+def _add_block(path: Path, kept: dict[int, Record], places: Mapping[int, str | None], entry: Record) -> None:
     """Adds the block of ``entry`` to its record, which is replaced by a copy.
 
     Args:
+        path: of the file.
         kept: the records by their places.
         places: those of the records of its case, with the run of each.
         entry: the block.
@@ -127,16 +129,16 @@ def _add_block(kept: dict[int, Record], places: Mapping[int, str | None], entry:
     for place in sorted(places, reverse=True):
         if places[place] == at(entry, "run.id"):
             latency = kept[place]["latency"]
-            _check_phases(entry["block_of"], entry["block"], latency["phases"] or ())
+            _check_phases(path, entry["block_of"], entry["block"], latency["phases"] or ())
             blocks = [*(latency["blocks"] or ()), entry["block"]]
             asked = max(latency["num_blocks"] or 0, len(blocks))  # a resumed run may ask for more
             kept[place] = {**kept[place], "latency": {**latency, "num_blocks": asked, "blocks": blocks}}
             return
 
 
-def _check_phases(case_id: str, block: Block, phases: Collection[str]) -> None:
+def _check_phases(path: Path, case_id: str, block: Block, phases: Collection[str]) -> None:
     if block.get("error") is None and set(block["phases"]) != set(phases):
-        raise RecordsError(f"a block of case {case_id} has other phases than its record.")
+        raise RecordsError(f"records file '{path}': a block of case {case_id} has other phases than its record.")
 
 
 def _whole_bytes(data: bytes) -> int:
@@ -306,7 +308,7 @@ class RecordsFile:
             RecordsError: the block has other phases than its record, or the write failed; the file is as it was before.
         """
         entry = self.entries[case_id]
-        _check_phases(case_id, block, entry.phases)
+        _check_phases(self.path, case_id, block, entry.phases)
         self._write({"schema": SCHEMA, "block_of": case_id, "run": entry.run, "block": block})
         entry.num_blocks += 1
 

@@ -84,7 +84,7 @@ def profile_frames(profile: Profile) -> dict[str, pd.DataFrame]:
     calls = [
         {"phase": phase["phase"], "row": row, **call}
         for phase in phases
-        for row, call in enumerate(rows_of(phase["stacks"], _STACKS))
+        for row, call in enumerate(rows_of(phase.get("stacks"), _STACKS))
     ]
     return {
         "phases": frame_of(phases, _PHASES),

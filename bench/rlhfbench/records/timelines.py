@@ -79,7 +79,8 @@ def _fit(timeline: dict[str, Any]) -> bool:
         or not all(_PHASE.keys() <= row.keys() for row in phases)
     ):
         return False
-    if not all(isinstance(name, str) for row in phases for name in row["names"]):
+    names = [row["names"] for row in phases]
+    if not all(isinstance(each, list) and all(isinstance(name, str) for name in each) for each in names):
         return False
     points = {"event": timeline["events"], **parts}
     return are_columns(points, dict.fromkeys(points, "Int64")) and _tensors_fit(timeline)

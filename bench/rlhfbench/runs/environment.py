@@ -19,7 +19,10 @@ from rlhfbench.measure.nvml import visible_handles
 from rlhfbench.records.derived import at
 from rlhfbench.runs import versions
 
-_PACKAGES = ("rlhfbench", "torch", "transformers", "peft", "numpy", "triton")
+_PACKAGES = (
+    *("rlhfbench", "torch", "transformers", "peft", "numpy", "triton"),
+    *("deepspeed", "bitsandbytes", "liger-kernel", "flash-attn"),  # which some cases and devices use where installed
+)
 # Beginnings of environment variables that change speed, memory or the visible devices.
 _VARIABLES = (
     "OMP_",
@@ -51,6 +54,7 @@ _COMPARED = {
     "usable cores": "cpu.num_usable_cores",
     "GPUs": "gpus",
     "threads": "num_threads",
+    "launcher's ranks": "launched_ranks",
     "revisions": "revisions",
     "variables": "variables",
 }
@@ -67,6 +71,7 @@ def describe(
     settings: dict[str, Any],
     revisions: Mapping[str, str] | None = None,
     data_files: Mapping[str, str | None] | None = None,
+    launched_ranks: str = "none",
 ) -> dict[str, Any]:
     """The content of ``environment.json``; unknown values are ``None``.
 
@@ -75,6 +80,7 @@ def describe(
         settings: the fields of ``RunOptions``.
         revisions: commit on the hub of each model that is loaded from a snapshot.
         data_files: hash of the content of each data file.
+        launched_ranks: ranks that a launcher started, by machine.
     """
     return {
         "started_at": now(),
@@ -93,6 +99,7 @@ def describe(
             "memory_bytes": psutil.virtual_memory().total,
         },
         "num_threads": settings.get("num_threads") or _num_usable_cores(),
+        "launched_ranks": launched_ranks,
         "gpus": gpus(),
         "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)},
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import platform
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -85,6 +87,14 @@ class Leader:
             found = machines(self._store, self._launch)
             self._address = own_address(self._launch, found)
             self._peers = {rank: Peer(machine["host"]) for rank, machine in found.items()}
+
+    @property
+    def layout(self) -> str:
+        """The number of ranks of each machine, in the order of ranks: ``4 here, 4 on b``. Known after ``start``."""
+        here = platform.node()
+        hosts = [here, *(peer.host for peer in self._peers.values())]
+        counts = [(host, len(list(ranks))) for host, ranks in itertools.groupby(hosts)]
+        return ", ".join(f"{count} here" if host == here else f"{count} on {host}" for host, count in counts)
 
     def run(
         self,

@@ -16,7 +16,7 @@ from rlhfbench.launch import find_launch
 from rlhfbench.measure import host
 from rlhfbench.measure.nvml import device_bytes
 from rlhfbench.planning.devices import Accelerator
-from rlhfbench.records.derived import strategy
+from rlhfbench.records.derived import options_text, strategy
 from rlhfbench.records.file import Record
 from rlhfbench.runs import runner
 from rlhfbench.runs.case_runner import Runner
@@ -58,10 +58,11 @@ class MaxBatchResult:
 
     def to_dict(self) -> dict[str, Any]:
         """One entry of ``max_batch.json``."""
-        fields = ("method", "model", "prompt_len", "completion_len", "device", "dtype")
+        fields = ("method", "model", "prompt_len", "completion_len", "device", "dtype", "seed", "options")
+        case = self.case.to_dict()
         return {
-            **{field: getattr(self.case, field) for field in fields},
-            "setting": setting_of(dataclasses.asdict(self.case.options)),
+            **{field: case[field] for field in fields},
+            "setting": setting_of(case["options"]),
             "largest_ok": self.largest_ok,
             "smallest_failing": self.smallest_failing,
             "stopped_because": self.stopped_because,
@@ -282,11 +283,18 @@ def max_batch_frame(found: list[MaxBatchResult]) -> pd.DataFrame:
     """The data frame that ``rlhfreports.max_batch`` draws: one row a result."""
     import pandas as pd
 
-    return pd.DataFrame(
+    from rlhfreports.columns import with_short_options
+    from rlhfreports.ranks import other_options
+
+    cases = [{"case": item.case.to_dict()} for item in found]
+    rows = pd.DataFrame(
         {
             "title": [item.case.role_table.title for item in found],
             "setting": [setting_of(dataclasses.asdict(item.case.options)) for item in found],
-            "strategy": [strategy({"case": item.case.to_dict()}) for item in found],
+            "lora_rank": [item.case.options.lora.r for item in found],
+            "options": [other_options(options_text(case)) for case in cases],
+            "seed": [item.case.seed for item in found],
+            "strategy": [strategy(case) for case in cases],
             "world_size": [item.case.options.parallel.world_size for item in found],
             "model": [item.case.model for item in found],
             "seq_len": [item.case.seq_len for item in found],
@@ -297,6 +305,7 @@ def max_batch_frame(found: list[MaxBatchResult]) -> pd.DataFrame:
             "stopped_because": [item.stopped_because for item in found],
         }
     )
+    return with_short_options(rows)
 
 
 def _write(out_dir: Path, found: list[MaxBatchResult]) -> None:

@@ -139,7 +139,8 @@ def run_cases(
         sweep = sweep.absolute()
         folder.prepare(sweep, resume=resume)
         settings = {**dataclasses.asdict(options), "max_batch_limit": max_batch_limit}
-        described = _described(sweep, facts, settings | ({} if place is None else dict(place.settings)))
+        settings |= {} if place is None else dict(place.settings)
+        described = _described(sweep, facts, settings, "none" if launch is None else leader().layout)
         with RecordsFile(folder.path) as records:
             if resume:
                 _tell_of_added(options, folder.settings(), records.measured, progress)
@@ -197,7 +198,9 @@ def _starter(launch: Launch | None) -> Iterator[Callable[..., Exit]]:
         first.end()
 
 
-def _described(sweep: Sweep, facts: Mapping[str, ModelFacts], settings: Mapping[str, Any]) -> dict[str, Any]:
+def _described(
+    sweep: Sweep, facts: Mapping[str, ModelFacts], settings: Mapping[str, Any], launched_ranks: str
+) -> dict[str, Any]:
     """The arguments of ``environment.describe`` for a run of ``sweep``."""
     files = dict.fromkeys(case.data_file for case in sweep.cases if case.data_file is not None)
     return {
@@ -205,6 +208,7 @@ def _described(sweep: Sweep, facts: Mapping[str, ModelFacts], settings: Mapping[
         "settings": settings,
         "revisions": {name: model.revision for name, model in facts.items() if model.revision is not None},
         "data_files": {file: content_hash(file) for file in files},
+        "launched_ranks": launched_ranks,
     }
 
 

@@ -192,6 +192,27 @@ def test_plans_of_two_settings_are_interleaved(
     assert [given["engine"]["attn_implementation"] for given in options] == ["eager", "auto"] * 2
 
 
+def test_plans_of_several_lora_ranks_and_options_are_told_apart(
+    make_case: Callable[..., Case], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    file = tmp_path / "sweep.toml"
+    file.write_text(
+        f'models = "{make_case().model}"\nmethods = ["joined-hydra"]\nseq_lens = [12]\nbatch_sizes = [1]\n'
+        "[options]\nlora.r = [2, 4]\nengine.gradient_checkpointing = [false, true]\nppo.gamma = 0.9\n"
+    )
+    assert cli.invoke(["plan", "--sweep", str(file)]) == 0
+    rows = [line.split()[:3] for line in capsys.readouterr().out.splitlines() if "J-Hydra-PPO" in line]
+    words = ("12", "engine.gradient_checkpointing=True")  # the length, or the options before it
+    assert sorted(rows) == sorted(["J-Hydra-PPO", rank, word] for rank in "24" for word in words)
+
+
+def test_advice_names_the_model_among_several() -> None:
+    plans = [{"case": {"model": model}, "advice": said} for model, said in (("a", "No."), ("a", "No."), ("b", None))]
+    assert plan_output.advice(plans) == ["a: No."]
+    assert plan_output.advice(plans[:2]) == ["No."]
+
+
 def test_the_device_is_cuda_by_default_and_can_be_the_cpu(
     make_case: Callable[..., Case], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -135,6 +135,25 @@ def test_a_part_that_is_cut_short_leaves_its_environment(
     assert json.loads((tmp_path / "out" / "evidence.json").read_text())["environment"]["started_at"]
 
 
+def test_a_folder_in_which_parts_run_is_refused(
+    request_of_all: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, done = tmp_path / "out", {"outcome": "done", "wall_s": 1.0, "error": None}
+    refused: list[str] = []
+
+    def run(*arguments: Any) -> dict[str, Any]:
+        with pytest.raises(RunFolderError) as error:
+            collect(folder, request_of_all, [2], 600.0)
+        refused.append(str(error.value))
+        return done
+
+    monkeypatch.setattr(module, "_run_part", run)
+    assert collect(folder, request_of_all, [1], 600.0)["parts"] == {"1": done}
+    assert refused == [f"out '{folder}' is in use: another rlhfbench is running in it."]
+    monkeypatch.setattr(module, "_run_part", lambda *arguments: done)
+    assert collect(folder, request_of_all, [2], 600.0)["parts"].keys() == {"1", "2"}
+
+
 def test_a_part_is_blamed_with_what_it_said_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     says = {"text": ""}
 

@@ -20,6 +20,7 @@ def record(method: str = "hydra", **values: float) -> dict[str, Any]:
     phases = ("update_actor", "update_critic", "optimize")
     return {
         "case": {"method": method},
+        "outcome": "ok",
         "latency": {
             "total_s_per_sample": values.get("total_s", 0.4),
             "phases": {name: {"mean_s": 1.0} for name in phases},
@@ -46,7 +47,6 @@ def verdicts(*records: dict[str, Any], on_cuda: bool = True, **fractions: float)
         for name, fraction in fractions.items()
         for by, share in (("with graphs", 1.0), ("without graphs", 0.5))
     }
-    decode["batch 32, with graphs"] = {"batch_size": 32, "by": "with graphs", "failed": "RuntimeError: x"}
     found = Measured(on_cuda=on_cuda, records=records, decode={"ceilings": {}, **decode})
     return [goal.verdict(found)[1] for goal in GOALS]
 
@@ -77,10 +77,33 @@ def test_goals_without_measurements_and_on_a_cpu() -> None:
     assert verdicts(record(), on_cuda=False, b16=0.1) == ["for a CUDA device"] * 4
 
 
+def test_a_goal_of_which_a_part_failed_is_missed() -> None:
+    decode = {"batch 64, a": {"batch_size": 64, "by": "a", "failed": "x"}, "batch 16, a": decoded("a", 0.7)}
+    found = Measured(on_cuda=True, records=[record(), {**record("lora"), "outcome": "oom"}], decode=decode)
+    decoding, update, step, plan = (goal.verdict(found) for goal in GOALS)
+    assert decoding == ("batch 16: 0.70 a; batch 64: failed", "missed")
+    assert update == ("hydra: 0.50; lora: oom", "missed")
+    assert step == ("0.400 s in 60 GiB", "reached")
+    assert plan == ("hydra: +0.0 %; lora: oom", "missed")
+    failed = Measured(on_cuda=True, records=[{**record(), "outcome": "timeout"}], decode={})
+    assert GOALS[2].verdict(failed) == ("timeout", "missed")
+
+
+def test_a_goal_of_which_a_part_lacks_is_not_reached() -> None:
+    asked: dict[str, Any] = {"methods": ("hydra", "lora"), "decode_batches": (1, 16, 64)}
+    found = Measured(on_cuda=True, records=[record()], decode={"batch 16, a": decoded("a", 0.7)}, **asked)
+    decoding, update, _, plan = (goal.verdict(found) for goal in GOALS)
+    assert decoding == ("batch 16: 0.70 a; batch 64: not measured", "partly measured")
+    assert update == ("hydra: 0.50; lora: not measured", "partly measured")
+    assert plan == ("hydra: +0.0 %; lora: not measured", "partly measured")
+    nothing = Measured(on_cuda=True, records=[], decode={}, **asked)
+    assert [goal.verdict(nothing) for goal in GOALS] == [("", "not measured")] * 4
+
+
 def test_the_better_of_decoding_with_and_without_graphs_counts() -> None:
-    found = Measured(
-        on_cuda=True, records=[], decode={"batch 16, a": decoded("a", 0.5), "batch 16, b": decoded("b", 0.7)}
-    )
+    decode = {"batch 16, a": decoded("a", 0.5), "batch 16, b": decoded("b", 0.7)}
+    decode["batch 16, c"] = {"batch_size": 16, "by": "c", "failed": "RuntimeError: x"}
+    found = Measured(on_cuda=True, records=[], decode=decode)
     assert GOALS[0].verdict(found) == ("batch 16: 0.70 b", "reached")
 
 
@@ -150,6 +173,20 @@ def test_a_method_does_not_fit_if_its_case_of_table_1_does_not(tmp_path: Path, m
         items.add(case.id, lambda case=case: {"method": case.method, "seq_len": case.seq_len, "batch_size": 0})  # type: ignore[misc]
     lines = make_report(tmp_path / "out", monkeypatch, {}).splitlines()
     assert [line.split("|")[1].strip() for line in lines if "does not fit, by plan" in line] == ["PPO"]
+
+
+def test_a_goal_names_the_methods_that_lack_and_not_those_that_do_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request, folder = Request(model="llama-7b", device="cuda", sizes=FULL), tmp_path / "out"
+    request.write(folder)
+    full = request.case("full")
+    Items(folder / "batches.json").add(full.id, lambda: {"method": "full", "seq_len": full.seq_len, "batch_size": 0})
+    case = {"method": "hydra", "batch_size": 1, "prompt_len": 4, "completion_len": 4, "options": {}}
+    lines = make_report(folder, monkeypatch, {"methods": [{**record(), "case": case}]}).splitlines()
+    (line,) = (line for line in lines if line.startswith("| update"))
+    lacking = "; ".join(f"{name}: not measured" for name in ("joined-hydra", "lora", "dynamic-lora"))
+    assert line.endswith(f"| hydra: 0.50; {lacking} | partly measured |")
 
 
 def test_the_largest_share_of_a_tolerance_may_be_no_number() -> None:

@@ -121,7 +121,7 @@ def test_a_prepared_case(method, num_bases):
 
 
 @pytest.mark.parametrize(("with_file", "num_rows"), [(False, 4 * 2), (True, 3)])
-def test_preparing_is_divided_by_the_rows_of_all_ranks(tmp_path, with_file, num_rows):
+def test_preparing_takes_as_long_as_its_slowest_rank_for_the_rows_of_all(tmp_path, monkeypatch, with_file, num_rows):
     options = {"dpo.precompute_ref_log_probs": True}
     if with_file:  # each rank reads all rows
         path = tmp_path / "pairs.jsonl"
@@ -129,7 +129,9 @@ def test_preparing_is_divided_by_the_rows_of_all_ranks(tmp_path, with_file, num_
         options["data.pairs"] = str(path)
     step = build_step(Case(method="dpo-lora", **TINY, options=Options.of(options)))
     step.world = World(rank=1, size=4)
+    monkeypatch.setattr(World, "gather", lambda world, own_s: [0.0, own_s, own_s + 1000.0, 0.0])
     prepared = measurements.prepare_step(step, "cpu", lambda text: None)
+    assert prepared.data_set_s > 1000.0
     assert prepared.data_set_s / prepared.s_per_sample == pytest.approx(num_rows)
 
 

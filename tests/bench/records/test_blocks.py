@@ -143,6 +143,21 @@ def test_the_highest_ceiling_of_any_block_makes_the_floor():
     assert made["work"]["floor_fraction"] == pytest.approx(2.5 / 106)
 
 
+def test_a_floor_is_at_the_highest_rates_though_no_block_has_them_all():
+    rates = ("matmul_flops_per_s", "copy_bytes_per_s", "read_bytes_per_s")
+    first, second = (dict(zip(rates, values, strict=True)) for values in ((100.0, 10.0, 10.0), (80.0, 12.0, 12.0)))
+    made = record(
+        block((1.0, 4.0), floors=(1.1,) * 4, ceilings=first), block((1.0, 4.0), floors=(1.25,) * 4, ceilings=second)
+    )
+    made["work"] = {"phases": {name: {"flops": 100, "bytes": 11, "written_bytes": 0} for name in KINDS}}
+    work = summarize(made)["work"]
+    assert {phase["floor_s"] for phase in work["phases"].values()} == {1.0}
+    assert work["floor_fraction"] == pytest.approx(4.0 / 106)
+    for ceilings in (first, second):
+        del ceilings["read_bytes_per_s"]  # as in a record of an earlier version
+    assert {phase["floor_s"] for phase in summarize(made)["work"]["phases"].values()} == {1.1}
+
+
 def test_a_ceiling_of_a_disturbed_block_counts_too():
     """Other load lowers a measured rate and never raises it: the highest is the machine's, whichever block has it."""
     quiet = [block((1.0, 4.0)) for _ in range(3)]
@@ -213,9 +228,12 @@ def test_a_block_of_a_record_without_phases_is_one_sentence(tmp_path):
     made = {**record(block((1.0, 4.0))), "run": {"id": "r", "segment": 0, "host": "h"}}
     later = {"schema": made["schema"], "block_of": made["case"]["id"], "run": made["run"], "block": block((2.0, 4.0))}
     made["latency"] = {**made["latency"], "phases": None, "blocks": None}
-    (tmp_path / "records.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in (made, later)))
-    with pytest.raises(RecordsError, match="has other phases than its record"):
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in (made, later)))
+    with pytest.raises(RecordsError) as error:
         read_records(tmp_path)
+    case_id = made["case"]["id"]
+    assert str(error.value) == f"records file '{path}': a block of case {case_id} has other phases than its record."
 
 
 @pytest.mark.parametrize("num_rows", [None, 0])

@@ -113,6 +113,15 @@ def test_frames_of_a_profile() -> None:
     assert frames["allocator"].to_dict("list") == PROFILE["allocator"]
 
 
+def test_a_phase_may_lack_its_stacks(tmp_path: Path) -> None:
+    profile = copy.deepcopy(PROFILE)
+    del profile["phases"][1]["stacks"]
+    write(tmp_path, json.dumps(profile))
+    found = read_profile(tmp_path, "a")
+    assert found is not None
+    assert profile_frames(found)["stacks"]["phase"].tolist() == ["generate", "generate"]
+
+
 def test_a_profile_without_ops_and_stacks_gives_empty_frames() -> None:
     frames = profile_frames({"phases": [], "allocator": None})
     assert {name: len(frame) for name, frame in frames.items()} == dict.fromkeys(frames, 0)

@@ -44,7 +44,8 @@ SHORT = {**TIMELINE, "tensors": {**TIMELINE["tensors"], "bytes": [8]}}
 
 
 OTHER = [{**TIMELINE, "phases": 3}, {**TIMELINE, "phases": [{}]}, {**TIMELINE, "parts_bytes": []}]
-OTHER += [{**TIMELINE, "phases": [{**TIMELINE["phases"][0], "names": [1]}]}, {**TIMELINE, "events": [1]}]
+OTHER += [{**TIMELINE, "phases": [{**TIMELINE["phases"][0], "names": names}]} for names in ([1], 3, None, "score")]
+OTHER += [{**TIMELINE, "events": [1]}]
 
 
 @pytest.mark.parametrize(

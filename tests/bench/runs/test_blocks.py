@@ -2,12 +2,14 @@ import dataclasses
 import io
 import platform
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from rlhfbench.cases.sweep import Sweep
 from rlhfbench.errors import ForkServerError
 from rlhfbench.records.file import read_records
+from rlhfbench.runs import runner
 from rlhfbench.runs.case_process import ThisMachine
 from rlhfbench.runs.progress import LineProgress
 
@@ -96,6 +98,15 @@ def test_blocks_of_other_conditions_are_not_mixed(tmp_path, cut, run):
 def test_blocks_of_edited_sources_are_not_mixed(tmp_path, monkeypatch, cut, run):
     monkeypatch.setattr("rlhfbench.runs.versions.installed", lambda: ("1.0", "edited"))
     assert num_blocks(run(cut, tmp_path / "run", resume=True, blocks=2)) == 1
+
+
+def test_blocks_of_other_layouts_of_a_launcher_are_not_mixed(tmp_path, monkeypatch, cut, run):
+    first = SimpleNamespace(start=lambda: None, run=None, end=lambda: None, layout="2 here, 2 on b")
+    monkeypatch.setattr(runner, "find_launch", lambda: SimpleNamespace(rank=0))
+    monkeypatch.setattr(runner, "leader", lambda: first)
+    progress = LineProgress(io.StringIO())
+    assert num_blocks(run(cut, tmp_path / "run", progress, resume=True, blocks=2)) == 1
+    assert "launcher's ranks 2 here, 2 on b instead of none" in progress._stream.getvalue()
 
 
 def test_blocks_of_unknown_conditions_are_not_mixed(tmp_path, cut, run):

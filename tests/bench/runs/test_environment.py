@@ -1,4 +1,5 @@
 import datetime
+import importlib.metadata
 import json
 import os
 import platform
@@ -19,15 +20,32 @@ def test_the_environment_is_complete_and_survives_json():
     assert json.loads(json.dumps(found)) == found
     assert found["argv"] == ["rlhfbench", "run"]
     assert found["python"] == platform.python_version()
-    assert set(found["versions"]) == {"rlhfbench", "torch", "transformers", "peft", "numpy", "triton"}
+    optional = {"deepspeed", "bitsandbytes", "liger-kernel", "flash-attn"}
+    needed = {"torch", "transformers", "peft", "numpy", "triton"}
+    assert set(found["versions"]) == {"rlhfbench", *needed, *optional}
     # A source tree that is not installed has no version of its own.
-    assert all(version for name, version in found["versions"].items() if name != "rlhfbench")
+    assert all(found["versions"][name] for name in needed)
     assert found["num_threads"] == 3
+    assert found["launched_ranks"] == "none"
     assert found["source"]["hash"] == versions.installed()[1]
     assert found["cpu"]["num_usable_cores"] == len(os.sched_getaffinity(0))
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert found["cpu"]["memory_bytes"] == pages
     assert datetime.datetime.fromisoformat(found["started_at"]).tzinfo is not None
+
+
+def test_the_versions_of_libraries_that_take_over_steps_are_compared(monkeypatch):
+    def version(name):
+        if name != "flash-attn":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "2.8"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    found = environment.package_versions()
+    assert {name: number for name, number in found.items() if number is not None} == {"flash-attn": "2.8"}
+    before = {**found, "flash-attn": "2.7", "liger-kernel": None}
+    assert environment.differences({"versions": found}, [{"versions": before}]) == ["flash-attn 2.8 instead of 2.7"]
+    assert environment.differences({"versions": found}, [{"versions": {}}]) == []  # of an earlier version
 
 
 def test_the_threads_are_the_usable_cores_unless_they_are_set():
@@ -85,6 +103,8 @@ HERE = {"host": "a", "num_threads": 2, "python": "3.12.1", "versions": {"torch":
         ),
         ({"variables": {"OMP_NUM_THREADS": "2"}}, [{"variables": {}}], "variables OMP_NUM_THREADS=2 instead of none."),
         ({"revisions": {"m": "b"}}, [{"revisions": {"m": "a"}}], "revisions m=b instead of m=a."),
+        ({"launched_ranks": "8 here"}, [{"launched_ranks": "none"}], "launcher's ranks 8 here instead of none."),
+        ({"launched_ranks": "8 here"}, [{}], None),  # of an earlier version
         ({}, [{"host": 3, "gpus": [1], "versions": []}], "host a instead of 3; GPUs unknown instead of None."),
     ],
 )

@@ -80,6 +80,15 @@ def test_a_fork_server_that_is_killed_names_its_rank_and_the_next_case_has_anoth
     assert run(rank_request("well"))[0]["outcome"] == "ok"
 
 
+def test_the_ranks_of_each_machine_are_told_in_their_order(monkeypatch):
+    first = Leader(launch(0, free_port()))
+    monkeypatch.setattr(leader.platform, "node", lambda: "a")
+    first._peers = {1: Peer("a"), 2: Peer("b"), 3: Peer("b")}
+    assert first.layout == "2 here, 2 on b"
+    first._peers = {1: Peer("b"), 2: Peer("a"), 3: Peer("b")}
+    assert first.layout == "1 here, 1 on b, 1 here, 1 on b"
+
+
 def test_a_port_in_use_is_one_sentence():
     port = free_port()
     first = SharedStore(launch(0, port))

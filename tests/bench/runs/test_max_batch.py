@@ -167,8 +167,18 @@ def test_every_try_is_recorded_and_the_result_is_written(tmp_path: Path) -> None
         "smallest_failing": 4,
         "planned": 5,
     }
+    assert (kept[0]["seed"], kept[0]["options"]["data"]["prompt_field"]) == (0, "oom-from-batch-4")
     frame = max_batch_frame(found)
     assert frame["num_tries"].tolist() == [4, 4]
+
+
+def test_results_of_several_lora_ranks_and_options_are_told_apart() -> None:
+    known: dict[str, object] = {"largest_ok": 1, "smallest_failing": None, "planned": None, "stopped_because": ""}
+    asked = [{"lora.r": 2, "ppo.gamma": 0.9}, {"lora.r": 4, "ppo.gamma": 0.9, "engine.gradient_checkpointing": True}]
+    cases = [dataclasses.replace(CASE, options=Options.of(options)) for options in asked]
+    frame = max_batch_frame([MaxBatchResult(case=case, **known, tries=()) for case in cases])
+    assert frame["lora_rank"].tolist() == [2, 4]
+    assert frame["options"].tolist() == ["", "engine.gradient_checkpointing=True"]
 
 
 @pytest.mark.usefixtures("fake")
