@@ -23,6 +23,9 @@ from transformers.pytorch_utils import Conv1D
 from rlhfkernels.errors import CaseError
 from rlhfkernels.seeding import seeded
 
+# Linear layers with a forward of their own that computes the same. Falcon's rounds once more, before it adds the bias.
+_LINEAR_TYPES = ("FalconLinear",)
+
 
 class Adapters:
     """The adapter sets of one trunk.
@@ -169,16 +172,20 @@ def _is_json(value: object) -> bool:
     return True
 
 
+def _is_linear(module: nn.Module) -> bool:
+    """Returns whether ``module`` is a linear layer that PEFT's layer can wrap.
+
+    A router of experts is one with a forward of its own, which returns more than a tensor.
+    """
+    if not isinstance(module, (nn.Linear, Conv1D)):
+        return False
+    kind = type(module)
+    return kind.forward in (nn.Linear.forward, Conv1D.forward) or kind.__name__ in _LINEAR_TYPES
+
+
 def _target_names(trunk: nn.Module, targets: str) -> list[str]:
     """Last components of the module names of the linear layers that get an adapter."""
-    # A router of experts is a linear layer with a forward of its own, which PEFT's layer cannot wrap.
-    plain = (nn.Linear.forward, Conv1D.forward)
-    linear = {
-        name
-        for name, module in trunk.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and type(module).forward in plain
-    }
-    names = sorted({name.rsplit(".", 1)[-1] for name in linear})
+    names = sorted({name.rsplit(".", 1)[-1] for name, module in trunk.named_modules() if _is_linear(module)})
     if targets == "all-linear":
         return names
     chosen = [target.strip() for target in targets.split(",")]
