@@ -57,6 +57,9 @@ class Adapters:
         self.names = tuple(names)
         self._trained: frozenset[str] = frozenset()
         self._active: str | None = None
+        self._named_layers: list[tuple[str, LoraLayer]] = []
+        if not self.names:  # the targets need not be of this trunk
+            return
         self._config = LoraConfig(
             r=rank,
             lora_alpha=scaling * rank,  # PEFT divides it by r
@@ -65,9 +68,6 @@ class Adapters:
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in trunk.modules()),
             bias="none",
         )
-        self._named_layers: list[tuple[str, LoraLayer]] = []
-        if not self.names:
-            return
         device = next(trunk.parameters()).device
         # The tuner injects the layers and is dropped. Its weights stay on the meta device, because PEFT would create
         # them in float32 first; a planner's fake mode is left for that, because PEFT cannot move fake tensors.

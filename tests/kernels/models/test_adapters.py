@@ -136,6 +136,11 @@ def test_targets_may_be_named_and_are_checked(make_case: Callable[..., Case]) ->
         Engine(make_case(lora__target_modules="q_proj,"))
 
 
+def test_a_method_without_adapters_takes_any_targets(make_case: Callable[..., Case]) -> None:
+    engine = Engine(make_case("full", lora__target_modules="absent"))
+    assert not any(adapters.parameters() for adapters in engine.adapters.values())
+
+
 def test_the_adapters_dtype_is_decided(make_case: Callable[..., Case]) -> None:
     for stated, expected in ((None, torch.bfloat16), ("float32", torch.float32)):
         engine = Engine(make_case(dtype="bfloat16", lora__dtype=stated))
