@@ -67,6 +67,7 @@ def attach_adapters(case: Case, method: Method, models: Mapping[str, LoadedModel
     """Adds to each base its adapter sets."""
     return {
         base: Adapters(
+            case.model_of(method.origins[base]),
             model.trunk,
             [adapter for owner, adapter in method.adapter_sets if owner == base],
             rank=case.options.lora.r,

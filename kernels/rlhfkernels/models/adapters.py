@@ -31,7 +31,8 @@ class Adapters:
     """The adapter sets of one trunk.
 
     Args:
-        trunk: the model; LoRA layers are injected in place.
+        model: its name, as the case has it.
+        trunk: of the model; LoRA layers are injected in place.
         names: names of the adapter sets.
         rank: r.
         scaling: multiplier of the low-rank product, PEFT's ``lora_alpha / r``.
@@ -45,6 +46,7 @@ class Adapters:
 
     def __init__(
         self,
+        model: str,
         trunk: nn.Module,
         names: Iterable[str],
         *,
@@ -64,7 +66,7 @@ class Adapters:
             r=rank,
             lora_alpha=scaling * rank,  # PEFT divides it by r
             lora_dropout=0.0,
-            target_modules=_target_names(trunk, targets),
+            target_modules=_target_names(model, trunk, targets),
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in trunk.modules()),
             bias="none",
         )
@@ -183,7 +185,7 @@ def _is_linear(module: nn.Module) -> bool:
     return kind.forward in (nn.Linear.forward, Conv1D.forward) or kind.__name__ in _LINEAR_TYPES
 
 
-def _target_names(trunk: nn.Module, targets: str) -> list[str]:
+def _target_names(model: str, trunk: nn.Module, targets: str) -> list[str]:
     """Last components of the module names of the linear layers that get an adapter."""
     names = sorted({name.rsplit(".", 1)[-1] for name, module in trunk.named_modules() if _is_linear(module)})
     if targets == "all-linear":
@@ -192,5 +194,6 @@ def _target_names(trunk: nn.Module, targets: str) -> list[str]:
     wrong = [target for target in chosen if target not in names]
     if wrong:
         unknown = ", ".join(name or "an empty name" for name in wrong)
-        raise CaseError([f"lora.target_modules has {unknown}: this model's linear layers are {', '.join(names)}."])
+        problem = f"lora.target_modules has {unknown}: the linear layers of model {model!r} are {', '.join(names)}."
+        raise CaseError([problem])
     return chosen
