@@ -172,6 +172,8 @@ _OTHERS: dict[str, dict[str, object]] = {
         "v_head_dim": 8,
     },
     "phi3": {**_GATED, "original_max_position_embeddings": 16, "rope_parameters": _LONG},
+    "bert-generation": {**_NEOX, "is_decoder": True},
+    "two-way bert-generation": {**_NEOX, "is_decoder": False},
     "stray-window llama": {**_GATED, "sliding_window": 4},
     "dynamic gpt_neox": {**_NEOX, "rope_parameters": _DYNAMIC},
     "longrope gpt_neox": {**_NEOX, "rope_parameters": {**_LONG, "original_max_position_embeddings": 16}},

@@ -146,7 +146,8 @@ def _facts(model: str, config_path: Path) -> ModelFacts:
         raise ModelError(f"model '{model}': its config.json is not an object.")
     _check_sizes(model, config)
     _check_heads(model, config)
-    positions = next((config[key] for key in POSITION_FIELDS if isinstance(config.get(key), int)), None)
+    stated = (config.get(key) for key in POSITION_FIELDS)
+    positions = next((value for value in stated if isinstance(value, int) and value >= 0), None)  # −1 is no limit
     model_type: Any = config.get("model_type")
     vocabulary: Any = config.get("vocab_size")
     return ModelFacts(

@@ -206,7 +206,8 @@ def _check_vocabularies(sweep: Sweep, facts: dict[str, ModelFacts]) -> Iterator[
 
 
 def _check_stop_tokens(sweep: Sweep, facts: dict[str, ModelFacts]) -> Iterator[str]:
-    for model, token in dict.fromkeys((case.model, case.options.rollout.stop_token_id) for case in sweep.cases):
+    sampling = (case for case in sweep.cases if case.role_table.generate is not None)
+    for model, token in dict.fromkeys((case.model, case.options.rollout.stop_token_id) for case in sampling):
         size = facts[model].vocab_size if model in facts else None
         if size is not None and (problem := stop_token_problem(model, token, size)) is not None:
             yield problem

@@ -129,7 +129,7 @@ class RolloutOptions:
             or a Hugging Face model id with the policy's vocabulary; ``None`` is the policy's model.
     """
 
-    temperature: Positive = 1.0
+    temperature: Annotated[float, Ge(1e-6)] = 1.0  # one near 0 takes logits to infinity
     stop_token_id: Annotated[int, Ge(0)] | None = None
     reward_model: Text | None = None
 

@@ -17,7 +17,7 @@ from torch import nn
 from rlhfkernels.config.case import Case
 from rlhfkernels.data.batch import Batch, PackedRow, empty_completions
 from rlhfkernels.data.sources import Prompts
-from rlhfkernels.engine.agreement import check_cache, check_model, check_packing
+from rlhfkernels.engine.agreement import check_cache, check_causality, check_model, check_packing
 from rlhfkernels.engine.backends import select_backend
 from rlhfkernels.engine.fast.trunk import make_fast_trunk
 from rlhfkernels.engine.generation import sample_completions
@@ -103,6 +103,7 @@ class Engine:
             if generates and model.lm_head is not None:
                 check_cache(name, model, self.case.seq_len)
             if model.probe is not None:
+                check_causality(name, model, self.trunks[base], self.case.dtype)
                 check_model(name, model, self.trunks[base], self.case.dtype, generates=generates)
 
     def check_lengths(self, base: str) -> None:

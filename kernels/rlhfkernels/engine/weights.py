@@ -58,7 +58,7 @@ def load_bases(case: Case, method: Method, *, with_weights: bool, num_layers: in
     # Not known before the model is read: of a GGUF file, and of a preset whose architecture has the size.
     name, size = next(iter(sizes.items()))
     problem = stop_token_problem(name, case.options.rollout.stop_token_id, size)
-    if problem is not None:
+    if problem is not None and method.generate is not None:
         raise CaseError([problem])
     return models
 
@@ -67,6 +67,7 @@ def attach_adapters(case: Case, method: Method, models: Mapping[str, LoadedModel
     """Adds to each base its adapter sets."""
     return {
         base: Adapters(
+            case.model_of(method.origins[base]),
             model.trunk,
             [adapter for owner, adapter in method.adapter_sets if owner == base],
             rank=case.options.lora.r,

@@ -23,12 +23,16 @@ from transformers.pytorch_utils import Conv1D
 from rlhfkernels.errors import CaseError
 from rlhfkernels.seeding import seeded
 
+# Linear layers with a forward of their own that computes the same. Falcon's rounds once more, before it adds the bias.
+_LINEAR_TYPES = ("FalconLinear",)
+
 
 class Adapters:
     """The adapter sets of one trunk.
 
     Args:
-        trunk: the model; LoRA layers are injected in place.
+        model: its name, as the case has it.
+        trunk: of the model; LoRA layers are injected in place.
         names: names of the adapter sets.
         rank: r.
         scaling: multiplier of the low-rank product, PEFT's ``lora_alpha / r``.
@@ -42,6 +46,7 @@ class Adapters:
 
     def __init__(
         self,
+        model: str,
         trunk: nn.Module,
         names: Iterable[str],
         *,
@@ -54,17 +59,17 @@ class Adapters:
         self.names = tuple(names)
         self._trained: frozenset[str] = frozenset()
         self._active: str | None = None
+        self._named_layers: list[tuple[str, LoraLayer]] = []
+        if not self.names:  # the targets need not be of this trunk
+            return
         self._config = LoraConfig(
             r=rank,
             lora_alpha=scaling * rank,  # PEFT divides it by r
             lora_dropout=0.0,
-            target_modules=_target_names(trunk, targets),
+            target_modules=_target_names(model, trunk, targets),
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in trunk.modules()),
             bias="none",
         )
-        self._named_layers: list[tuple[str, LoraLayer]] = []
-        if not self.names:
-            return
         device = next(trunk.parameters()).device
         # The tuner injects the layers and is dropped. Its weights stay on the meta device, because PEFT would create
         # them in float32 first; a planner's fake mode is left for that, because PEFT cannot move fake tensors.
@@ -169,21 +174,26 @@ def _is_json(value: object) -> bool:
     return True
 
 
-def _target_names(trunk: nn.Module, targets: str) -> list[str]:
+def _is_linear(module: nn.Module) -> bool:
+    """Returns whether ``module`` is a linear layer that PEFT's layer can wrap.
+
+    A router of experts is one with a forward of its own, which returns more than a tensor.
+    """
+    if not isinstance(module, (nn.Linear, Conv1D)):
+        return False
+    kind = type(module)
+    return kind.forward in (nn.Linear.forward, Conv1D.forward) or kind.__name__ in _LINEAR_TYPES
+
+
+def _target_names(model: str, trunk: nn.Module, targets: str) -> list[str]:
     """Last components of the module names of the linear layers that get an adapter."""
-    # A router of experts is a linear layer with a forward of its own, which PEFT's layer cannot wrap.
-    plain = (nn.Linear.forward, Conv1D.forward)
-    linear = {
-        name
-        for name, module in trunk.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and type(module).forward in plain
-    }
-    names = sorted({name.rsplit(".", 1)[-1] for name in linear})
+    names = sorted({name.rsplit(".", 1)[-1] for name, module in trunk.named_modules() if _is_linear(module)})
     if targets == "all-linear":
         return names
     chosen = [target.strip() for target in targets.split(",")]
     wrong = [target for target in chosen if target not in names]
     if wrong:
         unknown = ", ".join(name or "an empty name" for name in wrong)
-        raise CaseError([f"lora.target_modules has {unknown}: this model's linear layers are {', '.join(names)}."])
+        problem = f"lora.target_modules has {unknown}: the linear layers of model {model!r} are {', '.join(names)}."
+        raise CaseError([problem])
     return chosen

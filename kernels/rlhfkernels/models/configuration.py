@@ -101,9 +101,9 @@ def cut_layers(config: Any, num_layers: int) -> None:
 
 
 def max_positions(config: Any) -> int | None:
-    """The longest sequence a configuration allows, or ``None`` where it states none."""
+    """The longest sequence a configuration allows, or ``None`` where it states none. XLNet's −1 is no limit."""
     found = [getattr(config, field, None) for field in POSITION_FIELDS]
-    return next((int(value) for value in found if isinstance(value, int)), None)
+    return next((int(value) for value in found if isinstance(value, int) and value >= 0), None)
 
 
 def rotary_limit(config: Any) -> int | None:

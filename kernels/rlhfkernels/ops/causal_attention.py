@@ -27,6 +27,8 @@ from rlhfkernels.ops.qkv_layout import QkvLayout
 # Inputs that other libraries are measured at: a micro-batch of Llama-7B.
 _MEASURED_ROWS, _MEASURED_LEN = 4, 1024
 _MEASURED_LAYOUT = QkvLayout(32, 32, 128)
+# FlashAttention refuses larger heads.
+_MAX_FLASH_HEAD_SIZE = 256
 
 
 def causal_attention_reference(
@@ -62,7 +64,7 @@ def causal_attention(
             out: torch.Tensor = _CausalAttention.apply(qkv, layout, mask, span)  # type: ignore[no-untyped-call]
             return out
         return native.forward(qkv, layout, mask, span, with_logsumexp=False)[0]
-    if mask.padding is None and FLASH.use_for(qkv, backend):
+    if mask.padding is None and layout.head_size <= _MAX_FLASH_HEAD_SIZE and FLASH.use_for(qkv, backend):
         return _flash(qkv, layout, mask, span)
     return _torch(qkv, layout, mask, span)
 

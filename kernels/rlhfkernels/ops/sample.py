@@ -55,4 +55,6 @@ def sample(
     thresholds = torch.minimum(uniform * ends, torch.nextafter(ends, torch.zeros_like(ends)))
     # Only a NaN can lie beyond the last sum. Unclamped, its index would abort the CUDA context in the gather.
     tokens = torch.searchsorted(sums, thresholds, right=True).clamp_(max=sums.shape[1] - 1)
-    return tokens.squeeze(-1), probabilities.gather(-1, tokens).log_().squeeze(-1)
+    # The rounding of CUDA's scan may draw one all the same: log 0 would look like logits that are not finite.
+    smallest = torch.finfo(probabilities.dtype).tiny
+    return tokens.squeeze(-1), probabilities.gather(-1, tokens).clamp_min_(smallest).log_().squeeze(-1)

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhfkernels.config.options import Options
+from rlhfkernels.errors import CaseError
 from rlhfkernels.observer import Observer
 from rlhfkernels.parallel.world import World
 
@@ -238,6 +239,22 @@ class FullyShard(Strategy):
             for layer in module.layers():
                 fully_shard(layer, mesh=mesh)
             self._modules[base] = fully_shard(module, mesh=mesh)
+
+    def declare_trained(self, roles: Mapping[str, Sequence[nn.Parameter]], passes: Mapping[str, Sequence[str]]) -> None:
+        """See ``Strategy.declare_trained``.
+
+        Raises:
+            CaseError: adapters outside the layers have another dtype than a head that is trained beside them.
+        """
+        for module in self._modules.values():
+            inside = {id(parameter) for layer in module.layers() for parameter in layer.parameters()}
+            dtypes = {p.dtype for p in module.parameters() if p.requires_grad and id(p) not in inside}
+            if len(dtypes) > 1 and self.options.lora.dtype is not None:  # torch would fail an assertion in a forward
+                problem = (
+                    f"lora.dtype is {self.options.lora.dtype!r}: fsdp reduces the gradients of adapters outside the "
+                    "layers with those of a head, which have another dtype, so it must be none."
+                )
+                raise CaseError([problem])
 
     def read(self, base: str, function: Callable[[], T]) -> T:
         """See ``Strategy.read``."""

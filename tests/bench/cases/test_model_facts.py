@@ -30,6 +30,11 @@ def test_a_checkpoint_folder(checkpoint, key):
     assert (facts.model_type, facts.max_positions) == ("gpt2", 16)
 
 
+def test_a_number_below_0_is_no_limit_of_positions(checkpoint):
+    (checkpoint / "config.json").write_text(json.dumps({"model_type": "xlnet", "max_position_embeddings": -1}))
+    assert model_facts.inspect_model(str(checkpoint)).max_positions is None
+
+
 def test_folders_without_a_model(tmp_path, checkpoint):
     assert "holds no model: it has no config.json" in sentence(tmp_path)
     (tmp_path / "adapter_config.json").touch()

@@ -128,6 +128,15 @@ def test_an_option_that_no_method_of_the_sweep_reads_is_noticed():
         assert preflight.notices(Sweep.from_spec(spec)) == []
 
 
+def test_a_stop_token_is_that_of_methods_that_sample():
+    spec = {**GRID, "options": {"rollout.stop_token_id": 8192}}
+    sentence = "rollout.stop_token_id is 8192: it must be below 8192, the vocabulary of model 'tiny'."
+    preflight.check_models(Sweep.from_spec({**spec, "methods": ["sft", "dpo"]}))
+    with pytest.raises(SweepError) as caught:
+        preflight.check_models(Sweep.from_spec({**spec, "methods": ["sft", "best-of-n"]}))
+    assert caught.value.problems == (sentence,)
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model"])
 def test_a_checkpoint_without_a_tokenizer_reads_no_data(tmp_path, name, checkpoint):
     (tmp_path / "p.jsonl").write_text('{"prompt": "hello"}\n')

@@ -285,3 +285,21 @@ def test_positions_that_do_not_begin_again_are_refused(
     monkeypatch.setattr(trunk, "run_packed", spoil)
     with pytest.raises(CaseError, match=r"\(fast trunk\): a packed sequence and the sequence alone disagree by"):
         build_step(make_case("sft-lora", "gpt2", sft__packing=True))
+
+
+def test_a_position_that_rounds_otherwise_beside_other_sequences_sees_none(
+    make_case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as one whose experts read another number of tokens."""
+    from rlhfkernels.engine.fast import trunk
+
+    run, calls = trunk.run_packed, itertools.count()
+
+    def spoil(*arguments: object, **options: object) -> torch.Tensor:
+        hidden = run(*arguments, **options)
+        hidden[-1] += 5e-6 * next(calls)  # of the second row: within the tolerance, above a hundredth of it
+        return hidden
+
+    monkeypatch.setattr(trunk, "run_packed", spoil)
+    assert build_step(make_case("sft-lora", "gpt2", sft__packing=True))
+    assert next(calls) == 2

@@ -129,8 +129,8 @@ def test_an_integer_for_a_float_is_the_same_case() -> None:
         ({"options": Options.of({"lora.r": 0})}, "lora.r is 0: it must be an integer from 1 to 2147483647"),
         ({"seed": -1}, "seed is -1: it must be an integer of at least 0"),
         (
-            {"options": Options.of({"rollout.temperature": 0.0})},
-            "rollout.temperature is 0.0: it must be a finite number above 0.",
+            {"options": Options.of({"rollout.temperature": 1e-39})},
+            "rollout.temperature is 1e-39: it must be a finite number of at least 1e-06.",
         ),
         ({"options": Options.of({"ppo.gamma": 1.5})}, "ppo.gamma is 1.5: it must be a finite number from 0 to 1."),
         (

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -71,6 +72,20 @@ def test_weights_that_are_not_finite_are_a_numerical_error(
         build_step(make_case())
 
 
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_a_model_that_reads_later_tokens_is_refused(make_case: Callable[..., Case], dtype: str) -> None:
+    """It decodes nothing that would disagree."""
+    case = make_case("sft", "two-way bert-generation", dtype=dtype)
+    with pytest.raises(ModelError, match=r"reads later tokens \(BertGenerationEncoder\): it must be causal\.$"):
+        Engine(case)
+
+
+@pytest.mark.parametrize("architecture", ["bert-generation", "mistral", "mixtral", "phimoe"])
+def test_a_causal_model_is_taken(make_case: Callable[..., Case], architecture: str) -> None:
+    """One with experts too, which read another number of tokens where the last one differs."""
+    assert Engine(make_case("sft", architecture, dtype="float32")).trunks
+
+
 @pytest.mark.parametrize("architecture", ["phi3", "longrope gpt_neox"])
 def test_generation_stays_below_a_change_of_the_rotary_embedding(
     make_case: Callable[..., Case], architecture: str
@@ -90,6 +105,17 @@ def test_the_tolerance_follows_the_range() -> None:
     assert agreement.tolerance(reference, "float32") == pytest.approx(5 * agreement.TOLERANCES["float32"])
     flat = torch.full((2, 3), -9.0)
     assert agreement.tolerance(flat, "float32") == pytest.approx(0.09 * agreement.TOLERANCES["float32"])
+
+
+def test_the_typical_error_is_that_of_most_positions() -> None:
+    reference = torch.zeros(5, 3)
+    found = reference.clone()
+    found[:2] = 1.0
+    assert agreement.typical_error(found, reference) == 0
+    found[2, 1] = -2.0
+    assert agreement.typical_error(found, reference) == 1
+    found[0, 0] = float("nan")
+    assert math.isnan(agreement.typical_error(found, reference))
 
 
 def test_the_check_changes_no_random_state(make_case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ def by_outcome(checks: list[Check], outcome: str) -> list[str]:
     "architecture",
     [
         *("gemma2", "gemma3_text", "gptj", "bloom", "mpt", "cohere", "hyperclovax", "granite", "mixtral", "phimoe"),
-        "deepseek_v3",
+        *("deepseek_v3", "falcon"),
     ],
 )
 def test_architectures_of_the_plain_trunk_are_right(checkpoint: Callable[[str], str], architecture: str) -> None:

@@ -59,6 +59,7 @@ def test_a_stop_token_beyond_the_vocabulary_is_one_sentence(make_case: Callable[
         CaseError, match=r"^rollout\.stop_token_id is 48: it must be below 48, the vocabulary of model '"
     ):
         Engine(make_case("lora", rollout__stop_token_id=48))
+    Engine(make_case("sft", rollout__stop_token_id=48))  # it samples nothing
 
 
 def test_a_reward_models_positions_must_suffice(

@@ -130,10 +130,16 @@ def test_scaling_multiplies_the_low_rank_product(
 def test_targets_may_be_named_and_are_checked(make_case: Callable[..., Case]) -> None:
     engine = Engine(make_case(lora__target_modules="q_proj, v_proj"))
     assert len(engine.adapters["hydra"].parameters("actor")) == 2 * 2 * 2
-    with pytest.raises(CaseError, match=r"lora.target_modules has query: this model's linear layers are down_proj"):
+    sentence = r"lora\.target_modules has query: the linear layers of model '.*llama\d*' are down_proj"
+    with pytest.raises(CaseError, match=sentence):
         Engine(make_case(lora__target_modules="query"))
-    with pytest.raises(CaseError, match=r"lora.target_modules has an empty name: this model's linear layers"):
+    with pytest.raises(CaseError, match=r"lora\.target_modules has an empty name: the linear layers of model"):
         Engine(make_case(lora__target_modules="q_proj,"))
+
+
+def test_a_method_without_adapters_takes_any_targets(make_case: Callable[..., Case]) -> None:
+    engine = Engine(make_case("full", lora__target_modules="absent"))
+    assert not any(adapters.parameters() for adapters in engine.adapters.values())
 
 
 def test_the_adapters_dtype_is_decided(make_case: Callable[..., Case]) -> None:

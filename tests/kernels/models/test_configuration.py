@@ -31,6 +31,11 @@ def test_a_presets_positions_are_its_configurations(name: str) -> None:
     assert max_positions(AutoConfig.for_model(preset.model_type, **preset.config)) == preset.max_positions
 
 
+def test_a_number_below_0_is_no_limit_of_positions() -> None:
+    assert max_positions(AutoConfig.for_model("xlnet")) is None
+    assert max_positions(SimpleNamespace(max_position_embeddings=-1, n_positions=16)) == 16
+
+
 def test_a_multimodal_model_is_refused(make_case: Callable[..., Case]) -> None:
     with pytest.raises(ModelError, match=r"is multimodal \(gemma3\): it must read text alone\."):
         load_model(make_case(architecture="gemma3"), seed=0, with_lm_head=True)

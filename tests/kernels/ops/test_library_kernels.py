@@ -218,6 +218,17 @@ def test_padding_is_left_to_torch(libraries: list[str]) -> None:
     assert libraries == []
 
 
+@pytest.mark.parametrize(("head_size", "calls"), [(256, ["flash"]), (264, [])])
+def test_heads_that_the_library_refuses_are_left_to_torch(
+    libraries: list[str], head_size: int, calls: list[str]
+) -> None:
+    layout = QkvLayout(1, 1, head_size)
+    qkv = torch.randn(3, layout.width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mask = CausalMask(qkv[:, :1].view(1, 3), None)
+    causal_attention(qkv, layout, mask, AttentionSpan(start=0, window=None, scale=0.3))
+    assert libraries == calls
+
+
 def test_the_norm_of_the_library_is_used_where_a_backward_follows(libraries: list[str]) -> None:
     x = torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     weight = torch.rand(8, dtype=torch.float64)

@@ -45,6 +45,18 @@ def test_a_token_of_probability_0_is_never_sampled() -> None:
     assert logprobs.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_token_of_probability_0_that_rounding_draws_has_a_finite_log_probability(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """The sums of torch's scan on CUDA may rise there."""
+    monkeypatch.setattr(torch, "searchsorted", lambda sums, thresholds, right: torch.zeros_like(thresholds).long())
+    logits = torch.tensor([[float("-inf"), 0.0]], dtype=dtype)
+    tokens, logprobs = sample(logits, None, backend="torch")
+    assert tokens.tolist() == [0]
+    assert logprobs.isfinite().all()
+
+
 @pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("backend", ["torch", "native"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

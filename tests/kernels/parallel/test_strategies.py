@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rlhfkernels import Case, TrainingStep, build_step
-from rlhfkernels.parallel.strategies import DataParallel, local
-from rlhfkernels.parallel.world import World
+from rlhfkernels import Case, CaseError, Options, TrainingStep, build_step
+from rlhfkernels.parallel.strategies import BaseModule, DataParallel, FullyShard, local
+from rlhfkernels.parallel.world import ALONE, World
 
 Make = Callable[..., Case]
 FSDP = {"parallel__strategy": "fsdp", "parallel__world_size": 2}
@@ -66,6 +67,21 @@ def test_the_options_of_a_step_work_on_ranks(make_case: Make, on_ranks: Any, str
         norms = {name: value for name, value in first.items() if name.endswith("norm")}
         assert norms == {name: second[name] for name in norms}, options
         assert all(norms.values()), options
+
+
+def test_fsdp_takes_trained_weights_of_one_dtype_outside_the_layers() -> None:
+    """OPT-350m has linear layers there, and torch only an assertion."""
+    layer = GradientCheckpointingLayer()
+    layer.adapter = torch.nn.Linear(2, 2)
+    trunk, head = torch.nn.ModuleList([layer]), torch.nn.Linear(2, 1, dtype=torch.bfloat16)
+    strategy = FullyShard(Options.of({"lora.dtype": "float32"}), ALONE, torch.device("cpu"))
+    strategy._modules = {"policy": BaseModule(trunk, [head])}
+    strategy.declare_trained({}, {})
+    trunk.append(torch.nn.Linear(2, 2))
+    with pytest.raises(CaseError, match=r"^lora\.dtype is 'float32': fsdp reduces .*, so it must be none\.$"):
+        strategy.declare_trained({}, {})
+    trunk[1].requires_grad_(False)
+    strategy.declare_trained({}, {})
 
 
 # Every strategy that divides weights, or moves them.
