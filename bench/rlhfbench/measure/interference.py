@@ -95,7 +95,8 @@ def disturbance(interference: Mapping[str, Any]) -> str | None:
     if (interference.get("steal_share") or 0) > MAX_STEAL_SHARE:
         found.append(f"the hypervisor took {interference['steal_share']:.0%} of the CPUs")
     if interference.get("gpu_processes"):
-        found.append(f"{interference['gpu_processes']} other processes were on the GPU")
+        number = interference["gpu_processes"]
+        found.append(f"{number} other {'process was' if number == 1 else 'processes were'} on the GPU")
     slowed = [why for why in (interference.get("gpu_throttled") or "").split(", ") if why not in ("", _POWER_CAP)]
     if slowed:
         found.append(f"the GPU's clocks were held down by {' and '.join(slowed)}")

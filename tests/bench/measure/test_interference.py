@@ -80,6 +80,7 @@ def test_the_counters_of_linux(monkeypatch, tmp_path):
         ({"other_cpu_share": 0.46}, "other processes used 46% of the CPUs"),
         ({"steal_share": 0.06}, "the hypervisor took 6% of the CPUs"),
         ({"steal_share": 0.04, "other_cpu_share": 0.09}, None),
+        ({"gpu_processes": 1}, "1 other process was on the GPU"),
         ({"gpu_processes": 2}, "2 other processes were on the GPU"),
         ({"gpu_throttled": "power cap"}, None),
         ({"gpu_throttled": "power cap, heat"}, "the GPU's clocks were held down by heat"),
