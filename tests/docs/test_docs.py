@@ -97,6 +97,8 @@ CHECKED = {
     "rlhfbench plan --device cpu --methods full,hydra --seq-lens 32 --batch-sizes 2 --world-size 1,2,4,8 "
     "--zero-stage 1 --option parallel.reduce_bucket_size=1000000 --out my-plan": _SAME,
     "rlhfbench report my-scaling my-plan": "it needs the run before it",
+    "rlhfbench plan --device cpu --methods full,hydra --seq-lens 32 --batch-sizes 2 --world-size 2,8 "
+    "--zero-stage 1,2 --option parallel.reduce_bucket_size=1000000": _SAME,
     "rlhfbench evidence --out my-evidence": _GPU,
     "rlhfbench evidence --out cpu-evidence --device cpu --model tiny --budget-min 4": _LONG,
     "rlhfbench evidence --out my-evidence --parts 3,5": _GPU,

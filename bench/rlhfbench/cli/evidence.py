@@ -18,7 +18,7 @@ from rlhfbench.packages import check_packages
 WORK, OUTPUT = "What is done", "Output"
 EPILOG = epilog(
     "rlhfbench evidence --out my-evidence",
-    "rlhfbench evidence --out my-evidence --device cpu --budget-min 4",
+    "rlhfbench evidence --out cpu-evidence --device cpu --budget-min 4",
     "rlhfbench evidence --out my-evidence --parts 3,5",
     codes="Exit codes: 0 all parts are done, 2 the command is wrong, 3 some part is not done, 130 interrupted.",
 )
