@@ -175,7 +175,5 @@ def _work(record: Mapping[str, Any], blocks: Sequence[Block], latency: Mapping[s
 
 def _work_of(phase: Mapping[str, Any]) -> Work | None:
     """The work of a phase in a record; ``None`` where it is not recorded."""
-    flops, num_bytes = phase.get("flops"), phase.get("bytes")
-    if flops is None or num_bytes is None:
-        return None
-    return Work(flops, num_bytes, phase.get("written_bytes") or 0)
+    numbers = [phase.get(name) for name in ("flops", "bytes", "written_bytes")]
+    return None if None in numbers else Work(*numbers)
