@@ -175,5 +175,5 @@ def _work(record: Mapping[str, Any], blocks: Sequence[Block], latency: Mapping[s
 
 def _work_of(phase: Mapping[str, Any]) -> Work | None:
     """The work of a phase in a record; ``None`` where it is not recorded."""
-    numbers = [phase.get(name) for name in ("flops", "bytes", "written_bytes")]
+    numbers: list[Any] = [phase.get(name) for name in ("flops", "bytes", "written_bytes")]
     return None if None in numbers else Work(*numbers)
