@@ -74,7 +74,7 @@ def test_bisect_passes_over_commits_that_cannot_be_judged(quantity, verdict):
 
 
 def test_bisect_names_only_unjudged_commits_that_may_be_the_first_bad_one():
-    """Of c3, which a good commit follows, and c5, which a bad one follows, only c5 may be the culprit."""
+    """Only c5 may be the culprit: a good commit follows c3, and a bad one follows c5."""
 
     def compare_commit(commit):
         if commit in ("c3", "c5"):

@@ -317,7 +317,7 @@ def test_deepspeed_takes_any_dtype_of_adapters_that_a_method_does_not_have() -> 
 def test_gradients_of_ranks_may_be_asked_for_in_the_dtype_of_the_adapters(
     method: str, options: dict[str, object]
 ) -> None:
-    """Where adapters alone are trained."""
+    """Adapters alone are trained here."""
     both = Options.of({"parallel.strategy": "ddp", "optimizer.grad_accum_dtype": "float32", **options})
     Case(**{**GOOD, "method": method, "dtype": "bfloat16"}, options=both)
 

@@ -409,7 +409,7 @@ def test_one_length_is_a_bar_a_method_and_no_line_against_length(make_run: Runs)
 
 
 def test_words_stand_beyond_the_interval_of_every_measure(make_run: Runs) -> None:
-    """Of a throughput the upper end is that of the lower time."""
+    """The upper end of a throughput is that of the lower time."""
     found = list(nodes(charts(make_run({"method": "lora"}, {}))["latency"].spec))
     assert [node["calculate"] for node in found if node.get("as") == "end"] == ["max(datum.low, datum.high)"]
     encodings = [node["encoding"] for node in found if "encoding" in node]
