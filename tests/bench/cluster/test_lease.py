@@ -27,7 +27,7 @@ def test_a_process_ends_when_the_head_has_not_answered_for_its_lease(monkeypatch
 
 
 def test_a_lease_counts_from_the_last_answer(monkeypatch):
-    """Of 30 s, where the head answers, misses and answers again, 20 s apart, and then misses for good."""
+    """A lease of 30 s: the head answers, misses and answers again, 20 s apart, and then misses for good."""
     answers, seconds = [True, False, True], iter(range(0, 1000, 20))
     monkeypatch.setattr(lease, "ASK_S", 0.0)
     monkeypatch.setattr(lease, "time", types.SimpleNamespace(monotonic=lambda: next(seconds)))

@@ -117,7 +117,7 @@ def test_a_slower_case_is_found_by_what_its_longest_phase_is_part_of(count, tmp_
 
 
 def test_a_held_tensor_is_found_by_any_memory_that_is_larger(count, tmp_path):
-    """What else is called changed is a false alarm, and so is every time that another rule flags."""
+    """A false alarm is all else that is called changed, and every time that another rule flags."""
     count.quantities = ("memory total", "memory part activations", "total s")
     code, said, _ = count(1, ("larger", "smaller", "slower"), "--held")
     assert "all: 1 of 1 held tensors found, 1 false alarms and 0 without an answer" in said
